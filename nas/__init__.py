@@ -1,0 +1,1 @@
+"""The search: sample, build, time, train, store."""

@@ -1,0 +1,166 @@
+"""What a search does, as values. Everything but the budget, the time limit and where it is stored is part of the
+study's identity: a study is never continued under another one."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import Any
+
+from search_spaces import SearchSpace, load_space
+
+DEFAULT_STORAGE = "sqlite:///studies/convfirst.db"
+DEFAULT_STUDY = "convfirst"
+SAMPLERS = ("tpe", "nsga2", "random")
+DTYPES = ("float32", "float16", "bfloat16")
+
+
+def _require(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}={value!r} is not {expected}")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Where images come from.
+
+    Args:
+        source: `digits` (embedded), `cifar10`, `cifar100`, a folder of class subfolders, or a name that
+            `timm.data.create_dataset` takes.
+        resolution: pixels of the square training and validation images.
+        data_dir: where CIFAR's and timm's files are.
+        download: let torchvision or timm download them.
+    """
+
+    source: str = "digits"
+    resolution: int = 32
+    data_dir: str = "data"
+    download: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.resolution >= 8, "resolution", self.resolution, "at least 8 pixels")
+
+
+@dataclass(frozen=True)
+class ProxyConfig:
+    """The short training: AdamW, linear warm-up, cosine to zero, label smoothing.
+
+    Args:
+        steps, batch_size: the schedule; 200 x 32 beat fewer steps of a larger batch at equal CPU time.
+        learning_rate: its peak.
+        warmup: share of the steps spent warming up.
+        threads: CPU threads that train (they change the rounding, so they are part of the identity).
+        deterministic: deterministic algorithms on CUDA too (see the README for what they cost).
+    """
+
+    steps: int = 200
+    batch_size: int = 32
+    learning_rate: float = 8e-3
+    weight_decay: float = 0.02
+    betas: tuple[float, float] = (0.9, 0.98)
+    warmup: float = 0.2
+    label_smoothing: float = 0.1
+    threads: int = 1
+    deterministic: bool = False
+
+    def __post_init__(self) -> None:
+        _require(self.steps >= 1, "steps", self.steps, "at least 1")
+        # One image leaves batch norm nothing to normalise over once the map is a single pixel.
+        _require(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2")
+        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "positive")
+        _require(self.threads >= 1, "threads", self.threads, "at least 1")
+        object.__setattr__(self, "betas", tuple(self.betas))
+
+
+@dataclass(frozen=True)
+class LatencyConfig:
+    """The deployment whose latency is measured, which may differ from the training's set-up.
+
+    Args:
+        device: `cpu`, `cuda` or `cuda:N`.
+        engine: what runs the network; see `nas.engines.ENGINES`.
+        dtype: of weights and activations.
+        batch_size, resolution, num_classes: of the deployed network.
+        threads: CPU threads; one is steadiest, and ranks networks as more do.
+        seconds: time one candidate and its anchor are sampled for.
+    """
+
+    device: str = "cpu"
+    engine: str = "torchscript"
+    dtype: str = "float32"
+    batch_size: int = 1
+    resolution: int = 32
+    num_classes: int = 10
+    threads: int = 1
+    seconds: float = 1.5
+
+    def __post_init__(self) -> None:
+        _require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
+        _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
+        _require(self.resolution >= 8, "resolution", self.resolution, "at least 8 pixels")
+        _require(self.num_classes >= 1, "num_classes", self.num_classes, "at least 1")
+        _require(self.threads >= 1, "threads", self.threads, "at least 1")
+        _require(self.seconds > 0, "seconds", self.seconds, "positive")
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Hard limits on a candidate; one over any of them is not trained. None is no limit."""
+
+    latency_ms: float | None = None
+    params: int | None = None
+    macs: int | None = None
+    memory_mb: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in dataclasses.asdict(self).items():
+            _require(value is None or value > 0, name, value, "positive")
+
+    def excess(self, **measured: float) -> dict[str, float]:
+        """Limit name -> measured / limit - 1 for each measured quantity that has a limit; above 0 is a violation."""
+        limits = dataclasses.asdict(self)
+        return {name: value / limits[name] - 1 for name, value in measured.items() if limits[name] is not None}
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """A whole search: `nas.search.run(SearchConfig(budget=200))` is what `python run_search.py --budget 200` does.
+
+    Args:
+        budget: distinct architectures fully evaluated in the study when it is done, earlier runs counted in.
+        time_limit_s: end earlier, as cleanly; None is no limit.
+        storage: any SQLAlchemy URL.
+        study: name of the study in that database.
+
+    Raises:
+        ValueError: naming the field and its value.
+    """
+
+    budget: int = 200
+    time_limit_s: float | None = None
+    storage: str = DEFAULT_STORAGE
+    study: str = DEFAULT_STUDY
+    space: SearchSpace = field(default_factory=lambda: load_space("small"))
+    data: DataConfig = field(default_factory=DataConfig)
+    proxy: ProxyConfig = field(default_factory=ProxyConfig)
+    latency: LatencyConfig = field(default_factory=LatencyConfig)
+    limits: Limits = field(default_factory=Limits)
+    sampler: str = "tpe"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _require(self.budget >= 1, "budget", self.budget, "at least 1")
+        _require(self.time_limit_s is None or self.time_limit_s > 0, "time_limit", self.time_limit_s, "positive")
+        _require(self.sampler in SAMPLERS, "sampler", self.sampler, f"one of {', '.join(SAMPLERS)}")
+        _require(bool(self.study), "study", self.study, "a name")
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 2^32 - 1")
+
+    def identity(self) -> dict[str, Any]:
+        """What a study remembers and a resumed search must equal, as plain JSON values."""
+        fields = dataclasses.asdict(self)
+        for transient in ("budget", "time_limit_s", "storage", "study"):
+            del fields[transient]
+        # Where files lie and how they came there does not change what they hold.
+        for transient in ("data_dir", "download"):
+            del fields["data"][transient]
+        return fields

@@ -1,0 +1,316 @@
+"""Data sets as tensors in memory: the embedded digits in clutter, image folders, CIFAR, and what timm can open."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from nas import clutter
+from nas.config import DataConfig
+from nas.errors import UsageError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+DIGITS_TRAIN, DIGITS_VAL = 16_000, 3_000
+# The data are the same whatever the search's seed, so that searches of different seeds can be compared.
+DATA_SEED = 0
+VAL_SHARE = 0.1  # held out of the training data where there is no validation split
+MAX_VAL_IMAGES = 5_000
+MAX_BYTES = 2 * 2**30  # of training images; a stratified subset of larger sets is used
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"}
+VAL_FOLDERS = ("val", "validation", "valid")
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """A classification data set in memory.
+
+    Args:
+        train_images, val_images: (N, 3, H, W) uint8; the validation images are held out of training.
+        train_labels, val_labels: (N,) int64.
+        classes: a name per label.
+        flip: whether a mirrored image keeps its label.
+        notes: lines the user should see, such as that a subset is used.
+    """
+
+    train_images: Tensor
+    train_labels: Tensor
+    val_images: Tensor
+    val_labels: Tensor
+    classes: tuple[str, ...]
+    flip: bool
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def mean_std(self) -> tuple[Tensor, Tensor]:
+        """Per channel (3,), in 0..1, of up to 10,000 training images."""
+        sample = self.train_images[:: max(1, len(self.train_images) // 10_000)].float() / 255
+        return sample.mean(dim=(0, 2, 3)), sample.std(dim=(0, 2, 3)).clamp_min(1e-3)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Twelve hex digits of the labels and a sample of the pixels: other data under the same name shows."""
+        digest = hashlib.sha256()
+        for images, labels in ((self.train_images, self.train_labels), (self.val_images, self.val_labels)):
+            digest.update(repr(tuple(images.shape)).encode())
+            digest.update(labels.numpy().tobytes())
+            digest.update(images[:: max(1, len(images) // 100)].numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+
+def load(config: DataConfig) -> ImageData:
+    """The data set that `config` names.
+
+    Raises:
+        UsageError: unknown data, missing files, an empty or single-class set, an unreadable or non-RGB image.
+    """
+    name = config.source
+    if name == "digits":
+        data = _digits(config.resolution)
+    elif name in ("cifar10", "cifar100"):
+        data = _cifar(config)
+    elif Path(name).is_dir():
+        data = _folder(Path(name), config.resolution)
+    elif "/" in name and not name.startswith((".", "/", "~")):
+        data = _timm(config)
+    else:
+        raise UsageError(
+            f"--data {name}: not digits, cifar10 or cifar100, no such folder, and no name that timm's create_dataset "
+            "takes (such as torch/cifar10 or hfds/NAME)"
+        )
+    if len(data.classes) < 2 or len(data.train_labels.unique()) < 2:
+        raise UsageError(f"--data {name}: holds images of {len(data.classes)} class(es), at least 2 are needed")
+    return data
+
+
+def cache_folder() -> Path:
+    """Where made data is kept: `$XDG_CACHE_HOME/convfirst-nas`, by default under `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convfirst-nas"
+
+
+# -- the embedded digits -------------------------------------------------------------------------------------------
+
+
+def _digits(resolution: int) -> ImageData:
+    path = cache_folder() / f"digits_v{clutter.RECIPE_VERSION}_{resolution}px_seed{DATA_SEED}.pt"
+    tensors = _read_cache(path)
+    if tensors is None:
+        train_digits, val_digits = clutter.split_digits(DATA_SEED)
+        train_images, train_labels = clutter.compose(train_digits, DIGITS_TRAIN, resolution, seed=DATA_SEED)
+        val_images, val_labels = clutter.compose(val_digits, DIGITS_VAL, resolution, seed=DATA_SEED + 1)
+        tensors = dict(
+            train_images=train_images, train_labels=train_labels, val_images=val_images, val_labels=val_labels
+        )
+        _write_cache(path, tensors)
+    # A mirrored 2 is no 2.
+    return ImageData(
+        tensors["train_images"], tensors["train_labels"], tensors["val_images"], tensors["val_labels"],
+        classes=tuple("0123456789"), flip=False,
+    )  # fmt: skip
+
+
+def _read_cache(path: Path) -> dict[str, Tensor] | None:
+    try:
+        tensors: dict[str, Tensor] = torch.load(path, weights_only=True)
+        return tensors
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # whatever a damaged file makes torch.load raise: the cache can be made again
+        warnings.warn(f"{path}: made again, the cached copy cannot be read ({error})", stacklevel=2)
+        return None
+
+
+def _write_cache(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
+            torch.save(tensors, part)
+        # Two processes may make it at once; each renames a whole file.
+        os.replace(part.name, path)
+    except OSError as error:
+        warnings.warn(f"{path}: not cached ({error}); it is made anew each time", stacklevel=2)
+
+
+# -- image files ---------------------------------------------------------------------------------------------------
+
+
+def _folder(root: Path, resolution: int) -> ImageData:
+    train_root = root / "train" if (root / "train").is_dir() else root
+    val_root = next((root / name for name in VAL_FOLDERS if (root / name).is_dir()), None)
+    held_out = {val_root.name} | {"test"} if val_root and train_root == root else set()
+    classes = sorted(
+        entry.name
+        for entry in train_root.iterdir()
+        if entry.is_dir() and not entry.name.startswith(".") and entry.name not in held_out
+    )
+    train = _image_files(train_root, classes)
+    if not train:
+        raise UsageError(f"--data {root}: no images in class subfolders of {train_root}")
+    present = sorted({label for _, label in train})
+    if len(present) < 2:
+        raise UsageError(f"--data {root}: all images are of one class ({classes[present[0]]}), at least 2 are needed")
+    empty = [name for label, name in enumerate(classes) if label not in present]
+    if empty:
+        raise UsageError(f"--data {root}: class folder {empty[0]} holds no image")
+    if val_root:
+        val = _image_files(val_root, classes)
+        strangers = sorted({e.name for e in val_root.iterdir() if e.is_dir()} - set(classes))
+        if strangers:
+            raise UsageError(f"--data {root}: {val_root.name} has the class {strangers[0]}, which training has not")
+        if not val:
+            raise UsageError(f"--data {root}: no images in class subfolders of {val_root}")
+    else:
+        train, val = _split(train, [label for _, label in train], str(root))
+    return _assemble(
+        str(root), train, val, classes, lambda item: (_read_image(str(root), item[0], resolution), item[1]), resolution
+    )
+
+
+def _image_files(root: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
+    return [
+        (path, label)
+        for label, name in enumerate(classes)
+        for path in sorted((root / name).rglob("*"))
+        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+    ]
+
+
+def _read_image(data: str, path: Path, resolution: int) -> Tensor:
+    from PIL import Image
+
+    try:
+        with Image.open(path) as image:
+            if image.mode != "RGB":
+                raise UsageError(f"--data {data}: {path} is not an RGB image (its mode is {image.mode})")
+            return _to_tensor(image, resolution)
+    except OSError as error:
+        raise UsageError(f"--data {data}: {path} cannot be read as an image ({error})") from error
+
+
+def _to_tensor(image: Image.Image, resolution: int) -> Tensor:
+    """A PIL image as (3, resolution, resolution) uint8: shorter side resized, centre cropped."""
+    from PIL import Image, ImageOps
+
+    if image.size != (resolution, resolution):
+        image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
+
+
+# -- torchvision and timm ------------------------------------------------------------------------------------------
+
+
+def _cifar(config: DataConfig) -> ImageData:
+    from torchvision import datasets
+
+    dataset_class = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[config.source]
+    try:
+        dataset = dataset_class(config.data_dir, train=True, download=config.download)
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        hint = "" if config.download else "; --download fetches them"
+        raise UsageError(
+            f"--data {config.source}: its official files cannot be read in --data-dir {config.data_dir}"
+            f" ({_first_line(error)}){hint}"
+        ) from error
+    items = list(zip(dataset.data, dataset.targets, strict=True))
+    train, val = _split(items, dataset.targets, config.source)
+    return _assemble(
+        config.source, train, val, dataset.classes,
+        lambda item: (_array_to_tensor(item[0], config.resolution), item[1]), config.resolution,
+    )  # fmt: skip
+
+
+def _array_to_tensor(array: np.ndarray, resolution: int) -> Tensor:
+    from PIL import Image
+
+    return _to_tensor(Image.fromarray(array), resolution)
+
+
+def _timm(config: DataConfig) -> ImageData:
+    from timm.data import create_dataset
+
+    def open_split(split: str) -> Any:
+        return create_dataset(
+            config.source, root=config.data_dir, split=split, download=config.download, input_img_mode="RGB",
+            is_training=False,
+        )  # fmt: skip
+
+    try:
+        dataset = open_split("train")
+    except Exception as error:  # the readers behind this call raise whatever their libraries raise
+        raise UsageError(
+            f"--data {config.source}: timm cannot open it in --data-dir {config.data_dir} "
+            f"({type(error).__name__}: {_first_line(error)})"
+        ) from error
+    targets = [int(dataset[index][1]) for index in range(len(dataset))]
+    train, val = _split(list(range(len(dataset))), targets, config.source)
+
+    def read(index: int) -> tuple[Tensor, int]:
+        image = dataset[index][0]
+        return _to_tensor(image.convert("RGB"), config.resolution), targets[index]
+
+    classes = getattr(dataset, "classes", None) or [str(label) for label in range(max(targets) + 1)]
+    return _assemble(config.source, train, val, classes, read, config.resolution)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+# -- shared --------------------------------------------------------------------------------------------------------
+
+
+def _split(items: Sequence[Any], labels: Sequence[int], data: str) -> tuple[list[Any], list[Any]]:
+    """Items into training and validation, `VAL_SHARE` of every class (at least one image) for validation."""
+    by_class = defaultdict(list)
+    for index, label in enumerate(labels):
+        by_class[label].append(index)
+    rng = np.random.default_rng(DATA_SEED)
+    held_out: set[int] = set()
+    for label, indices in sorted(by_class.items()):
+        if len(indices) < 2:
+            raise UsageError(f"--data {data}: class {label} has one image, and one is needed on each side of the split")
+        count = max(1, round(VAL_SHARE * len(indices)))
+        held_out.update(rng.permutation(indices)[:count].tolist())
+    train = [item for index, item in enumerate(items) if index not in held_out]
+    return train, [items[index] for index in sorted(held_out)]
+
+
+def _assemble(
+    data: str,
+    train: Sequence[Any],
+    val: Sequence[Any],
+    classes: Sequence[str],
+    read: Callable[[Any], tuple[Tensor, int]],
+    resolution: int,
+) -> ImageData:
+    """Read the items into tensors; of more than fits `MAX_BYTES` or `MAX_VAL_IMAGES`, an even random subset."""
+    notes = []
+    parts: list[Tensor] = []
+    rng = np.random.default_rng(DATA_SEED)
+    most = {"training": MAX_BYTES // (3 * resolution**2), "validation": MAX_VAL_IMAGES}
+    for part, items in (("training", train), ("validation", val)):
+        if len(items) > most[part]:
+            notes.append(f"{data}: {most[part]:,} of {len(items):,} {part} images are used")
+            items = [items[index] for index in sorted(rng.permutation(len(items))[: most[part]])]
+        images = torch.empty(len(items), 3, resolution, resolution, dtype=torch.uint8)
+        labels = torch.empty(len(items), dtype=torch.int64)
+        for index, item in enumerate(items):
+            images[index], labels[index] = read(item)
+        parts += [images, labels]
+    train_images, train_labels, val_images, val_labels = parts
+    return ImageData(
+        train_images, train_labels, val_images, val_labels, classes=tuple(classes), flip=True, notes=tuple(notes),
+    )  # fmt: skip

@@ -1,0 +1,76 @@
+"""What runs a network when its latency is measured: one function per engine, found by name.
+
+An engine takes a timm network in evaluation mode and returns the module that would be deployed, on the device and in
+the dtype asked for. The latency meter knows nothing else about it, so that a new engine is one entry of `ENGINES`.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from kernels.fold import fold_batch_norms
+from nas.config import LatencyConfig
+from nas.errors import CandidateFailed
+
+Prepare = Callable[[nn.Module, Tensor], nn.Module]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """`prepare` makes the deployed module of a folded channels_last one, given an example input (N, C, H, W)."""
+
+    prepare: Prepare
+    devices: tuple[str, ...]
+
+
+def _eager(model: nn.Module, example: Tensor) -> nn.Module:
+    return model
+
+
+def _torchscript(model: nn.Module, example: Tensor) -> nn.Module:
+    """Traced and frozen: at batch 1 half of the eager time on a CPU is dispatch."""
+    with warnings.catch_warnings():
+        # Deprecated in torch 2.11, and still the fastest engine that needs no compiler.
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, example, check_trace=False)
+        module: nn.Module = torch.jit.freeze(traced)
+        return module
+
+
+def _compile(model: nn.Module, example: Tensor) -> nn.Module:
+    # Each candidate is another network: without the reset, recompilation limits would fall back to eager.
+    torch.compiler.reset()
+    return cast(nn.Module, torch.compile(model))
+
+
+ENGINES = {
+    "eager": Engine(_eager, ("cpu", "cuda")),
+    "torchscript": Engine(_torchscript, ("cpu",)),
+    "compile": Engine(_compile, ("cpu", "cuda")),
+}
+DEFAULT_ENGINE = {"cpu": "torchscript", "cuda": "eager"}
+
+
+def deploy(network: nn.Module, config: LatencyConfig, example: Tensor) -> nn.Module:
+    """The module that the engine of `config` runs: batch norms folded, channels_last, in the deployment's dtype.
+
+    Raises:
+        CandidateFailed: the engine cannot compile this network.
+    """
+    folded = fold_batch_norms(network.eval())
+    folded = folded.to(  # type: ignore[call-overload]
+        torch.device(config.device), getattr(torch, config.dtype), memory_format=torch.channels_last
+    ).requires_grad_(False)
+    try:
+        with torch.inference_mode():
+            module = ENGINES[config.engine].prepare(folded, example)
+            module(example)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        raise CandidateFailed(f"engine {config.engine} does not compile it: {error}".splitlines()[0]) from error
+    return module

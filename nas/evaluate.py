@@ -1,0 +1,167 @@
+"""One candidate, scored: counted, timed, and, unless a limit forbids it, trained."""
+
+from __future__ import annotations
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from kernels.timing import DeviceInfo
+from nas import data as image_data
+from nas import proxy
+from nas.config import Limits, SearchConfig
+from nas.engines import ENGINES
+from nas.errors import CandidateFailed, UsageError
+from nas.latency import Latency, LatencyMeter
+from nas.proxy import ProxyResult
+from search_spaces import ArchSpec, Cost, cost
+from studies import CandidateState
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a candidate. `constraints` are shares over each limit, above 0 where it is broken."""
+
+    state: CandidateState
+    cost: Cost
+    total_seconds: float
+    reason: str | None = None
+    latency: Latency | None = None
+    latency_seconds: float | None = None
+    proxy: ProxyResult | None = None
+    constraints: dict[str, float] | None = None
+
+
+class Evaluator(Protocol):
+    """What the search needs to know of a candidate; the tests put a fast fake in its place."""
+
+    device: DeviceInfo
+    data_fingerprint: str
+    notes: tuple[str, ...]
+
+    def start(self, anchor_ms: float | None) -> float:
+        """Get ready to measure; returns the anchor's reference latency, measured now if it is None."""
+        ...
+
+    def cost(self, arch: ArchSpec) -> Cost: ...
+
+    def measure(self, arch: ArchSpec) -> Latency: ...
+
+    def train(self, arch: ArchSpec) -> ProxyResult: ...
+
+
+class RealEvaluator:
+    """Trains and times for real, as `config` says.
+
+    Raises:
+        UsageError: the data cannot be loaded, or the device is not there.
+    """
+
+    def __init__(self, config: SearchConfig) -> None:
+        self.config = config
+        self.torch_device = check_device(config)
+        if config.proxy.deterministic:
+            # cuBLAS reads it when it is first used.
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            torch.use_deterministic_algorithms(True)
+        data = image_data.load(config.data)
+        self.device = DeviceInfo.of(self.torch_device)
+        self.data_fingerprint = data.fingerprint
+        self.notes = data.notes
+        self.num_classes = len(data.classes)
+        torch.set_num_threads(config.proxy.threads)
+        self.batches = proxy.Batches(data, self.torch_device)
+
+    def start(self, anchor_ms: float | None) -> float:
+        anchor = self.config.space.anchor().build(self.config.latency.num_classes)
+        self.meter = LatencyMeter(self.config.latency, anchor, anchor_ms)
+        return self.meter.reference_ms
+
+    def cost(self, arch: ArchSpec) -> Cost:
+        return cost(arch, self.config.latency.resolution, self.config.latency.num_classes)
+
+    def measure(self, arch: ArchSpec) -> Latency:
+        return self.meter.measure(arch.build(self.config.latency.num_classes))
+
+    def train(self, arch: ArchSpec) -> ProxyResult:
+        # Every candidate starts from the same seed and sees the same images in the same order.
+        torch.manual_seed(self.config.seed)
+        network = arch.build(self.num_classes)
+        return proxy.train(network, self.batches, self.config.proxy, self.config.seed)
+
+
+def check_device(config: SearchConfig) -> torch.device:
+    """The device of the search.
+
+    Raises:
+        UsageError: there is no such device here, or the engine or dtype does not run on it.
+    """
+    name, engine = config.latency.device, config.latency.engine
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name}: not a device (cpu, cuda or cuda:N)") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: not a device (cpu, cuda or cuda:N)")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError(f"--device {name}: no CUDA device here")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UsageError(f"--device {name}: there are only {torch.cuda.device_count()} CUDA devices here")
+    if engine not in ENGINES:
+        raise UsageError(f"--engine {engine}: none of {', '.join(ENGINES)}")
+    if device.type not in ENGINES[engine].devices:
+        raise UsageError(f"--engine {engine}: does not run on {device.type}")
+    if device.type == "cpu" and config.latency.dtype == "float16":
+        raise UsageError("--dtype float16: not on the CPU, whose kernels for it are far slower than float32's")
+    return device
+
+
+def evaluate(arch: ArchSpec, evaluator: Evaluator, limits: Limits) -> Outcome:
+    """Count, time and train one candidate, cheapest first, stopping at the first broken limit.
+
+    A candidate that cannot run is a result; anything else that goes wrong is a bug, and raised.
+    """
+    begin = time.perf_counter()
+    counted = evaluator.cost(arch)
+    latency, latency_seconds = None, None
+    constraints: dict[str, float] = {}
+
+    def outcome(state: CandidateState, reason: str | None = None, result: ProxyResult | None = None) -> Outcome:
+        seconds = time.perf_counter() - begin
+        return Outcome(state, counted, seconds, reason, latency, latency_seconds, result, constraints)
+
+    try:
+        constraints |= limits.excess(params=counted.params, macs=counted.macs)
+        if broken := _broken(constraints):
+            return outcome(CandidateState.OVER_LIMIT, broken)
+        latency_begin = time.perf_counter()
+        latency = evaluator.measure(arch)
+        latency_seconds = time.perf_counter() - latency_begin
+        constraints |= limits.excess(latency_ms=latency.median_ms, memory_mb=latency.memory_mb)
+        if broken := _broken(constraints):
+            return outcome(CandidateState.OVER_LIMIT, broken)
+        return outcome(CandidateState.COMPLETE, result=evaluator.train(arch))
+    except CandidateFailed as error:
+        return outcome(CandidateState.FAILED, str(error))
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        return outcome(CandidateState.FAILED, "out of memory")
+
+
+def _broken(constraints: dict[str, float]) -> str | None:
+    parts = [f"{name} {excess:+.0%} over the limit" for name, excess in constraints.items() if excess > 0]
+    return ", ".join(parts) or None
+
+
+def _out_of_memory(error: BaseException) -> bool:
+    # The CPU allocator has no exception of its own.
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in str(error) for words in ("can't allocate memory", "not enough memory", "CUDA out of memory")
+    )

@@ -1,0 +1,45 @@
+"""Dominance, the Pareto front and hypervolume of (accuracy up, latency down): pure functions on arrays."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+Vector = Sequence[float] | np.ndarray
+
+
+def front(accuracy: Vector, latency_ms: Vector) -> np.ndarray:
+    """Indices of the points that no other dominates, from the fastest to the slowest.
+
+    A point dominates another if it is at least as accurate and at least as fast, and better in one of the two. Equal
+    points do not dominate each other: both are in the front.
+
+    Args:
+        accuracy, latency_ms: (n,) each.
+    """
+    accuracy, latency_ms = np.asarray(accuracy, float), np.asarray(latency_ms, float)
+    # By latency, and within equal latencies from the most accurate down.
+    order = np.lexsort((-accuracy, latency_ms))
+    members: list[int] = []
+    best, best_latency = -np.inf, np.nan
+    for index in order:
+        equal = accuracy[index] == best and latency_ms[index] == best_latency
+        if accuracy[index] > best or equal:
+            members.append(int(index))
+            best, best_latency = accuracy[index], latency_ms[index]
+    return np.asarray(members, dtype=int)
+
+
+def hypervolume(accuracy: Vector, latency_ms: Vector, reference_latency_ms: float) -> float:
+    """Share of the rectangle (accuracy 0 to 1) x (latency 0 to the reference) that the points dominate, in 0..1.
+
+    Points slower than the reference count for nothing.
+    """
+    accuracy, latency_ms = np.asarray(accuracy, float), np.asarray(latency_ms, float)
+    inside = latency_ms < reference_latency_ms
+    accuracy, latency_ms = accuracy[inside], latency_ms[inside]
+    members = front(accuracy, latency_ms)
+    # From one member's latency to the next slower one's (the last: to the reference) its accuracy is the height.
+    edges = np.append(latency_ms[members], reference_latency_ms)
+    return float((np.diff(edges) * accuracy[members]).sum() / reference_latency_ms)

@@ -1,0 +1,172 @@
+"""The search, from top to bottom: propose, evaluate, record, until the budget is met."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import dataclass
+from typing import Protocol
+
+import pandas as pd
+
+from nas.config import SearchConfig
+from nas.evaluate import Evaluator, Outcome, RealEvaluator, evaluate
+from nas.pareto import front, hypervolume
+from nas.study import LiveStudy, open_study, refuse_early
+from nas.versions import versions
+from search_spaces import ArchSpec
+from studies import CandidateState
+
+# Candidates in a row that failed or broke a limit: past this the limits or the machine want a look.
+MAX_BARREN = 200
+
+
+@dataclass(frozen=True)
+class Event:
+    """A candidate has been recorded."""
+
+    arch: ArchSpec
+    outcome: Outcome
+    complete: int
+    budget: int
+    best_accuracy: float
+    front_size: int
+    hypervolume: float
+    seconds_left: float | None
+
+
+class Progress(Protocol):
+    """Who is told of a search's course."""
+
+    def note(self, line: str) -> None: ...
+
+    def begin(self, complete: int, budget: int) -> None: ...
+
+    def candidate(self, event: Event) -> None: ...
+
+
+class Silent:
+    """Progress that nobody looks at."""
+
+    def note(self, line: str) -> None:
+        pass
+
+    def begin(self, complete: int, budget: int) -> None:
+        pass
+
+    def candidate(self, event: Event) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Seconds that this run spent: on training, on latency, and in all."""
+
+    training: float
+    latency: float
+    total: float
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a run ends with.
+
+    Args:
+        complete: distinct architectures fully evaluated in the study, earlier runs counted in.
+        why: the line that says why the run ended.
+        pareto_front: the study's front as the view of that name shows it, fastest first.
+        hypervolume: of the front, in 0..1; see `LiveStudy.reference_latency_ms`.
+        shares: where this run's time went.
+    """
+
+    complete: int
+    why: str
+    pareto_front: pd.DataFrame
+    hypervolume: float
+    shares: Shares
+
+
+def run(config: SearchConfig, evaluator: Evaluator | None = None, progress: Progress | None = None) -> SearchResult:
+    """Search until the study holds `config.budget` complete candidates, going on where an earlier run stopped.
+
+    Args:
+        config: the whole search.
+        evaluator: scores candidates; by default trains and times them for real.
+        progress: told of every candidate.
+
+    Raises:
+        UsageError: what was asked for cannot be done; nothing was begun.
+        studies.StorageError: the database cannot be used, or no longer; what was finished is kept.
+        KeyboardInterrupt: after the running candidate was closed.
+    """
+    begin = time.perf_counter()
+    progress = progress or Silent()
+    refuse_early(config)
+    if evaluator is None:
+        progress.note("loading data")
+        evaluator = RealEvaluator(config)
+    for line in evaluator.notes:
+        progress.note(line)
+    with open_study(config, evaluator, json.dumps(versions())) as study:
+        progress.begin(len(study.complete), config.budget)
+        why, training, latency = _loop(config, study, evaluator, progress, begin)
+        return SearchResult(
+            complete=len(study.complete),
+            why=why,
+            pareto_front=study.store.front(config.study),
+            hypervolume=study_hypervolume(study),
+            shares=Shares(training, latency, time.perf_counter() - begin),
+        )
+
+
+def _loop(
+    config: SearchConfig, study: LiveStudy, evaluator: Evaluator, progress: Progress, begin: float
+) -> tuple[str, float, float]:
+    """Returns why it ended, and the seconds spent training and measuring latency."""
+    training = latency = 0.0
+    barren = 0
+    loop_begin, complete_before = time.perf_counter(), len(study.complete)
+    while len(study.complete) < config.budget:
+        if config.time_limit_s is not None and time.perf_counter() - begin >= config.time_limit_s:
+            return f"time limit of {config.time_limit_s:g} s reached", training, latency
+        if barren >= MAX_BARREN:
+            return f"the last {barren} candidates all failed or broke a limit", training, latency
+        proposed = study.propose()
+        if proposed is None:
+            return f"the space {config.space.name!r} yields nothing new", training, latency
+        proposal, trial_id = proposed
+        outcome = evaluate(proposal.arch, evaluator, config.limits)
+        study.record(proposal, trial_id, outcome)
+
+        barren = 0 if outcome.state == CandidateState.COMPLETE else barren + 1
+        training += outcome.proxy.seconds if outcome.proxy else 0.0
+        latency += outcome.latency_seconds or 0.0
+        done = len(study.complete) - complete_before
+        seconds_each = (time.perf_counter() - loop_begin) / done if done else None
+        left = config.budget - len(study.complete)
+        progress.candidate(_event(config, study, proposal.arch, outcome, seconds_each and seconds_each * left))
+    return "budget met", training, latency
+
+
+def _event(
+    config: SearchConfig, study: LiveStudy, arch: ArchSpec, outcome: Outcome, seconds_left: float | None
+) -> Event:
+    accuracy = [measured.accuracy for measured in study.complete]
+    latency_ms = [measured.latency_ms for measured in study.complete]
+    return Event(
+        arch=arch,
+        outcome=outcome,
+        complete=len(study.complete),
+        budget=config.budget,
+        best_accuracy=max(accuracy, default=0.0),
+        front_size=len(front(accuracy, latency_ms)),
+        hypervolume=study_hypervolume(study),
+        seconds_left=seconds_left,
+    )
+
+
+def study_hypervolume(study: LiveStudy) -> float:
+    """Hypervolume of the study's complete candidates, in 0..1."""
+    accuracy = [measured.accuracy for measured in study.complete]
+    latency_ms = [measured.latency_ms for measured in study.complete]
+    return hypervolume(accuracy, latency_ms, study.reference_latency_ms)

@@ -1,0 +1,313 @@
+"""A study that is being searched: claimed, recovered, proposing and recording."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import optuna
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+
+import studies
+from nas.config import SearchConfig
+from nas.errors import UsageError
+from nas.evaluate import Evaluator, Outcome
+from nas.sampling import Proposal, Proposer
+from search_spaces import ArchSpec
+from studies import Candidate, CandidateState, Owner, StorageError, Store
+
+# After this many known architectures in a row the sampler is helped out by random draws.
+MAX_DUPLICATES = 10
+TOLD = {
+    CandidateState.COMPLETE: TrialState.COMPLETE,
+    # Never COMPLETE: the dashboard does not read Optuna 5's constraints, and would draw it on the front.
+    CandidateState.OVER_LIMIT: TrialState.PRUNED,
+    CandidateState.FAILED: TrialState.FAIL,
+}
+REASON, DUPLICATE_OF = "reason", "duplicate_of"
+
+
+def differences(stored: Any, now: Any, path: str = "") -> list[str]:
+    """One `name: study has A, now B` for each value that differs between two nested plain values."""
+    if isinstance(stored, dict) and isinstance(now, dict):
+        lines = []
+        for key in dict.fromkeys([*stored, *now]):
+            lines += differences(stored.get(key), now.get(key), f"{path}.{key}" if path else str(key))
+        return lines
+    if isinstance(stored, list) and isinstance(now, list) and len(stored) == len(now) and path.endswith("stages"):
+        lines = []
+        for number, (one, other) in enumerate(zip(stored, now, strict=True), start=1):
+            lines += differences(one, other, f"{path}.{number}")
+        return lines
+    return [] if stored == now else [f"{path}: study has {stored}, now {now}"]
+
+
+def plain(value: Any) -> Any:
+    """As JSON gives it back: tuples become lists."""
+    return json.loads(json.dumps(value))
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A complete candidate's two objectives."""
+
+    accuracy: float
+    latency_ms: float
+
+
+def check_same_config(config: SearchConfig, study: studies.Study) -> None:
+    """Raises UsageError where the study was begun under another configuration."""
+    if lines := differences(json.loads(study.config), plain(config.identity())):
+        raise UsageError(
+            f"--study {config.study}: was begun with another configuration ({'; '.join(lines)}); "
+            "use its settings, or another --study"
+        )
+
+
+def refuse_early(config: SearchConfig) -> None:
+    """What can be refused before data are loaded: another configuration, another owner, an unusable storage.
+
+    Raises:
+        UsageError, StorageError: with the reason.
+    """
+    Store.check_writable(config.storage)
+    store = Store.open(config.storage, create=False)
+    if store is None:
+        return
+    try:
+        if row := store.find_study(config.study):
+            check_same_config(config, row)
+            store.check_claimable(row, Owner.me())
+    finally:
+        store.close()
+
+
+def check_same_set_up(config: SearchConfig, study: studies.Study, evaluator: Evaluator) -> None:
+    """Raises UsageError where the study's figures come from another device, other versions or other data."""
+    device = {name: getattr(study.device, name) for name in asdict(evaluator.device)}
+    if lines := differences(device, asdict(evaluator.device)):
+        raise UsageError(
+            f"--study {config.study}: its latencies were measured elsewhere ({'; '.join(lines)}); use another --study"
+        )
+    if study.data_fingerprint != evaluator.data_fingerprint:
+        raise UsageError(f"--data {config.data.source}: holds other images than when --study {config.study} was begun")
+
+
+class LiveStudy:
+    """The study of a running search. Make one with `open_study`, which claims it for this process.
+
+    Attributes:
+        complete: the objectives of each complete candidate, in order.
+        known: arch_id -> trial number of every evaluated candidate, whatever its outcome.
+    """
+
+    def __init__(self, store: Store, row: studies.Study, config: SearchConfig, anchor_ms: float) -> None:
+        self.store = store
+        self.row = row
+        self.config = config
+        self.anchor_ms = anchor_ms
+        self.optuna = store.load_optuna_study(config.study)
+        self.recover()
+        candidates = store.candidates(row.study_id)
+        self.known = {candidate.arch_id: candidate.number for candidate in candidates}
+        self.complete = [
+            Measured(candidate.accuracy, candidate.latencies[0].median_ms)
+            for candidate in candidates
+            if candidate.state == CandidateState.COMPLETE and candidate.accuracy is not None
+        ]
+        self.proposer = Proposer(
+            config.space, config.sampler, config.seed, self.optuna.directions, self.optuna.get_trials(deepcopy=False)
+        )
+        self.size = config.space.size()
+        # The fast end of the front and its middle, so that a sampler has them to build on from the start. Random search
+        # stays what it is: the plain baseline.
+        self.openers = () if config.sampler == "random" else (config.space.smallest(), config.space.anchor())
+
+    @property
+    def reference_latency_ms(self) -> float:
+        """The hypervolume's: the latency limit, or else twice the anchor's latency, where the slow ones are."""
+        return self.config.limits.latency_ms or 2 * self.anchor_ms
+
+    def recover(self) -> None:
+        """Close every trial left running: as its row says if it has one, else as failed.
+
+        Only the one process that holds the claim calls this, so no owner of such a trial still lives.
+        """
+        open_states = (TrialState.RUNNING, TrialState.WAITING)
+        left = self.optuna.get_trials(deepcopy=False, states=open_states)
+        if not left:
+            return
+        rows = {candidate.trial_id: candidate for candidate in self.store.candidates(self.row.study_id)}
+        for trial in left:
+            row = rows.get(trial._trial_id)
+            if row is None:
+                self._set_attrs(trial._trial_id, {REASON: "interrupted"})
+                self.store.optuna_storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+            else:
+                self._tell(trial, row, self._constraints_of(row))
+
+    def propose(self) -> tuple[Proposal, int] | None:
+        """The next architecture that was never evaluated, and its trial's id; None where the space has no more.
+
+        A known architecture that the sampler proposes is recorded as a pruned trial of its own: to the samplers a
+        place where nothing is to be gained, and in the dashboard visibly not a result.
+        """
+        duplicates = 0
+        while len(self.known) < self.size:
+            opener = next((arch for arch in self.openers if arch.arch_id not in self.known), None)
+            if opener is not None:
+                proposal = self.proposer.propose_this(opener)
+            elif duplicates < MAX_DUPLICATES:
+                proposal = self.proposer.propose()
+            else:
+                unseen = self.proposer.propose_unseen(self.known)
+                if unseen is None:
+                    return None
+                proposal = unseen
+            first = self.known.get(proposal.arch.arch_id)
+            if first is None:
+                return proposal, self._add_trial(proposal, TrialState.RUNNING, self._first_attrs(proposal.arch))
+            duplicates += 1
+            self._add_trial(proposal, TrialState.PRUNED, {DUPLICATE_OF: first, "arch": str(proposal.arch)})
+            self.proposer.tell(None, TrialState.PRUNED, {})
+        return None
+
+    def record(self, proposal: Proposal, trial_id: int, outcome: Outcome) -> None:
+        """Write a candidate's rows, then tell Optuna, then the sampler's copy."""
+        row = self._row(proposal, trial_id, outcome)
+        self.store.add_candidate(row)
+        constraints = outcome.constraints or {}
+        trial = self.optuna._storage.get_trial(trial_id)
+        self._tell(trial, row, constraints)
+        self.proposer.tell(_values(row), TOLD[outcome.state], constraints)
+        self.known[proposal.arch.arch_id] = proposal.number
+        if outcome.state == CandidateState.COMPLETE and outcome.proxy and outcome.latency:
+            self.complete.append(Measured(outcome.proxy.accuracy, outcome.latency.median_ms))
+
+    # -- Optuna's side ---------------------------------------------------------------------------------------------
+
+    def _add_trial(self, proposal: Proposal, state: TrialState, user_attrs: dict[str, Any]) -> int:
+        trial_id = self.store.optuna_storage.create_new_trial(
+            self.row.study_id,
+            create_trial(
+                state=state, params=proposal.params, distributions=proposal.distributions, user_attrs=user_attrs,
+                system_attrs=proposal.system_attrs,
+            ),
+        )  # fmt: skip
+        number = self.store.optuna_storage.get_trial_number_from_id(trial_id)
+        if number != proposal.number:
+            raise StorageError(f"another program adds trials to the study {self.config.study!r}")
+        return trial_id
+
+    def _first_attrs(self, arch: ArchSpec) -> dict[str, Any]:
+        return {
+            "arch": str(arch),
+            "arch_id": arch.arch_id,
+            "device": self.row.device.name,
+            "engine": self.config.latency.engine,
+        }
+
+    def _set_attrs(self, trial_id: int, attrs: dict[str, Any]) -> None:
+        for key, value in attrs.items():
+            self.store.optuna_storage.set_trial_user_attr(trial_id, key, value)
+
+    def _tell(self, trial: FrozenTrial, row: Candidate, constraints: dict[str, float]) -> None:
+        self._set_attrs(trial._trial_id, _last_attrs(row))
+        # Some may be there already, if an earlier process was killed just here.
+        if missing := constraints.keys() - trial.constraints.keys():
+            live = Trial(self.optuna, trial._trial_id)
+            for key in sorted(missing):
+                live.set_constraint(key, constraints[key])
+        self.optuna.tell(trial.number, _values(row), TOLD[CandidateState(row.state)])
+
+    def _constraints_of(self, row: Candidate) -> dict[str, float]:
+        limits = self.config.limits
+        constraints = limits.excess(params=row.params, macs=row.macs)
+        for latency in row.latencies:
+            memory_mb = (latency.weight_bytes + latency.workspace_bytes) / 1e6
+            constraints |= limits.excess(latency_ms=latency.median_ms, memory_mb=memory_mb)
+        return constraints
+
+    # -- our side --------------------------------------------------------------------------------------------------
+
+    def _row(self, proposal: Proposal, trial_id: int, outcome: Outcome) -> Candidate:
+        row = Candidate(
+            trial_id=trial_id, study_id=self.row.study_id, number=proposal.number, arch_id=proposal.arch.arch_id,
+            arch=proposal.arch.to_json(), summary=str(proposal.arch), params=outcome.cost.params,
+            macs=outcome.cost.macs, state=outcome.state, reason=outcome.reason, seed=self.config.seed,
+            latency_seconds=outcome.latency_seconds, total_seconds=outcome.total_seconds,
+        )  # fmt: skip
+        if outcome.latency:
+            deployment = self.config.latency
+            row.latencies = [
+                studies.Latency(
+                    device_id=self.row.device_id, engine=deployment.engine, dtype=deployment.dtype,
+                    batch_size=deployment.batch_size, resolution=deployment.resolution, threads=deployment.threads,
+                    **asdict(outcome.latency),
+                )
+            ]  # fmt: skip
+        if outcome.proxy:
+            row.accuracy, row.loss = outcome.proxy.accuracy, outcome.proxy.loss
+            row.train_seconds, row.train_memory_bytes = outcome.proxy.seconds, outcome.proxy.train_memory_bytes
+            row.curve = [studies.CurvePoint(**asdict(point)) for point in outcome.proxy.curve]
+        return row
+
+
+def _values(row: Candidate) -> list[float] | None:
+    if row.state != CandidateState.COMPLETE or row.accuracy is None:
+        return None
+    return [row.accuracy, row.latencies[0].median_ms]
+
+
+def _last_attrs(row: Candidate) -> dict[str, Any]:
+    """What the dashboard shows of a finished trial beside its objectives."""
+    attrs: dict[str, Any] = {"params": row.params, "macs": row.macs}
+    if row.reason:
+        attrs[REASON] = row.reason
+    for latency in row.latencies:
+        attrs["latency_p20_p80_ms"] = f"{latency.p20_ms:.4g} to {latency.p80_ms:.4g}"
+        attrs["memory_mb"] = round((latency.weight_bytes + latency.workspace_bytes) / 1e6, 3)
+    attrs["seconds"] = round(row.total_seconds, 2)
+    return attrs
+
+
+@contextmanager
+def open_study(config: SearchConfig, evaluator: Evaluator, versions: str) -> Iterator[LiveStudy]:
+    """The study that `config` names, made if it is new, held for this process while the block runs.
+
+    Raises:
+        UsageError: it was begun under another configuration, device or data; or the storage cannot be used.
+    """
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    store = Store.open(config.storage, create=True)
+    assert store is not None
+    owner = Owner.me()
+    try:
+        row = store.find_study(config.study)
+        if row is None:
+            # Measured before anything is made: a study is whole or is not there.
+            anchor_ms = evaluator.start(None)
+            row = store.create_study(
+                config.study, config=json.dumps(config.identity()), data_fingerprint=evaluator.data_fingerprint,
+                versions=versions, device=asdict(evaluator.device), anchor=config.space.anchor().to_json(),
+                anchor_ms=anchor_ms,
+            )  # fmt: skip
+            store.claim(row.study_id, owner)
+        else:
+            check_same_config(config, row)
+            check_same_set_up(config, row, evaluator)
+            store.claim(row.study_id, owner)
+            anchor_ms = evaluator.start(row.anchor_ms)
+        try:
+            study = LiveStudy(store, row, config, anchor_ms)
+            try:
+                yield study
+            finally:
+                study.recover()
+        finally:
+            store.release(row.study_id, owner)
+    finally:
+        store.close()

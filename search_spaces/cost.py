@@ -1,0 +1,84 @@
+"""Parameters and multiply-accumulates of an architecture in closed form. 1 MAC = 2 FLOPs.
+
+Counted are the convolutions, the classifier and, as parameters, the scale and shift of each batch norm. The tests hold
+both figures equal to what hooks count on the built network.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import reduce
+
+from search_spaces.arch import STEM_STRIDE, ArchSpec, BlockSpec, StageSpec, stage_blocks
+
+STEM_KERNEL_SIZE = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Learned parameters and the MACs of one image."""
+
+    params: int
+    macs: int
+
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(self.params + other.params, self.macs + other.macs)
+
+
+def strided(size: int, stride: int) -> int:
+    """Output height or width of a convolution padded by half its (odd) kernel."""
+    return (size + stride - 1) // stride
+
+
+def conv_norm_cost(in_channels: int, out_channels: int, kernel_size: int, group_width: int, out_size: int) -> Cost:
+    """A bias-free convolution on to (out_size, out_size) pixels, followed by a batch norm.
+
+    `group_width` is the number of input channels that each output channel reads.
+    """
+    weights = out_channels * group_width * kernel_size**2
+    return Cost(params=weights + 2 * out_channels, macs=weights * out_size**2)
+
+
+def block_cost(block: BlockSpec, size: int) -> Cost:
+    """A ConvFirst block whose input is (size, size) pixels."""
+    out_size = strided(size, block.stride)
+    inner, expanded = block.in_channels, block.expanded_channels
+    return (
+        conv_norm_cost(inner, inner, block.kernel_size, block.group_width, out_size)
+        + conv_norm_cost(inner, expanded, 1, inner, out_size)
+        + conv_norm_cost(expanded, block.out_channels, 1, expanded, out_size)
+    )
+
+
+def stem_cost(stem_width: int, resolution: int, in_chans: int = 3) -> Cost:
+    return conv_norm_cost(in_chans, stem_width, STEM_KERNEL_SIZE, in_chans, strided(resolution, STEM_STRIDE))
+
+
+def stage_cost(in_channels: int, stage: StageSpec, size: int) -> Cost:
+    """A stage that (size, size) pixels of `in_channels` channels enter."""
+    first, *rest = stage_blocks(in_channels, stage)
+    total = block_cost(first, size)
+    if rest:
+        # The blocks after the first are all alike.
+        one = block_cost(rest[0], strided(size, stage.stride))
+        total += Cost(one.params * len(rest), one.macs * len(rest))
+    return total
+
+
+def head_cost(in_channels: int, head_width: int, num_classes: int) -> Cost:
+    """1x1 convolution with bias on the pooled pixel, then the classifier with bias."""
+    weights = in_channels * head_width + head_width * num_classes
+    return Cost(params=weights + head_width + num_classes, macs=weights)
+
+
+def cost(arch: ArchSpec, resolution: int, num_classes: int, in_chans: int = 3) -> Cost:
+    """Parameters of the network, and MACs of one (in_chans, resolution, resolution) image."""
+    parts = [stem_cost(arch.stem_width, resolution, in_chans)]
+    size = strided(resolution, STEM_STRIDE)
+    in_channels = arch.stem_width
+    for stage in arch.stages:
+        parts.append(stage_cost(in_channels, stage, size))
+        size = strided(size, stage.stride)
+        in_channels = stage.width
+    parts.append(head_cost(in_channels, arch.head_width, num_classes))
+    return reduce(Cost.__add__, parts)

@@ -1,0 +1,329 @@
+"""A search space as data: lists of choices, read from a TOML file, and the one rule that excludes combinations.
+
+The rule: a group width must divide the channels it is applied to, which are the previous stage's in a stage's first
+block and the stage's own in the blocks after it. `SearchSpace.assemble` repairs a choice that breaks it to the next
+smaller valid one, so an invalid architecture is never built; a space in which some combination cannot be repaired is
+refused when it is made.
+
+Schema of the TOML file, every key required but `description`; a choice may be a list or one value:
+
+    name = "mine"
+    description = "what it is for"
+    resolution = 32                    # pixels; the default for training and latency
+    stem_width = [16, 24, 32]          # multiples of 8
+    head_width = 256                   # multiples of 8
+    activation = ["silu", "relu"]      # of silu, relu, hard_swish, gelu
+
+    [[stages]]                         # one table a stage, from the stem to the head
+    width = [16, 24, 32]               # multiples of 8
+    kernel_size = [3, 5, 7]            # odd
+    group_width = [1, 8, 16]           # 1 is depthwise
+    expansion = [2, 3, 4]              # fractions allowed
+    blocks = [1, 2, 3]
+    stride = 1                         # 1 or 2; the stem's stride of 2 comes first, at most 32 in total
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import random
+import tomllib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from search_spaces.arch import CHANNEL_MULTIPLE, MAX_TOTAL_STRIDE, STEM_STRIDE, ArchSpec, StageSpec
+from search_spaces.cost import Cost, head_cost, stage_cost, stem_cost, strided
+
+Choice = int | float | str
+BUILTIN = resources.files("search_spaces") / "spaces"
+
+
+@dataclass(frozen=True, slots=True)
+class StageChoices:
+    """The choices of one stage, each a tuple in ascending order; the fields are those of `StageSpec`."""
+
+    width: tuple[int, ...]
+    kernel_size: tuple[int, ...]
+    group_width: tuple[int, ...]
+    expansion: tuple[float, ...]
+    blocks: tuple[int, ...]
+    stride: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        harmless: dict[str, Any] = dict(
+            width=CHANNEL_MULTIPLE, kernel_size=1, group_width=1, expansion=1.0, blocks=1, stride=1
+        )
+        for field in dataclasses.fields(self):
+            choices = _checked_choices(field.name, getattr(self, field.name))
+            for choice in choices:
+                StageSpec(**{**harmless, field.name: choice})
+            if field.name == "expansion":
+                choices = tuple(float(choice) for choice in choices)
+            object.__setattr__(self, field.name, tuple(sorted(choices)))
+
+    def valid_group_widths(self, in_channels: int, width: int, blocks: int) -> tuple[int, ...]:
+        """The group widths that divide what they are applied to: all of `in_channels`, and `width` past one block."""
+        return tuple(
+            group for group in self.group_width if in_channels % group == 0 and (blocks == 1 or width % group == 0)
+        )
+
+    def specs(self, in_channels: int) -> Iterator[StageSpec]:
+        """Every valid stage that `in_channels` channels may enter."""
+        for width, blocks in itertools.product(self.width, self.blocks):
+            groups = self.valid_group_widths(in_channels, width, blocks)
+            for kernel, group, expansion, stride in itertools.product(
+                self.kernel_size, groups, self.expansion, self.stride
+            ):
+                yield StageSpec(width, kernel, group, expansion, blocks, stride)
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """All architectures that a set of choices spans. See the module's docstring for the meaning of the fields.
+
+    Raises:
+        ValueError: naming the field, where a choice is impossible or a combination cannot be repaired.
+    """
+
+    name: str
+    description: str
+    resolution: int
+    stem_width: tuple[int, ...]
+    head_width: tuple[int, ...]
+    activation: tuple[str, ...]
+    stages: tuple[StageChoices, ...]
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"name={self.name!r} is not a name")
+        if not isinstance(self.resolution, int) or isinstance(self.resolution, bool) or self.resolution < 8:
+            raise ValueError(f"resolution={self.resolution!r} is not a whole number of at least 8 pixels")
+        object.__setattr__(self, "stages", tuple(self.stages))
+        if not self.stages:
+            raise ValueError("stages is empty: a space has at least one [[stages]] table")
+        harmless: dict[str, Any] = dict(
+            stem_width=CHANNEL_MULTIPLE, head_width=CHANNEL_MULTIPLE, activation="relu",
+            stages=(StageSpec(CHANNEL_MULTIPLE, 1, 1, 1.0, 1, 1),),
+        )  # fmt: skip
+        for name in ("stem_width", "head_width", "activation"):
+            choices = _checked_choices(name, getattr(self, name))
+            for choice in choices:
+                ArchSpec(**{**harmless, name: choice})
+            object.__setattr__(self, name, choices if name == "activation" else tuple(sorted(choices)))
+        total_stride = STEM_STRIDE
+        in_widths = self.stem_width
+        for number, stage in enumerate(self.stages, start=1):
+            total_stride *= max(stage.stride)
+            for in_width, width, blocks in itertools.product(in_widths, stage.width, stage.blocks):
+                if not stage.valid_group_widths(in_width, width, blocks):
+                    raise ValueError(
+                        f"stage {number}: no group_width of {list(stage.group_width)} divides the {in_width} channels "
+                        f"that enter it and its width of {width} (1 always does)"
+                    )
+            in_widths = stage.width
+        if total_stride > MAX_TOTAL_STRIDE:
+            raise ValueError(f"total stride {total_stride} (the stem's 2 included) is above {MAX_TOTAL_STRIDE}")
+
+    # -- text ----------------------------------------------------------------------------------------------------
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists and numbers, ready for JSON; `from_dict` is the inverse."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> SearchSpace:
+        """A space from the tables of its TOML file.
+
+        Raises:
+            ValueError: naming a wrong or missing key, or an impossible choice.
+        """
+        fields = dict(data)
+        _check_keys("the space", fields, cls, optional={"description"})
+        stages = fields["stages"]
+        if not isinstance(stages, list | tuple) or not all(isinstance(stage, dict) for stage in stages):
+            raise ValueError("stages is not a list of [[stages]] tables")
+        parsed = []
+        for number, stage in enumerate(stages, start=1):
+            _check_keys(f"stage {number}", stage, StageChoices)
+            try:
+                parsed.append(StageChoices(**{key: _as_tuple(value) for key, value in stage.items()}))
+            except ValueError as error:
+                raise ValueError(f"stage {number}: {error}") from error
+        fields["stages"] = tuple(parsed)
+        for key in ("stem_width", "head_width", "activation"):
+            fields[key] = _as_tuple(fields[key])
+        return cls(**{"description": "", **fields})
+
+    # -- parameters ----------------------------------------------------------------------------------------------
+
+    def choices(self) -> dict[str, tuple[Choice, ...]]:
+        """Parameter name -> its choices, such as `stage2_width` -> (32, 48, 64), in the order of the network."""
+        named: dict[str, tuple[Choice, ...]] = {"activation": self.activation, "stem_width": self.stem_width}
+        for number, stage in enumerate(self.stages, start=1):
+            for field in dataclasses.fields(stage):
+                named[f"stage{number}_{field.name}"] = getattr(stage, field.name)
+        named["head_width"] = self.head_width
+        return named
+
+    def assemble(self, values: Mapping[str, Choice]) -> ArchSpec:
+        """The architecture that one choice per parameter means.
+
+        A group width that does not divide what it is applied to becomes the next smaller choice that does, or the
+        smallest valid one. `values_of` tells what became of the choices.
+        """
+        in_channels = int(values["stem_width"])
+        stages = []
+        for number, choices in enumerate(self.stages, start=1):
+            stage: dict[str, Any] = {
+                field.name: values[f"stage{number}_{field.name}"] for field in dataclasses.fields(choices)
+            }
+            valid = choices.valid_group_widths(in_channels, stage["width"], stage["blocks"])
+            smaller = [group for group in valid if group <= stage["group_width"]]
+            stage["group_width"] = max(smaller) if smaller else min(valid)
+            stages.append(StageSpec(**stage))
+            in_channels = stages[-1].width
+        return ArchSpec(int(values["stem_width"]), tuple(stages), str(values["activation"]), int(values["head_width"]))
+
+    def values_of(self, arch: ArchSpec) -> dict[str, Choice]:
+        """The inverse of `assemble`: parameter name -> the value it has in `arch`."""
+        named: dict[str, Choice] = {"activation": arch.activation, "stem_width": arch.stem_width}
+        for number, stage in enumerate(arch.stages, start=1):
+            for field in dataclasses.fields(stage):
+                named[f"stage{number}_{field.name}"] = getattr(stage, field.name)
+        named["head_width"] = arch.head_width
+        return named
+
+    def sample(self, rng: random.Random) -> ArchSpec:
+        """An architecture from independent uniform choices, repaired."""
+        return self.assemble({name: rng.choice(choices) for name, choices in self.choices().items()})
+
+    def anchor(self) -> ArchSpec:
+        """The middle choice of every list: the one fixed network that all latencies of a study are held against."""
+        return self.assemble({name: choices[len(choices) // 2] for name, choices in self.choices().items()})
+
+    def smallest(self) -> ArchSpec:
+        """The first choice of every list: in general the fastest network, one end of the front."""
+        return self.assemble({name: choices[0] for name, choices in self.choices().items()})
+
+    # -- what the space spans ------------------------------------------------------------------------------------
+
+    def size(self) -> int:
+        """The number of distinct valid architectures."""
+        ways = dict.fromkeys(self.stem_width, 1)
+        for stage in self.stages:
+            onward = dict.fromkeys(stage.width, 0)
+            for in_width, count in ways.items():
+                for width, blocks in itertools.product(stage.width, stage.blocks):
+                    groups = len(stage.valid_group_widths(in_width, width, blocks))
+                    onward[width] += count * groups * len(stage.kernel_size) * len(stage.expansion) * len(stage.stride)
+            ways = onward
+        return sum(ways.values()) * len(self.activation) * len(self.head_width)
+
+    def cost_range(self, resolution: int, num_classes: int) -> tuple[Cost, Cost]:
+        """The least and the greatest params and MACs of any valid architecture, each on its own.
+
+        Exact, by dynamic programming over (channels, pixels) at the end of each stage.
+        """
+        extremes: dict[tuple[int, int], tuple[Cost, Cost]] = {}
+        for width in self.stem_width:
+            stem = stem_cost(width, resolution)
+            extremes[width, strided(resolution, STEM_STRIDE)] = (stem, stem)
+        for choices in self.stages:
+            onward: dict[tuple[int, int], tuple[Cost, Cost]] = {}
+            for (in_width, size), (low, high) in extremes.items():
+                for spec in choices.specs(in_width):
+                    extra = stage_cost(in_width, spec, size)
+                    _widen(onward, (spec.width, strided(size, spec.stride)), low + extra, high + extra)
+            extremes = onward
+        total: dict[tuple[int, int], tuple[Cost, Cost]] = {}
+        for (width, _), (low, high) in extremes.items():
+            for head_width in self.head_width:
+                extra = head_cost(width, head_width, num_classes)
+                _widen(total, (0, 0), low + extra, high + extra)
+        return total[0, 0]
+
+    def exclusions(self) -> list[str]:
+        """One line for each group width of a stage that some width rules out."""
+        lines = []
+        in_widths = self.stem_width
+        for number, stage in enumerate(self.stages, start=1):
+            for group in stage.group_width:
+                entering = [width for width in in_widths if width % group]
+                own = [width for width in stage.width if width % group] if max(stage.blocks) > 1 else []
+                parts = []
+                if entering:
+                    parts.append(f"{_listed(entering)} channels entering")
+                if own:
+                    parts.append(f"own width {_listed(own)} (from two blocks on)")
+                if parts:
+                    lines.append(f"stage {number}: group_width {group} never with {', nor with '.join(parts)}")
+            in_widths = stage.width
+        return lines
+
+
+def builtin_spaces() -> tuple[str, ...]:
+    """Names of the spaces that come with the package."""
+    return tuple(
+        sorted(entry.name.removesuffix(".toml") for entry in BUILTIN.iterdir() if entry.name.endswith(".toml"))
+    )
+
+
+def load_space(name_or_path: str) -> SearchSpace:
+    """A built-in space by name, or a user's own from a TOML file (the module's docstring has the schema).
+
+    Raises:
+        ValueError: no such space or file, not TOML, a wrong key, or an impossible choice.
+    """
+    if name_or_path in builtin_spaces():
+        text = (BUILTIN / f"{name_or_path}.toml").read_text()
+    elif Path(name_or_path).is_file():
+        try:
+            text = Path(name_or_path).read_text()
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{name_or_path}: cannot be read ({error})") from error
+    else:
+        raise ValueError(
+            f"{name_or_path}: neither a built-in space ({', '.join(builtin_spaces())}) nor a TOML file that exists"
+        )
+    try:
+        return SearchSpace.from_dict(tomllib.loads(text))
+    except (tomllib.TOMLDecodeError, ValueError) as error:
+        raise ValueError(f"{name_or_path}: {error}") from error
+
+
+def _as_tuple(value: Any) -> tuple[Any, ...]:
+    return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _checked_choices(name: str, choices: tuple[Any, ...]) -> tuple[Any, ...]:
+    if not isinstance(choices, tuple) or not choices:
+        raise ValueError(f"{name}={choices!r} holds no choice")
+    if len(set(choices)) < len(choices):
+        raise ValueError(f"{name}={list(choices)} names a choice twice")
+    return choices
+
+
+def _check_keys(where: str, table: Mapping[str, Any], cls: type, optional: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+    known = {field.name for field in dataclasses.fields(cls)}
+    for key in table:
+        if key not in known:
+            raise ValueError(f"{where}: unknown key {key!r} (known: {', '.join(sorted(known))})")
+    for key in sorted(known - optional):
+        if key not in table:
+            raise ValueError(f"{where}: key {key!r} is missing")
+
+
+def _widen(into: dict[tuple[int, int], tuple[Cost, Cost]], key: tuple[int, int], low: Cost, high: Cost) -> None:
+    if key in into:
+        lowest, highest = into[key]
+        low = Cost(min(low.params, lowest.params), min(low.macs, lowest.macs))
+        high = Cost(max(high.params, highest.params), max(high.macs, highest.macs))
+    into[key] = (low, high)
+
+
+def _listed(values: list[int]) -> str:
+    return ", ".join(map(str, values))

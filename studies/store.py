@@ -1,0 +1,404 @@
+"""The study database: opening one safely, and every read and write of our own tables.
+
+One engine serves Optuna's storage and ours. A candidate's rows are written in one transaction, before Optuna is told of
+it: whatever is killed when, a trial that Optuna holds for running either has its complete row here or has none.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import optuna
+import psutil
+from optuna.exceptions import StorageInternalError
+from optuna.storages import RDBStorage
+from optuna.study import StudyDirection
+from sqlalchemy import create_engine, event, func, inspect, select, text, update
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQLAlchemyError
+from sqlalchemy.orm import Session, selectinload
+
+from studies import schema
+from studies.tables import Candidate, CandidateState, Device, Study
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+# Opening fails soon where somebody holds a lock for good; a running search waits out a long one.
+OPEN_TIMEOUT_S = 10
+BUSY_TIMEOUT_S = 120
+
+# (direction, name) of the objectives, in Optuna's order of values.
+OBJECTIVES = ((StudyDirection.MAXIMIZE, "accuracy"), (StudyDirection.MINIMIZE, "latency_ms"))
+METRIC_NAMES_KEY = "study:metric_names"
+
+
+class StorageError(Exception):
+    """A database cannot be used; the message is one line that says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """A process that searches a study. Process ids come round again; with the start time they do not."""
+
+    host: str
+    pid: int
+    started: float
+
+    @classmethod
+    def me(cls) -> Owner:
+        return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time())
+
+    @classmethod
+    def parse(cls, text_: str) -> Owner:
+        host, pid, started = text_.rsplit(" ", 2)
+        return cls(host, int(pid), float(started))
+
+    def __str__(self) -> str:
+        return f"{self.host} {self.pid} {self.started}"
+
+    def may_live(self) -> bool:
+        """Whether the process still runs. Of another host's process nothing can be known: it may."""
+        if self.host != socket.gethostname():
+            return True
+        try:
+            return abs(psutil.Process(self.pid).create_time() - self.started) < 1.0
+        except psutil.NoSuchProcess:
+            return False
+
+
+@dataclass(frozen=True, slots=True)
+class StudySummary:
+    """A study of ours in a database, and how many candidates it has of each state."""
+
+    name: str
+    complete: int
+    over_limit: int
+    failed: int
+    device: str
+    engine: str
+    created_at: str
+
+
+class Store:
+    """A study database of any SQLAlchemy URL. Make one with `Store.open`."""
+
+    def __init__(self, optuna_storage: RDBStorage) -> None:
+        self.optuna_storage = optuna_storage
+        self.engine = optuna_storage.engine
+
+    @classmethod
+    def open(cls, url: str, *, create: bool) -> Store | None:
+        """Open the database at `url`, with Optuna's tables and ours in their newest version.
+
+        Args:
+            url: such as `sqlite:///studies/convfirst.db` or `postgresql+psycopg://user@host/name`.
+            create: make the database and its tables where they are missing; otherwise None is returned then, and
+                nothing is made.
+
+        Raises:
+            StorageError: the database is unreachable, locked, not writable, not a database, or not ours.
+        """
+        try:
+            parsed = make_url(url)
+            if not create and not _sqlite_file_exists(parsed):
+                return None
+            names = _table_names(parsed)
+            if "convfirst_studies" in names:
+                _require_known_version(parsed)
+            elif not create:
+                return None
+            elif names and not {"studies", "trials", "version_info"} <= names:
+                listed = ", ".join(sorted(names)[:3])
+                raise StorageError(f"it holds other tables ({listed}) and no studies: it is not ours to write to")
+            storage = _optuna_storage(parsed)
+            schema.upgrade(url, OPEN_TIMEOUT_S)
+            return cls(storage)
+        except (NoSuchModuleError, ImportError, ArgumentError, OSError) as error:
+            raise StorageError(_first_line(error)) from error
+        except (SQLAlchemyError, StorageInternalError, RuntimeError) as error:
+            raise StorageError(_reason(error)) from error
+
+    @staticmethod
+    def check_writable(url: str) -> None:
+        """Raises StorageError where an SQLite file that is not there yet could not be made; makes nothing."""
+        try:
+            parsed = make_url(url)
+        except ArgumentError as error:
+            raise StorageError(_first_line(error)) from error
+        if _is_sqlite_file(parsed) and not _sqlite_file_exists(parsed):
+            folder = Path(str(parsed.database)).absolute().parent
+            existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+            if not existing.is_dir():
+                raise StorageError(f"{existing} is not a folder")
+            if not os.access(existing, os.W_OK):
+                raise StorageError(f"the folder {existing} is read-only")
+
+    def close(self) -> None:
+        self.optuna_storage.remove_session()
+        self.engine.dispose()
+
+    @contextmanager
+    def _session(self) -> Iterator[Session]:
+        """Commits at the end, rolls back on any error."""
+        with guarded(), Session(self.engine, expire_on_commit=False) as session, session.begin():
+            yield session
+
+    # -- studies ---------------------------------------------------------------------------------------------------
+
+    def find_study(self, name: str) -> Study | None:
+        """The study of that name.
+
+        Raises:
+            StorageError: it has trials, but was not made by us.
+        """
+        with guarded():
+            try:
+                study_id = self.optuna_storage.get_study_id_from_name(name)
+            except KeyError:
+                return None
+            with self._session() as session:
+                study = session.get(Study, study_id)
+            # Killed between Optuna's row and ours, a study is empty, and is as good as none.
+            if study is None and self.optuna_storage.get_n_trials(study_id):
+                raise StorageError(f"its study {name!r} was made by another program; choose another --study")
+            return study
+
+    def create_study(
+        self, name: str, *, config: str, data_fingerprint: str, versions: str, device: dict[str, str], anchor: str,
+        anchor_ms: float,
+    ) -> Study:  # fmt: skip
+        """Make a study, in Optuna's tables and ours. The fields are those of `tables.Study`."""
+        with guarded():
+            try:
+                study_id = self.optuna_storage.create_new_study([direction for direction, _ in OBJECTIVES], name)
+            except optuna.exceptions.DuplicatedStudyError:
+                study_id = self.optuna_storage.get_study_id_from_name(name)
+            self.optuna_storage.set_study_system_attr(study_id, METRIC_NAMES_KEY, [name for _, name in OBJECTIVES])
+        with self._session() as session:
+            study = Study(
+                study_id=study_id, config=config, data_fingerprint=data_fingerprint, versions=versions,
+                device=_device_row(session, device), anchor=anchor, anchor_ms=anchor_ms,
+            )  # fmt: skip
+            session.add(study)
+        return study
+
+    def load_optuna_study(self, name: str) -> optuna.Study:
+        # The sampler is never asked: proposals are made in memory (nas.sampling).
+        return optuna.load_study(study_name=name, storage=self.optuna_storage, sampler=optuna.samplers.RandomSampler())
+
+    def claim(self, study_id: int, owner: Owner) -> None:
+        """Make `owner` the one process that searches the study.
+
+        Raises:
+            StorageError: another process, which still lives or whose life cannot be known, holds it.
+        """
+        with self._session() as session:
+            held = session.scalar(select(Study.owner).where(Study.study_id == study_id))
+            _require_dead(held, owner)
+            # Compare and swap: of two that read the same dead owner, one wins.
+            unchanged = Study.owner.is_(None) if held is None else Study.owner == held
+            taken = session.execute(update(Study).where(Study.study_id == study_id, unchanged).values(owner=str(owner)))
+            if taken.rowcount != 1:  # type: ignore[attr-defined]
+                raise StorageError("its study has just been taken by another process")
+
+    def check_claimable(self, study: Study, owner: Owner) -> None:
+        """Raises StorageError where `claim` would; changes nothing."""
+        _require_dead(study.owner, owner)
+
+    def release(self, study_id: int, owner: Owner) -> None:
+        with self._session() as session:
+            session.execute(
+                update(Study).where(Study.study_id == study_id, Study.owner == str(owner)).values(owner=None)
+            )
+
+    def disown(self, study_id: int) -> None:
+        """Forget the owner, whoever it is: for a user who knows that another host's process is gone."""
+        with self._session() as session:
+            session.execute(update(Study).where(Study.study_id == study_id).values(owner=None))
+
+    def summaries(self) -> list[StudySummary]:
+        """All studies of ours, oldest first."""
+        with self._session() as session:
+            names = {row[0]: row[1] for row in session.execute(text("SELECT study_id, study_name FROM studies"))}
+            rows = session.execute(
+                select(Candidate.study_id, Candidate.state, func.count()).group_by(Candidate.study_id, Candidate.state)
+            ).all()
+            per_state = {(study_id, state): count for study_id, state, count in rows}
+            return [
+                StudySummary(
+                    name=names[study.study_id],
+                    complete=per_state.get((study.study_id, CandidateState.COMPLETE), 0),
+                    over_limit=per_state.get((study.study_id, CandidateState.OVER_LIMIT), 0),
+                    failed=per_state.get((study.study_id, CandidateState.FAILED), 0),
+                    device=study.device.name,
+                    engine=json.loads(study.config)["latency"]["engine"],
+                    created_at=f"{study.created_at:%Y-%m-%d %H:%M}",
+                )
+                for study in session.scalars(select(Study).order_by(Study.study_id))
+            ]
+
+    # -- candidates ------------------------------------------------------------------------------------------------
+
+    def add_candidate(self, candidate: Candidate) -> None:
+        """Write a candidate with its latencies and learning curve, all or nothing.
+
+        Raises:
+            StorageError: the study was deleted meanwhile.
+        """
+        try:
+            with self._session() as session:
+                session.add(candidate)
+        except IntegrityError as error:
+            if self._study_exists(candidate.study_id):
+                raise
+            raise StorageError("the study was deleted while it was searched") from error
+
+    def _study_exists(self, study_id: int) -> bool:
+        with self._session() as session:
+            return session.get(Study, study_id) is not None
+
+    def candidates(self, study_id: int) -> list[Candidate]:
+        """All candidates of a study with their latencies, in the order of their trials."""
+        query = (
+            select(Candidate)
+            .where(Candidate.study_id == study_id)
+            .options(selectinload(Candidate.latencies))
+            .order_by(Candidate.number)
+        )
+        with self._session() as session:
+            return list(session.scalars(query))
+
+    def front(self, name: str) -> pd.DataFrame:
+        """The view `pareto_front` of one study, fastest first."""
+        import pandas as pd
+
+        query = text("SELECT * FROM pareto_front WHERE study_name = :name ORDER BY latency_ms, accuracy DESC, number")
+        with guarded(), self.engine.connect() as connection:
+            return pd.read_sql(query, connection, params={"name": name})
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Turns a database that is gone, full or locked for good into a StorageError."""
+    try:
+        yield
+    except IntegrityError:
+        raise
+    except (SQLAlchemyError, StorageInternalError) as error:
+        raise StorageError(_reason(error)) from error
+
+
+def _device_row(session: Session, device: dict[str, str]) -> Device:
+    row = session.scalar(select(Device).filter_by(**device))
+    if row is None:
+        row = Device(**device)
+        session.add(row)
+        session.flush()
+    return row
+
+
+def _require_dead(held: str | None, owner: Owner) -> None:
+    if held is not None and held != str(owner) and Owner.parse(held).may_live():
+        raise StorageError(f"its study is being searched by {_describe(Owner.parse(held))}")
+
+
+def _describe(owner: Owner) -> str:
+    if owner.host == socket.gethostname():
+        return f"process {owner.pid}"
+    return f"process {owner.pid} on {owner.host} (if that is gone for good, --take-over)"
+
+
+# -- opening -------------------------------------------------------------------------------------------------------
+
+
+def _is_sqlite_file(url: URL) -> bool:
+    return url.get_backend_name() == "sqlite" and bool(url.database) and url.database != ":memory:"
+
+
+def _sqlite_file_exists(url: URL) -> bool:
+    return not _is_sqlite_file(url) or Path(str(url.database)).is_file()
+
+
+def _probe_args(url: URL) -> dict[str, Any]:
+    if url.get_backend_name() == "sqlite":
+        return {"timeout": OPEN_TIMEOUT_S}
+    return {"connect_timeout": OPEN_TIMEOUT_S} if url.get_backend_name() in ("postgresql", "mysql") else {}
+
+
+def _table_names(url: URL) -> set[str]:
+    """Names of the tables in a database that can be written to; of one that does not exist yet, none.
+
+    The first write that a user learns of must not be the one after an hour's training.
+    """
+    if url.get_backend_name() == "sqlite" and not _is_sqlite_file(url):
+        raise StorageError("an in-memory database would be lost with the process; name a file")
+    if _is_sqlite_file(url) and not _sqlite_file_exists(url):
+        Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)
+        return set()
+    engine = create_engine(url, connect_args=_probe_args(url))
+    try:
+        with engine.connect() as connection:
+            if url.get_backend_name() == "sqlite":
+                connection.exec_driver_sql("BEGIN IMMEDIATE")
+                if not os.access(str(url.database), os.W_OK):
+                    raise StorageError("the file is read-only")
+            return set(inspect(connection).get_table_names())
+    finally:
+        engine.dispose()
+
+
+def _require_known_version(url: URL) -> None:
+    engine = create_engine(url, connect_args=_probe_args(url))
+    try:
+        version = schema.current(engine)
+    finally:
+        engine.dispose()
+    if version is not None and version not in schema.known_versions():
+        raise StorageError(f"its tables are of version {version}, newer than this program's {schema.head()}")
+
+
+def _optuna_storage(url: URL) -> RDBStorage:
+    engine_kwargs: dict[str, Any] = {}
+    if url.get_backend_name() == "sqlite":
+        engine_kwargs["connect_args"] = {"timeout": BUSY_TIMEOUT_S}
+    else:
+        engine_kwargs["pool_pre_ping"] = True
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        storage = RDBStorage(url.render_as_string(hide_password=False), engine_kwargs=engine_kwargs)
+    if url.get_backend_name() == "sqlite":
+        event.listen(storage.engine, "connect", _tune_sqlite)
+        # Connections made before the listener was there would not have been tuned.
+        storage.engine.dispose()
+    return storage
+
+
+def _tune_sqlite(connection: Any, _record: object) -> None:
+    # Readers (the dashboard) then never block the search nor the search them; half the time of a write, too. With WAL,
+    # NORMAL loses nothing that was committed when a process dies.
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=NORMAL")
+    connection.execute("PRAGMA foreign_keys=ON")
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
+def _reason(error: BaseException) -> str:
+    """The database's own words: the innermost cause has them, the wrappers add pages."""
+    while True:
+        inner = getattr(error, "orig", None) or error.__cause__
+        if inner is None:
+            return _first_line(error)
+        error = inner

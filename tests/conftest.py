@@ -1,0 +1,138 @@
+"""Fixtures that several rooms' tests share."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+
+from search_spaces import SearchSpace, StageChoices
+
+optuna.logging.set_verbosity(optuna.logging.WARNING)
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests neither read nor write the user's cache; all tests of a run share one."""
+    shared = tmp_path_factory.getbasetemp().parent / "cache"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(shared))
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device: what this test holds on a GPU was not tested"))
+
+
+def make_tiny_space(**changes: object) -> SearchSpace:
+    """A space of a few hundred architectures that holds every kind of choice, an invalid combination included."""
+    stage = StageChoices(
+        width=(8, 16), kernel_size=(3, 5), group_width=(1, 8, 16), expansion=(1.0, 1.5), blocks=(1, 2), stride=(1, 2)
+    )
+    fields: dict[str, object] = dict(
+        name="tiny", description="for tests", resolution=16, stem_width=(8, 16), head_width=(16,),
+        activation=("relu", "silu"), stages=(stage,),
+    )  # fmt: skip
+    return SearchSpace(**{**fields, **changes})  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def tiny_space() -> SearchSpace:
+    return make_tiny_space()
+
+
+TINY_TOML = """
+name = "tiny"
+resolution = 16
+stem_width = [8, 16]
+head_width = 16
+activation = ["relu", "silu"]
+
+[[stages]]
+width = [8, 16]
+kernel_size = [3, 5]
+group_width = [1, 8, 16]
+expansion = [1, 1.5, 2]
+blocks = [1, 2]
+stride = [1, 2]
+"""
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path / 'study.db'}"
+
+
+# -- PostgreSQL ----------------------------------------------------------------------------------------------------
+
+
+def _postgres_programs() -> Path | None:
+    """The folder of PostgreSQL's server programs; Debian keeps them off the PATH."""
+    if found := shutil.which("initdb"):
+        return Path(found).parent
+    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    return folders[-1].parent if folders else None
+
+
+@pytest.fixture(scope="session")
+def postgres_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A PostgreSQL server of this run's own, on loopback, gone with the run; yields its URL without a database."""
+    programs = _postgres_programs()
+    if programs is None:
+        pytest.skip("PostgreSQL's server programs are not installed: the study database was not tested on PostgreSQL")
+    folder = tmp_path_factory.mktemp("postgres")
+    # The server refuses to run as root, so root runs it as the account that Debian's package makes.
+    as_user: dict[str, object] = {}
+    if os.geteuid() == 0:
+        account = pwd.getpwnam("postgres")
+        as_user = dict(user=account.pw_uid, group=account.pw_gid, extra_groups=[])
+        for parent in (folder, *folder.parents):
+            if parent.stat().st_uid == 0 and parent not in (Path("/"), Path("/tmp")):
+                parent.chmod(parent.stat().st_mode | 0o011)
+        os.chown(folder, account.pw_uid, account.pw_gid)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
+    def run(*command: str) -> None:
+        subprocess.run(command, check=True, cwd=folder, capture_output=True, **as_user)  # type: ignore[call-overload]
+
+    data = folder / "data"
+    run(str(programs / "initdb"), "-D", str(data), "-U", "tester", "--auth=trust", "--no-sync")
+    options = f"-c listen_addresses=127.0.0.1 -c port={port} -c unix_socket_directories={folder} -c fsync=off"
+    run(str(programs / "pg_ctl"), "-D", str(data), "-w", "-l", str(folder / "log"), "-o", options, "start")
+    try:
+        yield f"postgresql+psycopg://tester@127.0.0.1:{port}"
+    finally:
+        run(str(programs / "pg_ctl"), "-D", str(data), "-m", "immediate", "stop")
+
+
+@pytest.fixture
+def postgres_url(postgres_server: str) -> Iterator[str]:
+    """The URL of an empty database."""
+    import uuid
+
+    import psycopg
+
+    name = f"test_{uuid.uuid4().hex}"
+    admin = postgres_server.replace("+psycopg", "") + "/postgres"
+    with psycopg.connect(admin, autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}")  # type: ignore[call-overload]
+    yield f"{postgres_server}/{name}"
+    with psycopg.connect(admin, autocommit=True) as connection:
+        connection.execute(f"DROP DATABASE {name} WITH (FORCE)")  # type: ignore[call-overload]
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgres", marks=pytest.mark.postgres)])
+def any_url(request: pytest.FixtureRequest) -> str:
+    """A fresh database of every kind that is supported."""
+    url: str = request.getfixturevalue(f"{request.param}_url")
+    return url

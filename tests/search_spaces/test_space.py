@@ -1,0 +1,139 @@
+from __future__ import annotations
+
+import itertools
+import random
+from pathlib import Path
+
+import pytest
+
+from search_spaces import ArchSpec, SearchSpace, StageSpec, builtin_spaces, cost, load_space
+from tests.conftest import TINY_TOML, make_tiny_space
+
+
+def enumerated(space: SearchSpace) -> set[ArchSpec]:
+    """Every architecture of a one- or two-stage space, by trying all products and keeping what can be made."""
+    found = set()
+    per_stage = [
+        list(itertools.product(s.width, s.kernel_size, s.group_width, s.expansion, s.blocks, s.stride))
+        for s in space.stages
+    ]
+    for stem, activation, head in itertools.product(space.stem_width, space.activation, space.head_width):
+        for stages in itertools.product(*per_stage):
+            try:
+                found.add(ArchSpec(stem, tuple(StageSpec(*stage) for stage in stages), activation, head))
+            except ValueError:
+                continue
+    return found
+
+
+def two_stage_space() -> SearchSpace:
+    one = make_tiny_space().stages[0]
+    return make_tiny_space(stages=(one, one), activation=("relu",))
+
+
+@pytest.mark.parametrize("space", [make_tiny_space(), two_stage_space()], ids=["one-stage", "two-stage"])
+def test_size_and_cost_range_equal_brute_force(space: SearchSpace) -> None:
+    everything = enumerated(space)
+    assert space.size() == len(everything)
+    costs = [cost(arch, 16, 10) for arch in everything]
+    low, high = space.cost_range(16, 10)
+    assert (low.params, high.params) == (min(c.params for c in costs), max(c.params for c in costs))
+    assert (low.macs, high.macs) == (min(c.macs for c in costs), max(c.macs for c in costs))
+
+
+def test_samples_reach_every_architecture_and_nothing_else(tiny_space: SearchSpace) -> None:
+    rng = random.Random(0)
+    assert {tiny_space.sample(rng) for _ in range(20_000)} == enumerated(tiny_space)
+
+
+@pytest.mark.parametrize("name", builtin_spaces())
+def test_assemble_and_values_of_are_inverse(name: str) -> None:
+    space = load_space(name)
+    rng = random.Random(1)
+    for _ in range(200):
+        arch = space.sample(rng)
+        values = space.values_of(arch)
+        assert list(values) == list(space.choices())
+        assert all(value in space.choices()[name] for name, value in values.items())
+        assert space.assemble(values) == arch
+
+
+def test_an_invalid_group_width_becomes_the_next_smaller_valid_one() -> None:
+    space = load_space("small")
+    values = space.values_of(space.anchor()) | {"stem_width": 24, "stage1_group_width": 16}
+    assert space.assemble(values).stages[0].group_width == 8
+
+
+def test_where_no_smaller_group_width_is_valid_the_smallest_valid_one_is_taken() -> None:
+    stage = dict(width=[48], kernel_size=[3], group_width=[16, 24], expansion=[1], blocks=[1], stride=[1])
+    space = SearchSpace.from_dict(
+        dict(name="x", resolution=32, stem_width=[24], head_width=[8], activation=["relu"], stages=[stage])
+    )
+    assert space.assemble(space.values_of(space.anchor()) | {"stage1_group_width": 16}).stages[0].group_width == 24
+
+
+@pytest.mark.parametrize("name", builtin_spaces())
+def test_spaces_survive_json(name: str) -> None:
+    import json
+
+    space = load_space(name)
+    assert SearchSpace.from_dict(json.loads(json.dumps(space.to_dict()))) == space
+
+
+def test_built_in_spaces_say_what_they_are_for() -> None:
+    assert {"small", "imagenet"} <= set(builtin_spaces())
+    assert load_space("small").resolution == 32
+    imagenet = load_space("imagenet")
+    assert imagenet.resolution == 224
+    assert {imagenet.sample(random.Random(i)).total_stride for i in range(20)} == {32}
+
+
+def test_excluded_combinations_are_listed(tiny_space: SearchSpace) -> None:
+    assert tiny_space.exclusions() == [
+        "stage 1: group_width 16 never with 8 channels entering, nor with own width 8 (from two blocks on)"
+    ]
+
+
+def test_a_users_own_space(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(TINY_TOML)
+    space = load_space(str(path))
+    assert space.name == "tiny"
+    assert space.head_width == (16,)
+    assert space.stages[0].expansion == (1.0, 1.5, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "message"),
+    [
+        ("head_width", "head_wide", "unknown key 'head_wide'"),
+        ("blocks = [1, 2]", "", "stage 1: key 'blocks' is missing"),
+        ("kernel_size", "kernel", "stage 1: unknown key 'kernel'"),
+        ("kernel_size = [3, 5]", "kernel_size = [3, 4]", "kernel_size=4 is not odd"),
+        ("stem_width = [8, 16]", "stem_width = [8, 12]", "stem_width=12"),
+        ("stem_width = [8, 16]", "stem_width = []", "stem_width=.. holds no choice"),
+        ("stem_width = [8, 16]", "stem_width = [8, 8]", "names a choice twice"),
+        ('["relu", "silu"]', '["relu", "swoosh"]', "activation='swoosh'"),
+        ("group_width = [1, 8, 16]", "group_width = [16]", "no group_width of .16. divides the 8 channels"),
+        ("stride = [1, 2]", "stride = [1, 4]", "stride=4"),
+        ("resolution = 16", "resolution = 2", "resolution=2"),
+        ('name = "tiny"', "name = 3", "name=3"),
+        ("[[stages]]", "[stages]", "stages is not a list"),
+        ("name", "name =", "Invalid|Expected"),
+    ],
+)
+def test_a_wrong_file_is_refused_with_its_name_and_the_fault(
+    tmp_path: Path, before: str, after: str, message: str
+) -> None:
+    path = tmp_path / "wrong.toml"
+    assert before in TINY_TOML
+    path.write_text(TINY_TOML.replace(before, after, 1))
+    with pytest.raises(ValueError, match=message) as caught:
+        load_space(str(path))
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_an_unknown_space_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"nosuch: neither a built-in space \(imagenet, small\) nor a TOML file"):
+        load_space("nosuch")
