@@ -42,11 +42,22 @@ def distribution(choices: Sequence[Choice]) -> BaseDistribution:
     return CategoricalDistribution(tuple(choices))
 
 
+class OrderedNSGAII(NSGAIISampler):
+    """NSGA-II whose parents come in one order.
+
+    Optuna returns them as selected when a generation begins, and as numbered afterwards; a search that is resumed
+    within a generation would then draw other children than an unbroken one.
+    """
+
+    def get_parent_population(self, study: optuna.Study, generation: int) -> list[FrozenTrial]:
+        return sorted(super().get_parent_population(study, generation), key=lambda trial: trial.number)
+
+
 def make_sampler(name: str, seed: int) -> BaseSampler:
     if name == "random":
         return RandomSampler(seed=seed)
     if name == "nsga2":
-        return NSGAIISampler(population_size=NSGA2_POPULATION, seed=seed)
+        return OrderedNSGAII(population_size=NSGA2_POPULATION, seed=seed)
     # One process searches a study, so there is no liar to tell other workers of running trials.
     return TPESampler(n_startup_trials=TPE_STARTUP_TRIALS, multivariate=True, constant_liar=False, seed=seed)
 

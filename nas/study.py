@@ -240,6 +240,7 @@ class LiveStudy:
             macs=outcome.cost.macs, state=outcome.state, reason=outcome.reason, seed=self.config.seed,
             latency_seconds=outcome.latency_seconds, total_seconds=outcome.total_seconds,
         )  # fmt: skip
+        row.latencies, row.curve = [], []
         if outcome.latency:
             deployment = self.config.latency
             row.latencies = [
@@ -306,6 +307,9 @@ def open_study(config: SearchConfig, evaluator: Evaluator, versions: str) -> Ite
             try:
                 yield study
             finally:
+                # Deleted in the dashboard, say: then whatever went wrong went wrong for that reason.
+                if not store.has_study(row.study_id):
+                    raise StorageError("the study was deleted while it was searched")
                 study.recover()
         finally:
             store.release(row.study_id, owner)

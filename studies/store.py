@@ -258,11 +258,11 @@ class Store:
             with self._session() as session:
                 session.add(candidate)
         except IntegrityError as error:
-            if self._study_exists(candidate.study_id):
+            if self.has_study(candidate.study_id):
                 raise
-            raise StorageError("the study was deleted while it was searched") from error
+            raise StorageError("the study was deleted") from error
 
-    def _study_exists(self, study_id: int) -> bool:
+    def has_study(self, study_id: int) -> bool:
         with self._session() as session:
             return session.get(Study, study_id) is not None
 

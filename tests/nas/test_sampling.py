@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import optuna
+import pytest
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.study import StudyDirection
+from optuna.trial import FrozenTrial, TrialState
+
+from nas.config import SAMPLERS
+from nas.overhead import FakeEvaluator
+from nas.sampling import Proposer, distribution
+from search_spaces import load_space
+
+DIRECTIONS = (StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE)
+FAKE = FakeEvaluator()
+
+
+def proposer(sampler: str, seed: int = 0, history: list[FrozenTrial] | None = None) -> Proposer:
+    return Proposer(load_space("small"), sampler, seed, DIRECTIONS, history or [])
+
+
+def advance(into: Proposer, trials: int) -> list[str]:
+    """Propose and tell; returns the arch_ids in order."""
+    arch_ids = []
+    for _ in range(trials):
+        arch = into.propose().arch
+        arch_ids.append(arch.arch_id)
+        into.tell([FAKE.cost(arch).macs / 1e7, FAKE.measure(arch).median_ms], TrialState.COMPLETE, {})
+    return arch_ids
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_the_same_seed_and_values_give_the_same_proposals_also_after_a_restart(sampler: str) -> None:
+    whole = proposer(sampler)
+    expected = advance(whole, 45)
+    first = proposer(sampler)
+    assert advance(first, 30) == expected[:30]
+    resumed = proposer(sampler, history=first.study.get_trials())
+    assert advance(resumed, 15) == expected[30:]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_restart_does_not_repeat_the_first_proposals(sampler: str) -> None:
+    """A sampler built with a fixed seed would: every trial has a seed of its own."""
+    first = proposer(sampler)
+    beginning = advance(first, 5)
+    assert not set(beginning) & set(advance(proposer(sampler, history=first.study.get_trials()), 5))
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_another_seed_gives_other_proposals(sampler: str) -> None:
+    assert advance(proposer(sampler, seed=0), 3) != advance(proposer(sampler, seed=1), 3)
+
+
+def test_recorded_parameters_are_those_of_the_repaired_architecture() -> None:
+    into = proposer("random")
+    space = into.space
+    repaired = 0
+    for _ in range(200):
+        proposal = into.propose()
+        assert space.assemble(proposal.params | into.fixed) == proposal.arch
+        values = space.values_of(proposal.arch)
+        assert all(values[name] == value for name, value in proposal.params.items())
+        in_memory = into.study.get_trials(deepcopy=False)[-1]
+        assert in_memory.params == proposal.params
+        repaired += any(group in (16, 32) for name, group in proposal.params.items() if name.endswith("group_width"))
+        into.tell(None, TrialState.FAIL, {})
+    assert repaired, "no group width above 8 was ever proposed, so nothing was tested"
+
+
+def test_proposals_cover_every_choice() -> None:
+    into = proposer("random")
+    seen: dict[str, set[object]] = {name: set() for name in into.distributions}
+    for _ in range(300):
+        for name, value in into.propose().params.items():
+            seen[name].add(value)
+        into.tell(None, TrialState.FAIL, {})
+    choices = into.space.choices()
+    assert all(seen[name] == set(choices[name]) for name in seen)
+
+
+def test_constraints_reach_the_sampler() -> None:
+    into = proposer("tpe")
+    into.propose()
+    into.tell(None, TrialState.PRUNED, {"latency_ms": 0.5})
+    assert into.study.get_trials(deepcopy=False)[-1].constraints == {"latency_ms": 0.5}
+
+
+def test_unseen_architectures_are_found_until_there_are_none() -> None:
+    from tests.conftest import make_tiny_space
+
+    space = make_tiny_space()
+    into = Proposer(space, "tpe", 0, DIRECTIONS, [])
+    seen: set[str] = set()
+    while (proposal := into.propose_unseen(seen)) is not None:
+        assert proposal.arch.arch_id not in seen
+        seen.add(proposal.arch.arch_id)
+        into.tell([0.5, 1.0], TrialState.COMPLETE, {})
+    assert len(seen) == space.size()
+
+
+@pytest.mark.parametrize(
+    ("choices", "expected"),
+    [
+        ((16, 24, 32), IntDistribution(16, 32, step=8)),
+        ((3, 5, 7), IntDistribution(3, 7, step=2)),
+        ((1.0, 1.5, 2.0), FloatDistribution(1.0, 2.0, step=0.5)),
+        ((1, 8, 16), CategoricalDistribution((1, 8, 16))),
+        (("relu", "silu"), CategoricalDistribution(("relu", "silu"))),
+    ],
+)
+def test_evenly_spaced_numbers_are_ordered_and_all_else_are_categories(
+    choices: tuple[object, ...], expected: optuna.distributions.BaseDistribution
+) -> None:
+    assert distribution(choices) == expected  # type: ignore[arg-type]

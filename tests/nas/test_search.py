@@ -1,0 +1,410 @@
+"""The loop, on real SQLite files, with invented scores."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import optuna
+import psutil
+import pytest
+import torch
+from optuna.trial import TrialState
+
+from nas import search
+from nas.config import SAMPLERS, LatencyConfig, Limits, ProxyConfig, SearchConfig
+from nas.errors import CandidateFailed, UsageError
+from nas.latency import Latency
+from nas.overhead import FakeEvaluator
+from nas.pareto import front
+from nas.proxy import ProxyResult
+from search_spaces import ArchSpec, SearchSpace
+from studies import Candidate, CandidateState, Owner, StorageError, Store
+
+
+class Counting(FakeEvaluator):
+    """Remembers what it was asked."""
+
+    def __init__(self) -> None:
+        self.measured: list[str] = []
+        self.trained: list[str] = []
+
+    def measure(self, arch: ArchSpec) -> Latency:
+        self.measured.append(arch.arch_id)
+        return super().measure(arch)
+
+    def train(self, arch: ArchSpec) -> ProxyResult:
+        self.trained.append(arch.arch_id)
+        return super().train(arch)
+
+
+def opened(config: SearchConfig) -> Store:
+    store = Store.open(config.storage, create=False)
+    assert store is not None
+    return store
+
+
+def candidates(config: SearchConfig) -> list[Candidate]:
+    store = opened(config)
+    study = store.find_study(config.study)
+    assert study is not None
+    rows = store.candidates(study.study_id)
+    store.close()
+    return rows
+
+
+def trials(config: SearchConfig) -> list[optuna.trial.FrozenTrial]:
+    return optuna.load_study(study_name=config.study, storage=config.storage).get_trials()
+
+
+@pytest.fixture
+def config(sqlite_url: str) -> SearchConfig:
+    return SearchConfig(budget=12, storage=sqlite_url)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_search_ends_with_exactly_its_budget(config: SearchConfig, sampler: str) -> None:
+    config = replace(config, sampler=sampler)
+    result = search.run(config, FakeEvaluator())
+    assert result.complete == 12
+    assert result.why == "budget met"
+    rows = candidates(config)
+    complete = [row for row in rows if row.state == CandidateState.COMPLETE]
+    assert len({row.arch_id for row in complete}) == len(complete) == 12
+    study = optuna.load_study(study_name=config.study, storage=config.storage)
+    assert study.metric_names == ["accuracy", "latency_ms"]
+    told = {trial._trial_id: trial for trial in study.get_trials(states=[TrialState.COMPLETE])}
+    assert {row.trial_id for row in complete} == set(told)
+    for row in complete:
+        assert told[row.trial_id].values == [row.accuracy, row.latencies[0].median_ms]
+        arch = ArchSpec.from_json(row.arch)
+        assert arch.arch_id == row.arch_id
+        assert told[row.trial_id].user_attrs["arch"] == row.summary == str(arch)
+        values = config.space.values_of(arch)
+        assert told[row.trial_id].params == {name: values[name] for name in told[row.trial_id].params}
+
+
+def test_the_front_of_the_result_is_that_of_all_candidates(config: SearchConfig) -> None:
+    result = search.run(replace(config, budget=40), FakeEvaluator())
+    rows = [row for row in candidates(config) if row.state == CandidateState.COMPLETE]
+    members = front([row.accuracy for row in rows], [row.latencies[0].median_ms for row in rows])
+    assert list(result.pareto_front["number"]) == [rows[i].number for i in members]
+    assert 0 < result.hypervolume < 1
+
+
+def test_a_second_run_goes_on_and_a_larger_budget_extends(config: SearchConfig) -> None:
+    first, second = Counting(), Counting()
+    search.run(replace(config, budget=5), first)
+    assert search.run(replace(config, budget=12), second).complete == 12
+    assert not set(first.trained) & set(second.trained)
+    third = Counting()
+    assert search.run(replace(config, budget=12), third).complete == 12
+    assert third.trained == []
+
+
+def test_a_resumed_search_proposes_what_an_unbroken_one_would(config: SearchConfig, tmp_path: object) -> None:
+    whole = Counting()
+    search.run(replace(config, budget=30, storage=f"sqlite:///{tmp_path}/whole.db"), whole)
+    broken = Counting()
+    for budget in (7, 19, 30):
+        search.run(replace(config, budget=budget), broken)
+    assert broken.measured == whole.measured
+
+
+def test_the_first_candidates_are_the_smallest_and_the_anchor(config: SearchConfig) -> None:
+    search.run(replace(config, budget=3), FakeEvaluator())
+    space = config.space
+    assert [row.arch_id for row in candidates(config)][:2] == [space.smallest().arch_id, space.anchor().arch_id]
+
+
+class Picky(Counting):
+    """Scores a tiny space, whose few hundred architectures a sampler soon proposes again."""
+
+    def train(self, arch: ArchSpec) -> ProxyResult:
+        self.trained.append(arch.arch_id)
+        return ProxyResult(0.5, 1.0, (), 0.0, 0)
+
+
+def test_no_architecture_is_trained_twice_and_a_space_that_is_used_up_ends_the_search(
+    config: SearchConfig, tiny_space: SearchSpace
+) -> None:
+    small = replace(tiny_space, stages=(replace(tiny_space.stages[0], width=(8,), stride=(1,)),))
+    assert small.size() < 100
+    evaluator = Picky()
+    config = replace(config, budget=1000, space=small)
+    result = search.run(config, evaluator)
+    assert result.complete == small.size() == len(set(evaluator.trained)) == len(evaluator.trained)
+    assert result.why == "the space 'tiny' yields nothing new"
+    duplicates = [trial for trial in trials(config) if "duplicate_of" in trial.user_attrs]
+    assert duplicates, "no duplicate was ever proposed, so nothing was tested"
+    numbers = {row.number: row.summary for row in candidates(config)}
+    for trial in duplicates:
+        assert trial.state == TrialState.PRUNED
+        assert numbers[trial.user_attrs["duplicate_of"]] == trial.user_attrs["arch"]
+    assert search.run(config, evaluator).complete == small.size()
+
+
+class Failing(Counting):
+    """The first trainings go wrong, each in its own way."""
+
+    troubles = (
+        CandidateFailed("the loss diverged before step 10 of 200"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("[enforce fail] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+    )
+
+    def train(self, arch: ArchSpec) -> ProxyResult:
+        self.trained.append(arch.arch_id)
+        if len(self.trained) <= len(self.troubles):
+            raise self.troubles[len(self.trained) - 1]
+        return ProxyResult(0.5, 1.0, (), 0.0, 0)
+
+
+def test_candidates_that_cannot_run_are_recorded_with_their_reason_and_the_search_goes_on(
+    config: SearchConfig,
+) -> None:
+    assert search.run(config, Failing()).complete == 12
+    failed = [row for row in candidates(config) if row.state == CandidateState.FAILED]
+    assert [row.reason for row in failed] == ["the loss diverged before step 10 of 200"] + ["out of memory"] * 3
+    by_id = {trial._trial_id: trial for trial in trials(config)}
+    for row in failed:
+        assert by_id[row.trial_id].state == TrialState.FAIL
+        assert by_id[row.trial_id].user_attrs["reason"] == row.reason
+        assert row.accuracy is None
+
+
+class Buggy(Counting):
+    def train(self, arch: ArchSpec) -> ProxyResult:
+        if len(self.trained) == 3:
+            raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
+        return super().train(arch)
+
+
+def test_a_bug_stops_the_search_and_leaves_it_fit_to_go_on(config: SearchConfig) -> None:
+    with pytest.raises(RuntimeError, match="mat1 and mat2"):
+        search.run(config, Buggy())
+    assert not [trial for trial in trials(config) if not trial.state.is_finished()]
+    assert search.run(config, FakeEvaluator()).complete == 12
+
+
+class Interrupting(Counting):
+    def train(self, arch: ArchSpec) -> ProxyResult:
+        if len(self.trained) == 3:
+            raise KeyboardInterrupt
+        return super().train(arch)
+
+
+def test_an_interrupted_candidate_is_closed_and_counts_for_nothing(config: SearchConfig) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        search.run(config, Interrupting())
+    last = trials(config)[-1]
+    assert last.state == TrialState.FAIL
+    assert last.user_attrs["reason"] == "interrupted"
+    assert len(candidates(config)) == 3
+    assert search.run(config, FakeEvaluator()).complete == 12
+
+
+@pytest.mark.parametrize("told", ["before Optuna was told", "while Optuna was being told"])
+def test_a_candidate_whose_row_was_written_is_told_on_the_next_start(
+    config: SearchConfig, monkeypatch: pytest.MonkeyPatch, told: str
+) -> None:
+    """As if killed between our row and Optuna's: the process is gone without any cleaning up."""
+    config = replace(config, limits=Limits(latency_ms=5.0))
+    with monkeypatch.context() as patch:
+        kill = KeyboardInterrupt
+        if told.startswith("before"):
+            patch.setattr("nas.study.LiveStudy._tell", lambda *_: (_ for _ in ()).throw(kill()))
+        else:
+            # The constraint is set already, the state is not: setting it again would only warn.
+            patch.setattr(optuna.Study, "tell", lambda *_: (_ for _ in ()).throw(kill()))
+        patch.setattr("nas.study.LiveStudy.recover", lambda _: None)
+        with pytest.raises(KeyboardInterrupt):
+            search.run(config, FakeEvaluator())
+    (running,) = trials(config)
+    assert running.state == TrialState.RUNNING
+    (row,) = candidates(config)
+    evaluator = Counting()
+    assert search.run(config, evaluator).complete == 12
+    first = trials(config)[0]
+    assert first.state == TrialState.COMPLETE
+    assert first.values == [row.accuracy, row.latencies[0].median_ms]
+    assert first.constraints["latency_ms"] <= 0
+    assert row.arch_id not in evaluator.trained
+
+
+@pytest.mark.parametrize(
+    ("limits", "measures"),
+    [
+        (Limits(latency_ms=0.5), True),
+        (Limits(memory_mb=0.8), True),
+        (Limits(params=150_000), False),
+        (Limits(macs=5_000_000), False),
+    ],
+    ids=["latency", "memory", "params", "macs"],
+)
+def test_candidates_over_a_limit_cost_no_training_and_are_never_complete(
+    config: SearchConfig, limits: Limits, measures: bool
+) -> None:
+    config = replace(config, limits=limits)
+    evaluator = Counting()
+    search.run(config, evaluator)
+    rows = {row.trial_id: row for row in candidates(config)}
+    over = [trial for trial in trials(config) if rows[trial._trial_id].state == CandidateState.OVER_LIMIT]
+    assert over, "no candidate was over the limit, so nothing was tested"
+    for trial in over:
+        row = rows[trial._trial_id]
+        assert trial.state == TrialState.PRUNED
+        assert trial.values is None
+        assert row.accuracy is None
+        assert max(trial.constraints.values()) > 0
+        assert "over the limit" in trial.user_attrs["reason"]
+        assert row.arch_id not in evaluator.trained
+        assert (row.arch_id in evaluator.measured) == measures
+    for trial in trials(config):
+        if trial.state == TrialState.COMPLETE:
+            assert max(trial.constraints.values()) <= 0
+    study = optuna.load_study(study_name=config.study, storage=config.storage)
+    assert all(trial.state == TrialState.COMPLETE for trial in study.best_trials)
+
+
+def test_limits_that_nothing_meets_end_the_search(config: SearchConfig) -> None:
+    result = search.run(replace(config, limits=Limits(params=10)), FakeEvaluator())
+    assert result.complete == 0
+    assert result.why == "the last 200 candidates all failed or broke a limit"
+
+
+def test_a_time_limit_ends_a_search_early_and_cleanly(config: SearchConfig) -> None:
+    result = search.run(replace(config, time_limit_s=1e-6), FakeEvaluator())
+    assert result.complete == 0
+    assert result.why.startswith("time limit")
+    assert search.run(config, FakeEvaluator()).complete == 12
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        (dict(seed=1), "seed: study has 0, now 1"),
+        (dict(sampler="random"), "sampler: study has tpe, now random"),
+        (dict(proxy=ProxyConfig(steps=100)), "proxy.steps: study has 200, now 100"),
+        (dict(latency=LatencyConfig(batch_size=8)), "latency.batch_size: study has 1, now 8"),
+        (dict(limits=Limits(params=10**6)), "limits.params: study has None, now 1000000"),
+    ],
+)
+def test_going_on_under_another_configuration_is_refused_with_what_differs(
+    config: SearchConfig, changes: dict[str, object], told: str
+) -> None:
+    search.run(config, FakeEvaluator())
+    with pytest.raises(UsageError, match=told) as caught:
+        search.run(replace(config, **changes), FakeEvaluator())
+    assert "--study convfirst" in str(caught.value)
+
+
+def test_another_space_is_told_by_the_choices_that_differ(config: SearchConfig) -> None:
+    search.run(config, FakeEvaluator())
+    stages = config.space.stages
+    other = replace(config.space, stages=(*stages[:2], replace(stages[2], blocks=(1, 2))))
+    with pytest.raises(UsageError, match=r"space.stages.3.blocks: study has \[1, 2, 3\], now \[1, 2\]"):
+        search.run(replace(config, space=other), FakeEvaluator())
+
+
+def test_going_on_elsewhere_or_with_other_data_is_refused(config: SearchConfig) -> None:
+    search.run(config, FakeEvaluator())
+
+    class Elsewhere(FakeEvaluator):
+        device = replace(FakeEvaluator.device, name="another GPU")
+
+    class OtherData(FakeEvaluator):
+        data_fingerprint = "other"
+
+    with pytest.raises(UsageError, match="name: study has invented, now another GPU"):
+        search.run(config, Elsewhere())
+    with pytest.raises(UsageError, match="--data digits: holds other images"):
+        search.run(config, OtherData())
+
+
+def test_a_study_remembers_its_whole_configuration(config: SearchConfig) -> None:
+    search.run(config, FakeEvaluator())
+    study = opened(config).find_study(config.study)
+    assert study is not None
+    assert json.loads(study.config) == json.loads(json.dumps(config.identity()))
+    assert json.loads(study.versions)["torch"] == torch.__version__.partition("+")[0]
+    assert ArchSpec.from_json(study.anchor) == config.space.anchor()
+
+
+def test_a_study_that_another_process_searches_is_refused_until_that_process_is_gone(config: SearchConfig) -> None:
+    search.run(replace(config, budget=2), FakeEvaluator())
+    other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    try:
+        store = opened(config)
+        study = store.find_study(config.study)
+        assert study is not None
+        store.claim(
+            study.study_id, Owner(socket.gethostname(), other.pid, psutil.Process(other.pid).create_time())
+        )
+        store.close()
+        with pytest.raises(StorageError, match=f"is being searched by process {other.pid}"):
+            search.run(config, FakeEvaluator())
+        assert len(candidates(config)) == 2
+    finally:
+        other.kill()
+        other.wait()
+    assert search.run(config, FakeEvaluator()).complete == 12
+
+
+def test_a_process_id_that_came_round_again_is_not_taken_for_the_owner() -> None:
+    me = Owner.me()
+    assert me.may_live()
+    assert not replace(me, started=me.started - 1000).may_live()
+    assert Owner.parse(str(me)) == me
+
+
+def test_trials_that_another_program_adds_end_the_search_with_a_line(config: SearchConfig) -> None:
+    class Meddled(FakeEvaluator):
+        def train(self, arch: ArchSpec) -> ProxyResult:
+            study = optuna.load_study(study_name=config.study, storage=config.storage)
+            study.add_trial(optuna.trial.create_trial(state=TrialState.FAIL))
+            return super().train(arch)
+
+    with pytest.raises(StorageError, match="another program adds trials"):
+        search.run(config, Meddled())
+
+
+def test_a_study_deleted_while_it_is_searched_ends_the_search_with_a_line(config: SearchConfig) -> None:
+    class Deleted(FakeEvaluator):
+        def train(self, arch: ArchSpec) -> ProxyResult:
+            optuna.delete_study(study_name=config.study, storage=config.storage)
+            return super().train(arch)
+
+    with pytest.raises(StorageError, match="deleted while it was searched"):
+        search.run(config, Deleted())
+
+
+def test_several_studies_share_a_database(config: SearchConfig) -> None:
+    search.run(config, FakeEvaluator())
+    search.run(replace(config, study="other", seed=3, budget=4), FakeEvaluator())
+    store = opened(config)
+    assert [(s.name, s.complete) for s in store.summaries()] == [("convfirst", 12), ("other", 4)]
+    assert set(store.front("other")["study_name"]) == {"other"}
+
+
+def test_events_tell_where_the_search_stands(config: SearchConfig) -> None:
+    class Recorder(search.Silent):
+        def __init__(self) -> None:
+            self.events: list[search.Event] = []
+
+        def candidate(self, event: search.Event) -> None:
+            self.events.append(event)
+
+    recorder = Recorder()
+    search.run(config, FakeEvaluator(), recorder)
+    done = [event.complete for event in recorder.events]
+    assert done == sorted(done)
+    assert done[-1] == 12
+    volumes = [event.hypervolume for event in recorder.events]
+    assert np.all(np.diff(volumes) >= 0)
+    assert recorder.events[-1].seconds_left == 0
