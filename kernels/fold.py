@@ -7,16 +7,27 @@ import copy
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-# (convolution, norm) by the names that timm's `ConvNormAct`, EfficientNet and MobileNet families register them under.
-# Order of registration alone would also match a pre-activation network, where the norm belongs to the *next* layer.
-PAIRS = (("conv", "bn"), ("conv_stem", "bn1"), ("conv_head", "bn2"), ("conv_head", "norm_head"))
+
+def _applied_as_registered() -> tuple[type[nn.Module], ...]:
+    """timm's classes that apply their layers in the order they register them.
+
+    Of any other class the order tells nothing: in a pre-activation block a norm belongs to the *next* convolution.
+    """
+    from timm.layers import ConvNormAct
+    from timm.models import EfficientNet, MobileNetV3, _efficientnet_blocks
+
+    return (
+        ConvNormAct, EfficientNet, MobileNetV3, _efficientnet_blocks.ConvBnAct,
+        _efficientnet_blocks.DepthwiseSeparableConv, _efficientnet_blocks.EdgeResidual,
+        _efficientnet_blocks.InvertedResidual,
+    )  # fmt: skip
 
 
 def fold_batch_norms(model: nn.Module) -> nn.Module:
     """A copy of `model` for inference whose batch norms are part of the convolutions before them.
 
-    timm's norm layers carry their activation (`BatchNormAct2d`); it stays where the norm was. A norm outside `PAIRS`
-    is left as it is, which costs time but not exactness.
+    timm's norm layers carry their activation (`BatchNormAct2d`); it stays where the norm was. A norm in another
+    class than timm's efficient networks and blocks is left as it is, which costs time but not exactness.
 
     Args:
         model: in evaluation mode.
@@ -28,8 +39,10 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
         raise ValueError("model.training=True: batch norms fold only in evaluation mode")
     folded = copy.deepcopy(model)
     for parent in folded.modules():
-        for conv_name, norm_name in PAIRS:
-            conv, norm = getattr(parent, conv_name, None), getattr(parent, norm_name, None)
+        if not isinstance(parent, _applied_as_registered()):
+            continue
+        children = list(parent.named_children())
+        for (conv_name, conv), (norm_name, norm) in zip(children, children[1:], strict=False):
             if isinstance(conv, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d) and norm.track_running_stats:
                 setattr(parent, conv_name, fuse_conv_bn_eval(conv, norm))
                 setattr(parent, norm_name, getattr(norm, "act", nn.Identity()))

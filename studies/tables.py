@@ -11,12 +11,12 @@ import enum
 from datetime import UTC, datetime
 from typing import ClassVar
 
-from sqlalchemy import BigInteger, Column, DateTime, ForeignKey, Index, Integer, String, Table, Text, UniqueConstraint
+from sqlalchemy import BigInteger, Column, DateTime, Double, ForeignKey, Index, Integer, String, Table, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
 
 class Base(DeclarativeBase):
-    type_annotation_map: ClassVar = {str: Text, datetime: DateTime(timezone=True)}
+    type_annotation_map: ClassVar = {str: Text, float: Double, datetime: DateTime(timezone=True)}
 
 
 # Optuna's tables, as far as ours refer to them.

@@ -83,7 +83,7 @@ def upgrade() -> None:
         sa.Column("versions", sa.Text, nullable=False),
         sa.Column("device_id", sa.Integer, sa.ForeignKey("convfirst_devices.device_id"), nullable=False),
         sa.Column("anchor", sa.Text, nullable=False),
-        sa.Column("anchor_ms", sa.Float, nullable=False),
+        sa.Column("anchor_ms", sa.Double, nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
         sa.Column("owner", sa.Text),
     )
@@ -100,12 +100,12 @@ def upgrade() -> None:
         sa.Column("state", sa.String(16), nullable=False),
         sa.Column("reason", sa.Text),
         sa.Column("seed", sa.BigInteger, nullable=False),
-        sa.Column("accuracy", sa.Float),
-        sa.Column("loss", sa.Float),
-        sa.Column("train_seconds", sa.Float),
+        sa.Column("accuracy", sa.Double),
+        sa.Column("loss", sa.Double),
+        sa.Column("train_seconds", sa.Double),
         sa.Column("train_memory_bytes", sa.BigInteger),
-        sa.Column("latency_seconds", sa.Float),
-        sa.Column("total_seconds", sa.Float, nullable=False),
+        sa.Column("latency_seconds", sa.Double),
+        sa.Column("total_seconds", sa.Double, nullable=False),
         sa.Column("finished_at", sa.DateTime(timezone=True), nullable=False),
     )
     complete = sa.text("state = 'complete'")
@@ -125,12 +125,12 @@ def upgrade() -> None:
         sa.Column("batch_size", sa.Integer, nullable=False),
         sa.Column("resolution", sa.Integer, nullable=False),
         sa.Column("threads", sa.Integer, nullable=False),
-        sa.Column("median_ms", sa.Float, nullable=False),
-        sa.Column("p20_ms", sa.Float, nullable=False),
-        sa.Column("p80_ms", sa.Float, nullable=False),
+        sa.Column("median_ms", sa.Double, nullable=False),
+        sa.Column("p20_ms", sa.Double, nullable=False),
+        sa.Column("p80_ms", sa.Double, nullable=False),
         sa.Column("repeats", sa.Integer, nullable=False),
-        sa.Column("raw_median_ms", sa.Float, nullable=False),
-        sa.Column("anchor_median_ms", sa.Float, nullable=False),
+        sa.Column("raw_median_ms", sa.Double, nullable=False),
+        sa.Column("anchor_median_ms", sa.Double, nullable=False),
         sa.Column("weight_bytes", sa.BigInteger, nullable=False),
         sa.Column("workspace_bytes", sa.BigInteger, nullable=False),
         sa.Column("measured_at", sa.DateTime(timezone=True), nullable=False),
@@ -142,9 +142,9 @@ def upgrade() -> None:
             "trial_id", sa.Integer, sa.ForeignKey("convfirst_candidates.trial_id", ondelete="CASCADE"), primary_key=True
         ),
         sa.Column("step", sa.Integer, primary_key=True),
-        sa.Column("train_loss", sa.Float, nullable=False),
-        sa.Column("train_accuracy", sa.Float, nullable=False),
-        sa.Column("seconds", sa.Float, nullable=False),
+        sa.Column("train_loss", sa.Double, nullable=False),
+        sa.Column("train_accuracy", sa.Double, nullable=False),
+        sa.Column("seconds", sa.Double, nullable=False),
     )
     op.execute(EVALUATIONS)
     op.execute(PARETO_FRONT)

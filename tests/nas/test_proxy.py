@@ -1,0 +1,158 @@
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from nas import proxy
+from nas.config import ProxyConfig
+from nas.data import ImageData
+from nas.errors import CandidateFailed
+from nas.proxy import Batches, learning_rate, train
+from tests.conftest import make_tiny_space
+
+CPU = torch.device("cpu")
+QUICK = ProxyConfig(steps=30, batch_size=16, threads=1)
+
+
+def easy_data(count: int = 200, size: int = 16, flip: bool = False) -> ImageData:
+    """Two classes that differ in brightness: any network that learns at all learns them."""
+    rng = torch.Generator().manual_seed(0)
+    labels = torch.arange(count) % 2
+    images = torch.randint(0, 156, (count, 3, size, size), generator=rng)
+    images += 100 * labels.view(-1, 1, 1, 1)
+    half = count // 2
+    images = images.to(torch.uint8)
+    return ImageData(images[:half], labels[:half], images[half:], labels[half:], ("dark", "bright"), flip)
+
+
+def build(seed: int = 0) -> nn.Module:
+    torch.manual_seed(seed)
+    return make_tiny_space().anchor().build(2)
+
+
+def test_a_network_learns() -> None:
+    result = train(build(), Batches(easy_data(), CPU), QUICK, seed=0)
+    assert result.accuracy > 0.95
+    assert result.loss < 0.4
+    assert result.curve[-1].train_accuracy > result.curve[0].train_accuracy
+    assert result.curve[-1].train_loss < result.curve[0].train_loss
+    assert result.seconds > 0
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_same_seed_gives_the_same_result(threads: int) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        batches = Batches(easy_data(flip=True), CPU)
+        one, two = (train(build(), batches, QUICK, seed=3) for _ in range(2))
+        other = train(build(), batches, QUICK, seed=4)
+    finally:
+        torch.set_num_threads(before)
+    assert (one.accuracy, one.loss) == (two.accuracy, two.loss)
+    assert [point.train_loss for point in one.curve] == [point.train_loss for point in two.curve]
+    assert other.loss != one.loss
+
+
+@pytest.mark.parametrize("steps", [1, 7, 20, 50])
+def test_the_curve_ends_with_the_last_step_and_has_some_twenty_points(steps: int) -> None:
+    result = train(build(), Batches(easy_data(), CPU), replace(QUICK, steps=steps), seed=0)
+    numbers = [point.step for point in result.curve]
+    assert numbers[-1] == steps
+    assert numbers == sorted(set(numbers))
+    assert len(numbers) <= 30
+    assert all(math.isfinite(point.train_loss) for point in result.curve)
+
+
+def test_a_diverged_loss_fails_the_candidate() -> None:
+    with pytest.raises(CandidateFailed, match="loss diverged before step"):
+        train(build(), Batches(easy_data(), CPU), replace(QUICK, learning_rate=1e30), seed=0)
+
+
+def test_training_memory_grows_with_the_batch() -> None:
+    batches = Batches(easy_data(), CPU)
+    small = train(build(), batches, replace(QUICK, steps=1, batch_size=8), seed=0).train_memory_bytes
+    large = train(build(), batches, replace(QUICK, steps=1, batch_size=64), seed=0).train_memory_bytes
+    # At the least the input and the stem's output are kept for the backward pass.
+    assert small > 4 * 8 * (3 * 16 * 16 + 16 * 8 * 8)
+    assert large > 4 * small
+
+
+def test_the_schedule_warms_up_linearly_and_falls_to_zero() -> None:
+    config = ProxyConfig(steps=100, learning_rate=1.0, warmup=0.2)
+    rates = [learning_rate(step, config) for step in range(100)]
+    assert rates[:20] == pytest.approx([(step + 1) / 20 for step in range(20)])
+    assert max(rates) == rates[19] == 1.0
+    assert all(later < earlier for earlier, later in zip(rates[19:], rates[20:], strict=False))
+    assert 0 < rates[-1] < 0.001
+    # A full cosine: half of it at the middle of the descent.
+    assert learning_rate(59, config) == pytest.approx(0.5, abs=0.03)
+    assert learning_rate(0, ProxyConfig(steps=1)) > 0
+
+
+def test_norms_and_biases_do_not_decay() -> None:
+    network = build()
+    decayed, free = proxy.make_optimizer(network, QUICK).param_groups
+    assert decayed["weight_decay"] > 0 == free["weight_decay"]
+    assert {p.ndim for p in free["params"]} == {1}
+    assert min(p.ndim for p in decayed["params"]) > 1
+    assert len(decayed["params"]) + len(free["params"]) == len(list(network.parameters()))
+
+
+def test_augmentation_shifts_by_at_most_a_sixteenth_and_mirrors_only_where_allowed() -> None:
+    data = easy_data()
+    # One bright column off the centre tells where an image was moved to, and whether it was mirrored.
+    data.train_images.zero_()
+    data.train_images[:, :, :, 4] = 255
+    columns: dict[bool, set[int]] = {}
+    for flip in (False, True):
+        batches = Batches(replace(data, flip=flip), CPU)
+        images, _ = batches.train(256, torch.Generator().manual_seed(0))
+        assert images.shape == (256, 3, 16, 16)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        columns[flip] = set(images[:, 0, 8].argmax(dim=1).tolist())
+    assert columns[False] == {3, 4, 5}
+    assert columns[True] == {3, 4, 5, 10, 11, 12}
+
+
+def test_training_batches_come_from_training_images_only() -> None:
+    data = easy_data()
+    data.val_images.fill_(255)
+    data.train_images.fill_(0)
+    batches = Batches(data, CPU)
+    images, _ = batches.train(64, torch.Generator().manual_seed(0))
+    assert images.unique().numel() <= 3
+    (val_images, val_labels), = batches.validation()
+    assert not set(val_images.unique().tolist()) & set(images.unique().tolist())
+    assert val_labels.tolist() == data.val_labels.tolist()
+
+
+def test_evaluation_counts_every_validation_image() -> None:
+    data = easy_data(count=3000)
+    always_one = nn.Sequential(nn.Flatten(), nn.Linear(3 * 16 * 16, 2))
+    always_one[1].weight.data.zero_()
+    always_one[1].bias.data = torch.tensor([0.0, 1.0])
+    labels = torch.cat([torch.ones(1100), torch.zeros(400)]).long()
+    accuracy, loss = proxy.evaluate(always_one, Batches(replace(data, val_labels=labels), CPU))
+    assert accuracy == pytest.approx(1100 / 1500)
+    expected = (1100 * math.log(1 + math.exp(-1)) + 400 * math.log(1 + math.exp(1))) / 1500
+    assert loss == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.gpu
+def test_training_on_cuda_learns_and_is_reproducible_when_asked() -> None:
+    device = torch.device("cuda")
+    torch.use_deterministic_algorithms(True)
+    try:
+        batches = Batches(easy_data(), device)
+        assert batches.train_images.is_cuda
+        one, two = (train(build(), batches, QUICK, seed=0) for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert one.accuracy > 0.95
+    assert one.loss == two.loss
+    assert one.train_memory_bytes > 0
