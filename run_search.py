@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
@@ -140,10 +141,13 @@ def pareto(
     storage: Storage = DEFAULT_STORAGE,
     study: StudyName = DEFAULT_STUDY,
     format: Annotated[Format, typer.Option(help="How to print it.")] = Format.TABLE,
+    plot: Annotated[Path | None, typer.Option(help="Draw it, too: a PNG, SVG or PDF file.")] = None,
 ) -> None:
     """Print a study's Pareto front, now."""
     with _reported(storage), _opened(storage, study) as store:
         front = store.front(study)
+        if plot is not None:
+            _plot_front(store.evaluations(study), front, study, plot)
         if format is Format.CSV:
             sys.stdout.write(front.to_csv(index=False))
         elif format is Format.JSON:
@@ -306,16 +310,39 @@ def _run(config: SearchConfig) -> None:
         out.print(line, highlight=False, soft_wrap=True)
 
 
+# What makes one front: latencies of different deployments are not compared.
+DEPLOYMENT = ["device_id", "engine", "dtype", "batch_size", "resolution", "threads"]
+
+
+def _plot_front(evaluations: pd.DataFrame, front: pd.DataFrame, study: str, path: Path) -> None:
+    from nas.errors import UsageError
+    from nas.plots import plot_front
+
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise UsageError(f"--plot {path}: not a .png, .svg or .pdf file")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"--plot {path}: its folder does not exist")
+    if front.empty:
+        raise UsageError(f"--plot {path}: the front of {study} is empty")
+    fronts = list(front.groupby(DEPLOYMENT, sort=False))
+    for number, (deployment, members) in enumerate(fronts, start=1):
+        rows = evaluations
+        for column, value in zip(DEPLOYMENT, deployment, strict=True):
+            rows = rows[rows[column] == value]
+        target = path if len(fronts) == 1 else path.with_stem(f"{path.stem}_{number}")
+        plot_front(rows, members, f"{study}: {len(rows)} candidates", target)
+        err.print(f"drawn: {target}", highlight=False)
+
+
 def _print_front(front: pd.DataFrame, title: str) -> None:
+    from nas.plots import deployment_line
     from nas.progress import front_table
 
     if front.empty:
         out.print("The front is empty: no candidate is complete yet.")
         return
-    deployments = ["device_name", "engine", "dtype", "batch_size", "resolution", "threads"]
-    for (device, engine, dtype, batch, resolution, threads), members in front.groupby(deployments, sort=False):
-        set_up = f"{device}, {engine}, {dtype}, batch {batch}, {resolution}x{resolution}, {threads} thread(s)"
-        out.print(front_table(members, f"{title}\n{set_up}"))
+    for _, members in front.groupby(DEPLOYMENT, sort=False):
+        out.print(front_table(members, f"{title}\n{deployment_line(members.iloc[0])}"))
 
 
 @contextlib.contextmanager

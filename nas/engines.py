@@ -23,10 +23,17 @@ Prepare = Callable[[nn.Module, Tensor], nn.Module]
 
 @dataclass(frozen=True)
 class Engine:
-    """`prepare` makes the deployed module of a folded channels_last one, given an example input (N, C, H, W)."""
+    """One way to run a network.
+
+    Args:
+        prepare: makes the deployed module of a folded channels_last one, given an example input (N, C, H, W).
+        devices: kinds of device it runs on.
+        isolated: measure in a process of its own (see `nas.isolation`).
+    """
 
     prepare: Prepare
     devices: tuple[str, ...]
+    isolated: bool = False
 
 
 def _eager(model: nn.Module, example: Tensor) -> nn.Module:
@@ -51,7 +58,7 @@ def _compile(model: nn.Module, example: Tensor) -> nn.Module:
 
 ENGINES = {
     "eager": Engine(_eager, ("cpu", "cuda")),
-    "torchscript": Engine(_torchscript, ("cpu",)),
+    "torchscript": Engine(_torchscript, ("cpu",), isolated=True),
     "compile": Engine(_compile, ("cpu", "cuda")),
 }
 DEFAULT_ENGINE = {"cpu": "torchscript", "cuda": "eager"}

@@ -55,6 +55,9 @@ class FakeEvaluator:
         curve = tuple(CurvePoint(10 * step, 2.0 / step, accuracy * step / 20, 0.3 * step) for step in range(1, 21))
         return ProxyResult(accuracy, 1 - accuracy, curve, 0.0, 1_000_000)
 
+    def close(self) -> None:
+        pass
+
 
 class _Stopwatch(Silent):
     def __init__(self) -> None:

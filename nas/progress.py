@@ -88,17 +88,16 @@ FRONT_COLUMNS = {
     "number": ("trial", "{:d}"),
     "accuracy": ("accuracy", "{:.4f}"),
     "latency_ms": ("latency ms", "{:.4f}"),
-    "latency_p20_ms": ("p20", "{:.3f}"),
-    "latency_p80_ms": ("p80", "{:.3f}"),
-    "params": ("params", "{:,d}"),
-    "macs": ("MACs", "{:,d}"),
+    "params": ("params k", "{:,.0f}"),
+    "macs": ("MMACs", "{:,.2f}"),
     "summary": ("architecture", "{}"),
 }
 
 
 def front_table(front: pd.DataFrame, title: str) -> Table:
-    """The rows of the view `pareto_front` as a table for a person."""
-    table = Table(title=title, title_justify="left")
+    """The rows of the view `pareto_front` as a table for a person, 80 columns wide if need be."""
+    front = front.assign(params=front["params"] / 1e3, macs=front["macs"] / 1e6)
+    table = Table(title=title, title_justify="left", padding=(0, 0, 0, 1), show_edge=False)
     for name, (header, _) in FRONT_COLUMNS.items():
         if name == "summary":
             table.add_column(header, overflow="fold")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -24,7 +25,8 @@ from nas.errors import CandidateFailed
 
 CURVE_POINTS = 20
 MAX_SHIFT = 1 / 16  # of the image's width, the random shift of training images
-EVAL_BATCH = 500
+# On a CPU small batches stay in its caches (125 took 0.7 of the time of 500); a GPU wants to be filled.
+EVAL_BATCH = {"cpu": 125, "cuda": 1000}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,11 +105,10 @@ class Batches:
         index = [part.to(self.device) for part in (which, rows.view(n, height, 1), columns.view(n, 1, width))]
         return padded.permute(0, 2, 3, 1)[index[0], index[1], index[2]].permute(0, 3, 1, 2)
 
-    def validation(self) -> list[tuple[Tensor, Tensor]]:
-        return [
-            (self._normalised(images), labels.to(self.device))
-            for images, labels in zip(self.val_images.split(EVAL_BATCH), self.val_labels.split(EVAL_BATCH), strict=True)
-        ]
+    def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
+        size = EVAL_BATCH[self.device.type]
+        for images, labels in zip(self.val_images.split(size), self.val_labels.split(size), strict=True):
+            yield self._normalised(images), labels.to(self.device)
 
 
 # -- loop ----------------------------------------------------------------------------------------------------------

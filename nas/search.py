@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -107,7 +108,7 @@ def run(config: SearchConfig, evaluator: Evaluator | None = None, progress: Prog
         evaluator = RealEvaluator(config)
     for line in evaluator.notes:
         progress.note(line)
-    with open_study(config, evaluator, json.dumps(versions())) as study:
+    with closing(evaluator), open_study(config, evaluator, json.dumps(versions())) as study:
         progress.begin(len(study.complete), config.budget)
         why, training, latency = _loop(config, study, evaluator, progress, begin)
         return SearchResult(

@@ -285,6 +285,16 @@ class Store:
         with guarded(), self.engine.connect() as connection:
             return pd.read_sql(query, connection, params={"name": name})
 
+    def evaluations(self, name: str) -> pd.DataFrame:
+        """The complete rows of the view `convfirst_evaluations` of one study, in the order of their trials."""
+        import pandas as pd
+
+        query = text(
+            "SELECT * FROM convfirst_evaluations WHERE study_name = :name AND state = 'complete' ORDER BY number"
+        )
+        with guarded(), self.engine.connect() as connection:
+            return pd.read_sql(query, connection, params={"name": name})
+
 
 @contextmanager
 def guarded() -> Iterator[None]:

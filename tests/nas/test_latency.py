@@ -42,7 +42,9 @@ def test_a_measurement_is_whole_and_consistent() -> None:
     # Folded, each norm is a bias: four bytes for every weight, and for every channel of a norm one bias.
     convolutions = sum(m.weight.numel() for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear))
     biases = sum(m.num_features for m in network.modules() if isinstance(m, nn.BatchNorm2d))
-    biases += sum(m.bias.numel() for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear) and m.bias is not None)
+    biases += sum(
+        m.bias.numel() for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear) and m.bias is not None
+    )
     assert latency.weight_bytes == 4 * (convolutions + biases)
     assert latency.memory_mb == (latency.weight_bytes + latency.workspace_bytes) / 1e6
 

@@ -126,7 +126,7 @@ def test_training_batches_come_from_training_images_only() -> None:
     batches = Batches(data, CPU)
     images, _ = batches.train(64, torch.Generator().manual_seed(0))
     assert images.unique().numel() <= 3
-    (val_images, val_labels), = batches.validation()
+    ((val_images, val_labels),) = list(batches.validation())
     assert not set(val_images.unique().tolist()) & set(images.unique().tolist())
     assert val_labels.tolist() == data.val_labels.tolist()
 

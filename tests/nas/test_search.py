@@ -343,9 +343,7 @@ def test_a_study_that_another_process_searches_is_refused_until_that_process_is_
         store = opened(config)
         study = store.find_study(config.study)
         assert study is not None
-        store.claim(
-            study.study_id, Owner(socket.gethostname(), other.pid, psutil.Process(other.pid).create_time())
-        )
+        store.claim(study.study_id, Owner(socket.gethostname(), other.pid, psutil.Process(other.pid).create_time()))
         store.close()
         with pytest.raises(StorageError, match=f"is being searched by process {other.pid}"):
             search.run(config, FakeEvaluator())

@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from nas import clutter, data
+from nas.config import DataConfig
+from nas.errors import UsageError
+
+
+def make_folder(root: Path, classes: dict[str, int], size: tuple[int, int] = (20, 16), mode: str = "RGB") -> Path:
+    """Image files of random pixels, `classes` name -> how many."""
+    rng = np.random.default_rng(0)
+    for name, count in classes.items():
+        (root / name).mkdir(parents=True, exist_ok=True)
+        for index in range(count):
+            pixels = rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+            Image.fromarray(pixels).convert(mode).save(root / name / f"{index:03d}.png")
+    return root
+
+
+def load(source: object, **changes: object) -> data.ImageData:
+    return data.load(DataConfig(source=str(source), **{"resolution": 16, **changes}))  # type: ignore[arg-type]
+
+
+# -- the embedded digits -------------------------------------------------------------------------------------------
+
+
+def test_digits_are_made_from_disjoint_stratified_digits() -> None:
+    train, val = clutter.split_digits(0)
+    assert len(train.labels) + len(val.labels) == 1797
+    both = torch.cat([train.images, val.images]).flatten(1)
+    # A few scans are equal to the pixel in the source; none may be on both sides beyond those.
+    assert len(both.unique(dim=0)) >= 1790
+    for digit in range(10):
+        shares = [(part.labels == digit).float().mean().item() for part in (train, val)]
+        assert shares[0] == pytest.approx(shares[1], abs=0.01)
+
+
+def test_digits_are_reproducible_and_seeded() -> None:
+    train, _ = clutter.split_digits(0)
+    one, labels = clutter.compose(train, 50, 32, seed=1)
+    two, _ = clutter.compose(train, 50, 32, seed=1)
+    other, _ = clutter.compose(train, 50, 32, seed=2)
+    assert one.shape == (50, 3, 32, 32)
+    assert one.dtype == torch.uint8
+    assert set(labels.tolist()) <= set(range(10))
+    assert torch.equal(one, two)
+    assert not torch.equal(one, other)
+
+
+def test_clutter_hides_the_digit_from_a_linear_model_but_not_from_neighbours() -> None:
+    """Bare, a linear model reads 95 % of these digits; in clutter it must not, or every network would."""
+    from sklearn.linear_model import RidgeClassifier
+
+    train, val = clutter.split_digits(0)
+    images, labels = clutter.compose(train, 3000, 32, seed=0)
+    val_images, val_labels = clutter.compose(val, 1000, 32, seed=1)
+    model = RidgeClassifier(1e4).fit(images.flatten(1).numpy() / 255, labels.numpy())
+    accuracy = model.score(val_images.flatten(1).numpy() / 255, val_labels.numpy())
+    assert accuracy < 0.4
+
+
+def test_digits_are_cached_whole_and_a_damaged_cache_is_made_again(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(data, "DIGITS_TRAIN", 60)
+    monkeypatch.setattr(data, "DIGITS_VAL", 40)
+    first = load("digits")
+    assert (len(first.train_labels), len(first.val_labels)) == (60, 40)
+    (cached,) = (tmp_path / "convfirst-nas").iterdir()
+    again = load("digits")
+    assert again.fingerprint == first.fingerprint
+    cached.write_bytes(cached.read_bytes()[:1000])
+    with pytest.warns(UserWarning, match="made again"):
+        repaired = load("digits")
+    assert repaired.fingerprint == first.fingerprint
+    assert not repaired.flip
+
+
+def test_a_cache_that_cannot_be_written_costs_a_warning_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr(data, "DIGITS_TRAIN", 20)
+    monkeypatch.setattr(data, "DIGITS_VAL", 10)
+    with pytest.warns(UserWarning, match="not cached|cannot be read"):
+        assert len(load("digits").train_labels) == 20
+
+
+# -- folders -------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_of_classes_is_split(tmp_path: Path) -> None:
+    root = make_folder(tmp_path, {"cat": 20, "dog": 30})
+    loaded = load(root)
+    assert loaded.classes == ("cat", "dog")
+    assert loaded.train_images.shape == (45, 3, 16, 16)
+    assert sorted(loaded.val_labels.tolist()) == [0, 0, 1, 1, 1]
+    pictures = torch.cat([loaded.train_images, loaded.val_images]).flatten(1)
+    assert len(pictures.unique(dim=0)) == 50
+    assert load(root).fingerprint == loaded.fingerprint
+
+
+def test_train_and_val_folders_are_used_as_they_are(tmp_path: Path) -> None:
+    make_folder(tmp_path / "train", {"cat": 6, "dog": 6})
+    make_folder(tmp_path / "val", {"cat": 3, "dog": 2})
+    loaded = load(tmp_path)
+    assert (len(loaded.train_labels), len(loaded.val_labels)) == (12, 5)
+    assert loaded.classes == ("cat", "dog")
+
+
+def test_images_are_resized_and_cropped_to_the_middle(tmp_path: Path) -> None:
+    pixels = np.zeros((20, 60, 3), np.uint8)
+    pixels[:, 20:40] = (200, 100, 50)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for index in range(2):
+            Image.fromarray(pixels).save(tmp_path / name / f"{index}.png")
+    middle = load(tmp_path, resolution=20).train_images[0]
+    assert middle[:, 10, 10].tolist() == [200, 100, 50]
+    assert middle.float().mean(dim=(1, 2)).tolist() == [200, 100, 50]
+
+
+def test_of_too_many_images_a_subset_is_used_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "MAX_BYTES", 10 * 3 * 16 * 16)
+    monkeypatch.setattr(data, "MAX_VAL_IMAGES", 3)
+    loaded = load(make_folder(tmp_path, {"cat": 30, "dog": 30}))
+    assert (len(loaded.train_labels), len(loaded.val_labels)) == (10, 3)
+    assert len(loaded.notes) == 2
+    assert "10 of 54 training images" in loaded.notes[0]
+
+
+def test_other_images_have_another_fingerprint(tmp_path: Path) -> None:
+    one = load(make_folder(tmp_path, {"cat": 4, "dog": 4})).fingerprint
+    Image.fromarray(np.zeros((16, 20, 3), np.uint8)).save(tmp_path / "cat" / "000.png")
+    assert load(tmp_path).fingerprint != one
+
+
+@pytest.mark.parametrize(
+    ("classes", "message"),
+    [
+        ({}, "no images in class subfolders"),
+        ({"cat": 0, "dog": 0}, "no images in class subfolders"),
+        ({"cat": 5}, "at least 2 are needed"),
+        ({"cat": 5, "dog": 0}, "class folder dog holds no image|at least 2"),
+        ({"cat": 5, "dog": 1}, "one image"),
+        ({"cat": 5, "dog": 5, "emu": 0}, "class folder emu holds no image"),
+    ],
+)
+def test_folders_that_hold_no_classification(tmp_path: Path, classes: dict[str, int], message: str) -> None:
+    with pytest.raises(UsageError, match=message) as caught:
+        load(make_folder(tmp_path, classes))
+    assert f"--data {tmp_path}" in str(caught.value)
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK"])
+def test_images_that_are_not_rgb_are_refused_by_name(tmp_path: Path, mode: str) -> None:
+    make_folder(tmp_path, {"cat": 3, "dog": 3})
+    odd = tmp_path / "dog" / "odd.tif"
+    Image.new(mode, (16, 16)).save(odd)
+    with pytest.raises(UsageError, match=f"odd.tif is not an RGB image .its mode is {mode}"):
+        load(tmp_path)
+
+
+def test_unreadable_images_are_refused_by_name(tmp_path: Path) -> None:
+    make_folder(tmp_path, {"cat": 3, "dog": 3})
+    (tmp_path / "cat" / "broken.jpg").write_bytes(b"no image")
+    with pytest.raises(UsageError, match=r"broken\.jpg cannot be read as an image"):
+        load(tmp_path)
+    (tmp_path / "cat" / "broken.jpg").unlink()
+    whole = (tmp_path / "cat" / "000.png").read_bytes()
+    (tmp_path / "cat" / "000.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UsageError, match=r"000\.png cannot be read as an image"):
+        load(tmp_path)
+
+
+def test_a_class_of_the_validation_images_that_training_has_not(tmp_path: Path) -> None:
+    make_folder(tmp_path / "train", {"cat": 3, "dog": 3})
+    make_folder(tmp_path / "val", {"cat": 3, "emu": 3})
+    with pytest.raises(UsageError, match="val has the class emu"):
+        load(tmp_path)
+
+
+# -- torchvision and timm ------------------------------------------------------------------------------------------
+
+
+def make_cifar10(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small CIFAR-10 in the layout of the official files, their checksums waived."""
+    from torchvision import datasets
+
+    folder = root / "cifar-10-batches-py"
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in [f"data_batch_{i}" for i in range(1, 6)] + ["test_batch"]:
+        labels = [index % 10 for index in range(40)]
+        pixels = rng.integers(0, 256, (40, 3072), dtype=np.uint8)
+        (folder / name).write_bytes(pickle.dumps({"data": pixels, "labels": labels}))
+    names = [f"class{i}" for i in range(10)]
+    (folder / "batches.meta").write_bytes(pickle.dumps({"label_names": names}))
+    monkeypatch.setattr(datasets.CIFAR10, "_check_integrity", lambda _: True)
+    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
+
+
+def test_cifar_in_its_official_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_cifar10(tmp_path, monkeypatch)
+    loaded = load("cifar10", resolution=32, data_dir=str(tmp_path))
+    assert len(loaded.classes) == 10
+    # 200 training images, of which a tenth of each class is held out; the test file is not touched.
+    assert (len(loaded.train_labels), len(loaded.val_labels)) == (180, 20)
+    assert loaded.val_labels.bincount().tolist() == [2] * 10
+    assert loaded.flip
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100"])
+def test_cifar_that_is_not_there_names_the_flags(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=rf"--data {name}: .*--data-dir {tmp_path}.*--download fetches them"):
+        load(name, data_dir=str(tmp_path))
+    assert not os.listdir(tmp_path)
+
+
+def test_any_name_of_timms_create_dataset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_cifar10(tmp_path, monkeypatch)
+    loaded = load("torch/cifar10", resolution=24, data_dir=str(tmp_path))
+    assert loaded.train_images.shape == (180, 3, 24, 24)
+    assert len(loaded.classes) == 10
+
+
+@pytest.mark.parametrize("name", ["torch/nosuch", "hfds/nosuch", "torch/cifar10"])
+def test_names_that_timm_cannot_open(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UsageError, match=f"--data {name}: timm cannot open it") as caught:
+        load(name, data_dir=str(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["nosuch", "./nosuch/folder", "/nosuch/folder", "Digits"])
+def test_unknown_data(name: str) -> None:
+    with pytest.raises(UsageError, match=f"--data {name}: not digits"):
+        load(name)
