@@ -207,7 +207,8 @@ def _config(
     *, budget: int, time_limit: float | None, sampler: Sampler, seed: int, space: str, storage: str, study: str,
     data: str, data_dir: str, download: bool, resolution: int | None, proxy_steps: int, proxy_batch: int,
     proxy_lr: float, threads: int | None, deterministic: bool, device: str, engine: str, dtype: Dtype | None,
-    latency_batch: int, latency_resolution: int | None, latency_classes: int | None, latency_threads: int, latency_seconds: float,
+    latency_batch: int, latency_resolution: int | None, latency_classes: int | None, latency_threads: int,
+    latency_seconds: float,
     max_latency_ms: float | None, max_params: int | None, max_macs: int | None, max_memory_mb: float | None,
 ) -> SearchConfig:  # fmt: skip
     """The flags as one value, with what they leave open filled in."""
@@ -226,7 +227,8 @@ def _config(
     }  # fmt: skip
     latency_flags = {
         "batch_size": ("--latency-batch", latency_batch), "resolution": ("--latency-resolution", latency_resolution),
-        "num_classes": ("--latency-classes", latency_classes), "threads": ("--latency-threads", latency_threads), "seconds": ("--latency-seconds", latency_seconds),
+        "num_classes": ("--latency-classes", latency_classes), "threads": ("--latency-threads", latency_threads),
+        "seconds": ("--latency-seconds", latency_seconds),
     }  # fmt: skip
 
     def checked(make: Any, names: dict[str, tuple[str, Any]], /, **fields: Any) -> Any:

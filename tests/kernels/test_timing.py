@@ -49,7 +49,7 @@ def test_seconds_per_call_are_told() -> None:
 
 
 def test_neighbouring_samples_share_the_drift() -> None:
-    """The machine becomes many times slower in the run, and yet the ratio within a round stays within a few per cent."""
+    """The machine becomes much slower in the run, and yet the ratio within a round stays within a few per cent."""
     machine = FakeMachine([0.002, 0.004], drift=1e-2)
     samples = time_interleaved(machine.runs, machine.clock, 0.0, 0.002)
     assert samples[-1, 0] > 1.3 * samples[0, 0]

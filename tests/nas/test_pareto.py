@@ -35,8 +35,8 @@ def test_hypervolume_equals_counted_cells(seed: int) -> None:
     cells = 0
     for row in range(16):
         for column in range(16):
-            a, l = (row + 0.5) / 16, (column + 0.5) / 16
-            cells += bool(np.any((accuracy > a) & (latency < l)))
+            height, width = (row + 0.5) / 16, (column + 0.5) / 16
+            cells += bool(np.any((accuracy > height) & (latency < width)))
     assert hypervolume(accuracy, latency, 1.0) == pytest.approx(cells / 256)
     assert hypervolume(accuracy, 3 * latency, 3.0) == pytest.approx(cells / 256)
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -87,7 +88,7 @@ def test_the_schedule_warms_up_linearly_and_falls_to_zero() -> None:
     rates = [learning_rate(step, config) for step in range(100)]
     assert rates[:20] == pytest.approx([(step + 1) / 20 for step in range(20)])
     assert max(rates) == rates[19] == 1.0
-    assert all(later < earlier for earlier, later in zip(rates[19:], rates[20:], strict=False))
+    assert all(later < earlier for earlier, later in pairwise(rates[19:]))
     assert 0 < rates[-1] < 0.001
     # A full cosine: half of it at the middle of the descent.
     assert learning_rate(59, config) == pytest.approx(0.5, abs=0.03)

@@ -98,7 +98,7 @@ def test_a_group_width_must_divide_the_channels_that_enter_the_stage() -> None:
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"stages": 3}', ARCH.to_json().replace("width", "wide")])
 def test_other_text_is_not_an_architecture(text: str) -> None:
-    with pytest.raises(ValueError, match="not an architecture|Expecting value"):
+    with pytest.raises(ValueError, match=r"not an architecture|Expecting value"):
         ArchSpec.from_json(text)
 
 
