@@ -15,36 +15,23 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from nas.config import AUTO, DEFAULT_STORAGE, DEFAULT_STUDY, Dtype, Sampler
+
 if TYPE_CHECKING:
     import pandas as pd
 
     from nas.config import SearchConfig
     from studies import Store
 
-DEFAULT_STORAGE = "sqlite:///studies/convfirst.db"
-DEFAULT_STUDY = "convfirst"
-
 app = typer.Typer(add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 out = Console()
 err = Console(stderr=True)
-
-
-class Sampler(StrEnum):
-    TPE = "tpe"
-    NSGA2 = "nsga2"
-    RANDOM = "random"
 
 
 class Format(StrEnum):
     TABLE = "table"
     CSV = "csv"
     JSON = "json"
-
-
-class Dtype(StrEnum):
-    FLOAT32 = "float32"
-    FLOAT16 = "float16"
-    BFLOAT16 = "bfloat16"
 
 
 Storage = Annotated[str, typer.Option(help="Study database, any SQLAlchemy URL.", rich_help_panel="Study")]
@@ -98,13 +85,13 @@ def search(
     ] = False,
     device: Annotated[
         str, typer.Option(help="auto, cpu, cuda or cuda:N; trains and is measured.", rich_help_panel="Latency")
-    ] = "auto",
+    ] = AUTO,
     engine: Annotated[
         str, typer.Option(help="auto, eager, torchscript (CPU) or compile.", rich_help_panel="Latency")
-    ] = "auto",
+    ] = AUTO,
     dtype: Annotated[
-        Dtype | None, typer.Option(help="By default float16 on CUDA, else float32.", rich_help_panel="Latency")
-    ] = None,
+        Dtype, typer.Option(help="auto is float16 on CUDA, else float32.", rich_help_panel="Latency")
+    ] = Dtype.AUTO,
     latency_batch: Annotated[int, typer.Option(help="Batch of the deployment.", rich_help_panel="Latency")] = 1,
     latency_resolution: Annotated[
         int | None, typer.Option(help="Its pixels; by default the training's.", rich_help_panel="Latency")
@@ -131,9 +118,7 @@ def search(
         return
     with _reported(storage):
         config = _config(**{name: value for name, value in context.params.items() if name != "take_over"})
-        if take_over:
-            _take_over(config)
-        _run(config)
+        _run(config, take_over)
 
 
 @app.command()
@@ -157,11 +142,16 @@ def pareto(
 
 
 @app.command()
-def studies(storage: Storage = DEFAULT_STORAGE) -> None:
+def studies(
+    storage: Storage = DEFAULT_STORAGE,
+    study: Annotated[str | None, typer.Option("--study", help="List only this one.", rich_help_panel="Study")] = None,
+) -> None:
     """List the studies of a database."""
-    with _reported(storage), _opened(storage) as store:
+    with _reported(storage), _opened(storage, study) as store:
         table = Table(*("study", "complete", "over limit", "failed", "device", "engine", "begun (UTC)"))
         for row in store.summaries():
+            if study not in (None, row.name):
+                continue
             counts = (row.complete, row.over_limit, row.failed)
             table.add_row(row.name, *map(str, counts), row.device, row.engine, row.created_at)
         out.print(table)
@@ -206,13 +196,13 @@ def space(
 def _config(
     *, budget: int, time_limit: float | None, sampler: Sampler, seed: int, space: str, storage: str, study: str,
     data: str, data_dir: str, download: bool, resolution: int | None, proxy_steps: int, proxy_batch: int,
-    proxy_lr: float, threads: int | None, deterministic: bool, device: str, engine: str, dtype: Dtype | None,
+    proxy_lr: float, threads: int | None, deterministic: bool, device: str, engine: str, dtype: Dtype,
     latency_batch: int, latency_resolution: int | None, latency_classes: int | None, latency_threads: int,
     latency_seconds: float,
     max_latency_ms: float | None, max_params: int | None, max_macs: int | None, max_memory_mb: float | None,
 ) -> SearchConfig:  # fmt: skip
     """The flags as one value, with what they leave open filled in."""
-    from nas.config import DataConfig, LatencyConfig, Limits, ProxyConfig, SearchConfig
+    from nas.config import DataConfig, LatencyConfig, Limits, ProxyConfig, SearchConfig, default_threads
     from nas.errors import UsageError
     from search_spaces import load_space
 
@@ -244,22 +234,13 @@ def _config(
         loaded = load_space(space)
     except ValueError as error:
         raise UsageError(f"--space {error}") from error
-    if device == "auto":
-        import torch
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = device.partition(":")[0]
-    if engine == "auto":
-        from nas.engines import DEFAULT_ENGINE
-
-        engine = DEFAULT_ENGINE.get(kind, "eager")
     pixels = loaded.resolution if resolution is None else resolution
     proxy = dict(
         steps=proxy_steps, batch_size=proxy_batch, learning_rate=proxy_lr, deterministic=deterministic,
-        threads=min(4, os.cpu_count() or 1) if threads is None else threads,
+        threads=default_threads() if threads is None else threads,
     )  # fmt: skip
     latency = dict(
-        device=device, engine=engine, dtype=dtype or ("float16" if kind == "cuda" else "float32"),
+        device=device, engine=engine, dtype=dtype.value,
         batch_size=latency_batch, resolution=pixels if latency_resolution is None else latency_resolution,
         num_classes=(1000 if space == "imagenet" else 10) if latency_classes is None else latency_classes,
         threads=latency_threads, seconds=latency_seconds,
@@ -274,19 +255,13 @@ def _config(
     return config
 
 
-def _take_over(config: SearchConfig) -> None:
-    from studies import Store
-
-    store = Store.open(config.storage, create=False)
-    if store and (row := store.find_study(config.study)):
-        store.disown(row.study_id)
-    if store:
-        store.close()
-
-
-def _run(config: SearchConfig) -> None:
+def _run(config: SearchConfig, take_over: bool) -> None:
+    from nas import study
     from nas.progress import LiveProgress, PlainProgress, shares_line
     from nas.search import run
+
+    if take_over:
+        study.take_over(config)
 
     # A polite kill, as schedulers and containers send it, ends a search as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)

@@ -4,15 +4,40 @@ study's identity: a study is never continued under another one."""
 from __future__ import annotations
 
 import dataclasses
+import os
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from search_spaces import SearchSpace, load_space
 
 DEFAULT_STORAGE = "sqlite:///studies/convfirst.db"
 DEFAULT_STUDY = "convfirst"
-SAMPLERS = ("tpe", "nsga2", "random")
-DTYPES = ("float32", "float16", "bfloat16")
+DEFAULT_ENGINE = {"cpu": "torchscript", "cuda": "eager"}
+DEFAULT_DTYPE = {"cpu": "float32", "cuda": "float16"}
+AUTO = "auto"
+
+
+class Sampler(StrEnum):
+    TPE = "tpe"
+    NSGA2 = "nsga2"
+    RANDOM = "random"
+
+
+class Dtype(StrEnum):
+    AUTO = "auto"
+    FLOAT32 = "float32"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+SAMPLERS = tuple(sampler.value for sampler in Sampler)
+DTYPES = tuple(dtype.value for dtype in Dtype)
+
+
+def default_threads() -> int:
+    """CPU threads to train with: past four, batches as small as the proxy's gain nothing."""
+    return min(4, os.cpu_count() or 1)
 
 
 def _require(condition: bool, name: str, value: object, expected: str) -> None:
@@ -60,7 +85,7 @@ class ProxyConfig:
     betas: tuple[float, float] = (0.9, 0.98)
     warmup: float = 0.2
     label_smoothing: float = 0.1
-    threads: int = 1
+    threads: int = field(default_factory=default_threads)
     deterministic: bool = False
 
     def __post_init__(self) -> None:
@@ -77,17 +102,17 @@ class LatencyConfig:
     """The deployment whose latency is measured, which may differ from the training's set-up.
 
     Args:
-        device: `cpu`, `cuda` or `cuda:N`.
-        engine: what runs the network; see `nas.engines.ENGINES`.
-        dtype: of weights and activations.
+        device: `cpu`, `cuda` or `cuda:N`; it trains, too. `auto` becomes `cuda` where there is a CUDA device.
+        engine: what runs the network; see `nas.engines.ENGINES`. `auto` becomes `DEFAULT_ENGINE`'s.
+        dtype: of weights and activations. `auto` becomes `DEFAULT_DTYPE`'s.
         batch_size, resolution, num_classes: of the deployed network.
         threads: CPU threads; one is steadiest, and ranks networks as more do.
         seconds: time one candidate and its anchor are sampled for.
     """
 
-    device: str = "cpu"
-    engine: str = "torchscript"
-    dtype: str = "float32"
+    device: str = AUTO
+    engine: str = AUTO
+    dtype: str = AUTO
     batch_size: int = 1
     resolution: int = 32
     num_classes: int = 10
@@ -95,6 +120,15 @@ class LatencyConfig:
     seconds: float = 1.5
 
     def __post_init__(self) -> None:
+        if self.device == AUTO:
+            import torch
+
+            object.__setattr__(self, "device", "cuda" if torch.cuda.is_available() else "cpu")
+        kind = self.device.partition(":")[0]
+        if self.engine == AUTO:
+            object.__setattr__(self, "engine", DEFAULT_ENGINE.get(kind, "eager"))
+        if self.dtype == AUTO:
+            object.__setattr__(self, "dtype", DEFAULT_DTYPE.get(kind, "float32"))
         _require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         _require(self.resolution >= 8, "resolution", self.resolution, "at least 8 pixels")

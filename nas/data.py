@@ -84,13 +84,10 @@ def load(config: DataConfig) -> ImageData:
         data = _cifar(config)
     elif Path(name).is_dir():
         data = _folder(Path(name), config.resolution)
-    elif "/" in name and not name.startswith((".", "/", "~")):
-        data = _timm(config)
+    elif name.startswith((".", "/", "~")):
+        raise UsageError(f"--data {name}: no such folder")
     else:
-        raise UsageError(
-            f"--data {name}: not digits, cifar10 or cifar100, no such folder, and no name that timm's create_dataset "
-            "takes (such as torch/cifar10 or hfds/NAME)"
-        )
+        data = _timm(config)
     if len(data.classes) < 2 or len(data.train_labels.unique()) < 2:
         raise UsageError(f"--data {name}: holds images of {len(data.classes)} class(es), at least 2 are needed")
     return data
@@ -196,7 +193,8 @@ def _read_image(data: str, path: Path, resolution: int) -> Tensor:
             if image.mode != "RGB":
                 raise UsageError(f"--data {data}: {path} is not an RGB image (its mode is {image.mode})")
             return _to_tensor(image, resolution)
-    except OSError as error:
+    # A damaged chunk of a PNG is a SyntaxError to Pillow.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UsageError(f"--data {data}: {path} cannot be read as an image ({error})") from error
 
 
@@ -247,22 +245,27 @@ def _timm(config: DataConfig) -> ImageData:
             is_training=False,
         )  # fmt: skip
 
-    try:
-        dataset = open_split("train")
-    except Exception as error:  # the readers behind this call raise whatever their libraries raise
-        raise UsageError(
-            f"--data {config.source}: timm cannot open it in --data-dir {config.data_dir} "
-            f"({type(error).__name__}: {_first_line(error)})"
-        ) from error
-    targets = [int(dataset[index][1]) for index in range(len(dataset))]
-    train, val = _split(list(range(len(dataset))), targets, config.source)
-
     def read(index: int) -> tuple[Tensor, int]:
         image = dataset[index][0]
         return _to_tensor(image.convert("RGB"), config.resolution), targets[index]
 
-    classes = getattr(dataset, "classes", None) or [str(label) for label in range(max(targets) + 1)]
-    return _assemble(config.source, train, val, classes, read, config.resolution)
+    try:
+        dataset = open_split("train")
+        if not hasattr(dataset, "__getitem__"):
+            raise TypeError("its images can only be streamed, and the proxy needs them in memory")
+        # torchvision knows the labels; from others they come with the image.
+        known = getattr(dataset, "targets", None)
+        targets = [int(label) for label in known or (dataset[index][1] for index in range(len(dataset)))]
+        train, val = _split(range(len(dataset)), targets, config.source)
+        classes = getattr(dataset, "classes", None) or [str(label) for label in range(max(targets) + 1)]
+        return _assemble(config.source, train, val, classes, read, config.resolution)
+    except UsageError:
+        raise
+    except Exception as error:  # the readers behind these calls raise whatever their libraries raise
+        raise UsageError(
+            f"--data {config.source}: not digits, cifar10 or cifar100, no such folder, and timm's create_dataset "
+            f"cannot open it in --data-dir {config.data_dir} ({type(error).__name__}: {_first_line(error)})"
+        ) from error
 
 
 def _first_line(error: BaseException) -> str:

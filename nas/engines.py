@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kernels.fold import fold_batch_norms
 from nas.config import LatencyConfig
-from nas.errors import CandidateFailed
+from nas.errors import CandidateFailed, is_out_of_memory
 
 Prepare = Callable[[nn.Module, Tensor], nn.Module]
 
@@ -29,11 +29,13 @@ class Engine:
         prepare: makes the deployed module of a folded channels_last one, given an example input (N, C, H, W).
         devices: kinds of device it runs on.
         isolated: measure in a process of its own (see `nas.isolation`).
+        compiles: its compiler may refuse a network, which is then that candidate's failure and not a bug.
     """
 
     prepare: Prepare
     devices: tuple[str, ...]
     isolated: bool = False
+    compiles: bool = False
 
 
 def _eager(model: nn.Module, example: Tensor) -> nn.Module:
@@ -51,17 +53,16 @@ def _torchscript(model: nn.Module, example: Tensor) -> nn.Module:
 
 
 def _compile(model: nn.Module, example: Tensor) -> nn.Module:
-    # Each candidate is another network: without the reset, recompilation limits would fall back to eager.
-    torch.compiler.reset()
-    return cast(nn.Module, torch.compile(model))
+    # Compiled code is kept per code object, up to a limit past which torch falls back to eager without a word, and all
+    # networks share timm's forward. An exported one has a forward of its own.
+    return cast(nn.Module, torch.compile(torch.export.export(model, (example,)).module()))
 
 
 ENGINES = {
     "eager": Engine(_eager, ("cpu", "cuda")),
     "torchscript": Engine(_torchscript, ("cpu",), isolated=True),
-    "compile": Engine(_compile, ("cpu", "cuda")),
+    "compile": Engine(_compile, ("cpu", "cuda"), isolated=True, compiles=True),
 }
-DEFAULT_ENGINE = {"cpu": "torchscript", "cuda": "eager"}
 
 
 def deploy(network: nn.Module, config: LatencyConfig, example: Tensor) -> nn.Module:
@@ -74,10 +75,15 @@ def deploy(network: nn.Module, config: LatencyConfig, example: Tensor) -> nn.Mod
     folded = folded.to(  # type: ignore[call-overload]
         torch.device(config.device), getattr(torch, config.dtype), memory_format=torch.channels_last
     ).requires_grad_(False)
+    engine = ENGINES[config.engine]
     try:
         with torch.inference_mode():
-            module = ENGINES[config.engine].prepare(folded, example)
+            module = engine.prepare(folded, example)
             module(example)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        raise CandidateFailed(f"engine {config.engine} does not compile it: {error}".splitlines()[0]) from error
+    except Exception as error:
+        # Compilers raise whatever their stages raise; running out of memory is told apart further out.
+        if not engine.compiles or is_out_of_memory(error):
+            raise
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        raise CandidateFailed(f"engine {config.engine} does not compile it ({reason})") from error
     return module

@@ -17,7 +17,7 @@ from nas import data as image_data
 from nas import proxy
 from nas.config import Limits, SearchConfig
 from nas.engines import ENGINES
-from nas.errors import CandidateFailed, UsageError
+from nas.errors import CandidateFailed, UsageError, is_out_of_memory
 from nas.isolation import IsolatedMeter
 from nas.latency import Latency, LatencyMeter
 from nas.proxy import ProxyResult
@@ -74,7 +74,6 @@ class RealEvaluator:
         if config.proxy.deterministic:
             # cuBLAS reads it when it is first used.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-            torch.use_deterministic_algorithms(True)
         data = image_data.load(config.data)
         self.device = DeviceInfo.of(self.torch_device)
         self.data_fingerprint = data.fingerprint
@@ -86,10 +85,13 @@ class RealEvaluator:
 
     def start(self, anchor_ms: float | None) -> float:
         anchor, deployment = self.config.space.anchor(), self.config.latency
-        if ENGINES[deployment.engine].isolated:
-            self.meter = IsolatedMeter(deployment, anchor, anchor_ms)
-        else:
-            self.meter = LatencyMeter(deployment, anchor.build(deployment.num_classes), anchor_ms)
+        try:
+            if ENGINES[deployment.engine].isolated:
+                self.meter = IsolatedMeter(deployment, anchor, anchor_ms)
+            else:
+                self.meter = LatencyMeter(deployment, anchor.build(deployment.num_classes), anchor_ms)
+        except CandidateFailed as error:
+            raise UsageError(f"--engine {deployment.engine}: does not run even the anchor network ({error})") from error
         return self.meter.reference_ms
 
     def cost(self, arch: ArchSpec) -> Cost:
@@ -106,8 +108,11 @@ class RealEvaluator:
         torch.manual_seed(self.config.seed)
         network = arch.build(self.num_classes)
         try:
+            # For the training only: the latency is that of the deployment, which asks for nothing of the kind.
+            torch.use_deterministic_algorithms(self.config.proxy.deterministic)
             return proxy.train(network, self.batches, self.config.proxy, self.config.seed)
         finally:
+            torch.use_deterministic_algorithms(False)
             trim_heap()
 
     def close(self) -> None:
@@ -182,8 +187,8 @@ def evaluate(arch: ArchSpec, evaluator: Evaluator, limits: Limits) -> Outcome:
         return outcome(CandidateState.COMPLETE, result=evaluator.train(arch))
     except CandidateFailed as error:
         return outcome(CandidateState.FAILED, str(error))
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if not _out_of_memory(error):
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -193,10 +198,3 @@ def evaluate(arch: ArchSpec, evaluator: Evaluator, limits: Limits) -> Outcome:
 def _broken(constraints: dict[str, float]) -> str | None:
     parts = [f"{name} {excess:+.0%} over the limit" for name, excess in constraints.items() if excess > 0]
     return ", ".join(parts) or None
-
-
-def _out_of_memory(error: BaseException) -> bool:
-    # The CPU allocator has no exception of its own.
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        words in str(error) for words in ("can't allocate memory", "not enough memory", "CUDA out of memory")
-    )

@@ -7,16 +7,16 @@ two speak JSON, one line each way per candidate; the child ends when its input d
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
-import signal
 import subprocess
 import sys
 from dataclasses import asdict
 from typing import Any
 
 from nas.config import LatencyConfig
-from nas.errors import CandidateFailed
+from nas.errors import CandidateFailed, is_out_of_memory
 from nas.latency import Latency, LatencyMeter
 from search_spaces import ArchSpec
 
@@ -38,8 +38,12 @@ class IsolatedMeter:
         self.anchor = anchor
         self.child: subprocess.Popen[str] | None = None
         self.measured = 0
-        # Measured by the first child if need be; later ones are told it.
-        self.reference_ms = self._start(reference_ms)
+        try:
+            # Measured by the first child if need be; later ones are told it.
+            self.reference_ms = self._start(reference_ms)
+        except BaseException:
+            self.close()
+            raise
 
     def measure(self, arch: ArchSpec) -> Latency:
         """Latency and inference memory of a network.
@@ -74,8 +78,10 @@ class IsolatedMeter:
         # sys.path as it is here: the packages need not be installed, and a script's own folder is part of it.
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self.child = subprocess.Popen(
-            [sys.executable, "-m", "nas.isolation"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env
-        )
+            [sys.executable, "-m", "nas.isolation"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
+            # Apart from our group, which Ctrl-C on a terminal reaches as a whole.
+            process_group=0,
+        )  # fmt: skip
         set_up = {"config": asdict(self.config), "anchor": self.anchor.to_json(), "reference_ms": reference_ms}
         measured_ms: float = self._ask(set_up)["reference_ms"]
         return measured_ms
@@ -102,8 +108,6 @@ class IsolatedMeter:
 
 def main() -> None:
     """The child: the first line sets the meter up, each further one is a candidate."""
-    # Ctrl-C reaches the whole process group; the parent then closes our input.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Whatever a library prints must not come between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -118,10 +122,17 @@ def main() -> None:
         arch = ArchSpec.from_json(json.loads(line)["arch"])
         try:
             reply: dict[str, Any] = {"latency": asdict(meter.measure(arch.build(config.num_classes)))}
-        except CandidateFailed as error:
-            reply = {"failed": str(error)}
+        except (CandidateFailed, MemoryError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                reply = {"failed": "out of memory"}
+            elif isinstance(error, CandidateFailed):
+                reply = {"failed": str(error)}
+            else:
+                raise
         print(json.dumps(reply), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    # The parent may go at any moment, also while it is being answered.
+    with contextlib.suppress(BrokenPipeError):
+        main()

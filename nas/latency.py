@@ -7,6 +7,7 @@ are kept beside it.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -82,7 +83,8 @@ class LatencyMeter:
             for _ in range(INPUT_SETS)
         ]
         with _threads(config.threads):
-            self.anchor_run = self._runner(deploy(anchor, config, self.inputs[0]))
+            self.anchor_forwards = self._forwards(deploy(anchor, config, self.inputs[0]))
+            self.anchor_run = _in_turn(self.anchor_forwards)
             if reference_ms is None:
                 seconds = self._sample([self.anchor_run], ANCHOR_FACTOR * config.seconds)
                 reference_ms = float(np.median(seconds)) * 1e3
@@ -97,7 +99,7 @@ class LatencyMeter:
         with _threads(self.config.threads):
             module = deploy(network, self.config, self.inputs[0])
             workspace = self._workspace_bytes(module)
-            run = self._runner(module)
+            run = _in_turn(self._forwards(module))
             samples_ms = self._sample([run, self.anchor_run], self.config.seconds) * 1e3
         own_ms, anchor_ms = samples_ms[:, 0], samples_ms[:, 1]
         p20, median, p80 = np.percentile(corrected(own_ms, anchor_ms, self.reference_ms), [20, 50, 80])
@@ -125,20 +127,19 @@ class LatencyMeter:
     def _workspace_bytes(self, module: nn.Module) -> int:
         return peak_memory_bytes(lambda: module(self.inputs[0]), self.device)
 
-    def _runner(self, module: nn.Module) -> Callable[[], None]:
-        """A function that makes one forward pass, each time on the next input."""
-        if self.device.type == "cuda":
-            forwards = [_captured(module, x) for x in self.inputs]
-        else:
-            forwards = [_forward(module, x) for x in self.inputs]
-        turn = 0
+    def _forwards(self, module: nn.Module) -> list[Callable[[], object]]:
+        """A forward pass on each of the inputs."""
+        return [(_captured if self.device.type == "cuda" else _forward)(module, x) for x in self.inputs]
 
-        def run() -> None:
-            nonlocal turn
-            forwards[turn % len(forwards)]()
-            turn += 1
 
-        return run
+def _in_turn(forwards: list[Callable[[], object]]) -> Callable[[], None]:
+    """A function that makes one forward pass, each time the next."""
+    endless = itertools.cycle(forwards)
+
+    def run() -> None:
+        next(endless)()
+
+    return run
 
 
 def _forward(module: nn.Module, x: Tensor) -> Callable[[], object]:
@@ -150,7 +151,10 @@ def _forward(module: nn.Module, x: Tensor) -> Callable[[], object]:
 
 
 def _captured(module: nn.Module, x: Tensor) -> Callable[[], object]:
-    """The replay of a CUDA graph of one forward pass on `x`; the graph keeps its output alive."""
+    """The replay of a CUDA graph of one forward pass on `x`.
+
+    A graph knows addresses only: the module's weights and the input must live as long as it is replayed.
+    """
     forward = _forward(module, x)
     with torch.cuda.device(x.device):
         # Libraries set themselves up in the first passes, which capture does not allow.
@@ -164,9 +168,11 @@ def _captured(module: nn.Module, x: Tensor) -> Callable[[], object]:
         with torch.cuda.graph(graph):
             output = forward()
 
+    keep_alive = (module, x, output)
+
     def replay() -> object:
         graph.replay()
-        return output
+        return keep_alive
 
     return replay
 

@@ -28,12 +28,16 @@ FAKE_DEVICE = DeviceInfo("cpu", "invented", "none", "none", "none")
 class FakeEvaluator:
     """Scores by formulas, in no time: accuracy saturates in MACs, latency grows with them and with depth.
 
-    Like a real one it has a hidden preference that counting does not tell, so that there is something to learn.
+    Like a real landscape this one has hidden preferences that counting does not tell, so that there is something to
+    learn. With `build` the networks are made too, once to be timed and once to be trained.
     """
 
     device = FAKE_DEVICE
     data_fingerprint = "invented"
     notes: tuple[str, ...] = ()
+
+    def __init__(self, build: bool = False) -> None:
+        self.build = build
 
     def start(self, anchor_ms: float | None) -> float:
         return 1.0 if anchor_ms is None else anchor_ms
@@ -42,10 +46,14 @@ class FakeEvaluator:
         return cost(arch, resolution=32, num_classes=10)
 
     def measure(self, arch: ArchSpec) -> Latency:
+        if self.build:
+            arch.build(num_classes=10)
         median_ms = 0.05 * len(arch.blocks) + self.cost(arch).macs / 2e7 * (1.3 if arch.activation == "gelu" else 1.0)
         return Latency(median_ms, 0.9 * median_ms, 1.2 * median_ms, 100, median_ms, 1.0, 4 * self.cost(arch).params, 0)
 
     def train(self, arch: ArchSpec) -> ProxyResult:
+        if self.build:
+            arch.build(num_classes=10)
         if arch.stages[0].kernel_size == 7 and arch.stages[0].group_width == 16:
             raise CandidateFailed("the loss diverged (invented)")
         preference = {"silu": 0.03, "hard_swish": 0.02, "gelu": 0.03, "relu": 0.0}[arch.activation]
@@ -79,7 +87,7 @@ def main(
             config = SearchConfig(
                 budget=count, storage=f"sqlite:///{Path(folder) / 'study.db'}", space=load_space(space), sampler=sampler
             )
-            run(config, FakeEvaluator(), watch)
+            run(config, FakeEvaluator(build=True), watch)
         gaps = [1e3 * (end - begin) for begin, end in zip(watch.marks, watch.marks[1:], strict=False)]
         tail = gaps[-max(1, len(gaps) // 10) :]
         print(

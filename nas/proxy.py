@@ -47,8 +47,8 @@ class ProxyResult:
         accuracy, loss: on the validation images; the loss is plain cross-entropy.
         curve: the course of the training.
         seconds: training and evaluation.
-        train_memory_bytes: most tensor memory that one training step held (weights, optimizer and data set excluded
-            on the CPU; all that was allocated on CUDA).
+        train_memory_bytes: most tensor memory that the first training step took beside the weights and the data set:
+            activations, gradients and the optimizer's state.
     """
 
     accuracy: float
@@ -138,7 +138,7 @@ def train(network: nn.Module, batches: Batches, config: ProxyConfig, seed: int) 
         seed: of the order and the augmentation of the images.
 
     Raises:
-        CandidateFailed: the loss is no longer finite, or memory ran out.
+        CandidateFailed: the loss is no longer finite.
     """
     device = batches.device
     begin = time.perf_counter()

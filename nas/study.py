@@ -17,7 +17,7 @@ from nas.errors import UsageError
 from nas.evaluate import Evaluator, Outcome
 from nas.sampling import Proposal, Proposer
 from search_spaces import ArchSpec
-from studies import Candidate, CandidateState, Owner, StorageError, Store
+from studies import Candidate, CandidateState, Owner, StorageError, Store, guarded
 
 # After this many known architectures in a row the sampler is helped out by random draws.
 MAX_DUPLICATES = 10
@@ -85,6 +85,23 @@ def refuse_early(config: SearchConfig) -> None:
         store.close()
 
 
+def take_over(config: SearchConfig) -> None:
+    """Free a study from the claim of a process on another host that is gone.
+
+    Raises:
+        UsageError, StorageError: it was begun under another configuration, or its process lives on this host.
+    """
+    store = Store.open(config.storage, create=False)
+    if store is None:
+        return
+    try:
+        if row := store.find_study(config.study):
+            check_same_config(config, row)
+            store.disown(row.study_id)
+    finally:
+        store.close()
+
+
 def check_same_set_up(config: SearchConfig, study: studies.Study, evaluator: Evaluator) -> None:
     """Raises UsageError where the study's figures come from another device, other versions or other data."""
     device = {name: getattr(study.device, name) for name in asdict(evaluator.device)}
@@ -104,8 +121,9 @@ class LiveStudy:
         known: arch_id -> trial number of every evaluated candidate, whatever its outcome.
     """
 
-    def __init__(self, store: Store, row: studies.Study, config: SearchConfig, anchor_ms: float) -> None:
+    def __init__(self, store: Store, row: studies.Study, config: SearchConfig, anchor_ms: float, owner: Owner) -> None:
         self.store = store
+        self.owner = owner
         self.row = row
         self.config = config
         self.anchor_ms = anchor_ms
@@ -178,7 +196,7 @@ class LiveStudy:
     def record(self, proposal: Proposal, trial_id: int, outcome: Outcome) -> None:
         """Write a candidate's rows, then tell Optuna, then the sampler's copy."""
         row = self._row(proposal, trial_id, outcome)
-        self.store.add_candidate(row)
+        self.store.add_candidate(row, self.owner)
         constraints = outcome.constraints or {}
         trial = self.optuna._storage.get_trial(trial_id)
         self._tell(trial, row, constraints)
@@ -303,9 +321,10 @@ def open_study(config: SearchConfig, evaluator: Evaluator, versions: str) -> Ite
             store.claim(row.study_id, owner)
             anchor_ms = evaluator.start(row.anchor_ms)
         try:
-            study = LiveStudy(store, row, config, anchor_ms)
+            study = LiveStudy(store, row, config, anchor_ms, owner)
             try:
-                yield study
+                with guarded():
+                    yield study
             finally:
                 # Deleted in the dashboard, say: then whatever went wrong went wrong for that reason.
                 if not store.has_study(row.study_id):

@@ -201,6 +201,18 @@ class SearchSpace:
         """An architecture from independent uniform choices, repaired."""
         return self.assemble({name: rng.choice(choices) for name, choices in self.choices().items()})
 
+    def architectures(self) -> Iterator[ArchSpec]:
+        """Every valid architecture once; see `size` for how many they are."""
+        chains: list[tuple[int, tuple[StageSpec, ...]]] = [(width, ()) for width in self.stem_width]
+        for choices in self.stages:
+            chains = [
+                (stem, (*stages, spec))
+                for stem, stages in chains
+                for spec in choices.specs(stages[-1].width if stages else stem)
+            ]
+        for (stem, stages), activation, head in itertools.product(chains, self.activation, self.head_width):
+            yield ArchSpec(stem, stages, activation, head)
+
     def anchor(self) -> ArchSpec:
         """The middle choice of every list: the one fixed network that all latencies of a study are held against."""
         return self.assemble({name: choices[len(choices) // 2] for name, choices in self.choices().items()})

@@ -6,9 +6,11 @@ it: whatever is killed when, a trial that Optuna holds for running either has it
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
+import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -38,6 +40,7 @@ BUSY_TIMEOUT_S = 120
 
 # (direction, name) of the objectives, in Optuna's order of values.
 OBJECTIVES = ((StudyDirection.MAXIMIZE, "accuracy"), (StudyDirection.MINIMIZE, "latency_ms"))
+OPTUNAS_TABLES = {"studies", "trials", "version_info"}
 METRIC_NAMES_KEY = "study:metric_names"
 
 
@@ -70,7 +73,11 @@ class Owner:
         if self.host != socket.gethostname():
             return True
         try:
-            return abs(psutil.Process(self.pid).create_time() - self.started) < 1.0
+            process = psutil.Process(self.pid)
+            if process.status() == psutil.STATUS_ZOMBIE:
+                return False
+            # Some seconds of tolerance: the figure moves when the system's clock is set.
+            return abs(process.create_time() - self.started) < 10.0
         except psutil.NoSuchProcess:
             return False
 
@@ -101,26 +108,31 @@ class Store:
 
         Args:
             url: such as `sqlite:///studies/convfirst.db` or `postgresql+psycopg://user@host/name`.
-            create: make the database and its tables where they are missing; otherwise None is returned then, and
-                nothing is made.
+            create: open it to write, and make the database and its tables where they are missing. Otherwise it is
+                opened to read, and None is returned where there is nothing of ours.
 
         Raises:
             StorageError: the database is unreachable, locked, not writable, not a database, or not ours.
         """
         try:
             parsed = make_url(url)
-            if not create and not _sqlite_file_exists(parsed):
+            if parsed.get_backend_name() == "sqlite" and not _is_sqlite_file(parsed):
+                raise StorageError("an in-memory database would be lost with the process; name a file")
+            if not _sqlite_file_exists(parsed):
+                if not create:
+                    return None
+                _make_sqlite_file(parsed)
+            names = _table_names(parsed, to_write=create)
+            ours = "convfirst_studies" in names
+            if not ours and not create:
                 return None
-            names = _table_names(parsed)
-            if "convfirst_studies" in names:
-                _require_known_version(parsed)
-            elif not create:
-                return None
-            elif names and not {"studies", "trials", "version_info"} <= names:
+            if names and not names >= OPTUNAS_TABLES:
                 listed = ", ".join(sorted(names)[:3])
                 raise StorageError(f"it holds other tables ({listed}) and no studies: it is not ours to write to")
+            up_to_date = ours and _require_known_version(parsed)
             storage = _optuna_storage(parsed)
-            schema.upgrade(url, OPEN_TIMEOUT_S)
+            if not up_to_date:
+                schema.upgrade(url, OPEN_TIMEOUT_S)
             return cls(storage)
         except (NoSuchModuleError, ImportError, ArgumentError, OSError) as error:
             raise StorageError(_first_line(error)) from error
@@ -168,7 +180,11 @@ class Store:
             with self._session() as session:
                 study = session.get(Study, study_id)
             # Killed between Optuna's row and ours, a study is empty, and is as good as none.
-            if study is None and self.optuna_storage.get_n_trials(study_id):
+            directions = [direction for direction, _ in OBJECTIVES]
+            if study is None and (
+                self.optuna_storage.get_n_trials(study_id)
+                or self.optuna_storage.get_study_directions(study_id) != directions
+            ):
                 raise StorageError(f"its study {name!r} was made by another program; choose another --study")
             return study
 
@@ -183,11 +199,20 @@ class Store:
             except optuna.exceptions.DuplicatedStudyError:
                 study_id = self.optuna_storage.get_study_id_from_name(name)
             self.optuna_storage.set_study_system_attr(study_id, METRIC_NAMES_KEY, [name for _, name in OBJECTIVES])
-        with self._session() as session:
-            study = Study(
-                study_id=study_id, config=config, data_fingerprint=data_fingerprint, versions=versions,
-                device=_device_row(session, device), anchor=anchor, anchor_ms=anchor_ms,
+        try:
+            return self._insert_study(
+                Study(
+                    study_id=study_id, config=config, data_fingerprint=data_fingerprint, versions=versions,
+                    anchor=anchor, anchor_ms=anchor_ms,
+                ),
+                device,
             )  # fmt: skip
+        except IntegrityError as error:
+            raise StorageError(f"its study {name!r} has just been made by another process") from error
+
+    def _insert_study(self, study: Study, device: dict[str, str]) -> Study:
+        with self._session() as session:
+            study.device = _device_row(session, device)
             session.add(study)
         return study
 
@@ -221,8 +246,15 @@ class Store:
             )
 
     def disown(self, study_id: int) -> None:
-        """Forget the owner, whoever it is: for a user who knows that another host's process is gone."""
+        """Forget an owner on another host, of which the user knows that it is gone.
+
+        Raises:
+            StorageError: the owner lives on this host.
+        """
         with self._session() as session:
+            held = session.scalar(select(Study.owner).where(Study.study_id == study_id))
+            if held is not None and Owner.parse(held).host == socket.gethostname():
+                _require_dead(held, Owner.me())
             session.execute(update(Study).where(Study.study_id == study_id).values(owner=None))
 
     def summaries(self) -> list[StudySummary]:
@@ -248,14 +280,17 @@ class Store:
 
     # -- candidates ------------------------------------------------------------------------------------------------
 
-    def add_candidate(self, candidate: Candidate) -> None:
+    def add_candidate(self, candidate: Candidate, owner: Owner) -> None:
         """Write a candidate with its latencies and learning curve, all or nothing.
 
         Raises:
-            StorageError: the study was deleted meanwhile.
+            StorageError: the study was deleted meanwhile, or is no longer `owner`'s.
         """
         try:
             with self._session() as session:
+                held = session.scalar(select(Study.owner).where(Study.study_id == candidate.study_id))
+                if held != str(owner):
+                    raise StorageError("the study was deleted, or taken over by another process")
                 session.add(candidate)
         except IntegrityError as error:
             if self.has_study(candidate.study_id):
@@ -344,20 +379,34 @@ def _probe_args(url: URL) -> dict[str, Any]:
     return {"connect_timeout": OPEN_TIMEOUT_S} if url.get_backend_name() in ("postgresql", "mysql") else {}
 
 
-def _table_names(url: URL) -> set[str]:
-    """Names of the tables in a database that can be written to; of one that does not exist yet, none.
+def _make_sqlite_file(url: URL) -> None:
+    """Make a database file with all tables, whole or not at all.
 
-    The first write that a user learns of must not be the one after an hour's training.
+    Optuna's tables are made one by one; a process killed in between would leave a file that looks like another
+    program's. So it is made aside, and linked to its name when it is done; of two processes one wins.
     """
-    if url.get_backend_name() == "sqlite" and not _is_sqlite_file(url):
-        raise StorageError("an in-memory database would be lost with the process; name a file")
-    if _is_sqlite_file(url) and not _sqlite_file_exists(url):
-        Path(str(url.database)).parent.mkdir(parents=True, exist_ok=True)
-        return set()
+    path = Path(str(url.database))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-study-") as folder:
+        aside = url.set(database=str(Path(folder) / "study.db"))
+        storage = _optuna_storage(aside)
+        storage.remove_session()
+        schema.upgrade(str(aside), OPEN_TIMEOUT_S)
+        storage.engine.dispose()
+        with contextlib.suppress(FileExistsError):
+            os.link(str(aside.database), path)
+
+
+def _table_names(url: URL, *, to_write: bool) -> set[str]:
+    """Names of the tables in a database.
+
+    With `to_write` it must take a write lock: the first write that a user learns of must not be the one after an hour's
+    training.
+    """
     engine = create_engine(url, connect_args=_probe_args(url))
     try:
         with engine.connect() as connection:
-            if url.get_backend_name() == "sqlite":
+            if to_write and url.get_backend_name() == "sqlite":
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
                 if not os.access(str(url.database), os.W_OK):
                     raise StorageError("the file is read-only")
@@ -366,7 +415,8 @@ def _table_names(url: URL) -> set[str]:
         engine.dispose()
 
 
-def _require_known_version(url: URL) -> None:
+def _require_known_version(url: URL) -> bool:
+    """Whether our tables are of this program's version; raises StorageError where they are newer."""
     engine = create_engine(url, connect_args=_probe_args(url))
     try:
         version = schema.current(engine)
@@ -374,6 +424,7 @@ def _require_known_version(url: URL) -> None:
         engine.dispose()
     if version is not None and version not in schema.known_versions():
         raise StorageError(f"its tables are of version {version}, newer than this program's {schema.head()}")
+    return version == schema.head()
 
 
 def _optuna_storage(url: URL) -> RDBStorage:

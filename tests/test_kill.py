@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import select
 import signal
 import sqlite3
@@ -22,6 +23,7 @@ from tests.conftest import TINY_TOML
 ROOT = Path(__file__).parents[1]
 KILLS = 10
 BUDGET = 60
+FIRST_SECONDS = 6.0
 
 
 @pytest.fixture
@@ -65,6 +67,16 @@ def finish(process: subprocess.Popen[str]) -> str:
     return output
 
 
+def complete(folder: Path) -> int:
+    """Complete candidates in the database, which may not be there yet."""
+    path = folder / "studies" / "convfirst.db"
+    if not path.is_file():
+        return 0
+    with sqlite3.connect(path) as connection:
+        query = "select count(*) from convfirst_candidates where state = 'complete'"
+        return int(connection.execute(query).fetchone()[0])
+
+
 def check(folder: Path, budget: int) -> None:
     """Exactly `budget` distinct complete candidates, and the same ones in Optuna's tables as in ours."""
     connection = sqlite3.connect(folder / "studies" / "convfirst.db")
@@ -84,14 +96,22 @@ def check(folder: Path, budget: int) -> None:
 
 def test_killed_at_ten_random_moments_it_ends_with_exactly_its_budget(command: list[str], tmp_path: Path) -> None:
     moments = random.Random(0)
+    finished = 0
     for kill in range(KILLS):
         process = start(command, tmp_path)
-        # The first ones are killed while the database and the study are being made, the others in the midst of it.
-        wait_for(process, "loading data" if kill < 3 else "going on" if kill > 3 else "/")
-        time.sleep(moments.uniform(0, 0.5 if kill < 3 else 1.0))
+        if kill < 4:
+            # While the anchor is measured, the database and the study are made, and the first candidates come.
+            wait_for(process, "loading data")
+            time.sleep(moments.uniform(0, FIRST_SECONDS))
+        else:
+            wait_for(process, "/")
+            time.sleep(moments.uniform(0, 1.0))
         assert process.poll() is None, "the search ended before it was killed: BUDGET is too small for this machine"
         process.kill()
-        process.communicate()
+        output, _ = process.communicate()
+        # What was once told to be finished is never lost.
+        finished = max([finished, *(int(count) for count in re.findall(rf"^(\d+)/{BUDGET} ", output, re.MULTILINE))])
+        assert complete(tmp_path) >= finished
     output = finish(start(command, tmp_path))
     assert "budget met" in output
     check(tmp_path, BUDGET)

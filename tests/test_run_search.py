@@ -4,21 +4,25 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import re
 import shlex
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import psutil
 import pytest
 from PIL import Image
 from typer.testing import CliRunner, Result
 
 import run_search
-from nas.config import DEFAULT_STORAGE, DEFAULT_STUDY, DTYPES, SAMPLERS, SearchConfig
+from nas.config import SearchConfig
 from nas.overhead import FakeEvaluator
 from nas.search import run
+from studies import Owner
 from tests.conftest import TINY_TOML
 
 
@@ -109,11 +113,64 @@ def test_flags_become_the_configuration(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert (limits.latency_ms, limits.params, limits.macs, limits.memory_mb) == (9, 10**9, 2 * 10**9, 500)
 
 
+@pytest.mark.usefixtures("fake")
 def test_the_command_line_and_the_library_agree_on_defaults() -> None:
-    assert run_search.DEFAULT_STORAGE == DEFAULT_STORAGE
-    assert run_search.DEFAULT_STUDY == DEFAULT_STUDY
-    assert tuple(run_search.Sampler) == SAMPLERS
-    assert tuple(run_search.Dtype) == DTYPES
+    """A study begun by one is continued by the other."""
+    assert call("--budget 2").exit_code == 0
+    assert run(SearchConfig(budget=4), FakeEvaluator()).complete == 4
+    assert "5 of 5" in call("--budget 5").stdout
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_study_that_another_machine_left_claimed_can_be_taken_over() -> None:
+    assert call("--budget 2").exit_code == 0
+
+    def claim(owner: Owner) -> None:
+        with sqlite3.connect("studies/convfirst.db") as connection:
+            connection.execute("update convfirst_studies set owner = ?", (str(owner),))
+
+    me = Owner.me()
+    claim(replace(me, host="vanished", pid=77))
+    assert "is being searched by process 77 on vanished (if that is gone for good, --take-over)" in refused(
+        "--budget 3"
+    )
+    assert "seed: study has 0, now 1" in refused("--budget 3 --take-over --seed 1")
+    assert "vanished" in refused("--budget 3")
+    assert call("--budget 3 --take-over").exit_code == 0
+    # A process of this machine can be seen to live, and is not robbed.
+    claim(Owner(me.host, os.getppid(), psutil.Process(os.getppid()).create_time()))
+    assert f"is being searched by process {os.getppid()}" in refused("--budget 4 --take-over")
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize("suffix", ["png", "svg", "pdf"])
+def test_the_front_can_be_drawn(tmp_path: Path, suffix: str) -> None:
+    assert call("--budget 6").exit_code == 0
+    result = call(f"pareto --plot front.{suffix}")
+    assert result.exit_code == 0
+    drawn = (tmp_path / f"front.{suffix}").read_bytes()
+    assert drawn.startswith({"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[suffix])
+    assert f"front.{suffix}" in result.stderr
+    assert "--plot front.txt: not a .png" in refused("pareto --plot front.txt")
+    assert "--plot no/front.png: its folder" in refused("pareto --plot no/front.png")
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_locked_database_gets_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("studies.store.OPEN_TIMEOUT_S", 0.2)
+    assert call("--budget 2").exit_code == 0
+    holder = sqlite3.connect("studies/convfirst.db", isolation_level=None)
+    holder.execute("BEGIN EXCLUSIVE")
+    assert re.search("--storage sqlite:///studies/convfirst.db: .*locked", refused("--budget 3"))
+    holder.close()
+    assert call("--budget 3").exit_code == 0
+
+
+def test_a_read_only_folder_gets_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the answer of the system's own question, since root, who runs this on CI, may write everywhere."""
+    monkeypatch.setattr("os.access", lambda path, mode: not mode & os.W_OK)
+    assert f"the folder {tmp_path} is read-only" in refused("--storage sqlite:///x.db")
+    assert not list(tmp_path.iterdir())
 
 
 def test_help_groups_the_flags() -> None:
@@ -163,6 +220,7 @@ def picture_folder(root: Path, classes: int, mode: str = "RGB") -> None:
         ("--data empty", "--data empty: no images"),
         ("--data one", "--data one: .*at least 2"),
         ("--data grey", "--data grey: .*not an RGB image"),
+        ("--data broken", "--data broken: .*0.png cannot be read as an image"),
         ("--data cifar10", "--data cifar10: .*--download"),
         ("--space nosuch", "--space nosuch: neither a built-in space"),
         ("--space wrong.toml", "--space wrong.toml: .*unknown key 'wide'"),
@@ -188,6 +246,8 @@ def test_bad_input_gets_one_line_and_leaves_nothing_behind(tmp_path: Path, line:
     (tmp_path / "empty").mkdir()
     picture_folder(tmp_path / "one", 1)
     picture_folder(tmp_path / "grey", 2, mode="L")
+    picture_folder(tmp_path / "broken", 2)
+    (tmp_path / "broken" / "class0" / "0.png").write_bytes(b"no image")
     (tmp_path / "wrong.toml").write_text(TINY_TOML.replace("width = [8, 16]\nkernel", "wide = [8, 16]\nkernel"))
     (tmp_path / "impossible.toml").write_text(TINY_TOML.replace("[3, 5]", "[4]"))
     with sqlite3.connect(tmp_path / "foreign.db") as connection:

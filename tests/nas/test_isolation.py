@@ -14,6 +14,7 @@ from nas import isolation
 from nas.config import LatencyConfig
 from nas.errors import CandidateFailed
 from nas.isolation import IsolatedMeter
+from search_spaces import ArchSpec, StageSpec
 from tests.conftest import make_tiny_space
 
 SPACE = make_tiny_space()
@@ -86,3 +87,17 @@ time.sleep(60)
     while child.is_running() and child.status() != psutil.STATUS_ZOMBIE and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
+
+
+def test_running_out_of_memory_fails_the_candidate() -> None:
+    """With the address space limited in the child, its allocator fails as it does on a full machine."""
+    huge = LatencyConfig(seconds=0.01, resolution=16, batch_size=1, device="cpu")
+    meter = IsolatedMeter(huge, SPACE.smallest(), None)
+    try:
+        process = psutil.Process(pid(meter))
+        process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms + 2**20,) * 2)
+        stage = StageSpec(width=1024, kernel_size=3, group_width=1, expansion=8, blocks=8, stride=1)
+        with pytest.raises(CandidateFailed, match="out of memory"):
+            meter.measure(ArchSpec(8, (stage,), "relu", 8192))
+    finally:
+        meter.close()

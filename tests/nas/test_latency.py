@@ -1,18 +1,21 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from kernels.timing import DeviceInfo
-from nas.config import LatencyConfig
-from nas.engines import DEFAULT_ENGINE, ENGINES, deploy
+from nas.config import DEFAULT_ENGINE, LatencyConfig
+from nas.engines import ENGINES, deploy
+from nas.errors import CandidateFailed
 from nas.latency import LatencyMeter, corrected
 from search_spaces import load_space
 
 SPACE = load_space("small")
-QUICK = LatencyConfig(seconds=0.05)
+QUICK = LatencyConfig(device="cpu", seconds=0.05)
 
 
 def test_drift_is_taken_out_round_by_round() -> None:
@@ -26,7 +29,7 @@ def test_every_engine_runs_what_was_built(engine: str) -> None:
     network = SPACE.smallest().build(10).eval()
     x = torch.randn(2, 3, 32, 32).contiguous(memory_format=torch.channels_last)
     with torch.inference_mode():
-        module = deploy(network, LatencyConfig(engine=engine, batch_size=2), x)
+        module = deploy(network, LatencyConfig(device="cpu", engine=engine, batch_size=2), x)
         torch.testing.assert_close(module(x), network(x), rtol=1e-4, atol=1e-4)
 
 
@@ -55,7 +58,7 @@ def test_workspace_holds_at_least_the_largest_input_and_output_of_a_layer() -> N
     latency = meter.measure(arch.build(10))
     # In the first block 24 channels of 16x16 pixels become 72, the 24 being kept for the residual.
     assert latency.workspace_bytes >= 4 * 16 * 16 * (24 + 24 + 72)
-    double = LatencyMeter(LatencyConfig(seconds=0.05, batch_size=2), SPACE.smallest().build(10))
+    double = LatencyMeter(LatencyConfig(device="cpu", seconds=0.05, batch_size=2), SPACE.smallest().build(10))
     assert double.measure(arch.build(10)).workspace_bytes > 1.2 * latency.workspace_bytes
 
 
@@ -73,6 +76,21 @@ def test_measuring_leaves_the_thread_count_as_it_was() -> None:
     assert torch.get_num_threads() == before
 
 
+def test_a_network_that_a_compiler_refuses_is_a_failed_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_model: nn.Module, _example: torch.Tensor) -> nn.Module:
+        raise RuntimeError("out of resource: shared memory, Required: 300000")
+
+    network = SPACE.smallest().build(10).eval()
+    x = torch.randn(1, 3, 32, 32)
+    monkeypatch.setitem(ENGINES, "compile", replace(ENGINES["compile"], prepare=refuse))
+    with pytest.raises(CandidateFailed, match=r"engine compile does not compile it \(RuntimeError: out of resource"):
+        deploy(network, LatencyConfig(device="cpu", engine="compile"), x)
+    # Engines that compile nothing have no such excuse.
+    monkeypatch.setitem(ENGINES, "eager", replace(ENGINES["eager"], prepare=refuse))
+    with pytest.raises(RuntimeError, match="shared memory"):
+        deploy(network, LatencyConfig(device="cpu", engine="eager"), x)
+
+
 def test_every_device_has_a_default_engine_that_runs_there() -> None:
     for device, engine in DEFAULT_ENGINE.items():
         assert device in ENGINES[engine].devices
@@ -88,3 +106,17 @@ def test_cuda_graphs_are_timed(engine: str, dtype: str) -> None:
     assert latency.median_ms == pytest.approx(meter.reference_ms, rel=0.2)
     assert latency.workspace_bytes > 0
     assert DeviceInfo.of(torch.device("cuda")).kind == "cuda"
+
+
+@pytest.mark.gpu
+def test_the_anchors_graph_still_computes_after_other_networks_were_measured() -> None:
+    """A graph replays addresses: were the anchor's weights freed, candidates would be timed against garbage."""
+    config = LatencyConfig(device="cuda", seconds=0.05)
+    anchor = SPACE.anchor().build(10)
+    meter = LatencyMeter(config, anchor)
+    for arch in (SPACE.smallest(), SPACE.anchor(), SPACE.smallest()):
+        meter.measure(arch.build(10))
+    _module, x, output = meter.anchor_forwards[0]()  # type: ignore[misc]
+    torch.cuda.synchronize()
+    expected = deploy(anchor, config, x)(x)
+    torch.testing.assert_close(output, expected, rtol=1e-2, atol=1e-2)

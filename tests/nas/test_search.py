@@ -23,7 +23,7 @@ from nas.overhead import FakeEvaluator
 from nas.pareto import front
 from nas.proxy import ProxyResult
 from search_spaces import ArchSpec, SearchSpace
-from studies import Candidate, CandidateState, Owner, StorageError, Store
+from studies import Candidate, CandidateState, Owner, StorageError, Store, Study
 
 
 class Counting(FakeEvaluator):
@@ -406,3 +406,44 @@ def test_events_tell_where_the_search_stands(config: SearchConfig) -> None:
     volumes = [event.hypervolume for event in recorder.events]
     assert np.all(np.diff(volumes) >= 0)
     assert recorder.events[-1].seconds_left == 0
+
+
+def test_two_processes_that_begin_a_study_at_once(config: SearchConfig) -> None:
+    """The second finds that the first was quicker while it measured its own anchor."""
+
+    class Slow(FakeEvaluator):
+        def start(self, anchor_ms: float | None) -> float:
+            if anchor_ms is None:
+                search.run(replace(config, budget=1), FakeEvaluator())
+            return super().start(anchor_ms)
+
+    with pytest.raises(StorageError, match="has just been made by another process"):
+        search.run(config, Slow())
+    assert search.run(config, FakeEvaluator()).complete == 12
+
+
+def test_a_study_taken_over_meanwhile_gets_no_more_rows(config: SearchConfig) -> None:
+    class Robbed(FakeEvaluator):
+        def train(self, arch: ArchSpec) -> ProxyResult:
+            store = opened(config)
+            study = store.find_study(config.study)
+            assert study is not None
+            with store._session() as session:
+                session.get_one(Study, study.study_id).owner = str(replace(Owner.me(), host="elsewhere"))
+            store.close()
+            return super().train(arch)
+
+    with pytest.raises(StorageError, match="taken over"):
+        search.run(config, Robbed())
+    assert candidates(config) == []
+
+
+@pytest.mark.gpu
+def test_a_whole_search_runs_on_cuda(sqlite_url: str) -> None:
+    config = SearchConfig(
+        budget=3, storage=sqlite_url, proxy=ProxyConfig(steps=20), latency=LatencyConfig(device="cuda", seconds=0.2)
+    )
+    assert search.run(config).complete == 3
+    for row in candidates(config):
+        assert row.latencies[0].engine == "eager"
+        assert row.latencies[0].dtype == "float16"

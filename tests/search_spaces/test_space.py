@@ -35,6 +35,9 @@ def two_stage_space() -> SearchSpace:
 def test_size_and_cost_range_equal_brute_force(space: SearchSpace) -> None:
     everything = enumerated(space)
     assert space.size() == len(everything)
+    listed = list(space.architectures())
+    assert set(listed) == everything
+    assert len(listed) == len(everything)
     costs = [cost(arch, 16, 10) for arch in everything]
     low, high = space.cost_range(16, 10)
     assert (low.params, high.params) == (min(c.params for c in costs), max(c.params for c in costs))
