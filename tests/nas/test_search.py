@@ -30,6 +30,7 @@ class Counting(FakeEvaluator):
     """Remembers what it was asked."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.measured: list[str] = []
         self.trained: list[str] = []
 
