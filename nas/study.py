@@ -19,8 +19,9 @@ from nas.sampling import Proposal, Proposer
 from search_spaces import ArchSpec
 from studies import Candidate, CandidateState, Owner, StorageError, Store, guarded
 
-# After this many known architectures in a row the sampler is helped out by random draws.
-MAX_DUPLICATES = 10
+# After this many known architectures in a row the sampler is helped out by a random draw. TPE proposes the known
+# the more often the longer a study is (after 1,950 candidates eight proposals for a new one), and so goes on exploring.
+MAX_DUPLICATES = 2
 TOLD = {
     CandidateState.COMPLETE: TrialState.COMPLETE,
     # Never COMPLETE: the dashboard does not read Optuna 5's constraints, and would draw it on the front.
