@@ -135,7 +135,7 @@ class Proposer:
 
     def propose_this(self, arch: ArchSpec) -> Proposal:
         """A given architecture instead of the sampler's, which learns from it all the same."""
-        # NSGA-II marks the generation of a trial when it is asked; of any other sampler the answer would be thrown away.
+        # NSGA-II marks a trial's generation when it is asked; of any other sampler the answer would be thrown away.
         return self._proposal(self._ask("nsga2" if self.sampler == "nsga2" else "random"), arch)
 
     def propose_unseen(self, seen: Collection[str]) -> Proposal | None:
