@@ -256,16 +256,17 @@ def _config(
 
 
 def _run(config: SearchConfig, take_over: bool) -> None:
-    from nas import study
-    from nas.progress import LiveProgress, PlainProgress, shares_line
-    from nas.search import run
-
-    if take_over:
-        study.take_over(config)
-
     # A polite kill, as schedulers and containers send it, ends a search as Ctrl-C does.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        # Importing torch takes seconds, in which Ctrl-C may come, too.
+        from nas import study
+        from nas.progress import LiveProgress, PlainProgress, shares_line
+        from nas.search import run
+        from studies import displayed
+
+        if take_over:
+            study.take_over(config)
         if out.is_terminal:
             with LiveProgress(out) as progress:
                 result = run(config, progress=progress)
@@ -277,12 +278,12 @@ def _run(config: SearchConfig, take_over: bool) -> None:
         sys.stdout.flush()
         os._exit(130)
     _print_front(result.pareto_front, f"Pareto front of {config.study} ({result.complete} candidates)")
-    where = f"--storage {config.storage} --study {config.study}"
+    shown = displayed(config.storage)
     for line in (
         f"{result.why}: {result.complete} of {config.budget} candidates; hypervolume {result.hypervolume:.4f}",
         shares_line(result),
-        f"study {config.study!r} is in {config.storage}",
-        f"front again: python run_search.py pareto {where}",
+        f"study {config.study!r} is in {shown}",
+        f"front again: python run_search.py pareto --storage {shown} --study {config.study}",
     ):
         out.print(line, highlight=False, soft_wrap=True)
 
@@ -326,15 +327,15 @@ def _print_front(front: pd.DataFrame, title: str) -> None:
 def _opened(storage: str, study: str | None = None) -> Iterator[Store]:
     """The database of a command that only reads."""
     from nas.errors import UsageError
-    from studies import Store
+    from studies import Store, displayed
 
     store = Store.open(storage, create=False)
     if store is None:
-        raise UsageError(f"--storage {storage}: there is no study database of ours")
+        raise UsageError(f"--storage {displayed(storage)}: there is no study database of ours")
     try:
         if study is not None and store.find_study(study) is None:
             known = ", ".join(row.name for row in store.summaries()) or "none"
-            raise UsageError(f"--study {study}: not in {storage} (there: {known})")
+            raise UsageError(f"--study {study}: not in {displayed(storage)} (there: {known})")
         yield store
     finally:
         store.close()
@@ -344,14 +345,14 @@ def _opened(storage: str, study: str | None = None) -> Iterator[Store]:
 def _reported(storage: str) -> Iterator[None]:
     """Turns what a user can mend into one line and exit code 2; anything else is a bug and keeps its traceback."""
     from nas.errors import UsageError
-    from studies import StorageError
+    from studies import StorageError, displayed
 
     try:
         yield
     except UsageError as error:
         _fail(str(error))
     except StorageError as error:
-        _fail(f"--storage {storage}: {error}")
+        _fail(f"--storage {displayed(storage)}: {error}")
 
 
 def _fail(message: str) -> NoReturn:

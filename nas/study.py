@@ -68,6 +68,20 @@ def check_same_config(config: SearchConfig, study: studies.Study) -> None:
         )
 
 
+@contextmanager
+def _existing(config: SearchConfig) -> Iterator[tuple[Store | None, studies.Study | None]]:
+    """The study that `config` names, if it was begun, and begun under this configuration."""
+    store = Store.open(config.storage, create=False)
+    try:
+        row = store.find_study(config.study) if store else None
+        if row:
+            check_same_config(config, row)
+        yield store, row
+    finally:
+        if store:
+            store.close()
+
+
 def refuse_early(config: SearchConfig) -> None:
     """What can be refused before data are loaded: another configuration, another owner, an unusable storage.
 
@@ -75,15 +89,9 @@ def refuse_early(config: SearchConfig) -> None:
         UsageError, StorageError: with the reason.
     """
     Store.check_writable(config.storage)
-    store = Store.open(config.storage, create=False)
-    if store is None:
-        return
-    try:
-        if row := store.find_study(config.study):
-            check_same_config(config, row)
+    with _existing(config) as (store, row):
+        if store and row:
             store.check_claimable(row, Owner.me())
-    finally:
-        store.close()
 
 
 def take_over(config: SearchConfig) -> None:
@@ -92,15 +100,9 @@ def take_over(config: SearchConfig) -> None:
     Raises:
         UsageError, StorageError: it was begun under another configuration, or its process lives on this host.
     """
-    store = Store.open(config.storage, create=False)
-    if store is None:
-        return
-    try:
-        if row := store.find_study(config.study):
-            check_same_config(config, row)
+    with _existing(config) as (store, row):
+        if store and row:
             store.disown(row.study_id)
-    finally:
-        store.close()
 
 
 def check_same_set_up(config: SearchConfig, study: studies.Study, evaluator: Evaluator) -> None:

@@ -1,6 +1,6 @@
 """Studies in an SQL database: Optuna's tables, ours beside them, and the Pareto front as a view."""
 
-from studies.store import Owner, StorageError, Store, StudySummary, guarded
+from studies.store import Owner, StorageError, Store, StudySummary, displayed, guarded
 from studies.tables import Candidate, CandidateState, CurvePoint, Device, Latency, Study
 
 __all__ = [
@@ -14,5 +14,6 @@ __all__ = [
     "Store",
     "Study",
     "StudySummary",
+    "displayed",
     "guarded",
 ]

@@ -48,6 +48,14 @@ class StorageError(Exception):
     """A database cannot be used; the message is one line that says why."""
 
 
+def displayed(url: str) -> str:
+    """The URL with its password hidden, for people and logs."""
+    try:
+        return make_url(url).render_as_string()
+    except ArgumentError:
+        return url
+
+
 @dataclass(frozen=True, slots=True)
 class Owner:
     """A process that searches a study. Process ids come round again; with the start time they do not."""

@@ -166,6 +166,12 @@ def test_a_locked_database_gets_one_line(monkeypatch: pytest.MonkeyPatch) -> Non
     assert call("--budget 3").exit_code == 0
 
 
+def test_passwords_are_not_printed() -> None:
+    line = refused("--storage postgresql+psycopg://me:secret@127.0.0.1:1/x")
+    assert "--storage postgresql+psycopg://me:***@127.0.0.1:1/x: " in line
+    assert "secret" not in line
+
+
 def test_a_read_only_folder_gets_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the answer of the system's own question, since root, who runs this on CI, may write everywhere."""
     monkeypatch.setattr("os.access", lambda path, mode: not mode & os.W_OK)
