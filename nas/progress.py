@@ -13,6 +13,8 @@ from rich.table import Table
 from nas.search import Event, SearchResult
 from studies import CandidateState
 
+WIDE = 105  # columns
+
 
 def duration(seconds: float) -> str:
     """`0:00:42`."""
@@ -25,6 +27,14 @@ def scored(event: Event) -> str:
     if outcome.state == CandidateState.COMPLETE and outcome.proxy and outcome.latency:
         return f"accuracy {outcome.proxy.accuracy:.3f}  latency {outcome.latency.median_ms:.3f} ms"
     return f"{outcome.state.value.replace('_', ' ')}: {outcome.reason}"
+
+
+def scored_briefly(event: Event) -> str:
+    """The last candidate in fewer words: a live line has 80 columns."""
+    outcome = event.outcome
+    if outcome.state == CandidateState.COMPLETE and outcome.proxy and outcome.latency:
+        return f"{outcome.proxy.accuracy:.3f} at {outcome.latency.median_ms:.3f} ms"
+    return outcome.state.value.replace("_", " ")
 
 
 def standing(event: Event) -> str:
@@ -58,11 +68,10 @@ class LiveProgress:
 
     def __init__(self, console: Console) -> None:
         self.console = console
+        # On a narrow terminal the bar goes first, and never the figures.
+        bar = [BarColumn(bar_width=20)] if console.width >= WIDE else []
         self.bar = RichProgress(
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}", markup=False),
-            console=console,
+            *bar, MofNCompleteColumn(), TextColumn("{task.description}", markup=False), console=console
         )
         self.task: TaskID | None = None
 
@@ -81,7 +90,7 @@ class LiveProgress:
 
     def candidate(self, event: Event) -> None:
         assert self.task is not None, "begin comes first"
-        self.bar.update(self.task, completed=event.complete, description=f"{scored(event)}  {standing(event)}")
+        self.bar.update(self.task, completed=event.complete, description=f"{scored_briefly(event)}  {standing(event)}")
 
 
 FRONT_COLUMNS = {
