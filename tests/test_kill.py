@@ -22,7 +22,7 @@ from tests.conftest import TINY_TOML
 
 ROOT = Path(__file__).parents[1]
 KILLS = 10
-BUDGET = 60
+BUDGET = 120
 FIRST_SECONDS = 6.0
 
 
