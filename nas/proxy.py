@@ -171,7 +171,7 @@ def train(network: nn.Module, batches: Batches, config: ProxyConfig, seed: int) 
     for number in range(1, config.steps + 1):
         if number % every == 0 or number == config.steps:
             # Losses are looked at here only: reading one waits for the GPU.
-            loss, accuracy = torch.tensor(pending).mean(dim=0).tolist()
+            loss, accuracy = torch.stack([torch.stack(pair) for pair in pending]).mean(dim=0).tolist()
             if not math.isfinite(loss):
                 raise CandidateFailed(f"the loss diverged before step {number} of {config.steps}")
             curve.append(CurvePoint(number, loss, accuracy, time.perf_counter() - begin))

@@ -46,7 +46,7 @@ def command(tmp_path: Path) -> list[str]:
 def start(command: list[str], folder: Path) -> subprocess.Popen[str]:
     return subprocess.Popen(
         command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        env={**os.environ, "PYTHONPATH": str(ROOT)}, start_new_session=True,
     )  # fmt: skip
 
 
@@ -125,7 +125,8 @@ def test_an_interrupt_ends_it_soon_and_says_how_to_go_on(
 ) -> None:
     process = start(command, tmp_path)
     wait_for(process, f"1/{BUDGET}")
-    process.send_signal(sent)
+    # As a terminal sends Ctrl-C: to the whole process group.
+    os.killpg(process.pid, sent)
     begin = time.monotonic()
     output, _ = process.communicate(timeout=30)
     seconds = time.monotonic() - begin
