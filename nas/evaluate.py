@@ -156,7 +156,7 @@ def check_device(config: SearchConfig) -> torch.device:
     if device.type not in ENGINES[engine].devices:
         raise UsageError(f"--engine {engine}: does not run on {device.type}")
     if device.type == "cpu" and config.latency.dtype == "float16":
-        raise UsageError("--dtype float16: not on the CPU, whose kernels for it are far slower than float32's")
+        raise UsageError("--dtype float16: not on the CPU, which takes float32 or bfloat16")
     return device
 
 

@@ -2,7 +2,7 @@
 
 Shapes: N batch, H W pixels. Read from top to bottom: data, network, loop, evaluation.
 
-The schedule is the one that ../README.md gives figures for: AdamW, linear warm-up, cosine to zero, label smoothing;
+The schedule is AdamW with linear warm-up, cosine to zero and label smoothing;
 channels_last throughout, and bfloat16 autocast on CUDA. On the CPU the same seed, architecture and thread count give
 the same accuracy; on CUDA that needs `deterministic`.
 """

@@ -24,8 +24,9 @@ from search_spaces import ArchSpec, SearchSpace
 from search_spaces.space import Choice
 
 NSGA2_POPULATION = 20
-# Twice Optuna's default: with some twenty parameters multivariate TPE settles too early on the few points it has.
-# On the invented landscape of nas.overhead, hypervolume after 80 trials went from .581 to .591 (8 seeds, +-.004).
+# Twice Optuna's default: with some twenty parameters multivariate TPE settles too early on the few points it has. On
+# the invented landscape of nas.overhead with noise, hypervolume after 80 trials went from .581 to .591 (8 seeds,
+# +-.004). It was picked among some two dozen variants tried there, so expect less of it elsewhere.
 TPE_STARTUP_TRIALS = 20
 FALLBACK_DRAWS = 1000
 # Of larger spaces a thousand draws in a row do not all miss what is left, unless nearly nothing is.

@@ -149,7 +149,10 @@ class LiveStudy:
 
     @property
     def reference_latency_ms(self) -> float:
-        """The hypervolume's: the latency limit, or else twice the anchor's latency, where the slow ones are."""
+        """The hypervolume's: the latency limit, or else twice the anchor's latency.
+
+        A choice, and one that favours fast networks: the README shows how a comparison turns with it.
+        """
         return self.config.limits.latency_ms or 2 * self.anchor_ms
 
     def recover(self) -> None:
