@@ -28,7 +28,7 @@ REFERENCES = (1.0, 2.0, 4.0)
 def search(folder: Path, sampler: str, seed: int, seconds: int) -> subprocess.Popen[bytes]:
     """Begin one search, in a process and a database of its own."""
     name = f"{sampler}{seed}"
-    command = [sys.executable, "run_search.py", "--budget", UNLIMITED, "--time-limit", seconds, "--threads", 1]
+    command = [sys.executable, "-m", "run_search", "--budget", UNLIMITED, "--time-limit", seconds, "--threads", 1]
     command += ["--sampler", sampler, "--seed", seed, "--study", name, "--storage", url(folder, name)]
     with (folder / f"{name}.log").open("wb") as log:
         return subprocess.Popen([str(part) for part in command], stdout=log, stderr=subprocess.STDOUT)

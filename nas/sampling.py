@@ -20,7 +20,6 @@ from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESample
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from nas.pareto import front
 from search_spaces import ArchSpec, SearchSpace
 from search_spaces.space import Choice
 
@@ -29,11 +28,6 @@ NSGA2_POPULATION = 20
 # the invented landscape of nas.overhead with noise, hypervolume after 80 trials went from .581 to .591 (8 seeds,
 # +-.004). It was picked among some two dozen variants tried there, so expect less of it elsewhere.
 TPE_STARTUP_TRIALS = 20
-# TPE alone spends its trials where it found the most points of the front, mostly at the fast end, and random search
-# then finds the more accurate slow networks. So some proposals change a few parameters of a member of the front that
-# stands far from its neighbours, or at an end.
-MUTATED_SHARE = 1 / 3
-MUTATED_PARAMETERS = (1, 2, 3)
 FALLBACK_DRAWS = 1000
 # Of larger spaces a thousand draws in a row do not all miss what is left, unless nearly nothing is.
 LARGEST_ENUMERATED = 50_000
@@ -88,23 +82,6 @@ def make_sampler(name: str, seed: int, space: dict[str, BaseDistribution]) -> Ba
     return FixedSpaceTPE(space, n_startup_trials=TPE_STARTUP_TRIALS, multivariate=True, constant_liar=False, seed=seed)
 
 
-def isolation(accuracy: np.ndarray, latency_ms: np.ndarray) -> list[float]:
-    """How far each member of a front stands from its neighbours: the sum of the two distances.
-
-    Measured in log latency and accuracy, both scaled to the front's range; the one distance of either end counts twice.
-
-    Args:
-        accuracy, latency_ms: (n,) each, of a front from the fastest to the slowest.
-    """
-    if len(accuracy) == 1:
-        return [1.0]
-    points = np.stack([np.log(latency_ms), accuracy])
-    extent = np.ptp(points, axis=1, keepdims=True)
-    gaps = np.hypot(*np.diff(points / np.where(extent > 0, extent, 1)))
-    distances: list[float] = (np.append(gaps[0], gaps) + np.append(gaps, gaps[-1])).tolist()
-    return distances
-
-
 def trial_seed(seed: int, number: int) -> int:
     """The sampler's seed for one trial: a resumed search goes on where it was instead of repeating its first draws."""
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
@@ -153,8 +130,6 @@ class Proposer:
 
     def propose(self) -> Proposal:
         """The sampler's next architecture, which may be one it has seen. `tell` must follow."""
-        if self.sampler == "tpe" and (mutant := self._mutant()) is not None:
-            return self.propose_this(mutant)
         trial = self._ask(self.sampler)
         values = {name: trial.params[name] for name in self.distributions} | self.fixed
         return self._proposal(trial, self.space.assemble(values))
@@ -183,26 +158,6 @@ class Proposer:
             self.pending.set_constraint(key, value)
         self.study.tell(self.pending, values, state)
         self.pending = None
-
-    def _mutant(self) -> ArchSpec | None:
-        """After the start, and by chance: a member of the front with a few parameters drawn anew; else None."""
-        trials = self.study.get_trials(deepcopy=False)
-        rng = random.Random(trial_seed(self.seed, len(trials)))
-        if len(trials) < TPE_STARTUP_TRIALS or rng.random() >= MUTATED_SHARE:
-            return None
-        complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
-        if not complete:
-            return None
-        accuracy, latency_ms = np.array([trial.values for trial in complete]).T
-        members = front(accuracy, latency_ms)
-        weights = isolation(accuracy[members], latency_ms[members])
-        # Equal points have no distance between them; where all are equal, each is as good as another.
-        (member,) = rng.choices(members.tolist(), weights if any(weights) else None)
-        values = complete[member].params | self.fixed
-        count = min(rng.choice(MUTATED_PARAMETERS), len(self.distributions))
-        for name in rng.sample(sorted(self.distributions), count):
-            values[name] = rng.choice([choice for choice in self.space.choices()[name] if choice != values[name]])
-        return self.space.assemble(values)
 
     def _ask(self, sampler: str) -> Trial:
         assert self.pending is None, "propose comes after tell"
