@@ -1,0 +1,254 @@
+"""A ConvFirst block in one launch: grouped conv, expand, activation, project and residual, all of it on chip.
+
+    y   = conv(x) + conv_bias                     [M, C]    float32, rounded to the input's dtype
+    h   = act(y @ expand^T + expand_bias)         [M, BE]   one block of hidden channels after the other
+    out = sum over blocks (h @ project) + bias    [M, C']   float32, plus x, stored once
+
+A program computes M output pixels of the flattened batch. With `splits` > 1 that many programs share a tile, each a
+part of the hidden channels; whichever ends last adds up their float32 sums, always in the same order.
+
+Legend: N, H, W batch, height, width; P output pixels of the whole batch; C, E, C' input, hidden and output channels;
+K kernel size; D channels of a dense block of grouped weights. Channels run innermost (channels_last). A width is
+computed in parts, each of a power of two (`problem.parts`): the tuples below hold one tensor a part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.device_functions import activate, convolve, dot, round_to, size, start, store_tile, tap_zero, total_size
+from kernels.problem import DENSE_MULTIPLE, MIN_DOT, WIDE_ELEMENTS, BlockProblem, Tiling, parts
+
+ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu, "relu": F.relu, "gelu": F.gelu, "hard_swish": F.hardswish, "none": lambda x: x,
+}  # fmt: skip
+
+
+def layer_by_layer(x: Tensor, layers: Sequence[Tensor], problem: BlockProblem) -> Tensor:
+    """The block as torch runs it, in the dtype of its operands.
+
+    Args:
+        x: (N, C, H, W).
+        layers: weight and bias of the grouped convolution, of expansion and of projection, as `nn.Conv2d` has them.
+        problem: the block.
+
+    Returns:
+        (N, C', H', W').
+    """
+    conv, conv_bias, expand, expand_bias, project, project_bias = layers
+    groups = problem.in_channels // problem.group_width
+    y = F.conv2d(x, conv, conv_bias, problem.stride, problem.kernel_size // 2, groups=groups)
+    h = ACTIVATE[problem.activation](F.conv2d(y, expand, expand_bias))
+    out = F.conv2d(h, project, project_bias)
+    return out + x if problem.residual else out
+
+
+# -- Weights ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class BlockWeights:
+    """A block's weights as the kernel reads them, zero where channels are padded.
+
+    Args:
+        conv: one form after the other, see `grouped_weights`; in the block's dtype, as `expand` and `project` are.
+        conv_bias: (padded C,) float32, as are the other biases.
+        expand: (padded E, padded C).
+        expand_bias: (padded E,).
+        project: (padded E, padded C').
+        project_bias: (padded C',).
+    """
+
+    conv: Tensor
+    conv_bias: Tensor
+    expand: Tensor
+    expand_bias: Tensor
+    project: Tensor
+    project_bias: Tensor
+
+
+def grouped_weights(weight: Tensor, padded: int, block: int) -> Tensor:
+    """Grouped weights as the kernels' convolutions read them, flat and zero where channels are padded.
+
+    Depthwise: (K*K, padded). Grouped: block-diagonal dense blocks (K*K, padded / D, D in, D out).
+
+    Args:
+        weight: (channels, group width, K, K), as `nn.Conv2d` has it.
+        padded: channels to pad to.
+        block: D, a multiple of the group width, or no less than all channels.
+    """
+    channels, group_width = weight.shape[:2]
+    # (taps, out, in within the group)
+    by_tap = weight.flatten(2).permute(2, 0, 1)
+    if group_width == 1:
+        return F.pad(by_tap[:, :, 0], (0, padded - channels)).flatten()
+    out = torch.arange(channels, device=weight.device)
+    first_in = out // group_width * group_width
+    blocks = weight.new_zeros(len(by_tap), padded // block, block, block)
+    for lane in range(group_width):
+        blocks[:, out // block, (first_in + lane) % block, out % block] = by_tap[:, :, lane]
+    return blocks.flatten()
+
+
+def pack_conv(weight: Tensor, problem: BlockProblem) -> Tensor:
+    """A block's grouped weights, flat: see `grouped_weights`; full ones, for "dense":
+    (K*K, C padded to `DENSE_MULTIPLE`, padded C).
+
+    Args:
+        weight: (C, group width, K, K), as `nn.Conv2d` has it.
+    """
+    if not problem.is_dense:
+        return grouped_weights(weight, problem.padded_in, problem.conv_block)
+    channels = problem.in_channels
+    rows = ceil(channels / DENSE_MULTIPLE) * DENSE_MULTIPLE
+    dense = weight.new_zeros(problem.kernel_size**2, rows, problem.padded_in)
+    # (taps, in, out)
+    dense[:, :channels, :channels] = weight.flatten(2).permute(2, 1, 0)
+    return dense.flatten()
+
+
+def pack(layers: Sequence[Tensor], problem: BlockProblem) -> BlockWeights:
+    """The kernel's weights of a block's layers, which are as `layer_by_layer` takes them."""
+    conv, conv_bias, expand, expand_bias, project, project_bias = layers
+    dtype = getattr(torch, problem.dtype)
+    padded_in, padded_out = problem.padded_in, problem.padded_out
+    padded_hidden = problem.padded_hidden
+
+    def padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
+        return F.pad(matrix, (0, columns - matrix.shape[1], 0, rows - matrix.shape[0])).to(dtype).contiguous()
+
+    def padded_bias(bias: Tensor, length: int) -> Tensor:
+        return F.pad(bias.float(), (0, length - len(bias))).contiguous()
+
+    return BlockWeights(
+        conv=pack_conv(conv.to(dtype), problem),
+        conv_bias=padded_bias(conv_bias, padded_in),
+        expand=padded(expand.flatten(1), padded_hidden, padded_in),
+        expand_bias=padded_bias(expand_bias, padded_hidden),
+        project=padded(project.flatten(1).T, padded_hidden, padded_out),
+        project_bias=padded_bias(project_bias, padded_out),
+    )
+
+
+# -- Kernel ----------------------------------------------------------------------------------------------------------
+
+
+@triton.jit(do_not_specialize=["pixels", "height", "width", "out_height", "out_width"])
+def convfirst_kernel(
+    x, conv, conv_bias, expand, expand_bias, project, project_bias, out, partial, counters,
+    pixels, height, width, out_height, out_width,
+    IN: tl.constexpr, HIDDEN: tl.constexpr, OUT: tl.constexpr, IN_PARTS: tl.constexpr, OUT_PARTS: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
+    FORM: tl.constexpr, CONV_BLOCK: tl.constexpr, DENSE_ROWS: tl.constexpr, CONV_STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One tile of BLOCK_M output pixels (axis 0) and one split of the hidden channels (axis 1)."""
+    DTYPE: tl.constexpr = x.dtype.element_ty
+    PADDED_IN: tl.constexpr = total_size(IN_PARTS)
+    PADDED_OUT: tl.constexpr = total_size(OUT_PARTS)
+    tile, split = tl.program_id(0), tl.program_id(1)
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = row < pixels
+    if WIDE:
+        row = row.to(tl.int64)
+    pixel, top, left = tap_zero(row, height, width, out_height, out_width, KERNEL, STRIDE, WIDE)
+
+    ys = ()
+    for i in tl.static_range(len(IN_PARTS)):
+        y = convolve(
+            x, conv, conv_bias, pixel, top, left, valid, height, width,
+            start(IN_PARTS, i), size(IN_PARTS, i), IN, PADDED_IN, KERNEL,
+            FORM, CONV_BLOCK, DENSE_ROWS, BLOCK_M, CONV_STAGES,
+        )  # fmt: skip
+        ys = ys + (round_to(y, DTYPE),)
+
+    totals = ()
+    for i in tl.static_range(len(OUT_PARTS)):
+        totals = totals + (tl.zeros([BLOCK_M, size(OUT_PARTS, i)], tl.float32),)
+    STEPS: tl.constexpr = (HIDDEN + BLOCK_E * SPLITS - 1) // (BLOCK_E * SPLITS)
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        # Past the last hidden channel the weights are padded: see `Tiling.fits`.
+        hidden = (split * STEPS + step) * BLOCK_E + tl.arange(0, BLOCK_E)
+        h = tl.zeros([BLOCK_M, BLOCK_E], tl.float32) + tl.load(expand_bias + hidden)[None, :]
+        for i in tl.static_range(len(IN_PARTS)):
+            columns = start(IN_PARTS, i) + tl.arange(0, size(IN_PARTS, i))
+            h = dot(ys[i], tl.trans(tl.load(expand + hidden[:, None] * PADDED_IN + columns[None, :])), h)
+        h = round_to(activate(h, ACTIVATION, DTYPE == tl.float32), DTYPE)
+        sums = ()
+        for i in tl.static_range(len(OUT_PARTS)):
+            columns = start(OUT_PARTS, i) + tl.arange(0, size(OUT_PARTS, i))
+            sums = sums + (dot(h, tl.load(project + hidden[:, None] * PADDED_OUT + columns[None, :]), totals[i]),)
+        totals = sums
+
+    store_tile(
+        out, totals, partial, counters, project_bias, x, row, valid, pixels, tile, split,
+        OUT_PARTS, OUT, PADDED_OUT, RESIDUAL, BLOCK_M, SPLITS,
+    )  # fmt: skip
+
+
+# -- Launch ----------------------------------------------------------------------------------------------------------
+
+_counters: dict[tuple[torch.device, int], Tensor] = {}
+
+
+def tile_counters(device: torch.device, tiles: int) -> Tensor:
+    """Zeros, one a tile, which each launch leaves as zeros: one set per stream, as two streams may run at once."""
+    key = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
+    if key not in _counters or len(_counters[key]) < tiles:
+        _counters[key] = torch.zeros(max(4096, tiles), dtype=torch.int32, device=device)
+    return _counters[key]
+
+
+def constants(problem: BlockProblem, tiling: Tiling) -> dict[str, object]:
+    """The kernel's compile-time arguments."""
+    elements = max(
+        problem.batch * problem.height * problem.width * problem.in_channels,
+        problem.out_pixels * problem.padded_out * tiling.splits,
+    )
+    return {
+        "IN": problem.in_channels, "HIDDEN": problem.hidden_channels, "OUT": problem.out_channels,
+        "IN_PARTS": parts(problem.in_channels, problem.conv_block, tiling.part),
+        "OUT_PARTS": parts(problem.out_channels, MIN_DOT, tiling.part),
+        "KERNEL": problem.kernel_size, "STRIDE": problem.stride, "ACTIVATION": problem.activation,
+        "RESIDUAL": problem.residual, "FORM": tiling.conv,
+        "CONV_BLOCK": tiling.dense_block if problem.is_dense else problem.conv_block,
+        "DENSE_ROWS": ceil(problem.in_channels / DENSE_MULTIPLE) * DENSE_MULTIPLE, "CONV_STAGES": tiling.conv_stages,
+        "BLOCK_M": tiling.block_m, "BLOCK_E": tiling.block_e, "SPLITS": tiling.splits, "STAGES": tiling.num_stages,
+        "WIDE": elements >= WIDE_ELEMENTS,
+    }  # fmt: skip
+
+
+def launch(x: Tensor, weights: BlockWeights, problem: BlockProblem, tiling: Tiling) -> Tensor:
+    """Run the block; operands are as the problem says, which nothing here checks.
+
+    Args:
+        x: (N, C, H, W), channels_last.
+
+    Returns:
+        (N, C', H', W'), channels_last.
+    """
+    out = torch.empty(
+        (problem.batch, problem.out_channels, problem.out_height, problem.out_width),
+        dtype=x.dtype, device=x.device, memory_format=torch.channels_last,
+    )  # fmt: skip
+    # Where tiles are not split neither is read.
+    partial = counters = weights.conv_bias
+    tiles = tiling.tiles(problem)
+    if tiling.splits > 1:
+        partial = torch.empty(tiling.partial_bytes(problem) // 4, dtype=torch.float32, device=x.device)
+        counters = tile_counters(x.device, tiles)
+    convfirst_kernel[(tiles, tiling.splits)](
+        x, weights.conv, weights.conv_bias, weights.expand, weights.expand_bias, weights.project, weights.project_bias,
+        out, partial, counters,
+        problem.out_pixels, problem.height, problem.width, problem.out_height, problem.out_width,
+        **constants(problem, tiling), num_warps=tiling.num_warps,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,213 @@
+"""Where a fused block's time must go, counted; and from that, which tilings are worth trying.
+
+Every term is a lower bound in seconds on one resource: its work over the machine's rate. The largest is the block's
+bound; a tiling's estimate adds what a bound leaves out, the last wave of programs and the latencies within one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from itertools import product
+from math import ceil
+
+from kernels.problem import MIN_DOT, BlockProblem, Tiling, conv_forms, parts
+
+# Special-function results and issue slots per hidden element, read from the machine code (sm_90) that
+# `python -m kernels.inspect` prints for `device_functions.activate`, bias and rounding included.
+SPECIAL_FUNCTIONS = {"silu": 1, "relu": 0, "gelu": 1, "hard_swish": 0}
+ISSUE_SLOTS = {"silu": 4.5, "relu": 2.5, "gelu": 9.5, "hard_swish": 6.5}
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a GPU can do. The defaults are an H200's, partly assumed: see `kernels/benchmarks/NOTES.md`.
+
+    Args:
+        multiprocessors, clock_hz, registers, shared_bytes: of the chip and of one multiprocessor.
+        dram_bytes, l2_bytes: a second, read and written together.
+        wgmma_macs, mma_macs: multiply-accumulates a second of 16-bit operands, by Hopper's warp-group products and by
+            the older ones; a chip without the first has the two equal.
+        l1_bytes, special_functions, lanes: a clock and multiprocessor.
+        launch_seconds: of one kernel inside a CUDA graph.
+        latency_seconds: of a load that the first-level cache does not hold.
+    """
+
+    multiprocessors: int = 132
+    clock_hz: float = 1.755e9
+    registers: int = 65536
+    shared_bytes: int = 232_448
+    dram_bytes: float = 4.3e12
+    l2_bytes: float = 5.5e12
+    wgmma_macs: float = 395e12
+    mma_macs: float = 250e12
+    l1_bytes: int = 128
+    special_functions: int = 16
+    lanes: int = 128
+    launch_seconds: float = 1.5e-6
+    latency_seconds: float = 0.6e-6
+
+
+H200 = Limits()
+
+
+def padded_conv_macs(problem: BlockProblem, tiling: Tiling) -> int:
+    """Multiply-accumulates of the convolution as computed: dense blocks in which all but the groups are zeros."""
+    if tiling.conv == "fma":
+        inputs = 1
+    elif tiling.conv in ("mma", "diagonal"):
+        inputs = problem.conv_block
+    else:
+        inputs = ceil(problem.in_channels / tiling.dense_block) * tiling.dense_block
+    return tiling.tiles(problem) * tiling.block_m * problem.padded_in * problem.kernel_size**2 * inputs
+
+
+def terms(problem: BlockProblem, tiling: Tiling, limits: Limits = H200) -> dict[str, float]:
+    """Seconds that each resource needs at least, by name.
+
+    Tile waste is in all of them: rows past the last pixel and channels past the last real one are computed too.
+    """
+    tiles, programs = tiling.tiles(problem), tiling.programs(problem)
+    rows = tiles * tiling.block_m
+    per_clock = limits.multiprocessors * limits.clock_hz
+    steps = ceil(problem.hidden_channels / (tiling.block_e * tiling.splits)) * tiling.splits
+    hidden = rows * steps * tiling.block_e
+    matrix = (limits.wgmma_macs if tiling.block_m >= 64 else limits.mma_macs) / (4 if problem.itemsize == 4 else 1)
+    conv_macs = padded_conv_macs(problem, tiling) * tiling.splits
+    on_lanes = tiling.conv == "fma"
+    conv_weights = problem.kernel_size**2 * problem.padded_in * problem.itemsize
+    if problem.group_width > 1:
+        conv_weights = conv_macs // (rows * tiling.splits) * problem.itemsize
+    weights = conv_weights + steps // tiling.splits * tiling.block_e * (problem.padded_in + problem.padded_out) * (
+        problem.itemsize
+    )
+    taps = programs * tiling.block_m * problem.kernel_size**2 * problem.padded_in * problem.itemsize
+    # A convolution over chunks of the input reads them once for each part of its output.
+    taps *= len(parts(problem.in_channels, problem.conv_block, tiling.part)) if tiling.conv == "dense" else 1
+    # Every multiply-add of a channel converts its operand first.
+    lane_work = hidden * ISSUE_SLOTS[problem.activation] + (2.5 * conv_macs if on_lanes else 0)
+    return {
+        "dram": (problem.activation_bytes + 2 * tiling.partial_bytes(problem)) / limits.dram_bytes,
+        "l2": (programs * weights + problem.activation_bytes + 2 * tiling.partial_bytes(problem)) / limits.l2_bytes,
+        "taps": taps / (limits.l1_bytes * per_clock),
+        "tensor": (0 if on_lanes else conv_macs / min(matrix, limits.mma_macs))
+        + hidden * (problem.padded_in + problem.padded_out) / matrix,
+        "special": hidden * SPECIAL_FUNCTIONS[problem.activation] / (limits.special_functions * per_clock),
+        "issue": lane_work / (limits.lanes * per_clock),
+    }
+
+
+def bound(problem: BlockProblem, tiling: Tiling, limits: Limits = H200) -> tuple[str, float]:
+    """The resource that binds, and its seconds."""
+    counted = terms(problem, tiling, limits)
+    name = max(counted, key=counted.__getitem__)
+    return name, counted[name]
+
+
+def roofline(problem: BlockProblem, limits: Limits = H200) -> float:
+    """Seconds of the plain roofline: necessary operations over peak, or necessary bytes over bandwidth."""
+    channels = problem.in_channels * problem.kernel_size**2 * problem.group_width
+    weights = problem.itemsize * (channels + problem.hidden_channels * (problem.in_channels + problem.out_channels))
+    peak = max(limits.wgmma_macs, limits.mma_macs) / (4 if problem.itemsize == 4 else 1)
+    return max(problem.macs / peak, (problem.activation_bytes + weights) / limits.dram_bytes)
+
+
+def layer_roofline(problem: BlockProblem, limits: Limits = H200) -> float:
+    """Seconds layer by layer, each at its own roofline: conv; expand and activate; project and add."""
+    pixels, size = problem.out_pixels, problem.itemsize
+    peak = max(limits.wgmma_macs, limits.mma_macs) / (4 if size == 4 else 1)
+    into, hidden, out = problem.in_channels, problem.hidden_channels, problem.out_channels
+    layers = (
+        (problem.conv_macs, problem.batch * problem.height * problem.width * into + pixels * into),
+        (pixels * into * hidden, pixels * (into + hidden) + into * hidden),
+        (pixels * hidden * out, pixels * (hidden + out * (2 if problem.residual else 1)) + hidden * out),
+    )
+    return sum(max(macs / peak, elements * size / limits.dram_bytes) for macs, elements in layers)
+
+
+def shared_bytes(problem: BlockProblem, tiling: Tiling) -> int:
+    """Shared memory of a program, about: the weights' pipeline and the convolution's result on its way to a product."""
+    weights = tiling.num_stages * (problem.padded_in + problem.padded_out) * tiling.block_e * problem.itemsize
+    conv = 0
+    if tiling.conv_stages > 1 and tiling.conv != "fma":
+        part = max(parts(problem.in_channels, problem.conv_block, tiling.part))
+        inputs = tiling.dense_block if tiling.conv == "dense" else problem.conv_block
+        conv = tiling.conv_stages * part * (tiling.block_m + inputs) * problem.itemsize
+    return max(weights + tiling.block_m * problem.padded_in * problem.itemsize, conv)
+
+
+def live_registers(problem: BlockProblem, tiling: Tiling) -> float:
+    """Registers a thread for the tensors that live through the loop over hidden channels; addresses come on top."""
+    words = problem.itemsize / 4
+    elements = tiling.block_m * (problem.padded_out + problem.padded_in * words + tiling.block_e)
+    return elements / (32 * tiling.num_warps)
+
+
+# Live registers beyond which the compiler spills, from sweeps of both built-in spaces.
+MOST_LIVE_REGISTERS = 212
+OTHER_REGISTERS = 44
+
+
+def estimate(problem: BlockProblem, tiling: Tiling, limits: Limits = H200) -> float:
+    """Seconds of a launch: the binding resource, shared with its rivals for slots, in whole waves, plus latencies."""
+    counted = terms(problem, tiling, limits)
+    registers = min(255, live_registers(problem, tiling) + OTHER_REGISTERS) * 32 * tiling.num_warps
+    resident = max(
+        1, min(int(limits.registers / registers), limits.shared_bytes // (shared_bytes(problem, tiling) + 1024))
+    )
+    slots = limits.multiprocessors * resident
+    programs = tiling.programs(problem)
+    waves = ceil(programs / slots)
+    # A part-filled wave takes as long as a full one, up to what fewer programs on a multiprocessor gain.
+    idle = waves * slots / programs if programs > slots else max(1.0, limits.multiprocessors / programs)
+    # Products, special functions and plain instructions overlap between warps, but never wholly.
+    compute = [counted[name] for name in ("tensor", "special", "issue", "taps")]
+    busy = max(max(compute) + 0.4 * (sum(compute) - max(compute)), counted["l2"]) * idle
+    tap_steps = problem.kernel_size**2 * len(parts(problem.in_channels, problem.conv_block, tiling.part))
+    if tiling.conv == "dense":
+        tap_steps *= ceil(problem.in_channels / tiling.dense_block)
+    steps = ceil(problem.hidden_channels / (tiling.block_e * tiling.splits))
+    # Copies in flight hide each other's latency; loads through L1 that a program issues one by one do not, but other
+    # programs on the multiprocessor go on meanwhile.
+    hidden_by = max(tiling.conv_stages, resident, tiling.num_warps / 4)
+    latency = limits.latency_seconds * (tap_steps / hidden_by + steps / tiling.num_stages + 2)
+    latency += 4 * limits.latency_seconds if tiling.splits > 1 else 0
+    return limits.launch_seconds + max(counted["dram"], busy) + latency * min(waves, 2)
+
+
+def candidates(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
+    """All tilings that fit the machine, without regard to speed."""
+    found = []
+    smallest = MIN_DOT
+    for block_m, block_e, warps, stages in product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3)):
+        if block_m > max(smallest, 2 * problem.out_pixels) or block_e > problem.padded_hidden:
+            continue
+        for form, conv_stages, part in product(conv_forms(problem), (1, 3), (64, 128)):
+            if part == 64 and max(problem.padded_in, problem.padded_out) < 128:
+                continue
+            if form == "fma" and conv_stages > 1:
+                continue
+            one = Tiling(block_m, block_e, form, 1, warps, stages, conv_stages, part=part)
+            if shared_bytes(problem, one) > limits.shared_bytes - 2048:
+                continue
+            if live_registers(problem, one) > MOST_LIVE_REGISTERS:
+                continue
+            splits = 1
+            while splits <= problem.max_splits and (
+                splits == 1 or one.tiles(problem) * splits <= 2 * limits.multiprocessors
+            ):
+                split = replace(one, splits=splits)
+                if split.fits(problem):
+                    found.append(split)
+                splits *= 2
+    return found
+
+
+def ranked(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
+    """The tilings that fit, by estimate, the fastest first."""
+    return sorted(candidates(problem, limits), key=lambda tiling: estimate(problem, tiling, limits))
+
+
+def shares(counted: Mapping[str, float], seconds: float) -> dict[str, float]:
+    """Each term as a share of a measured time."""
+    return {name: value / seconds for name, value in counted.items()}

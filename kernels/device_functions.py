@@ -1,0 +1,206 @@
+"""What the Triton kernels share: products, activations, the convolution of a tile and its way out.
+
+Widths are computed in parts, each a power of two (see `problem.parts`): tuples hold one tensor a part.
+
+Set `TRITON_INTERPRET=1` before triton is imported to run the kernels on a CPU. The interpreter gets bfloat16 products
+wrong and knows no inline assembly, so that those two lines have a second form for it.
+"""
+
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
+INTERPRET = tl.constexpr(INTERPRETED)
+
+# gelu(x) = x/2 (1 + tanh(x (a + b x^2 + c x^4))), fitted to the exact one: 2.6e-5 off at most, a twentieth of what the
+# usual tanh form is, and less than float16 keeps of any value above 0.06.
+GELU_A = tl.constexpr(0.797507884)
+GELU_B = tl.constexpr(0.0370056462)
+GELU_C = tl.constexpr(-0.000351516806)
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + a @ b, the products exact and the sum in float32."""
+    if INTERPRET:
+        return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    # Of float32 operands the default would drop 13 bits.
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def round_to(x, DTYPE: tl.constexpr):
+    """float32 values in another dtype, to nearest, ties to even."""
+    if INTERPRET and DTYPE == tl.bfloat16:
+        # The interpreter's own conversion cuts off. Infinities stay what they are; a NaN's payload may change.
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+    return x.to(DTYPE)
+
+
+@triton.jit
+def tanh(x):
+    """Of float32, to some 11 bits: one special-function result, where the exact form takes two and a division."""
+    if INTERPRET:
+        return 2 * tl.sigmoid(2 * x) - 1
+    return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+
+
+@triton.jit
+def activate(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
+    """The activation of float32 values; `EXACT` for those that stay float32."""
+    if ACTIVATION == "silu":
+        if EXACT:
+            return x * tl.sigmoid(x)
+        half = 0.5 * x
+        return half + half * tanh(half)
+    elif ACTIVATION == "gelu":
+        half = 0.5 * x
+        if EXACT:
+            return half + half * tl.erf(0.7071067811865476 * x)
+        # Clamped, for the fifth power would turn round where tanh has long been 1.
+        u = tl.minimum(x * x, 64.0)
+        return half + half * tanh(x * (GELU_A + u * (GELU_B + u * GELU_C)))
+    elif ACTIVATION == "hard_swish":
+        return x * (tl.minimum(tl.maximum(x + 3.0, 0.0), 6.0) * 0.16666666666666666)
+    elif ACTIVATION == "relu":
+        # The default drops NaN.
+        return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    else:
+        tl.static_assert(ACTIVATION == "none", "unknown activation")
+        return x
+
+
+@triton.constexpr_function
+def size(parts, index):
+    return parts[index]
+
+
+@triton.constexpr_function
+def start(parts, index):
+    return sum(parts[:index])
+
+
+@triton.constexpr_function
+def total_size(parts):
+    return sum(parts)
+
+
+@triton.jit
+def tap_zero(row, height, width, out_height, out_width, KERNEL: tl.constexpr, STRIDE: tl.constexpr, WIDE: tl.constexpr):
+    """Where output pixels' tap (0, 0) lies: index among all input pixels, and coordinates, which may be outside."""
+    image, within = row // (out_height * out_width), row % (out_height * out_width)
+    top = within // out_width * STRIDE - KERNEL // 2
+    left = within % out_width * STRIDE - KERNEL // 2
+    if WIDE:
+        image = image.to(tl.int64)
+    return (image * height + top) * width + left, top, left
+
+
+@triton.jit
+def convolve(
+    x, conv, conv_bias, pixel, top, left, valid, height, width,
+    first, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr, KERNEL: tl.constexpr,
+    FORM: tl.constexpr, BLOCK: tl.constexpr, DENSE_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Channels first to first + WIDTH of the convolution and its bias, [BLOCK_M, WIDTH] in float32.
+
+    `pixel` is the index of the tap (0, 0) of each output pixel, `top` and `left` its coordinates.
+    """
+    columns = first + tl.arange(0, WIDTH)
+    if FORM == "fma":
+        total = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+        for tap in tl.range(0, KERNEL * KERNEL, num_stages=STAGES):
+            dy, dx = tap // KERNEL, tap % KERNEL
+            inside = valid & (top + dy >= 0) & (top + dy < height) & (left + dx >= 0) & (left + dx < width)
+            address = x + (pixel + dy * width + dx)[:, None] * CHANNELS + columns[None, :]
+            tile = tl.load(address, mask=inside[:, None] & (columns < CHANNELS)[None, :], other=0.0)
+            total += tile.to(tl.float32) * tl.load(conv + tap * PADDED + columns).to(tl.float32)[None, :]
+    elif FORM == "mma" or FORM == "diagonal":
+        BLOCKS: tl.constexpr = WIDTH // BLOCK
+        lane = tl.arange(0, BLOCK)
+        channel = first + tl.arange(0, BLOCKS)[:, None] * BLOCK + lane[None, :]
+        # [blocks, in, out] of one tap
+        weights = tl.arange(0, BLOCKS)[:, None, None] * BLOCK + lane[None, :, None]
+        weights = (first + weights) * BLOCK + lane[None, None, :]
+        sums = tl.zeros([BLOCKS, BLOCK_M, BLOCK], tl.float32)
+        for tap in tl.range(0, KERNEL * KERNEL, num_stages=STAGES):
+            dy, dx = tap // KERNEL, tap % KERNEL
+            inside = valid & (top + dy >= 0) & (top + dy < height) & (left + dx >= 0) & (left + dx < width)
+            address = x + (pixel + dy * width + dx)[None, :, None] * CHANNELS + channel[:, None, :]
+            tile = tl.load(address, mask=inside[None, :, None] & (channel < CHANNELS)[:, None, :], other=0.0)
+            if FORM == "diagonal":
+                # Depthwise: one weight a channel, put on the diagonal here, for the zeros would be most of the traffic.
+                own = tl.load(conv + tap * PADDED + channel)
+                sums = dot(tile, tl.where(lane[None, :, None] == lane[None, None, :], own[:, None, :], 0.0), sums)
+            else:
+                sums = dot(tile, tl.load(conv + tap * (PADDED * BLOCK) + weights), sums)
+        total = tl.reshape(tl.permute(sums, (1, 0, 2)), [BLOCK_M, WIDTH])
+    else:
+        CHUNKS: tl.constexpr = (CHANNELS + BLOCK - 1) // BLOCK
+        lane = tl.arange(0, BLOCK)
+        total = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+        for step in tl.range(0, KERNEL * KERNEL * CHUNKS, num_stages=STAGES):
+            tap, channel = step // CHUNKS, step % CHUNKS * BLOCK + lane
+            dy, dx = tap // KERNEL, tap % KERNEL
+            inside = valid & (top + dy >= 0) & (top + dy < height) & (left + dx >= 0) & (left + dx < width)
+            address = x + (pixel + dy * width + dx)[:, None] * CHANNELS + channel[None, :]
+            tile = tl.load(address, mask=inside[:, None] & (channel < CHANNELS)[None, :], other=0.0)
+            weights = tl.load(conv + (tap * DENSE_ROWS + channel)[:, None] * PADDED + columns[None, :])
+            total = dot(tile, weights, total)
+    return total + tl.load(conv_bias + columns)[None, :]
+
+
+@triton.jit
+def finish(
+    out, total, partial, bias, x, row, valid, pixels,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr, RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Channels FIRST to FIRST + WIDTH of the output: all splits' sums, the bias, the input if there is a residual."""
+    columns = FIRST + tl.arange(0, WIDTH)
+    if SPLITS > 1:
+        total = tl.zeros([BLOCK_M, WIDTH], tl.float32)
+        for split in tl.static_range(SPLITS):
+            address = partial + (split * pixels + row)[:, None] * PADDED + columns[None, :]
+            # Past L1, which may hold another launch's values.
+            total += tl.load(address, mask=valid[:, None], other=0.0, cache_modifier=".cg")
+    total += tl.load(bias + columns)[None, :]
+    offset = row[:, None] * CHANNELS + columns[None, :]
+    mask = valid[:, None] & (columns < CHANNELS)[None, :]
+    if RESIDUAL:
+        # With stride 1 and equal channels an output's offset is its input's.
+        total += tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out + offset, round_to(total, out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def store_tile(
+    out, totals, partial, counters, bias, shortcut, row, valid, pixels, tile, split,
+    PARTS: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr, RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, SPLITS: tl.constexpr,
+):  # fmt: skip
+    """Store a tile's output; where splits share the tile, the one that ends last does so for all."""
+    last = True
+    if SPLITS > 1:
+        for i in tl.static_range(len(PARTS)):
+            columns = start(PARTS, i) + tl.arange(0, size(PARTS, i))
+            address = partial + (split * pixels + row)[:, None] * PADDED + columns[None, :]
+            tl.store(address, totals[i], mask=valid[:, None])
+        # One thread counts for the whole program, so all must have stored before.
+        tl.debug_barrier()
+        last = tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLITS - 1
+    if last:
+        if SPLITS > 1:
+            # For the next launch.
+            tl.store(counters + tile, 0)
+        for i in tl.static_range(len(PARTS)):
+            finish(
+                out, totals[i], partial, bias, shortcut, row, valid, pixels,
+                start(PARTS, i), size(PARTS, i), CHANNELS, PADDED, RESIDUAL, BLOCK_M, SPLITS,
+            )  # fmt: skip

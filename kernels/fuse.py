@@ -1,0 +1,539 @@
+"""A timm network with its blocks, stem and head replaced by fused kernels: `fuse(model, dtype=torch.float16)`.
+
+What can be fused is found by looking at the modules; what cannot stays torch's, batch norms folded and channels_last,
+and the report says why.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import timm.layers
+import torch
+from timm.models import EfficientNet, MobileNetV3
+from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual, UniversalInvertedResidual
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from kernels import convfirst, head, mbconv, ops, problem, stem, tune
+from kernels.fold import fold_batch_norms
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+# Partial sums may raise a network's peak workspace by this share of what it would be without.
+WORKSPACE_MARGIN = 0.05
+
+# timm has classes of its own beside torch's for some of these.
+_ACTIVATIONS: dict[type[nn.Module], str] = {
+    nn.SiLU: "silu", nn.ReLU: "relu", nn.GELU: "gelu", nn.Hardswish: "hard_swish", nn.Identity: "none",
+    timm.layers.Swish: "silu", timm.layers.GELU: "gelu", timm.layers.HardSwish: "hard_swish",
+}  # fmt: skip
+
+
+class NotFused(Exception):
+    """Why a part of a network is left to torch."""
+
+
+# -- Modules ---------------------------------------------------------------------------------------------------------
+
+
+class _Fused(nn.Module):
+    """A fused part: its packed weights and its plain layers, one of which the tuner chooses for each problem."""
+
+    kernel: tune.Kernel
+    # Bytes that split tiles may exchange; negative until the network knows.
+    partial_bytes = -1
+
+    def __init__(self, weights: Sequence[Tensor], layers: Sequence[Tensor], stride: int, activation: str) -> None:
+        super().__init__()
+        self.stride, self.activation = stride, activation
+        self.counts = len(weights), len(layers)
+        for index, tensor in enumerate(weights):
+            self.register_buffer(f"weight_{index}", tensor)
+        for index, tensor in enumerate(layers):
+            self.register_buffer(f"layer_{index}", tensor)
+
+    @property
+    def weights(self) -> list[Tensor]:
+        return [getattr(self, f"weight_{index}") for index in range(self.counts[0])]
+
+    @property
+    def layers(self) -> list[Tensor]:
+        return [getattr(self, f"layer_{index}") for index in range(self.counts[1])]
+
+    def problem(self, shape: Sequence[int]) -> Any:
+        """The problem on an input (N, C, H, W)."""
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        shapes = ", ".join("x".join(map(str, tensor.shape)) for tensor in self.layers[::2])
+        return f"{shapes}, stride={self.stride}, {self.activation}"
+
+
+class FusedBlock(_Fused):
+    """A ConvFirst block, see `kernels.convfirst`."""
+
+    kernel = ops.BLOCK
+
+    def __init__(self, layers: Sequence[Tensor], stride: int, activation: str, residual: bool) -> None:
+        found = ops.block_problem((1, layers[0].shape[0], 1, 1), layers[0].dtype, layers, stride, activation, residual)
+        if why := problem.unsupported(found):
+            raise NotFused(why)
+        packed = convfirst.pack(layers, found)
+        super().__init__(list(vars(packed).values()), layers, stride, activation)
+        self.residual = residual
+
+    def problem(self, shape: Sequence[int]) -> Any:
+        return ops.block_problem(
+            shape, self.layers[0].dtype, self.layers, self.stride, self.activation, self.residual, self.partial_bytes
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.block(  # type: ignore[no-any-return]
+            x, self.weights, self.layers, self.stride, self.activation, self.residual, self.partial_bytes
+        )
+
+
+class FusedMBConv(_Fused):
+    """A block with its convolution in the middle, or a depthwise-separable one, see `kernels.mbconv`."""
+
+    kernel = ops.MBCONV
+
+    def __init__(self, layers: Sequence[Tensor], stride: int, activation: str, residual: bool) -> None:
+        channels = layers[0].shape[1] if len(layers) == 6 else layers[0].shape[0]
+        found = ops.mbconv_problem((1, channels, 1, 1), layers[0].dtype, layers, stride, activation, residual)
+        if why := mbconv.unsupported(found):
+            raise NotFused(why)
+        super().__init__(mbconv.pack(layers, found), layers, stride, activation)
+        self.residual = residual
+
+    def problem(self, shape: Sequence[int]) -> Any:
+        return ops.mbconv_problem(
+            shape, self.layers[0].dtype, self.layers, self.stride, self.activation, self.residual, self.partial_bytes
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.mbconv_block(  # type: ignore[no-any-return]
+            x, self.weights, self.layers, self.stride, self.activation, self.residual, self.partial_bytes
+        )
+
+
+class _Started(nn.Module):
+    """A block that begins with a convolution of torch's before its fused part, with a residual around both or none."""
+
+    def __init__(self, begin: nn.Module, rest: nn.Module, residual: bool) -> None:
+        super().__init__()
+        self.begin, self.rest, self.residual = begin, rest, residual
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.rest(self.begin(x))
+        return out + x if self.residual else out
+
+
+class FusedStem(_Fused):
+    """Convolution, bias and activation, see `kernels.stem`."""
+
+    kernel = ops.STEM
+
+    def __init__(self, layers: Sequence[Tensor], stride: int, activation: str) -> None:
+        found = ops.stem_problem((1, layers[0].shape[1], 1, 1), layers[0].dtype, layers, stride, activation)
+        if why := stem.unsupported(found):
+            raise NotFused(why)
+        super().__init__(stem.pack(layers, found), layers, stride, activation)
+
+    def problem(self, shape: Sequence[int]) -> Any:
+        return ops.stem_problem(shape, self.layers[0].dtype, self.layers, self.stride, self.activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.stem_layer(x, self.weights, self.layers, self.stride, self.activation)  # type: ignore[no-any-return]
+
+
+class FusedHead(_Fused):
+    """Pool, 1x1 convolution, activation and classifier, see `kernels.head`."""
+
+    kernel = ops.HEAD
+
+    def __init__(self, layers: Sequence[Tensor], activation: str) -> None:
+        found = ops.head_problem((1, layers[0].shape[1], 1, 1), layers[0].dtype, layers, activation)
+        if why := head.unsupported(found):
+            raise NotFused(why)
+        super().__init__(head.pack(layers, found), layers, 1, activation)
+
+    def problem(self, shape: Sequence[int]) -> Any:
+        return ops.head_problem(shape, self.layers[0].dtype, self.layers, self.activation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return ops.head_layers(x, self.weights, self.layers, self.activation)  # type: ignore[no-any-return]
+
+
+# -- Reading timm's modules ------------------------------------------------------------------------------------------
+
+
+def _activation(module: nn.Module, where: str) -> str:
+    name = _ACTIVATIONS.get(type(module))
+    if name is None or (isinstance(module, nn.GELU) and getattr(module, "approximate", "none") != "none"):
+        raise NotFused(f"{where}={module} is no activation that a fused kernel has")
+    return name
+
+
+def _require_identity(block: nn.Module, *names: str) -> None:
+    for name in names:
+        module = getattr(block, name, None)
+        if module is not None and not isinstance(module, nn.Identity):
+            raise NotFused(f"{name}={type(module).__name__} has no place in a fused kernel")
+
+
+def _conv(conv: nn.Module, where: str, kernel_size: int | None = None) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a plain convolution, padded by half its kernel, whose batch norm is folded."""
+    if type(conv) is not nn.Conv2d:
+        raise NotFused(f"{where}={type(conv).__name__} is not a plain convolution")
+    size = conv.kernel_size[0]
+    if conv.kernel_size != (size, size) or (kernel_size is not None and size != kernel_size):
+        raise NotFused(f"{where} has kernel_size={conv.kernel_size}")
+    if conv.dilation != (1, 1):
+        raise NotFused(f"{where} has dilation={conv.dilation}")
+    if conv.padding != (size // 2, size // 2) or conv.padding_mode != "zeros":
+        raise NotFused(f"{where} has padding={conv.padding} with kernel_size={size}")
+    if conv.stride[0] != conv.stride[1]:
+        raise NotFused(f"{where} has stride={conv.stride}")
+    if kernel_size == 1 and (conv.stride != (1, 1) or conv.groups != 1):
+        raise NotFused(f"{where} has stride={conv.stride}, groups={conv.groups}")
+    bias = conv.bias if conv.bias is not None else conv.weight.new_zeros(conv.out_channels)
+    return conv.weight.detach(), bias.detach()
+
+
+def _scaled(weight: Tensor, bias: Tensor, block: nn.Module) -> tuple[Tensor, Tensor]:
+    """A projection with the block's layer scale folded in."""
+    scale = getattr(block, "layer_scale", None)
+    if scale is None or isinstance(scale, nn.Identity):
+        return weight, bias
+    if not isinstance(getattr(scale, "gamma", None), Tensor):
+        raise NotFused(f"layer_scale={type(scale).__name__} is no layer scale that folds")
+    return weight * scale.gamma.detach().view(-1, 1, 1, 1), bias * scale.gamma.detach()
+
+
+def _no_activation(module: nn.Module, where: str) -> None:
+    if _activation(module, where) != "none":
+        raise NotFused(f"{where}={module} activates where a fused kernel does not")
+
+
+class _Fuser:
+    """Makes fused modules of folded ones, in one dtype."""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self.dtype = dtype
+
+    def _cast(self, *layers: Tensor) -> list[Tensor]:
+        return [
+            tensor.to(self.dtype).contiguous(
+                memory_format=torch.channels_last if tensor.ndim == 4 else torch.contiguous_format
+            )
+            for tensor in layers
+        ]
+
+    def universal(self, block: UniversalInvertedResidual) -> nn.Module:
+        """ConvFirst where there is no convolution in the middle; with one, MBConv after what begins the block."""
+        _require_identity(block, "se", "dw_end")
+        act = _activation(block.pw_exp.bn, "pw_exp.bn")
+        _require_identity(block.pw_exp, "aa")
+        _no_activation(block.pw_proj.bn, "pw_proj.bn")
+        expand = _conv(block.pw_exp.conv, "pw_exp", 1)
+        project = _scaled(*_conv(block.pw_proj.conv, "pw_proj", 1), block)
+        starts = not isinstance(block.dw_start, nn.Identity)
+        if isinstance(block.dw_mid, nn.Identity):
+            if not starts:
+                raise NotFused("no convolution of more than one pixel")
+            _require_identity(block.dw_start, "aa")
+            _no_activation(block.dw_start.bn, "dw_start.bn")
+            conv = _conv(block.dw_start.conv, "dw_start")
+            stride = block.dw_start.conv.stride[0]
+            return FusedBlock(self._cast(*conv, *expand, *project), stride, act, block.has_skip)
+        _require_identity(block.dw_mid, "aa")
+        if _activation(block.dw_mid.bn, "dw_mid.bn") != act:
+            raise NotFused(f"dw_mid.bn={block.dw_mid.bn} activates differently from the expansion")
+        layers = self._cast(*expand, *_conv(block.dw_mid.conv, "dw_mid"), *project)
+        fused = FusedMBConv(layers, block.dw_mid.conv.stride[0], act, block.has_skip and not starts)
+        return _Started(block.dw_start, fused, block.has_skip) if starts else fused
+
+    def inverted(self, block: InvertedResidual) -> nn.Module:
+        _require_identity(block, "aa", "se", "conv_s2d")
+        act = _activation(block.bn1, "bn1")
+        if _activation(block.bn2, "bn2") != act:
+            raise NotFused(f"bn2={block.bn2} activates differently from the expansion")
+        _no_activation(block.bn3, "bn3")
+        layers = [*_conv(block.conv_pw, "conv_pw", 1), *_conv(block.conv_dw, "conv_dw")]
+        layers += _scaled(*_conv(block.conv_pwl, "conv_pwl", 1), block)
+        return FusedMBConv(self._cast(*layers), block.conv_dw.stride[0], act, block.has_skip)
+
+    def separable(self, block: DepthwiseSeparableConv) -> nn.Module:
+        _require_identity(block, "aa", "se", "conv_s2d")
+        _no_activation(block.bn2, "bn2")
+        layers = [*_conv(block.conv_dw, "conv_dw"), *_conv(block.conv_pw, "conv_pw", 1)]
+        return FusedMBConv(self._cast(*layers), block.conv_dw.stride[0], _activation(block.bn1, "bn1"), block.has_skip)
+
+    def stem(self, model: Any) -> nn.Module:
+        layers = _conv(model.conv_stem, "conv_stem")
+        if model.conv_stem.groups != 1:
+            raise NotFused(f"conv_stem has groups={model.conv_stem.groups}")
+        return FusedStem(self._cast(*layers), model.conv_stem.stride[0], _activation(model.bn1, "bn1"))
+
+    def head(self, model: Any) -> nn.Module:
+        if not isinstance(model, MobileNetV3):
+            raise NotFused(f"{type(model).__name__} pools after its 1x1 convolution")
+        if model.global_pool.pool_type != "avg":
+            raise NotFused(f"global_pool={model.global_pool.pool_type!r}")
+        if not isinstance(model.classifier, nn.Linear):
+            raise NotFused("num_classes=0: there is no classifier")
+        acts = [_activation(module, "act2") for module in (model.norm_head, model.act2)]
+        act = next((name for name in acts if name != "none"), "none")
+        classifier = model.classifier
+        bias = classifier.bias if classifier.bias is not None else classifier.weight.new_zeros(classifier.out_features)
+        layers = [*_conv(model.conv_head, "conv_head", 1), classifier.weight.detach(), bias.detach()]
+        return FusedHead(self._cast(*layers), act)
+
+    def block(self, block: nn.Module) -> nn.Module:
+        if type(block) is UniversalInvertedResidual:
+            return self.universal(block)
+        if type(block) is InvertedResidual:
+            return self.inverted(block)
+        if type(block) is DepthwiseSeparableConv:
+            return self.separable(block)
+        raise NotFused(f"{type(block).__name__} has no fused form")
+
+
+# -- Networks --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a network and what became of it.
+
+    Args:
+        name: of the module in timm's network.
+        kind: its class there.
+        fused: whether a fused kernel can run it.
+        reason: why not; empty if fused.
+    """
+
+    name: str
+    kind: str
+    fused: bool
+    reason: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.kind}, {'fused' if self.fused else f'not fused: {self.reason}'}"
+
+
+class Graph:
+    """A CUDA graph of one forward pass: call it with a batch, or `replay` it on the last one.
+
+    The output is the graph's own tensor, which the next replay overwrites.
+    """
+
+    def __init__(self, network: FusedNetwork, batch: int, resolution: int) -> None:
+        device = network.device
+        if device.type != "cuda":
+            raise ValueError(f"the network is on {device}: CUDA graphs need a CUDA device")
+        shape = (batch, network.in_channels, resolution, resolution)
+        self.input: Tensor = torch.zeros(shape, dtype=network.dtype, device=device).to(
+            memory_format=torch.channels_last
+        )
+        with torch.inference_mode(), torch.cuda.device(device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):
+                for _ in range(3):
+                    network(self.input)
+            torch.cuda.current_stream().wait_stream(side)
+            self._graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self._graph):
+                self.output: Tensor = network(self.input)
+        # A graph knows addresses only.
+        self._network = network
+
+    def replay(self) -> Tensor:
+        self._graph.replay()
+        return self.output
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Logits (batch, classes) of images (batch, C, H, W).
+
+        Raises:
+            ValueError: the shape is not the captured one.
+        """
+        if x.shape != self.input.shape:
+            raise ValueError(f"input has shape {tuple(x.shape)}, the graph {tuple(self.input.shape)}")
+        self.input.copy_(x)
+        return self.replay()
+
+
+class FusedNetwork(nn.Module):
+    """A timm network for inference whose parts are fused where they can be. Made by `fuse`.
+
+    Attributes:
+        parts: what was fused and what was not, in the order of the network.
+        dtype: of input, weights and output.
+        in_channels: of the input.
+    """
+
+    def __init__(self, network: nn.Module, parts: Sequence[Part], dtype: torch.dtype, in_channels: int) -> None:
+        super().__init__()
+        self.network = network
+        self.parts = tuple(parts)
+        self.dtype = dtype
+        self.in_channels = in_channels
+        self.eval().requires_grad_(False)
+
+    @property
+    def device(self) -> torch.device:
+        return next(tensor.device for tensor in (*self.buffers(), *self.parameters()))
+
+    @property
+    def fused_modules(self) -> dict[str, _Fused]:
+        return {name: module for name, module in self.network.named_modules() if isinstance(module, _Fused)}
+
+    def train(self, mode: bool = True) -> FusedNetwork:
+        """Inference only.
+
+        Raises:
+            ValueError: `mode` is True.
+        """
+        if mode:
+            raise ValueError("mode=True: a fused network is for inference; train the network it was made of")
+        super().train(False)
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits (N, classes) of images (N, C, H, W), channels_last, in the network's dtype."""
+        return self.network(x)  # type: ignore[no-any-return]
+
+    def report(self) -> str:
+        """A line for each part: fused, or why not."""
+        return "\n".join(map(str, self.parts))
+
+    def problems(self, batch: int, resolution: int) -> dict[str, Any]:
+        """The problem that each fused part has to solve on a batch of square images, found without computing."""
+        shapes: dict[str, Sequence[int]] = {}
+        hooks = [
+            module.register_forward_pre_hook(
+                lambda module, args, name=name: shapes.__setitem__(name, tuple(args[0].shape))
+            )
+            for name, module in self.fused_modules.items()
+        ]
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+                shape = (batch, self.in_channels, resolution, resolution)
+                x = torch.empty(shape, dtype=self.dtype, device=self.device, memory_format=torch.channels_last)
+                self.network(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        modules = self.fused_modules
+        largest = max(_moved_bytes(modules[name].problem(into)) for name, into in shapes.items())
+        found = {}
+        for name, into in shapes.items():
+            own = _moved_bytes(modules[name].problem(into))
+            modules[name].partial_bytes = int((1 + WORKSPACE_MARGIN) * largest) - own
+            found[name] = modules[name].problem(into)
+        return found
+
+    def prepare(self, batch: int, resolution: int) -> float:
+        """Get ready for batches of this shape: on CUDA every problem is tuned that this machine has not met before.
+
+        Returns:
+            Seconds it took.
+        """
+        begin = time.perf_counter()
+        problems = self.problems(batch, resolution)
+        if self.device.type == "cuda":
+            modules = self.fused_modules
+            tasks: dict[Any, tune.Task] = {}
+            for name, found in problems.items():
+                module = modules[name]
+                if (module.kernel.name, found) not in tasks:
+                    tasks[module.kernel.name, found] = _task(module, found)
+            tune.tune(list(tasks.values()))
+        return time.perf_counter() - begin
+
+    def graph(self, batch: int, resolution: int) -> Graph:
+        """A CUDA graph of the forward pass on a batch of square images, tuned for it first.
+
+        Raises:
+            ValueError: the network is not on a CUDA device.
+        """
+        if self.device.type == "cuda":
+            self.prepare(batch, resolution)
+        return Graph(self, batch, resolution)
+
+
+def _input_shape(found: Any) -> tuple[int, int, int, int]:
+    if isinstance(found, head.HeadProblem):
+        return (found.batch, found.in_channels, found.pixels, 1)
+    return (found.batch, found.in_channels, found.height, found.width)
+
+
+def _moved_bytes(found: Any) -> int:
+    """Input and output of a problem."""
+    batch, channels, height, width = _input_shape(found)
+    out = found.batch * found.classes if isinstance(found, head.HeadProblem) else found.out_pixels * found.out_channels
+    return problem.DTYPES[found.dtype] * (batch * channels * height * width + out)
+
+
+def _task(module: _Fused, found: Any) -> tune.Task:
+    layers = module.layers
+    # Never zeros: products of zeros draw less power and so run faster.
+    x = torch.randn(_input_shape(found), dtype=layers[0].dtype, device=layers[0].device)
+    return tune.Task(module.kernel, found, x.to(memory_format=torch.channels_last), module.weights, layers)
+
+
+def fuse(model: nn.Module, dtype: torch.dtype = torch.float16) -> FusedNetwork:
+    """A copy of a timm network for inference, its blocks, stem and head fused where they can be.
+
+    Args:
+        model: a `MobileNetV3` or `EfficientNet` of timm, which ConvFirst networks are, in evaluation mode; untouched.
+        dtype: float16, bfloat16 or float32 (the last for checking: products on tensor cores need 16 bits).
+
+    Raises:
+        ValueError: the model is in training mode or of another class, or the dtype is none of these.
+    """
+    if not isinstance(model, MobileNetV3 | EfficientNet):
+        raise ValueError(f"model={type(model).__name__} is neither timm's MobileNetV3 nor its EfficientNet")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype} is none of {', '.join(map(str, DTYPES))}")
+    folded: Any = fold_batch_norms(model).requires_grad_(False)
+    fuser = _Fuser(dtype)
+    parts: list[Part] = []
+
+    def attempt(name: str, module: nn.Module, make: Callable[[], nn.Module]) -> nn.Module | None:
+        try:
+            made = make()
+        except NotFused as why:
+            parts.append(Part(name, type(module).__name__, False, str(why)))
+            return None
+        parts.append(Part(name, type(module).__name__, True))
+        return made
+
+    if made := attempt("conv_stem", folded.conv_stem, lambda: fuser.stem(folded)):
+        folded.conv_stem, folded.bn1 = made, nn.Identity()
+    for stage_index, stage in enumerate(folded.blocks):
+        for index, block in enumerate(stage):
+            name = f"blocks.{stage_index}.{index}"
+            if made := attempt(name, block, lambda block=block: fuser.block(block)):  # type: ignore[misc]
+                stage[index] = made
+    if made := attempt("head", folded, lambda: fuser.head(folded)):
+        # timm runs these one after the other.
+        folded.global_pool, folded.conv_head, folded.norm_head = made, nn.Identity(), nn.Identity()
+        folded.act2, folded.flatten, folded.classifier = nn.Identity(), nn.Identity(), nn.Identity()
+    folded = folded.to(memory_format=torch.channels_last)
+    for module in folded.modules():
+        # Fused parts hold float32 biases beside their weights.
+        if not isinstance(module, _Fused):
+            for parameter in module._parameters.values():
+                if parameter is not None:
+                    parameter.data = parameter.data.to(dtype)
+            for key, buffer in module._buffers.items():
+                if buffer is not None and buffer.is_floating_point():
+                    module._buffers[key] = buffer.to(dtype)
+    return FusedNetwork(folded, parts, dtype, model.conv_stem.in_channels)

@@ -1,0 +1,222 @@
+"""The head in two or three launches: global average pool, 1x1 convolution, bias, activation; then the classifier.
+
+Two for small batches: each program pools one image for itself and multiplies the mean with some rows of the weights.
+For large batches that would read the map once per program, so a first launch pools, and products run on tensor cores.
+
+Legend: N batch; P pixels of an image; C input channels; F features; L classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.device_functions import activate, dot, round_to
+from kernels.problem import ACTIVATIONS, DTYPES, WIDE_ELEMENTS
+
+# Weights are padded to this many rows and columns: the largest steps in which a tiling reads them.
+MULTIPLE = 128
+POOL_PIXELS = 32
+POOL_CHANNELS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class HeadProblem:
+    """A head on one input.
+
+    Args:
+        batch, pixels, in_channels: of the input.
+        features, classes: outputs of the 1x1 convolution and of the classifier.
+        activation: between the two.
+        dtype: of input, weights and output.
+    """
+
+    batch: int
+    pixels: int
+    in_channels: int
+    features: int
+    classes: int
+    activation: str
+    dtype: str
+
+    @property
+    def macs(self) -> int:
+        return self.batch * self.features * (self.in_channels + self.classes)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadTiling:
+    """How the head is cut up.
+
+    Args:
+        pools: whether the first product's programs pool for themselves, one image each.
+        block_m, block_n, block_k: images, outputs and inputs of one step of a product.
+    """
+
+    pools: bool
+    block_m: int = 16
+    block_n: int = 32
+    block_k: int = 128
+    num_warps: int = 4
+    num_stages: int = 3
+
+
+def unsupported(problem: HeadProblem) -> str | None:
+    """Why the fused head does not compute this problem, naming what and the value; None where it does."""
+    for name in ("batch", "pixels", "classes"):
+        if getattr(problem, name) < 1:
+            return f"{name}={getattr(problem, name)} is below 1"
+    for name in ("in_channels", "features"):
+        channels = getattr(problem, name)
+        if channels < 1 or channels % 8:
+            return f"{name}={channels} is not a positive multiple of 8"
+    if problem.activation not in (*ACTIVATIONS, "none"):
+        return f"activation={problem.activation!r} is none of {', '.join(ACTIVATIONS)}"
+    if problem.dtype not in DTYPES:
+        return f"dtype={problem.dtype} is none of {', '.join(DTYPES)}"
+    return None
+
+
+def tilings(problem: HeadProblem) -> list[HeadTiling]:
+    """Those worth trying, the likeliest first."""
+    if problem.batch <= 4:
+        return [HeadTiling(True, block_n=16), HeadTiling(True, block_n=32), HeadTiling(False, block_n=16)]
+    if problem.dtype == "float32":
+        return [HeadTiling(False, block_m=16, block_k=32)]
+    return [
+        HeadTiling(False, block_m=64 if problem.batch > 32 else 16, block_n=32, block_k=64),
+        HeadTiling(False, block_m=32, block_n=64, block_k=64),
+    ]
+
+
+def _padded(channels: int) -> int:
+    return ceil(channels / MULTIPLE) * MULTIPLE
+
+
+def pack(layers: Sequence[Tensor], problem: HeadProblem) -> list[Tensor]:
+    """Both products' weights, (padded outputs, padded inputs), and biases, float32, in turns.
+
+    Args:
+        layers: weight (F, C) or (F, C, 1, 1) and bias (F,) of the 1x1 convolution, (L, F) and (L,) of the classifier.
+    """
+    packed = []
+    for weight, bias in zip(layers[::2], layers[1::2], strict=True):
+        outputs, inputs = weight.shape[:2]
+        matrix = F.pad(weight.reshape(outputs, inputs), (0, _padded(inputs) - inputs, 0, _padded(outputs) - outputs))
+        packed += [matrix.to(getattr(torch, problem.dtype)).contiguous()]
+        packed += [F.pad(bias.float(), (0, _padded(outputs) - outputs)).contiguous()]
+    return packed
+
+
+@triton.jit
+def _store_row(out, total, bias, image, columns, OUT: tl.constexpr, ACTIVATION: tl.constexpr):
+    total = activate(total + tl.load(bias + columns), ACTIVATION, out.dtype.element_ty == tl.float32)
+    tl.store(out + image * OUT + columns, round_to(total, out.dtype.element_ty), mask=columns < OUT)
+
+
+@triton.jit(do_not_specialize=["pixels"])
+def pool_linear_kernel(
+    x, weight, bias, out, pixels,
+    IN: tl.constexpr, PADDED_IN: tl.constexpr, OUT: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, PIXEL_STEPS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_N features of one image (axis 0), whose pixels it averages first."""
+    image, columns = tl.program_id(0), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    if WIDE:
+        image = image.to(tl.int64)
+    total = tl.zeros([BLOCK_N], tl.float32)
+    for k in range(0, IN, BLOCK_K):
+        channel = k + tl.arange(0, BLOCK_K)
+        mean = tl.zeros([BLOCK_K], tl.float32)
+        for step in range(PIXEL_STEPS):
+            pixel = step * BLOCK_P + tl.arange(0, BLOCK_P)
+            mask = (pixel < pixels)[:, None] & (channel < IN)[None, :]
+            tile = tl.load(x + (image * pixels + pixel)[:, None] * IN + channel[None, :], mask=mask, other=0.0)
+            mean += tl.sum(tile.to(tl.float32), axis=0)
+        mean = round_to(mean / pixels, x.dtype.element_ty).to(tl.float32)
+        rows = tl.load(weight + columns[:, None] * PADDED_IN + channel[None, :])
+        total += tl.sum(rows.to(tl.float32) * mean[None, :], axis=1)
+    _store_row(out, total, bias, image, columns, OUT, ACTIVATION)
+
+
+@triton.jit(do_not_specialize=["pixels"])
+def pool_kernel(
+    x, out, pixels,
+    IN: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, PIXEL_STEPS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Means over the pixels of one image (axis 0), BLOCK_K channels."""
+    image, channel = tl.program_id(0), tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
+    if WIDE:
+        image = image.to(tl.int64)
+    mean = tl.zeros([BLOCK_K], tl.float32)
+    for step in range(PIXEL_STEPS):
+        pixel = step * BLOCK_P + tl.arange(0, BLOCK_P)
+        mask = (pixel < pixels)[:, None] & (channel < IN)[None, :]
+        tile = tl.load(x + (image * pixels + pixel)[:, None] * IN + channel[None, :], mask=mask, other=0.0)
+        mean += tl.sum(tile.to(tl.float32), axis=0)
+    tl.store(out + image * IN + channel, round_to(mean / pixels, out.dtype.element_ty), mask=channel < IN)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def linear_kernel(
+    x, weight, bias, out, rows,
+    IN: tl.constexpr, PADDED_IN: tl.constexpr, OUT: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """act(x @ weight^T + bias) of BLOCK_M rows (axis 0) and BLOCK_N outputs (axis 1)."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
+    valid = row < rows
+    if WIDE:
+        row = row.to(tl.int64)
+    total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32) + tl.load(bias + columns)[None, :]
+    for k in tl.range(0, IN, BLOCK_K, num_stages=STAGES):
+        channel = k + tl.arange(0, BLOCK_K)
+        mask = valid[:, None] & (channel < IN)[None, :]
+        tile = tl.load(x + row[:, None] * IN + channel[None, :], mask=mask, other=0.0)
+        total = dot(tile, tl.trans(tl.load(weight + columns[:, None] * PADDED_IN + channel[None, :])), total)
+    total = activate(total, ACTIVATION, x.dtype.element_ty == tl.float32)
+    mask = valid[:, None] & (columns < OUT)[None, :]
+    tl.store(out + row[:, None] * OUT + columns[None, :], round_to(total, out.dtype.element_ty), mask=mask)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor, outputs: int, activation: str, tiling: HeadTiling) -> Tensor:
+    """act(x @ weight^T + bias), (rows, outputs), of weights as `pack` makes them."""
+    rows, inputs = x.shape
+    out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
+    linear_kernel[(ceil(rows / tiling.block_m), ceil(outputs / tiling.block_n))](
+        x, weight, bias, out, rows,
+        inputs, weight.shape[1], outputs, activation,
+        tiling.block_m, tiling.block_n, tiling.block_k, tiling.num_stages,
+        rows * max(inputs, outputs) >= WIDE_ELEMENTS, num_warps=tiling.num_warps,
+    )  # fmt: skip
+    return out
+
+
+def launch(x: Tensor, weights: Sequence[Tensor], problem: HeadProblem, tiling: HeadTiling) -> Tensor:
+    """Run the head; x (N, C, H, W) is channels_last, the output (N, L)."""
+    expand, expand_bias, classify, classify_bias = weights
+    wide = x.numel() >= WIDE_ELEMENTS
+    # Known when compiled: the interpreter takes no other loop bounds.
+    pixel_steps = ceil(problem.pixels / POOL_PIXELS)
+    if tiling.pools:
+        features = torch.empty((problem.batch, problem.features), dtype=x.dtype, device=x.device)
+        pool_linear_kernel[(problem.batch, ceil(problem.features / tiling.block_n))](
+            x, expand, expand_bias, features, problem.pixels,
+            problem.in_channels, expand.shape[1], problem.features, problem.activation,
+            tiling.block_n, POOL_CHANNELS, POOL_PIXELS, pixel_steps, wide, num_warps=tiling.num_warps,
+        )  # fmt: skip
+    else:
+        pooled = torch.empty((problem.batch, problem.in_channels), dtype=x.dtype, device=x.device)
+        pool_kernel[(problem.batch, ceil(problem.in_channels / POOL_CHANNELS))](
+            x, pooled, problem.pixels, problem.in_channels, POOL_CHANNELS, POOL_PIXELS, pixel_steps, wide, num_warps=4
+        )
+        features = linear(pooled, expand, expand_bias, problem.features, problem.activation, tiling)
+    return linear(features, classify, classify_bias, problem.classes, "none", tiling)

@@ -1,0 +1,245 @@
+"""Blocks with the convolution in the middle (MBConv), in two launches, and depthwise-separable ones in one.
+
+    h   = act(x @ expand^T + expand_bias)                     [pixels, E]   launch 1, where there is an expansion
+    out = sum over blocks of act(conv(h) + bias) @ project    [M, C']       launch 2, plus bias and residual
+
+The hidden tensor goes through device memory: one launch would have to compute the hidden values around each tile again.
+
+Legend as in `convfirst`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.convfirst import grouped_weights, tile_counters
+from kernels.device_functions import activate, convolve, dot, round_to, size, start, store_tile, tap_zero, total_size
+from kernels.head import HeadTiling, linear
+from kernels.problem import (
+    ACTIVATIONS,
+    CHANNEL_MULTIPLE,
+    DTYPES,
+    GROUP_WIDTHS,
+    HIDDEN_MULTIPLE,
+    KERNEL_SIZES,
+    MAX_CHANNELS,
+    MAX_SPLITS,
+    MIN_DOT,
+    WIDE_ELEMENTS,
+    Tiling,
+    parts,
+    power_of_two,
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class MBConvProblem:
+    """One block on one input; fields as `BlockProblem` has them.
+
+    `expands` tells whether there is a 1x1 expansion; without it in_channels equals hidden_channels.
+    """
+
+    batch: int
+    height: int
+    width: int
+    in_channels: int
+    hidden_channels: int
+    out_channels: int
+    kernel_size: int
+    group_width: int
+    stride: int
+    activation: str
+    expands: bool
+    residual: bool
+    dtype: str
+    max_splits: int = MAX_SPLITS
+
+    @property
+    def out_height(self) -> int:
+        return (self.height - 1) // self.stride + 1
+
+    @property
+    def out_width(self) -> int:
+        return (self.width - 1) // self.stride + 1
+
+    @property
+    def out_pixels(self) -> int:
+        return self.batch * self.out_height * self.out_width
+
+    @property
+    def padded_hidden(self) -> int:
+        return ceil(self.hidden_channels / HIDDEN_MULTIPLE) * HIDDEN_MULTIPLE
+
+    @property
+    def padded_out(self) -> int:
+        return sum(parts(self.out_channels))
+
+    @property
+    def conv_block(self) -> int:
+        """Channels of one dense block of the grouped convolution's weights."""
+        return max(MIN_DOT, power_of_two(self.group_width))
+
+    @property
+    def macs(self) -> int:
+        expand = self.batch * self.height * self.width * self.in_channels if self.expands else 0
+        conv = self.out_pixels * self.kernel_size**2 * self.group_width
+        return self.hidden_channels * (expand + conv + self.out_pixels * self.out_channels)
+
+
+def unsupported(problem: MBConvProblem) -> str | None:
+    """Why the two kernels do not compute this problem, naming what and the value; None where they do."""
+    for name in ("batch", "height", "width"):
+        if getattr(problem, name) < 1:
+            return f"{name}={getattr(problem, name)} is below 1"
+    for name in ("in_channels", "hidden_channels", "out_channels"):
+        channels = getattr(problem, name)
+        if channels < 1 or channels % CHANNEL_MULTIPLE:
+            return f"{name}={channels} is not a positive multiple of {CHANNEL_MULTIPLE}"
+    if problem.out_channels > MAX_CHANNELS:
+        return f"out_channels={problem.out_channels} is above {MAX_CHANNELS}"
+    if problem.kernel_size not in KERNEL_SIZES:
+        return f"kernel_size={problem.kernel_size} is none of {', '.join(map(str, KERNEL_SIZES))}"
+    if problem.group_width not in GROUP_WIDTHS:
+        return f"group_width={problem.group_width} is none of {', '.join(map(str, GROUP_WIDTHS))}"
+    if problem.stride not in (1, 2):
+        return f"stride={problem.stride} is neither 1 nor 2"
+    if problem.activation not in ACTIVATIONS:
+        return f"activation={problem.activation!r} is none of {', '.join(ACTIVATIONS)}"
+    if problem.dtype not in DTYPES:
+        return f"dtype={problem.dtype} is none of {', '.join(DTYPES)}"
+    return None
+
+
+def tilings(problem: MBConvProblem) -> list[Tiling]:
+    """Those of the second launch worth trying, the likeliest first."""
+    forms = ("fma", "diagonal") if problem.group_width == 1 else ("mma",)
+    wide = problem.padded_out > 128
+    block_m = 64 if problem.out_pixels >= 64 * 132 and problem.dtype != "float32" else 16
+    splits = 1
+    while problem.out_pixels // block_m * splits < 132 and splits < min(
+        problem.max_splits, problem.hidden_channels // 128
+    ):
+        splits *= 2
+    base = dict(conv=forms[0], splits=splits, num_warps=8 if wide else 4)
+    found = [Tiling(block_m, 32, **base), Tiling(block_m, 64, **base), Tiling(2 * block_m, 32, **base)]  # type: ignore[arg-type]
+    found += [Tiling(block_m, 32, **(base | {"conv": form})) for form in forms[1:]]  # type: ignore[arg-type]
+    return [each for each in found if each.fits(problem)]
+
+
+def pack(layers: Sequence[Tensor], problem: MBConvProblem) -> list[Tensor]:
+    """Weights as the kernels read them, zero where channels are padded; biases in float32.
+
+    Args:
+        layers: weight and bias of the expansion if there is one, of the convolution and of the projection.
+
+    Returns:
+        expand (padded E, C padded to `HIDDEN_MULTIPLE`) and its bias, both empty without an expansion; the
+        convolution's weights, flat, as `convfirst.grouped_weights` has them, and bias; project (padded E, padded C')
+        and bias.
+    """
+    dtype = getattr(torch, problem.dtype)
+    hidden, padded_hidden, padded_out = problem.hidden_channels, problem.padded_hidden, problem.padded_out
+    conv, conv_bias, project, project_bias = layers[-4:]
+    expand, expand_bias = layers[:2] if problem.expands else (conv.new_zeros(0), conv.new_zeros(0))
+    if problem.expands:
+        columns = ceil(problem.in_channels / HIDDEN_MULTIPLE) * HIDDEN_MULTIPLE
+        expand = F.pad(expand.flatten(1), (0, columns - problem.in_channels, 0, padded_hidden - hidden))
+        expand_bias = F.pad(expand_bias, (0, padded_hidden - hidden))
+    matrix = F.pad(project.flatten(1).T, (0, padded_out - problem.out_channels, 0, padded_hidden - hidden))
+    return [
+        expand.to(dtype).contiguous(), expand_bias.float().contiguous(),
+        grouped_weights(conv.to(dtype), padded_hidden, problem.conv_block),
+        F.pad(conv_bias.float(), (0, padded_hidden - hidden)).contiguous(),
+        matrix.to(dtype).contiguous(), F.pad(project_bias.float(), (0, padded_out - problem.out_channels)).contiguous(),
+    ]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["pixels", "height", "width", "out_height", "out_width"])
+def conv_project_kernel(
+    h, conv, conv_bias, project, project_bias, shortcut, out, partial, counters,
+    pixels, height, width, out_height, out_width,
+    HIDDEN: tl.constexpr, PADDED: tl.constexpr, OUT: tl.constexpr, OUT_PARTS: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
+    FORM: tl.constexpr, CONV_BLOCK: tl.constexpr, CONV_STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """One tile of BLOCK_M output pixels (axis 0) and one split of the hidden channels (axis 1)."""
+    DTYPE: tl.constexpr = h.dtype.element_ty
+    PADDED_OUT: tl.constexpr = total_size(OUT_PARTS)
+    tile, split = tl.program_id(0), tl.program_id(1)
+    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = row < pixels
+    if WIDE:
+        row = row.to(tl.int64)
+    pixel, top, left = tap_zero(row, height, width, out_height, out_width, KERNEL, STRIDE, WIDE)
+    totals = ()
+    for i in tl.static_range(len(OUT_PARTS)):
+        totals = totals + (tl.zeros([BLOCK_M, size(OUT_PARTS, i)], tl.float32),)
+    STEPS: tl.constexpr = (HIDDEN + BLOCK_E * SPLITS - 1) // (BLOCK_E * SPLITS)
+    for step in tl.range(0, STEPS, num_stages=STAGES):
+        first = (split * STEPS + step) * BLOCK_E
+        y = convolve(
+            h, conv, conv_bias, pixel, top, left, valid, height, width,
+            first, BLOCK_E, HIDDEN, PADDED, KERNEL, FORM, CONV_BLOCK, 0, BLOCK_M, CONV_STAGES,
+        )  # fmt: skip
+        y = round_to(activate(y, ACTIVATION, DTYPE == tl.float32), DTYPE)
+        rows = (first + tl.arange(0, BLOCK_E))[:, None] * PADDED_OUT
+        sums = ()
+        for i in tl.static_range(len(OUT_PARTS)):
+            columns = start(OUT_PARTS, i) + tl.arange(0, size(OUT_PARTS, i))
+            sums = sums + (dot(y, tl.load(project + rows + columns[None, :]), totals[i]),)
+        totals = sums
+    store_tile(
+        out, totals, partial, counters, project_bias, shortcut, row, valid, pixels, tile, split,
+        OUT_PARTS, OUT, PADDED_OUT, RESIDUAL, BLOCK_M, SPLITS,
+    )  # fmt: skip
+
+
+def constants(problem: MBConvProblem, tiling: Tiling) -> dict[str, object]:
+    """The second kernel's compile-time arguments."""
+    elements = max(
+        problem.batch * problem.height * problem.width * problem.hidden_channels,
+        problem.out_pixels * problem.padded_out * tiling.splits,
+    )
+    return {
+        "HIDDEN": problem.hidden_channels, "PADDED": problem.padded_hidden, "OUT": problem.out_channels,
+        "OUT_PARTS": parts(problem.out_channels, MIN_DOT, tiling.part), "KERNEL": problem.kernel_size,
+        "STRIDE": problem.stride, "ACTIVATION": problem.activation, "RESIDUAL": problem.residual,
+        "FORM": tiling.conv, "CONV_BLOCK": problem.conv_block, "CONV_STAGES": tiling.conv_stages,
+        "BLOCK_M": tiling.block_m, "BLOCK_E": tiling.block_e, "SPLITS": tiling.splits, "STAGES": tiling.num_stages,
+        "WIDE": elements >= WIDE_ELEMENTS,
+    }  # fmt: skip
+
+
+def launch(x: Tensor, weights: Sequence[Tensor], problem: MBConvProblem, tiling: Tiling) -> Tensor:
+    """Run the block; x (N, C, H, W) and the output (N, C', H', W') are channels_last."""
+    expand, expand_bias, conv, conv_bias, project, project_bias = weights
+    hidden = x
+    if problem.expands:
+        flat = x.permute(0, 2, 3, 1).reshape(-1, problem.in_channels)
+        large = len(flat) >= 128 * 132 and problem.dtype != "float32"
+        product = HeadTiling(False, 128 if large else 16, 64 if large else 32, 32)
+        hidden = linear(flat, expand, expand_bias, problem.hidden_channels, problem.activation, product)
+    out = torch.empty(
+        (problem.batch, problem.out_channels, problem.out_height, problem.out_width),
+        dtype=x.dtype, device=x.device, memory_format=torch.channels_last,
+    )  # fmt: skip
+    tiles = tiling.tiles(problem)
+    partial = counters = project_bias
+    if tiling.splits > 1:
+        partial = torch.empty(tiling.partial_bytes(problem) // 4, dtype=torch.float32, device=x.device)
+        counters = tile_counters(x.device, tiles)
+    conv_project_kernel[(tiles, tiling.splits)](
+        hidden, conv, conv_bias, project, project_bias, x, out, partial, counters,
+        problem.out_pixels, problem.height, problem.width, problem.out_height, problem.out_width,
+        **constants(problem, tiling), num_warps=tiling.num_warps,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,242 @@
+"""What a fused block computes (the problem), how it is cut up (the tiling), and which problems are supported.
+
+Values only, no tensor and no Triton: the predicate can be asked, and tilings counted, on any machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import ceil
+from typing import Protocol
+
+KERNEL_SIZES = (3, 5, 7)
+ACTIVATIONS = ("silu", "relu", "gelu", "hard_swish")
+DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4}
+CHANNEL_MULTIPLE = 8
+# Past this one launch cannot win: a tile's accumulator and its input fill the registers and the shared memory of a
+# multiprocessor, and every tile reads 2 MiB of weights or more.
+MAX_CHANNELS = 512
+# Group widths that fill a block of 16 or 32 channels evenly, so that grouped weights pack into dense blocks.
+GROUP_WIDTHS = (1, 2, 4, 8, 16, 32)
+# The smallest inner dimension of a tensor-core product in Triton.
+MIN_DOT = 16
+# The widest tensor a program computes channels in; wider ones leave the compiler short of registers.
+LARGEST_PART = 128
+# Weights of the 1x1 convolutions are padded to this many hidden channels, and those of a full convolution to this many
+# input channels: the largest steps in which any tiling reads them.
+HIDDEN_MULTIPLE = 128
+DENSE_MULTIPLE = 64
+MAX_SPLITS = 32
+# From this many elements on, a tensor's offsets need 64 bits.
+WIDE_ELEMENTS = 2**31
+
+
+def power_of_two(value: int) -> int:
+    """The smallest power of two that is at least `value`."""
+    return 1 << (value - 1).bit_length()
+
+
+def parts(channels: int, minimum: int = MIN_DOT, largest: int = LARGEST_PART) -> tuple[int, ...]:
+    """Channels as a sum of powers of two: 96 -> (64, 32), 320 -> (128, 128, 64), 24 -> (16, 16).
+
+    Triton's tensors have powers of two for sizes. In one tensor 96 channels would be computed as 128 and 320 as 512; in
+    parts they take what they need, or a quarter more at most from 64 channels up. The sum does not depend on `largest`.
+
+    Args:
+        minimum: of a part; a power of two.
+        largest: of a part; a power of two that divides `LARGEST_PART`.
+    """
+    whole, rest = divmod(channels, LARGEST_PART)
+    found = [LARGEST_PART] * whole
+    if rest:
+        padded = max(minimum, power_of_two(rest))
+        first = padded // 2
+        second = max(minimum, power_of_two(rest - first)) if rest > first >= minimum else padded
+        found += [first, second] if first + second < padded else [padded]
+    return tuple(piece for part in found for piece in [min(part, largest)] * max(1, part // largest))
+
+
+@dataclass(frozen=True, slots=True)
+class BlockProblem:
+    """One ConvFirst block on one input: everything that decides what is computed.
+
+    Args:
+        batch, height, width: of the input.
+        in_channels, hidden_channels, out_channels: of the block.
+        kernel_size, group_width, stride: of the grouped convolution, padded by kernel_size // 2.
+        activation: one of `ACTIVATIONS`.
+        residual: whether the input is added to the output.
+        dtype: of input, weights and output; one of `DTYPES`.
+        max_splits: the most programs that may share a tile, which is a matter of memory for partial sums.
+    """
+
+    batch: int
+    height: int
+    width: int
+    in_channels: int
+    hidden_channels: int
+    out_channels: int
+    kernel_size: int
+    group_width: int
+    stride: int
+    activation: str
+    residual: bool
+    dtype: str
+    max_splits: int = MAX_SPLITS
+
+    @property
+    def out_height(self) -> int:
+        return (self.height - 1) // self.stride + 1
+
+    @property
+    def out_width(self) -> int:
+        return (self.width - 1) // self.stride + 1
+
+    @property
+    def out_pixels(self) -> int:
+        """Of the whole batch: what tiles run over."""
+        return self.batch * self.out_height * self.out_width
+
+    @property
+    def itemsize(self) -> int:
+        return DTYPES[self.dtype]
+
+    @property
+    def conv_macs(self) -> int:
+        return self.out_pixels * self.in_channels * self.kernel_size**2 * self.group_width
+
+    @property
+    def mlp_macs(self) -> int:
+        return self.out_pixels * self.hidden_channels * (self.in_channels + self.out_channels)
+
+    @property
+    def macs(self) -> int:
+        """Multiply-accumulates of the block (1 MAC = 2 FLOPs)."""
+        return self.conv_macs + self.mlp_macs
+
+    @property
+    def activation_bytes(self) -> int:
+        """Input and output, each moved once: what a fused block has to move beside its weights."""
+        in_pixels = self.batch * self.height * self.width
+        return self.itemsize * (in_pixels * self.in_channels + self.out_pixels * self.out_channels)
+
+    @property
+    def conv_block(self) -> int:
+        """Channels of one dense block of the grouped convolution's weights."""
+        return MIN_DOT if self.is_dense else max(MIN_DOT, power_of_two(self.group_width))
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether it is a full convolution too wide to be one block."""
+        return self.group_width > max(GROUP_WIDTHS)
+
+    @property
+    def padded_hidden(self) -> int:
+        return ceil(self.hidden_channels / HIDDEN_MULTIPLE) * HIDDEN_MULTIPLE
+
+    @property
+    def padded_in(self) -> int:
+        """Input channels as they are computed, zero past the real ones."""
+        return sum(parts(self.in_channels, self.conv_block))
+
+    @property
+    def padded_out(self) -> int:
+        return sum(parts(self.out_channels))
+
+
+class Tiled(Protocol):
+    """What a tiling has to know of a problem."""
+
+    @property
+    def out_pixels(self) -> int: ...
+    @property
+    def hidden_channels(self) -> int: ...
+    @property
+    def padded_hidden(self) -> int: ...
+    @property
+    def padded_out(self) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Tiling:
+    """How a fused block is cut up.
+
+    Args:
+        block_m: output pixels of a program, over the flattened batch; a power of two from 16.
+        block_e: hidden channels of one step of expansion and projection; a power of two from 16.
+        conv: how the convolution is done. "mma" multiplies block-diagonal blocks of channels on tensor cores; a
+            depthwise one takes "diagonal", the same with its weights on diagonals, or "fma", channel by channel without
+            tensor cores; a full one of more than 32 channels takes "dense", over chunks of input channels.
+        splits: programs that share a tile's hidden channels; more than one costs float32 partial sums.
+        num_warps, num_stages: of the program, and of the pipeline over hidden channels.
+        conv_stages: of the pipeline over the convolution's taps; 1 loads through L1.
+        dense_block: input channels of one step of a "dense" convolution.
+        part: the most channels of one tensor, 64 or 128.
+    """
+
+    block_m: int
+    block_e: int
+    conv: str
+    splits: int = 1
+    num_warps: int = 4
+    num_stages: int = 2
+    conv_stages: int = 1
+    dense_block: int = 32
+    part: int = 128
+
+    def fits(self, problem: Tiled) -> bool:
+        """Whether the kernel can run it: no split reads past the padded weights, or has nothing to do."""
+        steps = ceil(problem.hidden_channels / (self.block_e * self.splits))
+        covered = steps * self.block_e * self.splits
+        idle = steps * self.block_e * (self.splits - 1) >= problem.hidden_channels
+        return covered <= problem.padded_hidden and not (self.splits > 1 and idle)
+
+    def tiles(self, problem: Tiled) -> int:
+        return ceil(problem.out_pixels / self.block_m)
+
+    def programs(self, problem: Tiled) -> int:
+        return self.tiles(problem) * self.splits
+
+    def partial_bytes(self, problem: Tiled) -> int:
+        """Of the float32 partial sums that split tiles exchange."""
+        return 4 * self.splits * problem.out_pixels * problem.padded_out if self.splits > 1 else 0
+
+
+def conv_forms(problem: BlockProblem) -> tuple[str, ...]:
+    """The values of `Tiling.conv` that can compute this problem."""
+    if problem.is_dense:
+        return ("dense",)
+    return ("fma", "diagonal") if problem.group_width == 1 else ("mma",)
+
+
+def unsupported(problem: BlockProblem) -> str | None:
+    """Why the fused block does not compute this problem, naming what and the value; None where it does."""
+    for name in ("batch", "height", "width"):
+        if getattr(problem, name) < 1:
+            return f"{name}={getattr(problem, name)} is below 1"
+    for name in ("in_channels", "hidden_channels", "out_channels"):
+        channels = getattr(problem, name)
+        if channels < 1 or channels % CHANNEL_MULTIPLE:
+            return f"{name}={channels} is not a positive multiple of {CHANNEL_MULTIPLE}"
+    for name in ("in_channels", "out_channels"):
+        if getattr(problem, name) > MAX_CHANNELS:
+            return f"{name}={getattr(problem, name)} is above {MAX_CHANNELS}, past which one launch cannot win"
+    if not problem.in_channels <= problem.hidden_channels <= 8 * problem.in_channels:
+        ratio = problem.hidden_channels / problem.in_channels
+        return f"expansion={ratio:g} is not within 1 and 8"
+    if problem.kernel_size not in KERNEL_SIZES:
+        return f"kernel_size={problem.kernel_size} is none of {', '.join(map(str, KERNEL_SIZES))}"
+    if problem.group_width not in GROUP_WIDTHS and problem.group_width != problem.in_channels:
+        widths = ", ".join(map(str, GROUP_WIDTHS))
+        return f"group_width={problem.group_width} is none of {widths} and not all {problem.in_channels} channels"
+    if problem.in_channels % problem.group_width:
+        return f"group_width={problem.group_width} does not divide in_channels={problem.in_channels}"
+    if problem.stride not in (1, 2):
+        return f"stride={problem.stride} is neither 1 nor 2"
+    if problem.activation not in ACTIVATIONS:
+        return f"activation={problem.activation!r} is none of {', '.join(ACTIVATIONS)}"
+    if problem.dtype not in DTYPES:
+        return f"dtype={problem.dtype} is none of {', '.join(DTYPES)}"
+    if problem.residual and (problem.stride != 1 or problem.in_channels != problem.out_channels):
+        return f"residual with stride={problem.stride}, {problem.in_channels} -> {problem.out_channels} channels"
+    return None

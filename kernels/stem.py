@@ -1,0 +1,183 @@
+"""The stem in one launch: a convolution of few input channels, bias and activation.
+
+All taps of a pixel, 27 for 3x3 over RGB, are one row of a single product on tensor cores.
+
+Legend: N, H, W batch, height, width; C, C' input and output channels; K kernel size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import ceil
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.device_functions import activate, dot, round_to, size, start, tap_zero, total_size
+from kernels.problem import ACTIVATIONS, DTYPES, KERNEL_SIZES, MIN_DOT, WIDE_ELEMENTS, parts, power_of_two
+
+MAX_TAPS = 256
+MAX_CHANNELS = 256
+
+
+@dataclass(frozen=True, slots=True)
+class StemProblem:
+    """A stem on one input; fields as `BlockProblem` has them, the convolution full."""
+
+    batch: int
+    height: int
+    width: int
+    in_channels: int
+    out_channels: int
+    kernel_size: int
+    stride: int
+    activation: str
+    dtype: str
+
+    @property
+    def out_height(self) -> int:
+        return (self.height - 1) // self.stride + 1
+
+    @property
+    def out_width(self) -> int:
+        return (self.width - 1) // self.stride + 1
+
+    @property
+    def out_pixels(self) -> int:
+        return self.batch * self.out_height * self.out_width
+
+    @property
+    def taps(self) -> int:
+        """Values that one output is computed from."""
+        return self.kernel_size**2 * self.in_channels
+
+    @property
+    def padded_taps(self) -> int:
+        return max(MIN_DOT, power_of_two(self.taps))
+
+    @property
+    def macs(self) -> int:
+        return self.out_pixels * self.taps * self.out_channels
+
+
+@dataclass(frozen=True, slots=True)
+class StemTiling:
+    """`block_m` output pixels of all channels a program."""
+
+    block_m: int
+    num_warps: int = 4
+
+
+def unsupported(problem: StemProblem) -> str | None:
+    """Why the fused stem does not compute this problem, naming what and the value; None where it does."""
+    for name in ("batch", "height", "width", "in_channels"):
+        if getattr(problem, name) < 1:
+            return f"{name}={getattr(problem, name)} is below 1"
+    if problem.kernel_size not in KERNEL_SIZES:
+        return f"kernel_size={problem.kernel_size} is none of {', '.join(map(str, KERNEL_SIZES))}"
+    if problem.taps > MAX_TAPS:
+        return f"in_channels={problem.in_channels} with kernel_size={problem.kernel_size} is above {MAX_TAPS} taps"
+    if problem.out_channels % 8 or not 0 < problem.out_channels <= MAX_CHANNELS:
+        return f"out_channels={problem.out_channels} is not a multiple of 8 up to {MAX_CHANNELS}"
+    if problem.stride not in (1, 2):
+        return f"stride={problem.stride} is neither 1 nor 2"
+    if problem.activation not in (*ACTIVATIONS, "none"):
+        return f"activation={problem.activation!r} is none of {', '.join(ACTIVATIONS)}"
+    if problem.dtype not in DTYPES:
+        return f"dtype={problem.dtype} is none of {', '.join(DTYPES)}"
+    return None
+
+
+def tilings(problem: StemProblem) -> list[StemTiling]:
+    """Those worth trying, the likeliest first."""
+    large = problem.out_pixels >= 128 * 132
+    found = [StemTiling(128), StemTiling(64), StemTiling(128, 8)] if large else [StemTiling(32), StemTiling(64)]
+    # A tile of all taps and a tile of all outputs live in registers.
+    most = 2**14 // max(problem.padded_taps, sum(parts(problem.out_channels)))
+    return [each for each in found if each.block_m <= most] or [StemTiling(max(MIN_DOT, most))]
+
+
+def pack(layers: Sequence[Tensor], problem: StemProblem) -> list[Tensor]:
+    """Weights as the kernel reads them, (padded taps, padded C'), and bias (padded C',) in float32.
+
+    Args:
+        layers: weight (C', C, K, K) and bias (C',).
+    """
+    weight, bias = layers
+    columns = sum(parts(problem.out_channels))
+    # A row is (ky, kx, c), as the pixels lie in memory.
+    rows = weight.permute(2, 3, 1, 0).reshape(problem.taps, problem.out_channels)
+    padded = F.pad(rows, (0, columns - problem.out_channels, 0, problem.padded_taps - problem.taps))
+    dtype = getattr(torch, problem.dtype)
+    return [padded.to(dtype).contiguous(), F.pad(bias.float(), (0, columns - problem.out_channels)).contiguous()]
+
+
+@triton.jit
+def stem_part(
+    out, tile, weight, bias, row, valid,
+    FIRST: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr,
+    TAPS: tl.constexpr, BLOCK_M: tl.constexpr, ACTIVATION: tl.constexpr,
+):  # fmt: skip
+    columns = FIRST + tl.arange(0, WIDTH)
+    total = tl.zeros([BLOCK_M, WIDTH], tl.float32) + tl.load(bias + columns)[None, :]
+    total = dot(tile, tl.load(weight + tl.arange(0, TAPS)[:, None] * PADDED + columns[None, :]), total)
+    total = activate(total, ACTIVATION, out.dtype.element_ty == tl.float32)
+    mask = valid[:, None] & (columns < CHANNELS)[None, :]
+    tl.store(out + row[:, None] * CHANNELS + columns[None, :], round_to(total, out.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["pixels", "height", "width", "out_height", "out_width"])
+def stem_kernel(
+    x, weight, bias, out, pixels, height, width, out_height, out_width,
+    IN: tl.constexpr, OUT: tl.constexpr, OUT_PARTS: tl.constexpr, TAPS: tl.constexpr, PADDED_TAPS: tl.constexpr,
+    KERNEL: tl.constexpr, STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_M output pixels."""
+    row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    valid = row < pixels
+    if WIDE:
+        row = row.to(tl.int64)
+    pixel, top, left = tap_zero(row, height, width, out_height, out_width, KERNEL, STRIDE, WIDE)
+    tap = tl.arange(0, PADDED_TAPS)
+    dy, dx, channel = tap // (KERNEL * IN), tap // IN % KERNEL, tap % IN
+    y, x_ = top[:, None] + dy[None, :], left[:, None] + dx[None, :]
+    inside = valid[:, None] & (tap < TAPS)[None, :] & (y >= 0) & (y < height) & (x_ >= 0) & (x_ < width)
+    address = x + (pixel[:, None] + (dy * width + dx)[None, :]) * IN + channel[None, :]
+    tile = tl.load(address, mask=inside, other=0.0)
+    for i in tl.static_range(len(OUT_PARTS)):
+        stem_part(
+            out, tile, weight, bias, row, valid,
+            start(OUT_PARTS, i), size(OUT_PARTS, i), OUT, total_size(OUT_PARTS), PADDED_TAPS, BLOCK_M, ACTIVATION,
+        )  # fmt: skip
+
+
+def constants(problem: StemProblem, tiling: StemTiling) -> dict[str, object]:
+    """The kernel's compile-time arguments."""
+    elements = max(
+        problem.batch * problem.height * problem.width * problem.in_channels, problem.out_pixels * problem.out_channels
+    )
+    return {
+        "IN": problem.in_channels, "OUT": problem.out_channels, "OUT_PARTS": parts(problem.out_channels),
+        "TAPS": problem.taps, "PADDED_TAPS": problem.padded_taps, "KERNEL": problem.kernel_size,
+        "STRIDE": problem.stride, "ACTIVATION": problem.activation, "BLOCK_M": tiling.block_m,
+        "WIDE": elements >= WIDE_ELEMENTS,
+    }  # fmt: skip
+
+
+def launch(x: Tensor, weights: Sequence[Tensor], problem: StemProblem, tiling: StemTiling) -> Tensor:
+    """Run the stem; x (N, C, H, W) and the output (N, C', H', W') are channels_last."""
+    out = torch.empty(
+        (problem.batch, problem.out_channels, problem.out_height, problem.out_width),
+        dtype=x.dtype, device=x.device, memory_format=torch.channels_last,
+    )  # fmt: skip
+    weight, bias = weights
+    stem_kernel[(ceil(problem.out_pixels / tiling.block_m),)](
+        x, weight, bias, out,
+        problem.out_pixels, problem.height, problem.width, problem.out_height, problem.out_width,
+        **constants(problem, tiling), num_warps=tiling.num_warps,
+    )  # fmt: skip
+    return out
