@@ -13,7 +13,7 @@ from search_spaces import SearchSpace, load_space
 
 DEFAULT_STORAGE = "sqlite:///studies/convfirst.db"
 DEFAULT_STUDY = "convfirst"
-DEFAULT_ENGINE = {"cpu": "torchscript", "cuda": "eager"}
+DEFAULT_ENGINE = {"cpu": "torchscript", "cuda": "fused"}
 DEFAULT_DTYPE = {"cpu": "float32", "cuda": "float16"}
 AUTO = "auto"
 

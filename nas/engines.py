@@ -6,6 +6,7 @@ the dtype asked for. The latency meter knows nothing else about it, so that a ne
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,15 +28,15 @@ class Engine:
 
     Args:
         prepare: makes the deployed module of a folded channels_last one, given an example input (N, C, H, W).
-        devices: kinds of device it runs on.
+        devices: kinds of device it runs on; "interpreter" is a CPU under TRITON_INTERPRET=1.
         isolated: measure in a process of its own (see `nas.isolation`).
-        compiles: its compiler may refuse a network, which is then that candidate's failure and not a bug.
+        refuses: tells errors by which its compiler refuses a network, that candidate's failure, from bugs.
     """
 
     prepare: Prepare
     devices: tuple[str, ...]
     isolated: bool = False
-    compiles: bool = False
+    refuses: Callable[[Exception], bool] = lambda error: False
 
 
 def _eager(model: nn.Module, example: Tensor) -> nn.Module:
@@ -58,11 +59,35 @@ def _compile(model: nn.Module, example: Tensor) -> nn.Module:
     return cast(nn.Module, torch.compile(torch.export.export(model, (example,)).module()))
 
 
+def _fused(model: nn.Module, example: Tensor) -> nn.Module:
+    """Block-fused Triton kernels; problems this machine has not met are tuned first."""
+    from kernels.fuse import fuse
+
+    fused = fuse(model, dtype=example.dtype)
+    fused.prepare(example.shape[0], example.shape[2])
+    return fused
+
+
+def _triton_refuses(error: Exception) -> bool:
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    return isinstance(error, CompilationError | OutOfResources | PTXASError)
+
+
 ENGINES = {
     "eager": Engine(_eager, ("cpu", "cuda")),
     "torchscript": Engine(_torchscript, ("cpu",), isolated=True),
-    "compile": Engine(_compile, ("cpu", "cuda"), isolated=True, compiles=True),
+    # Compilers raise whatever their stages raise.
+    "compile": Engine(_compile, ("cpu", "cuda"), isolated=True, refuses=lambda error: True),
+    "fused": Engine(_fused, ("cuda", "interpreter"), refuses=_triton_refuses),
 }
+
+
+def runs_on(engine: Engine, device: torch.device) -> bool:
+    """Whether an engine runs on a device, in this process's environment."""
+    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    return device.type in engine.devices or (interpreted and "interpreter" in engine.devices)
 
 
 def deploy(network: nn.Module, config: LatencyConfig, example: Tensor) -> nn.Module:
@@ -81,8 +106,8 @@ def deploy(network: nn.Module, config: LatencyConfig, example: Tensor) -> nn.Mod
             module = engine.prepare(folded, example)
             module(example)
     except Exception as error:
-        # Compilers raise whatever their stages raise; running out of memory is told apart further out.
-        if not engine.compiles or is_out_of_memory(error):
+        # Running out of memory is told apart further out.
+        if is_out_of_memory(error) or not engine.refuses(error):
             raise
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
         raise CandidateFailed(f"engine {config.engine} does not compile it ({reason})") from error

@@ -16,7 +16,7 @@ from kernels.timing import DeviceInfo
 from nas import data as image_data
 from nas import proxy
 from nas.config import Limits, SearchConfig
-from nas.engines import ENGINES
+from nas.engines import ENGINES, runs_on
 from nas.errors import CandidateFailed, UsageError, is_out_of_memory
 from nas.isolation import IsolatedMeter
 from nas.latency import Latency, LatencyMeter
@@ -153,8 +153,9 @@ def check_device(config: SearchConfig) -> torch.device:
             raise UsageError(f"--device {name}: there are only {torch.cuda.device_count()} CUDA devices here")
     if engine not in ENGINES:
         raise UsageError(f"--engine {engine}: none of {', '.join(ENGINES)}")
-    if device.type not in ENGINES[engine].devices:
-        raise UsageError(f"--engine {engine}: does not run on {device.type}")
+    if not runs_on(ENGINES[engine], device):
+        hint = " (its Triton kernels run there with TRITON_INTERPRET=1, slowly)" if engine == "fused" else ""
+        raise UsageError(f"--engine {engine}: does not run on {device.type}{hint}")
     if device.type == "cpu" and config.latency.dtype == "float16":
         raise UsageError("--dtype float16: not on the CPU, which takes float32 or bfloat16")
     return device

@@ -110,18 +110,19 @@ class LatencyMeter:
             repeats=len(own_ms),
             raw_median_ms=float(np.median(own_ms)),
             anchor_median_ms=float(np.median(anchor_ms)),
-            weight_bytes=self._weight_bytes(network),
+            weight_bytes=self._weight_bytes(network, module),
             workspace_bytes=workspace,
         )
 
     def _sample(self, runs: list[Callable[[], None]], seconds: float) -> np.ndarray:
         return time_interleaved(runs, self.clock, seconds, MIN_SAMPLE_SECONDS[self.device.type])
 
-    def _weight_bytes(self, network: nn.Module) -> int:
-        # Counted on the network: folded, a norm's four vectors become one bias, and a frozen module hides its own.
+    def _weight_bytes(self, network: nn.Module, module: nn.Module) -> int:
+        # Counted on the network too, as a frozen module hides its own: folded, a norm's four vectors become one bias.
         size = getattr(torch, self.config.dtype).itemsize
         norms = sum(m.num_features for m in network.modules() if isinstance(m, nn.BatchNorm2d))
-        return int(size) * (sum(p.numel() for p in network.parameters()) - norms)
+        counted = int(size) * (sum(p.numel() for p in network.parameters()) - norms)
+        return max(counted, sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers())))
 
     @torch.inference_mode()
     def _workspace_bytes(self, module: nn.Module) -> int:

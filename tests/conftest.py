@@ -26,10 +26,25 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("XDG_CACHE_HOME", str(shared))
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The interpreter and the compiler cannot share a process, so there are two runs.
+
+    With TRITON_INTERPRET=1 only the tests marked `kernels` run, on the CPU; without it they run where there is a GPU.
+    """
+    if INTERPRETED:
+        config.hook.pytest_deselected(items=[item for item in items if not item.get_closest_marker("kernels")])
+        items[:] = [item for item in items if item.get_closest_marker("kernels")]
+        return
     for item in items:
-        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        if torch.cuda.is_available():
+            continue
+        if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device: what this test holds on a GPU was not tested"))
+        if item.get_closest_marker("kernels"):
+            item.add_marker(pytest.mark.skip(reason="no CUDA device: not tested as compiled (see TRITON_INTERPRET=1)"))
 
 
 def make_tiny_space(**changes: object) -> SearchSpace:
@@ -136,3 +151,24 @@ def any_url(request: pytest.FixtureRequest) -> str:
     """A fresh database of every kind that is supported."""
     url: str = request.getfixturevalue(f"{request.param}_url")
     return url
+
+
+# -- Kernels -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def kernel_device() -> torch.device:
+    """Where Triton's kernels can run now: a GPU, or the CPU under the interpreter."""
+    return torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+
+
+@pytest.fixture
+def poisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Memory that kernels get is full of NaN, so that what they forget to write shows."""
+    empty = torch.empty
+
+    def full_of_nan(*args: object, **options: object) -> torch.Tensor:
+        made: torch.Tensor = empty(*args, **options)  # type: ignore[call-overload]
+        return made.fill_(float("nan")) if made.is_floating_point() else made
+
+    monkeypatch.setattr(torch, "empty", full_of_nan)

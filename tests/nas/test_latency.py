@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from triton.runtime.errors import OutOfResources
 
 from kernels.timing import DeviceInfo
 from nas.config import DEFAULT_ENGINE, LatencyConfig
-from nas.engines import ENGINES, deploy
+from nas.engines import ENGINES, deploy, runs_on
 from nas.errors import CandidateFailed
 from nas.latency import LatencyMeter, corrected
 from search_spaces import load_space
@@ -85,6 +86,17 @@ def test_a_network_that_a_compiler_refuses_is_a_failed_candidate(monkeypatch: py
     monkeypatch.setitem(ENGINES, "compile", replace(ENGINES["compile"], prepare=refuse))
     with pytest.raises(CandidateFailed, match=r"engine compile does not compile it \(RuntimeError: out of resource"):
         deploy(network, LatencyConfig(device="cpu", engine="compile"), x)
+    # Triton says by its errors what it refuses; any other is a bug.
+    monkeypatch.setitem(ENGINES, "fused", replace(ENGINES["fused"], prepare=refuse))
+    with pytest.raises(RuntimeError, match="shared memory"):
+        deploy(network, LatencyConfig(device="cpu", engine="fused"), x)
+
+    def out_of_shared_memory(_model: nn.Module, _example: torch.Tensor) -> nn.Module:
+        raise OutOfResources(300000, 232448, "shared memory")
+
+    monkeypatch.setitem(ENGINES, "fused", replace(ENGINES["fused"], prepare=out_of_shared_memory))
+    with pytest.raises(CandidateFailed, match="engine fused does not compile it"):
+        deploy(network, LatencyConfig(device="cpu", engine="fused"), x)
     # Engines that compile nothing have no such excuse.
     monkeypatch.setitem(ENGINES, "eager", replace(ENGINES["eager"], prepare=refuse))
     with pytest.raises(RuntimeError, match="shared memory"):
@@ -93,7 +105,7 @@ def test_a_network_that_a_compiler_refuses_is_a_failed_candidate(monkeypatch: py
 
 def test_every_device_has_a_default_engine_that_runs_there() -> None:
     for device, engine in DEFAULT_ENGINE.items():
-        assert device in ENGINES[engine].devices
+        assert runs_on(ENGINES[engine], torch.device(device))
 
 
 @pytest.mark.gpu

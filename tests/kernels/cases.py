@@ -1,0 +1,196 @@
+"""Blocks to hold the fused kernels against a float64 reference: pairwise-covering, made by fixed seeds."""
+
+from __future__ import annotations
+
+import itertools
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import sqrt
+
+import torch
+from torch import Tensor
+
+from kernels.convfirst import ACTIVATE
+from kernels.problem import ACTIVATIONS, BlockProblem, Tiling, conv_forms, unsupported
+
+AXES: dict[str, tuple[object, ...]] = {
+    "batch": (1, 3),
+    "height": (1, 7, 13),
+    "width": (1, 7, 13),
+    "channels": (8, 24, 40, 64, 72),
+    "out": ("same, residual", "same", 8, 24, 40, 64, 72),
+    "kernel_size": (3, 5, 7),
+    "group_width": (1, 8, 16, 32, "full"),
+    "stride": (1, 2),
+    "activation": ACTIVATIONS,
+    "dtype": ("float16", "bfloat16", "float32"),
+    "expansion": (1.0, 1.5, 2.0, 4.0),
+    "block_m": (16, 32, 64),
+    "block_e": (16, 32),
+    "splits": (1, 2),
+    "form": (0, 1),
+}
+AT_LEAST = 80
+EACH_VALUE = 4
+
+Case = dict[str, object]
+
+
+@dataclass(frozen=True)
+class BlockCase:
+    problem: BlockProblem
+    tiling: Tiling
+
+    def __str__(self) -> str:
+        p, t = self.problem, self.tiling
+        return (
+            f"{p.batch}x{p.height}x{p.width}-{p.in_channels}-{p.hidden_channels}-{p.out_channels}-k{p.kernel_size}"
+            f"g{p.group_width}s{p.stride}-{p.activation}-{p.dtype}{'-residual' if p.residual else ''}"
+            f"-m{t.block_m}e{t.block_e}{t.conv}x{t.splits}"
+        )
+
+
+def block_case(case: Case) -> BlockCase | None:
+    """The problem and tiling that the axes' values name; None where they contradict each other."""
+    channels: int = case["channels"]  # type: ignore[assignment]
+    group: int = channels if case["group_width"] == "full" else case["group_width"]  # type: ignore[assignment]
+    if channels % group or (case["group_width"] == "full" and channels in AXES["group_width"]):
+        return None
+    residual = case["out"] == "same, residual"
+    out: int = case["out"] if isinstance(case["out"], int) else channels
+    if (residual and case["stride"] == 2) or case["out"] == channels:
+        return None
+    hidden = int(channels * case["expansion"]) // 8 * 8  # type: ignore[operator]
+    problem = BlockProblem(
+        case["batch"], case["height"], case["width"], channels, hidden, out, case["kernel_size"], group,
+        case["stride"], case["activation"], residual, case["dtype"],
+    )  # type: ignore[arg-type] # fmt: skip
+    forms = conv_forms(problem)
+    if case["form"] and len(forms) == 1:
+        return None
+    tiling = Tiling(case["block_m"], case["block_e"], forms[case["form"]], case["splits"])  # type: ignore[arg-type, index]
+    assert unsupported(problem) is None, unsupported(problem)
+    return BlockCase(problem, tiling) if tiling.fits(problem) else None
+
+
+def _pairs(case: Case) -> set[tuple[tuple[str, object], ...]]:
+    return set(itertools.combinations(case.items(), 2))
+
+
+def _cost(case: BlockCase) -> float:
+    """About proportional to the interpreter's time."""
+    problem, tiling = case.problem, case.tiling
+    return tiling.programs(problem) * (problem.kernel_size**2 + 4 * problem.hidden_channels / tiling.block_e)
+
+
+def covering_cases(seed: int = 0) -> list[BlockCase]:
+    """Cases in which every possible pair of two axes' values occurs, and each value `EACH_VALUE` times."""
+    rng = random.Random(seed)
+
+    def draw(fixed: Case) -> Case | None:
+        for _ in range(200):
+            case = {name: fixed.get(name, rng.choice(values)) for name, values in AXES.items()}
+            if block_case(case) is not None:
+                return case
+        return None
+
+    uncovered = {
+        ((a, value_a), (b, value_b))
+        for (a, values_a), (b, values_b) in itertools.combinations(AXES.items(), 2)
+        for value_a in values_a
+        for value_b in values_b
+    }
+    chosen: list[Case] = []
+    while uncovered:
+        pair = min(uncovered, key=str)
+        drawn = [case for case in (draw(dict(pair)) for _ in range(12)) if case is not None]
+        if not drawn:
+            # The two values contradict each other.
+            uncovered.discard(pair)
+            continue
+
+        def worth(case: Case) -> float:
+            built = block_case(case)
+            assert built is not None
+            return len(_pairs(case) & uncovered) / sqrt(300 + _cost(built))
+
+        best = max(drawn, key=worth)
+        uncovered -= _pairs(best)
+        chosen.append(best)
+    while len(chosen) < AT_LEAST + len(AXES):
+        more = draw({})
+        chosen += [more] if more is not None and more not in chosen else []
+    return [built for built in map(block_case, chosen) if built is not None]
+
+
+# Wider than the axes: several parts of channels, chunks of a full convolution, a split of more than two.
+_WIDE = BlockProblem(1, 3, 3, 160, 320, 160, 3, 8, 1, "silu", True, "float16")
+WIDE_CASES = [
+    BlockCase(_WIDE, Tiling(16, 32, "mma", 4)),
+    BlockCase(_WIDE, Tiling(16, 64, "mma", part=64)),
+    BlockCase(replace(_WIDE, in_channels=320, hidden_channels=320, residual=False), Tiling(16, 128, "mma")),
+    BlockCase(replace(_WIDE, out_channels=512, residual=False, stride=2), Tiling(16, 32, "mma")),
+    BlockCase(replace(_WIDE, group_width=160, dtype="bfloat16"), Tiling(16, 32, "dense", dense_block=64)),
+    BlockCase(replace(_WIDE, in_channels=8, out_channels=8, hidden_channels=64, group_width=1), Tiling(16, 16, "fma", 4)),
+    BlockCase(replace(_WIDE, in_channels=24, out_channels=24, hidden_channels=96, group_width=24), Tiling(16, 32, "mma")),
+    BlockCase(replace(_WIDE, in_channels=40, out_channels=40, hidden_channels=40, group_width=4), Tiling(16, 32, "mma")),
+]  # fmt: skip
+
+
+def make_operands(problem: BlockProblem, seed: int, device: torch.device) -> tuple[Tensor, list[Tensor]]:
+    """Input (N, C, H, W), channels_last, and layers, in the problem's dtype, of about unit variance throughout."""
+    rng = torch.Generator().manual_seed(seed)
+    dtype = getattr(torch, problem.dtype)
+
+    def draw(*shape: int, fan_in: int = 1) -> Tensor:
+        return (torch.randn(shape, generator=rng, dtype=torch.float64) / sqrt(fan_in)).to(device, dtype)
+
+    channels, hidden, out = problem.in_channels, problem.hidden_channels, problem.out_channels
+    group, size = problem.group_width, problem.kernel_size
+    layers = [
+        draw(channels, group, size, size, fan_in=group * size * size), draw(channels),
+        draw(hidden, channels, 1, 1, fan_in=channels), draw(hidden),
+        draw(out, hidden, 1, 1, fan_in=hidden), draw(out),
+    ]  # fmt: skip
+    x = draw(problem.batch, channels, problem.height, problem.width)
+    return x.contiguous(memory_format=torch.channels_last), layers
+
+
+UNIT_ROUNDOFF = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 2**-24}
+ACCUMULATION = 2**-24
+# Largest slope of an activation, and error of the kernels' tanh against 1 (PTX: tanh.approx.f32, 2^-11).
+SLOPE = 1.13
+TANH_ERROR = 2**-10
+
+
+def error_bound(x: Tensor, layers: Sequence[Tensor], problem: BlockProblem) -> Tensor:
+    """The most that rounding can make of each output, to first order, from accumulation depth and dtype: (N, C', H', W').
+
+    One rounding of y, of h and of the output to the dtype; every sum of n terms in float32, n of its roundoffs of the
+    terms' magnitudes; all carried through the layers' magnitudes.
+    """
+    conv2d = torch.nn.functional.conv2d
+    x, layers = x.double().cpu(), [layer.double().cpu() for layer in layers]
+    conv, conv_bias, expand, expand_bias, project, project_bias = layers
+    unit, groups = UNIT_ROUNDOFF[problem.dtype], problem.in_channels // problem.group_width
+    place = dict(stride=problem.stride, padding=problem.kernel_size // 2, groups=groups)
+
+    def depth(terms: int) -> float:
+        return (terms + 2) * ACCUMULATION
+
+    y = conv2d(x, conv, conv_bias, **place)  # type: ignore[arg-type]
+    y_magnitude = conv2d(x.abs(), conv.abs(), conv_bias.abs(), **place)  # type: ignore[arg-type]
+    y_error = unit * y.abs() + depth(problem.kernel_size**2 * problem.group_width) * y_magnitude
+    before = conv2d(y, expand, expand_bias)
+    before_error = conv2d(y_error, expand.abs()) + depth(problem.in_channels) * conv2d(
+        y.abs(), expand.abs(), expand_bias.abs()
+    )
+    h = ACTIVATE[problem.activation](before)
+    inexact = problem.dtype != "float32" and problem.activation in ("silu", "gelu")
+    h_error = SLOPE * before_error + unit * h.abs() + (TANH_ERROR if inexact else 4 * ACCUMULATION) * before.abs()
+    out = conv2d(h, project, project_bias)
+    magnitude = conv2d(h.abs(), project.abs(), project_bias.abs())
+    shortcut = x if problem.residual else torch.zeros_like(out)
+    error = conv2d(h_error, project.abs()) + depth(problem.hidden_channels) * (magnitude + shortcut.abs())
+    return error + unit * (out + shortcut).abs()

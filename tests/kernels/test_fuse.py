@@ -1,0 +1,262 @@
+"""Whole networks, fused, against timm's own; what is refused, and what is left to torch."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+from timm.models import MobileNetV3
+from timm.models._efficientnet_builder import decode_arch_def
+from torch import Tensor, nn
+
+from kernels import fuse, ops, tune
+from kernels.fold import fold_batch_norms
+from kernels.fuse import FusedNetwork
+from search_spaces import load_space
+
+DTYPES = [torch.float16, torch.bfloat16, torch.float32]
+
+
+def network(*stages: str, activation: type[nn.Module] = nn.SiLU, **options: object) -> nn.Module:
+    """A small timm network of these stages, its norms as if it had been trained."""
+    model = MobileNetV3(
+        decode_arch_def([[stage] for stage in stages]), num_classes=5, stem_size=16, num_features=32,
+        act_layer=activation, fix_stem=True, **options,
+    )  # fmt: skip
+    return as_if_trained(model)
+
+
+def as_if_trained(model: nn.Module) -> nn.Module:
+    rng = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.3, generator=rng)  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 2, generator=rng)  # type: ignore[union-attr]
+            module.weight.data.uniform_(0.5, 1.5, generator=rng)
+            module.bias.data.normal_(0, 0.3, generator=rng)
+    return model.eval()
+
+
+def images(batch: int, resolution: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    x = torch.randn((batch, 3, resolution, resolution), generator=torch.Generator().manual_seed(1))
+    return x.to(device, dtype).contiguous(memory_format=torch.channels_last)
+
+
+def errors(model: nn.Module, fused: FusedNetwork, x: Tensor) -> tuple[float, float]:
+    """Root mean square error against float64 of the fused network and of torch's layer by layer."""
+    layered = fold_batch_norms(model).to(x.dtype).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    with torch.inference_mode():
+        outputs = fused(x), layered(x)
+        exact = fold_batch_norms(model).double()(x.double())
+    own, torchs = (float((out.double() - exact).square().mean().sqrt()) for out in outputs)
+    return own, torchs
+
+
+@pytest.fixture(autouse=True)
+def _tuned_anew() -> Iterator[None]:
+    tune.forget()
+    yield
+    tune.forget()
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("seed", [1, 2])
+def test_networks_of_the_search_space_are_fused_whole_and_exactly(
+    seed: int, dtype: torch.dtype, kernel_device: torch.device
+) -> None:
+    arch = load_space("small").sample(random.Random(seed))
+    model = as_if_trained(arch.build(num_classes=10)).to(kernel_device)
+    fused = fuse.fuse(model, dtype=dtype)
+    assert all(part.fused for part in fused.parts), fused.report()
+    assert len(fused.parts) == 2 + len(arch.blocks)
+    own, torchs = errors(model, fused, images(2, 16, dtype, kernel_device))
+    assert own <= 2 * torchs
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_blocks_with_the_convolution_in_the_middle(dtype: torch.dtype, kernel_device: torch.device) -> None:
+    model = network(
+        "ds_r1_k3_s1_c16", "ir_r2_k3_s2_e4_c24", "uir_r2_a0_k5_s1_e2_c24", "uir_r2_a3_k3_s2_e2_c32",
+        "uir_r1_a5_k0_s1_e4_c32_gs8", "ir_r1_k3_s1_e2_c32_gs8", layer_scale_init_value=0.5,
+    ).to(kernel_device)  # fmt: skip
+    fused = fuse.fuse(model, dtype=dtype)
+    assert all(part.fused for part in fused.parts), fused.report()
+    own, torchs = errors(model, fused, images(2, 16, dtype, kernel_device))
+    assert own <= 2 * torchs
+
+
+@pytest.mark.kernels
+def test_what_has_no_fused_form_runs_in_torch_and_is_named(kernel_device: torch.device) -> None:
+    model = network(
+        "cn_r1_k3_s1_e1_c16", "ir_r1_k3_s2_e4_c24_se0.25", "uir_r1_a3_k0_s1_e4_c24", "er_r1_k3_s1_e4_c24",
+        "uir_r1_a9_k0_s1_e4_c24", activation=nn.ReLU6,
+    ).to(kernel_device)  # fmt: skip
+    # One block whose activation is known, among those whose is not.
+    model.blocks[2][0].pw_exp.bn.act = nn.ReLU()  # type: ignore[index, union-attr]
+    fused = fuse.fuse(model, dtype=torch.float32)
+    by_name = {part.name: part for part in fused.parts}
+    assert "ReLU6" in by_name["conv_stem"].reason
+    assert "ConvBnAct" in by_name["blocks.0.0"].reason
+    assert "se=SqueezeExcite" in by_name["blocks.1.0"].reason
+    assert by_name["blocks.2.0"].fused
+    assert "EdgeResidual" in by_name["blocks.3.0"].reason
+    assert "ReLU6" in by_name["head"].reason
+    assert fused.report().count("not fused") == sum(not part.fused for part in fused.parts) == 6
+    own, torchs = errors(model, fused, images(1, 16, torch.float32, kernel_device))
+    assert own <= 2 * torchs
+
+
+def test_predicates_reasons_reach_the_report() -> None:
+    model = network("uir_r1_a9_k0_s1_e4_c24")
+    assert "kernel_size=9" in fuse.fuse(model).parts[1].reason
+    model = network("uir_r1_a3_k0_s1_e4_c640")
+    assert "out_channels=640" in fuse.fuse(model).parts[1].reason
+
+
+@pytest.mark.kernels
+def test_export_and_compile_pass_through(kernel_device: torch.device) -> None:
+    model = network("uir_r2_a3_k0_s2_e2_c24").to(kernel_device)
+    fused = fuse.fuse(model, dtype=torch.float32)
+    x = images(2, 8, torch.float32, kernel_device)
+    with torch.inference_mode():
+        expected = fused(x)
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(fused, (x,), dynamic_shapes=({0: batch},))
+    targets = {str(node.target) for node in exported.graph.nodes}
+    assert {"convfirst.stem.default", "convfirst.block.default", "convfirst.head.default"} <= targets
+    assert torch.equal(exported.module()(x), expected)
+    assert torch.equal(exported.module()(x[:1].contiguous(memory_format=torch.channels_last)), expected[:1])
+    compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
+    with torch.no_grad():
+        assert torch.equal(compiled(x), expected)
+
+
+@pytest.mark.kernels
+def test_operators_follow_torchs_rules(kernel_device: torch.device) -> None:
+    fused = fuse.fuse(network("uir_r1_a3_k0_s1_e2_c16").to(kernel_device), dtype=torch.float32)
+    block = fused.fused_modules["blocks.0.0"]
+    x = torch.randn(1, 16, 3, 3, device=kernel_device).to(memory_format=torch.channels_last)
+    arguments = (x, block.weights, block.layers, 1, "silu", True, -1)
+    checks = torch.library.opcheck(ops.block, arguments, test_utils=("test_schema", "test_faketensor"))
+    assert set(checks.values()) == {"SUCCESS"}
+
+
+def test_the_model_is_left_as_it_was_and_may_be_fused_again() -> None:
+    model = network("uir_r1_a3_k0_s1_e2_c16")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fuse.fuse(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert fuse.fuse(fold_batch_norms(model)).parts == fuse.fuse(model).parts
+
+
+def test_problems_are_those_of_the_shape_and_split_within_memory() -> None:
+    fused = fuse.fuse(network("uir_r1_a3_k0_s2_e4_c64", "uir_r2_a5_k0_s2_e4_c128_gs8"))
+    found = fused.problems(batch=2, resolution=64)
+    assert list(found) == ["conv_stem", "blocks.0.0", "blocks.1.0", "blocks.1.1", "global_pool"]
+    first, second, third = (found[f"blocks.{name}"] for name in ("0.0", "1.0", "1.1"))
+    assert (first.batch, first.height, first.in_channels, first.out_channels, first.stride) == (2, 32, 16, 64, 2)
+    assert (second.height, second.kernel_size, second.group_width, second.residual) == (16, 5, 8, False)
+    assert (third.height, third.in_channels, third.hidden_channels, third.residual) == (8, 128, 512, True)
+    assert found["global_pool"].pixels == 64
+    largest = max(p.activation_bytes for p in (first, second, third))
+    stem = found["conv_stem"]
+    largest = max(largest, 2 * 2 * (3 * 64 * 64 + stem.out_pixels * 16))
+    for problem in (first, second, third):
+        for tiling in ops.BLOCK.tilings(problem):
+            assert tiling.partial_bytes(problem) + problem.activation_bytes <= 1.05 * largest
+
+
+# -- Bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_bad_models_are_refused_by_name() -> None:
+    model = network("uir_r1_a3_k0_s1_e2_c16")
+    with pytest.raises(ValueError, match="training=True"):
+        fuse.fuse(model.train())
+    with pytest.raises(ValueError, match="model=Linear"):
+        fuse.fuse(nn.Linear(2, 2).eval())
+    with pytest.raises(ValueError, match=r"dtype=torch\.float64"):
+        fuse.fuse(model.eval(), dtype=torch.float64)
+    with pytest.raises(ValueError, match="mode=True"):
+        fuse.fuse(model).train()
+    assert not fuse.fuse(model).eval().training
+    with pytest.raises(ValueError, match="on cpu"):
+        fuse.fuse(model).graph(1, 16)
+
+
+@pytest.mark.parametrize(
+    ("x", "told"),
+    [
+        (torch.zeros(1, 3, 8, 8).half(), "not channels_last"),
+        (torch.zeros(1, 3, 8, 8).to(memory_format=torch.channels_last), "input is float32, the layer float16"),
+        (torch.zeros(1, 4, 8, 8).half(), "input has 4 channels"),
+        (torch.zeros(3, 8, 8).half(), r"input has shape \(3, 8, 8\)"),
+        (torch.zeros(0, 3, 8, 8).half(), "nothing in it"),
+    ],
+)
+def test_bad_inputs_are_refused_by_name(x: Tensor, told: str) -> None:
+    fused = fuse.fuse(network("uir_r1_a3_k0_s1_e2_c16"))
+    with pytest.raises(ValueError, match=told):
+        fused(x)
+
+
+def test_on_a_cpu_without_the_interpreter_it_is_said_what_is_missing() -> None:
+    if ops.INTERPRETED:
+        pytest.skip("runs under the interpreter")
+    fused = fuse.fuse(network("uir_r1_a3_k0_s1_e2_c16"))
+    with pytest.raises(ValueError, match="CUDA, or with TRITON_INTERPRET=1"):
+        fused(images(1, 8, torch.float16, torch.device("cpu")))
+
+
+@pytest.mark.gpu
+def test_another_device_is_refused_by_name() -> None:
+    fused = fuse.fuse(network("uir_r1_a3_k0_s1_e2_c16")).cuda()
+    with pytest.raises(ValueError, match="input is on cpu, the layer on cuda:0"):
+        fused(images(1, 8, torch.float16, torch.device("cpu")))
+
+
+# -- On a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_graph_replays_on_new_inputs_and_peak_workspace_is_that_of_the_largest_block() -> None:
+    device = torch.device("cuda")
+    model = as_if_trained(load_space("imagenet").anchor().build(num_classes=1000)).to(device)
+    fused = fuse.fuse(model, dtype=torch.float16)
+    for batch in (1, 8):
+        graph = fused.graph(batch, 224)
+        for seed in (1, 2):
+            x = torch.randn((batch, 3, 224, 224), generator=torch.Generator().manual_seed(seed))
+            x = x.to(device, torch.float16).contiguous(memory_format=torch.channels_last)
+            with torch.inference_mode():
+                assert torch.equal(graph(x), fused(x))
+        with pytest.raises(ValueError, match="shape"):
+            graph(x[:, :, :100])
+        from kernels.timing import peak_memory_bytes
+
+        found = [p for p in fused.problems(batch, 224).values() if hasattr(p, "activation_bytes")]
+        if all(tune.choose(ops.BLOCK, p, device).tiling is not None for p in found):
+            largest = max(fuse._moved_bytes(p) for p in fused.problems(batch, 224).values())
+            with torch.inference_mode():
+                assert peak_memory_bytes(lambda x=x: fused(x), device) <= 1.05 * largest
+
+
+@pytest.mark.gpu
+def test_tuned_choices_are_remembered_on_disk_and_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda")
+    model = network("uir_r2_a3_k0_s2_e4_c64", "uir_r1_a3_k0_s2_e4_c128_gs8").to(device)
+    fused = fuse.fuse(model)
+    fused.prepare(4, 64)
+    problems = list(fused.problems(4, 64).values())
+    kernels = [module.kernel for module in fused.fused_modules.values()]
+    first = [tune.choose(kernel, problem, device) for kernel, problem in zip(kernels, problems, strict=True)]
+    assert all(choice.source == "tuned" for choice in first)
+    tune.forget()
+    again = [tune.choose(kernel, problem, device) for kernel, problem in zip(kernels, problems, strict=True)]
+    assert all(choice.source == "remembered" for choice in again)
+    assert [choice.tiling for choice in again] == [choice.tiling for choice in first]
+    assert fuse.fuse(model).prepare(4, 64) < 1

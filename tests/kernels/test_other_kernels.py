@@ -1,0 +1,167 @@
+"""Stem, head and MBConv against float64 references: on a GPU as compiled, elsewhere under Triton's interpreter."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from math import sqrt
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import head, mbconv, ops, stem
+from kernels.head import HeadProblem, HeadTiling
+from kernels.mbconv import MBConvProblem
+from kernels.problem import ACTIVATIONS, Tiling
+from kernels.stem import StemProblem, StemTiling
+from kernels.tune import Kernel
+
+# Root mean square of the error over that of the output: a few roundings of the dtype, far below any wrong tap.
+TOLERANCE = {"float32": 1e-6, "float16": 1.5e-3, "bfloat16": 1.2e-2}
+
+
+def draw(*shape: int, fan_in: int = 1, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) / sqrt(fan_in)
+
+
+def relative_error(out: Tensor, exact: Tensor) -> float:
+    assert bool(out.isfinite().all())
+    return float((out.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
+
+
+def check(kernel: Kernel, pack: Any, problem: Any, tiling: Any, shape: tuple[int, ...], layers: list[Tensor]) -> None:
+    device = torch.device("cpu") if ops.INTERPRETED else torch.device("cuda")
+    dtype = getattr(torch, problem.dtype)
+    layers = [layer.to(device, dtype) for layer in layers]
+    x = draw(*shape, seed=9).to(device, dtype).contiguous(memory_format=torch.channels_last)
+    exact = kernel.layer_by_layer(x.double(), [layer.double() for layer in layers], problem)
+    out = kernel.launch(x, pack(layers, problem), problem, tiling)
+    assert out.shape == exact.shape
+    assert relative_error(out, exact) < TOLERANCE[problem.dtype]
+
+
+STEM = StemProblem(2, 13, 10, 3, 24, 3, 2, "silu", "float16")
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    "problem",
+    [
+        STEM,
+        replace(STEM, dtype="float32", activation="gelu"),
+        replace(STEM, dtype="bfloat16", stride=1, activation="hard_swish"),
+        replace(STEM, kernel_size=5, in_channels=1, out_channels=8, activation="relu"),
+        replace(STEM, kernel_size=7, in_channels=4, out_channels=40, activation="none"),
+        replace(STEM, height=1, width=1, batch=1, out_channels=160),
+    ],
+    ids=str,
+)
+def test_stem(problem: StemProblem, poisoned: None) -> None:
+    weight = draw(problem.out_channels, problem.in_channels, problem.kernel_size, problem.kernel_size, fan_in=27)
+    layers = [weight, draw(problem.out_channels, seed=1)]
+    shape = (problem.batch, problem.in_channels, problem.height, problem.width)
+    assert stem.unsupported(problem) is None
+    for tiling in {StemTiling(32), stem.tilings(problem)[0]}:
+        check(ops.STEM, stem.pack, problem, tiling, shape, layers)
+
+
+HEAD = HeadProblem(3, 49, 72, 136, 10, "silu", "float16")
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("pools", [True, False])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        HEAD,
+        replace(HEAD, dtype="float32", activation="gelu", pixels=1),
+        replace(HEAD, dtype="bfloat16", activation="relu", classes=9, batch=1),
+        replace(HEAD, activation="hard_swish", pixels=33, batch=17, classes=130),
+        replace(HEAD, activation="none", in_channels=8, features=8),
+    ],
+    ids=str,
+)
+def test_head(problem: HeadProblem, pools: bool, poisoned: None) -> None:
+    layers = [
+        draw(problem.features, problem.in_channels, 1, 1, fan_in=problem.in_channels), draw(problem.features, seed=1),
+        draw(problem.classes, problem.features, fan_in=problem.features, seed=2), draw(problem.classes, seed=3),
+    ]  # fmt: skip
+    shape = (problem.batch, problem.in_channels, problem.pixels, 1)
+    assert head.unsupported(problem) is None
+    assert head.tilings(problem)
+    check(ops.HEAD, head.pack, problem, HeadTiling(pools, block_k=64), shape, layers)
+
+
+MBCONV = MBConvProblem(2, 7, 9, 24, 96, 40, 3, 1, 1, "silu", True, False, "float16")
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize(
+    ("problem", "tiling"),
+    [
+        (MBCONV, Tiling(32, 32, "fma")),
+        (MBCONV, Tiling(16, 32, "diagonal", splits=2)),
+        (replace(MBCONV, stride=2, kernel_size=5, activation="gelu", dtype="float32"), Tiling(16, 16, "fma")),
+        (replace(MBCONV, stride=2, kernel_size=7, dtype="bfloat16", activation="relu"), Tiling(16, 16, "diagonal")),
+        (replace(MBCONV, out_channels=24, residual=True, group_width=8), Tiling(32, 32, "mma")),
+        (replace(MBCONV, group_width=32, activation="hard_swish", height=1, width=1), Tiling(16, 32, "mma", splits=2)),
+        (replace(MBCONV, in_channels=96, expands=False), Tiling(32, 64, "fma")),
+        (replace(MBCONV, in_channels=96, out_channels=96, expands=False, residual=True), Tiling(32, 32, "diagonal")),
+        (replace(MBCONV, out_channels=160, hidden_channels=72), Tiling(16, 32, "fma", part=64)),
+    ],
+    ids=str,
+)
+def test_mbconv(problem: MBConvProblem, tiling: Tiling, poisoned: None) -> None:
+    hidden, into, out = problem.hidden_channels, problem.in_channels, problem.out_channels
+    group, size = problem.group_width, problem.kernel_size
+    layers = [
+        draw(hidden, into, 1, 1, fan_in=into), draw(hidden, seed=1),
+        draw(hidden, group, size, size, fan_in=group * size * size, seed=2), draw(hidden, seed=3),
+        draw(out, hidden, 1, 1, fan_in=hidden, seed=4), draw(out, seed=5),
+    ]  # fmt: skip
+    assert mbconv.unsupported(problem) is None
+    assert tiling.fits(problem)
+    shape = (problem.batch, into, problem.height, problem.width)
+    check(ops.MBCONV, mbconv.pack, problem, tiling, shape, layers if problem.expands else layers[2:])
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_every_supported_problem_has_tilings(activation: str) -> None:
+    for channels in (8, 64, 512):
+        for batch in (1, 128):
+            for dtype in ("float16", "float32"):
+                assert ops.BLOCK.tilings(
+                    ops.BlockProblem(batch, 14, 14, channels, 4 * channels, channels, 3, 8, 1, activation, True, dtype)
+                )
+                assert mbconv.tilings(
+                    replace(MBCONV, batch=batch, hidden_channels=4 * channels, out_channels=channels, dtype=dtype)
+                )
+                assert stem.tilings(replace(STEM, batch=batch, out_channels=min(channels, 256), dtype=dtype))
+                assert head.tilings(replace(HEAD, batch=batch, in_channels=channels, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    ("module", "problem", "changes", "told"),
+    [
+        (stem, STEM, dict(kernel_size=2), "kernel_size=2"),
+        (stem, STEM, dict(in_channels=64), "in_channels=64"),
+        (stem, STEM, dict(out_channels=12), "out_channels=12"),
+        (stem, STEM, dict(stride=4), "stride=4"),
+        (stem, STEM, dict(activation="tanh"), "activation='tanh'"),
+        (stem, STEM, dict(width=0), "width=0"),
+        (head, HEAD, dict(classes=0), "classes=0"),
+        (head, HEAD, dict(features=12), "features=12"),
+        (head, HEAD, dict(dtype="int8"), "dtype=int8"),
+        (mbconv, MBCONV, dict(hidden_channels=12), "hidden_channels=12"),
+        (mbconv, MBCONV, dict(group_width=3), "group_width=3"),
+        (mbconv, MBCONV, dict(out_channels=1024), "out_channels=1024"),
+        (mbconv, MBCONV, dict(kernel_size=1), "kernel_size=1"),
+        (mbconv, MBCONV, dict(stride=3), "stride=3"),
+    ],
+)
+def test_what_is_not_supported_is_named(module: Any, problem: Any, changes: dict[str, object], told: str) -> None:
+    assert module.unsupported(problem) is None
+    why = module.unsupported(replace(problem, **changes))
+    assert why is not None
+    assert told in why
