@@ -141,10 +141,10 @@ def pack(layers: Sequence[Tensor], problem: BlockProblem) -> BlockWeights:
 # -- Kernel ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["pixels", "height", "width", "out_height", "out_width"])
+@triton.jit(do_not_specialize=["pixels", "height", "width", "out_height", "out_width", "taps"])
 def convfirst_kernel(
     x, conv, conv_bias, expand, expand_bias, project, project_bias, out, partial, counters,
-    pixels, height, width, out_height, out_width,
+    pixels, height, width, out_height, out_width, taps,
     IN: tl.constexpr, HIDDEN: tl.constexpr, OUT: tl.constexpr, IN_PARTS: tl.constexpr, OUT_PARTS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
     FORM: tl.constexpr, CONV_BLOCK: tl.constexpr, DENSE_ROWS: tl.constexpr, CONV_STAGES: tl.constexpr,
@@ -164,7 +164,7 @@ def convfirst_kernel(
     ys = ()
     for i in tl.static_range(len(IN_PARTS)):
         y = convolve(
-            x, conv, conv_bias, pixel, top, left, valid, height, width,
+            x, conv, conv_bias, pixel, top, left, valid, height, width, taps,
             start(IN_PARTS, i), size(IN_PARTS, i), IN, PADDED_IN, KERNEL,
             FORM, CONV_BLOCK, DENSE_ROWS, BLOCK_M, CONV_STAGES,
         )  # fmt: skip
@@ -248,7 +248,7 @@ def launch(x: Tensor, weights: BlockWeights, problem: BlockProblem, tiling: Tili
     convfirst_kernel[(tiles, tiling.splits)](
         x, weights.conv, weights.conv_bias, weights.expand, weights.expand_bias, weights.project, weights.project_bias,
         out, partial, counters,
-        problem.out_pixels, problem.height, problem.width, problem.out_height, problem.out_width,
+        problem.out_pixels, problem.height, problem.width, problem.out_height, problem.out_width, problem.kernel_size**2,
         **constants(problem, tiling), num_warps=tiling.num_warps,
     )  # fmt: skip
     return out

@@ -6,6 +6,7 @@ bound; a tiling's estimate adds what a bound leaves out, the last wave of progra
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
@@ -49,6 +50,19 @@ class Limits:
 
 
 H200 = Limits()
+# By compute capability: data-sheet figures of an A100 (80), an RTX 4090 (89) and an H200, to count with where no GPU is
+# at hand. Measured ones take their place where there is one.
+LIMITS = {
+    80: Limits(
+        multiprocessors=108, clock_hz=1.41e9, shared_bytes=166_912, dram_bytes=1.5e12, l2_bytes=3.5e12,
+        wgmma_macs=156e12, mma_macs=156e12,
+    ),
+    89: Limits(
+        multiprocessors=128, clock_hz=2.52e9, shared_bytes=101_376, dram_bytes=0.95e12, l2_bytes=4e12,
+        wgmma_macs=82e12, mma_macs=82e12,
+    ),
+    90: H200,
+}  # fmt: skip
 
 
 def padded_conv_macs(problem: BlockProblem, tiling: Tiling) -> int:
@@ -140,11 +154,18 @@ def live_registers(problem: BlockProblem, tiling: Tiling) -> float:
     """Registers a thread for the tensors that live through the loop over hidden channels; addresses come on top."""
     words = problem.itemsize / 4
     elements = tiling.block_m * (problem.padded_out + problem.padded_in * words + tiling.block_e)
+    steps = ceil(problem.hidden_channels / (tiling.block_e * tiling.splits))
+    if tiling.num_stages == 1 or steps <= tiling.num_stages:
+        # Where a pipeline does not get going the weights of a step come through registers.
+        elements += tiling.block_e * (problem.padded_in + problem.padded_out) * words
     return elements / (32 * tiling.num_warps)
 
 
-# Live registers beyond which the compiler spills, from sweeps of both built-in spaces.
-MOST_LIVE_REGISTERS = 212
+# Tilings of one family among the first to be tried.
+RELATIVES = 2
+# Live registers a thread beyond which the compiler spilled, with Hopper's products, which read shared memory, and with
+# the older ones, which read registers; from `nas.kernel_sweep`.
+MOST_LIVE_REGISTERS = {"wgmma": 204, "mma": 150}
 OTHER_REGISTERS = 44
 
 
@@ -179,6 +200,8 @@ def candidates(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
     """All tilings that fit the machine, without regard to speed."""
     found = []
     smallest = MIN_DOT
+    wgmma = limits.wgmma_macs > limits.mma_macs
+    most_live = MOST_LIVE_REGISTERS["wgmma" if wgmma else "mma"]
     for block_m, block_e, warps, stages in product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3)):
         if block_m > max(smallest, 2 * problem.out_pixels) or block_e > problem.padded_hidden:
             continue
@@ -190,22 +213,38 @@ def candidates(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
             one = Tiling(block_m, block_e, form, 1, warps, stages, conv_stages, part=part)
             if shared_bytes(problem, one) > limits.shared_bytes - 2048:
                 continue
-            if live_registers(problem, one) > MOST_LIVE_REGISTERS:
+            # The compiler unrolls the taps of wide convolutions, whose loads four warps have no registers for.
+            if warps == 4 and problem.padded_in > 128 and (problem.kernel_size > 3 or problem.conv_block > MIN_DOT):
+                continue
+            if conv_stages > 1 and problem.conv_block > MIN_DOT:
+                continue
+            if not wgmma and problem.padded_in > 384 and block_m > MIN_DOT:
                 continue
             splits = 1
             while splits <= problem.max_splits and (
                 splits == 1 or one.tiles(problem) * splits <= 2 * limits.multiprocessors
             ):
                 split = replace(one, splits=splits)
-                if split.fits(problem):
+                if split.fits(problem) and live_registers(problem, split) <= most_live:
                     found.append(split)
                 splits *= 2
     return found
 
 
 def ranked(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
-    """The tilings that fit, by estimate, the fastest first."""
-    return sorted(candidates(problem, limits), key=lambda tiling: estimate(problem, tiling, limits))
+    """The tilings that fit, by estimate, the fastest first; near relatives come after what differs more.
+
+    Of tilings that share tile, splits and form of convolution, which differ in pipelining and warps, a few come early
+    and the rest last: the estimate tells such relatives apart least.
+    """
+    by_estimate = sorted(candidates(problem, limits), key=lambda tiling: estimate(problem, tiling, limits))
+    seen: Counter[tuple[int, int, str]] = Counter()
+    early, late = [], []
+    for tiling in by_estimate:
+        family = tiling.block_m, tiling.splits, tiling.conv
+        seen[family] += 1
+        (early if seen[family] <= RELATIVES else late).append(tiling)
+    return early + late
 
 
 def shares(counted: Mapping[str, float], seconds: float) -> dict[str, float]:

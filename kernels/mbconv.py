@@ -162,10 +162,10 @@ def pack(layers: Sequence[Tensor], problem: MBConvProblem) -> list[Tensor]:
     ]  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["pixels", "height", "width", "out_height", "out_width"])
+@triton.jit(do_not_specialize=["pixels", "height", "width", "out_height", "out_width", "taps"])
 def conv_project_kernel(
     h, conv, conv_bias, project, project_bias, shortcut, out, partial, counters,
-    pixels, height, width, out_height, out_width,
+    pixels, height, width, out_height, out_width, taps,
     HIDDEN: tl.constexpr, PADDED: tl.constexpr, OUT: tl.constexpr, OUT_PARTS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
     FORM: tl.constexpr, CONV_BLOCK: tl.constexpr, CONV_STAGES: tl.constexpr,
@@ -187,7 +187,7 @@ def conv_project_kernel(
     for step in tl.range(0, STEPS, num_stages=STAGES):
         first = (split * STEPS + step) * BLOCK_E
         y = convolve(
-            h, conv, conv_bias, pixel, top, left, valid, height, width,
+            h, conv, conv_bias, pixel, top, left, valid, height, width, taps,
             first, BLOCK_E, HIDDEN, PADDED, KERNEL, FORM, CONV_BLOCK, 0, BLOCK_M, CONV_STAGES,
         )  # fmt: skip
         y = round_to(activate(y, ACTIVATION, DTYPE == tl.float32), DTYPE)
@@ -239,7 +239,7 @@ def launch(x: Tensor, weights: Sequence[Tensor], problem: MBConvProblem, tiling:
         counters = tile_counters(x.device, tiles)
     conv_project_kernel[(tiles, tiling.splits)](
         hidden, conv, conv_bias, project, project_bias, x, out, partial, counters,
-        problem.out_pixels, problem.height, problem.width, problem.out_height, problem.out_width,
+        problem.out_pixels, problem.height, problem.width, problem.out_height, problem.out_width, problem.kernel_size**2,
         **constants(problem, tiling), num_warps=tiling.num_warps,
     )  # fmt: skip
     return out

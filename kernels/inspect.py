@@ -1,6 +1,6 @@
-"""What the compiler makes of a kernel, read from the machine code, for a GPU that need not be here.
+"""What the compiler makes of a kernel, read from the machine code: `python -m kernels.inspect --channels 64`.
 
-Triton compiles for a named target without a driver, and brings the tools that read the result.
+The GPU need not be here: Triton compiles for a named target without a driver, and brings the tools that read the result.
 """
 
 from __future__ import annotations
@@ -8,18 +8,24 @@ from __future__ import annotations
 import re
 import subprocess
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import triton
+import typer
+from rich.console import Console
+from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from kernels import cost_model
 from kernels.convfirst import constants, convfirst_kernel
-from kernels.problem import BlockProblem, Tiling
+from kernels.device_functions import INTERPRETED
+from kernels.problem import BlockProblem, Tiling, unsupported
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Shared memory that one program may use, in bytes, by compute capability (CUDA C++ Programming Guide, table of
@@ -114,5 +120,64 @@ def compile_block(problem: BlockProblem, tiling: Tiling, capability: int) -> Any
     pointer = POINTERS[problem.dtype]
     signature = dict.fromkeys(("x", "conv", "expand", "project", "out"), pointer)
     signature |= dict.fromkeys(("conv_bias", "expand_bias", "project_bias", "partial"), "*fp32") | {"counters": "*i32"}
-    signature |= dict.fromkeys(("pixels", "height", "width", "out_height", "out_width"), "i32")
+    signature |= dict.fromkeys(("pixels", "height", "width", "out_height", "out_width", "taps"), "i32")
     return compile_for(convfirst_kernel, signature, constants(problem, tiling), tiling.num_warps, capability)
+
+
+def shorthand(tiling: Tiling) -> str:
+    """A tiling in a word, such as `m128 e64 mma w8 s2`."""
+    word = f"m{tiling.block_m} e{tiling.block_e} {tiling.conv}"
+    word += f" x{tiling.splits}" if tiling.splits > 1 else ""
+    word += f" w{tiling.num_warps} s{tiling.num_stages}"
+    word += f" c{tiling.conv_stages}" if tiling.conv_stages > 1 else ""
+    return word + (f" p{tiling.part}" if tiling.part != 128 else "")
+
+
+def main(
+    channels: Annotated[int, typer.Option(help="Input channels.")] = 64,
+    out_channels: Annotated[int | None, typer.Option(help="Output channels; as many as come in by default.")] = None,
+    expansion: Annotated[float, typer.Option(help="Hidden over input channels.")] = 4.0,
+    kernel_size: Annotated[int, typer.Option(help="3, 5 or 7.")] = 3,
+    group_width: Annotated[int, typer.Option(help="Channels a group; 1 is depthwise.")] = 8,
+    stride: Annotated[int, typer.Option(help="1 or 2.")] = 1,
+    activation: Annotated[str, typer.Option(help="silu, relu, gelu or hard_swish.")] = "silu",
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
+    batch: Annotated[int, typer.Option(help="Images.")] = 128,
+    resolution: Annotated[int, typer.Option(help="Pixels of the square input map.")] = 56,
+    capability: Annotated[list[int] | None, typer.Option(help="80, 89 or 90; may be given several times.")] = None,
+    tilings: Annotated[int, typer.Option(min=1, help="How many, the likeliest first.")] = 3,
+) -> None:
+    """Compile a fused block for GPUs that need not be here, and show registers, spills, memory and instructions."""
+    if INTERPRETED:
+        raise typer.BadParameter("the compiler cannot run under TRITON_INTERPRET=1; unset it", param_hint="environment")
+    capabilities = capability or [80, 89, 90]
+    if unknown := set(capabilities) - set(SHARED_LIMIT_BYTES):
+        known = ", ".join(map(str, SHARED_LIMIT_BYTES))
+        raise typer.BadParameter(f"{unknown.pop()} is none of {known}", param_hint="--capability")
+    out = channels if out_channels is None else out_channels
+    hidden = max(8, round(channels * expansion / 8) * 8)
+    problem = BlockProblem(
+        batch, resolution, resolution, channels, hidden, out, kernel_size, group_width, stride, activation,
+        stride == 1 and out == channels, dtype,
+    )  # fmt: skip
+    if why := unsupported(problem):
+        raise typer.BadParameter(why)
+    columns = ("sm", "tiling", "counted us", "registers", "spills", "shared KiB", "HGMMA", "HMMA", "loads by bits", "s")
+    table = Table(*columns, title=f"{channels} -> {hidden} -> {out}, k{kernel_size} g{group_width}, {dtype}")
+    for number in capabilities:
+        limits = cost_model.LIMITS[number]
+        for tiling in cost_model.ranked(problem, limits)[:tilings]:
+            begin = time.perf_counter()
+            statics = read_statics(compile_block(problem, tiling, number))
+            seconds = time.perf_counter() - begin
+            loads = " ".join(f"{bits}:{count}" for bits, count in statics.global_loads.items())
+            table.add_row(
+                str(number), shorthand(tiling), f"{1e6 * cost_model.estimate(problem, tiling, limits):.1f}",
+                str(statics.registers), str(statics.spills), f"{statics.shared_bytes / 1024:.1f}",
+                *(str(statics.tensor_core[name]) for name in ("HGMMA", "HMMA")), loads, f"{seconds:.1f}",
+            )  # fmt: skip
+    Console(width=120).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,147 @@
+"""Compile the fused blocks of whole search spaces, without a GPU: `python -m nas.kernel_sweep --space imagenet`.
+
+For every block that a space can sample, at each batch size, the tilings that would be tuned are compiled for each GPU,
+and what the compiler made of them is written at once, a line of JSON a block. The same command goes on where it was
+stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
+from itertools import product
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import Progress
+
+from kernels import cost_model
+from kernels.device_functions import INTERPRETED
+from kernels.inspect import SHARED_LIMIT_BYTES, compile_block, read_statics
+from kernels.problem import BlockProblem, unsupported
+from kernels.tune import TRIED
+from search_spaces import SearchSpace, load_space
+from search_spaces.arch import STEM_STRIDE, BlockSpec
+
+BUILT_IN = ("small", "imagenet")
+
+
+def block_specs(space: SearchSpace) -> Iterator[tuple[int, BlockSpec]]:
+    """Every block that a space can sample, with the resolution of its input; repeated where several networks share it."""
+    # Channels and total stride with which a network may enter the stage.
+    entries = {(width, STEM_STRIDE) for width in space.stem_width}
+    for stage in space.stages:
+        leaving = set()
+        shapes = product(stage.kernel_size, stage.group_width, stage.expansion)
+        choices = list(product(stage.width, stage.stride, shapes))
+        for (channels, reached), (width, stride, (kernel_size, group_width, expansion)) in product(entries, choices):
+            size = -(-space.resolution // reached)
+            if channels % group_width == 0:
+                yield size, BlockSpec(channels, width, kernel_size, group_width, expansion, stride)
+            if max(stage.blocks) > 1 and width % group_width == 0:
+                yield -(-size // stride), BlockSpec(width, width, kernel_size, group_width, expansion, 1)
+            leaving.add((width, reached * stride))
+        entries = leaving
+
+
+def problems(space: SearchSpace, batch: int, dtype: str) -> list[BlockProblem]:
+    """The distinct supported problems of a space, in a fixed order."""
+    found = {
+        BlockProblem(
+            batch, size, size, block.in_channels, block.expanded_channels, block.out_channels, block.kernel_size,
+            block.group_width, block.stride, activation, block.residual, dtype,
+        )  # fmt: skip
+        for size, block in block_specs(space)
+        for activation in space.activation
+    }
+    return sorted((problem for problem in found if unsupported(problem) is None), key=str)
+
+
+def compile_tilings(problem: BlockProblem, capability: int, tilings: int) -> dict[str, Any]:
+    """A line of the results: what the compiler made of a problem's likeliest tilings.
+
+    Many problems share kernels, as batch and resolution are no part of them; Triton's cache has those at once.
+    """
+    found = []
+    for tiling in cost_model.ranked(problem, cost_model.LIMITS[capability])[:tilings]:
+        row: dict[str, Any] = {"tiling": asdict(tiling), "statics": None}
+        try:
+            statics = read_statics(compile_block(problem, tiling, capability))
+        except Exception as error:
+            # Whatever the compiler raises is a finding.
+            message = (str(error).strip() or type(error).__name__).splitlines()[0]
+            row["complaints"] = [f"does not compile: {message}"]
+        else:
+            row |= {"statics": asdict(statics), "complaints": statics.complaints(capability, problem.dtype)}
+        found.append(row)
+    return {"problem": asdict(problem), "capability": capability, "tilings": found}
+
+
+def main(
+    space: Annotated[list[str] | None, typer.Option(help="Name or TOML file; both built-in ones by default.")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="1 and 128 by default.")] = None,
+    capability: Annotated[list[int] | None, typer.Option(help="80, 89 or 90; 90 by default.")] = None,
+    dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "float16",
+    tilings: Annotated[int, typer.Option(min=1, help="Of each block, the likeliest first.")] = TRIED,
+    limit: Annotated[int | None, typer.Option(min=1, help="So many blocks at most, drawn at random.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that compile.")] = 2,
+    out: Annotated[Path, typer.Option(help="Results, one line of JSON each; appended to.")] = Path("sweep.jsonl"),
+) -> None:
+    """Compile, write a line for each, and print what there is to complain of."""
+    if INTERPRETED:
+        raise typer.BadParameter("the compiler cannot run under TRITON_INTERPRET=1; unset it", param_hint="environment")
+    capabilities = capability or [90]
+    if unknown := set(capabilities) - set(SHARED_LIMIT_BYTES):
+        known = ", ".join(map(str, SHARED_LIMIT_BYTES))
+        raise typer.BadParameter(f"{unknown.pop()} is none of {known}", param_hint="--capability")
+    try:
+        spaces = [load_space(name) for name in space or BUILT_IN]
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--space") from error
+    jobs = {
+        _key(asdict(problem), number): (problem, number)
+        for each, images, number in product(spaces, batch or [1, 128], capabilities)
+        for problem in problems(each, images, dtype)
+    }
+    rows = {}
+    if out.exists():
+        found = map(json.loads, out.read_text().splitlines())
+        rows = {key: row for row in found if (key := _key(row["problem"], row["capability"])) in jobs}
+    left = sorted(set(jobs) - set(rows))
+    random.Random(0).shuffle(left)
+    typer.echo(f"{len(jobs)} blocks, {len(rows)} known, {len(left)} left")
+    left = left[:limit]
+    with ProcessPoolExecutor(workers) as pool, Progress() as progress, out.open("a") as file:
+        bar = progress.add_task("compiling", total=len(left))
+        futures = {pool.submit(compile_tilings, *jobs[key], tilings): key for key in left}
+        for future in as_completed(futures):
+            rows[futures[future]] = row = future.result()
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            progress.advance(bar)
+    ranks = [row["tilings"][rank] for rank in range(tilings) for row in rows.values() if rank < len(row["tilings"])]
+    first = [row["tilings"][0] for row in rows.values()]
+    for name, compiled in (("first tilings", first), ("tilings", ranks)):
+        clean = sum(not each["complaints"] for each in compiled)
+        typer.echo(f"{clean} of {len(compiled)} {name} have nothing to complain of")
+    complaints = Counter(_kind(complaint) for each in ranks for complaint in each["complaints"])
+    for complaint, count in complaints.most_common():
+        typer.echo(f"{count:6} {complaint}")
+
+
+def _key(problem: dict[str, Any], capability: int) -> str:
+    return json.dumps([problem, capability], sort_keys=True)
+
+
+def _kind(complaint: str) -> str:
+    """A complaint without its numbers."""
+    return " ".join(word for word in complaint.split(",")[0].split() if not word.isdigit())
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,129 @@
+"""What the compiler makes of the tilings that would be tuned first, for GPUs that need not be here."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+import typer
+from typer.testing import CliRunner
+
+from kernels import cost_model, inspect
+from kernels.inspect import SHARED_LIMIT_BYTES, Statics, compile_block, read_statics
+from kernels.problem import BlockProblem, Tiling
+
+# batch, map, C, E, C', k, group width, stride, activation, dtype: every width of channels, form of convolution, kernel
+# size, stride, activation and 16-bit dtype, small batches (split tiles) and large ones.
+COVERING = [
+    (128, 56, 64, 256, 64, 3, 8, 1, "silu", "float16"),
+    (128, 112, 32, 64, 32, 3, 1, 1, "relu", "float16"),
+    (128, 28, 128, 512, 128, 3, 16, 1, "gelu", "bfloat16"),
+    (128, 14, 256, 1024, 256, 5, 8, 1, "silu", "float16"),
+    (128, 7, 512, 2048, 512, 3, 32, 1, "hard_swish", "float16"),
+    (128, 56, 96, 384, 96, 7, 1, 1, "silu", "float16"),
+    (128, 56, 64, 192, 128, 5, 1, 2, "relu", "bfloat16"),
+    (128, 28, 160, 960, 192, 3, 32, 2, "silu", "float16"),
+    (32, 14, 320, 1280, 320, 3, 8, 1, "silu", "float16"),
+    (32, 16, 40, 160, 24, 7, 8, 1, "gelu", "float16"),
+    (1, 56, 64, 256, 64, 3, 8, 1, "silu", "float16"),
+    (1, 28, 128, 256, 128, 7, 1, 1, "relu", "float16"),
+    (1, 14, 256, 1024, 256, 3, 8, 1, "silu", "bfloat16"),
+    (1, 7, 512, 2048, 512, 5, 16, 1, "silu", "float16"),
+    (1, 14, 384, 2304, 384, 3, 1, 2, "hard_swish", "float16"),
+    (1, 32, 24, 72, 24, 3, 24, 1, "silu", "float16"),
+    (1, 16, 48, 192, 96, 5, 16, 2, "gelu", "float16"),
+    (8, 14, 128, 512, 128, 3, 128, 1, "silu", "float16"),
+]
+
+
+def problem_of(row: tuple[object, ...]) -> BlockProblem:
+    batch, size, channels, hidden, out, kernel_size, group, stride, activation, dtype = row
+    residual = stride == 1 and channels == out
+    return BlockProblem(
+        batch, size, size, channels, hidden, out, kernel_size, group, stride, activation, residual, dtype
+    )  # type: ignore[arg-type] # fmt: skip
+
+
+def test_the_set_is_small() -> None:
+    assert len(COVERING) * len(SHARED_LIMIT_BYTES) <= 60
+
+
+@pytest.mark.parametrize("capability", SHARED_LIMIT_BYTES)
+@pytest.mark.parametrize("row", COVERING, ids=lambda row: "-".join(map(str, row)))
+def test_the_first_tiling_compiles_fits_does_not_spill_and_uses_tensor_cores(
+    row: tuple[object, ...], capability: int
+) -> None:
+    problem = problem_of(row)
+    tiling = cost_model.ranked(problem, cost_model.LIMITS[capability])[0]
+    statics = read_statics(compile_block(problem, tiling, capability))
+    assert not statics.complaints(capability, problem.dtype), inspect.shorthand(tiling)
+    if capability == 90 and tiling.block_m >= 64:
+        assert statics.tensor_core["HGMMA"], "Hopper's own products are not used"
+    if capability < 90:
+        assert not statics.tensor_core["HGMMA"]
+    # Pixels and weights come in 16 bytes a thread; narrower loads are biases and a depthwise convolution's weights.
+    assert statics.global_loads.get(128, 0) > 0
+
+
+def test_shared_memory_is_counted_at_about_what_the_compiler_takes_at_most() -> None:
+    for row in COVERING[:5]:
+        problem = problem_of(row)
+        tiling = cost_model.ranked(problem)[0]
+        compiled = read_statics(compile_block(problem, tiling, 90)).shared_bytes
+        assert 0.9 * compiled <= cost_model.shared_bytes(problem, tiling) <= 2 * compiled
+
+
+def test_a_kernel_that_spills_or_does_not_fit_is_complained_of() -> None:
+    problem = problem_of(COVERING[4])
+    statics = read_statics(compile_block(problem, Tiling(128, 64, "mma", num_stages=3), 90))
+    told = statics.complaints(90, "float16")
+    assert any("shared memory" in each for each in told)
+    assert any("spill" in each for each in told)
+    assert statics.registers == inspect.MAX_REGISTERS
+    bare = Statics(32, 0, 0, 0, {"HGMMA": 0, "HMMA": 0}, {})
+    assert bare.complaints(90, "float16") == ["no tensor-core instruction"]
+    assert bare.complaints(90, "float32") == []
+
+
+def invoke(*arguments: str) -> tuple[int, str]:
+    app = typer.Typer()
+    app.command()(inspect.main)
+    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "200"})
+    return result.exit_code, result.output
+
+
+def test_the_command_shows_a_table() -> None:
+    code, output = invoke("--channels", "32", "--capability", "90", "--tilings", "1")
+    assert code == 0, output
+    assert "HGMMA" in output
+    assert "32 -> 128 -> 32" in output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [(("--capability", "70"), "70"), (("--channels", "12"), "in_channels=12"), (("--kernel-size", "4"), "kernel_size=4")],
+)
+def test_bad_input_is_named(arguments: tuple[str, ...], told: str) -> None:
+    code, output = invoke(*arguments)
+    assert code == 2
+    assert told in output
+
+
+def test_under_the_interpreter_it_is_said_why_not() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "kernels.inspect"], env={"TRITON_INTERPRET": "1", "PATH": ""},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert "TRITON_INTERPRET" in done.stderr
+
+
+@pytest.mark.gpu
+def test_what_is_counted_for_the_gpu_at_hand_holds_there() -> None:
+    major, minor = torch.cuda.get_device_capability()
+    if 10 * major + minor not in SHARED_LIMIT_BYTES:
+        pytest.skip(f"no limits are known for compute capability {major}.{minor}")
+    shared = torch.cuda.get_device_properties().shared_memory_per_block_optin
+    assert shared == SHARED_LIMIT_BYTES[10 * major + minor]
