@@ -1,1 +1,22 @@
-"""Fast blocks and honest timing. Needs torch alone to import; a GPU only to run GPU code."""
+"""Fast blocks and honest timing.
+
+`kernels.fuse(model)` puts fused Triton kernels into a timm network. Importing the package takes torch alone; Triton is
+imported with the first kernel, so that `TRITON_INTERPRET=1` may still be set before.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kernels.network import FusedNetwork, fuse
+
+__all__ = ["FusedNetwork", "fuse"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from kernels import network
+
+        return getattr(network, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.device_functions import activate, convolve, dot, round_to, size, start, store_tile, tap_zero, total_size
-from kernels.problem import DENSE_MULTIPLE, MIN_DOT, WIDE_ELEMENTS, BlockProblem, Tiling, parts
+from kernels.problem import COUNTERS, DENSE_MULTIPLE, MIN_DOT, WIDE_ELEMENTS, BlockProblem, Tiling, parts
 
 ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu, "relu": F.relu, "gelu": F.gelu, "hard_swish": F.hardswish, "none": lambda x: x,
@@ -65,6 +65,8 @@ class BlockWeights:
         expand_bias: (padded E,).
         project: (padded E, padded C').
         project_bias: (padded C',).
+        counters: (`COUNTERS`,) int32 zeros, by which the splits of a tile know who ends last; zeros again after every
+            launch. Launches of the same weights must therefore not overlap, as on two streams.
     """
 
     conv: Tensor
@@ -73,6 +75,11 @@ class BlockWeights:
     expand_bias: Tensor
     project: Tensor
     project_bias: Tensor
+    counters: Tensor
+
+
+def new_counters(device: torch.device) -> Tensor:
+    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
 
 
 def grouped_weights(weight: Tensor, padded: int, block: int) -> Tensor:
@@ -135,6 +142,7 @@ def pack(layers: Sequence[Tensor], problem: BlockProblem) -> BlockWeights:
         expand_bias=padded_bias(expand_bias, padded_hidden),
         project=padded(project.flatten(1).T, padded_hidden, padded_out),
         project_bias=padded_bias(project_bias, padded_out),
+        counters=new_counters(conv.device),
     )
 
 
@@ -196,16 +204,6 @@ def convfirst_kernel(
 
 # -- Launch ----------------------------------------------------------------------------------------------------------
 
-_counters: dict[tuple[torch.device, int], Tensor] = {}
-
-
-def tile_counters(device: torch.device, tiles: int) -> Tensor:
-    """Zeros, one a tile, which each launch leaves as zeros: one set per stream, as two streams may run at once."""
-    key = (device, torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0)
-    if key not in _counters or len(_counters[key]) < tiles:
-        _counters[key] = torch.zeros(max(4096, tiles), dtype=torch.int32, device=device)
-    return _counters[key]
-
 
 def constants(problem: BlockProblem, tiling: Tiling) -> dict[str, object]:
     """The kernel's compile-time arguments."""
@@ -239,16 +237,15 @@ def launch(x: Tensor, weights: BlockWeights, problem: BlockProblem, tiling: Tili
         (problem.batch, problem.out_channels, problem.out_height, problem.out_width),
         dtype=x.dtype, device=x.device, memory_format=torch.channels_last,
     )  # fmt: skip
-    # Where tiles are not split neither is read.
-    partial = counters = weights.conv_bias
-    tiles = tiling.tiles(problem)
+    # Where tiles are not split none is read.
+    partial = weights.conv_bias
     if tiling.splits > 1:
         partial = torch.empty(tiling.partial_bytes(problem) // 4, dtype=torch.float32, device=x.device)
-        counters = tile_counters(x.device, tiles)
-    convfirst_kernel[(tiles, tiling.splits)](
+    convfirst_kernel[(tiling.tiles(problem), tiling.splits)](
         x, weights.conv, weights.conv_bias, weights.expand, weights.expand_bias, weights.project, weights.project_bias,
-        out, partial, counters,
-        problem.out_pixels, problem.height, problem.width, problem.out_height, problem.out_width, problem.kernel_size**2,
+        out, partial, weights.counters,
+        problem.out_pixels, problem.height, problem.width, problem.out_height, problem.out_width,
+        problem.kernel_size**2,
         **constants(problem, tiling), num_warps=tiling.num_warps,
     )  # fmt: skip
     return out

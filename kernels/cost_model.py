@@ -239,7 +239,8 @@ def ranked(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
     """
     by_estimate = sorted(candidates(problem, limits), key=lambda tiling: estimate(problem, tiling, limits))
     seen: Counter[tuple[int, int, str]] = Counter()
-    early, late = [], []
+    early: list[Tiling] = []
+    late: list[Tiling] = []
     for tiling in by_estimate:
         family = tiling.block_m, tiling.splits, tiling.conv
         seen[family] += 1

@@ -113,13 +113,11 @@ def convolve(
     `pixel` is the index of the tap (0, 0) of each output pixel, `top` and `left` its coordinates.
     """
     columns = first + tl.arange(0, WIDTH)
-    # Were the compiler told how many taps there are, it would unroll them all, and spill for want of registers.
-    count = taps
-    if INTERPRET:
-        count = KERNEL * KERNEL
+    # Were the compiler told how many taps there are, it would unroll them all, and spill for want of registers. The
+    # interpreter takes no loop bounds but constants.
     if FORM == "fma":
         total = tl.zeros([BLOCK_M, WIDTH], tl.float32)
-        for tap in tl.range(0, count, num_stages=STAGES):
+        for tap in tl.range(0, KERNEL * KERNEL if INTERPRET else taps, num_stages=STAGES):
             dy, dx = tap // KERNEL, tap % KERNEL
             inside = valid & (top + dy >= 0) & (top + dy < height) & (left + dx >= 0) & (left + dx < width)
             address = x + (pixel + dy * width + dx)[:, None] * CHANNELS + columns[None, :]
@@ -133,7 +131,7 @@ def convolve(
         weights = tl.arange(0, BLOCKS)[:, None, None] * BLOCK + lane[None, :, None]
         weights = (first + weights) * BLOCK + lane[None, None, :]
         sums = tl.zeros([BLOCKS, BLOCK_M, BLOCK], tl.float32)
-        for tap in tl.range(0, count, num_stages=STAGES):
+        for tap in tl.range(0, KERNEL * KERNEL if INTERPRET else taps, num_stages=STAGES):
             dy, dx = tap // KERNEL, tap % KERNEL
             inside = valid & (top + dy >= 0) & (top + dy < height) & (left + dx >= 0) & (left + dx < width)
             address = x + (pixel + dy * width + dx)[None, :, None] * CHANNELS + channel[:, None, :]
@@ -149,7 +147,7 @@ def convolve(
         CHUNKS: tl.constexpr = (CHANNELS + BLOCK - 1) // BLOCK
         lane = tl.arange(0, BLOCK)
         total = tl.zeros([BLOCK_M, WIDTH], tl.float32)
-        for step in tl.range(0, count * CHUNKS, num_stages=STAGES):
+        for step in tl.range(0, (KERNEL * KERNEL if INTERPRET else taps) * CHUNKS, num_stages=STAGES):
             tap, channel = step // CHUNKS, step % CHUNKS * BLOCK + lane
             dy, dx = tap // KERNEL, tap % KERNEL
             inside = valid & (top + dy >= 0) & (top + dy < height) & (left + dx >= 0) & (left + dx < width)

@@ -1,6 +1,7 @@
 """What the compiler makes of a kernel, read from the machine code: `python -m kernels.inspect --channels 64`.
 
-The GPU need not be here: Triton compiles for a named target without a driver, and brings the tools that read the result.
+The GPU need not be here: Triton compiles for a named target without a driver, and brings the tools that read what comes
+of it.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.convfirst import grouped_weights, tile_counters
+from kernels.convfirst import grouped_weights, new_counters
 from kernels.device_functions import activate, convolve, dot, round_to, size, start, store_tile, tap_zero, total_size
 from kernels.head import HeadTiling, linear
 from kernels.problem import (
@@ -143,7 +143,7 @@ def pack(layers: Sequence[Tensor], problem: MBConvProblem) -> list[Tensor]:
     Returns:
         expand (padded E, C padded to `HIDDEN_MULTIPLE`) and its bias, both empty without an expansion; the
         convolution's weights, flat, as `convfirst.grouped_weights` has them, and bias; project (padded E, padded C')
-        and bias.
+        and bias; counters as `BlockWeights` has them.
     """
     dtype = getattr(torch, problem.dtype)
     hidden, padded_hidden, padded_out = problem.hidden_channels, problem.padded_hidden, problem.padded_out
@@ -159,6 +159,7 @@ def pack(layers: Sequence[Tensor], problem: MBConvProblem) -> list[Tensor]:
         grouped_weights(conv.to(dtype), padded_hidden, problem.conv_block),
         F.pad(conv_bias.float(), (0, padded_hidden - hidden)).contiguous(),
         matrix.to(dtype).contiguous(), F.pad(project_bias.float(), (0, padded_out - problem.out_channels)).contiguous(),
+        new_counters(conv.device),
     ]  # fmt: skip
 
 
@@ -221,7 +222,7 @@ def constants(problem: MBConvProblem, tiling: Tiling) -> dict[str, object]:
 
 def launch(x: Tensor, weights: Sequence[Tensor], problem: MBConvProblem, tiling: Tiling) -> Tensor:
     """Run the block; x (N, C, H, W) and the output (N, C', H', W') are channels_last."""
-    expand, expand_bias, conv, conv_bias, project, project_bias = weights
+    expand, expand_bias, conv, conv_bias, project, project_bias, counters = weights
     hidden = x
     if problem.expands:
         flat = x.permute(0, 2, 3, 1).reshape(-1, problem.in_channels)
@@ -232,14 +233,13 @@ def launch(x: Tensor, weights: Sequence[Tensor], problem: MBConvProblem, tiling:
         (problem.batch, problem.out_channels, problem.out_height, problem.out_width),
         dtype=x.dtype, device=x.device, memory_format=torch.channels_last,
     )  # fmt: skip
-    tiles = tiling.tiles(problem)
-    partial = counters = project_bias
+    partial = project_bias
     if tiling.splits > 1:
         partial = torch.empty(tiling.partial_bytes(problem) // 4, dtype=torch.float32, device=x.device)
-        counters = tile_counters(x.device, tiles)
-    conv_project_kernel[(tiles, tiling.splits)](
+    conv_project_kernel[(tiling.tiles(problem), tiling.splits)](
         hidden, conv, conv_bias, project, project_bias, x, out, partial, counters,
-        problem.out_pixels, problem.height, problem.width, problem.out_height, problem.out_width, problem.kernel_size**2,
+        problem.out_pixels, problem.height, problem.width, problem.out_height, problem.out_width,
+        problem.kernel_size**2,
         **constants(problem, tiling), num_warps=tiling.num_warps,
     )  # fmt: skip
     return out

@@ -145,7 +145,7 @@ def _require(x: Tensor, channels: int, like: Tensor) -> None:
 def run(kernel: tune.Kernel, problem: Any, x: Tensor, weights: Sequence[Tensor], layers: Sequence[Tensor]) -> Tensor:
     """Whichever the tuner chose: the fused kernel, or layer by layer."""
     choice = tune.choose(kernel, problem, x.device)
-    if choice.tiling is None:
+    if not choice.fused:
         return kernel.layer_by_layer(x, layers, problem)
     if x.device.type == "cuda":
         with torch.cuda.device(x.device):

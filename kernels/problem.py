@@ -27,6 +27,8 @@ LARGEST_PART = 128
 HIDDEN_MULTIPLE = 128
 DENSE_MULTIPLE = 64
 MAX_SPLITS = 32
+# Tiles that may be split; with more there is no need to.
+COUNTERS = 1024
 # From this many elements on, a tensor's offsets need 64 bits.
 WIDE_ELEMENTS = 2**31
 
@@ -189,7 +191,9 @@ class Tiling:
         steps = ceil(problem.hidden_channels / (self.block_e * self.splits))
         covered = steps * self.block_e * self.splits
         idle = steps * self.block_e * (self.splits - 1) >= problem.hidden_channels
-        return covered <= problem.padded_hidden and not (self.splits > 1 and idle)
+        if self.splits > 1 and (idle or self.tiles(problem) > COUNTERS):
+            return False
+        return covered <= problem.padded_hidden
 
     def tiles(self, problem: Tiled) -> int:
         return ceil(problem.out_pixels / self.block_m)

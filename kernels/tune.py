@@ -41,12 +41,14 @@ class Choice:
     """What runs a problem.
 
     Args:
-        tiling: of the fused kernel; None runs it layer by layer.
+        tiling: the best of the fused kernel.
+        fused: whether that runs, rather than torch layer by layer.
         source: "counted", "tuned" or "remembered".
         fused_ms, layers_ms: as timed when tuned; None otherwise.
     """
 
     tiling: Any
+    fused: bool
     source: str
     fused_ms: float | None = None
     layers_ms: float | None = None
@@ -101,8 +103,8 @@ def _file(kernel: Kernel, problem: Any, device: torch.device) -> Path:
 def _read(kernel: Kernel, problem: Any, device: torch.device) -> Choice | None:
     try:
         fields = json.loads(_file(kernel, problem, device).read_text())
-        tiling = kernel.tiling(**fields["tiling"]) if fields["tiling"] else None
-        return Choice(tiling, "remembered", fields["fused_ms"], fields["layers_ms"])
+        tiling = kernel.tiling(**fields["tiling"])
+        return Choice(tiling, fields["fused"], "remembered", fields["fused_ms"], fields["layers_ms"])
     except (OSError, ValueError, KeyError, TypeError):
         # Nothing there, or nothing that this version can read: it is tuned anew.
         return None
@@ -112,7 +114,7 @@ def _write(kernel: Kernel, problem: Any, device: torch.device, choice: Choice) -
     path = _file(kernel, problem, device)
     fields = {
         "kernel": kernel.name, "problem": asdict(problem), "machine": _machine(device),
-        "tiling": asdict(choice.tiling) if choice.tiling else None,
+        "tiling": asdict(choice.tiling), "fused": choice.fused,
         "fused_ms": choice.fused_ms, "layers_ms": choice.layers_ms,
     }  # fmt: skip
     try:
@@ -133,7 +135,7 @@ def choose(kernel: Kernel, problem: Any, device: torch.device) -> Choice:
     key = (kernel.name, problem, device)
     if key not in _chosen:
         remembered = _read(kernel, problem, device) if device.type == "cuda" else None
-        _chosen[key] = remembered or Choice(kernel.tilings(problem)[0], "counted")
+        _chosen[key] = remembered or Choice(kernel.tilings(problem)[0], True, "counted")
     return _chosen[key]
 
 
@@ -219,7 +221,8 @@ def _graph(run: Callable[[], Tensor]) -> Callable[[], None]:
             run()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    # On the very stream of the first runs: what libraries set up may belong to it.
+    with torch.cuda.graph(graph, stream=side):
         kept = run()
 
     def replay() -> None:
@@ -246,7 +249,7 @@ def _fastest(task: Task, tilings: Sequence[Any]) -> Choice:
     medians = dict(zip(runs, np.median(samples, axis=0) * 1e3, strict=True))
     layers_ms = float(medians.pop(LAYER_BY_LAYER))
     if not medians:
-        return Choice(None, "tuned", None, layers_ms)
+        return Choice(tilings[0], False, "tuned", None, layers_ms)
     best = min(medians, key=medians.__getitem__)
     fused_ms = float(medians[best])
-    return Choice(best if fused_ms <= layers_ms else None, "tuned", fused_ms, layers_ms)
+    return Choice(best, fused_ms <= layers_ms, "tuned", fused_ms, layers_ms)

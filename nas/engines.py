@@ -61,7 +61,7 @@ def _compile(model: nn.Module, example: Tensor) -> nn.Module:
 
 def _fused(model: nn.Module, example: Tensor) -> nn.Module:
     """Block-fused Triton kernels; problems this machine has not met are tuned first."""
-    from kernels.fuse import fuse
+    from kernels import fuse
 
     fused = fuse(model, dtype=example.dtype)
     fused.prepare(example.shape[0], example.shape[2])

@@ -32,7 +32,7 @@ BUILT_IN = ("small", "imagenet")
 
 
 def block_specs(space: SearchSpace) -> Iterator[tuple[int, BlockSpec]]:
-    """Every block that a space can sample, with the resolution of its input; repeated where several networks share it."""
+    """Every block that a space can sample, with the resolution of its input; some come more than once."""
     # Channels and total stride with which a network may enter the stage.
     entries = {(width, STEM_STRIDE) for width in space.stem_width}
     for stage in space.stages:
@@ -53,9 +53,19 @@ def problems(space: SearchSpace, batch: int, dtype: str) -> list[BlockProblem]:
     """The distinct supported problems of a space, in a fixed order."""
     found = {
         BlockProblem(
-            batch, size, size, block.in_channels, block.expanded_channels, block.out_channels, block.kernel_size,
-            block.group_width, block.stride, activation, block.residual, dtype,
-        )  # fmt: skip
+            batch,
+            size,
+            size,
+            block.in_channels,
+            block.expanded_channels,
+            block.out_channels,
+            block.kernel_size,
+            block.group_width,
+            block.stride,
+            activation,
+            block.residual,
+            dtype,
+        )
         for size, block in block_specs(space)
         for activation in space.activation
     }

@@ -234,7 +234,10 @@ def picture_folder(root: Path, classes: int, mode: str = "RGB") -> None:
         ("--device cuda:99", "--device cuda:99: "),
         ("--device tpu", "--device tpu: not a device"),
         ("--device cpu --engine nosuch", "--engine nosuch: none of"),
-        ("--device cpu --engine fused", "--engine fused: does not run on cpu (its Triton kernels run there with TRITON"),
+        (
+            "--device cpu --engine fused",
+            "--engine fused: does not run on cpu (its Triton kernels run there with TRITON",
+        ),
         ("--device cpu --dtype float16", "--dtype float16: not on the CPU"),
         ("--storage nonsense", "--storage nonsense: "),
         ("--storage postgresql+psycopg://a@127.0.0.1:1/x", "--storage postgresql.*refused"),

@@ -78,9 +78,11 @@ def _pairs(case: Case) -> set[tuple[tuple[str, object], ...]]:
     return set(itertools.combinations(case.items(), 2))
 
 
-def _cost(case: BlockCase) -> float:
+def _cost(case: Case) -> float:
     """About proportional to the interpreter's time."""
-    problem, tiling = case.problem, case.tiling
+    built = block_case(case)
+    assert built is not None
+    problem, tiling = built.problem, built.tiling
     return tiling.programs(problem) * (problem.kernel_size**2 + 4 * problem.hidden_channels / tiling.block_e)
 
 
@@ -110,12 +112,7 @@ def covering_cases(seed: int = 0) -> list[BlockCase]:
             uncovered.discard(pair)
             continue
 
-        def worth(case: Case) -> float:
-            built = block_case(case)
-            assert built is not None
-            return len(_pairs(case) & uncovered) / sqrt(300 + _cost(built))
-
-        best = max(drawn, key=worth)
+        best = max(drawn, key=lambda case: len(_pairs(case) & uncovered) / sqrt(300 + _cost(case)))
         uncovered -= _pairs(best)
         chosen.append(best)
     while len(chosen) < AT_LEAST + len(AXES):
@@ -126,16 +123,24 @@ def covering_cases(seed: int = 0) -> list[BlockCase]:
 
 # Wider than the axes: several parts of channels, chunks of a full convolution, a split of more than two.
 _WIDE = BlockProblem(1, 3, 3, 160, 320, 160, 3, 8, 1, "silu", True, "float16")
+
+
+def _square(channels: int, hidden: int, group_width: int) -> BlockProblem:
+    return replace(
+        _WIDE, in_channels=channels, hidden_channels=hidden, out_channels=channels, group_width=group_width
+    )  # fmt: skip
+
+
 WIDE_CASES = [
     BlockCase(_WIDE, Tiling(16, 32, "mma", 4)),
     BlockCase(_WIDE, Tiling(16, 64, "mma", part=64)),
     BlockCase(replace(_WIDE, in_channels=320, hidden_channels=320, residual=False), Tiling(16, 128, "mma")),
     BlockCase(replace(_WIDE, out_channels=512, residual=False, stride=2), Tiling(16, 32, "mma")),
     BlockCase(replace(_WIDE, group_width=160, dtype="bfloat16"), Tiling(16, 32, "dense", dense_block=64)),
-    BlockCase(replace(_WIDE, in_channels=8, out_channels=8, hidden_channels=64, group_width=1), Tiling(16, 16, "fma", 4)),
-    BlockCase(replace(_WIDE, in_channels=24, out_channels=24, hidden_channels=96, group_width=24), Tiling(16, 32, "mma")),
-    BlockCase(replace(_WIDE, in_channels=40, out_channels=40, hidden_channels=40, group_width=4), Tiling(16, 32, "mma")),
-]  # fmt: skip
+    BlockCase(_square(8, 64, 1), Tiling(16, 16, "fma", 4)),
+    BlockCase(_square(24, 96, 24), Tiling(16, 32, "mma")),
+    BlockCase(_square(40, 40, 4), Tiling(16, 32, "mma")),
+]
 
 
 def make_operands(problem: BlockProblem, seed: int, device: torch.device) -> tuple[Tensor, list[Tensor]]:
@@ -165,7 +170,9 @@ TANH_ERROR = 2**-10
 
 
 def error_bound(x: Tensor, layers: Sequence[Tensor], problem: BlockProblem) -> Tensor:
-    """The most that rounding can make of each output, to first order, from accumulation depth and dtype: (N, C', H', W').
+    """The most that rounding can make of each output, to first order, from accumulation depth and dtype.
+
+    (N, C', H', W'), float64.
 
     One rounding of y, of h and of the output to the dtype; every sum of n terms in float32, n of its roundoffs of the
     terms' magnitudes; all carried through the layers' magnitudes.

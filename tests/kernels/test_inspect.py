@@ -103,7 +103,11 @@ def test_the_command_shows_a_table() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
-    [(("--capability", "70"), "70"), (("--channels", "12"), "in_channels=12"), (("--kernel-size", "4"), "kernel_size=4")],
+    [
+        (("--capability", "70"), "70"),
+        (("--channels", "12"), "in_channels=12"),
+        (("--kernel-size", "4"), "kernel_size=4"),
+    ],
 )
 def test_bad_input_is_named(arguments: tuple[str, ...], told: str) -> None:
     code, output = invoke(*arguments)

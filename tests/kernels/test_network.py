@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kernels import fuse, ops, tune
 from kernels.fold import fold_batch_norms
-from kernels.fuse import FusedNetwork
+from kernels.network import FusedNetwork, moved_bytes
 from search_spaces import load_space
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -69,7 +69,7 @@ def test_networks_of_the_search_space_are_fused_whole_and_exactly(
 ) -> None:
     arch = load_space("small").sample(random.Random(seed))
     model = as_if_trained(arch.build(num_classes=10)).to(kernel_device)
-    fused = fuse.fuse(model, dtype=dtype)
+    fused = fuse(model, dtype=dtype)
     assert all(part.fused for part in fused.parts), fused.report()
     assert len(fused.parts) == 2 + len(arch.blocks)
     own, torchs = errors(model, fused, images(2, 16, dtype, kernel_device))
@@ -83,7 +83,7 @@ def test_blocks_with_the_convolution_in_the_middle(dtype: torch.dtype, kernel_de
         "ds_r1_k3_s1_c16", "ir_r2_k3_s2_e4_c24", "uir_r2_a0_k5_s1_e2_c24", "uir_r2_a3_k3_s2_e2_c32",
         "uir_r1_a5_k0_s1_e4_c32_gs8", "ir_r1_k3_s1_e2_c32_gs8", layer_scale_init_value=0.5,
     ).to(kernel_device)  # fmt: skip
-    fused = fuse.fuse(model, dtype=dtype)
+    fused = fuse(model, dtype=dtype)
     assert all(part.fused for part in fused.parts), fused.report()
     own, torchs = errors(model, fused, images(2, 16, dtype, kernel_device))
     assert own <= 2 * torchs
@@ -97,7 +97,7 @@ def test_what_has_no_fused_form_runs_in_torch_and_is_named(kernel_device: torch.
     ).to(kernel_device)  # fmt: skip
     # One block whose activation is known, among those whose is not.
     model.blocks[2][0].pw_exp.bn.act = nn.ReLU()  # type: ignore[index, union-attr]
-    fused = fuse.fuse(model, dtype=torch.float32)
+    fused = fuse(model, dtype=torch.float32)
     by_name = {part.name: part for part in fused.parts}
     assert "ReLU6" in by_name["conv_stem"].reason
     assert "ConvBnAct" in by_name["blocks.0.0"].reason
@@ -112,15 +112,15 @@ def test_what_has_no_fused_form_runs_in_torch_and_is_named(kernel_device: torch.
 
 def test_predicates_reasons_reach_the_report() -> None:
     model = network("uir_r1_a9_k0_s1_e4_c24")
-    assert "kernel_size=9" in fuse.fuse(model).parts[1].reason
+    assert "kernel_size=9" in fuse(model).parts[1].reason
     model = network("uir_r1_a3_k0_s1_e4_c640")
-    assert "out_channels=640" in fuse.fuse(model).parts[1].reason
+    assert "out_channels=640" in fuse(model).parts[1].reason
 
 
 @pytest.mark.kernels
 def test_export_and_compile_pass_through(kernel_device: torch.device) -> None:
     model = network("uir_r2_a3_k0_s2_e2_c24").to(kernel_device)
-    fused = fuse.fuse(model, dtype=torch.float32)
+    fused = fuse(model, dtype=torch.float32)
     x = images(2, 8, torch.float32, kernel_device)
     with torch.inference_mode():
         expected = fused(x)
@@ -137,7 +137,7 @@ def test_export_and_compile_pass_through(kernel_device: torch.device) -> None:
 
 @pytest.mark.kernels
 def test_operators_follow_torchs_rules(kernel_device: torch.device) -> None:
-    fused = fuse.fuse(network("uir_r1_a3_k0_s1_e2_c16").to(kernel_device), dtype=torch.float32)
+    fused = fuse(network("uir_r1_a3_k0_s1_e2_c16").to(kernel_device), dtype=torch.float32)
     block = fused.fused_modules["blocks.0.0"]
     x = torch.randn(1, 16, 3, 3, device=kernel_device).to(memory_format=torch.channels_last)
     arguments = (x, block.weights, block.layers, 1, "silu", True, -1)
@@ -148,13 +148,13 @@ def test_operators_follow_torchs_rules(kernel_device: torch.device) -> None:
 def test_the_model_is_left_as_it_was_and_may_be_fused_again() -> None:
     model = network("uir_r1_a3_k0_s1_e2_c16")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    fuse.fuse(model)
+    fuse(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert fuse.fuse(fold_batch_norms(model)).parts == fuse.fuse(model).parts
+    assert fuse(fold_batch_norms(model)).parts == fuse(model).parts
 
 
 def test_problems_are_those_of_the_shape_and_split_within_memory() -> None:
-    fused = fuse.fuse(network("uir_r1_a3_k0_s2_e4_c64", "uir_r2_a5_k0_s2_e4_c128_gs8"))
+    fused = fuse(network("uir_r1_a3_k0_s2_e4_c64", "uir_r2_a5_k0_s2_e4_c128_gs8"))
     found = fused.problems(batch=2, resolution=64)
     assert list(found) == ["conv_stem", "blocks.0.0", "blocks.1.0", "blocks.1.1", "global_pool"]
     first, second, third = (found[f"blocks.{name}"] for name in ("0.0", "1.0", "1.1"))
@@ -176,16 +176,16 @@ def test_problems_are_those_of_the_shape_and_split_within_memory() -> None:
 def test_bad_models_are_refused_by_name() -> None:
     model = network("uir_r1_a3_k0_s1_e2_c16")
     with pytest.raises(ValueError, match="training=True"):
-        fuse.fuse(model.train())
+        fuse(model.train())
     with pytest.raises(ValueError, match="model=Linear"):
-        fuse.fuse(nn.Linear(2, 2).eval())
+        fuse(nn.Linear(2, 2).eval())
     with pytest.raises(ValueError, match=r"dtype=torch\.float64"):
-        fuse.fuse(model.eval(), dtype=torch.float64)
+        fuse(model.eval(), dtype=torch.float64)
     with pytest.raises(ValueError, match="mode=True"):
-        fuse.fuse(model).train()
-    assert not fuse.fuse(model).eval().training
+        fuse(model).train()
+    assert not fuse(model).eval().training
     with pytest.raises(ValueError, match="on cpu"):
-        fuse.fuse(model).graph(1, 16)
+        fuse(model).graph(1, 16)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +199,7 @@ def test_bad_models_are_refused_by_name() -> None:
     ],
 )
 def test_bad_inputs_are_refused_by_name(x: Tensor, told: str) -> None:
-    fused = fuse.fuse(network("uir_r1_a3_k0_s1_e2_c16"))
+    fused = fuse(network("uir_r1_a3_k0_s1_e2_c16"))
     with pytest.raises(ValueError, match=told):
         fused(x)
 
@@ -207,14 +207,14 @@ def test_bad_inputs_are_refused_by_name(x: Tensor, told: str) -> None:
 def test_on_a_cpu_without_the_interpreter_it_is_said_what_is_missing() -> None:
     if ops.INTERPRETED:
         pytest.skip("runs under the interpreter")
-    fused = fuse.fuse(network("uir_r1_a3_k0_s1_e2_c16"))
+    fused = fuse(network("uir_r1_a3_k0_s1_e2_c16"))
     with pytest.raises(ValueError, match="CUDA, or with TRITON_INTERPRET=1"):
         fused(images(1, 8, torch.float16, torch.device("cpu")))
 
 
 @pytest.mark.gpu
 def test_another_device_is_refused_by_name() -> None:
-    fused = fuse.fuse(network("uir_r1_a3_k0_s1_e2_c16")).cuda()
+    fused = fuse(network("uir_r1_a3_k0_s1_e2_c16")).cuda()
     with pytest.raises(ValueError, match="input is on cpu, the layer on cuda:0"):
         fused(images(1, 8, torch.float16, torch.device("cpu")))
 
@@ -226,7 +226,7 @@ def test_another_device_is_refused_by_name() -> None:
 def test_graph_replays_on_new_inputs_and_peak_workspace_is_that_of_the_largest_block() -> None:
     device = torch.device("cuda")
     model = as_if_trained(load_space("imagenet").anchor().build(num_classes=1000)).to(device)
-    fused = fuse.fuse(model, dtype=torch.float16)
+    fused = fuse(model, dtype=torch.float16)
     for batch in (1, 8):
         graph = fused.graph(batch, 224)
         for seed in (1, 2):
@@ -239,8 +239,8 @@ def test_graph_replays_on_new_inputs_and_peak_workspace_is_that_of_the_largest_b
         from kernels.timing import peak_memory_bytes
 
         found = [p for p in fused.problems(batch, 224).values() if hasattr(p, "activation_bytes")]
-        if all(tune.choose(ops.BLOCK, p, device).tiling is not None for p in found):
-            largest = max(fuse._moved_bytes(p) for p in fused.problems(batch, 224).values())
+        if all(tune.choose(ops.BLOCK, p, device).fused for p in found):
+            largest = max(moved_bytes(p) for p in fused.problems(batch, 224).values())
             with torch.inference_mode():
                 assert peak_memory_bytes(lambda x=x: fused(x), device) <= 1.05 * largest
 
@@ -249,7 +249,7 @@ def test_graph_replays_on_new_inputs_and_peak_workspace_is_that_of_the_largest_b
 def test_tuned_choices_are_remembered_on_disk_and_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda")
     model = network("uir_r2_a3_k0_s2_e4_c64", "uir_r1_a3_k0_s2_e4_c128_gs8").to(device)
-    fused = fuse.fuse(model)
+    fused = fuse(model)
     fused.prepare(4, 64)
     problems = list(fused.problems(4, 64).values())
     kernels = [module.kernel for module in fused.fused_modules.values()]
@@ -259,4 +259,4 @@ def test_tuned_choices_are_remembered_on_disk_and_used_again(monkeypatch: pytest
     again = [tune.choose(kernel, problem, device) for kernel, problem in zip(kernels, problems, strict=True)]
     assert all(choice.source == "remembered" for choice in again)
     assert [choice.tiling for choice in again] == [choice.tiling for choice in first]
-    assert fuse.fuse(model).prepare(4, 64) < 1
+    assert fuse(model).prepare(4, 64) < 1

@@ -348,7 +348,7 @@ class Graph:
                     network(self.input)
             torch.cuda.current_stream().wait_stream(side)
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            with torch.cuda.graph(self._graph, stream=side):
                 self.output: Tensor = network(self.input)
         # A graph knows addresses only.
         self._network = network
@@ -431,10 +431,10 @@ class FusedNetwork(nn.Module):
             for hook in hooks:
                 hook.remove()
         modules = self.fused_modules
-        largest = max(_moved_bytes(modules[name].problem(into)) for name, into in shapes.items())
+        largest = max(moved_bytes(modules[name].problem(into)) for name, into in shapes.items())
         found = {}
         for name, into in shapes.items():
-            own = _moved_bytes(modules[name].problem(into))
+            own = moved_bytes(modules[name].problem(into))
             modules[name].partial_bytes = int((1 + WORKSPACE_MARGIN) * largest) - own
             found[name] = modules[name].problem(into)
         return found
@@ -474,7 +474,7 @@ def _input_shape(found: Any) -> tuple[int, int, int, int]:
     return (found.batch, found.in_channels, found.height, found.width)
 
 
-def _moved_bytes(found: Any) -> int:
+def moved_bytes(found: Any) -> int:
     """Input and output of a problem."""
     batch, channels, height, width = _input_shape(found)
     out = found.batch * found.classes if isinstance(found, head.HeadProblem) else found.out_pixels * found.out_channels
