@@ -34,6 +34,10 @@ SECONDS_PER_RIVAL = 0.02
 SOURCES = ("device_functions.py", "convfirst.py", "mbconv.py", "stem.py", "head.py", "problem.py")
 
 LAYER_BY_LAYER = "layer by layer"
+# How Triton says that it cannot compile or run a tiling here; any other error is a bug.
+REFUSALS = (
+    triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError, triton.compiler.errors.CompilationError,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -241,7 +245,7 @@ def _fastest(task: Task, tilings: Sequence[Any]) -> Choice:
         for tiling in tilings:
             try:
                 runs[tiling] = _graph(functools.partial(task.kernel.launch, task.x, task.weights, task.problem, tiling))
-            except triton.runtime.errors.OutOfResources:
+            except REFUSALS:
                 continue
         samples = timing.time_interleaved(
             list(runs.values()), timing.clock_for(device), SECONDS_PER_RIVAL * len(runs), 2e-4

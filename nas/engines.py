@@ -69,10 +69,9 @@ def _fused(model: nn.Module, example: Tensor) -> nn.Module:
 
 
 def _triton_refuses(error: Exception) -> bool:
-    from triton.compiler.errors import CompilationError
-    from triton.runtime.errors import OutOfResources, PTXASError
+    from kernels.tune import REFUSALS
 
-    return isinstance(error, CompilationError | OutOfResources | PTXASError)
+    return isinstance(error, REFUSALS)
 
 
 ENGINES = {

@@ -1,0 +1,96 @@
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from kernels import cost_model
+from kernels.cost_model import H200, LIMITS
+from kernels.problem import BlockProblem, Tiling
+from tests.kernels.cases import covering_cases
+
+# The first row of the table in the paper's terms: 56x56, C 64, e 4, k 3, g 8, batch 128.
+PROBLEM = BlockProblem(128, 56, 56, 64, 256, 64, 3, 8, 1, "silu", True, "float16")
+TILING = Tiling(128, 64, "mma")
+PIXELS = 128 * 56 * 56
+
+
+def test_macs_of_a_block() -> None:
+    assert PROBLEM.conv_macs == PIXELS * 64 * 9 * 8
+    assert PROBLEM.mlp_macs == PIXELS * (64 * 256 + 256 * 64)
+    assert PROBLEM.macs == PROBLEM.conv_macs + PROBLEM.mlp_macs
+
+
+def test_terms_are_work_over_rate() -> None:
+    found = cost_model.terms(PROBLEM, TILING)
+    clock = 132 * 1.755e9
+    assert found["dram"] == pytest.approx(2 * PIXELS * 64 * 2 / 4.3e12)
+    # Grouped weights as dense blocks of 16: twice the groups' own.
+    assert found["tensor"] == pytest.approx(PIXELS * 64 * 9 * 16 / 250e12 + 2 * PIXELS * 64 * 256 / 395e12)
+    assert found["taps"] == pytest.approx(PIXELS * 9 * 64 * 2 / (128 * clock))
+    assert found["special"] == pytest.approx(PIXELS * 256 / (16 * clock))
+    weights = 2 * (9 * 64 * 16 + 2 * 64 * 256)
+    assert found["l2"] == pytest.approx((PIXELS / 128 * weights + 2 * PIXELS * 64 * 2) / 5.5e12)
+
+
+def test_waste_of_tiles_and_of_padded_channels_is_in_the_terms() -> None:
+    small = replace(PROBLEM, batch=1, height=3, width=3)
+    one_tile = cost_model.terms(small, TILING)
+    full = cost_model.terms(replace(small, height=8, width=16), TILING)
+    assert one_tile["tensor"] == full["tensor"]
+    odd = replace(PROBLEM, in_channels=40, hidden_channels=160, out_channels=40)
+    # 40 channels are computed as 32 + 16, and 160 hidden ones as three blocks of 64.
+    assert cost_model.terms(odd, TILING)["tensor"] == pytest.approx(
+        PIXELS * 48 * 9 * 16 / 250e12 + 2 * PIXELS * 48 * 192 / 395e12
+    )
+
+
+def test_a_depthwise_convolution_without_tensor_cores_costs_lanes_instead() -> None:
+    depthwise = replace(PROBLEM, group_width=1)
+    plain = cost_model.terms(depthwise, replace(TILING, conv="fma"))
+    diagonal = cost_model.terms(depthwise, replace(TILING, conv="diagonal"))
+    assert plain["issue"] > diagonal["issue"]
+    assert plain["tensor"] < diagonal["tensor"]
+
+
+def test_the_roofline_is_below_every_estimate_and_fusion_saves_what_it_should() -> None:
+    assert cost_model.roofline(PROBLEM) == pytest.approx(38e-6, rel=0.02)
+    assert cost_model.layer_roofline(PROBLEM) == pytest.approx(155e-6, rel=0.02)
+    for tiling in cost_model.ranked(PROBLEM):
+        _, seconds = cost_model.bound(PROBLEM, tiling)
+        assert cost_model.roofline(PROBLEM) <= seconds * 1.2
+        assert seconds <= cost_model.estimate(PROBLEM, tiling)
+
+
+def test_small_batches_spread_over_the_chip() -> None:
+    for size, channels in ((14, 256), (7, 512), (28, 128)):
+        small = BlockProblem(1, size, size, channels, 4 * channels, channels, 3, 8, 1, "silu", True, "float16")
+        best = cost_model.ranked(small)[0]
+        assert best.programs(small) >= 64
+        unsplit = cost_model.ranked(replace(small, max_splits=1))[0]
+        assert unsplit.splits == 1
+        assert unsplit.partial_bytes(small) == 0
+
+
+@pytest.mark.parametrize("capability", LIMITS)
+def test_what_is_ranked_fits(capability: int) -> None:
+    limits = LIMITS[capability]
+    for case in covering_cases()[::6]:
+        found = cost_model.ranked(case.problem, limits)
+        assert found
+        assert len(set(found)) == len(found)
+        for tiling in found:
+            assert tiling.fits(case.problem)
+            assert tiling.splits <= case.problem.max_splits
+            assert cost_model.shared_bytes(case.problem, tiling) <= limits.shared_bytes
+
+
+def test_the_first_tilings_differ_in_more_than_pipelining() -> None:
+    first = cost_model.ranked(PROBLEM)[:6]
+    assert len({(tiling.block_m, tiling.splits, tiling.conv) for tiling in first}) >= 3
+
+
+def test_the_binding_term_is_named() -> None:
+    name, seconds = cost_model.bound(PROBLEM, TILING, H200)
+    assert seconds == max(cost_model.terms(PROBLEM, TILING).values())
+    assert name in cost_model.terms(PROBLEM, TILING)

@@ -1,0 +1,107 @@
+"""The tuner's book-keeping, with a fake timer; on a GPU `test_network.py` tunes for real."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from kernels import ops, tune
+from kernels.problem import BlockProblem, Tiling
+from kernels.tune import Choice, Task
+
+CUDA = torch.device("cuda", 0)
+PROBLEM = BlockProblem(1, 14, 14, 64, 256, 64, 3, 8, 1, "silu", True, "float16")
+
+
+class FakeTimer:
+    """Stands for the GPU: the second tiling is the fastest, and slower than torch for ReLU."""
+
+    def __init__(self) -> None:
+        self.timed: list[Any] = []
+        self.compiled: list[tuple[Any, Any]] = []
+
+    def fastest(self, task: Task, tilings: list[Tiling]) -> Choice:
+        self.timed.append(task.problem)
+        return Choice(tilings[1], task.problem.activation != "relu", "tuned", 0.5, 0.75)
+
+    def compile_together(self, jobs: list[tuple[Task, Any]]) -> float:
+        self.compiled += [(task.problem, tiling) for task, tiling in jobs]
+        return 0.0
+
+
+@pytest.fixture
+def timer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeTimer]:
+    fake = FakeTimer()
+    monkeypatch.setenv("CONVFIRST_CACHE", str(tmp_path))
+    monkeypatch.setattr(tune, "_machine", lambda device: "GPU A, torch 2, triton 3")
+    monkeypatch.setattr(tune, "_fastest", fake.fastest)
+    monkeypatch.setattr(tune, "compile_together", fake.compile_together)
+    tune.forget()
+    yield fake
+    tune.forget()
+
+
+def task(problem: BlockProblem) -> Task:
+    return Task(ops.BLOCK, problem, SimpleNamespace(device=CUDA), [], [])  # type: ignore[arg-type]
+
+
+def test_a_problem_is_tuned_once_per_machine(timer: FakeTimer, tmp_path: Path) -> None:
+    other = replace(PROBLEM, activation="relu")
+    choices = tune.tune([task(PROBLEM), task(other), task(PROBLEM)])
+    assert timer.timed == [PROBLEM, other]
+    assert len(timer.compiled) == 2 * tune.TRIED
+    assert choices[0] == choices[2]
+    assert [choice.fused for choice in choices] == [True, False, True]
+    assert len(list(tmp_path.rglob("*.json"))) == 2
+    assert tune.tune([task(PROBLEM)]) == choices[:1]
+    # A new process finds it on disk.
+    tune.forget()
+    (again,) = tune.tune([task(PROBLEM)])
+    assert again == replace(choices[0], source="remembered")
+    assert len(timer.timed) == 2
+
+
+def test_another_machine_or_other_sources_are_tuned_anew(timer: FakeTimer, monkeypatch: pytest.MonkeyPatch) -> None:
+    tune.tune([task(PROBLEM)])
+    tune.forget()
+    monkeypatch.setattr(tune, "_machine", lambda device: "GPU B, torch 2, triton 3")
+    assert tune.choose(ops.BLOCK, PROBLEM, CUDA).source == "counted"
+    tune.forget()
+    monkeypatch.setattr(tune, "_machine", lambda device: "GPU A, torch 2, triton 3")
+    assert tune.choose(ops.BLOCK, PROBLEM, CUDA).source == "remembered"
+    tune.forget()
+    monkeypatch.setattr(tune, "_sources_digest", lambda: "changed")
+    assert tune.choose(ops.BLOCK, PROBLEM, CUDA).source == "counted"
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"tiling": {"nosuch": 1}}', '{"tiling": null}'])
+def test_an_unreadable_file_is_tuned_over(content: str, timer: FakeTimer, tmp_path: Path) -> None:
+    tune.tune([task(PROBLEM)])
+    (path,) = tmp_path.rglob("*.json")
+    path.write_text(content)
+    tune.forget()
+    assert tune.tune([task(PROBLEM)])[0].source == "tuned"
+    tune.forget()
+    assert tune.tune([task(PROBLEM)])[0].source == "remembered"
+
+
+def test_where_nothing_can_be_written_tuning_goes_on(
+    timer: FakeTimer, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("in the way")
+    monkeypatch.setenv("CONVFIRST_CACHE", str(blocked))
+    assert tune.tune([task(PROBLEM)])[0].source == "tuned"
+
+
+def test_untuned_problems_run_the_cost_models_first_choice(timer: FakeTimer) -> None:
+    choice = tune.choose(ops.BLOCK, PROBLEM, CUDA)
+    assert choice.source == "counted"
+    assert choice.fused
+    assert choice.tiling == ops.BLOCK.tilings(PROBLEM)[0]
