@@ -34,6 +34,8 @@ from torch import Tensor, nn
 from kernels import benchmark_machine, benchmark_report, convfirst, cost_model, fuse, ops, timing, tune
 from kernels.benchmark_machine import MachineLimits
 from kernels.benchmark_rows import Block, Network, Row, as_if_trained, count_macs, folded, rows
+from kernels.inspect import shorthand
+from kernels.network import moved_bytes
 from kernels.problem import BlockProblem, Tiling
 
 DTYPES = {"cuda": torch.float16, "cpu": torch.float32}
@@ -392,6 +394,44 @@ def measured_row(row: Row, device: torch.device, limits: MachineLimits) -> dict[
     return result
 
 
+# -- Predictions -----------------------------------------------------------------------------------------------------
+
+
+def predictions(limits: cost_model.Limits) -> list[dict[str, Any]]:
+    """What the cost model expects of every row that has a fused contender, counted, on any machine; microseconds.
+
+    A network's blocks are estimated one by one; its stem and head are taken at the bytes they move and their launches.
+    """
+    found = []
+    for row in rows("cuda", "all"):
+        if isinstance(row, Block):
+            problem = block_problem(row, row.layers(DTYPES["cuda"], torch.device("meta")), DTYPES["cuda"])
+            tiling = cost_model.ranked(problem, limits)[0]
+            term, bound = cost_model.bound(problem, tiling, limits)
+            estimate = cost_model.estimate(problem, tiling, limits)
+            layers = cost_model.layer_roofline(problem, limits) + 3 * limits.launch_seconds
+            name, word = row.name, shorthand(tiling)
+        elif row.is_convfirst:
+            problems = list(fuse(row.build(), DTYPES["cuda"]).problems(row.batch, row.resolution).values())
+            blocks = [problem for problem in problems if isinstance(problem, BlockProblem)]
+            rest = sum(moved_bytes(problem) for problem in problems if not isinstance(problem, BlockProblem))
+            tilings = [cost_model.ranked(problem, limits)[0] for problem in blocks]
+            pairs = list(zip(blocks, tilings, strict=True))
+            estimate = sum(cost_model.estimate(*pair, limits) for pair in pairs)
+            estimate += rest / limits.dram_bytes + 3 * limits.launch_seconds
+            bound = sum(cost_model.bound(*pair, limits)[1] for pair in pairs) + rest / limits.dram_bytes
+            layers = sum(cost_model.layer_roofline(problem, limits) for problem in blocks)
+            layers += 3 * len(blocks) * limits.launch_seconds + 2 * rest / limits.dram_bytes
+            name, term, word = row.name, "", f"{len(blocks)} blocks"
+        else:
+            continue
+        found.append({
+            "row": name, "estimate_us": 1e6 * estimate, "bound_us": 1e6 * bound, "binds": term,
+            "layers_us": 1e6 * layers, "tiling": word,
+        })  # fmt: skip
+    return found
+
+
 # -- Results on disk -------------------------------------------------------------------------------------------------
 
 
@@ -529,8 +569,17 @@ def main(
         Path | None, typer.Option(help="Folder of the results; by default kernels/benchmarks/<device>.")
     ] = None,
     only: Annotated[str, typer.Option(help="blocks, networks or all.")] = "all",
+    predict: Annotated[bool, typer.Option("--predict", help="Run nothing: print what is counted for an H200.")] = False,
 ) -> None:
     """Measure what is not measured yet; write results.jsonl, summary.json and plot.png, and print the tables."""
+    if predict:
+        typer.echo("| row | predicted us | bound us | binds | layer by layer at its floor us | first tiling |")
+        typer.echo("| --- | --- | --- | --- | --- | --- |")
+        for each in predictions(cost_model.H200):
+            times = [f"{each[key]:.1f}" for key in ("estimate_us", "bound_us", "layers_us")]
+            cells = (each["row"], *times[:2], each["binds"], times[2], each["tiling"])
+            typer.echo(f"| {' | '.join(cells)} |")
+        return
     deadline = time.monotonic() + 60 * minutes
     if not 0 < minutes < math.inf:
         _fail(f"--minutes {minutes:g}: not a positive number")

@@ -161,6 +161,9 @@ def live_registers(problem: BlockProblem, tiling: Tiling) -> float:
     return elements / (32 * tiling.num_warps)
 
 
+# Pixels and hidden channels of a step that are tried.
+BLOCKS_M = (16, 32, 64, 128, 256)
+BLOCKS_E = (16, 32, 64, 128)
 # Tilings of one family among the first to be tried.
 RELATIVES = 2
 # Live registers a thread beyond which the compiler spilled, with Hopper's products, which read shared memory, and with
@@ -202,7 +205,7 @@ def candidates(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
     smallest = MIN_DOT
     wgmma = limits.wgmma_macs > limits.mma_macs
     most_live = MOST_LIVE_REGISTERS["wgmma" if wgmma else "mma"]
-    for block_m, block_e, warps, stages in product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3)):
+    for block_m, block_e, warps, stages in product(BLOCKS_M, BLOCKS_E, (4, 8), (1, 2, 3)):
         if block_m > max(smallest, 2 * problem.out_pixels) or block_e > problem.padded_hidden:
             continue
         for form, conv_stages, part in product(conv_forms(problem), (1, 3), (64, 128)):

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.cost_model import H200, Limits
 from kernels.device_functions import activate, dot, round_to
 from kernels.problem import ACTIVATIONS, DTYPES, WIDE_ELEMENTS
 
@@ -84,7 +85,7 @@ def unsupported(problem: HeadProblem) -> str | None:
     return None
 
 
-def tilings(problem: HeadProblem) -> list[HeadTiling]:
+def tilings(problem: HeadProblem, limits: Limits = H200) -> list[HeadTiling]:
     """Those worth trying, the likeliest first."""
     if problem.batch <= 4:
         return [HeadTiling(True, block_n=16), HeadTiling(True, block_n=32), HeadTiling(False, block_n=16)]

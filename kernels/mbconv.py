@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.convfirst import grouped_weights, new_counters
+from kernels.cost_model import H200, Limits
 from kernels.device_functions import activate, convolve, dot, round_to, size, start, store_tile, tap_zero, total_size
 from kernels.head import HeadTiling, linear
 from kernels.problem import (
@@ -118,13 +119,13 @@ def unsupported(problem: MBConvProblem) -> str | None:
     return None
 
 
-def tilings(problem: MBConvProblem) -> list[Tiling]:
+def tilings(problem: MBConvProblem, limits: Limits = H200) -> list[Tiling]:
     """Those of the second launch worth trying, the likeliest first."""
     forms = ("fma", "diagonal") if problem.group_width == 1 else ("mma",)
     wide = problem.padded_out > 128
-    block_m = 64 if problem.out_pixels >= 64 * 132 and problem.dtype != "float32" else 16
+    block_m = 64 if problem.out_pixels >= 64 * limits.multiprocessors and problem.dtype != "float32" else 16
     splits = 1
-    while problem.out_pixels // block_m * splits < 132 and splits < min(
+    while problem.out_pixels // block_m * splits < limits.multiprocessors and splits < min(
         problem.max_splits, problem.hidden_channels // 128
     ):
         splits *= 2
@@ -226,7 +227,7 @@ def launch(x: Tensor, weights: Sequence[Tensor], problem: MBConvProblem, tiling:
     hidden = x
     if problem.expands:
         flat = x.permute(0, 2, 3, 1).reshape(-1, problem.in_channels)
-        large = len(flat) >= 128 * 132 and problem.dtype != "float32"
+        large = len(flat) >= 128 * H200.multiprocessors and problem.dtype != "float32"
         product = HeadTiling(False, 128 if large else 16, 64 if large else 32, 32)
         hidden = linear(flat, expand, expand_bias, problem.hidden_channels, problem.activation, product)
     out = torch.empty(

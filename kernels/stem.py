@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels.cost_model import H200, Limits
 from kernels.device_functions import activate, dot, round_to, size, start, tap_zero, total_size
 from kernels.problem import ACTIVATIONS, DTYPES, KERNEL_SIZES, MIN_DOT, WIDE_ELEMENTS, parts, power_of_two
 
@@ -92,9 +93,9 @@ def unsupported(problem: StemProblem) -> str | None:
     return None
 
 
-def tilings(problem: StemProblem) -> list[StemTiling]:
+def tilings(problem: StemProblem, limits: Limits = H200) -> list[StemTiling]:
     """Those worth trying, the likeliest first."""
-    large = problem.out_pixels >= 128 * 132
+    large = problem.out_pixels >= 128 * limits.multiprocessors
     found = [StemTiling(128), StemTiling(64), StemTiling(128, 8)] if large else [StemTiling(32), StemTiling(64)]
     # A tile of all taps and a tile of all outputs live in registers.
     most = 2**14 // max(problem.padded_taps, sum(parts(problem.out_channels)))

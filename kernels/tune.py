@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ import triton
 from torch import Tensor
 
 from kernels import timing
+from kernels.cost_model import H200, LIMITS, Limits
 
 # Tilings that are compiled and timed; the cost model is meant to have the best among its first three.
 TRIED = 4
@@ -65,14 +66,14 @@ class Kernel:
     Args:
         name: by which choices are remembered.
         tiling: the class of its tilings.
-        tilings: those worth trying for a problem, the likeliest first; never empty for a supported problem.
+        tilings: those worth trying for a problem on a GPU, the likeliest first; never empty for a supported problem.
         launch: (x, packed weights, problem, tiling) -> output.
         layer_by_layer: (x, layers, problem) -> output, as torch runs it.
     """
 
     name: str
     tiling: type
-    tilings: Callable[[Any], Sequence[Any]]
+    tilings: Callable[[Any, Limits], Sequence[Any]]
     launch: Callable[[Tensor, Sequence[Tensor], Any, Any], Tensor]
     layer_by_layer: Callable[[Tensor, Sequence[Tensor], Any], Tensor]
 
@@ -96,6 +97,22 @@ def _machine(device: torch.device) -> str:
         return "interpreter"
     capability = ".".join(map(str, torch.cuda.get_device_capability(device)))
     return f"{torch.cuda.get_device_name(device)} sm {capability} torch {torch.__version__} triton {triton.__version__}"
+
+
+@functools.cache
+def limits_of(device: torch.device) -> Limits:
+    """What the cost model counts with on a device: its own sizes, and the rates of the nearest GPU that is known."""
+    if device.type != "cuda":
+        return H200
+    major, minor = torch.cuda.get_device_capability(device)
+    nearest = max((known for known in LIMITS if known <= 10 * major + minor), default=min(LIMITS))
+    properties: Any = torch.cuda.get_device_properties(device)
+    return replace(
+        LIMITS[nearest],
+        multiprocessors=properties.multi_processor_count,
+        registers=properties.regs_per_multiprocessor,
+        shared_bytes=properties.shared_memory_per_block_optin,
+    )
 
 
 def _file(kernel: Kernel, problem: Any, device: torch.device) -> Path:
@@ -139,7 +156,7 @@ def choose(kernel: Kernel, problem: Any, device: torch.device) -> Choice:
     key = (kernel.name, problem, device)
     if key not in _chosen:
         remembered = _read(kernel, problem, device) if device.type == "cuda" else None
-        _chosen[key] = remembered or Choice(kernel.tilings(problem)[0], True, "counted")
+        _chosen[key] = remembered or Choice(kernel.tilings(problem, limits_of(device))[0], True, "counted")
     return _chosen[key]
 
 
@@ -174,7 +191,10 @@ def tune(tasks: Sequence[Task]) -> list[Choice]:
     for task in tasks:
         if choose(task.kernel, task.problem, task.x.device).source != "counted":
             continue
-        wanted[task.kernel.name, task.problem] = (task, list(task.kernel.tilings(task.problem)[:TRIED]))
+        wanted[task.kernel.name, task.problem] = (
+            task,
+            list(task.kernel.tilings(task.problem, limits_of(task.x.device))[:TRIED]),
+        )
     if wanted:
         compile_together([(task, tiling) for task, tilings in wanted.values() for tiling in tilings])
     for task, tilings in wanted.values():

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import head, mbconv, ops, stem
+from kernels import cost_model, head, mbconv, ops, stem
 from kernels.head import HeadProblem, HeadTiling
 from kernels.mbconv import MBConvProblem
-from kernels.problem import ACTIVATIONS, Tiling
+from kernels.problem import ACTIVATIONS, BlockProblem, Tiling
 from kernels.stem import StemProblem, StemTiling
 from kernels.tune import Kernel
 
@@ -131,9 +131,8 @@ def test_every_supported_problem_has_tilings(activation: str) -> None:
     for channels in (8, 64, 512):
         for batch in (1, 128):
             for dtype in ("float16", "float32"):
-                assert ops.BLOCK.tilings(
-                    ops.BlockProblem(batch, 14, 14, channels, 4 * channels, channels, 3, 8, 1, activation, True, dtype)
-                )
+                block = BlockProblem(batch, 14, 14, channels, 4 * channels, channels, 3, 8, 1, activation, True, dtype)
+                assert all(cost_model.ranked(block, limits) for limits in cost_model.LIMITS.values())
                 assert mbconv.tilings(
                     replace(MBCONV, batch=batch, hidden_channels=4 * channels, out_channels=channels, dtype=dtype)
                 )

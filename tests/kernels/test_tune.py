@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from kernels import ops, tune
+from kernels.cost_model import H200
 from kernels.problem import BlockProblem, Tiling
 from kernels.tune import Choice, Task
 
@@ -40,6 +41,7 @@ def timer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeTimer
     fake = FakeTimer()
     monkeypatch.setenv("CONVFIRST_CACHE", str(tmp_path))
     monkeypatch.setattr(tune, "_machine", lambda device: "GPU A, torch 2, triton 3")
+    monkeypatch.setattr(tune, "limits_of", lambda device: H200)
     monkeypatch.setattr(tune, "_fastest", fake.fastest)
     monkeypatch.setattr(tune, "compile_together", fake.compile_together)
     tune.forget()
@@ -104,4 +106,4 @@ def test_untuned_problems_run_the_cost_models_first_choice(timer: FakeTimer) -> 
     choice = tune.choose(ops.BLOCK, PROBLEM, CUDA)
     assert choice.source == "counted"
     assert choice.fused
-    assert choice.tiling == ops.BLOCK.tilings(PROBLEM)[0]
+    assert choice.tiling == ops.BLOCK.tilings(PROBLEM, H200)[0]
