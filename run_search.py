@@ -87,7 +87,7 @@ def search(
         str, typer.Option(help="auto, cpu, cuda or cuda:N; trains and is measured.", rich_help_panel="Latency")
     ] = AUTO,
     engine: Annotated[
-        str, typer.Option(help="auto, eager, torchscript (CPU) or compile.", rich_help_panel="Latency")
+        str, typer.Option(help="auto, fused (CUDA), eager, torchscript (CPU) or compile.", rich_help_panel="Latency")
     ] = AUTO,
     dtype: Annotated[
         Dtype, typer.Option(help="auto is float16 on CUDA, else float32.", rich_help_panel="Latency")

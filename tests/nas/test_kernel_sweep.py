@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from nas import kernel_sweep
+from search_spaces import load_space
+from tests.conftest import TINY_TOML
+
+
+@pytest.mark.parametrize("name", ["small", "imagenet"])
+def test_every_block_that_is_sampled_is_among_those_swept(name: str) -> None:
+    space = load_space(name)
+    specs = set(kernel_sweep.block_specs(space))
+    rng = random.Random(0)
+    for _ in range(50):
+        arch = space.sample(rng)
+        size = space.resolution // 2
+        for block in arch.blocks:
+            assert (size, block) in specs
+            size = -(-size // block.stride)
+
+
+def invoke(*arguments: str) -> tuple[int, str]:
+    app = typer.Typer()
+    app.command()(kernel_sweep.main)
+    result = CliRunner().invoke(app, list(arguments))
+    return result.exit_code, result.output
+
+
+def test_a_sweep_writes_a_line_a_block_and_goes_on(tmp_path: Path) -> None:
+    toml, out = tmp_path / "tiny.toml", tmp_path / "out.jsonl"
+    toml.write_text(TINY_TOML)
+    command = ["--space", str(toml), "--batch", "1", "--tilings", "1", "--limit", "2", "--workers", "1"]
+    code, output = invoke(*command, "--out", str(out))
+    assert code == 0, output
+    assert "0 known" in output
+    assert "2 of 2 first tilings have nothing to complain of" in output
+    code, output = invoke(*command, "--out", str(out))
+    assert code == 0, output
+    assert "2 known" in output
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert len({json.dumps(row["problem"]) for row in rows}) == len(rows) == 4
+    assert all(row["tilings"][0]["statics"]["registers"] <= 255 for row in rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"), [(("--capability", "70"), "--capability"), (("--space", "nosuch"), "nosuch")]
+)
+def test_bad_input_is_named(arguments: tuple[str, ...], told: str, tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    code, output = invoke(*arguments, "--out", str(out))
+    assert code == 2
+    assert told in output
+    assert not out.exists()
