@@ -8,6 +8,7 @@ are kept beside it.
 from __future__ import annotations
 
 import itertools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -38,6 +39,7 @@ class Latency:
         anchor_median_ms: the anchor's, in the same minutes, as the clock told it.
         weight_bytes: of the deployed module.
         workspace_bytes: most tensor memory one forward pass holds beside weights and input.
+        ready_seconds: from the network to what can be timed: folding, compiling, tuning.
     """
 
     median_ms: float
@@ -48,6 +50,7 @@ class Latency:
     anchor_median_ms: float
     weight_bytes: int
     workspace_bytes: int
+    ready_seconds: float = 0.0
 
     @property
     def memory_mb(self) -> float:
@@ -97,7 +100,9 @@ class LatencyMeter:
             CandidateFailed: the engine cannot compile it.
         """
         with _threads(self.config.threads):
+            begin = time.perf_counter()
             module = deploy(network, self.config, self.inputs[0])
+            ready_seconds = time.perf_counter() - begin
             workspace = self._workspace_bytes(module)
             run = _in_turn(self._forwards(module))
             samples_ms = self._sample([run, self.anchor_run], self.config.seconds) * 1e3
@@ -112,6 +117,7 @@ class LatencyMeter:
             anchor_median_ms=float(np.median(anchor_ms)),
             weight_bytes=self._weight_bytes(network, module),
             workspace_bytes=workspace,
+            ready_seconds=ready_seconds,
         )
 
     def _sample(self, runs: list[Callable[[], None]], seconds: float) -> np.ndarray:

@@ -14,6 +14,8 @@ from nas.search import Event, SearchResult
 from studies import CandidateState
 
 WIDE = 105  # columns
+# Seconds that compiling and tuning a candidate took before it could be timed, from which on they are shown.
+WORTH_SAYING = 0.5
 
 
 def duration(seconds: float) -> str:
@@ -25,7 +27,9 @@ def scored(event: Event) -> str:
     """The last candidate in a few words."""
     outcome = event.outcome
     if outcome.state == CandidateState.COMPLETE and outcome.proxy and outcome.latency:
-        return f"accuracy {outcome.proxy.accuracy:.3f}  latency {outcome.latency.median_ms:.3f} ms"
+        seconds = outcome.latency.ready_seconds
+        ready = f"  ready in {seconds:.1f} s" if seconds >= WORTH_SAYING else ""
+        return f"accuracy {outcome.proxy.accuracy:.3f}  latency {outcome.latency.median_ms:.3f} ms{ready}"
     return f"{outcome.state.value.replace('_', ' ')}: {outcome.reason}"
 
 

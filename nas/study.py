@@ -271,7 +271,8 @@ class LiveStudy:
                 studies.Latency(
                     device_id=self.row.device_id, engine=deployment.engine, dtype=deployment.dtype,
                     batch_size=deployment.batch_size, resolution=deployment.resolution, threads=deployment.threads,
-                    **asdict(outcome.latency),
+                    # How long a compiler took is shown, and no property of the network.
+                    **{name: value for name, value in asdict(outcome.latency).items() if name != "ready_seconds"},
                 )
             ]  # fmt: skip
         if outcome.proxy:
