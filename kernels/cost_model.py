@@ -219,7 +219,8 @@ def candidates(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
             # The compiler unrolls the taps of wide convolutions, whose loads four warps have no registers for.
             if warps == 4 and problem.padded_in > 128 and (problem.kernel_size > 3 or problem.conv_block > MIN_DOT):
                 continue
-            if conv_stages > 1 and problem.conv_block > MIN_DOT:
+            # So it is with blocks of 32 channels, in a pipeline or of many pixels.
+            if problem.conv_block > MIN_DOT and (conv_stages > 1 or block_m > 128):
                 continue
             if not wgmma and problem.padded_in > 384 and block_m > MIN_DOT:
                 continue

@@ -69,15 +69,23 @@ class Statics:
         return found
 
 
-def compile_for(
-    kernel: Any, signature: Mapping[str, str], constexprs: Mapping[str, object], num_warps: int, capability: int
-) -> Any:
-    """Compile a Triton kernel for a compute capability; pointers are taken to be 16-byte aligned.
+# Arguments of the kernels, by name, that are not pointers to the dtype of the input.
+OTHER_ARGUMENTS = {
+    **dict.fromkeys(("conv_bias", "expand_bias", "project_bias", "bias", "partial"), "*fp32"), "counters": "*i32",
+    **dict.fromkeys(("pixels", "height", "width", "out_height", "out_width", "taps", "rows"), "i32"),
+}  # fmt: skip
+
+
+def compile_for(kernel: Any, constexprs: Mapping[str, object], dtype: str, num_warps: int, capability: int) -> Any:
+    """Compile one of the kernels for a compute capability such as 90; pointers are taken to be 16-byte aligned.
 
     Args:
-        signature: argument -> type, such as "*fp16" or "i32", of all arguments that are no constants.
+        constexprs: all of the kernel's compile-time arguments.
     """
-    types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
+    types = {
+        name: "constexpr" if name in constexprs else OTHER_ARGUMENTS.get(name, POINTERS[dtype])
+        for name in kernel.arg_names
+    }
     attrs = {
         (index,): [["tt.divisibility", 16]] for index, name in enumerate(kernel.arg_names) if types[name][0] == "*"
     }
@@ -118,11 +126,7 @@ def _run(tool: str, *arguments: str) -> str:
 
 def compile_block(problem: BlockProblem, tiling: Tiling, capability: int) -> Any:
     """The fused block's kernel, compiled for a compute capability such as 90."""
-    pointer = POINTERS[problem.dtype]
-    signature = dict.fromkeys(("x", "conv", "expand", "project", "out"), pointer)
-    signature |= dict.fromkeys(("conv_bias", "expand_bias", "project_bias", "partial"), "*fp32") | {"counters": "*i32"}
-    signature |= dict.fromkeys(("pixels", "height", "width", "out_height", "out_width", "taps"), "i32")
-    return compile_for(convfirst_kernel, signature, constants(problem, tiling), tiling.num_warps, capability)
+    return compile_for(convfirst_kernel, constants(problem, tiling), problem.dtype, tiling.num_warps, capability)
 
 
 def shorthand(tiling: Tiling) -> str:

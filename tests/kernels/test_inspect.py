@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 import typer
 from typer.testing import CliRunner
 
-from kernels import cost_model, inspect
-from kernels.inspect import SHARED_LIMIT_BYTES, Statics, compile_block, read_statics
+from kernels import cost_model, head, inspect, mbconv, stem
+from kernels.head import HeadProblem
+from kernels.inspect import SHARED_LIMIT_BYTES, Statics, compile_block, compile_for, read_statics
+from kernels.mbconv import MBConvProblem
 from kernels.problem import BlockProblem, Tiling
+from kernels.stem import StemProblem
 
 # batch, map, C, E, C', k, group width, stride, activation, dtype: every width of channels, form of convolution, kernel
 # size, stride, activation and 16-bit dtype, small batches (split tiles) and large ones.
@@ -46,8 +50,34 @@ def problem_of(row: tuple[object, ...]) -> BlockProblem:
     )  # type: ignore[arg-type] # fmt: skip
 
 
+MBCONV = MBConvProblem(128, 28, 28, 64, 256, 64, 5, 1, 1, "silu", True, True, "float16")
+STEM = StemProblem(128, 224, 224, 3, 32, 3, 2, "gelu", "bfloat16")
+HEAD = HeadProblem(128, 49, 384, 1280, 1000, "silu", "float16")
+_HEAD_CONSTANTS = {"IN": 384, "PADDED_IN": 384, "OUT": 1280, "ACTIVATION": "silu", "WIDE": False}
+_POOL = {"BLOCK_K": 64, "BLOCK_P": 32, "PIXEL_STEPS": 2}
+# Kernel, constants, dtype, warps, whether it is a product.
+OTHERS = [
+    (mbconv.conv_project_kernel, mbconv.constants(MBCONV, mbconv.tilings(MBCONV)[0]), MBCONV.dtype, 4, True),
+    (stem.stem_kernel, stem.constants(STEM, stem.tilings(STEM)[0]), STEM.dtype, 4, True),
+    (head.pool_linear_kernel, {**_HEAD_CONSTANTS, **_POOL, "BLOCK_N": 16}, HEAD.dtype, 4, False),
+    (head.pool_kernel, {"IN": 384, "WIDE": False, **_POOL}, HEAD.dtype, 4, False),
+    (
+        head.linear_kernel,
+        {**_HEAD_CONSTANTS, "BLOCK_M": 64, "BLOCK_N": 32, "BLOCK_K": 64, "STAGES": 3}, HEAD.dtype, 4, True,
+    ),
+]  # fmt: skip
+
+
 def test_the_set_is_small() -> None:
-    assert len(COVERING) * len(SHARED_LIMIT_BYTES) <= 60
+    assert len(COVERING) * len(SHARED_LIMIT_BYTES) + len(OTHERS) <= 60
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=lambda other: other[0].__name__)
+def test_the_other_kernels_compile_and_do_not_spill(other: tuple[Any, dict[str, object], str, int, bool]) -> None:
+    kernel, fixed, dtype, warps, is_product = other
+    statics = read_statics(compile_for(kernel, fixed, dtype, warps, 90))
+    assert statics.complaints(90, dtype if is_product else "float32") == []
+    assert bool(sum(statics.tensor_core.values())) == is_product
 
 
 @pytest.mark.parametrize("capability", SHARED_LIMIT_BYTES)
