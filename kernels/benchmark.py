@@ -142,8 +142,8 @@ def block_case(row: Block, dtype: torch.dtype, device: torch.device) -> Case:
         _require_cuda(device)
         weights = list(vars(convfirst.pack(layers, problem)).values())
         (choice,) = tune.tune([tune.Task(ops.BLOCK, problem, inputs[0], weights, layers)])
-        tiling = choice.tiling
-        notes = {"tiling": asdict(tiling), "tuner": "fused" if choice.fused else tune.LAYER_BY_LAYER}
+        tiling = choice.tilings[0]
+        notes = {"tiling": asdict(tiling), "tuner": choice.describe()}
         return Contender(lambda x: ops.BLOCK.launch(x, weights, problem, tiling), notes)
 
     return Case(
@@ -169,7 +169,7 @@ def network_case(row: Network, dtype: torch.dtype, device: torch.device) -> Case
         notes["layer_by_layer"] = [
             name
             for name, problem in network.problems(row.batch, row.resolution).items()
-            if not tune.choose(modules[name].kernel, problem, device).fused
+            if tune.choose(modules[name].kernel, problem, device).tiling(modules[name].max_splits) is None
         ]
         return Contender(network, notes)
 

@@ -7,12 +7,11 @@ bound; a tiling's estimate adds what a bound leaves out, the last wave of progra
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from math import ceil
 
-from kernels.problem import MIN_DOT, BlockProblem, Tiling, conv_forms, parts
+from kernels.problem import MAX_SPLITS, MIN_DOT, BlockProblem, Tiling, conv_forms, parts
 
 # Special-function results and issue slots per hidden element, read from the machine code (sm_90) that
 # `python -m kernels.inspect` prints for `device_functions.activate`, bias and rounding included.
@@ -225,9 +224,7 @@ def candidates(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
             if not wgmma and problem.padded_in > 384 and block_m > MIN_DOT:
                 continue
             splits = 1
-            while splits <= problem.max_splits and (
-                splits == 1 or one.tiles(problem) * splits <= 2 * limits.multiprocessors
-            ):
+            while splits <= MAX_SPLITS and (splits == 1 or one.tiles(problem) * splits <= 2 * limits.multiprocessors):
                 split = replace(one, splits=splits)
                 if split.fits(problem) and live_registers(problem, split) <= most_live:
                     found.append(split)
@@ -250,8 +247,3 @@ def ranked(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
         seen[family] += 1
         (early if seen[family] <= RELATIVES else late).append(tiling)
     return early + late
-
-
-def shares(counted: Mapping[str, float], seconds: float) -> dict[str, float]:
-    """Each term as a share of a measured time."""
-    return {name: value / seconds for name, value in counted.items()}

@@ -11,7 +11,7 @@ Legend as in `convfirst`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import ceil
 
 import torch
@@ -32,7 +32,6 @@ from kernels.problem import (
     HIDDEN_MULTIPLE,
     KERNEL_SIZES,
     MAX_CHANNELS,
-    MAX_SPLITS,
     MIN_DOT,
     WIDE_ELEMENTS,
     Tiling,
@@ -61,7 +60,6 @@ class MBConvProblem:
     expands: bool
     residual: bool
     dtype: str
-    max_splits: int = MAX_SPLITS
 
     @property
     def out_height(self) -> int:
@@ -124,15 +122,20 @@ def tilings(problem: MBConvProblem, limits: Limits = H200) -> list[Tiling]:
     forms = ("fma", "diagonal") if problem.group_width == 1 else ("mma",)
     wide = problem.padded_out > 128
     block_m = 64 if problem.out_pixels >= 64 * limits.multiprocessors and problem.dtype != "float32" else 16
-    splits = 1
-    while problem.out_pixels // block_m * splits < limits.multiprocessors and splits < min(
-        problem.max_splits, problem.hidden_channels // 128
-    ):
-        splits *= 2
-    base = dict(conv=forms[0], splits=splits, num_warps=8 if wide else 4)
-    found = [Tiling(block_m, 32, **base), Tiling(block_m, 64, **base), Tiling(2 * block_m, 32, **base)]  # type: ignore[arg-type]
-    found += [Tiling(block_m, 32, **(base | {"conv": form})) for form in forms[1:]]  # type: ignore[arg-type]
-    return [each for each in found if each.fits(problem)]
+    wanted = 1
+    while problem.out_pixels // block_m * wanted < limits.multiprocessors and wanted < problem.hidden_channels // 128:
+        wanted *= 2
+    found: list[Tiling] = []
+    shapes = ((block_m, 32, forms[0]), (block_m, 64, forms[0]), (2 * block_m, 32, forms[0]), (block_m, 32, forms[-1]))
+    for pixels, hidden, form in shapes:
+        # Not every number of splits divides the hidden channels well; one always does.
+        for splits in (wanted, wanted // 2, wanted // 4, 1):
+            tiling = Tiling(pixels, hidden, form, max(1, splits), 8 if wide else 4)
+            if tiling.fits(problem) and tiling not in found:
+                found.append(tiling)
+                break
+    unsplit = replace(found[0], splits=1)
+    return found if unsplit in found else [*found, unsplit]
 
 
 def pack(layers: Sequence[Tensor], problem: MBConvProblem) -> list[Tensor]:

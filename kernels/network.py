@@ -16,7 +16,7 @@ import torch
 from timm.models import EfficientNet, MobileNetV3
 from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedResidual, UniversalInvertedResidual
 from torch import Tensor, nn
-from torch._subclasses import FakeTensorMode
+from torch._subclasses import FakeTensor, FakeTensorMode
 
 from kernels import convfirst, head, mbconv, ops, problem, stem, tune
 from kernels.fold import fold_batch_norms
@@ -24,6 +24,7 @@ from kernels.fold import fold_batch_norms
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Partial sums may raise a network's peak workspace by this share of what it would be without.
 WORKSPACE_MARGIN = 0.05
+NOMINAL_RESOLUTION = 224
 
 # timm has classes of its own beside torch's for some of these.
 _ACTIVATIONS: dict[type[nn.Module], str] = {
@@ -43,8 +44,8 @@ class _Fused(nn.Module):
     """A fused part: its packed weights and its plain layers, one of which the tuner chooses for each problem."""
 
     kernel: tune.Kernel
-    # Bytes that split tiles may exchange; negative until the network knows.
-    partial_bytes = -1
+    # The most programs that may share a tile; the network's memory may allow fewer.
+    max_splits = problem.MAX_SPLITS
 
     def __init__(self, weights: Sequence[Tensor], layers: Sequence[Tensor], stride: int, activation: str) -> None:
         super().__init__()
@@ -86,13 +87,11 @@ class FusedBlock(_Fused):
         self.residual = residual
 
     def problem(self, shape: Sequence[int]) -> Any:
-        return ops.block_problem(
-            shape, self.layers[0].dtype, self.layers, self.stride, self.activation, self.residual, self.partial_bytes
-        )
+        return ops.block_problem(shape, self.layers[0].dtype, self.layers, self.stride, self.activation, self.residual)
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.block(  # type: ignore[no-any-return]
-            x, self.weights, self.layers, self.stride, self.activation, self.residual, self.partial_bytes
+            x, self.weights, self.layers, self.stride, self.activation, self.residual, self.max_splits
         )
 
 
@@ -110,13 +109,11 @@ class FusedMBConv(_Fused):
         self.residual = residual
 
     def problem(self, shape: Sequence[int]) -> Any:
-        return ops.mbconv_problem(
-            shape, self.layers[0].dtype, self.layers, self.stride, self.activation, self.residual, self.partial_bytes
-        )
+        return ops.mbconv_problem(shape, self.layers[0].dtype, self.layers, self.stride, self.activation, self.residual)
 
     def forward(self, x: Tensor) -> Tensor:
         return ops.mbconv_block(  # type: ignore[no-any-return]
-            x, self.weights, self.layers, self.stride, self.activation, self.residual, self.partial_bytes
+            x, self.weights, self.layers, self.stride, self.activation, self.residual, self.max_splits
         )
 
 
@@ -358,13 +355,14 @@ class Graph:
         return self.output
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Logits (batch, classes) of images (batch, C, H, W).
+        """Logits (batch, classes) of images (batch, C, H, W), channels_last, in the network's dtype.
 
         Raises:
-            ValueError: the shape is not the captured one.
+            ValueError: the shape is not the captured one, or the input is not what the network takes.
         """
         if x.shape != self.input.shape:
             raise ValueError(f"input has shape {tuple(x.shape)}, the graph {tuple(self.input.shape)}")
+        self._network._require(x)
         self.input.copy_(x)
         return self.replay()
 
@@ -386,6 +384,18 @@ class FusedNetwork(nn.Module):
         self.in_channels = in_channels
         self.eval().requires_grad_(False)
 
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> FusedNetwork:
+        """Moves to another device; weights are packed for one dtype.
+
+        Raises:
+            ValueError: it would change the dtype.
+        """
+        sample = torch.empty(0, dtype=self.dtype, device=self.device)
+        if (made := fn(sample)).dtype != self.dtype:
+            raise ValueError(f"dtype={made.dtype}: the network is packed for {self.dtype}; fuse it anew")
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
+
     @property
     def device(self) -> torch.device:
         return next(tensor.device for tensor in (*self.buffers(), *self.parameters()))
@@ -406,12 +416,31 @@ class FusedNetwork(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (N, classes) of images (N, C, H, W), channels_last, in the network's dtype."""
+        """Logits (N, classes) of images (N, C, H, W), channels_last, in the network's dtype.
+
+        Raises:
+            ValueError: the input has another layout, dtype, device or number of channels.
+        """
+        if not torch.compiler.is_compiling():
+            self._require(x)
         return self.network(x)  # type: ignore[no-any-return]
 
-    def report(self) -> str:
-        """A line for each part: fused, or why not."""
-        return "\n".join(map(str, self.parts))
+    def _require(self, x: Tensor) -> None:
+        if self.fused_modules and not isinstance(x, FakeTensor):
+            ops.require(x, self.in_channels, self.dtype, self.device)
+
+    def report(self, batch: int | None = None, resolution: int | None = None) -> str:
+        """A line for each part: fused, or why not; given a shape of input, also what runs then, and its times."""
+        if batch is None or resolution is None:
+            return "\n".join(map(str, self.parts))
+        modules, running = self.fused_modules, {}
+        for name, found in self.problems(batch, resolution).items():
+            choice = tune.choose(modules[name].kernel, found, self.device)
+            running[name] = choice.describe(modules[name].max_splits)
+        return "\n".join(
+            f"{part}" + "".join(f" [{text}]" for name, text in running.items() if _names(part.name, name))
+            for part in self.parts
+        )
 
     def problems(self, batch: int, resolution: int) -> dict[str, Any]:
         """The problem that each fused part has to solve on a batch of square images, found without computing."""
@@ -431,13 +460,7 @@ class FusedNetwork(nn.Module):
             for hook in hooks:
                 hook.remove()
         modules = self.fused_modules
-        largest = max(moved_bytes(modules[name].problem(into)) for name, into in shapes.items())
-        found = {}
-        for name, into in shapes.items():
-            own = moved_bytes(modules[name].problem(into))
-            modules[name].partial_bytes = int((1 + WORKSPACE_MARGIN) * largest) - own
-            found[name] = modules[name].problem(into)
-        return found
+        return {name: modules[name].problem(into) for name, into in shapes.items()}
 
     def prepare(self, batch: int, resolution: int) -> float:
         """Get ready for batches of this shape: on CUDA every problem is tuned that this machine has not met before.
@@ -466,6 +489,25 @@ class FusedNetwork(nn.Module):
         if self.device.type == "cuda":
             self.prepare(batch, resolution)
         return Graph(self, batch, resolution)
+
+
+def _names(part: str, module: str) -> bool:
+    """Whether a fused module belongs to a part: it is the part, or within it; the head stands in the pool's place."""
+    return module == part or module.startswith(f"{part}.") or (part, module) == ("head", "global_pool")
+
+
+def _limit_splits(network: FusedNetwork) -> None:
+    """Allow each block as many splits as raise the network's peak workspace by no more than `WORKSPACE_MARGIN`.
+
+    Partial sums, input and output all grow with the batch and the resolution alike, so that one resolution, of which
+    every total stride is a divisor, tells for all.
+    """
+    problems, modules = network.problems(1, NOMINAL_RESOLUTION), network.fused_modules
+    largest = max(map(moved_bytes, problems.values()), default=0)
+    for name, found in problems.items():
+        if isinstance(found, problem.BlockProblem | mbconv.MBConvProblem):
+            left = int((1 + WORKSPACE_MARGIN) * largest) - moved_bytes(found)
+            modules[name].max_splits = ops.max_splits(found.out_pixels, found.padded_out, left)
 
 
 def _input_shape(found: Any) -> tuple[int, int, int, int]:
@@ -536,4 +578,6 @@ def fuse(model: nn.Module, dtype: torch.dtype = torch.float16) -> FusedNetwork:
             for key, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_floating_point():
                     module._buffers[key] = buffer.to(dtype)
-    return FusedNetwork(folded, parts, dtype, model.conv_stem.in_channels)
+    fused = FusedNetwork(folded, parts, dtype, model.conv_stem.in_channels)
+    _limit_splits(fused)
+    return fused

@@ -7,7 +7,6 @@ Each takes the packed weights and the plain layers: which of the two runs is the
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,9 +20,6 @@ from kernels.head import HeadProblem, HeadTiling
 from kernels.mbconv import MBConvProblem
 from kernels.problem import MAX_SPLITS, BlockProblem, Tiling
 from kernels.stem import StemProblem, StemTiling
-
-# Unless a network knows better, partial sums may take so many times the block's own input and output.
-PARTIAL_SHARE = 4
 
 
 def _launch_block(x: Tensor, weights: Sequence[Tensor], problem: BlockProblem, tiling: Tiling) -> Tensor:
@@ -71,37 +67,27 @@ def max_splits(out_pixels: int, padded_out: int, partial_bytes: int) -> int:
     return 1 if fitting < 2 else min(MAX_SPLITS, 1 << (fitting.bit_length() - 1))
 
 
-def _with_splits(found: Any, activation_bytes: int, partial_bytes: int) -> Any:
-    allowed = PARTIAL_SHARE * activation_bytes if partial_bytes < 0 else partial_bytes
-    return replace(found, max_splits=max_splits(found.out_pixels, found.padded_out, allowed))
-
-
 def block_problem(
-    shape: Sequence[int], dtype: torch.dtype, layers: Sequence[Tensor], stride: int, activation: str, residual: bool,
-    partial_bytes: int = -1,
+    shape: Sequence[int], dtype: torch.dtype, layers: Sequence[Tensor], stride: int, activation: str, residual: bool
 ) -> BlockProblem:  # fmt: skip
-    """The problem of a ConvFirst block's layers on an input (N, C, H, W); `partial_bytes` below 0 for the default."""
+    """The problem of a ConvFirst block's layers on an input (N, C, H, W)."""
     batch, channels, height, width = map(int, shape)
-    found = BlockProblem(
+    return BlockProblem(
         batch, height, width, channels, layers[2].shape[0], layers[4].shape[0], layers[0].shape[2], layers[0].shape[1],
         stride, activation, residual, dtype_name(dtype),
     )  # fmt: skip
-    return _with_splits(found, found.activation_bytes, partial_bytes)  # type: ignore[no-any-return]
 
 
 def mbconv_problem(
-    shape: Sequence[int], dtype: torch.dtype, layers: Sequence[Tensor], stride: int, activation: str, residual: bool,
-    partial_bytes: int = -1,
+    shape: Sequence[int], dtype: torch.dtype, layers: Sequence[Tensor], stride: int, activation: str, residual: bool
 ) -> MBConvProblem:  # fmt: skip
     """The problem of an MBConv's layers, or of a depthwise-separable block's four."""
     batch, channels, height, width = map(int, shape)
     conv, project = layers[-4], layers[-2]
-    found = MBConvProblem(
+    return MBConvProblem(
         batch, height, width, channels, conv.shape[0], project.shape[0], conv.shape[2], conv.shape[1],
         stride, activation, len(layers) == 6, residual, dtype_name(dtype),
     )  # fmt: skip
-    moved = dtype.itemsize * (batch * height * width * channels + found.out_pixels * found.out_channels)
-    return _with_splits(found, moved, partial_bytes)  # type: ignore[no-any-return]
 
 
 def stem_problem(
@@ -124,7 +110,7 @@ def head_problem(shape: Sequence[int], dtype: torch.dtype, layers: Sequence[Tens
 # -- Operators -------------------------------------------------------------------------------------------------------
 
 
-def _require(x: Tensor, channels: int, like: Tensor) -> None:
+def require(x: Tensor, channels: int, dtype: torch.dtype, device: torch.device) -> None:
     """ValueError where the kernels would read something else than the caller means."""
     if x.ndim != 4:
         raise ValueError(f"input has shape {tuple(x.shape)}, not (N, C, H, W)")
@@ -132,25 +118,28 @@ def _require(x: Tensor, channels: int, like: Tensor) -> None:
         raise ValueError(f"input has {x.shape[1]} channels, the layer takes {channels}")
     if min(x.shape) < 1:
         raise ValueError(f"input has shape {tuple(x.shape)}: nothing in it")
-    if x.dtype != like.dtype:
-        raise ValueError(f"input is {dtype_name(x.dtype)}, the layer {dtype_name(like.dtype)}")
-    if x.device != like.device:
-        raise ValueError(f"input is on {x.device}, the layer on {like.device}")
+    if x.dtype != dtype:
+        raise ValueError(f"input is {dtype_name(x.dtype)}, the layer {dtype_name(dtype)}")
+    if x.device != device:
+        raise ValueError(f"input is on {x.device}, the layer on {device}")
     if not x.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(f"input with strides {x.stride()} is not channels_last")
     if x.device.type != "cuda" and not INTERPRETED:
         raise ValueError(f"input is on {x.device}: fused kernels run on CUDA, or with TRITON_INTERPRET=1")
 
 
-def run(kernel: tune.Kernel, problem: Any, x: Tensor, weights: Sequence[Tensor], layers: Sequence[Tensor]) -> Tensor:
+def run(
+    kernel: tune.Kernel, problem: Any, x: Tensor, weights: Sequence[Tensor], layers: Sequence[Tensor],
+    max_splits: int = MAX_SPLITS,
+) -> Tensor:  # fmt: skip
     """Whichever the tuner chose: the fused kernel, or layer by layer."""
-    choice = tune.choose(kernel, problem, x.device)
-    if not choice.fused:
+    tiling = tune.choose(kernel, problem, x.device).tiling(max_splits)
+    if tiling is None:
         return kernel.layer_by_layer(x, layers, problem)
     if x.device.type == "cuda":
         with torch.cuda.device(x.device):
-            return kernel.launch(x, weights, problem, choice.tiling)
-    return kernel.launch(x, weights, problem, choice.tiling)
+            return kernel.launch(x, weights, problem, tiling)
+    return kernel.launch(x, weights, problem, tiling)
 
 
 def _like(x: Tensor, channels: int, stride: int) -> Tensor:
@@ -162,36 +151,36 @@ def _like(x: Tensor, channels: int, stride: int) -> Tensor:
 @torch.library.custom_op("convfirst::block", mutates_args=())
 def block(
     x: Tensor, weights: Sequence[Tensor], layers: Sequence[Tensor], stride: int, activation: str, residual: bool,
-    partial_bytes: int,
+    max_splits: int,
 ) -> Tensor:  # fmt: skip
-    _require(x, layers[0].shape[0], layers[0])
-    problem = block_problem(x.shape, x.dtype, layers, stride, activation, residual, partial_bytes)
-    return run(BLOCK, problem, x, weights, layers)
+    require(x, layers[0].shape[0], layers[0].dtype, layers[0].device)
+    problem = block_problem(x.shape, x.dtype, layers, stride, activation, residual)
+    return run(BLOCK, problem, x, weights, layers, max_splits)
 
 
 @block.register_fake
-def _(x, weights, layers, stride, activation, residual, partial_bytes):  # type: ignore[no-untyped-def]
+def _(x, weights, layers, stride, activation, residual, max_splits):  # type: ignore[no-untyped-def]
     return _like(x, layers[4].shape[0], stride)
 
 
 @torch.library.custom_op("convfirst::mbconv", mutates_args=())
 def mbconv_block(
     x: Tensor, weights: Sequence[Tensor], layers: Sequence[Tensor], stride: int, activation: str, residual: bool,
-    partial_bytes: int,
+    max_splits: int,
 ) -> Tensor:  # fmt: skip
-    _require(x, layers[0].shape[1] if len(layers) == 6 else layers[0].shape[0], layers[0])
-    problem = mbconv_problem(x.shape, x.dtype, layers, stride, activation, residual, partial_bytes)
-    return run(MBCONV, problem, x, weights, layers)
+    require(x, layers[0].shape[1] if len(layers) == 6 else layers[0].shape[0], layers[0].dtype, layers[0].device)
+    problem = mbconv_problem(x.shape, x.dtype, layers, stride, activation, residual)
+    return run(MBCONV, problem, x, weights, layers, max_splits)
 
 
 @mbconv_block.register_fake
-def _(x, weights, layers, stride, activation, residual, partial_bytes):  # type: ignore[no-untyped-def]
+def _(x, weights, layers, stride, activation, residual, max_splits):  # type: ignore[no-untyped-def]
     return _like(x, layers[-2].shape[0], stride)
 
 
 @torch.library.custom_op("convfirst::stem", mutates_args=())
 def stem_layer(x: Tensor, weights: Sequence[Tensor], layers: Sequence[Tensor], stride: int, activation: str) -> Tensor:
-    _require(x, layers[0].shape[1], layers[0])
+    require(x, layers[0].shape[1], layers[0].dtype, layers[0].device)
     return run(STEM, stem_problem(x.shape, x.dtype, layers, stride, activation), x, weights, layers)
 
 
@@ -202,7 +191,7 @@ def _(x, weights, layers, stride, activation):  # type: ignore[no-untyped-def]
 
 @torch.library.custom_op("convfirst::head", mutates_args=())
 def head_layers(x: Tensor, weights: Sequence[Tensor], layers: Sequence[Tensor], activation: str) -> Tensor:
-    _require(x, layers[0].shape[1], layers[0])
+    require(x, layers[0].shape[1], layers[0].dtype, layers[0].device)
     return run(HEAD, head_problem(x.shape, x.dtype, layers, activation), x, weights, layers)
 
 

@@ -26,6 +26,7 @@ LARGEST_PART = 128
 # input channels: the largest steps in which any tiling reads them.
 HIDDEN_MULTIPLE = 128
 DENSE_MULTIPLE = 64
+# The most programs that may share a tile.
 MAX_SPLITS = 32
 # Tiles that may be split; with more there is no need to.
 COUNTERS = 1024
@@ -69,7 +70,6 @@ class BlockProblem:
         activation: one of `ACTIVATIONS`.
         residual: whether the input is added to the output.
         dtype: of input, weights and output; one of `DTYPES`.
-        max_splits: the most programs that may share a tile, which is a matter of memory for partial sums.
     """
 
     batch: int
@@ -84,7 +84,6 @@ class BlockProblem:
     activation: str
     residual: bool
     dtype: str
-    max_splits: int = MAX_SPLITS
 
     @property
     def out_height(self) -> int:

@@ -99,7 +99,7 @@ def tilings(problem: StemProblem, limits: Limits = H200) -> list[StemTiling]:
     found = [StemTiling(128), StemTiling(64), StemTiling(128, 8)] if large else [StemTiling(32), StemTiling(64)]
     # A tile of all taps and a tile of all outputs live in registers.
     most = 2**14 // max(problem.padded_taps, sum(parts(problem.out_channels)))
-    return [each for each in found if each.block_m <= most] or [StemTiling(max(MIN_DOT, most))]
+    return [each for each in found if each.block_m <= most] or [StemTiling(MIN_DOT)]
 
 
 def pack(layers: Sequence[Tensor], problem: StemProblem) -> list[Tensor]:

@@ -7,6 +7,7 @@ tuned once per machine.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -26,19 +27,27 @@ from torch import Tensor
 
 from kernels import timing
 from kernels.cost_model import H200, LIMITS, Limits
+from kernels.problem import MAX_SPLITS
 
 # Tilings that are compiled and timed; the cost model is meant to have the best among its first three.
 TRIED = 4
-# The best so far is timed beside each rival for so long.
-SECONDS_PER_RIVAL = 0.02
+# Of sampling, all in turns, for each that is timed; each is warmed up before.
+SECONDS_EACH = 0.02
 # Sources whose change makes remembered tilings void.
-SOURCES = ("device_functions.py", "convfirst.py", "mbconv.py", "stem.py", "head.py", "problem.py")
+SOURCES = ("cost_model.py", "device_functions.py", "convfirst.py", "mbconv.py", "stem.py", "head.py", "problem.py")
 
 LAYER_BY_LAYER = "layer by layer"
-# How Triton says that it cannot compile or run a tiling here; any other error is a bug.
-REFUSALS = (
+# Split tiles need memory, of which a network may allow little: the best tilings within these are tried as well.
+FEW_SPLITS = (1, 4)
+_REFUSALS = (
     triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError, triton.compiler.errors.CompilationError,
 )  # fmt: skip
+
+
+def refuses(error: BaseException) -> bool:
+    """Whether Triton says by this error that it cannot compile or run a tiling here; any other is a bug."""
+    # A pass of the compiler that fails raises no class of its own.
+    return isinstance(error, _REFUSALS) or (isinstance(error, RuntimeError) and "PassManager" in str(error))
 
 
 @dataclass(frozen=True)
@@ -46,17 +55,36 @@ class Choice:
     """What runs a problem.
 
     Args:
-        tiling: the best of the fused kernel.
-        fused: whether that runs, rather than torch layer by layer.
+        tilings: of the fused kernel, the fastest or likeliest first.
         source: "counted", "tuned" or "remembered".
-        fused_ms, layers_ms: as timed when tuned; None otherwise.
+        times_ms: of the tilings, as timed; empty when counted.
+        layers_ms: of torch layer by layer, as timed; None when counted.
     """
 
-    tiling: Any
-    fused: bool
+    tilings: tuple[Any, ...]
     source: str
-    fused_ms: float | None = None
+    times_ms: tuple[float, ...] = ()
     layers_ms: float | None = None
+
+    def best(self, max_splits: int = MAX_SPLITS) -> int | None:
+        """Index of the first tiling that splits a tile over no more programs than `max_splits`; None without any."""
+        allowed = (i for i, tiling in enumerate(self.tilings) if getattr(tiling, "splits", 1) <= max_splits)
+        return next(allowed, None)
+
+    def tiling(self, max_splits: int = MAX_SPLITS) -> Any | None:
+        """The tiling to run; None where torch's layers are faster, or no tiling fits."""
+        index = self.best(max_splits)
+        if index is None or (self.layers_ms is not None and self.times_ms[index] > self.layers_ms):
+            return None
+        return self.tilings[index]
+
+    def describe(self, max_splits: int = MAX_SPLITS) -> str:
+        """In a few words, such as `fused, 0.081 ms (layer by layer 0.203 ms)`."""
+        word = LAYER_BY_LAYER if self.tiling(max_splits) is None else "fused"
+        index = self.best(max_splits)
+        if index is None or self.layers_ms is None:
+            return f"{word}, not timed"
+        return f"{word}: {self.times_ms[index]:.4f} ms fused, {self.layers_ms:.4f} ms {LAYER_BY_LAYER}"
 
 
 @dataclass(frozen=True)
@@ -66,7 +94,7 @@ class Kernel:
     Args:
         name: by which choices are remembered.
         tiling: the class of its tilings.
-        tilings: those worth trying for a problem on a GPU, the likeliest first; never empty for a supported problem.
+        tilings: those worth trying for a problem on a GPU, the likeliest first.
         launch: (x, packed weights, problem, tiling) -> output.
         layer_by_layer: (x, layers, problem) -> output, as torch runs it.
     """
@@ -86,7 +114,8 @@ def cache_folder() -> Path:
 
 
 @functools.cache
-def _sources_digest() -> str:
+def sources_digest() -> str:
+    """Of the kernels' sources, by which what was found of them is known to be theirs."""
     folder = Path(__file__).parent
     return hashlib.sha256(b"".join((folder / name).read_bytes() for name in SOURCES)).hexdigest()[:12]
 
@@ -117,15 +146,18 @@ def limits_of(device: torch.device) -> Limits:
 
 def _file(kernel: Kernel, problem: Any, device: torch.device) -> Path:
     """One small file a choice: processes that tune at once cannot lose each other's."""
-    key = json.dumps([kernel.name, asdict(problem), _machine(device), _sources_digest()], sort_keys=True)
+    key = json.dumps([kernel.name, asdict(problem), _machine(device), sources_digest()], sort_keys=True)
     return cache_folder() / "tilings" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
 
 def _read(kernel: Kernel, problem: Any, device: torch.device) -> Choice | None:
     try:
         fields = json.loads(_file(kernel, problem, device).read_text())
-        tiling = kernel.tiling(**fields["tiling"])
-        return Choice(tiling, fields["fused"], "remembered", fields["fused_ms"], fields["layers_ms"])
+        tilings = tuple(kernel.tiling(**each) for each in fields["tilings"])
+        times_ms = tuple(map(float, fields["times_ms"]))
+        if len(tilings) != len(times_ms):
+            return None
+        return Choice(tilings, "remembered", times_ms, float(fields["layers_ms"]))
     except (OSError, ValueError, KeyError, TypeError):
         # Nothing there, or nothing that this version can read: it is tuned anew.
         return None
@@ -135,8 +167,8 @@ def _write(kernel: Kernel, problem: Any, device: torch.device, choice: Choice) -
     path = _file(kernel, problem, device)
     fields = {
         "kernel": kernel.name, "problem": asdict(problem), "machine": _machine(device),
-        "tiling": asdict(choice.tiling), "fused": choice.fused,
-        "fused_ms": choice.fused_ms, "layers_ms": choice.layers_ms,
+        "tilings": [asdict(tiling) for tiling in choice.tilings], "times_ms": choice.times_ms,
+        "layers_ms": choice.layers_ms,
     }  # fmt: skip
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -148,6 +180,16 @@ def _write(kernel: Kernel, problem: Any, device: torch.device, choice: Choice) -
         return
 
 
+def tried(kernel: Kernel, problem: Any, limits: Limits) -> list[Any]:
+    """The tilings that tuning times: the likeliest, and the likeliest of those that split little or not at all."""
+    ranked = list(kernel.tilings(problem, limits))
+    found = ranked[:TRIED]
+    for most in FEW_SPLITS:
+        within = (tiling for tiling in ranked if getattr(tiling, "splits", 1) <= most)
+        found += [tiling for tiling in (next(within, None),) if tiling is not None and tiling not in found]
+    return found
+
+
 _chosen: dict[tuple[str, Any, torch.device], Choice] = {}
 
 
@@ -156,7 +198,8 @@ def choose(kernel: Kernel, problem: Any, device: torch.device) -> Choice:
     key = (kernel.name, problem, device)
     if key not in _chosen:
         remembered = _read(kernel, problem, device) if device.type == "cuda" else None
-        _chosen[key] = remembered or Choice(kernel.tilings(problem, limits_of(device))[0], True, "counted")
+        counted = tuple(tried(kernel, problem, limits_of(device)))
+        _chosen[key] = remembered or Choice(counted, "counted")
     return _chosen[key]
 
 
@@ -198,7 +241,7 @@ def tune(tasks: Sequence[Task]) -> list[Choice]:
     if wanted:
         compile_together([(task, tiling) for task, tilings in wanted.values() for tiling in tilings])
     for task, tilings in wanted.values():
-        choice = _fastest(task, tilings)
+        choice = time_tilings(task, tilings)
         _chosen[task.kernel.name, task.problem, task.x.device] = choice
         _write(task.kernel, task.problem, task.x.device, choice)
     return [choose(task.kernel, task.problem, task.x.device) for task in tasks]
@@ -217,7 +260,9 @@ def compile_together(jobs: Sequence[tuple[Task, Any]]) -> float:
         _warming_up(),
     ):
         for task, tiling in jobs:
-            task.kernel.launch(task.x, task.weights, task.problem, tiling)
+            # Triton compiles for the current device.
+            with torch.cuda.device(task.x.device):
+                task.kernel.launch(task.x, task.weights, task.problem, tiling)
     return time.perf_counter() - begin
 
 
@@ -256,24 +301,22 @@ def _graph(run: Callable[[], Tensor]) -> Callable[[], None]:
     return replay
 
 
-def _fastest(task: Task, tilings: Sequence[Any]) -> Choice:
-    """The fastest of the tilings that run, against torch, timed in turns in CUDA graphs."""
+def time_tilings(task: Task, tilings: Sequence[Any]) -> Choice:
+    """The tilings that run and torch's layers, timed in turns in CUDA graphs."""
     device = task.x.device
     runs: dict[Any, Callable[[], None]] = {}
-    with torch.inference_mode(), torch.cuda.device(device):
+    # Float32 runs for checking: both sides with all its bits.
+    exact = torch.backends.cudnn.flags(allow_tf32=False) if task.x.dtype == torch.float32 else contextlib.nullcontext()
+    with torch.inference_mode(), torch.cuda.device(device), exact:
         runs[LAYER_BY_LAYER] = _graph(lambda: task.kernel.layer_by_layer(task.x, task.layers, task.problem))
         for tiling in tilings:
             try:
                 runs[tiling] = _graph(functools.partial(task.kernel.launch, task.x, task.weights, task.problem, tiling))
-            except REFUSALS:
-                continue
-        samples = timing.time_interleaved(
-            list(runs.values()), timing.clock_for(device), SECONDS_PER_RIVAL * len(runs), 2e-4
-        )
-    medians = dict(zip(runs, np.median(samples, axis=0) * 1e3, strict=True))
-    layers_ms = float(medians.pop(LAYER_BY_LAYER))
-    if not medians:
-        return Choice(tilings[0], False, "tuned", None, layers_ms)
-    best = min(medians, key=medians.__getitem__)
-    fused_ms = float(medians[best])
-    return Choice(best, fused_ms <= layers_ms, "tuned", fused_ms, layers_ms)
+            except Exception as error:
+                if not refuses(error):
+                    raise
+        samples = timing.time_interleaved(list(runs.values()), timing.clock_for(device), SECONDS_EACH * len(runs), 2e-4)
+    medians = dict(zip(runs, (np.median(samples, axis=0) * 1e3).tolist(), strict=True))
+    layers_ms = medians.pop(LAYER_BY_LAYER)
+    by_time = sorted(medians, key=medians.__getitem__)
+    return Choice(tuple(by_time), "tuned", tuple(medians[tiling] for tiling in by_time), layers_ms)

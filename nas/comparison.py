@@ -67,8 +67,9 @@ def main(
     for seed in range(seeds):
         running = [search(folder, each, seed, seconds) for each in samplers]
         try:
-            for process in running:
-                process.wait()
+            for process, each in zip(running, samplers, strict=True):
+                if process.wait():
+                    raise SystemExit(f"{each}{seed}: the search failed; see {folder / f'{each}{seed}.log'}")
         finally:
             for process in running:
                 process.terminate()

@@ -69,9 +69,9 @@ def _fused(model: nn.Module, example: Tensor) -> nn.Module:
 
 
 def _triton_refuses(error: Exception) -> bool:
-    from kernels.tune import REFUSALS
+    from kernels.tune import refuses
 
-    return isinstance(error, REFUSALS)
+    return refuses(error)
 
 
 ENGINES = {

@@ -7,6 +7,7 @@ stopped.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import random
 from collections import Counter
@@ -20,11 +21,10 @@ from typing import Annotated, Any
 import typer
 from rich.progress import Progress
 
-from kernels import cost_model
+from kernels import cost_model, ops, tune
 from kernels.device_functions import INTERPRETED
 from kernels.inspect import SHARED_LIMIT_BYTES, compile_block, read_statics
 from kernels.problem import BlockProblem, unsupported
-from kernels.tune import TRIED
 from search_spaces import SearchSpace, load_space
 from search_spaces.arch import STEM_STRIDE, BlockSpec
 
@@ -72,13 +72,13 @@ def problems(space: SearchSpace, batch: int, dtype: str) -> list[BlockProblem]:
     return sorted((problem for problem in found if unsupported(problem) is None), key=str)
 
 
-def compile_tilings(problem: BlockProblem, capability: int, tilings: int) -> dict[str, Any]:
-    """A line of the results: what the compiler made of a problem's likeliest tilings.
+def compile_tilings(problem: BlockProblem, capability: int) -> dict[str, Any]:
+    """A line of the results: what the compiler made of the tilings that would be tuned.
 
     Many problems share kernels, as batch and resolution are no part of them; Triton's cache has those at once.
     """
     found = []
-    for tiling in cost_model.ranked(problem, cost_model.LIMITS[capability])[:tilings]:
+    for tiling in tune.tried(ops.BLOCK, problem, cost_model.LIMITS[capability]):
         row: dict[str, Any] = {"tiling": asdict(tiling), "statics": None}
         try:
             statics = read_statics(compile_block(problem, tiling, capability))
@@ -89,7 +89,8 @@ def compile_tilings(problem: BlockProblem, capability: int, tilings: int) -> dic
         else:
             row |= {"statics": asdict(statics), "complaints": statics.complaints(capability, problem.dtype)}
         found.append(row)
-    return {"problem": asdict(problem), "capability": capability, "tilings": found}
+    sources = tune.sources_digest()
+    return {"problem": asdict(problem), "capability": capability, "sources": sources, "tilings": found}
 
 
 def main(
@@ -97,7 +98,6 @@ def main(
     batch: Annotated[list[int] | None, typer.Option(min=1, help="1 and 128 by default.")] = None,
     capability: Annotated[list[int] | None, typer.Option(help="80, 89 or 90; 90 by default.")] = None,
     dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "float16",
-    tilings: Annotated[int, typer.Option(min=1, help="Of each block, the likeliest first.")] = TRIED,
     limit: Annotated[int | None, typer.Option(min=1, help="So many blocks at most, drawn at random.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes that compile.")] = 2,
     out: Annotated[Path, typer.Option(help="Results, one line of JSON each; appended to.")] = Path("sweep.jsonl"),
@@ -114,38 +114,43 @@ def main(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--space") from error
     jobs = {
-        _key(asdict(problem), number): (problem, number)
+        _key(asdict(problem), number, tune.sources_digest()): (problem, number)
         for each, images, number in product(spaces, batch or [1, 128], capabilities)
         for problem in problems(each, images, dtype)
     }
     rows = {}
-    if out.exists():
-        found = map(json.loads, out.read_text().splitlines())
-        rows = {key: row for row in found if (key := _key(row["problem"], row["capability"])) in jobs}
+    for line in out.read_text().splitlines() if out.exists() else ():
+        # A run that was killed leaves half a line.
+        with contextlib.suppress(json.JSONDecodeError, KeyError):
+            row = json.loads(line)
+            if (key := _key(row["problem"], row["capability"], row["sources"])) in jobs:
+                rows[key] = row
     left = sorted(set(jobs) - set(rows))
     random.Random(0).shuffle(left)
     typer.echo(f"{len(jobs)} blocks, {len(rows)} known, {len(left)} left")
     left = left[:limit]
     with ProcessPoolExecutor(workers) as pool, Progress() as progress, out.open("a") as file:
         bar = progress.add_task("compiling", total=len(left))
-        futures = {pool.submit(compile_tilings, *jobs[key], tilings): key for key in left}
+        if out.read_text()[-1:] not in ("", "\n"):
+            file.write("\n")
+        futures = {pool.submit(compile_tilings, *jobs[key]): key for key in left}
         for future in as_completed(futures):
             rows[futures[future]] = row = future.result()
             file.write(json.dumps(row) + "\n")
             file.flush()
             progress.advance(bar)
-    ranks = [row["tilings"][rank] for rank in range(tilings) for row in rows.values() if rank < len(row["tilings"])]
+    every = [compiled for row in rows.values() for compiled in row["tilings"]]
     first = [row["tilings"][0] for row in rows.values()]
-    for name, compiled in (("first tilings", first), ("tilings", ranks)):
+    for name, compiled in (("first tilings", first), ("tilings", every)):
         clean = sum(not each["complaints"] for each in compiled)
         typer.echo(f"{clean} of {len(compiled)} {name} have nothing to complain of")
-    complaints = Counter(_kind(complaint) for each in ranks for complaint in each["complaints"])
+    complaints = Counter(_kind(complaint) for each in every for complaint in each["complaints"])
     for complaint, count in complaints.most_common():
         typer.echo(f"{count:6} {complaint}")
 
 
-def _key(problem: dict[str, Any], capability: int) -> str:
-    return json.dumps([problem, capability], sort_keys=True)
+def _key(problem: dict[str, Any], capability: int, sources: str) -> str:
+    return json.dumps([problem, capability, sources], sort_keys=True)
 
 
 def _kind(complaint: str) -> str:

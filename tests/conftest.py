@@ -22,7 +22,9 @@ optuna.logging.set_verbosity(optuna.logging.WARNING)
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tests neither read nor write the user's cache; all tests of a run share one."""
-    shared = tmp_path_factory.getbasetemp().parent / "cache"
+    base = tmp_path_factory.getbasetemp()
+    # Of several workers each has a folder of its own in that of the run.
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
     monkeypatch.setenv("XDG_CACHE_HOME", str(shared))
 
 

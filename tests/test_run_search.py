@@ -236,7 +236,7 @@ def picture_folder(root: Path, classes: int, mode: str = "RGB") -> None:
         ("--device cpu --engine nosuch", "--engine nosuch: none of"),
         (
             "--device cpu --engine fused",
-            "--engine fused: does not run on cpu (its Triton kernels run there with TRITON",
+            "--engine fused: does not run on cpu",
         ),
         ("--device cpu --dtype float16", "--dtype float16: not on the CPU"),
         ("--storage nonsense", "--storage nonsense: "),

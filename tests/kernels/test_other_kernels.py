@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 from math import sqrt
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 from kernels import cost_model, head, mbconv, ops, stem
 from kernels.head import HeadProblem, HeadTiling
 from kernels.mbconv import MBConvProblem
-from kernels.problem import ACTIVATIONS, BlockProblem, Tiling
+from kernels.problem import BlockProblem, Tiling
 from kernels.stem import StemProblem, StemTiling
 from kernels.tune import Kernel
 
@@ -126,18 +127,25 @@ def test_mbconv(problem: MBConvProblem, tiling: Tiling, poisoned: None) -> None:
     check(ops.MBCONV, mbconv.pack, problem, tiling, shape, layers if problem.expands else layers[2:])
 
 
-@pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_every_supported_problem_has_tilings(activation: str) -> None:
-    for channels in (8, 64, 512):
-        for batch in (1, 128):
-            for dtype in ("float16", "float32"):
-                block = BlockProblem(batch, 14, 14, channels, 4 * channels, channels, 3, 8, 1, activation, True, dtype)
-                assert all(cost_model.ranked(block, limits) for limits in cost_model.LIMITS.values())
-                assert mbconv.tilings(
-                    replace(MBCONV, batch=batch, hidden_channels=4 * channels, out_channels=channels, dtype=dtype)
-                )
-                assert stem.tilings(replace(STEM, batch=batch, out_channels=min(channels, 256), dtype=dtype))
-                assert head.tilings(replace(HEAD, batch=batch, in_channels=channels, dtype=dtype))
+def test_every_supported_problem_has_tilings_of_which_one_is_not_split() -> None:
+    rng = random.Random(0)
+    for hidden in range(8, 2600, 8):
+        batch, dtype = rng.choice([1, 3, 128]), rng.choice(["float16", "float32"])
+        out = rng.randrange(8, 520, 8)
+        found = mbconv.tilings(replace(MBCONV, batch=batch, hidden_channels=hidden, out_channels=out, dtype=dtype))
+        assert any(tiling.splits == 1 for tiling in found), hidden
+    for _ in range(60):
+        channels, batch = rng.randrange(8, 520, 8), rng.choice([1, 3, 128])
+        dtype, kernel_size = rng.choice(["float16", "float32"]), rng.choice([3, 5, 7])
+        group = rng.choice([1, 8, channels])
+        hidden = rng.randrange(1, 9) * channels
+        block = BlockProblem(
+            batch, 14, 14, channels, hidden, channels, kernel_size, group, 1, "silu", True, dtype
+        )  # fmt: skip
+        for limits in cost_model.LIMITS.values():
+            assert any(tiling.splits == 1 for tiling in cost_model.ranked(block, limits)), block
+        assert stem.tilings(replace(STEM, batch=batch, out_channels=min(channels, 256), dtype=dtype))
+        assert head.tilings(replace(HEAD, batch=batch, in_channels=channels, dtype=dtype))
 
 
 @pytest.mark.parametrize(

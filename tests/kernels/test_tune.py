@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from kernels import ops, tune
 from kernels.cost_model import H200
@@ -29,7 +30,9 @@ class FakeTimer:
 
     def fastest(self, task: Task, tilings: list[Tiling]) -> Choice:
         self.timed.append(task.problem)
-        return Choice(tilings[1], task.problem.activation != "relu", "tuned", 0.5, 0.75)
+        layers_ms = 0.25 if task.problem.activation == "relu" else 0.75
+        by_time = (tilings[1], *(tiling for tiling in tilings if tiling != tilings[1]))
+        return Choice(by_time, "tuned", tuple(0.5 + i / 10 for i in range(len(by_time))), layers_ms)
 
     def compile_together(self, jobs: list[tuple[Task, Any]]) -> float:
         self.compiled += [(task.problem, tiling) for task, tiling in jobs]
@@ -42,7 +45,7 @@ def timer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeTimer
     monkeypatch.setenv("CONVFIRST_CACHE", str(tmp_path))
     monkeypatch.setattr(tune, "_machine", lambda device: "GPU A, torch 2, triton 3")
     monkeypatch.setattr(tune, "limits_of", lambda device: H200)
-    monkeypatch.setattr(tune, "_fastest", fake.fastest)
+    monkeypatch.setattr(tune, "time_tilings", fake.fastest)
     monkeypatch.setattr(tune, "compile_together", fake.compile_together)
     tune.forget()
     yield fake
@@ -57,9 +60,9 @@ def test_a_problem_is_tuned_once_per_machine(timer: FakeTimer, tmp_path: Path) -
     other = replace(PROBLEM, activation="relu")
     choices = tune.tune([task(PROBLEM), task(other), task(PROBLEM)])
     assert timer.timed == [PROBLEM, other]
-    assert len(timer.compiled) == 2 * tune.TRIED
+    assert len(timer.compiled) == 2 * len(tune.tried(ops.BLOCK, PROBLEM, H200))
     assert choices[0] == choices[2]
-    assert [choice.fused for choice in choices] == [True, False, True]
+    assert [choice.tiling() is not None for choice in choices] == [True, False, True]
     assert len(list(tmp_path.rglob("*.json"))) == 2
     assert tune.tune([task(PROBLEM)]) == choices[:1]
     # A new process finds it on disk.
@@ -78,11 +81,13 @@ def test_another_machine_or_other_sources_are_tuned_anew(timer: FakeTimer, monke
     monkeypatch.setattr(tune, "_machine", lambda device: "GPU A, torch 2, triton 3")
     assert tune.choose(ops.BLOCK, PROBLEM, CUDA).source == "remembered"
     tune.forget()
-    monkeypatch.setattr(tune, "_sources_digest", lambda: "changed")
+    monkeypatch.setattr(tune, "sources_digest", lambda: "changed")
     assert tune.choose(ops.BLOCK, PROBLEM, CUDA).source == "counted"
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"tiling": {"nosuch": 1}}', '{"tiling": null}'])
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", '{"tilings": [{"nosuch": 1}]}', '{"tilings": [], "times_ms": [1], "layers_ms": 1}']
+)
 def test_an_unreadable_file_is_tuned_over(content: str, timer: FakeTimer, tmp_path: Path) -> None:
     tune.tune([task(PROBLEM)])
     (path,) = tmp_path.rglob("*.json")
@@ -105,5 +110,34 @@ def test_where_nothing_can_be_written_tuning_goes_on(
 def test_untuned_problems_run_the_cost_models_first_choice(timer: FakeTimer) -> None:
     choice = tune.choose(ops.BLOCK, PROBLEM, CUDA)
     assert choice.source == "counted"
-    assert choice.fused
-    assert choice.tiling == ops.BLOCK.tilings(PROBLEM, H200)[0]
+    assert choice.tiling() == ops.BLOCK.tilings(PROBLEM, H200)[0]
+    assert choice.describe() == "fused, not timed"
+
+
+def test_one_choice_serves_every_allowance_of_memory() -> None:
+    tilings = tuple(Tiling(32, 32, "mma", splits) for splits in (8, 16, 1, 2))
+    choice = Choice(tilings, "tuned", (1.0, 2.0, 3.0, 4.0), 2.5)
+    assert choice.tiling() == choice.tiling(8) == tilings[0]
+    # The best that is allowed is slower than torch.
+    assert choice.tiling(4) is None
+    assert choice.describe(4) == "layer by layer: 3.0000 ms fused, 2.5000 ms layer by layer"
+    assert Choice(tilings, "counted").tiling(4) == tilings[2]
+    assert Choice((), "tuned", (), 1.0).tiling() is None
+    assert Choice((), "counted").tiling() is None
+
+
+@pytest.mark.parametrize("pixels", [49, 196, 12544])
+def test_among_the_tried_is_one_for_every_allowance(pixels: int) -> None:
+    problem = replace(PROBLEM, height=1, width=pixels, in_channels=256, hidden_channels=1024, out_channels=256)
+    tried = tune.tried(ops.BLOCK, problem, H200)
+    assert len(set(tried)) == len(tried) <= tune.TRIED + len(tune.FEW_SPLITS)
+    assert any(tiling.splits == 1 for tiling in tried)
+    for most in (1, 2, 4, 8, 16, 32):
+        assert Choice(tuple(tried), "counted").tiling(most) is not None
+
+
+def test_compilers_refusals_are_told_from_bugs() -> None:
+    assert tune.refuses(OutOfResources(300000, 232448, "shared memory"))
+    assert tune.refuses(RuntimeError("PassManager::run failed"))
+    assert not tune.refuses(RuntimeError("size mismatch"))
+    assert not tune.refuses(ValueError("x"))

@@ -38,7 +38,7 @@ def test_the_engine_deploys_a_fused_network(kernel_device: torch.device) -> None
     network = load_space("small").smallest().build(10).eval().to(kernel_device)
     x = torch.randn(1, 3, 8, 8, device=kernel_device).contiguous(memory_format=torch.channels_last)
     config = LatencyConfig(device=str(kernel_device), engine="fused", dtype="float32")
-    with torch.inference_mode():
+    with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
         module = deploy(network, config, x)
         torch.testing.assert_close(module(x), network(x), rtol=1e-4, atol=1e-4)
     assert all(part.fused for part in module.parts)
