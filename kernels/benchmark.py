@@ -412,15 +412,20 @@ def predictions(limits: cost_model.Limits) -> list[dict[str, Any]]:
             layers = cost_model.layer_roofline(problem, limits) + 3 * limits.launch_seconds
             name, word = row.name, shorthand(tiling)
         elif row.is_convfirst:
-            problems = list(fuse(row.build(), DTYPES["cuda"]).problems(row.batch, row.resolution).values())
-            blocks = [problem for problem in problems if isinstance(problem, BlockProblem)]
-            rest = sum(moved_bytes(problem) for problem in problems if not isinstance(problem, BlockProblem))
-            tilings = [cost_model.ranked(problem, limits)[0] for problem in blocks]
-            pairs = list(zip(blocks, tilings, strict=True))
+            network = fuse(row.build(), DTYPES["cuda"])
+            problems, modules = network.problems(row.batch, row.resolution), network.fused_modules
+            blocks = {name: problem for name, problem in problems.items() if isinstance(problem, BlockProblem)}
+            rest = sum(moved_bytes(problem) for name, problem in problems.items() if name not in blocks)
+            pairs = []
+            for name, problem in blocks.items():
+                tried = tune.Choice(tuple(tune.tried(ops.BLOCK, problem, limits)), "counted")
+                allowed = tried.tiling(modules[name].max_splits)
+                assert allowed is not None
+                pairs.append((problem, allowed))
             estimate = sum(cost_model.estimate(*pair, limits) for pair in pairs)
             estimate += rest / limits.dram_bytes + 3 * limits.launch_seconds
             bound = sum(cost_model.bound(*pair, limits)[1] for pair in pairs) + rest / limits.dram_bytes
-            layers = sum(cost_model.layer_roofline(problem, limits) for problem in blocks)
+            layers = sum(cost_model.layer_roofline(problem, limits) for problem in blocks.values())
             layers += 3 * len(blocks) * limits.launch_seconds + 2 * rest / limits.dram_bytes
             name, term, word = row.name, "", f"{len(blocks)} blocks"
         else:
