@@ -34,6 +34,7 @@ from kernels.problem import (
     MAX_CHANNELS,
     MIN_DOT,
     WIDE_ELEMENTS,
+    Convolved,
     Tiling,
     parts,
     power_of_two,
@@ -41,7 +42,7 @@ from kernels.problem import (
 
 
 @dataclass(frozen=True, slots=True)
-class MBConvProblem:
+class MBConvProblem(Convolved):
     """One block on one input; fields as `BlockProblem` has them.
 
     `expands` tells whether there is a 1x1 expansion; without it in_channels equals hidden_channels.
@@ -60,18 +61,6 @@ class MBConvProblem:
     expands: bool
     residual: bool
     dtype: str
-
-    @property
-    def out_height(self) -> int:
-        return (self.height - 1) // self.stride + 1
-
-    @property
-    def out_width(self) -> int:
-        return (self.width - 1) // self.stride + 1
-
-    @property
-    def out_pixels(self) -> int:
-        return self.batch * self.out_height * self.out_width
 
     @property
     def padded_hidden(self) -> int:

@@ -59,8 +59,31 @@ def parts(channels: int, minimum: int = MIN_DOT, largest: int = LARGEST_PART) ->
     return tuple(piece for part in found for piece in [min(part, largest)] * max(1, part // largest))
 
 
+class Convolved:
+    """Sizes that follow from a convolution's fields, for the dataclasses that have them."""
+
+    __slots__ = ()
+    batch: int
+    height: int
+    width: int
+    stride: int
+
+    @property
+    def out_height(self) -> int:
+        return (self.height - 1) // self.stride + 1
+
+    @property
+    def out_width(self) -> int:
+        return (self.width - 1) // self.stride + 1
+
+    @property
+    def out_pixels(self) -> int:
+        """Of the whole batch: what tiles run over."""
+        return self.batch * self.out_height * self.out_width
+
+
 @dataclass(frozen=True, slots=True)
-class BlockProblem:
+class BlockProblem(Convolved):
     """One ConvFirst block on one input: everything that decides what is computed.
 
     Args:
@@ -84,19 +107,6 @@ class BlockProblem:
     activation: str
     residual: bool
     dtype: str
-
-    @property
-    def out_height(self) -> int:
-        return (self.height - 1) // self.stride + 1
-
-    @property
-    def out_width(self) -> int:
-        return (self.width - 1) // self.stride + 1
-
-    @property
-    def out_pixels(self) -> int:
-        """Of the whole batch: what tiles run over."""
-        return self.batch * self.out_height * self.out_width
 
     @property
     def itemsize(self) -> int:

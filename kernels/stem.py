@@ -19,14 +19,14 @@ from torch import Tensor
 
 from kernels.cost_model import H200, Limits
 from kernels.device_functions import activate, dot, round_to, size, start, tap_zero, total_size
-from kernels.problem import ACTIVATIONS, DTYPES, KERNEL_SIZES, MIN_DOT, WIDE_ELEMENTS, parts, power_of_two
+from kernels.problem import ACTIVATIONS, DTYPES, KERNEL_SIZES, MIN_DOT, WIDE_ELEMENTS, Convolved, parts, power_of_two
 
 MAX_TAPS = 256
 MAX_CHANNELS = 256
 
 
 @dataclass(frozen=True, slots=True)
-class StemProblem:
+class StemProblem(Convolved):
     """A stem on one input; fields as `BlockProblem` has them, the convolution full."""
 
     batch: int
@@ -38,18 +38,6 @@ class StemProblem:
     stride: int
     activation: str
     dtype: str
-
-    @property
-    def out_height(self) -> int:
-        return (self.height - 1) // self.stride + 1
-
-    @property
-    def out_width(self) -> int:
-        return (self.width - 1) // self.stride + 1
-
-    @property
-    def out_pixels(self) -> int:
-        return self.batch * self.out_height * self.out_width
 
     @property
     def taps(self) -> int:

@@ -14,6 +14,7 @@ import json
 import os
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -33,6 +34,9 @@ from kernels.problem import MAX_SPLITS
 TRIED = 4
 # Of sampling, all in turns, for each that is timed; each is warmed up before.
 SECONDS_EACH = 0.02
+# Root mean square of the difference from torch's layers, over theirs, from which on a result is taken for wrong:
+# some ten roundings of the dtype.
+WRONG = {torch.float16: 1e-2, torch.bfloat16: 8e-2, torch.float32: 1e-3}
 # Sources whose change makes remembered tilings void.
 SOURCES = ("cost_model.py", "device_functions.py", "convfirst.py", "mbconv.py", "stem.py", "head.py", "problem.py")
 
@@ -234,10 +238,8 @@ def tune(tasks: Sequence[Task]) -> list[Choice]:
     for task in tasks:
         if choose(task.kernel, task.problem, task.x.device).source != "counted":
             continue
-        wanted[task.kernel.name, task.problem] = (
-            task,
-            list(task.kernel.tilings(task.problem, limits_of(task.x.device))[:TRIED]),
-        )
+        tilings = tried(task.kernel, task.problem, limits_of(task.x.device))
+        wanted[task.kernel.name, task.problem] = (task, tilings)
     if wanted:
         compile_together([(task, tiling) for task, tilings in wanted.values() for tiling in tilings])
     for task, tilings in wanted.values():
@@ -301,6 +303,13 @@ def _graph(run: Callable[[], Tensor]) -> Callable[[], None]:
     return replay
 
 
+def is_wrong(found: Tensor, expected: Tensor) -> bool:
+    """Whether a result differs from torch's own by more than rounding."""
+    error = (found.float() - expected.float()).norm() / expected.float().norm()
+    # NaN is no less than anything.
+    return not bool(error < WRONG[expected.dtype])
+
+
 def time_tilings(task: Task, tilings: Sequence[Any]) -> Choice:
     """The tilings that run and torch's layers, timed in turns in CUDA graphs."""
     device = task.x.device
@@ -309,9 +318,17 @@ def time_tilings(task: Task, tilings: Sequence[Any]) -> Choice:
     exact = torch.backends.cudnn.flags(allow_tf32=False) if task.x.dtype == torch.float32 else contextlib.nullcontext()
     with torch.inference_mode(), torch.cuda.device(device), exact:
         runs[LAYER_BY_LAYER] = _graph(lambda: task.kernel.layer_by_layer(task.x, task.layers, task.problem))
+        expected = task.kernel.layer_by_layer(task.x, task.layers, task.problem)
         for tiling in tilings:
+            launch = functools.partial(task.kernel.launch, task.x, task.weights, task.problem, tiling)
             try:
-                runs[tiling] = _graph(functools.partial(task.kernel.launch, task.x, task.weights, task.problem, tiling))
+                if is_wrong(launch(), expected):
+                    # A compiler's mistake must cost a tiling, not a deployment.
+                    warnings.warn(
+                        f"{task.kernel.name}: {tiling} computes {task.problem} wrong, it is not used", stacklevel=2
+                    )
+                    continue
+                runs[tiling] = _graph(launch)
             except Exception as error:
                 if not refuses(error):
                     raise

@@ -18,7 +18,7 @@ from kernels.problem import BlockProblem, Tiling
 from kernels.tune import Choice, Task
 
 CUDA = torch.device("cuda", 0)
-PROBLEM = BlockProblem(1, 14, 14, 64, 256, 64, 3, 8, 1, "silu", True, "float16")
+PROBLEM = BlockProblem(1, 14, 14, 256, 1024, 256, 3, 8, 1, "silu", True, "float16")
 
 
 class FakeTimer:
@@ -60,6 +60,7 @@ def test_a_problem_is_tuned_once_per_machine(timer: FakeTimer, tmp_path: Path) -
     other = replace(PROBLEM, activation="relu")
     choices = tune.tune([task(PROBLEM), task(other), task(PROBLEM)])
     assert timer.timed == [PROBLEM, other]
+    assert len(tune.tried(ops.BLOCK, PROBLEM, H200)) > tune.TRIED
     assert len(timer.compiled) == 2 * len(tune.tried(ops.BLOCK, PROBLEM, H200))
     assert choices[0] == choices[2]
     assert [choice.tiling() is not None for choice in choices] == [True, False, True]
@@ -134,6 +135,15 @@ def test_among_the_tried_is_one_for_every_allowance(pixels: int) -> None:
     assert any(tiling.splits == 1 for tiling in tried)
     for most in (1, 2, 4, 8, 16, 32):
         assert Choice(tuple(tried), "counted").tiling(most) is not None
+
+
+def test_a_wrong_result_is_told_from_rounding() -> None:
+    exact = torch.randn(1000, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float16, torch.bfloat16):
+        assert not tune.is_wrong(exact.to(dtype), exact.to(dtype) + exact.to(dtype) * 2**-8)
+        assert tune.is_wrong((1.2 * exact).to(dtype), exact.to(dtype))
+    assert not tune.is_wrong(exact * (1 + 1e-5), exact)
+    assert tune.is_wrong(torch.full_like(exact, float("nan")), exact)
 
 
 def test_compilers_refusals_are_told_from_bugs() -> None:
