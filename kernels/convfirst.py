@@ -5,7 +5,8 @@
     out = sum over blocks (h @ project) + bias    [M, C']   float32, plus x, stored once
 
 A program computes M output pixels of the flattened batch. With `splits` > 1 that many programs share a tile, each a
-part of the hidden channels; whichever ends last adds up their float32 sums, always in the same order.
+part of the hidden channels; whichever ends last adds up their float32 sums, always in the same order. With `out_splits`
+> 1 they share its output channels, each computing y and h for itself.
 
 Legend: N, H, W batch, height, width; P output pixels of the whole batch; C, E, C' input, hidden and output channels;
 K kernel size; D channels of a dense block of grouped weights. Channels run innermost (channels_last). A width is
@@ -157,12 +158,16 @@ def convfirst_kernel(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
     FORM: tl.constexpr, CONV_BLOCK: tl.constexpr, DENSE_ROWS: tl.constexpr, CONV_STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
+    PADDED_OUT: tl.constexpr, OUT_SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BLOCK_M output pixels (axis 0) and one split of the hidden channels (axis 1)."""
+    """One tile of BLOCK_M output pixels (axis 0), one split of the hidden channels (1) and of the output's (2)."""
     DTYPE: tl.constexpr = x.dtype.element_ty
     PADDED_IN: tl.constexpr = total_size(IN_PARTS)
-    PADDED_OUT: tl.constexpr = total_size(OUT_PARTS)
     tile, split = tl.program_id(0), tl.program_id(1)
+    first_out, counter = 0, tile
+    if OUT_SPLITS > 1:
+        first_out = tl.program_id(2) * total_size(OUT_PARTS)
+        counter = tile * OUT_SPLITS + tl.program_id(2)
     row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = row < pixels
     if WIDE:
@@ -192,12 +197,12 @@ def convfirst_kernel(
         h = round_to(activate(h, ACTIVATION, DTYPE == tl.float32), DTYPE)
         sums = ()
         for i in tl.static_range(len(OUT_PARTS)):
-            columns = start(OUT_PARTS, i) + tl.arange(0, size(OUT_PARTS, i))
+            columns = first_out + start(OUT_PARTS, i) + tl.arange(0, size(OUT_PARTS, i))
             sums = sums + (dot(h, tl.load(project + hidden[:, None] * PADDED_OUT + columns[None, :]), totals[i]),)
         totals = sums
 
     store_tile(
-        out, totals, partial, counters, project_bias, x, row, valid, pixels, tile, split,
+        out, totals, partial, counters, project_bias, x, row, valid, pixels, counter, split, first_out,
         OUT_PARTS, OUT, PADDED_OUT, RESIDUAL, BLOCK_M, SPLITS,
     )  # fmt: skip
 
@@ -211,10 +216,13 @@ def constants(problem: BlockProblem, tiling: Tiling) -> dict[str, object]:
         problem.batch * problem.height * problem.width * problem.in_channels,
         problem.out_pixels * problem.padded_out * tiling.splits,
     )
+    out_parts = parts(problem.out_channels, MIN_DOT, tiling.part)
+    if tiling.out_splits > 1:
+        out_parts = (problem.padded_out // tiling.out_splits,)
     return {
         "IN": problem.in_channels, "HIDDEN": problem.hidden_channels, "OUT": problem.out_channels,
         "IN_PARTS": parts(problem.in_channels, problem.conv_block, tiling.part),
-        "OUT_PARTS": parts(problem.out_channels, MIN_DOT, tiling.part),
+        "OUT_PARTS": out_parts, "PADDED_OUT": problem.padded_out, "OUT_SPLITS": tiling.out_splits,
         "KERNEL": problem.kernel_size, "STRIDE": problem.stride, "ACTIVATION": problem.activation,
         "RESIDUAL": problem.residual, "FORM": tiling.conv,
         "CONV_BLOCK": tiling.dense_block if problem.is_dense else problem.conv_block,
@@ -241,7 +249,7 @@ def launch(x: Tensor, weights: BlockWeights, problem: BlockProblem, tiling: Tili
     partial = weights.conv_bias
     if tiling.splits > 1:
         partial = torch.empty(tiling.partial_bytes(problem) // 4, dtype=torch.float32, device=x.device)
-    convfirst_kernel[(tiling.tiles(problem), tiling.splits)](
+    convfirst_kernel[(tiling.tiles(problem), tiling.splits, tiling.out_splits)](
         x, weights.conv, weights.conv_bias, weights.expand, weights.expand_bias, weights.project, weights.project_bias,
         out, partial, weights.counters,
         problem.out_pixels, problem.height, problem.width, problem.out_height, problem.out_width,

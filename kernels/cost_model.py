@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import product
 from math import ceil
 
@@ -86,14 +87,15 @@ def terms(problem: BlockProblem, tiling: Tiling, limits: Limits = H200) -> dict[
     steps = ceil(problem.hidden_channels / (tiling.block_e * tiling.splits)) * tiling.splits
     hidden = rows * steps * tiling.block_e
     matrix = (limits.wgmma_macs if tiling.block_m >= 64 else limits.mma_macs) / (4 if problem.itemsize == 4 else 1)
-    conv_macs = padded_conv_macs(problem, tiling) * tiling.splits
+    # What each program computes of the convolution and of the hidden channels, those that share a tile compute, too.
+    conv_macs = padded_conv_macs(problem, tiling) * tiling.splits * tiling.out_splits
+    outputs = problem.padded_out // tiling.out_splits
+    hidden *= tiling.out_splits
     on_lanes = tiling.conv == "fma"
     conv_weights = problem.kernel_size**2 * problem.padded_in * problem.itemsize
     if problem.group_width > 1:
-        conv_weights = conv_macs // (rows * tiling.splits) * problem.itemsize
-    weights = conv_weights + steps // tiling.splits * tiling.block_e * (problem.padded_in + problem.padded_out) * (
-        problem.itemsize
-    )
+        conv_weights = conv_macs // (rows * tiling.splits * tiling.out_splits) * problem.itemsize
+    weights = conv_weights + steps // tiling.splits * tiling.block_e * (problem.padded_in + outputs) * problem.itemsize
     taps = programs * tiling.block_m * problem.kernel_size**2 * problem.padded_in * problem.itemsize
     # A convolution over chunks of the input reads them once for each part of its output.
     taps *= len(parts(problem.in_channels, problem.conv_block, tiling.part)) if tiling.conv == "dense" else 1
@@ -104,7 +106,7 @@ def terms(problem: BlockProblem, tiling: Tiling, limits: Limits = H200) -> dict[
         "l2": (programs * weights + problem.activation_bytes + 2 * tiling.partial_bytes(problem)) / limits.l2_bytes,
         "taps": taps / (limits.l1_bytes * per_clock),
         "tensor": (0 if on_lanes else conv_macs / min(matrix, limits.mma_macs))
-        + hidden * (problem.padded_in + problem.padded_out) / matrix,
+        + hidden * (problem.padded_in + outputs) / matrix,
         "special": hidden * SPECIAL_FUNCTIONS[problem.activation] / (limits.special_functions * per_clock),
         "issue": lane_work / (limits.lanes * per_clock),
     }
@@ -140,7 +142,8 @@ def layer_roofline(problem: BlockProblem, limits: Limits = H200) -> float:
 
 def shared_bytes(problem: BlockProblem, tiling: Tiling) -> int:
     """Shared memory of a program, about: the weights' pipeline and the convolution's result on its way to a product."""
-    weights = tiling.num_stages * (problem.padded_in + problem.padded_out) * tiling.block_e * problem.itemsize
+    channels = problem.padded_in + problem.padded_out // tiling.out_splits
+    weights = tiling.num_stages * channels * tiling.block_e * problem.itemsize
     conv = 0
     if tiling.conv_stages > 1 and tiling.conv != "fma":
         part = max(parts(problem.in_channels, problem.conv_block, tiling.part))
@@ -152,17 +155,20 @@ def shared_bytes(problem: BlockProblem, tiling: Tiling) -> int:
 def live_registers(problem: BlockProblem, tiling: Tiling) -> float:
     """Registers a thread for the tensors that live through the loop over hidden channels; addresses come on top."""
     words = problem.itemsize / 4
-    elements = tiling.block_m * (problem.padded_out + problem.padded_in * words + tiling.block_e)
+    outputs = problem.padded_out // tiling.out_splits
+    elements = tiling.block_m * (outputs + problem.padded_in * words + tiling.block_e)
     steps = ceil(problem.hidden_channels / (tiling.block_e * tiling.splits))
     if tiling.num_stages == 1 or steps <= tiling.num_stages:
         # Where a pipeline does not get going the weights of a step come through registers.
-        elements += tiling.block_e * (problem.padded_in + problem.padded_out) * words
+        elements += tiling.block_e * (problem.padded_in + outputs) * words
     return elements / (32 * tiling.num_warps)
 
 
 # Pixels and hidden channels of a step that are tried.
 BLOCKS_M = (16, 32, 64, 128, 256)
 BLOCKS_E = (16, 32, 64, 128)
+SPLITS = (1, 2, 4, 8, 16, MAX_SPLITS)
+OUT_SPLITS = (1, 2, 4)
 # Tilings of one family among the first to be tried.
 RELATIVES = 2
 # Live registers a thread beyond which the compiler spilled, with Hopper's products, which read shared memory, and with
@@ -223,27 +229,29 @@ def candidates(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
                 continue
             if not wgmma and problem.padded_in > 384 and block_m > MIN_DOT:
                 continue
-            splits = 1
-            while splits <= MAX_SPLITS and (splits == 1 or one.tiles(problem) * splits <= 2 * limits.multiprocessors):
-                split = replace(one, splits=splits)
+            for splits, out_splits in product(SPLITS, OUT_SPLITS):
+                split = replace(one, splits=splits, out_splits=out_splits)
+                spread = splits * out_splits
+                if spread > 1 and split.programs(problem) > 2 * limits.multiprocessors:
+                    continue
                 if split.fits(problem) and live_registers(problem, split) <= most_live:
                     found.append(split)
-                splits *= 2
     return found
 
 
-def ranked(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
+@lru_cache(maxsize=4096)
+def ranked(problem: BlockProblem, limits: Limits = H200) -> tuple[Tiling, ...]:
     """The tilings that fit, by estimate, the fastest first; near relatives come after what differs more.
 
     Of tilings that share tile, splits and form of convolution, which differ in pipelining and warps, a few come early
     and the rest last: the estimate tells such relatives apart least.
     """
     by_estimate = sorted(candidates(problem, limits), key=lambda tiling: estimate(problem, tiling, limits))
-    seen: Counter[tuple[int, int, str]] = Counter()
+    seen: Counter[tuple[int, int, int, str]] = Counter()
     early: list[Tiling] = []
     late: list[Tiling] = []
     for tiling in by_estimate:
-        family = tiling.block_m, tiling.splits, tiling.conv
+        family = tiling.block_m, tiling.splits, tiling.out_splits, tiling.conv
         seen[family] += 1
         (early if seen[family] <= RELATIVES else late).append(tiling)
-    return early + late
+    return (*early, *late)

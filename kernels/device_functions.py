@@ -160,12 +160,12 @@ def convolve(
 
 @triton.jit
 def finish(
-    out, total, partial, bias, x, row, valid, pixels,
+    out, total, partial, bias, x, row, valid, pixels, first_out,
     FIRST: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Channels FIRST to FIRST + WIDTH of the output: all splits' sums, the bias, the input if there is a residual."""
-    columns = FIRST + tl.arange(0, WIDTH)
+    """Channels first_out + FIRST and WIDTH more of the output: all splits' sums, the bias, the input if residual."""
+    columns = first_out + FIRST + tl.arange(0, WIDTH)
     if SPLITS > 1:
         total = tl.zeros([BLOCK_M, WIDTH], tl.float32)
         for split in tl.static_range(SPLITS):
@@ -183,26 +183,26 @@ def finish(
 
 @triton.jit
 def store_tile(
-    out, totals, partial, counters, bias, shortcut, row, valid, pixels, tile, split,
+    out, totals, partial, counters, bias, shortcut, row, valid, pixels, counter, split, first_out,
     PARTS: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile's output; where splits share the tile, the one that ends last does so for all."""
+    """Store a tile's output from channel first_out on; of splits that share it, the one that ends last does so."""
     last = True
     if SPLITS > 1:
         for i in tl.static_range(len(PARTS)):
-            columns = start(PARTS, i) + tl.arange(0, size(PARTS, i))
+            columns = first_out + start(PARTS, i) + tl.arange(0, size(PARTS, i))
             address = partial + (split * pixels + row)[:, None] * PADDED + columns[None, :]
             tl.store(address, totals[i], mask=valid[:, None])
         # One thread counts for the whole program, so all must have stored before.
         tl.debug_barrier()
-        last = tl.atomic_add(counters + tile, 1, sem="acq_rel") == SPLITS - 1
+        last = tl.atomic_add(counters + counter, 1, sem="acq_rel") == SPLITS - 1
     if last:
         if SPLITS > 1:
             # For the next launch.
-            tl.store(counters + tile, 0)
+            tl.store(counters + counter, 0)
         for i in tl.static_range(len(PARTS)):
             finish(
-                out, totals[i], partial, bias, shortcut, row, valid, pixels,
+                out, totals[i], partial, bias, shortcut, row, valid, pixels, first_out,
                 start(PARTS, i), size(PARTS, i), CHANNELS, PADDED, RESIDUAL, BLOCK_M, SPLITS,
             )  # fmt: skip

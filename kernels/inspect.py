@@ -133,6 +133,7 @@ def shorthand(tiling: Tiling) -> str:
     """A tiling in a word, such as `m128 e64 mma w8 s2`."""
     word = f"m{tiling.block_m} e{tiling.block_e} {tiling.conv}"
     word += f" x{tiling.splits}" if tiling.splits > 1 else ""
+    word += f" o{tiling.out_splits}" if tiling.out_splits > 1 else ""
     word += f" w{tiling.num_warps} s{tiling.num_stages}"
     word += f" c{tiling.conv_stages}" if tiling.conv_stages > 1 else ""
     return word + (f" p{tiling.part}" if tiling.part != 128 else "")

@@ -192,7 +192,7 @@ def conv_project_kernel(
             sums = sums + (dot(y, tl.load(project + rows + columns[None, :]), totals[i]),)
         totals = sums
     store_tile(
-        out, totals, partial, counters, project_bias, shortcut, row, valid, pixels, tile, split,
+        out, totals, partial, counters, project_bias, shortcut, row, valid, pixels, tile, split, 0,
         OUT_PARTS, OUT, PADDED_OUT, RESIDUAL, BLOCK_M, SPLITS,
     )  # fmt: skip
 

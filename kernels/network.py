@@ -44,8 +44,8 @@ class _Fused(nn.Module):
     """A fused part: its packed weights and its plain layers, one of which the tuner chooses for each problem."""
 
     kernel: tune.Kernel
-    # The most programs that may share a tile; the network's memory may allow fewer.
-    max_splits = problem.MAX_SPLITS
+    # The most programs that may share a tile's hidden channels, which takes memory: none, unless the network has it.
+    max_splits = 1
 
     def __init__(self, weights: Sequence[Tensor], layers: Sequence[Tensor], stride: int, activation: str) -> None:
         super().__init__()

@@ -183,6 +183,8 @@ class Tiling:
         conv_stages: of the pipeline over the convolution's taps; 1 loads through L1.
         dense_block: input channels of one step of a "dense" convolution.
         part: the most channels of one tensor, 64 or 128.
+        out_splits: programs that share a tile's output channels. Each computes the hidden ones for itself, which costs
+            work and no memory.
     """
 
     block_m: int
@@ -194,21 +196,26 @@ class Tiling:
     conv_stages: int = 1
     dense_block: int = 32
     part: int = 128
+    out_splits: int = 1
 
     def fits(self, problem: Tiled) -> bool:
         """Whether the kernel can run it: no split reads past the padded weights, or has nothing to do."""
         steps = ceil(problem.hidden_channels / (self.block_e * self.splits))
         covered = steps * self.block_e * self.splits
         idle = steps * self.block_e * (self.splits - 1) >= problem.hidden_channels
-        if self.splits > 1 and (idle or self.tiles(problem) > COUNTERS):
+        if self.splits > 1 and (idle or self.tiles(problem) * self.out_splits > COUNTERS):
             return False
+        if self.out_splits > 1:
+            width, rest = divmod(problem.padded_out, self.out_splits)
+            if rest or width != power_of_two(width) or not MIN_DOT <= width <= LARGEST_PART:
+                return False
         return covered <= problem.padded_hidden
 
     def tiles(self, problem: Tiled) -> int:
         return ceil(problem.out_pixels / self.block_m)
 
     def programs(self, problem: Tiled) -> int:
-        return self.tiles(problem) * self.splits
+        return self.tiles(problem) * self.splits * self.out_splits
 
     def partial_bytes(self, problem: Tiled) -> int:
         """Of the float32 partial sums that split tiles exchange."""

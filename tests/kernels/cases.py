@@ -138,6 +138,10 @@ WIDE_CASES = [
     BlockCase(replace(_WIDE, out_channels=512, residual=False, stride=2), Tiling(16, 32, "mma")),
     BlockCase(replace(_WIDE, group_width=160, dtype="bfloat16"), Tiling(16, 32, "dense", dense_block=64)),
     BlockCase(_square(8, 64, 1), Tiling(16, 16, "fma", 4)),
+    BlockCase(_square(64, 128, 8), Tiling(16, 32, "mma", out_splits=4)),
+    BlockCase(_square(128, 256, 1), Tiling(16, 64, "diagonal", 2, out_splits=2)),
+    BlockCase(replace(_square(64, 64, 8), out_channels=512, residual=False), Tiling(16, 32, "mma", out_splits=4)),
+    BlockCase(replace(_square(64, 64, 16), out_channels=24, residual=False), Tiling(16, 32, "mma", 2, out_splits=2)),
     BlockCase(_square(24, 96, 24), Tiling(16, 32, "mma")),
     BlockCase(_square(40, 40, 4), Tiling(16, 32, "mma")),
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,11 @@ from torch import Tensor, nn
 
 from kernels import fuse, ops, tune
 from kernels.fold import fold_batch_norms
-from kernels.network import FusedNetwork, moved_bytes
+from kernels.network import FusedBlock, FusedNetwork, moved_bytes
+from kernels.problem import BlockProblem
 from kernels.timing import peak_memory_bytes
 from search_spaces import load_space
+from tests.kernels.cases import make_operands
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
 
@@ -189,6 +192,19 @@ def test_partial_sums_stay_within_the_networks_memory(batch: int, resolution: in
     assert len(splits) > 1
 
 
+BLOCK_PROBLEM = BlockProblem(1, 14, 14, 256, 1024, 256, 3, 8, 1, "silu", True, "float16")
+
+
+def test_a_block_by_itself_exchanges_no_partial_sums_and_still_spreads() -> None:
+    _, layers = make_operands(BLOCK_PROBLEM, seed=1, device=torch.device("cpu"))
+    block = FusedBlock(layers, 1, "silu", True)
+    choice = tune.choose(block.kernel, block.problem((1, 256, 14, 14)), torch.device("cpu"))
+    tiling = choice.tiling(block.max_splits)
+    assert tiling is not None
+    assert tiling.partial_bytes(BLOCK_PROBLEM) == 0
+    assert tiling.programs(BLOCK_PROBLEM) >= 26
+
+
 def test_a_network_of_which_nothing_is_fused_runs_all_the_same() -> None:
     fused = fuse(network("cn_r1_k3_s1_e1_c16", activation=nn.ReLU6), dtype=torch.float32)
     assert not any(part.fused for part in fused.parts)
@@ -275,6 +291,16 @@ def test_peak_workspace_is_that_of_the_largest_block(batch: int) -> None:
     with torch.inference_mode():
         fused(x)
         assert peak_memory_bytes(lambda: fused(x), device) <= 1.05 * largest
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("problem", [BLOCK_PROBLEM, replace(BLOCK_PROBLEM, batch=64)], ids=str)
+def test_a_block_by_itself_allocates_its_output_and_nothing_else(problem: BlockProblem) -> None:
+    x, layers = make_operands(problem, seed=1, device=torch.device("cuda"))
+    block = FusedBlock(layers, problem.stride, problem.activation, problem.residual).cuda()
+    with torch.inference_mode():
+        out = block(x)
+        assert peak_memory_bytes(lambda: block(x), x.device) == out.nbytes
 
 
 @pytest.mark.gpu
