@@ -117,6 +117,21 @@ def pack(layers: Sequence[Tensor], problem: HeadProblem) -> list[Tensor]:
 
 
 @triton.jit
+def image_mean(
+    x, image, channel, pixels,
+    IN: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, PIXEL_STEPS: tl.constexpr,
+):  # fmt: skip
+    """Means of an image's channels, [BLOCK_K] in the input's dtype, added up in float32."""
+    total = tl.zeros([BLOCK_K], tl.float32)
+    for step in range(PIXEL_STEPS):
+        pixel = step * BLOCK_P + tl.arange(0, BLOCK_P)
+        mask = (pixel < pixels)[:, None] & (channel < IN)[None, :]
+        tile = tl.load(x + (image * pixels + pixel)[:, None] * IN + channel[None, :], mask=mask, other=0.0)
+        total += tl.sum(tile.to(tl.float32), axis=0)
+    return round_to(total / pixels, x.dtype.element_ty)
+
+
+@triton.jit
 def _store_row(out, total, bias, image, columns, OUT: tl.constexpr, ACTIVATION: tl.constexpr):
     total = activate(total + tl.load(bias + columns), ACTIVATION, out.dtype.element_ty == tl.float32)
     tl.store(out + image * OUT + columns, round_to(total, out.dtype.element_ty), mask=columns < OUT)
@@ -135,13 +150,7 @@ def pool_linear_kernel(
     total = tl.zeros([BLOCK_N], tl.float32)
     for k in range(0, IN, BLOCK_K):
         channel = k + tl.arange(0, BLOCK_K)
-        mean = tl.zeros([BLOCK_K], tl.float32)
-        for step in range(PIXEL_STEPS):
-            pixel = step * BLOCK_P + tl.arange(0, BLOCK_P)
-            mask = (pixel < pixels)[:, None] & (channel < IN)[None, :]
-            tile = tl.load(x + (image * pixels + pixel)[:, None] * IN + channel[None, :], mask=mask, other=0.0)
-            mean += tl.sum(tile.to(tl.float32), axis=0)
-        mean = round_to(mean / pixels, x.dtype.element_ty).to(tl.float32)
+        mean = image_mean(x, image, channel, pixels, IN, BLOCK_K, BLOCK_P, PIXEL_STEPS).to(tl.float32)
         rows = tl.load(weight + columns[:, None] * PADDED_IN + channel[None, :])
         total += tl.sum(rows.to(tl.float32) * mean[None, :], axis=1)
     _store_row(out, total, bias, image, columns, OUT, ACTIVATION)
@@ -156,13 +165,8 @@ def pool_kernel(
     image, channel = tl.program_id(0), tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     if WIDE:
         image = image.to(tl.int64)
-    mean = tl.zeros([BLOCK_K], tl.float32)
-    for step in range(PIXEL_STEPS):
-        pixel = step * BLOCK_P + tl.arange(0, BLOCK_P)
-        mask = (pixel < pixels)[:, None] & (channel < IN)[None, :]
-        tile = tl.load(x + (image * pixels + pixel)[:, None] * IN + channel[None, :], mask=mask, other=0.0)
-        mean += tl.sum(tile.to(tl.float32), axis=0)
-    tl.store(out + image * IN + channel, round_to(mean / pixels, out.dtype.element_ty), mask=channel < IN)
+    mean = image_mean(x, image, channel, pixels, IN, BLOCK_K, BLOCK_P, PIXEL_STEPS)
+    tl.store(out + image * IN + channel, mean, mask=channel < IN)
 
 
 @triton.jit(do_not_specialize=["rows"])

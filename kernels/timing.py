@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 # A CUDA build on a machine without a GPU makes the profiler's library print an error on every use; it reads this once.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -21,6 +21,9 @@ import torch
 MIN_SAMPLE_SECONDS = {"cpu": 5e-3, "cuda": 1e-3}
 MIN_ROUNDS = 10
 WARMUP_SECONDS = 0.1
+CALLS_BEFORE_CAPTURE = 3
+
+Output = TypeVar("Output")
 
 
 # Named apart from `torch`, which is a field of DeviceInfo.
@@ -103,6 +106,25 @@ def cuda_clock(device: torch.device, run: Callable[[], None], calls: int) -> flo
 
 def clock_for(device: torch.device) -> Clock:
     return partial(cuda_clock, device) if device.type == "cuda" else cpu_clock
+
+
+def captured(run: Callable[[], Output]) -> tuple[torch.cuda.CUDAGraph, Output]:
+    """A CUDA graph of one call on the current device, and the call's output, which every replay writes anew.
+
+    A graph knows addresses only: what the call reads must live as long as it is replayed.
+    """
+    # Libraries set themselves up in the first calls, which capture does not allow; what they set up may belong to the
+    # stream, so that it is captured on the very same.
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(CALLS_BEFORE_CAPTURE):
+            run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        output = run()
+    return graph, output
 
 
 def time_interleaved(

@@ -284,21 +284,12 @@ class _warming_up:
 
 
 def _graph(run: Callable[[], Tensor]) -> Callable[[], None]:
-    """The replay of a CUDA graph of one call, which has been made a few times before."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    # On the very stream of the first runs: what libraries set up may belong to it.
-    with torch.cuda.graph(graph, stream=side):
-        kept = run()
+    """The replay of a CUDA graph of one call."""
+    graph, output = timing.captured(run)
 
     def replay() -> None:
         graph.replay()
-        assert kept is not None
+        assert output is not None
 
     return replay
 

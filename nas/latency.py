@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.timing import MIN_SAMPLE_SECONDS, clock_for, peak_memory_bytes, time_interleaved
+from kernels.timing import captured as captured_graph
 from nas.config import LatencyConfig
 from nas.engines import deploy
 
@@ -162,18 +163,8 @@ def _captured(module: nn.Module, x: Tensor) -> Callable[[], object]:
 
     A graph knows addresses only: the module's weights and the input must live as long as it is replayed.
     """
-    forward = _forward(module, x)
     with torch.cuda.device(x.device):
-        # Libraries set themselves up in the first passes, which capture does not allow.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                forward()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = forward()
+        graph, output = captured_graph(_forward(module, x))
 
     keep_alive = (module, x, output)
 
