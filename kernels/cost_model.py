@@ -1,7 +1,8 @@
 """Where a fused block's time must go, counted; and from that, which tilings are worth trying.
 
-Every term is a lower bound in seconds on one resource: its work over the machine's rate. The largest is the block's
-bound; a tiling's estimate adds what a bound leaves out, the last wave of programs and the latencies within one.
+Every term is the least time on one resource, in seconds: its work, counted or estimated, over the machine's rate. The
+largest is the block's bound; a tiling's estimate adds what a bound leaves out, the last wave of programs and the
+latencies within one.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from math import ceil
 
 from kernels.problem import MAX_SPLITS, MIN_DOT, BlockProblem, Tiling, conv_forms, parts
 
-# Special-function results and issue slots per hidden element, read from the machine code (sm_90) that
-# `python -m kernels.inspect` prints for `device_functions.activate`, bias and rounding included.
+# Special-function results and issue slots per hidden element, estimated from the operations that
+# `device_functions.activate` writes down, bias and rounding included; not read from machine code.
 SPECIAL_FUNCTIONS = {"silu": 1, "relu": 0, "gelu": 1, "hard_swish": 0}
 ISSUE_SLOTS = {"silu": 4.5, "relu": 2.5, "gelu": 9.5, "hard_swish": 6.5}
 
@@ -50,8 +51,8 @@ class Limits:
 
 
 H200 = Limits()
-# By compute capability: data-sheet figures of an A100 (80), an RTX 4090 (89) and an H200, to count with where no GPU is
-# at hand. Measured ones take their place where there is one.
+# By compute capability: rough figures of an A100 (80), an RTX 4090 (89) and an H200, by which tilings are ranked and
+# predictions made. The benchmark's bounds are counted with what it has measured on the GPU at hand.
 LIMITS = {
     80: Limits(
         multiprocessors=108, clock_hz=1.41e9, shared_bytes=166_912, dram_bytes=1.5e12, l2_bytes=3.5e12,
@@ -172,7 +173,7 @@ OUT_SPLITS = (1, 2, 4)
 # Tilings of one family among the first to be tried.
 RELATIVES = 2
 # Live registers a thread beyond which the compiler spilled, with Hopper's products, which read shared memory, and with
-# the older ones, which read registers; from `nas.kernel_sweep`.
+# the older ones, which read registers; found by compiling `test_inspect`'s blocks and samples of `nas.kernel_sweep`.
 MOST_LIVE_REGISTERS = {"wgmma": 204, "mma": 150}
 OTHER_REGISTERS = 44
 
@@ -207,11 +208,10 @@ def estimate(problem: BlockProblem, tiling: Tiling, limits: Limits = H200) -> fl
 def candidates(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
     """All tilings that fit the machine, without regard to speed."""
     found = []
-    smallest = MIN_DOT
     wgmma = limits.wgmma_macs > limits.mma_macs
     most_live = MOST_LIVE_REGISTERS["wgmma" if wgmma else "mma"]
     for block_m, block_e, warps, stages in product(BLOCKS_M, BLOCKS_E, (4, 8), (1, 2, 3)):
-        if block_m > max(smallest, 2 * problem.out_pixels) or block_e > problem.padded_hidden:
+        if block_m > max(MIN_DOT, 2 * problem.out_pixels) or block_e > problem.padded_hidden:
             continue
         for form, conv_stages, part in product(conv_forms(problem), (1, 3), (64, 128)):
             if part == 64 and max(problem.padded_in, problem.padded_out) < 128:
@@ -231,8 +231,7 @@ def candidates(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
                 continue
             for splits, out_splits in product(SPLITS, OUT_SPLITS):
                 split = replace(one, splits=splits, out_splits=out_splits)
-                spread = splits * out_splits
-                if spread > 1 and split.programs(problem) > 2 * limits.multiprocessors:
+                if splits * out_splits > 1 and split.programs(problem) > 2 * limits.multiprocessors:
                     continue
                 if split.fits(problem) and live_registers(problem, split) <= most_live:
                     found.append(split)
