@@ -36,7 +36,7 @@ from kernels.benchmark_machine import MachineLimits
 from kernels.benchmark_rows import Block, Network, Row, as_if_trained, count_macs, folded, rows
 from kernels.inspect import shorthand
 from kernels.network import moved_bytes
-from kernels.problem import BlockProblem, Tiling
+from kernels.problem import MAX_SPLITS, BlockProblem, Tiling
 
 DTYPES = {"cuda": torch.float16, "cpu": torch.float32}
 KINDS = ("all", "blocks", "networks")
@@ -128,7 +128,8 @@ def _require_cuda(device: torch.device) -> None:
 
 
 def block_problem(row: Block, layers: Sequence[Tensor], dtype: torch.dtype) -> BlockProblem:
-    return ops.block_problem(row.input_shape, dtype, layers, 1, row.activation, True)
+    """A block that may split its tiles as it likes."""
+    return ops.with_splits(ops.block_problem(row.input_shape, dtype, layers, 1, row.activation, True), MAX_SPLITS)
 
 
 def block_case(row: Block, dtype: torch.dtype, device: torch.device) -> Case:
@@ -141,10 +142,17 @@ def block_case(row: Block, dtype: torch.dtype, device: torch.device) -> Case:
         """The fused kernel itself, also where the tuner would rather run layer by layer."""
         _require_cuda(device)
         weights = list(vars(convfirst.pack(layers, problem)).values())
-        (choice,) = tune.tune([tune.Task(ops.BLOCK, problem, inputs[0], weights, layers)])
+        scratch = inputs[0].new_empty(problem.scratch_elements, dtype=torch.float32)
+        (choice,) = tune.tune([tune.Task(ops.BLOCK, problem, inputs[0], [*weights, scratch], layers)])
         tiling = choice.tilings[0]
         notes = {"tiling": asdict(tiling), "tuner": choice.describe()}
-        return Contender(lambda x: ops.BLOCK.launch(x, weights, problem, tiling), notes)
+
+        def forward(x: Tensor) -> Tensor:
+            # In a network it is lent; here it counts as the block's.
+            scratch = x.new_empty(tiling.partial_bytes(problem) // 4, dtype=torch.float32)
+            return ops.BLOCK.launch(x, [*weights, scratch], problem, tiling)
+
+        return Contender(forward, notes)
 
     return Case(
         inputs, copy.deepcopy(plain).double(), len(layers) // 2, problem.macs,
@@ -169,7 +177,7 @@ def network_case(row: Network, dtype: torch.dtype, device: torch.device) -> Case
         notes["layer_by_layer"] = [
             name
             for name, problem in network.problems(row.batch, row.resolution).items()
-            if tune.choose(modules[name].kernel, problem, device).tiling(modules[name].max_splits) is None
+            if tune.choose(modules[name].kernel, problem, device).tiling is None
         ]
         return Contender(network, notes)
 
@@ -413,15 +421,10 @@ def predictions(limits: cost_model.Limits) -> list[dict[str, Any]]:
             name, word = row.name, shorthand(tiling)
         elif row.is_convfirst:
             network = fuse(row.build(), DTYPES["cuda"])
-            problems, modules = network.problems(row.batch, row.resolution), network.fused_modules
+            problems = network.problems(row.batch, row.resolution)
             blocks = {name: problem for name, problem in problems.items() if isinstance(problem, BlockProblem)}
             rest = sum(moved_bytes(problem) for name, problem in problems.items() if name not in blocks)
-            pairs = []
-            for name, problem in blocks.items():
-                tried = tune.Choice(tuple(tune.tried(ops.BLOCK, problem, limits)), "counted")
-                allowed = tried.tiling(modules[name].max_splits)
-                assert allowed is not None
-                pairs.append((problem, allowed))
+            pairs = [(problem, cost_model.ranked(problem, limits)[0]) for problem in blocks.values()]
             estimate = sum(cost_model.estimate(*pair, limits) for pair in pairs)
             estimate += rest / limits.dram_bytes + 3 * limits.launch_seconds
             bound = sum(cost_model.bound(*pair, limits)[1] for pair in pairs) + rest / limits.dram_bytes

@@ -5,8 +5,8 @@
     out = sum over blocks (h @ project) + bias    [M, C']   float32, plus x, stored once
 
 A program computes M output pixels of the flattened batch. With `splits` > 1 that many programs share a tile, each a
-part of the hidden channels; whichever ends last adds up their float32 sums, always in the same order. With `out_splits`
-> 1 they share its output channels, each computing y and h for itself.
+part of the hidden channels; whichever ends last adds up their float32 sums, always in the same order, from scratch
+memory that the caller lends. With `out_splits` > 1 they share its output channels, each computing y and h for itself.
 
 Legend: N, H, W batch, height, width; P output pixels of the whole batch; C, E, C' input, hidden and output channels;
 K kernel size; D channels of a dense block of grouped weights. Channels run innermost (channels_last). A width is
@@ -232,11 +232,12 @@ def constants(problem: BlockProblem, tiling: Tiling) -> dict[str, object]:
     }  # fmt: skip
 
 
-def launch(x: Tensor, weights: BlockWeights, problem: BlockProblem, tiling: Tiling) -> Tensor:
-    """Run the block; operands are as the problem says, which nothing here checks.
+def launch(x: Tensor, weights: BlockWeights, problem: BlockProblem, tiling: Tiling, scratch: Tensor) -> Tensor:
+    """Run the block; operands are as the problem says, which nothing here checks. Only the output is allocated.
 
     Args:
         x: (N, C, H, W), channels_last.
+        scratch: float32, for `tiling.partial_bytes`; overwritten. Any tensor where tiles are not split.
 
     Returns:
         (N, C', H', W'), channels_last.
@@ -245,13 +246,9 @@ def launch(x: Tensor, weights: BlockWeights, problem: BlockProblem, tiling: Tili
         (problem.batch, problem.out_channels, problem.out_height, problem.out_width),
         dtype=x.dtype, device=x.device, memory_format=torch.channels_last,
     )  # fmt: skip
-    # Where tiles are not split none is read.
-    partial = weights.conv_bias
-    if tiling.splits > 1:
-        partial = torch.empty(tiling.partial_bytes(problem) // 4, dtype=torch.float32, device=x.device)
     convfirst_kernel[(tiling.tiles(problem), tiling.splits, tiling.out_splits)](
         x, weights.conv, weights.conv_bias, weights.expand, weights.expand_bias, weights.project, weights.project_bias,
-        out, partial, weights.counters,
+        out, scratch, weights.counters,
         problem.out_pixels, problem.height, problem.width, problem.out_height, problem.out_width,
         problem.kernel_size**2,
         **constants(problem, tiling), num_warps=tiling.num_warps,

@@ -218,11 +218,15 @@ def candidates(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
                 continue
             if form == "fma" and conv_stages > 1:
                 continue
+            if form in ("fma", "diagonal") and warps == 4 and problem.padded_in > 256:
+                continue
             one = Tiling(block_m, block_e, form, 1, warps, stages, conv_stages, part=part)
             if shared_bytes(problem, one) > limits.shared_bytes - 2048:
                 continue
             # The compiler unrolls the taps of wide convolutions, whose loads four warps have no registers for.
             if warps == 4 and problem.padded_in > 128 and (problem.kernel_size > 3 or problem.conv_block > MIN_DOT):
+                continue
+            if warps == 4 and problem.padded_in > 128 and conv_stages > 1 and block_m >= 64 and not wgmma:
                 continue
             # So it is with blocks of 32 channels, in a pipeline or of many pixels.
             if problem.conv_block > MIN_DOT and (conv_stages > 1 or block_m > 128):

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kernels import convfirst, cost_model, ops, tune
+from kernels.benchmark import block_problem
 from kernels.benchmark_rows import BLOCKS, Block
 from kernels.inspect import shorthand
 from kernels.tune import Choice, Task
@@ -32,11 +33,12 @@ def ranks(choice: Choice, ranked: list[object]) -> tuple[int, float]:
 def time_all(row: Block, most: int, device: torch.device) -> tuple[Choice, list[object]]:
     """What `most` tilings of a block take, and all of them as the cost model ranks them."""
     layers = row.layers(torch.float16, device)
-    problem = ops.block_problem(row.input_shape, torch.float16, layers, 1, row.activation, True)
+    problem = block_problem(row, layers, torch.float16)
     ranked: list[object] = list(cost_model.ranked(problem, tune.limits_of(device)))
     chosen = ranked[: tune.TRIED] + random.Random(0).sample(ranked[tune.TRIED :], min(most, len(ranked)) - tune.TRIED)
     x = torch.randn(row.input_shape, dtype=torch.float16, device=device).to(memory_format=torch.channels_last)
-    task = Task(ops.BLOCK, problem, x, list(vars(convfirst.pack(layers, problem)).values()), layers)
+    scratch = x.new_empty(problem.scratch_elements, dtype=torch.float32)
+    task = Task(ops.BLOCK, problem, x, [*vars(convfirst.pack(layers, problem)).values(), scratch], layers)
     tune.compile_together([(task, tiling) for tiling in chosen])
     return tune.time_tilings(task, chosen), ranked
 

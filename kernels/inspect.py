@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 from kernels import cost_model
 from kernels.convfirst import constants, convfirst_kernel
 from kernels.device_functions import INTERPRETED
-from kernels.problem import BlockProblem, Tiling, unsupported
+from kernels.problem import MAX_SPLITS, BlockProblem, Tiling, unsupported
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # Shared memory that one program may use, in bytes, by compute capability (CUDA C++ Programming Guide, table of
@@ -164,7 +164,7 @@ def main(
     hidden = max(8, round(channels * expansion / 8) * 8)
     problem = BlockProblem(
         batch, resolution, resolution, channels, hidden, out, kernel_size, group_width, stride, activation,
-        stride == 1 and out == channels, dtype,
+        stride == 1 and out == channels, dtype, MAX_SPLITS,
     )  # fmt: skip
     if why := unsupported(problem):
         raise typer.BadParameter(why)

@@ -11,7 +11,7 @@ Legend as in `convfirst`.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from math import ceil
 
 import torch
@@ -34,7 +34,7 @@ from kernels.problem import (
     MAX_CHANNELS,
     MIN_DOT,
     WIDE_ELEMENTS,
-    Convolved,
+    Splittable,
     Tiling,
     parts,
     power_of_two,
@@ -42,7 +42,7 @@ from kernels.problem import (
 
 
 @dataclass(frozen=True, slots=True)
-class MBConvProblem(Convolved):
+class MBConvProblem(Splittable):
     """One block on one input; fields as `BlockProblem` has them.
 
     `expands` tells whether there is a 1x1 expansion; without it in_channels equals hidden_channels.
@@ -61,14 +61,11 @@ class MBConvProblem(Convolved):
     expands: bool
     residual: bool
     dtype: str
+    max_splits: int = 1
 
     @property
     def padded_hidden(self) -> int:
         return ceil(self.hidden_channels / HIDDEN_MULTIPLE) * HIDDEN_MULTIPLE
-
-    @property
-    def padded_out(self) -> int:
-        return sum(parts(self.out_channels))
 
     @property
     def conv_block(self) -> int:
@@ -112,7 +109,8 @@ def tilings(problem: MBConvProblem, limits: Limits = H200) -> list[Tiling]:
     wide = problem.padded_out > 128
     block_m = 64 if problem.out_pixels >= 64 * limits.multiprocessors and problem.dtype != "float32" else 16
     wanted = 1
-    while problem.out_pixels // block_m * wanted < limits.multiprocessors and wanted < problem.hidden_channels // 128:
+    most = min(problem.max_splits, problem.hidden_channels // 128)
+    while problem.out_pixels // block_m * wanted < limits.multiprocessors and wanted < most:
         wanted *= 2
     found: list[Tiling] = []
     shapes = ((block_m, 32, forms[0]), (block_m, 64, forms[0]), (2 * block_m, 32, forms[0]), (block_m, 32, forms[-1]))
@@ -123,8 +121,7 @@ def tilings(problem: MBConvProblem, limits: Limits = H200) -> list[Tiling]:
             if tiling.fits(problem) and tiling not in found:
                 found.append(tiling)
                 break
-    unsplit = replace(found[0], splits=1)
-    return found if unsplit in found else [*found, unsplit]
+    return found
 
 
 def pack(layers: Sequence[Tensor], problem: MBConvProblem) -> list[Tensor]:
@@ -214,8 +211,12 @@ def constants(problem: MBConvProblem, tiling: Tiling) -> dict[str, object]:
 
 
 def launch(x: Tensor, weights: Sequence[Tensor], problem: MBConvProblem, tiling: Tiling) -> Tensor:
-    """Run the block; x (N, C, H, W) and the output (N, C', H', W') are channels_last."""
-    expand, expand_bias, conv, conv_bias, project, project_bias, counters = weights
+    """Run the block; x (N, C, H, W) and the output (N, C', H', W') are channels_last.
+
+    Args:
+        weights: packed, and after them the scratch: float32, `scratch_elements` of the problem.
+    """
+    expand, expand_bias, conv, conv_bias, project, project_bias, counters, scratch = weights
     hidden = x
     if problem.expands:
         flat = x.permute(0, 2, 3, 1).reshape(-1, problem.in_channels)
@@ -226,11 +227,8 @@ def launch(x: Tensor, weights: Sequence[Tensor], problem: MBConvProblem, tiling:
         (problem.batch, problem.out_channels, problem.out_height, problem.out_width),
         dtype=x.dtype, device=x.device, memory_format=torch.channels_last,
     )  # fmt: skip
-    partial = project_bias
-    if tiling.splits > 1:
-        partial = torch.empty(tiling.partial_bytes(problem) // 4, dtype=torch.float32, device=x.device)
     conv_project_kernel[(tiling.tiles(problem), tiling.splits)](
-        hidden, conv, conv_bias, project, project_bias, x, out, partial, counters,
+        hidden, conv, conv_bias, project, project_bias, x, out, scratch, counters,
         problem.out_pixels, problem.height, problem.width, problem.out_height, problem.out_width,
         problem.kernel_size**2,
         **constants(problem, tiling), num_warps=tiling.num_warps,

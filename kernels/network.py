@@ -44,8 +44,6 @@ class _Fused(nn.Module):
     """A fused part: its packed weights and its plain layers, one of which the tuner chooses for each problem."""
 
     kernel: tune.Kernel
-    # The most programs that may share a tile's hidden channels, which takes memory: none, unless the network has it.
-    max_splits = 1
 
     def __init__(self, weights: Sequence[Tensor], layers: Sequence[Tensor], stride: int, activation: str) -> None:
         super().__init__()
@@ -73,48 +71,71 @@ class _Fused(nn.Module):
         return f"{shapes}, stride={self.stride}, {self.activation}"
 
 
-class FusedBlock(_Fused):
+class _FusedBlock(_Fused):
+    """A fused block, which allocates its output; where the network lends it scratch it may also split its tiles."""
+
+    operator: Callable[..., Tensor]
+    make_problem: Callable[..., Any]
+    # The most programs that may share a tile's hidden channels: one, unless the network has the memory.
+    max_splits = 1
+
+    def __init__(
+        self, weights: Sequence[Tensor], layers: Sequence[Tensor], stride: int, activation: str, residual: bool
+    ) -> None:
+        super().__init__(weights, layers, stride, activation)
+        self.residual = residual
+
+    def problem(self, shape: Sequence[int]) -> Any:
+        layers = self.layers
+        found = type(self).make_problem(shape, layers[0].dtype, layers, self.stride, self.activation, self.residual)
+        return ops.with_splits(found, self.max_splits)
+
+    def new_scratch(self, x: Tensor) -> Tensor:
+        """Memory for the partial sums of split tiles, float32."""
+        if self.max_splits == 1:
+            elements = 0
+        elif torch.compiler.is_compiling():
+            # Whatever the sizes will be.
+            batch, _, height, width = x.shape
+            pixels = batch * ((height - 1) // self.stride + 1) * ((width - 1) // self.stride + 1)
+            elements = self.max_splits * pixels * sum(problem.parts(self.layers[-2].shape[0]))
+        else:
+            elements = self.problem(x.shape).scratch_elements
+        return x.new_empty(elements, dtype=torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        scratch = self.new_scratch(x)
+        return type(self).operator(x, self.weights, self.layers, scratch, self.stride, self.activation, self.residual)
+
+
+class FusedBlock(_FusedBlock):
     """A ConvFirst block, see `kernels.convfirst`."""
 
     kernel = ops.BLOCK
+    operator = ops.block
+    make_problem = staticmethod(ops.block_problem)
 
     def __init__(self, layers: Sequence[Tensor], stride: int, activation: str, residual: bool) -> None:
         found = ops.block_problem((1, layers[0].shape[0], 1, 1), layers[0].dtype, layers, stride, activation, residual)
         if why := problem.unsupported(found):
             raise NotFused(why)
         packed = convfirst.pack(layers, found)
-        super().__init__(list(vars(packed).values()), layers, stride, activation)
-        self.residual = residual
-
-    def problem(self, shape: Sequence[int]) -> Any:
-        return ops.block_problem(shape, self.layers[0].dtype, self.layers, self.stride, self.activation, self.residual)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.block(  # type: ignore[no-any-return]
-            x, self.weights, self.layers, self.stride, self.activation, self.residual, self.max_splits
-        )
+        super().__init__(list(vars(packed).values()), layers, stride, activation, residual)
 
 
-class FusedMBConv(_Fused):
+class FusedMBConv(_FusedBlock):
     """A block with its convolution in the middle, or a depthwise-separable one, see `kernels.mbconv`."""
 
     kernel = ops.MBCONV
+    operator = ops.mbconv_block
+    make_problem = staticmethod(ops.mbconv_problem)
 
     def __init__(self, layers: Sequence[Tensor], stride: int, activation: str, residual: bool) -> None:
         channels = layers[0].shape[1] if len(layers) == 6 else layers[0].shape[0]
         found = ops.mbconv_problem((1, channels, 1, 1), layers[0].dtype, layers, stride, activation, residual)
         if why := mbconv.unsupported(found):
             raise NotFused(why)
-        super().__init__(mbconv.pack(layers, found), layers, stride, activation)
-        self.residual = residual
-
-    def problem(self, shape: Sequence[int]) -> Any:
-        return ops.mbconv_problem(shape, self.layers[0].dtype, self.layers, self.stride, self.activation, self.residual)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return ops.mbconv_block(  # type: ignore[no-any-return]
-            x, self.weights, self.layers, self.stride, self.activation, self.residual, self.max_splits
-        )
+        super().__init__(mbconv.pack(layers, found), layers, stride, activation, residual)
 
 
 class _Started(nn.Module):
@@ -429,7 +450,7 @@ class FusedNetwork(nn.Module):
         modules, running = self.fused_modules, {}
         for name, found in self.problems(batch, resolution).items():
             choice = tune.choose(modules[name].kernel, found, self.device)
-            running[name] = choice.describe(modules[name].max_splits)
+            running[name] = choice.describe()
         return "\n".join(
             f"{part}" + "".join(f" [{text}]" for name, text in running.items() if _names(part.name, name))
             for part in self.parts
@@ -490,7 +511,7 @@ def _names(part: str, module: str) -> bool:
 
 
 def _limit_splits(network: FusedNetwork) -> None:
-    """Allow each block as many splits as raise the network's peak workspace by no more than `WORKSPACE_MARGIN`.
+    """Lend each block scratch for as many splits as raise the network's peak workspace by `WORKSPACE_MARGIN` at most.
 
     Partial sums, input and output all grow with the batch and the resolution alike, so that one resolution, of which
     every total stride is a divisor, tells for all.
@@ -498,9 +519,10 @@ def _limit_splits(network: FusedNetwork) -> None:
     problems, modules = network.problems(1, NOMINAL_RESOLUTION), network.fused_modules
     largest = max(map(moved_bytes, problems.values()), default=0)
     for name, found in problems.items():
-        if isinstance(found, problem.BlockProblem | mbconv.MBConvProblem):
+        module = modules[name]
+        if isinstance(module, _FusedBlock):
             left = int((1 + WORKSPACE_MARGIN) * largest) - moved_bytes(found)
-            modules[name].max_splits = ops.max_splits(found.out_pixels, found.padded_out, left)
+            module.max_splits = ops.max_splits(found.out_pixels, found.padded_out, left)
 
 
 def _input_shape(found: Any) -> tuple[int, int, int, int]:
@@ -520,7 +542,9 @@ def _task(module: _Fused, found: Any) -> tune.Task:
     layers = module.layers
     # Never zeros: products of zeros draw less power and so run faster.
     x = torch.randn(_input_shape(found), dtype=layers[0].dtype, device=layers[0].device)
-    return tune.Task(module.kernel, found, x.to(memory_format=torch.channels_last), module.weights, layers)
+    scratch = [module.new_scratch(x)] if isinstance(module, _FusedBlock) else []
+    weights = [*module.weights, *scratch]
+    return tune.Task(module.kernel, found, x.to(memory_format=torch.channels_last), weights, layers)
 
 
 def fuse(model: nn.Module, dtype: torch.dtype = torch.float16) -> FusedNetwork:

@@ -1,13 +1,16 @@
 """The fused kernels as torch operators, which `torch.compile` and `torch.export` pass through.
 
 Each takes the packed weights and the plain layers: which of the two runs is the tuner's choice for the problem at hand
-(`kernels.tune`). Operators are `torch.library.custom_op`s, as `triton_op` raises under Triton's interpreter.
+(`kernels.tune`). Blocks are also lent scratch, float32, whose size says how often their tiles may be split. Operators
+are `torch.library.custom_op`s, as `triton_op` raises under Triton's interpreter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from math import ceil
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +21,13 @@ from kernels.convfirst import ACTIVATE
 from kernels.device_functions import INTERPRETED
 from kernels.head import HeadProblem, HeadTiling
 from kernels.mbconv import MBConvProblem
-from kernels.problem import MAX_SPLITS, BlockProblem, Tiling
+from kernels.problem import COUNTERS, MAX_SPLITS, BlockProblem, Tiling
 from kernels.stem import StemProblem, StemTiling
 
 
 def _launch_block(x: Tensor, weights: Sequence[Tensor], problem: BlockProblem, tiling: Tiling) -> Tensor:
-    return convfirst.launch(x, convfirst.BlockWeights(*weights), problem, tiling)
+    *packed, scratch = weights
+    return convfirst.launch(x, convfirst.BlockWeights(*packed), problem, tiling, scratch)
 
 
 def _stem_layers(x: Tensor, layers: Sequence[Tensor], problem: StemProblem) -> Tensor:
@@ -54,6 +58,9 @@ STEM = tune.Kernel("stem", StemTiling, stem.tilings, stem.launch, _stem_layers)
 HEAD = tune.Kernel("head", HeadTiling, head.tilings, head.launch, _head_layers)
 
 
+SplitProblem = TypeVar("SplitProblem", BlockProblem, MBConvProblem)
+
+
 # -- Problems of tensors ---------------------------------------------------------------------------------------------
 
 
@@ -61,10 +68,20 @@ def dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def max_splits(out_pixels: int, padded_out: int, partial_bytes: int) -> int:
-    """The most splits, a power of two, whose float32 partial sums take no more than `partial_bytes`."""
-    fitting = partial_bytes // (4 * out_pixels * padded_out)
+def max_splits(out_pixels: int, padded_out: int, scratch_bytes: int) -> int:
+    """The most splits, a power of two, whose float32 partial sums take no more than `scratch_bytes`."""
+    fitting = scratch_bytes // (4 * out_pixels * padded_out)
     return 1 if fitting < 2 else min(MAX_SPLITS, 1 << (fitting.bit_length() - 1))
+
+
+def with_splits(found: SplitProblem, most: int) -> SplitProblem:
+    """The problem of a block that is lent scratch for `most` splits, or for as many as are of any use.
+
+    Large batches give every multiprocessor tiles enough: there the problem is the same whatever is lent, and is tuned
+    once.
+    """
+    useful = COUNTERS // ceil(found.out_pixels / max(cost_model.BLOCKS_M))
+    return replace(found, max_splits=max(1, min(most, 1 << max(0, useful.bit_length() - 1))))
 
 
 def block_problem(
@@ -129,11 +146,10 @@ def require(x: Tensor, channels: int, dtype: torch.dtype, device: torch.device) 
 
 
 def run(
-    kernel: tune.Kernel, problem: Any, x: Tensor, weights: Sequence[Tensor], layers: Sequence[Tensor],
-    max_splits: int = MAX_SPLITS,
+    kernel: tune.Kernel, problem: Any, x: Tensor, weights: Sequence[Tensor], layers: Sequence[Tensor]
 ) -> Tensor:  # fmt: skip
     """Whichever the tuner chose: the fused kernel, or layer by layer."""
-    tiling = tune.choose(kernel, problem, x.device).tiling(max_splits)
+    tiling = tune.choose(kernel, problem, x.device).tiling
     if tiling is None:
         return kernel.layer_by_layer(x, layers, problem)
     if x.device.type == "cuda":
@@ -148,33 +164,38 @@ def _like(x: Tensor, channels: int, stride: int) -> Tensor:
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
-@torch.library.custom_op("convfirst::block", mutates_args=())
+def _lent(problem: Any, scratch: Tensor) -> Any:
+    """The problem with the splits that the scratch has room for."""
+    return with_splits(problem, max_splits(problem.out_pixels, problem.padded_out, scratch.nbytes))
+
+
+@torch.library.custom_op("convfirst::block", mutates_args=("scratch",))
 def block(
-    x: Tensor, weights: Sequence[Tensor], layers: Sequence[Tensor], stride: int, activation: str, residual: bool,
-    max_splits: int,
+    x: Tensor, weights: Sequence[Tensor], layers: Sequence[Tensor], scratch: Tensor, stride: int, activation: str,
+    residual: bool,
 ) -> Tensor:  # fmt: skip
     require(x, layers[0].shape[0], layers[0].dtype, layers[0].device)
-    problem = block_problem(x.shape, x.dtype, layers, stride, activation, residual)
-    return run(BLOCK, problem, x, weights, layers, max_splits)
+    problem = _lent(block_problem(x.shape, x.dtype, layers, stride, activation, residual), scratch)
+    return run(BLOCK, problem, x, [*weights, scratch], layers)
 
 
 @block.register_fake
-def _(x, weights, layers, stride, activation, residual, max_splits):  # type: ignore[no-untyped-def]
+def _(x, weights, layers, scratch, stride, activation, residual):  # type: ignore[no-untyped-def]
     return _like(x, layers[4].shape[0], stride)
 
 
-@torch.library.custom_op("convfirst::mbconv", mutates_args=())
+@torch.library.custom_op("convfirst::mbconv", mutates_args=("scratch",))
 def mbconv_block(
-    x: Tensor, weights: Sequence[Tensor], layers: Sequence[Tensor], stride: int, activation: str, residual: bool,
-    max_splits: int,
+    x: Tensor, weights: Sequence[Tensor], layers: Sequence[Tensor], scratch: Tensor, stride: int, activation: str,
+    residual: bool,
 ) -> Tensor:  # fmt: skip
     require(x, layers[0].shape[1] if len(layers) == 6 else layers[0].shape[0], layers[0].dtype, layers[0].device)
-    problem = mbconv_problem(x.shape, x.dtype, layers, stride, activation, residual)
-    return run(MBCONV, problem, x, weights, layers, max_splits)
+    problem = _lent(mbconv_problem(x.shape, x.dtype, layers, stride, activation, residual), scratch)
+    return run(MBCONV, problem, x, [*weights, scratch], layers)
 
 
 @mbconv_block.register_fake
-def _(x, weights, layers, stride, activation, residual, max_splits):  # type: ignore[no-untyped-def]
+def _(x, weights, layers, scratch, stride, activation, residual):  # type: ignore[no-untyped-def]
     return _like(x, layers[-2].shape[0], stride)
 
 

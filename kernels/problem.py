@@ -82,8 +82,26 @@ class Convolved:
         return self.batch * self.out_height * self.out_width
 
 
+class Splittable(Convolved):
+    """Sizes of a block whose tiles may be split, for the dataclasses that have these fields."""
+
+    __slots__ = ()
+    out_channels: int
+    max_splits: int
+
+    @property
+    def padded_out(self) -> int:
+        """Output channels as they are computed, zero past the real ones."""
+        return sum(parts(self.out_channels))
+
+    @property
+    def scratch_elements(self) -> int:
+        """Float32 elements of the scratch that the caller lends for partial sums."""
+        return self.max_splits * self.out_pixels * self.padded_out if self.max_splits > 1 else 0
+
+
 @dataclass(frozen=True, slots=True)
-class BlockProblem(Convolved):
+class BlockProblem(Splittable):
     """One ConvFirst block on one input: everything that decides what is computed.
 
     Args:
@@ -93,6 +111,8 @@ class BlockProblem(Convolved):
         activation: one of `ACTIVATIONS`.
         residual: whether the input is added to the output.
         dtype: of input, weights and output; one of `DTYPES`.
+        max_splits: programs that may share a tile's hidden channels, for whose float32 partial sums the caller lends
+            scratch; 1 for none.
     """
 
     batch: int
@@ -107,6 +127,7 @@ class BlockProblem(Convolved):
     activation: str
     residual: bool
     dtype: str
+    max_splits: int = 1
 
     @property
     def itemsize(self) -> int:
@@ -150,10 +171,6 @@ class BlockProblem(Convolved):
         """Input channels as they are computed, zero past the real ones."""
         return sum(parts(self.in_channels, self.conv_block))
 
-    @property
-    def padded_out(self) -> int:
-        return sum(parts(self.out_channels))
-
 
 class Tiled(Protocol):
     """What a tiling has to know of a problem."""
@@ -166,6 +183,8 @@ class Tiled(Protocol):
     def padded_hidden(self) -> int: ...
     @property
     def padded_out(self) -> int: ...
+    @property
+    def max_splits(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,7 +197,7 @@ class Tiling:
         conv: how the convolution is done. "mma" multiplies block-diagonal blocks of channels on tensor cores; a
             depthwise one takes "diagonal", the same with its weights on diagonals, or "fma", channel by channel without
             tensor cores; a full one of more than 32 channels takes "dense", over chunks of input channels.
-        splits: programs that share a tile's hidden channels; more than one costs float32 partial sums.
+        splits: programs that share a tile's hidden channels; more than one takes scratch, for float32 partial sums.
         num_warps, num_stages: of the program, and of the pipeline over hidden channels.
         conv_stages: of the pipeline over the convolution's taps; 1 loads through L1.
         dense_block: input channels of one step of a "dense" convolution.
@@ -199,10 +218,12 @@ class Tiling:
     out_splits: int = 1
 
     def fits(self, problem: Tiled) -> bool:
-        """Whether the kernel can run it: no split reads past the padded weights, or has nothing to do."""
+        """Whether the kernel can run it: no split lacks scratch or work, or reads past the padded weights."""
         steps = ceil(problem.hidden_channels / (self.block_e * self.splits))
         covered = steps * self.block_e * self.splits
         idle = steps * self.block_e * (self.splits - 1) >= problem.hidden_channels
+        if self.splits > problem.max_splits:
+            return False
         if self.splits > 1 and (idle or self.tiles(problem) * self.out_splits > COUNTERS):
             return False
         if self.out_splits > 1:

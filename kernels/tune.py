@@ -28,7 +28,6 @@ from torch import Tensor
 
 from kernels import timing
 from kernels.cost_model import H200, LIMITS, Limits
-from kernels.problem import MAX_SPLITS
 
 # Tilings that are compiled and timed; the cost model is meant to have the best among its first three.
 TRIED = 4
@@ -41,8 +40,6 @@ WRONG = {torch.float16: 1e-2, torch.bfloat16: 8e-2, torch.float32: 1e-3}
 SOURCES = ("cost_model.py", "device_functions.py", "convfirst.py", "mbconv.py", "stem.py", "head.py", "problem.py")
 
 LAYER_BY_LAYER = "layer by layer"
-# Split tiles need memory, of which a network may allow little: the best tilings within these are tried as well.
-FEW_SPLITS = (1, 4)
 _REFUSALS = (
     triton.runtime.errors.OutOfResources, triton.runtime.errors.PTXASError, triton.compiler.errors.CompilationError,
 )  # fmt: skip
@@ -70,25 +67,19 @@ class Choice:
     times_ms: tuple[float, ...] = ()
     layers_ms: float | None = None
 
-    def best(self, max_splits: int = MAX_SPLITS) -> int | None:
-        """Index of the first tiling that splits a tile over no more programs than `max_splits`; None without any."""
-        allowed = (i for i, tiling in enumerate(self.tilings) if getattr(tiling, "splits", 1) <= max_splits)
-        return next(allowed, None)
-
-    def tiling(self, max_splits: int = MAX_SPLITS) -> Any | None:
+    @property
+    def tiling(self) -> Any | None:
         """The tiling to run; None where torch's layers are faster, or no tiling fits."""
-        index = self.best(max_splits)
-        if index is None or (self.layers_ms is not None and self.times_ms[index] > self.layers_ms):
+        if not self.tilings or (self.layers_ms is not None and self.times_ms[0] > self.layers_ms):
             return None
-        return self.tilings[index]
+        return self.tilings[0]
 
-    def describe(self, max_splits: int = MAX_SPLITS) -> str:
-        """In a few words, such as `fused, 0.081 ms (layer by layer 0.203 ms)`."""
-        word = LAYER_BY_LAYER if self.tiling(max_splits) is None else "fused"
-        index = self.best(max_splits)
-        if index is None or self.layers_ms is None:
+    def describe(self) -> str:
+        """In a few words, such as `fused: 0.0810 ms fused, 0.2030 ms layer by layer`."""
+        word = LAYER_BY_LAYER if self.tiling is None else "fused"
+        if not self.tilings or self.layers_ms is None:
             return f"{word}, not timed"
-        return f"{word}: {self.times_ms[index]:.4f} ms fused, {self.layers_ms:.4f} ms {LAYER_BY_LAYER}"
+        return f"{word}: {self.times_ms[0]:.4f} ms fused, {self.layers_ms:.4f} ms {LAYER_BY_LAYER}"
 
 
 @dataclass(frozen=True)
@@ -99,7 +90,7 @@ class Kernel:
         name: by which choices are remembered.
         tiling: the class of its tilings.
         tilings: those worth trying for a problem on a GPU, the likeliest first.
-        launch: (x, packed weights, problem, tiling) -> output.
+        launch: (x, packed weights and a block's scratch, problem, tiling) -> output.
         layer_by_layer: (x, layers, problem) -> output, as torch runs it.
     """
 
@@ -185,13 +176,8 @@ def _write(kernel: Kernel, problem: Any, device: torch.device, choice: Choice) -
 
 
 def tried(kernel: Kernel, problem: Any, limits: Limits) -> list[Any]:
-    """The tilings that tuning times: the likeliest, and the likeliest of those that split little or not at all."""
-    ranked = list(kernel.tilings(problem, limits))
-    found = ranked[:TRIED]
-    for most in FEW_SPLITS:
-        within = (tiling for tiling in ranked if getattr(tiling, "splits", 1) <= most)
-        found += [tiling for tiling in (next(within, None),) if tiling is not None and tiling not in found]
-    return found
+    """The tilings that tuning times: the likeliest."""
+    return list(kernel.tilings(problem, limits)[:TRIED])
 
 
 _chosen: dict[tuple[str, Any, torch.device], Choice] = {}
@@ -214,7 +200,7 @@ def forget() -> None:
 
 @dataclass(frozen=True)
 class Task:
-    """One problem to tune with the tensors it runs on."""
+    """One problem to tune with the tensors it runs on, as the kernel's `launch` and `layer_by_layer` take them."""
 
     kernel: Kernel
     problem: Any

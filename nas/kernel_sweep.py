@@ -24,7 +24,7 @@ from rich.progress import Progress
 from kernels import cost_model, ops, tune
 from kernels.device_functions import INTERPRETED
 from kernels.inspect import SHARED_LIMIT_BYTES, compile_block, read_statics
-from kernels.problem import BlockProblem, unsupported
+from kernels.problem import MAX_SPLITS, BlockProblem, unsupported
 from search_spaces import SearchSpace, load_space
 from search_spaces.arch import STEM_STRIDE, BlockSpec
 
@@ -50,24 +50,28 @@ def block_specs(space: SearchSpace) -> Iterator[tuple[int, BlockSpec]]:
 
 
 def problems(space: SearchSpace, batch: int, dtype: str) -> list[BlockProblem]:
-    """The distinct supported problems of a space, in a fixed order."""
+    """The distinct supported problems of a space, with and without splits, in a fixed order."""
     found = {
-        BlockProblem(
-            batch,
-            size,
-            size,
-            block.in_channels,
-            block.expanded_channels,
-            block.out_channels,
-            block.kernel_size,
-            block.group_width,
-            block.stride,
-            activation,
-            block.residual,
-            dtype,
+        ops.with_splits(
+            BlockProblem(
+                batch,
+                size,
+                size,
+                block.in_channels,
+                block.expanded_channels,
+                block.out_channels,
+                block.kernel_size,
+                block.group_width,
+                block.stride,
+                activation,
+                block.residual,
+                dtype,
+            ),
+            most,
         )
         for size, block in block_specs(space)
         for activation in space.activation
+        for most in (1, MAX_SPLITS)
     }
     return sorted((problem for problem in found if unsupported(problem) is None), key=str)
 

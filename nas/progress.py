@@ -27,10 +27,17 @@ def scored(event: Event) -> str:
     """The last candidate in a few words."""
     outcome = event.outcome
     if outcome.state == CandidateState.COMPLETE and outcome.proxy and outcome.latency:
-        seconds = outcome.latency.ready_seconds
-        ready = f"  ready in {seconds:.1f} s" if seconds >= WORTH_SAYING else ""
+        ready = f"  {text}" if (text := ready_in(event)) else ""
         return f"accuracy {outcome.proxy.accuracy:.3f}  latency {outcome.latency.median_ms:.3f} ms{ready}"
     return f"{outcome.state.value.replace('_', ' ')}: {outcome.reason}"
+
+
+def ready_in(event: Event) -> str:
+    """How long the candidate's network took to be ready to be timed, where that is worth saying."""
+    latency = event.outcome.latency
+    if latency is None or latency.ready_seconds < WORTH_SAYING:
+        return ""
+    return f"ready in {latency.ready_seconds:.1f} s"
 
 
 def scored_briefly(event: Event) -> str:
@@ -94,6 +101,9 @@ class LiveProgress:
 
     def candidate(self, event: Event) -> None:
         assert self.task is not None, "begin comes first"
+        if ready := ready_in(event):
+            # The line has no room for it.
+            self.note(f"{event.arch}: {ready}")
         self.bar.update(self.task, completed=event.complete, description=f"{scored_briefly(event)}  {standing(event)}")
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels.convfirst import ACTIVATE
-from kernels.problem import ACTIVATIONS, BlockProblem, Tiling, conv_forms, unsupported
+from kernels.problem import ACTIVATIONS, BlockProblem, Splittable, Tiling, conv_forms, unsupported
 
 AXES: dict[str, tuple[object, ...]] = {
     "batch": (1, 3),
@@ -64,7 +64,7 @@ def block_case(case: Case) -> BlockCase | None:
     hidden = int(channels * case["expansion"]) // 8 * 8  # type: ignore[operator]
     problem = BlockProblem(
         case["batch"], case["height"], case["width"], channels, hidden, out, case["kernel_size"], group,
-        case["stride"], case["activation"], residual, case["dtype"],
+        case["stride"], case["activation"], residual, case["dtype"], case["splits"],
     )  # type: ignore[arg-type] # fmt: skip
     forms = conv_forms(problem)
     if case["form"] and len(forms) == 1:
@@ -122,7 +122,7 @@ def covering_cases(seed: int = 0) -> list[BlockCase]:
 
 
 # Wider than the axes: several parts of channels, chunks of a full convolution, a split of more than two.
-_WIDE = BlockProblem(1, 3, 3, 160, 320, 160, 3, 8, 1, "silu", True, "float16")
+_WIDE = BlockProblem(1, 3, 3, 160, 320, 160, 3, 8, 1, "silu", True, "float16", max_splits=4)
 
 
 def _square(channels: int, hidden: int, group_width: int) -> BlockProblem:
@@ -164,6 +164,11 @@ def make_operands(problem: BlockProblem, seed: int, device: torch.device) -> tup
     ]  # fmt: skip
     x = draw(problem.batch, channels, problem.height, problem.width)
     return x.contiguous(memory_format=torch.channels_last), layers
+
+
+def new_scratch(problem: Splittable, tiling: Tiling, device: torch.device) -> Tensor:
+    """What split tiles need of the caller."""
+    return torch.empty(tiling.partial_bytes(problem) // 4, dtype=torch.float32, device=device)
 
 
 UNIT_ROUNDOFF = {"float16": 2**-11, "bfloat16": 2**-8, "float32": 2**-24}

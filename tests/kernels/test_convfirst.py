@@ -20,6 +20,7 @@ from tests.kernels.cases import (
     covering_cases,
     error_bound,
     make_operands,
+    new_scratch,
 )
 
 CASES = covering_cases()
@@ -54,7 +55,7 @@ def test_the_cases_cover_every_value_often_and_are_reproducible() -> None:
 def test_numerics(case: BlockCase, kernel_device: torch.device, poisoned: None) -> None:
     problem = case.problem
     x, layers = make_operands(problem, seed=1, device=kernel_device)
-    out = launch(x, pack(layers, problem), problem, case.tiling)
+    out = launch(x, pack(layers, problem), problem, case.tiling, new_scratch(problem, case.tiling, kernel_device))
     assert out.shape == (problem.batch, problem.out_channels, problem.out_height, problem.out_width)
     assert out.is_contiguous(memory_format=torch.channels_last)
     exact = layer_by_layer(x.double(), [layer.double() for layer in layers], problem).cpu()
@@ -72,7 +73,7 @@ def test_error_is_at_most_twice_that_of_torch_layer_by_layer(
     problem = BlockProblem(2, 9, 11, 64, 256, 64, 3, 8, 1, "silu", True, dtype)
     x, layers = make_operands(problem, seed=2, device=kernel_device)
     exact = layer_by_layer(x.double(), [layer.double() for layer in layers], problem)
-    fused = launch(x, pack(layers, problem), problem, Tiling(32, 32, "mma"))
+    fused = launch(x, pack(layers, problem), problem, Tiling(32, 32, "mma"), x)
     layered = layer_by_layer(x, layers, problem)
     own, torchs = ((each.double() - exact).square().mean().sqrt() for each in (fused, layered))
     assert own <= 2 * torchs
@@ -82,10 +83,12 @@ def test_error_is_at_most_twice_that_of_torch_layer_by_layer(
 def test_splits_leave_the_counters_at_zero_and_give_the_same_each_time(
     kernel_device: torch.device, poisoned: None
 ) -> None:
-    problem = BlockProblem(1, 7, 7, 64, 256, 64, 3, 8, 1, "relu", True, "float16")
+    problem = BlockProblem(1, 7, 7, 64, 256, 64, 3, 8, 1, "relu", True, "float16", max_splits=8)
     x, layers = make_operands(problem, seed=3, device=kernel_device)
     weights = pack(layers, problem)
-    once, again, more = (launch(x, weights, problem, Tiling(16, 32, "mma", splits=8)) for _ in range(3))
+    tiling = Tiling(16, 32, "mma", splits=8)
+    scratch = new_scratch(problem, tiling, kernel_device)
+    once, again, more = (launch(x, weights, problem, tiling, scratch) for _ in range(3))
     assert torch.equal(once, again)
     assert torch.equal(once, more)
 
@@ -100,7 +103,7 @@ def test_output_is_non_finite_wherever_the_reference_is(
     x, layers = make_operands(problem, seed=4, device=kernel_device)
     x[0, 3, 2, 5] = value
     exact = layer_by_layer(x.double(), [layer.double() for layer in layers], problem)
-    out = launch(x, pack(layers, problem), problem, Tiling(32, 16, "mma"))
+    out = launch(x, pack(layers, problem), problem, Tiling(32, 16, "mma"), x)
     assert not exact.isfinite().all()
     assert not out[~exact.isfinite()].isfinite().any()
     # Far away nothing is touched.
@@ -118,8 +121,8 @@ def test_offsets_beyond_32_bits() -> None:
     weights = pack(layers, small)
     tiling = Tiling(128, 64, "mma")
     many = x.expand(problem.batch, -1, -1, -1).contiguous(memory_format=torch.channels_last)
-    out = launch(many, weights, problem, tiling)
-    assert torch.equal(out[-1:], launch(x, weights, small, tiling))
+    out = launch(many, weights, problem, tiling, x)
+    assert torch.equal(out[-1:], launch(x, weights, small, tiling, x))
 
 
 @pytest.mark.parametrize("channels", range(8, 520, 8))

@@ -148,9 +148,10 @@ def test_operators_follow_torchs_rules(kernel_device: torch.device) -> None:
     fused = fuse(network("uir_r1_a3_k0_s1_e2_c16").to(kernel_device), dtype=torch.float32)
     block = fused.fused_modules["blocks.0.0"]
     x = torch.randn(1, 16, 3, 3, device=kernel_device).to(memory_format=torch.channels_last)
-    arguments = (x, block.weights, block.layers, 1, "silu", True, 1)
-    checks = torch.library.opcheck(ops.block, arguments, test_utils=("test_schema", "test_faketensor"))
-    assert set(checks.values()) == {"SUCCESS"}
+    for scratch in (x.new_empty(0), x.new_empty(2 * 9 * 16)):
+        arguments = (x, block.weights, block.layers, scratch, 1, "silu", True)
+        checks = torch.library.opcheck(ops.block, arguments, test_utils=("test_schema", "test_faketensor"))
+        assert set(checks.values()) == {"SUCCESS"}
 
 
 def test_the_model_is_left_as_it_was_and_may_be_fused_again() -> None:
@@ -183,12 +184,15 @@ def test_partial_sums_stay_within_the_networks_memory(batch: int, resolution: in
     for name, module in fused.fused_modules.items():
         if name in ("conv_stem", "global_pool"):
             continue
-        choice = tune.choose(module.kernel, problems[name], torch.device("cpu"))
-        tiling = choice.tiling(module.max_splits)
+        tiling = tune.choose(module.kernel, problems[name], torch.device("cpu")).tiling
         assert tiling is not None
-        assert tiling.splits <= module.max_splits
+        assert tiling.splits <= problems[name].max_splits <= module.max_splits
         splits.add(module.max_splits)
-        assert tiling.partial_bytes(problems[name]) + moved_bytes(problems[name]) <= 1.05 * largest
+        scratch = module.new_scratch(
+            torch.empty(batch, problems[name].in_channels, problems[name].height, problems[name].width, device="meta")
+        )
+        assert tiling.partial_bytes(problems[name]) <= scratch.nbytes
+        assert scratch.nbytes + moved_bytes(problems[name]) <= 1.05 * largest
     assert len(splits) > 1
 
 
@@ -198,8 +202,8 @@ BLOCK_PROBLEM = BlockProblem(1, 14, 14, 256, 1024, 256, 3, 8, 1, "silu", True, "
 def test_a_block_by_itself_exchanges_no_partial_sums_and_still_spreads() -> None:
     _, layers = make_operands(BLOCK_PROBLEM, seed=1, device=torch.device("cpu"))
     block = FusedBlock(layers, 1, "silu", True)
-    choice = tune.choose(block.kernel, block.problem((1, 256, 14, 14)), torch.device("cpu"))
-    tiling = choice.tiling(block.max_splits)
+    assert block.new_scratch(torch.empty(1, 256, 14, 14, device="meta")).nbytes == 0
+    tiling = tune.choose(block.kernel, block.problem((1, 256, 14, 14)), torch.device("cpu")).tiling
     assert tiling is not None
     assert tiling.partial_bytes(BLOCK_PROBLEM) == 0
     assert tiling.programs(BLOCK_PROBLEM) >= 26

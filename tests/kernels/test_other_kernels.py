@@ -17,6 +17,7 @@ from kernels.mbconv import MBConvProblem
 from kernels.problem import BlockProblem, Tiling
 from kernels.stem import StemProblem, StemTiling
 from kernels.tune import Kernel
+from tests.kernels.cases import new_scratch
 
 # Root mean square of the error over that of the output: a few roundings of the dtype, far below any wrong tap.
 TOLERANCE = {"float32": 1e-6, "float16": 1.5e-3, "bfloat16": 1.2e-2}
@@ -37,7 +38,10 @@ def check(kernel: Kernel, pack: Any, problem: Any, tiling: Any, shape: tuple[int
     layers = [layer.to(device, dtype) for layer in layers]
     x = draw(*shape, seed=9).to(device, dtype).contiguous(memory_format=torch.channels_last)
     exact = kernel.layer_by_layer(x.double(), [layer.double() for layer in layers], problem)
-    out = kernel.launch(x, pack(layers, problem), problem, tiling)
+    weights = pack(layers, problem)
+    if isinstance(problem, MBConvProblem):
+        weights = [*weights, new_scratch(problem, tiling, device)]
+    out = kernel.launch(x, weights, problem, tiling)
     assert out.shape == exact.shape
     assert relative_error(out, exact) < TOLERANCE[problem.dtype]
 
@@ -94,7 +98,7 @@ def test_head(problem: HeadProblem, pools: bool, poisoned: None) -> None:
     check(ops.HEAD, head.pack, problem, HeadTiling(pools, block_k=64), shape, layers)
 
 
-MBCONV = MBConvProblem(2, 7, 9, 24, 96, 40, 3, 1, 1, "silu", True, False, "float16")
+MBCONV = MBConvProblem(2, 7, 9, 24, 96, 40, 3, 1, 1, "silu", True, False, "float16", max_splits=2)
 
 
 @pytest.mark.kernels
@@ -127,23 +131,31 @@ def test_mbconv(problem: MBConvProblem, tiling: Tiling, poisoned: None) -> None:
     check(ops.MBCONV, mbconv.pack, problem, tiling, shape, layers if problem.expands else layers[2:])
 
 
-def test_every_supported_problem_has_tilings_of_which_one_is_not_split() -> None:
+def test_every_supported_problem_has_tilings_and_none_takes_more_splits_than_there_is_scratch_for() -> None:
     rng = random.Random(0)
     for hidden in range(8, 2600, 8):
         batch, dtype = rng.choice([1, 3, 128]), rng.choice(["float16", "float32"])
         out = rng.randrange(8, 520, 8)
-        found = mbconv.tilings(replace(MBCONV, batch=batch, hidden_channels=hidden, out_channels=out, dtype=dtype))
-        assert any(tiling.splits == 1 for tiling in found), hidden
+        most = rng.choice([1, 2, 8, 32])
+        wide = replace(
+            MBCONV, batch=batch, hidden_channels=hidden, out_channels=out, dtype=dtype, max_splits=most
+        )  # fmt: skip
+        found = mbconv.tilings(wide)
+        assert found
+        assert all(tiling.splits <= most for tiling in found), wide
     for _ in range(60):
         channels, batch = rng.randrange(8, 520, 8), rng.choice([1, 3, 128])
         dtype, kernel_size = rng.choice(["float16", "float32"]), rng.choice([3, 5, 7])
         group = rng.choice([1, 8, channels])
         hidden = rng.randrange(1, 9) * channels
         block = BlockProblem(
-            batch, 14, 14, channels, hidden, channels, kernel_size, group, 1, "silu", True, dtype
+            batch, 14, 14, channels, hidden, channels, kernel_size, group, 1, "silu", True, dtype,
+            rng.choice([1, 2, 8, 32]),
         )  # fmt: skip
         for limits in cost_model.LIMITS.values():
-            assert any(tiling.splits == 1 for tiling in cost_model.ranked(block, limits)), block
+            ranked = cost_model.ranked(block, limits)
+            assert ranked, block
+            assert all(tiling.splits <= block.max_splits for tiling in ranked), block
         assert stem.tilings(replace(STEM, batch=batch, out_channels=min(channels, 256), dtype=dtype))
         assert head.tilings(replace(HEAD, batch=batch, in_channels=channels, dtype=dtype))
 

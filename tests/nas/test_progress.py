@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import io
 from dataclasses import replace
+
+import pytest
+from rich.console import Console
 
 from nas.evaluate import Outcome
 from nas.overhead import FakeEvaluator
-from nas.progress import scored
+from nas.progress import LiveProgress, scored
 from nas.search import Event
 from search_spaces import load_space
 from studies import CandidateState
@@ -18,3 +22,15 @@ def test_the_time_to_get_ready_is_shown_where_it_is_worth_saying() -> None:
     assert scored(event).endswith("ms")
     slow = replace(outcome, latency=replace(latency, ready_seconds=3.21))
     assert scored(replace(event, outcome=slow)).endswith("ms  ready in 3.2 s")
+
+
+@pytest.mark.parametrize("width", [80, 120])
+def test_a_terminal_shows_it_above_the_live_line(width: int) -> None:
+    fake, arch = FakeEvaluator(), load_space("small").anchor()
+    latency = replace(fake.measure(arch), ready_seconds=3.21)
+    outcome = Outcome(CandidateState.COMPLETE, fake.cost(arch), 1.0, latency=latency, proxy=fake.train(arch))
+    shown = io.StringIO()
+    with LiveProgress(Console(file=shown, force_terminal=True, width=width)) as live:
+        live.begin(0, 2)
+        live.candidate(Event(arch, outcome, 1, 2, 0.5, 1, 0.3, None))
+    assert f"{arch}: ready in 3.2 s" in shown.getvalue().replace("\n", "").replace("\r", "")
