@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -20,7 +21,7 @@ from nas.config import AUTO, DEFAULT_STORAGE, DEFAULT_STUDY, Dtype, Sampler
 if TYPE_CHECKING:
     import pandas as pd
 
-    from nas.config import SearchConfig
+    from nas.config import LatencyConfig, SearchConfig
     from studies import Store
 
 app = typer.Typer(add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
@@ -33,6 +34,40 @@ class Format(StrEnum):
     CSV = "csv"
     JSON = "json"
 
+
+# What several commands share: a deployment, of which a study's is the default where there is a study.
+DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", rich_help_panel="Deployment")]
+EngineOption = Annotated[
+    str, typer.Option("--engine", help="auto, fused, eager, torchscript or compile.", rich_help_panel="Deployment")
+]
+DtypeOption = Annotated[
+    Dtype, typer.Option("--dtype", help="auto is float16 on CUDA, else float32.", rich_help_panel="Deployment")
+]
+BatchOption = Annotated[
+    int | None, typer.Option("--latency-batch", help="Images; by default 1.", rich_help_panel="Deployment")
+]
+ResolutionOption = Annotated[
+    int | None,
+    typer.Option("--latency-resolution", help="Pixels; by default the network's own.", rich_help_panel="Deployment"),
+]
+ClassesOption = Annotated[
+    int | None,
+    typer.Option("--latency-classes", help="By default 10, of timm models 1000.", rich_help_panel="Deployment"),
+]
+ThreadsOption = Annotated[
+    int | None, typer.Option("--latency-threads", help="CPU threads; by default 1.", rich_help_panel="Deployment")
+]
+PrecisionOption = Annotated[
+    float | None,
+    typer.Option(
+        "--latency-precision", help="Share of the median that its 95 % interval may be wide; 0.05, on CUDA 0.02.",
+        rich_help_panel="Deployment",
+    ),
+]  # fmt: skip
+SecondsOption = Annotated[
+    float | None,
+    typer.Option("--latency-seconds", help="Sampling ends then all the same; 3.", rich_help_panel="Deployment"),
+]
 
 Storage = Annotated[str, typer.Option(help="Study database, any SQLAlchemy URL.", rich_help_panel="Study")]
 StudyName = Annotated[str, typer.Option("--study", help="Name of the study in it.", rich_help_panel="Study")]
@@ -101,9 +136,20 @@ def search(
         typer.Option(help="Its classes; by default 10, with the imagenet space 1000.", rich_help_panel="Latency"),
     ] = None,
     latency_threads: Annotated[int, typer.Option(help="Its CPU threads.", rich_help_panel="Latency")] = 1,
+    latency_precision: Annotated[
+        float | None,
+        typer.Option(
+            help="Sample until the median's 95 % interval is no wider than this share; 0.05, on CUDA 0.02.",
+            rich_help_panel="Latency",
+        ),
+    ] = None,
     latency_seconds: Annotated[
-        float, typer.Option(help="Time each candidate is sampled for.", rich_help_panel="Latency")
-    ] = 1.5,
+        float, typer.Option(help="Or until so many seconds have passed.", rich_help_panel="Latency")
+    ] = 3.0,
+    block_table: Annotated[
+        bool,
+        typer.Option(help="Measure every candidate's blocks alone, not the front's only.", rich_help_panel="Latency"),
+    ] = False,
     max_latency_ms: Annotated[float | None, typer.Option(rich_help_panel="Limits")] = None,
     max_params: Annotated[int | None, typer.Option(rich_help_panel="Limits")] = None,
     max_macs: Annotated[int | None, typer.Option(rich_help_panel="Limits")] = None,
@@ -190,7 +236,195 @@ def space(
         out.print(f"anchor: {loaded.anchor()}", highlight=False, soft_wrap=True)
 
 
+@app.command()
+def device(
+    storage: Storage = DEFAULT_STORAGE,
+    device: DeviceOption = AUTO,
+    dtype: DtypeOption = Dtype.AUTO,
+    latency_threads: ThreadsOption = None,
+    again: Annotated[bool, typer.Option(help="Measure it also where it was measured before.")] = False,
+) -> None:
+    """Measure what a device can do, once, and print it: bandwidth, matrix rate, launch overhead."""
+    with _reported(storage):
+        from nas import profile
+        from nas.evaluate import check_device
+
+        # Any engine will do: none runs.
+        config = _deployment(device=device, engine="eager", dtype=dtype.value, threads=latency_threads)
+        where = check_device(config)
+        with _made(storage) as store:
+            profile.find_or_measure(store, where, config.dtype, config.threads, again)
+            for line in profile.lines(store.profiles()):
+                out.print(line, highlight=False, soft_wrap=True)
+
+
+@app.command()
+def remeasure(
+    storage: Storage = DEFAULT_STORAGE,
+    study: StudyName = DEFAULT_STUDY,
+    everything: Annotated[bool, typer.Option("--all", help="All complete candidates, not the front only.")] = False,
+    device: Annotated[
+        str | None, typer.Option(help="By default the study's, as all that follows.", rich_help_panel="Deployment")
+    ] = None,
+    engine: Annotated[str | None, typer.Option(rich_help_panel="Deployment")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(rich_help_panel="Deployment")] = None,
+    latency_batch: BatchOption = None,
+    latency_threads: ThreadsOption = None,
+    latency_precision: PrecisionOption = None,
+    latency_seconds: SecondsOption = None,
+) -> None:
+    """Measure a study's front again, in turns; with other settings all candidates, as a second latency of theirs."""
+    with _reported(storage), _opened(storage, study, write=True) as store:
+        from nas import remeasure as again
+        from nas.plots import deployment_line
+        from nas.progress import front_table
+
+        changes = {
+            "device": device, "engine": engine, "dtype": dtype and dtype.value, "batch_size": latency_batch,
+            "threads": latency_threads, "precision": latency_precision, "seconds": latency_seconds,
+        }  # fmt: skip
+        given = {name: value for name, value in changes.items() if value is not None}
+        flags = {name: (DEPLOYMENT_FLAGS[name], value) for name, value in given.items()}
+        note = partial(out.print, highlight=False, soft_wrap=True, markup=False)
+        fields = dict(store=store, name=study, changes=given, everything=everything, note=note)
+        done = _checked(again.remeasure, flags, **fields)
+        if done is None:
+            out.print("The front is empty: nothing was measured.")
+            return
+        front = again.of_deployment(store.front(study), done.config, done.device_id)
+        out.print(front_table(front, f"Pareto front of {study}\n{deployment_line(front.iloc[0])}"))
+        note(str(done))
+
+
+@app.command()
+def analyze(
+    storage: Storage = DEFAULT_STORAGE,
+    study: StudyName = DEFAULT_STUDY,
+    trial: Annotated[int | None, typer.Option(help="A candidate of the study.")] = None,
+    arch: Annotated[str | None, typer.Option(help="An architecture's line, or its JSON.")] = None,
+    timm: Annotated[str | None, typer.Option(help="A timm model, by its layers.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Beside it another: a trial's number, an architecture or a timm model.")
+    ] = None,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Folder for the plots, PNG and SVG.")] = None,
+    device: DeviceOption = AUTO,
+    engine: EngineOption = AUTO,
+    dtype: DtypeOption = Dtype.AUTO,
+    latency_batch: BatchOption = None,
+    latency_resolution: ResolutionOption = None,
+    latency_classes: ClassesOption = None,
+    latency_threads: ThreadsOption = None,
+    latency_precision: PrecisionOption = None,
+    latency_seconds: SecondsOption = None,
+) -> None:
+    """Show where a network's time goes: each part's operations, bytes, ideal and measured time, and efficiency."""
+    with _reported(storage):
+        from nas.analysis import analyse, choose, draw
+        from nas.errors import CandidateFailed, UsageError
+
+        given = {
+            "device": None if device == AUTO else device, "engine": None if engine == AUTO else engine,
+            "dtype": None if dtype is Dtype.AUTO else dtype.value, "batch_size": latency_batch,
+            "resolution": latency_resolution, "num_classes": latency_classes, "threads": latency_threads,
+            "precision": latency_precision, "seconds": latency_seconds,
+        }  # fmt: skip
+        named = {"--trial": trial, "--arch": arch, "--timm": timm}
+        chosen = [(flag, value) for flag, value in named.items() if value is not None]
+        if len(chosen) != 1:
+            raise UsageError(f"analyze: give one of {', '.join(named)}" + (", not several" if chosen else ""))
+        if out_dir is not None and out_dir.exists() and not out_dir.is_dir():
+            raise UsageError(f"--out {out_dir}: is not a folder")
+        with _made(storage) as store:
+            subjects = choose(store, study, chosen[0], against, given, _deployment)
+            note = partial(err.print, highlight=False, soft_wrap=True, markup=False)
+            try:
+                analyses = [analyse(store, subject, note) for subject in subjects]
+            except CandidateFailed as error:
+                raise UsageError(f"analyze: {error}") from error
+        for analysis in analyses:
+            out.print(analysis.table(out.width))
+            for line in analysis.lines():
+                out.print(line, highlight=False, soft_wrap=True)
+            out.print()
+        if out_dir is not None:
+            for path in draw(analyses, out_dir):
+                err.print(f"drawn: {path}", highlight=False, soft_wrap=True)
+
+
+@app.command()
+def latency(
+    arch: Annotated[str, typer.Option(help="An architecture's line, or its JSON.")],
+    measure: Annotated[bool, typer.Option(help="Measure what the block latency table lacks of it.")] = False,
+    storage: Storage = DEFAULT_STORAGE,
+    device: DeviceOption = AUTO,
+    engine: EngineOption = AUTO,
+    dtype: DtypeOption = Dtype.AUTO,
+    latency_batch: BatchOption = None,
+    latency_resolution: ResolutionOption = None,
+    latency_classes: ClassesOption = None,
+    latency_threads: ThreadsOption = None,
+    latency_precision: PrecisionOption = None,
+    latency_seconds: SecondsOption = None,
+) -> None:
+    """An architecture's latency by the block latency table, at once: what it adds up to, and what is missing."""
+    with _reported(storage):
+        from nas.analysis import analyse, choose, table_lines
+        from nas.errors import CandidateFailed, UsageError
+        from nas.evaluate import check_device
+
+        given = {
+            "device": None if device == AUTO else device, "engine": None if engine == AUTO else engine,
+            "dtype": None if dtype is Dtype.AUTO else dtype.value, "batch_size": latency_batch,
+            "resolution": latency_resolution, "num_classes": latency_classes, "threads": latency_threads,
+            "precision": latency_precision, "seconds": latency_seconds,
+        }  # fmt: skip
+        with _made(storage) if measure else _opened(storage) as store:
+            (subject,) = choose(store, DEFAULT_STUDY, ("--arch", arch), None, given, _deployment)
+            check_device(subject.config)
+            if measure:
+                try:
+                    analyse(store, subject, partial(err.print, highlight=False, soft_wrap=True))
+                except CandidateFailed as error:
+                    raise UsageError(f"--arch {arch}: {error}") from error
+            for line in table_lines(store, subject):
+                out.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
 # -- helpers -------------------------------------------------------------------------------------------------------
+
+
+def _checked(make: Any, names: dict[str, tuple[str, Any]], /, **fields: Any) -> Any:
+    """A value of these fields; what it refuses is told by the flag that the user typed."""
+    from nas.errors import UsageError
+
+    try:
+        return make(**fields)
+    except ValueError as error:
+        # "budget=0 is not at least 1" is the value's own word.
+        field, _, rest = str(error).partition("=")
+        flag, value = names[field]
+        raise UsageError(f"{flag} {value}: {rest.partition(' ')[2]}") from error
+
+
+# Field of LatencyConfig -> flag.
+DEPLOYMENT_FLAGS = {
+    "device": "--device", "engine": "--engine", "dtype": "--dtype", "batch_size": "--latency-batch",
+    "resolution": "--latency-resolution", "num_classes": "--latency-classes", "threads": "--latency-threads",
+    "precision": "--latency-precision", "seconds": "--latency-seconds",
+}  # fmt: skip
+
+
+def _deployment(base: LatencyConfig | None = None, **given: Any) -> LatencyConfig:
+    """A deployment of the flags that were given, and what they leave open: `base`'s, or the defaults."""
+    from dataclasses import replace
+
+    from nas.config import LatencyConfig
+
+    fields = {name: value for name, value in given.items() if value is not None}
+    names = {name: (flag, given.get(name)) for name, flag in DEPLOYMENT_FLAGS.items()}
+    make = LatencyConfig if base is None else (lambda **changes: replace(base, **changes))
+    config: LatencyConfig = _checked(make, names, **fields)
+    return config
 
 
 def _config(
@@ -198,7 +432,7 @@ def _config(
     data: str, data_dir: str, download: bool, resolution: int | None, proxy_steps: int, proxy_batch: int,
     proxy_lr: float, threads: int | None, deterministic: bool, device: str, engine: str, dtype: Dtype,
     latency_batch: int, latency_resolution: int | None, latency_classes: int | None, latency_threads: int,
-    latency_seconds: float,
+    latency_precision: float | None, latency_seconds: float, block_table: bool,
     max_latency_ms: float | None, max_params: int | None, max_macs: int | None, max_memory_mb: float | None,
 ) -> SearchConfig:  # fmt: skip
     """The flags as one value, with what they leave open filled in."""
@@ -218,23 +452,15 @@ def _config(
     latency_flags = {
         "batch_size": ("--latency-batch", latency_batch), "resolution": ("--latency-resolution", latency_resolution),
         "num_classes": ("--latency-classes", latency_classes), "threads": ("--latency-threads", latency_threads),
-        "seconds": ("--latency-seconds", latency_seconds),
+        "precision": ("--latency-precision", latency_precision), "seconds": ("--latency-seconds", latency_seconds),
     }  # fmt: skip
-
-    def checked(make: Any, names: dict[str, tuple[str, Any]], /, **fields: Any) -> Any:
-        try:
-            return make(**fields)
-        except ValueError as error:
-            # "budget=0 is not at least 1" is the value's own word; the user typed a flag.
-            field, _, rest = str(error).partition("=")
-            flag, value = names[field]
-            raise UsageError(f"{flag} {value}: {rest.partition(' ')[2]}") from error
 
     try:
         loaded = load_space(space)
     except ValueError as error:
         raise UsageError(f"--space {error}") from error
     pixels = loaded.resolution if resolution is None else resolution
+    checked = _checked
     proxy = dict(
         steps=proxy_steps, batch_size=proxy_batch, learning_rate=proxy_lr, deterministic=deterministic,
         threads=default_threads() if threads is None else threads,
@@ -243,7 +469,7 @@ def _config(
         device=device, engine=engine, dtype=dtype.value,
         batch_size=latency_batch, resolution=pixels if latency_resolution is None else latency_resolution,
         num_classes=(1000 if space == "imagenet" else 10) if latency_classes is None else latency_classes,
-        threads=latency_threads, seconds=latency_seconds,
+        threads=latency_threads, precision=latency_precision, seconds=latency_seconds,
     )  # fmt: skip
     limits = dict(latency_ms=max_latency_ms, params=max_params, macs=max_macs, memory_mb=max_memory_mb)
     config: SearchConfig = checked(
@@ -251,6 +477,7 @@ def _config(
         data=checked(DataConfig, flags, source=data, resolution=pixels, data_dir=data_dir, download=download),
         proxy=checked(ProxyConfig, flags, **proxy), latency=checked(LatencyConfig, latency_flags, **latency),
         limits=checked(Limits, flags, **limits), sampler=sampler.value, seed=seed,
+        block_table=block_table,
     )  # fmt: skip
     return config
 
@@ -281,6 +508,7 @@ def _run(config: SearchConfig, take_over: bool) -> None:
     shown = displayed(config.storage)
     for line in (
         f"{result.why}: {result.complete} of {config.budget} candidates; hypervolume {result.hypervolume:.4f}",
+        *result.remarks,
         shares_line(result),
         f"study {config.study!r} is in {shown}",
         f"front again: python run_search.py pareto --storage {shown} --study {config.study}",
@@ -324,12 +552,29 @@ def _print_front(front: pd.DataFrame, title: str) -> None:
 
 
 @contextlib.contextmanager
-def _opened(storage: str, study: str | None = None) -> Iterator[Store]:
-    """The database of a command that only reads."""
+def _made(storage: str) -> Iterator[Store]:
+    """The database of a command that writes, made if there is none."""
+    from studies import Store
+
+    Store.check_writable(storage)
+    store = Store.open(storage, create=True)
+    assert store is not None
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+@contextlib.contextmanager
+def _opened(storage: str, study: str | None = None, write: bool = False) -> Iterator[Store]:
+    """A database that is there, and holds the study."""
     from nas.errors import UsageError
     from studies import Store, displayed
 
     store = Store.open(storage, create=False)
+    if store is not None and write:
+        store.close()
+        store = Store.open(storage, create=True)
     if store is None:
         raise UsageError(f"--storage {displayed(storage)}: there is no study database of ours")
     try:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -45,19 +46,18 @@ class MachineLimits:
     Args:
         copy_bytes: a second, read and written together, of a large copy.
         l2_bytes: a second, read from the second-level cache.
-        product_macs: multiply-accumulates a second of a large square product, float16 on CUDA (on Hopper by warp-group
-            products), float32 on a CPU.
+        product_macs: multiply-accumulates a second of a large square product (on Hopper by warp-group products).
+        launch_seconds: of the smallest operation, each launched from Python.
         mma_macs: likewise, of mma.sync, the tensor-core instruction before Hopper's.
-        graph_launch_seconds: of one kernel that does next to nothing, in a CUDA graph of many.
-        launch_seconds: likewise, each launched from Python.
+        graph_launch_seconds: of one such kernel in a CUDA graph of many.
     """
 
     copy_bytes: float
     product_macs: float
+    launch_seconds: float
     l2_bytes: float | None = None
     mma_macs: float | None = None
     graph_launch_seconds: float | None = None
-    launch_seconds: float | None = None
 
     def counting(self) -> Limits:
         """What the cost model counts with, on the current CUDA device; what is not measured here is an H200's."""
@@ -144,10 +144,19 @@ def _graph_of(launch: Callable[[], object], launches: int) -> torch.cuda.CUDAGra
 
 
 @torch.inference_mode()
-def measure_limits(device: torch.device) -> MachineLimits:
-    """The limits of a device, on random values: products of zeros draw less power and so run faster."""
+def measure_limits(
+    device: torch.device, dtype: torch.dtype | None = None, detailed: bool = True, seconds: float | None = None
+) -> MachineLimits:
+    """The limits of a device, on random values: products of zeros draw less power and so run faster.
+
+    Args:
+        dtype: of the product; float16 on CUDA and float32 on a CPU by default. Float32 products on CUDA take TF32, as
+            cuDNN's convolutions do by default.
+        detailed: on CUDA also what needs kernels of our own, the L2's rate and that of the older products.
+        seconds: of sampling; `SECONDS` by default.
+    """
     on_cuda = device.type == "cuda"
-    dtype = torch.float16 if on_cuda else torch.float32
+    dtype = dtype or (torch.float16 if on_cuda else torch.float32)
     side = PRODUCT_SIDE[device.type]
 
     def random(*shape: int, of: torch.dtype = dtype) -> Tensor:
@@ -161,11 +170,24 @@ def measure_limits(device: torch.device) -> MachineLimits:
         "copy_bytes": (lambda: target.copy_(source), 2 * COPY_BYTES[device.type]),
         "product_macs": (lambda: torch.matmul(left, right, out=product), side**3),
     }
+    one = torch.zeros(1, device=device)
+
+    def launch() -> None:
+        one.add_(1)
+
+    def launch_many() -> None:
+        for _ in range(LAUNCHES):
+            launch()
+
+    launch()
+    runs["launch_seconds"] = (launch_many, LAUNCHES)
     if on_cuda:
+        graph = _graph_of(launch, LAUNCHES)
+        runs["graph_launch_seconds"] = (graph.replay, LAUNCHES)
+    if on_cuda and detailed:
         programs = PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
-        words = random(2 * 6 * MMA_LENGTH).view(torch.int32)
+        words = random(2 * 6 * MMA_LENGTH, of=torch.float16).view(torch.int32)
         cached, sums = random(L2_BYTES // 4, of=torch.float32), torch.empty(programs, device=device)
-        one = torch.zeros(1, device=device)
 
         def multiply() -> None:
             mma_kernel[(programs,)](words, sums, MMA_STEPS, MMA_LENGTH, num_warps=MMA_WARPS)
@@ -173,30 +195,30 @@ def measure_limits(device: torch.device) -> MachineLimits:
         def read() -> None:
             read_kernel[(programs,)](cached, sums, len(cached) // READ_BLOCK, READ_STEPS, READ_BLOCK, num_warps=8)
 
-        def launch() -> None:
-            one.add_(1)
-
-        def launch_many() -> None:
-            for _ in range(LAUNCHES):
-                launch()
-
-        launch()
-        graph = _graph_of(launch, LAUNCHES)
         runs |= {
             "mma_macs": (multiply, programs * MMA_STEPS * MMA_LENGTH // 32 * MACS_PER_MMA),
             "l2_bytes": (read, programs * READ_STEPS * READ_BLOCK * 4),
-            "graph_launch_seconds": (graph.replay, LAUNCHES),
-            "launch_seconds": (launch_many, LAUNCHES),
         }
-    samples = time_interleaved(
-        [_silent(run) for run, _ in runs.values()], clock_for(device), SECONDS[device.type],
-        MIN_SAMPLE_SECONDS[device.type],
-    )  # fmt: skip
+    with _tensor_float32() if on_cuda else nullcontext():
+        samples = time_interleaved(
+            [_silent(run) for run, _ in runs.values()], clock_for(device), seconds or SECONDS[device.type],
+            MIN_SAMPLE_SECONDS[device.type],
+        )  # fmt: skip
     medians = np.median(samples, axis=0)
     found = {}
-    for (name, (_, amount)), seconds in zip(runs.items(), medians, strict=True):
-        found[name] = float(seconds / amount if name.endswith("seconds") else amount / seconds)
+    for (name, (_, amount)), median in zip(runs.items(), medians, strict=True):
+        found[name] = float(median / amount if name.endswith("seconds") else amount / median)
     return MachineLimits(**found)
+
+
+@contextmanager
+def _tensor_float32() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def _silent(run: Callable[[], object]) -> Callable[[], None]:

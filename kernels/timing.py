@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,6 +22,9 @@ import torch
 MIN_SAMPLE_SECONDS = {"cpu": 5e-3, "cuda": 1e-3}
 MIN_ROUNDS = 10
 WARMUP_SECONDS = 0.1
+WARMUP_CAP_SECONDS = 1.0
+WARMUP_WINDOW = 5
+WARMUP_TOLERANCE = 0.03
 CALLS_BEFORE_CAPTURE = 3
 
 Output = TypeVar("Output")
@@ -142,30 +146,136 @@ def time_interleaved(
         Seconds per call, (rounds, len(runs)). Row by row the samples are neighbours in time; every other round runs in
         reverse order, so that no run always comes after the same neighbour.
     """
-    calls = [_calls_per_sample(run, clock, min_sample_seconds) for run in runs]
+    calls = [warm_up(run, clock, min_sample_seconds) for run in runs]
     rounds: list[list[float]] = []
     deadline = time.perf_counter() + seconds
-    while len(rounds) < MIN_ROUNDS or time.perf_counter() < deadline:
+    for row in _rounds(runs, calls, clock):
+        rounds.append(row)
+        if len(rounds) >= MIN_ROUNDS and time.perf_counter() >= deadline:
+            break
+    return np.asarray(rounds)
+
+
+def _rounds(runs: Sequence[Callable[[], None]], calls: Sequence[int], clock: Clock) -> Iterator[list[float]]:
+    """Endless rounds of seconds per call of each run."""
+    for number in itertools.count():
         row = [0.0] * len(runs)
-        order = range(len(runs)) if len(rounds) % 2 == 0 else reversed(range(len(runs)))
+        order = range(len(runs)) if number % 2 == 0 else reversed(range(len(runs)))
         for index in order:
             # One call unmeasured: it refills the caches that the neighbour has emptied.
             runs[index]()
             row[index] = clock(runs[index], calls[index]) / calls[index]
-        rounds.append(row)
-    return np.asarray(rounds)
+        yield row
 
 
-def _calls_per_sample(run: Callable[[], None], clock: Clock, min_sample_seconds: float) -> int:
-    """Warm up for `WARMUP_SECONDS`, doubling the calls until a sample is long enough."""
-    calls = 1
-    deadline = time.perf_counter() + WARMUP_SECONDS
+def warm_up(run: Callable[[], None], clock: Clock, min_sample_seconds: float) -> int:
+    """Run until it gets no faster, and at least `WARMUP_SECONDS`; returns the calls that make a sample long enough.
+
+    Faster is a median of `WARMUP_WINDOW` samples that is lower than the one before by more than `WARMUP_TOLERANCE`.
+    """
+    begin = time.perf_counter()
+    calls, window, before = 1, list[float](), float("inf")
     while True:
         seconds = clock(run, calls)
+        passed = time.perf_counter() - begin
         if seconds < min_sample_seconds:
             calls = max(calls + 1, min(2 * calls, int(calls * min_sample_seconds / max(seconds, 1e-9)) + 1))
-        elif time.perf_counter() >= deadline:
+            window = []
+            continue
+        window.append(seconds / calls)
+        if passed >= WARMUP_CAP_SECONDS:
             return calls
+        if len(window) == WARMUP_WINDOW:
+            median = float(np.median(window))
+            if median >= (1 - WARMUP_TOLERANCE) * before and passed >= WARMUP_SECONDS:
+                return calls
+            before, window = median, []
+
+
+# -- How long to go on -------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Precision:
+    """When sampling ends: once the median is known well enough, or at a cap.
+
+    Args:
+        share: of the median, below which its 95 % confidence interval must be wide.
+        cap_seconds: after which sampling ends all the same.
+    """
+
+    share: float
+    cap_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    """What sampling found.
+
+    Args:
+        seconds: per call, (rounds, runs).
+        interval_shares: width of each checked median's confidence interval, over the median.
+        capped: whether the cap ended it.
+    """
+
+    seconds: np.ndarray
+    interval_shares: tuple[float, ...]
+    capped: bool
+
+
+def median_interval(values: np.ndarray) -> tuple[float, float]:
+    """The 95 % confidence interval of the median of independent samples, whatever their distribution.
+
+    Between two order statistics, by the normal approximation to the binomial: below six samples none is wide enough,
+    and it is from the least to the greatest. (W. J. Conover, Practical Nonparametric Statistics, 3.2.)
+
+    Args:
+        values: (n,), n at least 1.
+    """
+    ordered = np.sort(values)
+    below = max(0, int((len(ordered) - 1.96 * len(ordered) ** 0.5) / 2))
+    return float(ordered[below]), float(ordered[-1 - below])
+
+
+def interval_share(values: np.ndarray) -> float:
+    """Width of the median's confidence interval over the median."""
+    low, high = median_interval(values)
+    return (high - low) / float(np.median(values))
+
+
+def sample_until(
+    runs: Sequence[Callable[[], None]], clock: Clock, min_sample_seconds: float, precision: Precision,
+    checked: Callable[[np.ndarray], Sequence[np.ndarray]], between: Callable[[], None] = lambda: None,
+    now: Callable[[], float] = time.perf_counter,
+) -> Sampled:  # fmt: skip
+    """Like `time_interleaved`, until the medians that matter are known to the precision asked for.
+
+    Neighbouring samples are not quite independent, and looking often makes stopping by luck likelier: the interval is
+    a stopping rule and a measure of noise, and covers somewhat less than 95 %.
+
+    Args:
+        checked: (rounds, runs) seconds per call -> the quantities, (rounds,) each, whose medians are wanted.
+        between: called at every check, also at the first and the last.
+        now: seconds by which the cap is kept.
+    """
+    calls = [warm_up(run, clock, min_sample_seconds) for run in runs]
+    rounds: list[list[float]] = []
+    begin, check_at = now(), MIN_ROUNDS
+    between()
+    for row in _rounds(runs, calls, clock):
+        rounds.append(row)
+        capped = now() - begin >= precision.cap_seconds
+        if len(rounds) < MIN_ROUNDS or (len(rounds) < check_at and not capped):
+            continue
+        # Checking each of thousands of rounds would cost more than the rounds.
+        check_at = max(len(rounds) + 1, int(1.1 * len(rounds)))
+        between()
+        seconds = np.asarray(rounds)
+        shares = tuple(interval_share(values) for values in checked(seconds))
+        known = max(shares) <= precision.share
+        if known or capped:
+            return Sampled(seconds, shares, capped and not known)
+    raise AssertionError("rounds never end")
 
 
 def peak_memory_bytes(run: Callable[[], object], device: torch.device) -> int:

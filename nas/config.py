@@ -15,6 +15,8 @@ DEFAULT_STORAGE = "sqlite:///studies/convfirst.db"
 DEFAULT_STUDY = "convfirst"
 DEFAULT_ENGINE = {"cpu": "torchscript", "cuda": "fused"}
 DEFAULT_DTYPE = {"cpu": "float32", "cuda": "float16"}
+# Share of the median that its confidence interval may be wide.
+DEFAULT_PRECISION = {"cpu": 0.05, "cuda": 0.02}
 AUTO = "auto"
 
 
@@ -107,7 +109,9 @@ class LatencyConfig:
         dtype: of weights and activations. `auto` becomes `DEFAULT_DTYPE`'s.
         batch_size, resolution, num_classes: of the deployed network.
         threads: CPU threads; one by default, so that a figure does not depend on how many cores happen to be free.
-        seconds: time one candidate and its anchor are sampled for.
+        precision: sampling ends when the 95 % confidence interval of the median is no wider than this share of it.
+            None becomes `DEFAULT_PRECISION`'s.
+        seconds: or when it has lasted so long, which the measurement then says of itself.
     """
 
     device: str = AUTO
@@ -117,7 +121,8 @@ class LatencyConfig:
     resolution: int = 32
     num_classes: int = 10
     threads: int = 1
-    seconds: float = 1.5
+    precision: float | None = None
+    seconds: float = 3.0
 
     def __post_init__(self) -> None:
         if self.device == AUTO:
@@ -129,11 +134,15 @@ class LatencyConfig:
             object.__setattr__(self, "engine", DEFAULT_ENGINE.get(kind, "eager"))
         if self.dtype == AUTO:
             object.__setattr__(self, "dtype", DEFAULT_DTYPE.get(kind, "float32"))
+        if self.precision is None:
+            object.__setattr__(self, "precision", DEFAULT_PRECISION.get(kind, 0.05))
         _require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         _require(self.resolution >= 8, "resolution", self.resolution, "at least 8 pixels")
         _require(self.num_classes >= 1, "num_classes", self.num_classes, "at least 1")
         _require(self.threads >= 1, "threads", self.threads, "at least 1")
+        assert self.precision is not None
+        _require(0 < self.precision < 1, "precision", self.precision, "a share between 0 and 1")
         _require(self.seconds > 0, "seconds", self.seconds, "positive")
 
 
@@ -165,6 +174,7 @@ class SearchConfig:
         time_limit_s: end earlier, as cleanly; None is no limit.
         storage: any SQLAlchemy URL.
         study: name of the study in that database.
+        block_table: measure the blocks of every candidate alone, and not only those of the front at the end.
 
     Raises:
         ValueError: naming the field and its value.
@@ -181,6 +191,7 @@ class SearchConfig:
     limits: Limits = field(default_factory=Limits)
     sampler: str = "tpe"
     seed: int = 0
+    block_table: bool = False
 
     def __post_init__(self) -> None:
         _require(self.budget >= 1, "budget", self.budget, "at least 1")
@@ -192,7 +203,7 @@ class SearchConfig:
     def identity(self) -> dict[str, Any]:
         """What a study remembers and a resumed search must equal, as plain JSON values."""
         fields = dataclasses.asdict(self)
-        for transient in ("budget", "time_limit_s", "storage", "study"):
+        for transient in ("budget", "time_limit_s", "storage", "study", "block_table"):
             del fields[transient]
         # Where files lie and how they came there does not change what they hold.
         for transient in ("data_dir", "download"):

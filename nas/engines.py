@@ -89,16 +89,21 @@ def runs_on(engine: Engine, device: torch.device) -> bool:
     return device.type in engine.devices or (interpreted and "interpreter" in engine.devices)
 
 
+def fold(network: nn.Module, config: LatencyConfig) -> nn.Module:
+    """A copy of a network with its batch norms folded, channels_last, in the deployment's dtype and on its device."""
+    folded: nn.Module = fold_batch_norms(network.eval()).to(  # type: ignore[call-overload]
+        torch.device(config.device), getattr(torch, config.dtype), memory_format=torch.channels_last
+    )
+    return folded.requires_grad_(False)
+
+
 def deploy(network: nn.Module, config: LatencyConfig, example: Tensor) -> nn.Module:
     """The module that the engine of `config` runs: batch norms folded, channels_last, in the deployment's dtype.
 
     Raises:
         CandidateFailed: the engine cannot compile this network.
     """
-    folded = fold_batch_norms(network.eval())
-    folded = folded.to(  # type: ignore[call-overload]
-        torch.device(config.device), getattr(torch, config.dtype), memory_format=torch.channels_last
-    ).requires_grad_(False)
+    folded = fold(network, config)
     engine = ENGINES[config.engine]
     try:
         with torch.inference_mode():

@@ -7,19 +7,23 @@ import ctypes
 import os
 import sys
 import time
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
+from kernels.benchmark_machine import MachineLimits
 from kernels.timing import DeviceInfo
 from nas import data as image_data
-from nas import proxy
-from nas.config import Limits, SearchConfig
+from nas import profile, proxy
+from nas.block_table import Figure
+from nas.config import LatencyConfig, Limits, SearchConfig
 from nas.engines import ENGINES, runs_on
 from nas.errors import CandidateFailed, UsageError, is_out_of_memory
-from nas.isolation import IsolatedMeter
-from nas.latency import Latency, LatencyMeter
+from nas.isolation import ArchMeter, meter_for
+from nas.latency import Latency
+from nas.locks import device_lock
 from nas.proxy import ProxyResult
 from search_spaces import ArchSpec, Cost, cost
 from studies import CandidateState
@@ -56,6 +60,20 @@ class Evaluator(Protocol):
 
     def train(self, arch: ArchSpec) -> ProxyResult: ...
 
+    def measure_together(self, archs: Sequence[ArchSpec]) -> list[Latency]:
+        """Latencies of several networks, sampled in turns with each other."""
+        ...
+
+    def measure_blocks(
+        self, archs: Sequence[ArchSpec], known: Collection[str], reference_ms: float | None
+    ) -> list[Figure]:
+        """What the block latency table lacks of some architectures; see `BlockMeter.measure_archs`."""
+        ...
+
+    def limits(self) -> MachineLimits:
+        """What the device can do in the deployment's dtype, measured now."""
+        ...
+
     def close(self) -> None:
         """The search is over."""
         ...
@@ -64,13 +82,19 @@ class Evaluator(Protocol):
 class RealEvaluator:
     """Trains and times for real, as `config` says.
 
+    While it trains, no process measures on the device, and while it measures none trains there or measures.
+
+    Args:
+        note: told, once, when it has to wait for another process.
+
     Raises:
         UsageError: the data cannot be loaded, or the device is not there.
     """
 
-    def __init__(self, config: SearchConfig) -> None:
+    def __init__(self, config: SearchConfig, note: Callable[[str], None] = lambda line: None) -> None:
         self.config = config
-        self.torch_device = check_device(config)
+        self.note = note
+        self.torch_device = check_device(config.latency)
         if config.proxy.deterministic:
             # cuBLAS reads it when it is first used.
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -81,15 +105,18 @@ class RealEvaluator:
         self.num_classes = len(data.classes)
         torch.set_num_threads(config.proxy.threads)
         self.batches = proxy.Batches(data, self.torch_device)
-        self.meter: LatencyMeter | IsolatedMeter | None = None
+        self.meter: ArchMeter | None = None
+        self.lock = device_lock(self.torch_device)
+
+    def _waiting(self) -> None:
+        self.note("waiting for another process that measures or trains on this device")
+        self.note = lambda line: None
 
     def start(self, anchor_ms: float | None) -> float:
         anchor, deployment = self.config.space.anchor(), self.config.latency
         try:
-            if ENGINES[deployment.engine].isolated:
-                self.meter = IsolatedMeter(deployment, anchor, anchor_ms)
-            else:
-                self.meter = LatencyMeter(deployment, anchor.build(deployment.num_classes), anchor_ms)
+            with self.lock.measuring(self._waiting):
+                self.meter = meter_for(deployment, anchor, anchor_ms)
         except CandidateFailed as error:
             raise UsageError(f"--engine {deployment.engine}: does not run even the anchor network ({error})") from error
         return self.meter.reference_ms
@@ -98,10 +125,22 @@ class RealEvaluator:
         return cost(arch, self.config.latency.resolution, self.config.latency.num_classes)
 
     def measure(self, arch: ArchSpec) -> Latency:
+        return self.measure_together([arch])[0]
+
+    def measure_together(self, archs: Sequence[ArchSpec]) -> list[Latency]:
         assert self.meter is not None, "start comes first"
-        if isinstance(self.meter, IsolatedMeter):
-            return self.meter.measure(arch)
-        return self.meter.measure(arch.build(self.config.latency.num_classes))
+        with self.lock.measuring(self._waiting):
+            return self.meter.measure_together(archs)
+
+    def measure_blocks(
+        self, archs: Sequence[ArchSpec], known: Collection[str], reference_ms: float | None
+    ) -> list[Figure]:
+        assert self.meter is not None, "start comes first"
+        with self.lock.measuring(self._waiting):
+            return self.meter.measure_blocks(archs, known, reference_ms)
+
+    def limits(self) -> MachineLimits:
+        return profile.measure(self.torch_device, self.config.latency.dtype, self.config.latency.threads)
 
     def train(self, arch: ArchSpec) -> ProxyResult:
         # Every candidate starts from the same seed and sees the same images in the same order.
@@ -110,14 +149,15 @@ class RealEvaluator:
         try:
             # For the training only: the latency is that of the deployment, which asks for nothing of the kind.
             torch.use_deterministic_algorithms(self.config.proxy.deterministic)
-            return proxy.train(network, self.batches, self.config.proxy, self.config.seed)
+            with self.lock.training(self._waiting):
+                return proxy.train(network, self.batches, self.config.proxy, self.config.seed)
         finally:
             torch.use_deterministic_algorithms(False)
             trim_heap()
 
     def close(self) -> None:
         """Let go of the device; `start` may follow again."""
-        if isinstance(self.meter, IsolatedMeter):
+        if self.meter is not None:
             self.meter.close()
         self.meter = None
 
@@ -133,13 +173,13 @@ def trim_heap() -> None:
             ctypes.CDLL(None).malloc_trim(0)
 
 
-def check_device(config: SearchConfig) -> torch.device:
-    """The device of the search.
+def check_device(config: LatencyConfig) -> torch.device:
+    """The device of a deployment.
 
     Raises:
         UsageError: there is no such device here, or the engine or dtype does not run on it.
     """
-    name, engine = config.latency.device, config.latency.engine
+    name, engine = config.device, config.engine
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -156,7 +196,7 @@ def check_device(config: SearchConfig) -> torch.device:
     if not runs_on(ENGINES[engine], device):
         hint = " (its Triton kernels run there with TRITON_INTERPRET=1, slowly)" if engine == "fused" else ""
         raise UsageError(f"--engine {engine}: does not run on {device.type}{hint}")
-    if device.type == "cpu" and config.latency.dtype == "float16":
+    if device.type == "cpu" and config.dtype == "float16":
         raise UsageError("--dtype float16: not on the CPU, which takes float32 or bfloat16")
     return device
 

@@ -1,8 +1,8 @@
-"""A latency meter in a process of its own, for engines that never give memory back.
+"""Meters that take architectures: in this process, or in one of their own for engines that never give memory back.
 
 TorchScript keeps every network it has traced for as long as the process lives, some 6 MB each: a study of 200 would end
 with more than a gigabyte of them. The meter therefore lives in a child process that is replaced every so often. The
-two speak JSON, one line each way per candidate; the child ends when its input does, however the parent ended.
+two speak JSON, one line each way per question; the child ends when its input does, however the parent ended.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Protocol
 
+from nas.block_table import BlockMeter, Figure
 from nas.config import LatencyConfig
+from nas.engines import ENGINES
 from nas.errors import CandidateFailed, is_out_of_memory
 from nas.latency import Latency, LatencyMeter
 from search_spaces import ArchSpec
@@ -24,14 +27,71 @@ from search_spaces import ArchSpec
 LIFETIME = 50
 
 
-class IsolatedMeter:
-    """Like `LatencyMeter`, but takes architectures and measures them in a child process.
+class ArchMeter(Protocol):
+    """Measures architectures in one deployment. `meter_for` makes one.
+
+    Attributes:
+        reference_ms: the anchor's reference latency.
+    """
+
+    reference_ms: float
+
+    def measure_together(self, archs: Sequence[ArchSpec]) -> list[Latency]:
+        """Latencies of several networks, sampled in turns; see `LatencyMeter.measure_together`.
+
+        Raises:
+            CandidateFailed: the engine cannot run one of them, or the measuring process died of it.
+        """
+        ...
+
+    def measure_blocks(
+        self, archs: Sequence[ArchSpec], known: Collection[str], reference_ms: float | None
+    ) -> list[Figure]:
+        """What the block latency table lacks of them, and of the anchor as a whole; see `BlockMeter.measure_archs`."""
+        ...
+
+    def close(self) -> None:
+        """Let go of the device; the next measurement takes it again."""
+        ...
+
+
+def meter_for(config: LatencyConfig, anchor: ArchSpec, reference_ms: float | None) -> ArchMeter:
+    """The meter that the deployment's engine wants.
 
     Args:
-        config: the deployment.
-        anchor: the anchor network's architecture.
         reference_ms: the anchor's reference latency; None measures it now.
+
+    Raises:
+        CandidateFailed: the engine cannot run the anchor.
     """
+    made: type[LocalMeter | IsolatedMeter] = IsolatedMeter if ENGINES[config.engine].isolated else LocalMeter
+    return made(config, anchor, reference_ms)
+
+
+class LocalMeter:
+    """An `ArchMeter` in this process."""
+
+    def __init__(self, config: LatencyConfig, anchor: ArchSpec, reference_ms: float | None) -> None:
+        self.config, self.anchor = config, anchor
+        self.meter = LatencyMeter(config, anchor.build(config.num_classes), reference_ms)
+        self.reference_ms = self.meter.reference_ms
+        self.blocks: BlockMeter | None = None
+
+    def measure_together(self, archs: Sequence[ArchSpec]) -> list[Latency]:
+        return self.meter.measure_together([arch.build(self.config.num_classes) for arch in archs])
+
+    def measure_blocks(
+        self, archs: Sequence[ArchSpec], known: Collection[str], reference_ms: float | None
+    ) -> list[Figure]:
+        self.blocks = self.blocks or BlockMeter(self.config, reference_ms)
+        return self.blocks.measure_archs(archs, known, [self.anchor])
+
+    def close(self) -> None:
+        self.blocks = None
+
+
+class IsolatedMeter:
+    """An `ArchMeter` whose measuring is done by a child process."""
 
     def __init__(self, config: LatencyConfig, anchor: ArchSpec, reference_ms: float | None) -> None:
         self.config = config
@@ -45,33 +105,46 @@ class IsolatedMeter:
             self.close()
             raise
 
-    def measure(self, arch: ArchSpec) -> Latency:
-        """Latency and inference memory of a network.
+    def measure_together(self, archs: Sequence[ArchSpec]) -> list[Latency]:
+        reply = self._question({"archs": [arch.to_json() for arch in archs]})
+        self._count(len(archs))
+        return [Latency(**latency) for latency in reply["latencies"]]
 
-        Raises:
-            CandidateFailed: the engine cannot run it, or the measuring process died of it.
-        """
-        if self.child is None:
-            self._start(self.reference_ms)
-        try:
-            reply = self._ask({"arch": arch.to_json()})
-        except BaseException:
-            # An answer may still be on its way, which the next question must not get.
-            self.close()
-            raise
-        self.measured += 1
-        if self.measured % LIFETIME == 0:
-            self.close()
-        if "failed" in reply:
-            raise CandidateFailed(reply["failed"])
-        return Latency(**reply["latency"])
+    def measure_blocks(
+        self, archs: Sequence[ArchSpec], known: Collection[str], reference_ms: float | None
+    ) -> list[Figure]:
+        blocks = {"blocks": [arch.to_json() for arch in archs], "known": sorted(known), "reference_ms": reference_ms}
+        reply = self._question(blocks)
+        # Each part was traced, and is held as long as the child lives.
+        self._count(len(archs))
+        return [Figure(**figure) for figure in reply["figures"]]
 
     def close(self) -> None:
         """End the child process; the next measurement starts another."""
         if self.child is not None:
             self.child.kill()
             self.child.communicate()
-            self.child = None
+            self.child, self.measured = None, 0
+
+    def _count(self, measured: int) -> None:
+        self.measured += measured
+        if self.measured >= LIFETIME:
+            self.close()
+
+    def _question(self, question: dict[str, Any]) -> dict[str, Any]:
+        """Ask a child, started if need be."""
+        if self.child is None:
+            self._start(self.reference_ms)
+        try:
+            reply = self._ask(question)
+        except BaseException:
+            # An answer may still be on its way, which the next question must not get.
+            self.close()
+            raise
+        if "failed" in reply:
+            self._count(1)
+            raise CandidateFailed(reply["failed"])
+        return reply
 
     def _start(self, reference_ms: float | None) -> float:
         """Start a child; returns the anchor's reference latency."""
@@ -107,7 +180,7 @@ class IsolatedMeter:
 
 
 def main() -> None:
-    """The child: the first line sets the meter up, each further one is a candidate."""
+    """The child: the first line sets the meter up, each further one has candidates to measure."""
     # Whatever a library prints must not come between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -115,13 +188,18 @@ def main() -> None:
     if set_up is None:
         return
     config = LatencyConfig(**set_up["config"])
-    anchor = ArchSpec.from_json(set_up["anchor"]).build(config.num_classes)
-    meter = LatencyMeter(config, anchor, set_up["reference_ms"])
+    anchor = ArchSpec.from_json(set_up["anchor"])
+    meter = LocalMeter(config, anchor, set_up["reference_ms"])
     print(json.dumps({"reference_ms": meter.reference_ms}), file=answers, flush=True)
     for line in sys.stdin:
-        arch = ArchSpec.from_json(json.loads(line)["arch"])
+        question = json.loads(line)
         try:
-            reply: dict[str, Any] = {"latency": asdict(meter.measure(arch.build(config.num_classes)))}
+            archs = [ArchSpec.from_json(arch) for arch in question.get("archs") or question["blocks"]]
+            if "blocks" in question:
+                figures = meter.measure_blocks(archs, question["known"], question["reference_ms"])
+                reply: dict[str, Any] = {"figures": [asdict(figure) for figure in figures]}
+            else:
+                reply = {"latencies": [asdict(latency) for latency in meter.measure_together(archs)]}
         except (CandidateFailed, MemoryError, RuntimeError) as error:
             if is_out_of_memory(error):
                 reply = {"failed": "out of memory"}

@@ -2,21 +2,24 @@
 
 A machine's speed drifts. Every candidate is therefore timed in turns with the study's anchor, and its latency is the
 median ratio to the anchor times the anchor's reference latency, measured once when the study began. The raw figures
-are kept beside it.
+are kept beside it. Sampling goes on until that median is known well enough, or a time cap is hit; a GPU that throttled
+meanwhile is given a rest and the measurement made again.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kernels.timing import MIN_SAMPLE_SECONDS, clock_for, peak_memory_bytes, time_interleaved
+from kernels.device_state import DeviceState, read_state
+from kernels.timing import MIN_SAMPLE_SECONDS, Precision, Sampled, clock_for, peak_memory_bytes, sample_until
 from kernels.timing import captured as captured_graph
 from nas.config import LatencyConfig
 from nas.engines import deploy
@@ -26,6 +29,9 @@ from nas.engines import deploy
 INPUT_SETS = 4
 # The anchor's reference latency scales all others, so it is sampled longer than a candidate.
 ANCHOR_FACTOR = 3
+# A throttled measurement is made again so often, after a rest of so many seconds, the second time twice as many.
+MAX_REPEATS = 2
+REST_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +46,10 @@ class Latency:
         anchor_median_ms: the anchor's, in the same minutes, as the clock told it.
         weight_bytes: of the deployed module.
         workspace_bytes: most tensor memory one forward pass holds beside weights and input.
+        interval_share: width of the 95 % confidence interval of the median, over the median.
+        capped: whether the time cap ended sampling before that was narrow enough.
+        throttled: whether the GPU throttled, also when it was measured again; None where nothing tells.
+        sm_clock_mhz, temperature_c: of the GPU, as it was last read while sampling.
         ready_seconds: from the network to what can be timed: folding, compiling, tuning.
     """
 
@@ -51,6 +61,11 @@ class Latency:
     anchor_median_ms: float
     weight_bytes: int
     workspace_bytes: int
+    interval_share: float = 0.0
+    capped: bool = False
+    throttled: bool | None = None
+    sm_clock_mhz: float | None = None
+    temperature_c: float | None = None
     ready_seconds: float = 0.0
 
     @property
@@ -65,6 +80,17 @@ def corrected(samples_ms: np.ndarray, anchor_ms: np.ndarray, reference_ms: float
     return scaled
 
 
+@dataclass(frozen=True)
+class Deployed:
+    """A network that can be timed: the module, its forward passes, and what was found on the way."""
+
+    module: nn.Module
+    forwards: list[Callable[[], object]]
+    weight_bytes: int
+    workspace_bytes: int
+    ready_seconds: float
+
+
 class LatencyMeter:
     """Measures networks in one deployment, each in turns with the anchor.
 
@@ -72,27 +98,35 @@ class LatencyMeter:
         config: the deployment.
         anchor: the anchor network, as built by timm.
         reference_ms: the anchor's reference latency; None measures it now.
+        state: reads the device's clocks and sensors.
+        rest: sleeps so many seconds.
     """
 
-    def __init__(self, config: LatencyConfig, anchor: nn.Module, reference_ms: float | None = None) -> None:
+    def __init__(
+        self, config: LatencyConfig, anchor: nn.Module, reference_ms: float | None = None,
+        state: Callable[[torch.device], DeviceState | None] = read_state, rest: Callable[[float], None] = time.sleep,
+    ) -> None:  # fmt: skip
         self.config = config
         self.device = torch.device(config.device)
         self.clock = clock_for(self.device)
-        rng = torch.Generator().manual_seed(0)
-        shape = (config.batch_size, 3, config.resolution, config.resolution)
-        self.inputs = [
-            torch.randn(shape, generator=rng)
-            .to(self.device, getattr(torch, config.dtype))
-            .contiguous(memory_format=torch.channels_last)
-            for _ in range(INPUT_SETS)
-        ]
-        with _threads(config.threads):
-            self.anchor_forwards = self._forwards(deploy(anchor, config, self.inputs[0]))
-            self.anchor_run = _in_turn(self.anchor_forwards)
+        self.state, self.rest = state, rest
+        self.inputs = self.random_inputs((config.batch_size, 3, config.resolution, config.resolution))
+        with threads(config.threads):
+            self.anchor_forwards = self.forwards(deploy(anchor, config, self.inputs[0]), self.inputs)
+            self.anchor_run = in_turn(self.anchor_forwards)
             if reference_ms is None:
-                seconds = self._sample([self.anchor_run], ANCHOR_FACTOR * config.seconds)
-                reference_ms = float(np.median(seconds)) * 1e3
+                sampled, _ = self.sample([self.anchor_run], lambda seconds: [seconds[:, 0]], ANCHOR_FACTOR)
+                reference_ms = float(np.median(sampled.seconds)) * 1e3
         self.reference_ms = reference_ms
+
+    def random_inputs(self, shape: Sequence[int], count: int = INPUT_SETS) -> list[Tensor]:
+        """Inputs of a shape, in the deployment's dtype; of four dimensions channels_last."""
+        rng = torch.Generator().manual_seed(0)
+        made = [
+            torch.randn(tuple(shape), generator=rng).to(self.device, getattr(torch, self.config.dtype))
+            for _ in range(count)
+        ]
+        return [x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in made]
 
     def measure(self, network: nn.Module) -> Latency:
         """Latency and inference memory of a network; it is folded in a copy, and moved to evaluation mode.
@@ -100,29 +134,78 @@ class LatencyMeter:
         Raises:
             CandidateFailed: the engine cannot compile it.
         """
-        with _threads(self.config.threads):
-            begin = time.perf_counter()
-            module = deploy(network, self.config, self.inputs[0])
-            ready_seconds = time.perf_counter() - begin
-            workspace = self._workspace_bytes(module)
-            run = _in_turn(self._forwards(module))
-            samples_ms = self._sample([run, self.anchor_run], self.config.seconds) * 1e3
-        own_ms, anchor_ms = samples_ms[:, 0], samples_ms[:, 1]
-        p20, median, p80 = np.percentile(corrected(own_ms, anchor_ms, self.reference_ms), [20, 50, 80])
-        return Latency(
-            median_ms=float(median),
-            p20_ms=float(p20),
-            p80_ms=float(p80),
-            repeats=len(own_ms),
-            raw_median_ms=float(np.median(own_ms)),
-            anchor_median_ms=float(np.median(anchor_ms)),
-            weight_bytes=self._weight_bytes(network, module),
-            workspace_bytes=workspace,
-            ready_seconds=ready_seconds,
-        )
+        return self.measure_together([network])[0]
 
-    def _sample(self, runs: list[Callable[[], None]], seconds: float) -> np.ndarray:
-        return time_interleaved(runs, self.clock, seconds, MIN_SAMPLE_SECONDS[self.device.type])
+    def measure_together(self, networks: Sequence[nn.Module]) -> list[Latency]:
+        """Latencies of several networks, sampled in turns with each other and the anchor, hence in the same minutes.
+
+        Raises:
+            CandidateFailed: the engine cannot compile one of them.
+        """
+        with threads(self.config.threads):
+            deployed = [self.deploy(network) for network in networks]
+            return self.time_together(deployed)
+
+    def deploy(self, network: nn.Module) -> Deployed:
+        begin = time.perf_counter()
+        module = deploy(network, self.config, self.inputs[0])
+        ready_seconds = time.perf_counter() - begin
+        workspace = self._workspace_bytes(module)
+        forwards = self.forwards(module, self.inputs)
+        return Deployed(module, forwards, self._weight_bytes(network, module), workspace, ready_seconds)
+
+    def time_together(self, deployed: Sequence[Deployed]) -> list[Latency]:
+        """Latencies of what was deployed, sampled in turns with each other and the anchor."""
+
+        def ratios(seconds: np.ndarray) -> list[np.ndarray]:
+            return [seconds[:, index] / seconds[:, -1] for index in range(len(deployed))]
+
+        runs = [in_turn(each.forwards) for each in deployed]
+        sampled, state = self.sample([*runs, self.anchor_run], ratios, len(deployed))
+        anchor_ms = sampled.seconds[:, -1] * 1e3
+        found = []
+        for index, each in enumerate(deployed):
+            own_ms, share = sampled.seconds[:, index] * 1e3, sampled.interval_shares[index]
+            p20, median, p80 = np.percentile(corrected(own_ms, anchor_ms, self.reference_ms), [20, 50, 80])
+            found.append(Latency(
+                median_ms=float(median), p20_ms=float(p20), p80_ms=float(p80), repeats=len(own_ms),
+                raw_median_ms=float(np.median(own_ms)), anchor_median_ms=float(np.median(anchor_ms)),
+                weight_bytes=each.weight_bytes, workspace_bytes=each.workspace_bytes,
+                interval_share=share, capped=sampled.capped and share > self.precision.share,
+                ready_seconds=each.ready_seconds, **state,
+            ))  # fmt: skip
+        return found
+
+    @property
+    def precision(self) -> Precision:
+        assert self.config.precision is not None
+        return Precision(self.config.precision, self.config.seconds)
+
+    def sample(
+        self, runs: list[Callable[[], None]], checked: Callable[[np.ndarray], list[np.ndarray]], factor: float = 1
+    ) -> tuple[Sampled, dict[str, Any]]:
+        """Sample to the precision asked for, with the cap times `factor`; again, after a rest, where the GPU throttled.
+
+        Returns:
+            The samples, and what the sensors said, as `Latency` has it.
+        """
+        precision = Precision(self.precision.share, factor * self.precision.cap_seconds)
+        for repeat in range(MAX_REPEATS + 1):
+            states: list[DeviceState | None] = []
+            sampled = sample_until(
+                runs, self.clock, MIN_SAMPLE_SECONDS[self.device.type], precision, checked,
+                between=lambda states=states: states.append(self.state(self.device)),  # type: ignore[misc]
+            )  # fmt: skip
+            throttled = any(state is not None and state.throttled for state in states)
+            if not throttled or repeat == MAX_REPEATS:
+                break
+            self.rest(REST_SECONDS * (repeat + 1))
+        last = states[-1]
+        if last is None:
+            return sampled, {}
+        return sampled, {
+            "throttled": throttled, "sm_clock_mhz": last.sm_clock_mhz, "temperature_c": last.temperature_c,
+        }  # fmt: skip
 
     def _weight_bytes(self, network: nn.Module, module: nn.Module) -> int:
         # Counted on the network too, as a frozen module hides its own: folded, a norm's four vectors become one bias.
@@ -135,12 +218,12 @@ class LatencyMeter:
     def _workspace_bytes(self, module: nn.Module) -> int:
         return peak_memory_bytes(lambda: module(self.inputs[0]), self.device)
 
-    def _forwards(self, module: nn.Module) -> list[Callable[[], object]]:
+    def forwards(self, module: nn.Module, inputs: Sequence[Tensor]) -> list[Callable[[], object]]:
         """A forward pass on each of the inputs."""
-        return [(_captured if self.device.type == "cuda" else _forward)(module, x) for x in self.inputs]
+        return [(_captured if self.device.type == "cuda" else _forward)(module, x) for x in inputs]
 
 
-def _in_turn(forwards: list[Callable[[], object]]) -> Callable[[], None]:
+def in_turn(forwards: list[Callable[[], object]]) -> Callable[[], None]:
     """A function that makes one forward pass, each time the next."""
     endless = itertools.cycle(forwards)
 
@@ -175,7 +258,7 @@ def _captured(module: nn.Module, x: Tensor) -> Callable[[], object]:
     return replay
 
 
-class _threads:
+class threads:
     """Runs its body with a fixed number of CPU threads."""
 
     def __init__(self, count: int) -> None:

@@ -9,15 +9,19 @@ import math
 import statistics
 import tempfile
 import time
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from kernels.benchmark_machine import MachineLimits
 from kernels.timing import DeviceInfo
-from nas.config import SearchConfig
+from nas.block_table import Figure, network_shape
+from nas.config import LatencyConfig, SearchConfig
 from nas.errors import CandidateFailed
 from nas.latency import Latency
+from nas.parts import CALL, YARDSTICK, arch_parts, shape_id
 from nas.proxy import CurvePoint, ProxyResult
 from nas.search import Event, Silent, run
 from search_spaces import ArchSpec, Cost, cost, load_space
@@ -62,6 +66,24 @@ class FakeEvaluator:
         accuracy = 0.9 * (1 - math.exp(-math.sqrt(self.cost(arch).macs / 4e6))) * (0.9 + preference)
         curve = tuple(CurvePoint(10 * step, 2.0 / step, accuracy * step / 20, 0.3 * step) for step in range(1, 21))
         return ProxyResult(accuracy, 1 - accuracy, curve, 0.0, 1_000_000)
+
+    def measure_together(self, archs: Sequence[ArchSpec]) -> list[Latency]:
+        return [self.measure(arch) for arch in archs]
+
+    def measure_blocks(
+        self, archs: Sequence[ArchSpec], known: Collection[str], reference_ms: float | None
+    ) -> list[Figure]:
+        config = LatencyConfig(device="cpu")
+        shapes = {CALL: 0.01, YARDSTICK: 1.0, network_shape(str(load_space("small").anchor()), config): 1.0}
+        shapes |= {part.shape: 0.06 for arch in archs for part in arch_parts(arch, config)}
+        return [
+            Figure(shape, median_ms, median_ms, median_ms, 10, 0.01, False)
+            for shape, median_ms in shapes.items()
+            if shape_id(shape) not in known
+        ]
+
+    def limits(self) -> MachineLimits:
+        return MachineLimits(copy_bytes=2e10, product_macs=4e10, launch_seconds=4e-6)
 
     def close(self) -> None:
         pass

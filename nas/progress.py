@@ -111,6 +111,7 @@ FRONT_COLUMNS = {
     "number": ("trial", "{:d}"),
     "accuracy": ("accuracy", "{:.4f}"),
     "latency_ms": ("latency ms", "{:.4f}"),
+    "computational_efficiency": ("of peak", "{:.1%}"),
     "params": ("params k", "{:,.0f}"),
     "macs": ("MMACs", "{:,.2f}"),
     "summary": ("architecture", "{}"),

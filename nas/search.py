@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from typing import Protocol
 
 import pandas as pd
 
+from nas.analysis import errors, errors_line
+from nas.block_table import BlockTable, network_shape
 from nas.config import SearchConfig
 from nas.evaluate import Evaluator, Outcome, RealEvaluator, evaluate
 from nas.pareto import front, hypervolume
+from nas.parts import arch_parts
+from nas.remeasure import remeasure_front
 from nas.study import LiveStudy, open_study, refuse_early
 from nas.versions import versions
 from search_spaces import ArchSpec
@@ -78,6 +83,7 @@ class SearchResult:
         pareto_front: the study's front as the view of that name shows it, fastest first.
         hypervolume: of the front, in 0..1; see `LiveStudy.reference_latency_ms`.
         shares: where this run's time went.
+        remarks: what measuring the front and its blocks at the end has shown, a line each.
     """
 
     complete: int
@@ -85,6 +91,7 @@ class SearchResult:
     pareto_front: pd.DataFrame
     hypervolume: float
     shares: Shares
+    remarks: tuple[str, ...] = ()
 
 
 def run(config: SearchConfig, evaluator: Evaluator | None = None, progress: Progress | None = None) -> SearchResult:
@@ -105,19 +112,51 @@ def run(config: SearchConfig, evaluator: Evaluator | None = None, progress: Prog
     refuse_early(config)
     if evaluator is None:
         progress.note("loading data")
-        evaluator = RealEvaluator(config)
+        evaluator = RealEvaluator(config, progress.note)
     for line in evaluator.notes:
         progress.note(line)
     with closing(evaluator), open_study(config, evaluator, json.dumps(versions())) as study:
         progress.begin(len(study.complete), config.budget)
         why, training, latency = _loop(config, study, evaluator, progress, begin)
+        final_begin = time.perf_counter()
+        remarks = _finish(config, study, evaluator, progress)
+        latency += time.perf_counter() - final_begin
         return SearchResult(
             complete=len(study.complete),
             why=why,
             pareto_front=study.store.front(config.study),
             hypervolume=study_hypervolume(study),
             shares=Shares(training, latency, time.perf_counter() - begin),
+            remarks=remarks,
         )
+
+
+def _finish(config: SearchConfig, study: LiveStudy, evaluator: Evaluator, progress: Progress) -> tuple[str, ...]:
+    """Measure the front's members again in turns, then their blocks; returns what that has shown."""
+    if not study.complete:
+        return ()
+    progress.note("measuring the front again, and its blocks")
+    deployment = config.latency
+    changes = remeasure_front(
+        study.store, config.study, study.row.study_id, deployment, study.row.device_id, evaluator.measure_together
+    )
+    remarks = [] if changes is None else [str(changes)]
+    study.reload()
+    front = study.front()
+    archs = [ArchSpec.from_json(text) for text in front["arch"]]
+    table = BlockTable(study.store, evaluator.device, deployment)
+    _measure_blocks(table, evaluator, archs)
+    anchor = table.median_ms(network_shape(str(config.space.anchor()), deployment))
+    found = errors(table, archs, list(front["latency_ms"]), study.anchor_ms, anchor)
+    return (*remarks, errors_line(found)) if found else tuple(remarks)
+
+
+def _measure_blocks(table: BlockTable, evaluator: Evaluator, archs: Sequence[ArchSpec]) -> None:
+    """Fill the table with what it lacks of these architectures."""
+    for arch in archs:
+        if table.lacks(arch_parts(arch, table.config)):
+            # One after the other: what was measured is kept if somebody interrupts.
+            table.add(evaluator.measure_blocks([arch], table.rows.keys(), table.reference_ms))
 
 
 def _loop(
@@ -126,6 +165,7 @@ def _loop(
     """Returns why it ended, and the seconds spent training and measuring latency."""
     training = latency = 0.0
     barren = 0
+    table: BlockTable | None = None
     loop_begin, complete_before = time.perf_counter(), len(study.complete)
     while len(study.complete) < config.budget:
         if config.time_limit_s is not None and time.perf_counter() - begin >= config.time_limit_s:
@@ -138,6 +178,11 @@ def _loop(
         proposal, trial_id = proposed
         outcome = evaluate(proposal.arch, evaluator, config.limits)
         study.record(proposal, trial_id, outcome)
+        if config.block_table and outcome.latency is not None:
+            blocks_begin = time.perf_counter()
+            table = table or BlockTable(study.store, evaluator.device, config.latency)
+            _measure_blocks(table, evaluator, [proposal.arch])
+            latency += time.perf_counter() - blocks_begin
 
         barren = 0 if outcome.state == CandidateState.COMPLETE else barren + 1
         training += outcome.proxy.seconds if outcome.proxy else 0.0

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import optuna
+import pandas as pd
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 import studies
 from nas.config import SearchConfig
 from nas.errors import UsageError
 from nas.evaluate import Evaluator, Outcome
+from nas.profile import store_profile
+from nas.remeasure import deployment_columns, latency_row, of_deployment
 from nas.sampling import Proposal, Proposer
 from search_spaces import ArchSpec
-from studies import Candidate, CandidateState, Owner, StorageError, Store, guarded
+from studies import Candidate, CandidateState, LatencyStage, Owner, StorageError, Store, guarded
 
 # After this many known architectures in a row the sampler is helped out by a random draw. TPE proposes the known
 # the more often the longer a study is (after 1,950 candidates eight proposals for a new one), and so goes on exploring.
@@ -134,11 +137,7 @@ class LiveStudy:
         self.recover()
         candidates = store.candidates(row.study_id)
         self.known = {candidate.arch_id: candidate.number for candidate in candidates}
-        self.complete = [
-            Measured(candidate.accuracy, candidate.latencies[0].median_ms)
-            for candidate in candidates
-            if candidate.state == CandidateState.COMPLETE and candidate.accuracy is not None
-        ]
+        self.complete = self._objectives(candidates)
         self.proposer = Proposer(
             config.space, config.sampler, config.seed, self.optuna.directions, self.optuna.get_trials(deepcopy=False)
         )
@@ -146,6 +145,31 @@ class LiveStudy:
         # The fast end of the front and its middle, so that a sampler has them to build on from the start. Random search
         # stays what it is: the plain baseline.
         self.openers = () if config.sampler == "random" else (config.space.smallest(), config.space.anchor())
+
+    def _objectives(self, candidates: Sequence[Candidate]) -> list[Measured]:
+        """Of the complete ones, with the latency of this deployment that was measured last."""
+        found = []
+        for candidate in candidates:
+            latency = self._own_latency(candidate)
+            if candidate.state == CandidateState.COMPLETE and candidate.accuracy is not None and latency is not None:
+                found.append(Measured(candidate.accuracy, latency.median_ms))
+        return found
+
+    def _own_latency(self, candidate: Candidate) -> studies.Latency | None:
+        """In the deployment that is searched; of others, a study may hold more."""
+        return candidate.latency_on(**self._deployment)
+
+    @property
+    def _deployment(self) -> dict[str, Any]:
+        return deployment_columns(self.config.latency, self.row.device_id)
+
+    def reload(self) -> None:
+        """Read the candidates' latencies anew, of which some were measured again."""
+        self.complete = self._objectives(self.store.candidates(self.row.study_id))
+
+    def front(self) -> pd.DataFrame:
+        """The front in the deployment that is searched."""
+        return of_deployment(self.store.front(self.config.study), self.config.latency, self.row.device_id)
 
     @property
     def reference_latency_ms(self) -> float:
@@ -250,7 +274,7 @@ class LiveStudy:
     def _constraints_of(self, row: Candidate) -> dict[str, float]:
         limits = self.config.limits
         constraints = limits.excess(params=row.params, macs=row.macs)
-        for latency in row.latencies:
+        if latency := self._own_latency(row):
             memory_mb = (latency.weight_bytes + latency.workspace_bytes) / 1e6
             constraints |= limits.excess(latency_ms=latency.median_ms, memory_mb=memory_mb)
         return constraints
@@ -268,13 +292,8 @@ class LiveStudy:
         if outcome.latency:
             deployment = self.config.latency
             row.latencies = [
-                studies.Latency(
-                    device_id=self.row.device_id, engine=deployment.engine, dtype=deployment.dtype,
-                    batch_size=deployment.batch_size, resolution=deployment.resolution, threads=deployment.threads,
-                    # How long a compiler took is shown, and no property of the network.
-                    **{name: value for name, value in asdict(outcome.latency).items() if name != "ready_seconds"},
-                )
-            ]  # fmt: skip
+                latency_row(trial_id, outcome.latency, deployment, self.row.device_id, LatencyStage.SEARCH)
+            ]
         if outcome.proxy:
             row.accuracy, row.loss = outcome.proxy.accuracy, outcome.proxy.loss
             row.train_seconds, row.train_memory_bytes = outcome.proxy.seconds, outcome.proxy.train_memory_bytes
@@ -328,6 +347,10 @@ def open_study(config: SearchConfig, evaluator: Evaluator, versions: str) -> Ite
             store.claim(row.study_id, owner)
             anchor_ms = evaluator.start(row.anchor_ms)
         try:
+            deployment = config.latency
+            if store.find_profile(asdict(evaluator.device), deployment.dtype, deployment.threads) is None:
+                limits = evaluator.limits()
+                store_profile(store, evaluator.device, deployment.dtype, deployment.threads, limits)
             study = LiveStudy(store, row, config, anchor_ms, owner)
             try:
                 with guarded():

@@ -13,6 +13,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
+import re
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -31,6 +33,16 @@ STEM_STRIDE = 2
 # timm's builder turns strides past this one into dilations, which would be another network.
 MAX_TOTAL_STRIDE = 32
 
+# The pieces of `str(arch)`, and how a message names what was expected; spaces are single when these are asked.
+_STEM = (re.compile(r"(\S+) stem ([0-9]+)"), "a stem, such as 'silu stem 16'")
+_STAGE = (
+    re.compile(r"([0-9]+)x([0-9]+)(?:/([0-9]+))? k([0-9]+) g([0-9]+) e([0-9]*\.?[0-9]+(?:e[-+]?[0-9]+)?)"),
+    "a stage, such as '2x32/2 k3 g8 e4' (blocks x width / stride, kernel size, group width, expansion)",
+)
+_HEAD = (re.compile(r"head ([0-9]+)"), "a head, such as 'head 128'")
+# Of a text that is quoted in a message.
+_QUOTED_LENGTH = 200
+
 
 def expanded_channels(channels: int, expansion: float) -> int:
     """Channels between the two 1x1 convolutions, as timm's `make_divisible` rounds them.
@@ -42,6 +54,25 @@ def expanded_channels(channels: int, expansion: float) -> int:
     return rounded + CHANNEL_MULTIPLE if rounded < 0.9 * target else rounded
 
 
+def _shortest(value: float) -> str:
+    """4.0 as "4", and all digits of any other, so that it comes back equal."""
+    return repr(value).removesuffix(".0")
+
+
+def _quoted(text: str) -> str:
+    return repr(text[:_QUOTED_LENGTH])
+
+
+def _parsed(piece: str, form: tuple[re.Pattern[str], str]) -> tuple[str, ...]:
+    """The groups of the form's pattern; of one that is left out, which only a stride of 1 can be, "1"."""
+    pattern, expected = form
+    piece = " ".join(piece.split())
+    match = pattern.fullmatch(piece)
+    if match is None:
+        raise ValueError(f"{_quoted(piece)} is not {expected}")
+    return match.groups("1")
+
+
 def _require_whole(name: str, value: object, minimum: int = 1) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < minimum:
         raise ValueError(f"{name}={value!r} is not a whole number of at least {minimum}")
@@ -51,6 +82,11 @@ def _require_channels(name: str, value: object) -> None:
     _require_whole(name, value)
     if value % CHANNEL_MULTIPLE:  # type: ignore[operator]
         raise ValueError(f"{name}={value} is not a multiple of {CHANNEL_MULTIPLE}")
+
+
+def _require_positive(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        raise ValueError(f"{name}={value!r} is not a positive number")
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +119,11 @@ class StageSpec:
             raise ValueError(f"kernel_size={self.kernel_size} is not odd")
         _require_whole("group_width", self.group_width)
         _require_whole("blocks", self.blocks)
+        # 2.0 would be equal, and yet another arch_id.
+        _require_whole("stride", self.stride)
         if self.stride not in (1, 2):
             raise ValueError(f"stride={self.stride!r} is neither 1 nor 2")
-        if isinstance(self.expansion, bool) or not isinstance(self.expansion, int | float) or not self.expansion > 0:
-            raise ValueError(f"expansion={self.expansion!r} is not a positive number")
+        _require_positive("expansion", self.expansion)
         # 4 and 4.0 are one architecture and must print, hash and serialise alike.
         object.__setattr__(self, "expansion", float(self.expansion))
         if self.blocks > 1 and self.width % self.group_width:
@@ -96,13 +133,28 @@ class StageSpec:
     def arch_string(self) -> str:
         """The stage as a timm arch string, such as `uir_r2_a3_k0_s2_e4_c64_gs8`."""
         return (
-            f"uir_r{self.blocks}_a{self.kernel_size}_k0_s{self.stride}_e{self.expansion:g}_c{self.width}"
-            f"_gs{self.group_width}"
+            f"uir_r{self.blocks}_a{self.kernel_size}_k0_s{self.stride}_e{_shortest(self.expansion)}"
+            f"_c{self.width}_gs{self.group_width}"
         )
 
     def __str__(self) -> str:
         stride = f"/{self.stride}" if self.stride > 1 else ""
-        return f"{self.blocks}x{self.width}{stride} k{self.kernel_size} g{self.group_width} e{self.expansion:g}"
+        return (
+            f"{self.blocks}x{self.width}{stride} k{self.kernel_size} g{self.group_width} e{_shortest(self.expansion)}"
+        )
+
+    @classmethod
+    def parse(cls, text: str) -> StageSpec:
+        """The inverse of `str(stage)`; extra spaces do not matter.
+
+        Raises:
+            ValueError: one line, with the text or with the field that is impossible.
+        """
+        blocks, width, stride, kernel_size, group_width, expansion = _parsed(text, _STAGE)
+        return cls(
+            width=int(width), kernel_size=int(kernel_size), group_width=int(group_width), expansion=float(expansion),
+            blocks=int(blocks), stride=int(stride),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -203,6 +255,31 @@ class ArchSpec:
         stages = " | ".join(str(stage) for stage in self.stages)
         return f"{self.activation} stem {self.stem_width} | {stages} | head {self.head_width}"
 
+    @classmethod
+    def parse(cls, text: str) -> ArchSpec:
+        """The inverse of `str(arch)`, for people: extra spaces do not matter, and the JSON of `to_json` will do.
+
+        Raises:
+            ValueError: one line, with the piece that does not parse and what it should be, or with the field that is
+                impossible.
+        """
+        if text.lstrip().startswith("{"):
+            return cls.from_json(text)
+        pieces = text.split("|")
+        if len(pieces) < 3:
+            raise ValueError(
+                f"{_quoted(text.strip())} is not an architecture, such as 'silu stem 16 | 2x32/2 k3 g8 e4 | head 128'"
+            )
+        activation, stem_width = _parsed(pieces[0], _STEM)
+        stages = []
+        for number, piece in enumerate(pieces[1:-1], start=1):
+            try:
+                stages.append(StageSpec.parse(piece))
+            except ValueError as error:
+                raise ValueError(f"stage {number}: {error}") from error
+        (head_width,) = _parsed(pieces[-1], _HEAD)
+        return cls(int(stem_width), tuple(stages), activation, int(head_width))
+
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
@@ -221,8 +298,8 @@ class ArchSpec:
             fields = json.loads(text)
             stages = tuple(StageSpec(**stage) for stage in fields.pop("stages"))
             return cls(stages=stages, **fields)
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"not an architecture: {text[:200]!r} ({error})") from error
+        except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"not an architecture: {_quoted(text)} ({error})") from error
 
     def build(self, num_classes: int, in_chans: int = 3) -> nn.Module:
         """The network, made by timm's own builder from timm's own classes, freshly initialised.

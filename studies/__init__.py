@@ -1,15 +1,28 @@
 """Studies in an SQL database: Optuna's tables, ours beside them, and the Pareto front as a view."""
 
 from studies.store import Owner, StorageError, Store, StudySummary, displayed, guarded
-from studies.tables import Candidate, CandidateState, CurvePoint, Device, Latency, Study
+from studies.tables import (
+    BlockLatency,
+    Candidate,
+    CandidateState,
+    CurvePoint,
+    Device,
+    Latency,
+    LatencyStage,
+    Profile,
+    Study,
+)
 
 __all__ = [
+    "BlockLatency",
     "Candidate",
     "CandidateState",
     "CurvePoint",
     "Device",
     "Latency",
+    "LatencyStage",
     "Owner",
+    "Profile",
     "StorageError",
     "Store",
     "Study",

@@ -44,7 +44,8 @@ def upgrade(url: str, timeout_s: float) -> None:
     """Bring our tables up to date, in one transaction: killed at any moment, all of it is there or nothing.
 
     Python's sqlite3 would commit each CREATE on its own, hence a connection of our own that begins by hand; taking the
-    write lock at once, it also lets one of two processes that start together wait for the other.
+    write lock at once, it also lets one of two processes that start together wait for the other. Whoever holds a lock
+    for longer than `timeout_s` makes it fail.
     """
     connect_args = {"timeout": timeout_s, "isolation_level": None} if url.startswith("sqlite") else {}
     engine = create_engine(url, connect_args=connect_args)
@@ -57,6 +58,7 @@ def upgrade(url: str, timeout_s: float) -> None:
         else:
             with engine.begin() as connection:
                 if engine.dialect.name == "postgresql":
+                    connection.execute(text(f"SET LOCAL lock_timeout = {round(1000 * timeout_s)}"))
                     # Any number: it only has to be the same for all of us.
                     connection.execute(text("SELECT pg_advisory_xact_lock(5027401)"))
                 _upgrade(connection)

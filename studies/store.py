@@ -12,7 +12,7 @@ import os
 import socket
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,13 +23,14 @@ import psutil
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
-from sqlalchemy import create_engine, event, func, inspect, select, text, update
+from sqlalchemy import Boolean, Select, create_engine, event, func, inspect, select, text, update
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.orm import Session, selectinload
 
 from studies import schema
-from studies.tables import Candidate, CandidateState, Device, Study
+from studies.tables import Base, BlockLatency, Candidate, CandidateState, Device, Latency, Profile, Study
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -42,6 +43,8 @@ BUSY_TIMEOUT_S = 120
 OBJECTIVES = ((StudyDirection.MAXIMIZE, "accuracy"), (StudyDirection.MINIMIZE, "latency_ms"))
 OPTUNAS_TABLES = {"studies", "trials", "version_info"}
 METRIC_NAMES_KEY = "study:metric_names"
+# Columns of the views that SQLite would hand over as 0 and 1.
+TRUTH_VALUES = {"latency_capped": Boolean, "latency_throttled": Boolean}
 
 
 class StorageError(Exception):
@@ -117,7 +120,8 @@ class Store:
         Args:
             url: such as `sqlite:///studies/convfirst.db` or `postgresql+psycopg://user@host/name`.
             create: open it to write, and make the database and its tables where they are missing. Otherwise it is
-                opened to read, and None is returned where there is nothing of ours.
+                opened to read, and None is returned where there is nothing of ours. Tables of an older version are
+                brought up to date for readers too.
 
         Raises:
             StorageError: the database is unreachable, locked, not writable, not a database, or not ours.
@@ -138,6 +142,8 @@ class Store:
                 listed = ", ".join(sorted(names)[:3])
                 raise StorageError(f"it holds other tables ({listed}) and no studies: it is not ours to write to")
             up_to_date = ours and _require_known_version(parsed)
+            if ours and not up_to_date and not _is_writable(parsed):
+                raise StorageError("the file is read-only, and its tables are of an older version than this program's")
             storage = _optuna_storage(parsed)
             if not up_to_date:
                 schema.upgrade(url, OPEN_TIMEOUT_S)
@@ -286,6 +292,53 @@ class Store:
                 for study in session.scalars(select(Study).order_by(Study.study_id))
             ]
 
+    # -- devices ---------------------------------------------------------------------------------------------------
+
+    def device_id(self, device: dict[str, str]) -> int:
+        """The id of a device, which is written down if it is new. The fields are those of `tables.Device`."""
+        with self._session() as session:
+            return _device_row(session, device).device_id
+
+    def find_profile(self, device: dict[str, str], dtype: str, threads: int) -> Profile | None:
+        with self._session() as session:
+            return session.scalar(_profile(device, dtype, threads))
+
+    def add_profile(self, device: dict[str, str], profile: Profile) -> Profile:
+        """Write a device's profile in the place of any older one, and return it as it is stored."""
+        with self._session() as session:
+            profile.device_id = _device_row(session, device).device_id
+            _upsert(session, Profile, [profile])
+            return session.scalars(_profile(device, profile.dtype, profile.threads)).one()
+
+    def profiles(self) -> list[Profile]:
+        """All profiles, in the order of their devices."""
+        with self._session() as session:
+            return list(session.scalars(select(Profile).order_by(Profile.device_id, Profile.dtype, Profile.threads)))
+
+    def block_latencies(
+        self, device: dict[str, str], engine: str, dtype: str, batch_size: int, threads: int
+    ) -> dict[str, BlockLatency]:
+        """shape_id -> latency of every block that was measured by itself in one deployment."""
+        query = (
+            select(BlockLatency)
+            .join(Device, Device.device_id == BlockLatency.device_id)
+            .filter_by(**device)
+            .where(
+                BlockLatency.engine == engine, BlockLatency.dtype == dtype, BlockLatency.batch_size == batch_size,
+                BlockLatency.threads == threads,
+            )
+        )  # fmt: skip
+        with self._session() as session:
+            return {row.shape_id: row for row in session.scalars(query)}
+
+    def add_block_latencies(self, device: dict[str, str], rows: Sequence[BlockLatency]) -> None:
+        """Write latencies of blocks in the place of any older ones, all or nothing."""
+        with self._session() as session:
+            device_id = _device_row(session, device).device_id
+            for row in rows:
+                row.device_id = device_id
+            _upsert(session, BlockLatency, rows)
+
     # -- candidates ------------------------------------------------------------------------------------------------
 
     def add_candidate(self, candidate: Candidate, owner: Owner) -> None:
@@ -304,6 +357,28 @@ class Store:
             if self.has_study(candidate.study_id):
                 raise
             raise StorageError("the study was deleted") from error
+
+    def add_latencies(self, study_id: int, rows: Sequence[Latency]) -> None:
+        """Write latencies of candidates that are stored, in the place of any older ones, all or nothing.
+
+        Raises:
+            StorageError: the study, or one of the candidates, was deleted meanwhile.
+        """
+        trial_ids = {row.trial_id for row in rows}
+        try:
+            with self._session() as session:
+                _upsert(session, Latency, rows)
+                # Only now nobody can delete them before the commit.
+                self._require_candidates(session, study_id, trial_ids)
+        except IntegrityError:
+            with self._session() as session:
+                self._require_candidates(session, study_id, trial_ids)
+            raise
+
+    def _require_candidates(self, session: Session, study_id: int, trial_ids: set[int]) -> None:
+        query = select(func.count()).where(Candidate.study_id == study_id, Candidate.trial_id.in_(trial_ids))
+        if session.scalar(query) != len(trial_ids):
+            raise StorageError("the study was deleted, or candidates of it")
 
     def has_study(self, study_id: int) -> bool:
         with self._session() as session:
@@ -326,7 +401,7 @@ class Store:
 
         query = text("SELECT * FROM pareto_front WHERE study_name = :name ORDER BY latency_ms, accuracy DESC, number")
         with guarded(), self.engine.connect() as connection:
-            return pd.read_sql(query, connection, params={"name": name})
+            return pd.read_sql(query.columns(**TRUTH_VALUES), connection, params={"name": name})
 
     def evaluations(self, name: str) -> pd.DataFrame:
         """The complete rows of the view `convfirst_evaluations` of one study, in the order of their trials."""
@@ -336,7 +411,7 @@ class Store:
             "SELECT * FROM convfirst_evaluations WHERE study_name = :name AND state = 'complete' ORDER BY number"
         )
         with guarded(), self.engine.connect() as connection:
-            return pd.read_sql(query, connection, params={"name": name})
+            return pd.read_sql(query.columns(**TRUTH_VALUES), connection, params={"name": name})
 
 
 @contextmanager
@@ -351,12 +426,39 @@ def guarded() -> Iterator[None]:
 
 
 def _device_row(session: Session, device: dict[str, str]) -> Device:
-    row = session.scalar(select(Device).filter_by(**device))
-    if row is None:
-        row = Device(**device)
-        session.add(row)
-        session.flush()
-    return row
+    query = select(Device).filter_by(**device)
+    if row := session.scalar(query):
+        return row
+    # Another process may make it at this moment: then that one is ours too.
+    session.execute(_insert(session)(Device).values(device).on_conflict_do_nothing())
+    return session.scalars(query).one()
+
+
+def _profile(device: dict[str, str], dtype: str, threads: int) -> Select[Profile]:
+    return (
+        select(Profile)
+        .join(Profile.device)
+        .filter_by(**device)
+        .where(Profile.dtype == dtype, Profile.threads == threads)
+    )
+
+
+def _insert(session: Session) -> Any:
+    """The database's own INSERT, which knows ON CONFLICT."""
+    return postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
+
+
+def _upsert(session: Session, table: type[Base], rows: Sequence[Base]) -> None:
+    """Insert rows of a table, each in the place of the one with the same unique key if there is one."""
+    columns = [column for column in table.__table__.columns if not column.primary_key]
+    key = table.__table_args__[0].columns.keys()
+    # In one order, or two processes would each wait for a row that the other holds.
+    for row in sorted(rows, key=lambda row: [str(getattr(row, name)) for name in key]):
+        # What is None is left to the column's default.
+        values = {column.name: value for column in columns if (value := getattr(row, column.name)) is not None}
+        insert = _insert(session)(table).values(values)
+        replaced = {column.name: insert.excluded[column.name] for column in columns if column.name not in key}
+        session.execute(insert.on_conflict_do_update(index_elements=key, set_=replaced))
 
 
 def _require_dead(held: str | None, owner: Owner) -> None:
@@ -379,6 +481,10 @@ def _is_sqlite_file(url: URL) -> bool:
 
 def _sqlite_file_exists(url: URL) -> bool:
     return not _is_sqlite_file(url) or Path(str(url.database)).is_file()
+
+
+def _is_writable(url: URL) -> bool:
+    return not _is_sqlite_file(url) or os.access(str(url.database), os.W_OK)
 
 
 def _probe_args(url: URL) -> dict[str, Any]:
@@ -416,7 +522,7 @@ def _table_names(url: URL, *, to_write: bool) -> set[str]:
         with engine.connect() as connection:
             if to_write and url.get_backend_name() == "sqlite":
                 connection.exec_driver_sql("BEGIN IMMEDIATE")
-                if not os.access(str(url.database), os.W_OK):
+                if not _is_writable(url):
                     raise StorageError("the file is read-only")
             return set(inspect(connection).get_table_names())
     finally:

@@ -46,6 +46,13 @@ class CandidateState(enum.StrEnum):
     FAILED = "failed"
 
 
+class LatencyStage(enum.StrEnum):
+    """When a latency was measured: as its candidate was evaluated, or later, in turn with the rest of the front."""
+
+    SEARCH = "search"
+    FINAL = "final"
+
+
 class Device(Base):
     """What latencies were measured on: one row per device and versions."""
 
@@ -109,16 +116,32 @@ class Candidate(Base):
     total_seconds: Mapped[float]
     finished_at: Mapped[datetime] = mapped_column(default=now)
 
-    latencies: Mapped[list[Latency]] = relationship(cascade="all, delete-orphan", passive_deletes=True)
+    latencies: Mapped[list[Latency]] = relationship(
+        cascade="all, delete-orphan", passive_deletes=True, order_by="Latency.latency_id"
+    )
     curve: Mapped[list[CurvePoint]] = relationship(cascade="all, delete-orphan", passive_deletes=True)
+
+    def latency_on(
+        self, device_id: int, engine: str, dtype: str, batch_size: int, resolution: int, threads: int
+    ) -> Latency | None:
+        """The latency in one deployment: the final one if there is one, else the search's."""
+        deployment = (device_id, engine, dtype, batch_size, resolution, threads)
+        rows = [row for row in self.latencies if row.deployment == deployment]
+        return min(rows, key=lambda row: row.stage != LatencyStage.FINAL, default=None)
 
 
 class Latency(Base):
-    """A candidate's latency in one deployment. `median_ms` is drift-corrected; the raw figures stand beside it."""
+    """A candidate's latency in one deployment. `median_ms` is drift-corrected; the raw figures stand beside it.
+
+    Attributes:
+        interval_share: width of the 95 % confidence interval of the median, over the median.
+        capped: the time cap was hit before that interval was narrow enough.
+        throttled, sm_clock_mhz, temperature_c: of a CUDA device while it measured.
+    """
 
     __tablename__ = "convfirst_latencies"
     __table_args__ = (
-        UniqueConstraint("trial_id", "device_id", "engine", "dtype", "batch_size", "resolution", "threads"),
+        UniqueConstraint("trial_id", "device_id", "engine", "dtype", "batch_size", "resolution", "threads", "stage"),
     )
 
     latency_id: Mapped[int] = mapped_column(primary_key=True)
@@ -129,15 +152,26 @@ class Latency(Base):
     batch_size: Mapped[int]
     resolution: Mapped[int]
     threads: Mapped[int]
+    # The database has the default too: a search begun before it was brought up to date goes on writing rows without.
+    stage: Mapped[str] = mapped_column(String(16), default=LatencyStage.SEARCH, server_default=LatencyStage.SEARCH)
     median_ms: Mapped[float]
     p20_ms: Mapped[float]
     p80_ms: Mapped[float]
     repeats: Mapped[int]
+    interval_share: Mapped[float | None]
+    capped: Mapped[bool | None]
     raw_median_ms: Mapped[float]
     anchor_median_ms: Mapped[float]
     weight_bytes: Mapped[int] = mapped_column(BigInteger)
     workspace_bytes: Mapped[int] = mapped_column(BigInteger)
+    throttled: Mapped[bool | None]
+    sm_clock_mhz: Mapped[float | None]
+    temperature_c: Mapped[float | None]
     measured_at: Mapped[datetime] = mapped_column(default=now)
+
+    @property
+    def deployment(self) -> tuple[int, str, str, int, int, int]:
+        return self.device_id, self.engine, self.dtype, self.batch_size, self.resolution, self.threads
 
 
 class CurvePoint(Base):
@@ -152,3 +186,48 @@ class CurvePoint(Base):
     train_loss: Mapped[float]
     train_accuracy: Mapped[float]
     seconds: Mapped[float]
+
+
+class Profile(Base):
+    """What a device was measured to do at most in one dtype. No study's: it outlives them."""
+
+    __tablename__ = "convfirst_profiles"
+    __table_args__ = (UniqueConstraint("device_id", "dtype", "threads"),)
+
+    profile_id: Mapped[int] = mapped_column(primary_key=True)
+    device_id: Mapped[int] = mapped_column(ForeignKey("convfirst_devices.device_id"))
+    dtype: Mapped[str] = mapped_column(String(16))
+    threads: Mapped[int]
+    copy_bytes_per_s: Mapped[float]
+    macs_per_s: Mapped[float]
+    launch_seconds: Mapped[float]
+    graph_launch_seconds: Mapped[float | None]
+    measured_at: Mapped[datetime] = mapped_column(default=now)
+
+    device: Mapped[Device] = relationship(lazy="joined")
+
+
+class BlockLatency(Base):
+    """The latency of a block or layer measured by itself, for all studies of the database.
+
+    `shape` is its problem as canonical JSON, of which `shape_id` is a hash.
+    """
+
+    __tablename__ = "convfirst_block_latencies"
+    __table_args__ = (UniqueConstraint("device_id", "engine", "dtype", "batch_size", "threads", "shape_id"),)
+
+    block_latency_id: Mapped[int] = mapped_column(primary_key=True)
+    device_id: Mapped[int] = mapped_column(ForeignKey("convfirst_devices.device_id"))
+    engine: Mapped[str] = mapped_column(String(64))
+    dtype: Mapped[str] = mapped_column(String(16))
+    batch_size: Mapped[int]
+    threads: Mapped[int]
+    shape_id: Mapped[str] = mapped_column(String(12))
+    shape: Mapped[str]
+    median_ms: Mapped[float]
+    p20_ms: Mapped[float]
+    p80_ms: Mapped[float]
+    repeats: Mapped[int]
+    interval_share: Mapped[float]
+    capped: Mapped[bool]
+    measured_at: Mapped[datetime] = mapped_column(default=now)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
+import re
 
 import pytest
 import torch
@@ -52,6 +53,101 @@ def test_readable_line() -> None:
     assert str(ARCH) == "silu stem 16 | 2x24/2 k5 g8 e2.5 | head 64"
 
 
+@pytest.mark.parametrize("name", builtin_spaces())
+def test_the_readable_line_comes_back_equal(name: str) -> None:
+    space = load_space(name)
+    rng = random.Random(0)
+    for arch in [space.anchor(), space.smallest(), *(space.sample(rng) for _ in range(200))]:
+        for text in (str(arch), arch.to_json()):
+            parsed = ArchSpec.parse(text)
+            assert parsed == arch
+            assert parsed.arch_id == arch.arch_id
+
+
+@pytest.mark.parametrize("expansion", [4, 0.1, 1 / 3, 2.0000001, 1e-7, 1e20, 123456789.0])
+def test_every_digit_of_an_expansion_comes_back(expansion: float) -> None:
+    """Six digits were printed once, of which 1 / 3 does not come back."""
+    stage = dataclasses.replace(STAGE, expansion=expansion)
+    assert StageSpec.parse(str(stage)) == stage
+    assert f"_e{str(stage).rpartition(' e')[2]}_" in stage.arch_string
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "  silu   stem\t16 |2x24/2  k5 g8 e2.5|head  64\n",
+        "silu stem 16\n| 2x24/2 k5 g8 e2.50\n| head 064",
+        f"\n {ARCH.to_json().replace(',', ', ')} ",
+    ],
+)
+def test_extra_spaces_do_not_matter(text: str) -> None:
+    assert ArchSpec.parse(text) == ARCH
+
+
+def test_a_stride_of_one_may_be_written_out() -> None:
+    assert StageSpec.parse("2x24/1 k5 g8 e3") == StageSpec.parse("2x24 k5 g8 e3")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        # The whole.
+        (str(ARCH), "", "'' is not an architecture, such as 'silu stem 16 | "),
+        (str(ARCH), "3fa8b1c0d2e4", "'3fa8b1c0d2e4' is not an architecture"),
+        ("| 2x24/2 k5 g8 e2.5 ", "", "'silu stem 16 | head 64' is not an architecture"),
+        ("| head 64", "", "'silu stem 16 | 2x24/2 k5 g8 e2.5' is not an architecture"),
+        # The stem.
+        ("silu stem", "stem", "'stem 16' is not a stem, such as 'silu stem 16'"),
+        ("stem 16", "stem", "'silu stem' is not a stem"),
+        ("stem 16", "stem -16", "'silu stem -16' is not a stem"),
+        ("stem 16", "stem 20", "stem_width=20 is not a multiple of 8"),
+        ("silu", "tanh", "activation='tanh' is none of silu, "),
+        # A stage.
+        ("2x24/2 k5", "24/2 k5", "stage 1: '24/2 k5 g8 e2.5' is not a stage, such as '2x32/2 k3 g8 e4'"),
+        ("2x24/2", "2x24/", "stage 1: '2x24/ k5 g8 e2.5' is not a stage"),
+        ("2x24/2", "2x24/3", "stage 1: stride=3 is neither 1 nor 2"),
+        ("2x24", "0x24", "stage 1: blocks=0"),
+        ("2x24", "2x20", "stage 1: width=20 is not a multiple of 8"),
+        ("k5", "k4", "stage 1: kernel_size=4 is not odd"),
+        ("k5", "k5.0", "stage 1: '2x24/2 k5.0 g8 e2.5' is not a stage"),
+        ("k5 g8", "g8 k5", "stage 1: '2x24/2 g8 k5 e2.5' is not a stage"),
+        ("g8", "g16", "stage 1: group_width=16 does not divide width=24"),
+        (" g8", "", "stage 1: '2x24/2 k5 e2.5' is not a stage"),
+        ("e2.5", "e0", "stage 1: expansion=0.0 is not a positive number"),
+        ("e2.5", "e1e999", "stage 1: expansion=inf is not a positive number"),
+        ("e2.5", "e-2", "stage 1: '2x24/2 k5 g8 e-2' is not a stage"),
+        ("e2.5", "e2.5.1", "stage 1: '2x24/2 k5 g8 e2.5.1' is not a stage"),
+        ("e2.5", "e2.5 e3", "stage 1: '2x24/2 k5 g8 e2.5 e3' is not a stage"),
+        ("| head", "| | head", "stage 2: '' is not a stage"),
+        ("| head", "| 1x32\nk3 | head", "stage 2: '1x32 k3' is not a stage"),
+        ("| head", "| 1x32 k3 g16 e1 | head", "group_width=16 of stage 2 does not divide the 24 channels"),
+        ("| head", "| 1x8/2 k1 g1 e1" * 5 + "| head", "total stride 128 is above 32"),
+        # The head.
+        ("| head 64", "| 1x24 k3 g1 e1", "'1x24 k3 g1 e1' is not a head, such as 'head 128'"),
+        ("head 64", "head", "'head' is not a head"),
+        ("head 64", "head 64 |", "stage 2: 'head 64' is not a stage"),
+        ("head 64", "head 60", "head_width=60 is not a multiple of 8"),
+        # JSON.
+        (str(ARCH), "{", "not an architecture: '{' (Expecting property name"),
+        (str(ARCH), "{}", "not an architecture: '{}' ('stages')"),
+        (str(ARCH), ARCH.to_json().replace("24", "20"), "width=20 is not a multiple of 8"),
+    ],
+)
+def test_what_does_not_parse_is_named_in_one_line(old: str, new: str, message: str) -> None:
+    text = str(ARCH).replace(old, new)
+    assert text != str(ARCH)
+    with pytest.raises(ValueError, match=f"^{re.escape(message)}") as caught:
+        ArchSpec.parse(text)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_long_text_is_not_quoted_in_full() -> None:
+    with pytest.raises(ValueError, match="is not an architecture") as caught:
+        ArchSpec.parse("silu\n" * 10_000)
+    assert len(str(caught.value)) < 400
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
@@ -65,8 +161,10 @@ def test_readable_line() -> None:
         ("expansion", 0, "expansion=0"),
         ("expansion", "4", "expansion='4'"),
         ("expansion", float("nan"), "expansion=nan"),
+        ("expansion", float("inf"), "expansion=inf"),
         ("blocks", 0, "blocks=0"),
         ("stride", 3, "stride=3"),
+        ("stride", 2.0, "stride=2.0"),
     ],
 )
 def test_impossible_stages_are_refused_by_name(field: str, value: object, message: str) -> None:
@@ -98,7 +196,7 @@ def test_a_group_width_must_divide_the_channels_that_enter_the_stage() -> None:
 
 @pytest.mark.parametrize("text", ["", "{}", "[]", "null", '{"stages": 3}', ARCH.to_json().replace("width", "wide")])
 def test_other_text_is_not_an_architecture(text: str) -> None:
-    with pytest.raises(ValueError, match=r"not an architecture|Expecting value"):
+    with pytest.raises(ValueError, match="not an architecture"):
         ArchSpec.from_json(text)
 
 

@@ -15,23 +15,34 @@ from typing import Any
 import numpy as np
 import optuna
 import pytest
-from alembic.autogenerate import compare_metadata
-from alembic.runtime.migration import MigrationContext
 from sqlalchemy import create_engine, inspect, text
 from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session
 
 from nas import search
 from nas.config import SearchConfig
 from nas.overhead import FakeEvaluator
 from nas.pareto import front
-from studies import Candidate, CandidateState, CurvePoint, Latency, Owner, StorageError, Store, Study, schema
-from studies.tables import Base
+from studies import (
+    BlockLatency,
+    Candidate,
+    CandidateState,
+    CurvePoint,
+    Latency,
+    LatencyStage,
+    Owner,
+    Profile,
+    StorageError,
+    Store,
+    Study,
+    schema,
+)
 
 DEVICE = dict(kind="cpu", name="a CPU", driver="d", torch="2.11.0", triton="3.6.0")
 OTHER_DEVICE = DEVICE | dict(name="a GPU", kind="cuda")
 OURS = {
-    "convfirst_alembic_version", "convfirst_candidates", "convfirst_devices", "convfirst_latencies",
-    "convfirst_learning_curves", "convfirst_studies",
+    "convfirst_alembic_version", "convfirst_block_latencies", "convfirst_candidates", "convfirst_devices",
+    "convfirst_latencies", "convfirst_learning_curves", "convfirst_profiles", "convfirst_studies",
 }  # fmt: skip
 
 
@@ -50,10 +61,38 @@ def make_study(store: Store, name: str = "one", device: dict[str, str] = DEVICE)
     )  # fmt: skip
 
 
-def add(store: Store, study: Study, accuracy: float | None, latency_ms: float | None, **changes: Any) -> Candidate:
-    """A candidate with a trial of Optuna's, complete unless `changes` say otherwise."""
-    trial_id = store.optuna_storage.create_new_trial(study.study_id)
-    number = store.optuna_storage.get_trial_number_from_id(trial_id)
+def make_latency(median_ms: float, **fields: Any) -> Latency:
+    return Latency(
+        median_ms=median_ms, p20_ms=median_ms, p80_ms=median_ms, repeats=10, raw_median_ms=median_ms,
+        anchor_median_ms=1.0, weight_bytes=2**40, workspace_bytes=5, **fields,
+    )  # fmt: skip
+
+
+def measured_again(candidate: Candidate, median_ms: float, **changes: Any) -> Latency:
+    """The final latency of a candidate in the deployment of its first."""
+    first = candidate.latencies[0]
+    deployment = {name: getattr(first, name) for name in ("engine", "dtype", "batch_size", "resolution", "threads")}
+    fields = deployment | dict(trial_id=candidate.trial_id, device_id=first.device_id, stage=LatencyStage.FINAL)
+    return make_latency(median_ms, **(fields | changes))
+
+
+def make_profile(**changes: Any) -> Profile:
+    fields = dict(dtype="float32", threads=1, copy_bytes_per_s=1e12, macs_per_s=4e15, launch_seconds=1e-6)
+    return Profile(**(fields | changes))
+
+
+def make_block(shape_id: str, median_ms: float = 1.0, **changes: Any) -> BlockLatency:
+    fields = dict(
+        engine="eager", dtype="float32", batch_size=1, threads=1, shape_id=shape_id, shape="{}", median_ms=median_ms,
+        p20_ms=median_ms, p80_ms=median_ms, repeats=10, interval_share=0.01, capped=False,
+    )  # fmt: skip
+    return BlockLatency(**(fields | changes))
+
+
+def make_candidate(
+    study: Study, trial_id: int, number: int, accuracy: float | None, latency_ms: float | None, **changes: Any
+) -> Candidate:
+    """Complete unless `changes` say otherwise."""
     deployment = dict(
         device_id=study.device_id, engine="eager", dtype="float32", batch_size=1, resolution=32, threads=1
     )
@@ -67,13 +106,16 @@ def add(store: Store, study: Study, accuracy: float | None, latency_ms: float | 
         },
     )  # fmt: skip
     if latency_ms is not None:
-        candidate.latencies = [
-            Latency(
-                median_ms=latency_ms, p20_ms=latency_ms, p80_ms=latency_ms, repeats=10, raw_median_ms=latency_ms,
-                anchor_median_ms=1.0, weight_bytes=2**40, workspace_bytes=5, **deployment,
-            )
-        ]  # fmt: skip
+        candidate.latencies = [make_latency(latency_ms, **deployment)]
     candidate.curve = [CurvePoint(step=step, train_loss=1.0, train_accuracy=0.5, seconds=1.0) for step in (1, 2)]
+    return candidate
+
+
+def add(store: Store, study: Study, accuracy: float | None, latency_ms: float | None, **changes: Any) -> Candidate:
+    """A candidate with a trial of Optuna's."""
+    trial_id = store.optuna_storage.create_new_trial(study.study_id)
+    number = store.optuna_storage.get_trial_number_from_id(trial_id)
+    candidate = make_candidate(study, trial_id, number, accuracy, latency_ms, **changes)
     me = Owner.me()
     store.claim(study.study_id, me)
     store.add_candidate(candidate, me)
@@ -100,26 +142,6 @@ def test_opening_twice_finds_the_same(any_url: str) -> None:
         else:
             assert store.find_study("one").anchor_ms == 1.0  # type: ignore[union-attr]
         store.close()
-
-
-def test_migrations_make_what_the_classes_say(store: Store) -> None:
-    with store.engine.connect() as connection:
-        context = MigrationContext.configure(
-            connection,
-            opts=dict(
-                compare_type=True,
-                version_table=schema.VERSION_TABLE,
-                include_name=lambda name, kind, _: kind != "table" or str(name).startswith("convfirst_"),
-            ),
-        )
-        metadata = Base.metadata
-        differences = [
-            difference
-            for difference in compare_metadata(context, metadata)
-            # Optuna's two tables are in the metadata for the foreign keys only.
-            if not (difference[0] == "add_table" and difference[1].name in ("studies", "trials"))
-        ]
-    assert differences == []
 
 
 def test_all_of_a_candidate_comes_back(store: Store) -> None:
@@ -174,6 +196,188 @@ def test_devices_engines_and_deployments_have_fronts_of_their_own(store: Store) 
     assert set(found.device_name) == {"a CPU", "a GPU"}
 
 
+def test_the_final_latency_is_shown_with_the_searchs_beside_it(store: Store) -> None:
+    study = make_study(store)
+    candidate = add(store, study, 0.5, 2.0)
+    add(store, study, 0.6, 3.0)
+    add(store, study, None, None, state=CandidateState.FAILED)
+    final = measured_again(
+        candidate, 2.5, interval_share=0.01, capped=True, throttled=False, sm_clock_mhz=1980.0, temperature_c=55.0
+    )
+    # Of a deployment of its own, and so a row of its own.
+    store.add_latencies(study.study_id, [final, measured_again(candidate, 9.0, batch_size=8)])
+    rows = store.evaluations("one").sort_values(["number", "batch_size"])
+    assert list(rows["number"]) == [0, 0, 1]
+    assert list(rows["latency_ms"]) == [2.5, 9.0, 3.0]
+    assert list(rows["latency_stage"]) == ["final", "final", "search"]
+    assert list(rows["searched_latency_ms"].fillna(0)) == [2.0, 0, 3.0]
+    shown = rows.iloc[0]
+    assert (shown["latency_interval_share"], shown["sm_clock_mhz"], shown["temperature_c"]) == (0.01, 1980.0, 55.0)
+    assert shown["latency_capped"] is True
+    assert shown["latency_throttled"] is False
+    assert rows["latency_capped"].iloc[2] is None
+    with store.engine.connect() as connection:
+        assert connection.execute(text("SELECT COUNT(*) FROM convfirst_evaluations")).scalar_one() == 4
+
+
+def test_the_front_follows_final_latencies(store: Store) -> None:
+    study = make_study(store)
+    fast, slow, best = (add(store, study, a, t) for a, t in ((0.5, 1.0), (0.5, 2.0), (0.9, 3.0)))
+    assert list(store.front("one")["number"]) == [fast.number, best.number]
+    store.add_latencies(study.study_id, [measured_again(fast, 2.5, interval_share=0.01, capped=False)])
+    found = store.front("one")
+    assert list(found["number"]) == [slow.number, best.number]
+    store.add_latencies(study.study_id, [measured_again(fast, 1.5, interval_share=0.02, capped=False)])
+    found = store.front("one")
+    assert list(found["number"]) == [fast.number, best.number]
+    assert list(found["latency_ms"]) == [1.5, 3.0]
+    assert list(found["searched_latency_ms"]) == [1.0, 3.0]
+    assert list(found["latency_stage"]) == ["final", "search"]
+    assert found["latency_interval_share"][0] == 0.02
+    assert found["latency_capped"].tolist() == [False, None]
+
+
+def test_computational_efficiency_by_hand(store: Store) -> None:
+    """10^12 MACs x 8 images in 4 ms, on a device that does 4 x 10^15 MACs a second: half of it."""
+    study = make_study(store)
+    add(store, study, 0.5, 4.0, batch_size=8)
+    assert store.front("one")["computational_efficiency"].isna().all()
+    # Profiles that are not this deployment's.
+    for device, profile in (
+        (OTHER_DEVICE, make_profile()), (DEVICE, make_profile(dtype="float16")), (DEVICE, make_profile(threads=2)),
+    ):  # fmt: skip
+        store.add_profile(device, profile)
+    assert store.front("one")["computational_efficiency"].isna().all()
+    store.add_profile(DEVICE, make_profile(macs_per_s=4e15))
+    for shown in (store.front("one"), store.evaluations("one")):
+        assert shown["computational_efficiency"].tolist() == pytest.approx([0.5])
+
+
+def test_the_views_are_quick(store: Store) -> None:
+    """3,000 candidates, timed twice each: a fraction of a second by the keys' index, minutes if pairs were compared."""
+    study = make_study(store)
+    ids = range(1, 3001)
+    with Session(store.engine) as session, session.begin():
+        trials = [dict(id=i, study_id=study.study_id) for i in ids]
+        session.execute(
+            text("INSERT INTO trials (trial_id, number, study_id, state) VALUES (:id, :id, :study_id, 'COMPLETE')"),
+            trials,
+        )
+        candidates = [make_candidate(study, i, i, accuracy=1 / i, latency_ms=float(i)) for i in ids]
+        session.add_all(candidates)
+        session.flush()
+        session.add_all([measured_again(candidate, candidate.latencies[0].median_ms) for candidate in candidates])
+    started = time.perf_counter()
+    assert len(store.evaluations("one")) == 3000
+    assert list(store.front("one")["number"]) == [1]
+    assert time.perf_counter() - started < 5
+
+
+def test_the_latency_on_a_deployment(store: Store) -> None:
+    study = make_study(store)
+    candidate = add(store, study, 0.5, 1.0)
+    store.add_latencies(
+        study.study_id, [measured_again(candidate, 2.0), measured_again(candidate, 3.0, batch_size=8, stage="search")]
+    )
+    (found,) = store.candidates(study.study_id)
+    assert [row.median_ms for row in found.latencies] == [1.0, 2.0, 3.0]
+
+    def median_ms(**changes: Any) -> float | None:
+        fields = dict(engine="eager", dtype="float32", batch_size=1, resolution=32, threads=1)
+        row = found.latency_on(study.device_id, **(fields | changes))  # type: ignore[arg-type]
+        return row.median_ms if row else None
+
+    assert median_ms() == 2.0
+    assert median_ms(batch_size=8) == 3.0
+    assert median_ms(threads=2) is None
+
+
+def test_latencies_are_added_to_candidates_that_are_there_all_or_none(store: Store) -> None:
+    study, other = make_study(store), make_study(store, "other")
+    candidate, elsewhere = add(store, study, 0.5, 1.0), add(store, other, 0.5, 1.0)
+    store.add_latencies(study.study_id, [measured_again(candidate, 2.0, capped=True)])
+    store.add_latencies(study.study_id, [measured_again(candidate, 3.0)])
+    store.add_latencies(study.study_id, [])
+    final = store.candidates(study.study_id)[0].latencies[1]
+    assert (final.median_ms, final.capped) == (3.0, None)
+    gone = measured_again(candidate, 9.0, trial_id=10**6)
+    for rows in (
+        [measured_again(candidate, 9.0), gone],
+        [measured_again(candidate, 9.0), measured_again(elsewhere, 9.0)],
+    ):
+        with pytest.raises(StorageError, match="the study was deleted, or candidates of it"):
+            store.add_latencies(study.study_id, rows)
+    # A mistake of ours is none of the database's.
+    with pytest.raises(IntegrityError):
+        store.add_latencies(study.study_id, [measured_again(candidate, 9.0, device_id=10**6)])
+    assert [row.median_ms for row in store.candidates(study.study_id)[0].latencies] == [1.0, 3.0]
+    assert counts(store)["convfirst_latencies"] == 3
+
+
+def test_a_device_has_one_profile_per_dtype_and_threads(store: Store) -> None:
+    assert store.find_profile(DEVICE, "float32", 1) is None
+    assert counts(store)["convfirst_devices"] == 0
+    first = store.add_profile(DEVICE, make_profile(graph_launch_seconds=1e-7))
+    assert first.device.name == "a CPU"
+    store.add_profile(DEVICE, make_profile(dtype="float16"))
+    again = store.add_profile(DEVICE, make_profile(macs_per_s=5e15))
+    assert again.profile_id == first.profile_id
+    assert again.measured_at > first.measured_at
+    assert (again.macs_per_s, again.graph_launch_seconds) == (5e15, None)
+    found = store.find_profile(DEVICE, "float32", 1)
+    assert found is not None
+    assert found.macs_per_s == 5e15
+    assert store.find_profile(OTHER_DEVICE, "float32", 1) is None
+    assert [(row.device.name, row.dtype) for row in store.profiles()] == [("a CPU", "float16"), ("a CPU", "float32")]
+    assert store.device_id(DEVICE) == found.device_id
+    assert store.device_id(OTHER_DEVICE) != found.device_id
+
+
+def test_latencies_of_blocks_are_kept_per_deployment(store: Store) -> None:
+    here = dict(engine="eager", dtype="float32", batch_size=1, threads=1)
+    assert store.block_latencies(DEVICE, **here) == {}  # type: ignore[arg-type]
+    assert counts(store)["convfirst_devices"] == 0
+    store.add_block_latencies(DEVICE, [make_block("b", 2.0), make_block("a", 1.0), make_block("a", engine="fused")])
+    store.add_block_latencies(DEVICE, [make_block("b", 3.0, capped=True), make_block("c", 4.0)])
+    store.add_block_latencies(OTHER_DEVICE, [make_block("a", 9.0)])
+    with pytest.raises(IntegrityError):
+        store.add_block_latencies(DEVICE, [make_block("a", 7.0), make_block("d", shape=None)])
+    found = store.block_latencies(DEVICE, **here)  # type: ignore[arg-type]
+    assert {name: row.median_ms for name, row in found.items()} == {"a": 1.0, "b": 3.0, "c": 4.0}
+    assert found["b"].capped is True
+    assert counts(store)["convfirst_block_latencies"] == 5
+
+
+def test_processes_may_write_the_same_measurements_at_once(any_url: str, store: Store) -> None:
+    """In opposite orders, at which PostgreSQL would stop one of them for a deadlock if they locked rows so."""
+    names = [f"block{i}" for i in range(20)]
+    barrier = threading.Barrier(4)
+    errors: list[BaseException] = []
+
+    def write(order: int) -> None:
+        try:
+            mine = Store.open(any_url, create=True)
+            assert mine is not None
+            barrier.wait()
+            for turn in range(5):
+                device = DEVICE | dict(driver=str(turn))
+                mine.add_profile(device, make_profile())
+                mine.add_block_latencies(device, [make_block(name) for name in names[::order]])
+            mine.close()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=write, args=(order,)) for order in (1, -1, 1, -1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    found = counts(store)
+    assert (found["convfirst_devices"], found["convfirst_profiles"]) == (5, 5)
+    assert found["convfirst_block_latencies"] == 100
+
+
 def test_plain_sql_reads_the_front(sqlite_url: str) -> None:
     store = Store.open(sqlite_url, create=True)
     assert store is not None
@@ -187,12 +391,16 @@ def test_deleting_a_study_as_the_dashboard_does_leaves_nothing_of_ours(any_url: 
     for accuracy in (0.5, 0.6):
         add(store, doomed, accuracy, 1.0)
         add(store, kept, accuracy, 1.0)
+    store.add_latencies(doomed.study_id, [measured_again(row, 1.0) for row in store.candidates(doomed.study_id)])
+    store.add_profile(DEVICE, make_profile())
+    store.add_block_latencies(DEVICE, [make_block("a")])
     # A storage of its own, which like the dashboard's asks SQLite for no foreign keys.
     optuna.delete_study(study_name="one", storage=optuna.storages.RDBStorage(any_url))
     assert store.find_study("one") is None
+    # What was measured of the device is not the study's.
     assert counts(store) == {
-        "convfirst_candidates": 2, "convfirst_devices": 1, "convfirst_latencies": 2, "convfirst_learning_curves": 4,
-        "convfirst_studies": 1,
+        "convfirst_block_latencies": 1, "convfirst_candidates": 2, "convfirst_devices": 1, "convfirst_latencies": 2,
+        "convfirst_learning_curves": 4, "convfirst_profiles": 1, "convfirst_studies": 1,
     }  # fmt: skip
     # A new study takes the old one's name, and on SQLite its ids.
     again = make_study(store)

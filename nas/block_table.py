@@ -1,0 +1,293 @@
+"""Latencies of blocks and layers measured alone, and what they add up to.
+
+A part is measured in calls that run it R times over, on as many inputs, and take T; c is what a call costs beside what
+is in it, the launch of a CUDA graph, say. Then
+
+    t_i = (T_i - c) / R         of a part on CUDA, where c is a launch
+    t_i = T_i / R               of a part on a CPU
+    t   = c + sum(t_i)          of a network of such parts
+
+with c = T - (T_R - T) / (R - 1) of one block that is called once in a call, and R times. (Calling nothing would tell
+too little: on a CPU the first grouped convolution of a call costs some 30 us more than those after it.) On a CPU c is
+above all the price of coming to code and data that are not at hand, which in a network every part pays, and of R
+repeats the first: there c / R is left in.
+
+Everything here is measured in turns with one fixed network, the yardstick, and corrected by it to the day when it was
+first measured, so that figures of different days add up.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kernels.timing import DeviceInfo
+from nas.config import LatencyConfig
+from nas.engines import deploy
+from nas.latency import LatencyMeter, in_turn, threads
+from nas.parts import CALL, YARDSTICK, Part, arch_modules, arch_parts, canonical, prepared, shape_id
+from search_spaces import ArchSpec, load_space
+from studies import BlockLatency, Store
+
+# Parts that are sampled in turns: more share the yardstick's time, fewer end sooner.
+GROUP = 6
+# Share of a network's time cap that each part of a group has.
+CAP_FACTOR = 0.5
+# R above.
+REPEATS = 4
+# The yardstick measures the machine and not the engine: one serves all, also those that take no ConvFirst network.
+YARDSTICK_ENGINE, YARDSTICK_RESOLUTION, YARDSTICK_CLASSES = "eager", 32, 10
+# Of the yardstick's blocks the one that tells what a call costs.
+REFERENCE_BLOCK = "stage2.1"
+
+
+@dataclass(frozen=True, slots=True)
+class Figure:
+    """The latency of a call of what has this shape, corrected by the yardstick; fields as `nas.latency.Latency`'s.
+
+    A call runs a network once and a part `REPEATS` times.
+    """
+
+    shape: str
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    repeats: int
+    interval_share: float
+    capped: bool
+
+
+@dataclass(frozen=True)
+class _Timed:
+    shape: str
+    forwards: list[Callable[[], object]]
+
+
+class _Repeated(nn.Module):
+    """Runs a module on each of several inputs, (repeats, N, ...); all outputs are wanted, lest some be left out."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.module(each) for each in x.unbind(0)]
+
+
+def network_shape(name: str, config: LatencyConfig) -> str:
+    """The shape of a whole network, an architecture's line or a timm model's name."""
+    return canonical(kind="network", name=name, size=config.resolution, classes=config.num_classes)
+
+
+class BlockMeter:
+    """Measures parts of networks, and networks, in one deployment.
+
+    Args:
+        config: the deployment.
+        reference_ms: the yardstick's latency in the table; None measures it now.
+    """
+
+    def __init__(self, config: LatencyConfig, reference_ms: float | None = None) -> None:
+        self.config = config
+        own = replace(config, engine=YARDSTICK_ENGINE, resolution=YARDSTICK_RESOLUTION, num_classes=YARDSTICK_CLASSES)
+        self.meter = LatencyMeter(own, load_space("small").anchor().build(YARDSTICK_CLASSES), reference_ms)
+
+    @property
+    def on_cuda(self) -> bool:
+        return self.meter.device.type == "cuda"
+
+    def measure_archs(
+        self, archs: Iterable[ArchSpec], known: Collection[str], whole: Iterable[ArchSpec] = ()
+    ) -> list[Figure]:
+        """What the table lacks to add up these architectures.
+
+        Args:
+            archs: those whose parts are wanted.
+            known: ids of shapes that need no measuring.
+            whole: those that are wanted as networks, too.
+
+        Raises:
+            CandidateFailed: the engine cannot compile one.
+        """
+        with threads(self.config.threads):
+            found = self._basics(known)
+            seen = {*known, *(shape_id(figure.shape) for figure in found)}
+            for arch in archs:
+                lacking = {p.shape_id: p for p in arch_parts(arch, self.config) if p.shape_id not in seen}
+                if lacking:
+                    modules = arch_modules(arch, self.config)
+                    found += self._time([self._part(p, modules[p.block.name]) for p in lacking.values()])
+                    seen |= lacking.keys()
+            for arch in whole:
+                shape = network_shape(str(arch), self.config)
+                if shape_id(shape) not in seen:
+                    found += self._time([self._network(shape, arch.build(self.config.num_classes))])
+                    seen.add(shape_id(shape))
+        return found
+
+    def measure_layers(self, layers: Iterable[tuple[Part, nn.Module]], known: Collection[str]) -> list[Figure]:
+        """What the table lacks of deployed layers."""
+        with threads(self.config.threads):
+            found = self._basics(known)
+            lacking = {part.shape_id: (part, module) for part, module in layers if part.shape_id not in known}
+            return found + self._time([self._part(part, module) for part, module in lacking.values()])
+
+    def measure_network(self, name: str, network: nn.Module, known: Collection[str]) -> list[Figure]:
+        """A network of whatever kind, under this name."""
+        with threads(self.config.threads):
+            return self._basics(known) + self._time([self._network(network_shape(name, self.config), network)])
+
+    def _basics(self, known: Collection[str]) -> list[Figure]:
+        found = []
+        if shape_id(YARDSTICK) not in known:
+            reference_ms = self.meter.reference_ms
+            found.append(Figure(YARDSTICK, reference_ms, reference_ms, reference_ms, 1, 0.0, False))
+        if shape_id(CALL) not in known:
+            block, part = self._reference_block()
+            once, often = (_Timed(CALL, self._forwards(block, part, repeats)) for repeats in (1, REPEATS))
+            one, many = self._time([once, often])
+            call_ms = max(one.median_ms - (many.median_ms - one.median_ms) / (REPEATS - 1), 0.0)
+            found.append(replace(one, median_ms=call_ms, p20_ms=call_ms, p80_ms=call_ms))
+        return found
+
+    def _reference_block(self) -> tuple[nn.Module, Part]:
+        """A block of the yardstick as this engine runs it; of an engine that takes no ConvFirst network folded only."""
+        config = replace(self.config, resolution=YARDSTICK_RESOLUTION, num_classes=YARDSTICK_CLASSES)
+        anchor = load_space("small").anchor()
+        part = next(part for part in arch_parts(anchor, config) if part.block.name == REFERENCE_BLOCK)
+        return arch_modules(anchor, config)[REFERENCE_BLOCK], part
+
+    def _part(self, part: Part, module: nn.Module) -> _Timed:
+        return _Timed(part.shape, self._forwards(module, part, REPEATS))
+
+    def _forwards(self, module: nn.Module, part: Part, repeats: int) -> list[Callable[[], object]]:
+        """Calls of a part, each of which runs it `repeats` times over."""
+        x = torch.stack(self.meter.random_inputs(part.input_shape, repeats))
+        if len(part.input_shape) == 4:
+            # Each of them channels_last, as x is made anew by stacking.
+            x = x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
+        return self.meter.forwards(prepared(_Repeated(module), x, self.config), [x])
+
+    def _network(self, shape: str, network: nn.Module) -> _Timed:
+        size = self.config.resolution
+        inputs = self.meter.random_inputs((self.config.batch_size, 3, size, size))
+        return _Timed(shape, self.meter.forwards(deploy(network, self.config, inputs[0]), inputs))
+
+    def _time(self, timed: Sequence[_Timed]) -> list[Figure]:
+        found: list[Figure] = []
+        for begin in range(0, len(timed), GROUP):
+            found += self._time_group(timed[begin : begin + GROUP])
+        return found
+
+    def _time_group(self, group: Sequence[_Timed]) -> list[Figure]:
+        def ratios(seconds: np.ndarray) -> list[np.ndarray]:
+            return [seconds[:, index] / seconds[:, -1] for index in range(len(group))]
+
+        runs = [*(in_turn(each.forwards) for each in group), self.meter.anchor_run]
+        sampled, _ = self.meter.sample(runs, ratios, max(1.0, CAP_FACTOR * len(group)))
+        found = []
+        for each, ratio, share in zip(group, ratios(sampled.seconds), sampled.interval_shares, strict=True):
+            p20, median, p80 = map(float, np.percentile(ratio * self.meter.reference_ms, [20, 50, 80]))
+            capped = sampled.capped and share > self.meter.precision.share
+            found.append(Figure(each.shape, median, p20, p80, len(ratio), share, capped))
+        return found
+
+
+@dataclass(frozen=True)
+class Sum:
+    """What a network's parts add up to.
+
+    Args:
+        parts: of the network, in order.
+        part_ms: what each adds to the network, t_i above; None where it was not measured.
+        call_ms: what a call costs beside, c; None if not measured.
+    """
+
+    parts: tuple[Part, ...]
+    part_ms: tuple[float | None, ...]
+    call_ms: float | None
+
+    @property
+    def missing(self) -> tuple[Part, ...]:
+        """Parts that were not measured, one of each shape."""
+        lacking = {p.shape_id: p for p, ms in zip(self.parts, self.part_ms, strict=True) if ms is None}
+        return tuple(lacking.values())
+
+    @property
+    def total_ms(self) -> float | None:
+        """The network's latency by its parts; None where one is missing."""
+        known = [ms for ms in self.part_ms if ms is not None]
+        return None if self.call_ms is None or len(known) < len(self.parts) else self.call_ms + sum(known)
+
+
+class BlockTable:
+    """The rows of one deployment in a study database.
+
+    Args:
+        store: the database.
+        device: what the figures are of.
+        config: the deployment; of its resolution and classes the table's rows know by themselves.
+    """
+
+    def __init__(self, store: Store, device: DeviceInfo, config: LatencyConfig) -> None:
+        self.store, self.device, self.config = store, device, config
+        self.rows: dict[str, BlockLatency] = {}
+        self.load()
+
+    def load(self) -> None:
+        self.rows = self._rows(self.config.engine)
+        # Known by whichever engine's row, as there is one yardstick for all of them.
+        yardstick = self._rows(YARDSTICK_ENGINE).get(shape_id(YARDSTICK))
+        if yardstick is not None:
+            self.rows[yardstick.shape_id] = yardstick
+
+    def _rows(self, engine: str) -> dict[str, BlockLatency]:
+        config = self.config
+        return self.store.block_latencies(
+            asdict(self.device), engine, config.dtype, config.batch_size, config.threads
+        )  # fmt: skip
+
+    def median_ms(self, shape: str) -> float | None:
+        row = self.rows.get(shape_id(shape))
+        return None if row is None else row.median_ms
+
+    @property
+    def reference_ms(self) -> float | None:
+        """The yardstick's."""
+        return self.median_ms(YARDSTICK)
+
+    def add(self, figures: Sequence[Figure]) -> None:
+        config = self.config
+        rows = [
+            BlockLatency(
+                engine=YARDSTICK_ENGINE if figure.shape == YARDSTICK else config.engine, dtype=config.dtype,
+                batch_size=config.batch_size, threads=config.threads, shape_id=shape_id(figure.shape),
+                **asdict(figure),
+            )
+            for figure in figures
+        ]  # fmt: skip
+        if rows:
+            self.store.add_block_latencies(asdict(self.device), rows)
+            self.load()
+
+    def add_up(self, parts: Sequence[Part]) -> Sum:
+        call_ms = self.median_ms(CALL)
+        found = [self.median_ms(part.shape) for part in parts]
+        launch_ms = call_ms if call_ms is not None and self.device.kind == "cuda" else 0.0
+        own = [None if ms is None else max(ms - launch_ms, 0.0) / REPEATS for ms in found]
+        return Sum(tuple(parts), tuple(own), call_ms)
+
+    def lacks(self, parts: Sequence[Part]) -> bool:
+        """Whether something must be measured before these parts add up."""
+        return self.add_up(parts).total_ms is None
+
+    def add_up_arch(self, arch: ArchSpec) -> Sum:
+        return self.add_up(arch_parts(arch, self.config))
+
+
+def on_device(config: LatencyConfig) -> DeviceInfo:
+    return DeviceInfo.of(torch.device(config.device))

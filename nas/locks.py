@@ -1,0 +1,150 @@
+"""A lock on each device: on one machine nobody trains on a device while somebody measures its latency.
+
+Many may train at once; who measures is alone. The locks are `flock`s on two files a device, in the machine's temporary
+folder, which all users share, or in the folder that the environment variable CONVFIRST_LOCKS names; processes that do
+not share the folder (containers, jobs with a TMPDIR of their own) do not see each other. A lock ends with its process,
+however that ends.
+
+The first file is a turnstile: everybody holds it while waiting for the second, which is the lock itself. Whoever waits
+thus keeps newcomers out, so that neither a stream of trainings nor one of measurements can starve the other kind.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+FOLDER_VARIABLE = "CONVFIRST_LOCKS"
+
+# What this process does, or waits to do, by device.
+_held: dict[str, str] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceLock:
+    """The lock of one device; `device_lock` finds it.
+
+    Where no lock can be had (the folder is missing or not writable, or its file system has none), a warning says so
+    once and the body runs without.
+
+    Args:
+        name: the same in all processes, such as "cpu" or a GPU's UUID.
+    """
+
+    name: str
+
+    def measuring(self, on_wait: Callable[[], None] | None = None) -> AbstractContextManager[None]:
+        """Alone on the device: nobody trains, and nobody else measures.
+
+        Args:
+            on_wait: called once if the lock is not to be had at once, and be it because somebody else just takes it.
+
+        Raises:
+            RuntimeError: on entering, this process has the lock of the device already and would wait for itself.
+        """
+        return self._hold("measuring", fcntl.LOCK_EX, on_wait)
+
+    def training(self, on_wait: Callable[[], None] | None = None) -> AbstractContextManager[None]:
+        """On the device while nobody measures, but others may train; otherwise as `measuring`."""
+        # A second one in the same process would wait for a measurer at the turnstile who waits for the first.
+        return self._hold("training", fcntl.LOCK_SH, on_wait)
+
+    @contextmanager
+    def _hold(self, kind: str, operation: int, on_wait: Callable[[], None] | None) -> Iterator[None]:
+        if self.name in _held:
+            raise RuntimeError(f"{kind} on {self.name} would wait for ever: this process is {_held[self.name]} on it")
+
+        def wait() -> None:
+            nonlocal on_wait
+            if on_wait is not None:
+                on_wait()
+            on_wait = None
+
+        with ExitStack() as stack:
+            _held[self.name] = kind
+            stack.callback(_held.pop, self.name)
+            try:
+                with _locked(f"convfirst-{self.name}.turnstile", fcntl.LOCK_EX, wait):
+                    stack.enter_context(_locked(f"convfirst-{self.name}.lock", operation, wait))
+            except _NoLock as error:
+                _warn(f"{error}: what others train and measure on {self.name} may overlap with what this process does")
+            yield
+
+
+def device_lock(device: torch.device) -> DeviceLock:
+    """The lock of a device. A GPU's index depends on CUDA_VISIBLE_DEVICES, its UUID does not."""
+    if device.type != "cuda":
+        return DeviceLock(device.type)
+    import torch
+
+    return DeviceLock(str(torch.cuda.get_device_properties(device).uuid))
+
+
+class _NoLock(Exception):
+    """Locks cannot be had here; the message is the reason. Apart from OSError, which a caller's code may raise too."""
+
+
+@contextmanager
+def _locked(file_name: str, operation: int, wait: Callable[[], None]) -> Iterator[None]:
+    """Hold a file's lock; calls `wait` before it waits."""
+    try:
+        path = Path(os.environ.get(FOLDER_VARIABLE) or tempfile.gettempdir()) / file_name
+        file = _open(path)
+    except OSError as error:
+        raise _NoLock(f"no device lock ({error})") from error
+    try:
+        if not _flock(file, operation | fcntl.LOCK_NB):
+            wait()
+            _flock(file, operation)
+        try:
+            yield
+        finally:
+            # Closing alone would not do: a child process that was forked meanwhile has the file open too.
+            _flock(file, fcntl.LOCK_UN)
+    finally:
+        os.close(file)
+
+
+def _flock(file: int, operation: int) -> bool:
+    """Whether the lock is had now; with LOCK_NB it may not be."""
+    try:
+        fcntl.flock(file, operation)
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        raise _NoLock(f"no device lock (flock: {error})") from error
+    return True
+
+
+def _open(path: Path) -> int:
+    """Open a file for reading, which is all that flock needs, so that another user's will do; create it if need be."""
+    # In a sticky folder Linux (fs.protected_regular) refuses O_CREAT on another user's file, hence never both at once.
+    try:
+        return os.open(path, os.O_RDONLY)
+    except FileNotFoundError:
+        pass
+    try:
+        file = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    except FileExistsError:
+        # Somebody else was faster.
+        return os.open(path, os.O_RDONLY)
+    # Readable by all users whatever the umask.
+    os.fchmod(file, 0o644)
+    return file
+
+
+@cache
+def _warn(message: str) -> None:
+    """Once in a process: the lock is asked for twice a candidate."""
+    warnings.warn(message, stacklevel=2)
