@@ -37,6 +37,8 @@ from studies import BlockLatency, Store
 GROUP = 6
 # Share of a network's time cap that each part of a group has.
 CAP_FACTOR = 0.5
+# A sample of a group of parts is shorter than a network's, so that more fit in the time.
+MIN_SAMPLE_SECONDS = 1e-3
 # R above.
 REPEATS = 4
 # The yardstick measures the machine and not the engine: one serves all, also those that take no ConvFirst network.
@@ -188,7 +190,8 @@ class BlockMeter:
             return [seconds[:, index] / seconds[:, -1] for index in range(len(group))]
 
         runs = [*(in_turn(each.forwards) for each in group), self.meter.anchor_run]
-        sampled, _ = self.meter.sample(runs, ratios, max(1.0, CAP_FACTOR * len(group)))
+        factor = max(1.0, CAP_FACTOR * len(group))
+        sampled, _ = self.meter.sample(runs, ratios, factor, MIN_SAMPLE_SECONDS)
         found = []
         for each, ratio, share in zip(group, ratios(sampled.seconds), sampled.interval_shares, strict=True):
             p20, median, p80 = map(float, np.percentile(ratio * self.meter.reference_ms, [20, 50, 80]))

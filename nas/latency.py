@@ -182,9 +182,15 @@ class LatencyMeter:
         return Precision(self.config.precision, self.config.seconds)
 
     def sample(
-        self, runs: list[Callable[[], None]], checked: Callable[[np.ndarray], list[np.ndarray]], factor: float = 1
-    ) -> tuple[Sampled, dict[str, Any]]:
-        """Sample to the precision asked for, with the cap times `factor`; again, after a rest, where the GPU throttled.
+        self, runs: list[Callable[[], None]], checked: Callable[[np.ndarray], list[np.ndarray]], factor: float = 1,
+        min_sample_seconds: float | None = None,
+    ) -> tuple[Sampled, dict[str, Any]]:  # fmt: skip
+        """Sample to the precision asked for; again, after a rest, where the GPU throttled.
+
+        Args:
+            checked: see `sample_until`.
+            factor: of the time cap.
+            min_sample_seconds: by default `MIN_SAMPLE_SECONDS`'s.
 
         Returns:
             The samples, and what the sensors said, as `Latency` has it.
@@ -193,7 +199,7 @@ class LatencyMeter:
         for repeat in range(MAX_REPEATS + 1):
             states: list[DeviceState | None] = []
             sampled = sample_until(
-                runs, self.clock, MIN_SAMPLE_SECONDS[self.device.type], precision, checked,
+                runs, self.clock, min_sample_seconds or MIN_SAMPLE_SECONDS[self.device.type], precision, checked,
                 between=lambda states=states: states.append(self.state(self.device)),  # type: ignore[misc]
             )  # fmt: skip
             throttled = any(state is not None and state.throttled for state in states)

@@ -2,8 +2,8 @@
 
 Random networks of a space are measured one after the other, as a search does, and then all of them again, and again.
 Printed is how far a network's figures are apart, raw and drift-corrected, how often two networks change places between
-rounds, and how many measurements were ended by the time cap. With `--reference` of an earlier run, which prints it, two
-runs' figures can be compared; `--out` keeps them.
+rounds, and how many measurements were ended by the time cap. `--out` keeps the figures, and with `--reference-ms` of a
+run before, which prints it, those of several runs are compared.
 """
 
 from __future__ import annotations
@@ -58,9 +58,8 @@ def main(
     config = LatencyConfig(device=device, seconds=seconds, resolution=loaded.resolution)
     meter = meter_for(config, loaded.anchor(), reference_ms)
     found: list[list[Any]] = []
-    for arch_round in track(range(rounds), "measuring"):
+    for _ in track(range(rounds), "measuring"):
         found.append([meter.measure_together([arch])[0] for arch in archs])
-        del arch_round
     reference_ms = meter.reference_ms
     meter.close()
     runs = json.loads(out.read_text()) if out is not None and out.exists() else []
@@ -90,8 +89,10 @@ def main(
                 f"{spread(medians).max():.1%}", f"{changed} of {total} pairs",
             )  # fmt: skip
     console.print(table)
-    print(f"ended by the cap: {runs[-1]['capped']} of {networks * rounds}; interval {np.median(shares):.1%} of the "
-          f"median (greatest {max(shares):.1%}), {np.median(counts):.0f} samples; anchor {reference_ms:.4f} ms")  # fmt: skip
+    print(
+        f"ended by the cap: {runs[-1]['capped']} of {networks * rounds}; interval {np.median(shares):.1%} of the "
+        f"median (greatest {max(shares):.1%}), {np.median(counts):.0f} samples; anchor {reference_ms:.4f} ms"
+    )
 
 
 if __name__ == "__main__":
