@@ -10,7 +10,7 @@ import hashlib
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -199,7 +199,7 @@ def measure_limits(
             "mma_macs": (multiply, programs * MMA_STEPS * MMA_LENGTH // 32 * MACS_PER_MMA),
             "l2_bytes": (read, programs * READ_STEPS * READ_BLOCK * 4),
         }
-    with _tensor_float32() if on_cuda else nullcontext():
+    with tensor_float32():
         samples = time_interleaved(
             [_silent(run) for run, _ in runs.values()], clock_for(device), seconds or SECONDS[device.type],
             MIN_SAMPLE_SECONDS[device.type],
@@ -212,13 +212,14 @@ def measure_limits(
 
 
 @contextmanager
-def _tensor_float32() -> Iterator[None]:
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("high")
+def tensor_float32() -> Iterator[None]:
+    """Float32 products on CUDA take TF32, as cuDNN's convolutions do by default."""
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = True
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _silent(run: Callable[[], object]) -> Callable[[], None]:

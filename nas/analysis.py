@@ -14,7 +14,6 @@ import torch
 from rich.table import Table
 from torch import nn
 
-from nas import profile
 from nas.block_table import BlockMeter, BlockTable, Sum, network_shape, on_device
 from nas.config import LatencyConfig
 from nas.efficiency import Efficiency, Machine, NetworkEfficiency, everything_else
@@ -158,12 +157,14 @@ def choose(
         study: where trials are looked up.
         chosen: "--trial", "--arch" or "--timm", and its value.
         against: the other one: a trial's number, an architecture or a timm model; None for none.
-        given: the fields of `LatencyConfig` that the user gave; others are a trial's study's, or the networks' own.
+        given: the fields of `LatencyConfig` that the user gave, None for none; others are those of a trial's study, or
+            the networks' own.
         make: (base, **fields) -> the deployment.
 
     Raises:
         UsageError: something is not there, or does not parse.
     """
+    given = {name: value for name, value in given.items() if value is not None}
     wanted = [(*chosen, chosen[0])]
     if against is not None:
         wanted.append(
@@ -263,14 +264,13 @@ def analyse(store: Store, subject: Subject, note: Any = lambda line: None) -> An
     """
     config = subject.config
     device = check_device(config)
-    machine = profile.machine(profile.find_or_measure(store, device, config.dtype, config.threads))
     table = BlockTable(store, on_device(config), config)
     if subject.arch is not None:
         parts = arch_parts(subject.arch, config)
         if table.lacks(parts) or table.median_ms(network_shape(subject.name, config)) is None:
             note(f"measuring {subject.title}: {len(table.add_up(parts).missing)} of its parts are not in the table")
             with device_lock(device).measuring():
-                meter = BlockMeter(config, table.reference_ms)
+                meter = BlockMeter(config, table.references_ms)
                 table.add(meter.measure_archs([subject.arch], table.rows.keys(), [subject.arch]))
     else:
         model = timm_model(subject.name, config.num_classes)
@@ -283,14 +283,15 @@ def analyse(store: Store, subject: Subject, note: Any = lambda line: None) -> An
         note(f"measuring {subject.title}: {len(by_layer.add_up(parts).missing)} of its layers are not in the table")
         with device_lock(device).measuring():
             if by_layer.lacks(parts):
-                by_layer.add(BlockMeter(plain, by_layer.reference_ms).measure_layers(cut, by_layer.rows.keys()))
+                by_layer.add(BlockMeter(plain, by_layer.references_ms).measure_layers(cut, by_layer.rows.keys()))
             table.load()
             if table.median_ms(whole) is None:
-                meter = BlockMeter(config, table.reference_ms)
-                table.add(meter.measure_network(subject.name, model, table.rows.keys()))
+                meter = BlockMeter(config, table.references_ms)
+                macs = sum(part.block.macs for part in parts)
+                table.add(meter.measure_network(subject.name, model, macs, table.rows.keys()))
         added, network_ms = by_layer.add_up(parts), table.median_ms(whole)
-        return _analysis(subject, machine, added, network_ms)
-    return _analysis(subject, machine, table.add_up(parts), table.median_ms(network_shape(subject.name, config)))
+        return _analysis(subject, table.machine, added, network_ms)
+    return _analysis(subject, table.machine, table.add_up(parts), table.median_ms(network_shape(subject.name, config)))
 
 
 def _analysis(subject: Subject, machine: Machine, added: Sum, network_ms: float | None) -> Analysis:

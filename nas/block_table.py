@@ -12,8 +12,11 @@ too little: on a CPU the first grouped convolution of a call costs some 30 us mo
 above all the price of coming to code and data that are not at hand, which in a network every part pays, and of R
 repeats the first: there c / R is left in.
 
-Everything here is measured in turns with one fixed network, the yardstick, and corrected by it to the day when it was
-first measured, so that figures of different days add up.
+Everything here is measured in turns with two fixed yardsticks, a network of many small layers and a product, and
+corrected by them to the day when they were first measured. So figures of different days add up, also to those of a
+large product and a large copy, which are the device's limits here. A busy machine slows the one yardstick down more
+than the other: what would be computed at the product's rate in a share e of the time is corrected by e parts of the
+product and 1 - e of the network.
 """
 
 from __future__ import annotations
@@ -25,11 +28,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kernels.benchmark_machine import COPY_BYTES, PRODUCT_SIDE, tensor_float32
 from kernels.timing import DeviceInfo
 from nas.config import LatencyConfig
+from nas.efficiency import Machine
 from nas.engines import deploy
-from nas.latency import LatencyMeter, in_turn, threads
-from nas.parts import CALL, YARDSTICK, Part, arch_modules, arch_parts, canonical, prepared, shape_id
+from nas.latency import ANCHOR_FACTOR, LatencyMeter, in_turn, threads
+from nas.parts import (
+    CALL,
+    COPY,
+    PRODUCT,
+    YARDSTICKS,
+    Part,
+    arch_modules,
+    arch_parts,
+    canonical,
+    itemsize,
+    prepared,
+    shape_id,
+)
 from search_spaces import ArchSpec, load_space
 from studies import BlockLatency, Store
 
@@ -41,15 +58,18 @@ CAP_FACTOR = 0.5
 MIN_SAMPLE_SECONDS = 1e-3
 # R above.
 REPEATS = 4
-# The yardstick measures the machine and not the engine: one serves all, also those that take no ConvFirst network.
+# Yardsticks measure the machine and not the engine: they serve all, also those that take no ConvFirst network.
 YARDSTICK_ENGINE, YARDSTICK_RESOLUTION, YARDSTICK_CLASSES = "eager", 32, 10
+YARDSTICK_SIDE = 384
+# Rows that no engine has a say in.
+SHARED = (*YARDSTICKS, PRODUCT, COPY)
 # Of the yardstick's blocks the one that tells what a call costs.
 REFERENCE_BLOCK = "stage2.1"
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """The latency of a call of what has this shape, corrected by the yardstick; fields as `nas.latency.Latency`'s.
+    """The latency of a call of what has this shape, corrected by a yardstick; fields as `nas.latency.Latency`'s.
 
     A call runs a network once and a part `REPEATS` times.
     """
@@ -65,8 +85,11 @@ class Figure:
 
 @dataclass(frozen=True)
 class _Timed:
+    """What is timed: its shape, calls to make in turn, and the MACs of each."""
+
     shape: str
     forwards: list[Callable[[], object]]
+    macs: int
 
 
 class _Repeated(nn.Module):
@@ -80,6 +103,29 @@ class _Repeated(nn.Module):
         return [self.module(each) for each in x.unbind(0)]
 
 
+class _Product(nn.Module):
+    """A square product."""
+
+    def __init__(self, right: Tensor) -> None:
+        super().__init__()
+        self.right = right
+        self.out = torch.empty_like(right)
+
+    def forward(self, left: Tensor) -> Tensor:
+        return torch.matmul(left, self.right, out=self.out)
+
+
+class _Copy(nn.Module):
+    """A copy into memory of its own."""
+
+    def __init__(self, source: Tensor) -> None:
+        super().__init__()
+        self.target = torch.empty_like(source)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.target.copy_(x)
+
+
 def network_shape(name: str, config: LatencyConfig) -> str:
     """The shape of a whole network, an architecture's line or a timm model's name."""
     return canonical(kind="network", name=name, size=config.resolution, classes=config.num_classes)
@@ -90,17 +136,27 @@ class BlockMeter:
 
     Args:
         config: the deployment.
-        reference_ms: the yardstick's latency in the table; None measures it now.
+        references_ms: the yardsticks' latencies in the table; None measures them now.
     """
 
-    def __init__(self, config: LatencyConfig, reference_ms: float | None = None) -> None:
+    def __init__(self, config: LatencyConfig, references_ms: Sequence[float] | None = None) -> None:
         self.config = config
-        own = replace(config, engine=YARDSTICK_ENGINE, resolution=YARDSTICK_RESOLUTION, num_classes=YARDSTICK_CLASSES)
-        self.meter = LatencyMeter(own, load_space("small").anchor().build(YARDSTICK_CLASSES), reference_ms)
+        own = replace(
+            config, engine=YARDSTICK_ENGINE, resolution=YARDSTICK_RESOLUTION, num_classes=YARDSTICK_CLASSES
+        )  # fmt: skip
+        # Its own correction is not used.
+        self.meter = LatencyMeter(own, load_space("small").anchor().build(YARDSTICK_CLASSES), reference_ms=1.0)
+        with threads(config.threads):
+            self.yardsticks = [self.meter.anchor_run, in_turn(self._product(YARDSTICK_SIDE))]
+            if references_ms is None:
+                sampled, _ = self.meter.sample(self.yardsticks, lambda seconds: list(seconds.T), ANCHOR_FACTOR)
+                references_ms = (1e3 * np.median(sampled.seconds, axis=0)).tolist()
+        self.references_ms = tuple(references_ms)
 
-    @property
-    def on_cuda(self) -> bool:
-        return self.meter.device.type == "cuda"
+    def _product(self, side: int) -> list[Callable[[], object]]:
+        left, right = self.meter.random_inputs((side, side), 2)
+        with tensor_float32():
+            return self.meter.forwards(_Product(right), [left])
 
     def measure_archs(
         self, archs: Iterable[ArchSpec], known: Collection[str], whole: Iterable[ArchSpec] = ()
@@ -127,7 +183,8 @@ class BlockMeter:
             for arch in whole:
                 shape = network_shape(str(arch), self.config)
                 if shape_id(shape) not in seen:
-                    found += self._time([self._network(shape, arch.build(self.config.num_classes))])
+                    macs = sum(part.block.macs for part in arch_parts(arch, self.config))
+                    found += self._time([self._network(shape, arch.build(self.config.num_classes), macs)])
                     seen.add(shape_id(shape))
         return found
 
@@ -138,19 +195,32 @@ class BlockMeter:
             lacking = {part.shape_id: (part, module) for part, module in layers if part.shape_id not in known}
             return found + self._time([self._part(part, module) for part, module in lacking.values()])
 
-    def measure_network(self, name: str, network: nn.Module, known: Collection[str]) -> list[Figure]:
-        """A network of whatever kind, under this name."""
+    def measure_network(self, name: str, network: nn.Module, macs: int, known: Collection[str]) -> list[Figure]:
+        """A network of whatever kind and so many MACs, under this name."""
+        shape = network_shape(name, self.config)
         with threads(self.config.threads):
-            return self._basics(known) + self._time([self._network(network_shape(name, self.config), network)])
+            return self._basics(known) + self._time([self._network(shape, network, macs)])
 
     def _basics(self, known: Collection[str]) -> list[Figure]:
         found = []
-        if shape_id(YARDSTICK) not in known:
-            reference_ms = self.meter.reference_ms
-            found.append(Figure(YARDSTICK, reference_ms, reference_ms, reference_ms, 1, 0.0, False))
+        if not {shape_id(shape) for shape in YARDSTICKS} <= {*known}:
+            found = [
+                Figure(shape, ms, ms, ms, 1, 0.0, False)
+                for shape, ms in zip(YARDSTICKS, self.references_ms, strict=True)
+            ]
+        if not {shape_id(PRODUCT), shape_id(COPY)} <= {*known}:
+            kind = self.meter.device.type
+            (elements,) = self.meter.random_inputs((COPY_BYTES[kind] // itemsize(self.config),), 1)
+            copy = self.meter.forwards(_Copy(elements), [elements])
+            found += self._time([
+                _Timed(PRODUCT, self._product(PRODUCT_SIDE[kind]), PRODUCT_SIDE[kind] ** 3), _Timed(COPY, copy, 0)
+            ])  # fmt: skip
         if shape_id(CALL) not in known:
             block, part = self._reference_block()
-            once, often = (_Timed(CALL, self._forwards(block, part, repeats)) for repeats in (1, REPEATS))
+            once, often = (
+                _Timed(CALL, self._forwards(block, part, repeats), repeats * part.block.macs)
+                for repeats in (1, REPEATS)
+            )
             one, many = self._time([once, often])
             call_ms = max(one.median_ms - (many.median_ms - one.median_ms) / (REPEATS - 1), 0.0)
             found.append(replace(one, median_ms=call_ms, p20_ms=call_ms, p80_ms=call_ms))
@@ -164,20 +234,20 @@ class BlockMeter:
         return arch_modules(anchor, config)[REFERENCE_BLOCK], part
 
     def _part(self, part: Part, module: nn.Module) -> _Timed:
-        return _Timed(part.shape, self._forwards(module, part, REPEATS))
+        return _Timed(part.shape, self._forwards(module, part, REPEATS), REPEATS * part.block.macs)
 
     def _forwards(self, module: nn.Module, part: Part, repeats: int) -> list[Callable[[], object]]:
         """Calls of a part, each of which runs it `repeats` times over."""
-        x = torch.stack(self.meter.random_inputs(part.input_shape, repeats))
-        if len(part.input_shape) == 4:
-            # Each of them channels_last, as x is made anew by stacking.
+        x = torch.stack([each.contiguous() for each in self.meter.random_inputs(part.input_shape, repeats)])
+        if len(part.input_shape) == 4 and part.block.kind != "linear":
+            # Each of them channels_last, as x is made anew by stacking. A linear layer's channels are last as it is.
             x = x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
         return self.meter.forwards(prepared(_Repeated(module), x, self.config), [x])
 
-    def _network(self, shape: str, network: nn.Module) -> _Timed:
+    def _network(self, shape: str, network: nn.Module, macs: int) -> _Timed:
         size = self.config.resolution
         inputs = self.meter.random_inputs((self.config.batch_size, 3, size, size))
-        return _Timed(shape, self.meter.forwards(deploy(network, self.config, inputs[0]), inputs))
+        return _Timed(shape, self.meter.forwards(deploy(network, self.config, inputs[0]), inputs), macs)
 
     def _time(self, timed: Sequence[_Timed]) -> list[Figure]:
         found: list[Figure] = []
@@ -186,18 +256,33 @@ class BlockMeter:
         return found
 
     def _time_group(self, group: Sequence[_Timed]) -> list[Figure]:
-        def ratios(seconds: np.ndarray) -> list[np.ndarray]:
-            return [seconds[:, index] / seconds[:, -1] for index in range(len(group))]
+        def corrected_ms(seconds: np.ndarray) -> list[np.ndarray]:
+            yardsticks = seconds[:, len(group) :]
+            return [self._corrected_ms(seconds[:, index], yardsticks, each.macs) for index, each in enumerate(group)]
 
-        runs = [*(in_turn(each.forwards) for each in group), self.meter.anchor_run]
+        runs = [*(in_turn(each.forwards) for each in group), *self.yardsticks]
         factor = max(1.0, CAP_FACTOR * len(group))
-        sampled, _ = self.meter.sample(runs, ratios, factor, MIN_SAMPLE_SECONDS)
+        sampled, _ = self.meter.sample(runs, corrected_ms, factor, MIN_SAMPLE_SECONDS)
         found = []
-        for each, ratio, share in zip(group, ratios(sampled.seconds), sampled.interval_shares, strict=True):
-            p20, median, p80 = map(float, np.percentile(ratio * self.meter.reference_ms, [20, 50, 80]))
+        for each, own_ms, share in zip(group, corrected_ms(sampled.seconds), sampled.interval_shares, strict=True):
+            p20, median, p80 = map(float, np.percentile(own_ms, [20, 50, 80]))
             capped = sampled.capped and share > self.meter.precision.share
-            found.append(Figure(each.shape, median, p20, p80, len(ratio), share, capped))
+            found.append(Figure(each.shape, median, p20, p80, len(own_ms), share, capped))
         return found
+
+    def _corrected_ms(self, own: np.ndarray, yardsticks: np.ndarray, macs: int) -> np.ndarray:
+        """Samples as if the yardsticks had run at their reference latencies.
+
+        Args:
+            own: (rounds,) seconds of a call of so many MACs.
+            yardsticks: (rounds, 2) seconds, of the network and of the product.
+        """
+        by_network, by_product = (
+            own / yardsticks[:, k] * reference_ms for k, reference_ms in enumerate(self.references_ms)
+        )
+        share = min(1.0, macs / YARDSTICK_SIDE**3 * float(np.median(yardsticks[:, 1] / own)))
+        blended: np.ndarray = share * by_product + (1 - share) * by_network
+        return blended
 
 
 @dataclass(frozen=True)
@@ -243,10 +328,9 @@ class BlockTable:
 
     def load(self) -> None:
         self.rows = self._rows(self.config.engine)
-        # Known by whichever engine's row, as there is one yardstick for all of them.
-        yardstick = self._rows(YARDSTICK_ENGINE).get(shape_id(YARDSTICK))
-        if yardstick is not None:
-            self.rows[yardstick.shape_id] = yardstick
+        # One for all engines.
+        shared = self._rows(YARDSTICK_ENGINE)
+        self.rows |= {shape_id(shape): shared[shape_id(shape)] for shape in SHARED if shape_id(shape) in shared}
 
     def _rows(self, engine: str) -> dict[str, BlockLatency]:
         config = self.config
@@ -259,15 +343,27 @@ class BlockTable:
         return None if row is None else row.median_ms
 
     @property
-    def reference_ms(self) -> float | None:
-        """The yardstick's."""
-        return self.median_ms(YARDSTICK)
+    def references_ms(self) -> list[float] | None:
+        """The yardsticks'; None before they were measured."""
+        found = [ms for ms in map(self.median_ms, YARDSTICKS) if ms is not None]
+        return found if len(found) == len(YARDSTICKS) else None
+
+    @property
+    def machine(self) -> Machine:
+        """The device's limits, measured and corrected as the rows are.
+
+        Raises:
+            KeyError: they were not measured.
+        """
+        kind = self.device.kind
+        product_ms, copy_ms = (self.rows[shape_id(shape)].median_ms for shape in (PRODUCT, COPY))
+        return Machine(PRODUCT_SIDE[kind] ** 3 / product_ms * 1e3, 2 * COPY_BYTES[kind] / copy_ms * 1e3)
 
     def add(self, figures: Sequence[Figure]) -> None:
         config = self.config
         rows = [
             BlockLatency(
-                engine=YARDSTICK_ENGINE if figure.shape == YARDSTICK else config.engine, dtype=config.dtype,
+                engine=YARDSTICK_ENGINE if figure.shape in SHARED else config.engine, dtype=config.dtype,
                 batch_size=config.batch_size, threads=config.threads, shape_id=shape_id(figure.shape),
                 **asdict(figure),
             )

@@ -65,7 +65,7 @@ class Evaluator(Protocol):
         ...
 
     def measure_blocks(
-        self, archs: Sequence[ArchSpec], known: Collection[str], reference_ms: float | None
+        self, archs: Sequence[ArchSpec], known: Collection[str], references_ms: Sequence[float] | None
     ) -> list[Figure]:
         """What the block latency table lacks of some architectures; see `BlockMeter.measure_archs`."""
         ...
@@ -133,11 +133,11 @@ class RealEvaluator:
             return self.meter.measure_together(archs)
 
     def measure_blocks(
-        self, archs: Sequence[ArchSpec], known: Collection[str], reference_ms: float | None
+        self, archs: Sequence[ArchSpec], known: Collection[str], references_ms: Sequence[float] | None
     ) -> list[Figure]:
         assert self.meter is not None, "start comes first"
         with self.lock.measuring(self._waiting):
-            return self.meter.measure_blocks(archs, known, reference_ms)
+            return self.meter.measure_blocks(archs, known, references_ms)
 
     def limits(self) -> MachineLimits:
         return profile.measure(self.torch_device, self.config.latency.dtype, self.config.latency.threads)

@@ -45,7 +45,7 @@ class ArchMeter(Protocol):
         ...
 
     def measure_blocks(
-        self, archs: Sequence[ArchSpec], known: Collection[str], reference_ms: float | None
+        self, archs: Sequence[ArchSpec], known: Collection[str], references_ms: Sequence[float] | None
     ) -> list[Figure]:
         """What the block latency table lacks of them, and of the anchor as a whole; see `BlockMeter.measure_archs`."""
         ...
@@ -81,9 +81,9 @@ class LocalMeter:
         return self.meter.measure_together([arch.build(self.config.num_classes) for arch in archs])
 
     def measure_blocks(
-        self, archs: Sequence[ArchSpec], known: Collection[str], reference_ms: float | None
+        self, archs: Sequence[ArchSpec], known: Collection[str], references_ms: Sequence[float] | None
     ) -> list[Figure]:
-        self.blocks = self.blocks or BlockMeter(self.config, reference_ms)
+        self.blocks = self.blocks or BlockMeter(self.config, references_ms)
         return self.blocks.measure_archs(archs, known, [self.anchor])
 
     def close(self) -> None:
@@ -111,9 +111,9 @@ class IsolatedMeter:
         return [Latency(**latency) for latency in reply["latencies"]]
 
     def measure_blocks(
-        self, archs: Sequence[ArchSpec], known: Collection[str], reference_ms: float | None
+        self, archs: Sequence[ArchSpec], known: Collection[str], references_ms: Sequence[float] | None
     ) -> list[Figure]:
-        blocks = {"blocks": [arch.to_json() for arch in archs], "known": sorted(known), "reference_ms": reference_ms}
+        blocks = {"blocks": [arch.to_json() for arch in archs], "known": sorted(known), "references_ms": references_ms}
         reply = self._question(blocks)
         # Each part was traced, and is held as long as the child lives.
         self._count(len(archs))
@@ -196,7 +196,7 @@ def main() -> None:
         try:
             archs = [ArchSpec.from_json(arch) for arch in question.get("archs") or question["blocks"]]
             if "blocks" in question:
-                figures = meter.measure_blocks(archs, question["known"], question["reference_ms"])
+                figures = meter.measure_blocks(archs, question["known"], question["references_ms"])
                 reply: dict[str, Any] = {"figures": [asdict(figure) for figure in figures]}
             else:
                 reply = {"latencies": [asdict(latency) for latency in meter.measure_together(archs)]}

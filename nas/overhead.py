@@ -17,11 +17,11 @@ import typer
 
 from kernels.benchmark_machine import MachineLimits
 from kernels.timing import DeviceInfo
-from nas.block_table import Figure, network_shape
+from nas.block_table import SHARED, Figure, network_shape
 from nas.config import LatencyConfig, SearchConfig
 from nas.errors import CandidateFailed
 from nas.latency import Latency
-from nas.parts import CALL, YARDSTICK, arch_parts, shape_id
+from nas.parts import CALL, arch_parts, shape_id
 from nas.proxy import CurvePoint, ProxyResult
 from nas.search import Event, Silent, run
 from search_spaces import ArchSpec, Cost, cost, load_space
@@ -71,10 +71,14 @@ class FakeEvaluator:
         return [self.measure(arch) for arch in archs]
 
     def measure_blocks(
-        self, archs: Sequence[ArchSpec], known: Collection[str], reference_ms: float | None
+        self, archs: Sequence[ArchSpec], known: Collection[str], references_ms: Sequence[float] | None
     ) -> list[Figure]:
         config = LatencyConfig(device="cpu")
-        shapes = {CALL: 0.01, YARDSTICK: 1.0, network_shape(str(load_space("small").anchor()), config): 1.0}
+        shapes = {
+            CALL: 0.01,
+            **dict.fromkeys(SHARED, 1.0),
+            network_shape(str(load_space("small").anchor()), config): 1.0,
+        }
         shapes |= {part.shape: 0.06 for arch in archs for part in arch_parts(arch, config)}
         return [
             Figure(shape, median_ms, median_ms, median_ms, 10, 0.01, False)

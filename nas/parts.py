@@ -54,8 +54,11 @@ def shape_id(shape: str) -> str:
 
 # Not a part of any network: what a call costs beside what is in it.
 CALL = canonical(kind="call")
-# The network that blocks are timed in turns with; its latency in the table is the reference of all.
-YARDSTICK = canonical(kind="yardstick")
+# What parts are timed in turns with; their latencies in the table are the references of all. A busy machine slows a
+# network of many small layers down more than it does a large product, so that there is one of either kind.
+YARDSTICKS = (canonical(kind="yardstick", name="network"), canonical(kind="yardstick", name="product"))
+# The device's limits in the units of the table: a large product and a large copy.
+PRODUCT, COPY = canonical(kind="product"), canonical(kind="copy")
 
 
 def itemsize(config: LatencyConfig) -> int:

@@ -14,7 +14,6 @@ import torch
 
 from kernels.benchmark_machine import MachineLimits, measure_limits
 from kernels.timing import DeviceInfo
-from nas.efficiency import Machine
 from nas.latency import threads
 from nas.locks import device_lock
 from studies import Profile, Store
@@ -43,11 +42,6 @@ def find_or_measure(store: Store, device: torch.device, dtype: str, thread_count
     info = DeviceInfo.of(device)
     known = None if again else store.find_profile(asdict(info), dtype, thread_count)
     return known or store_profile(store, info, dtype, thread_count, measure(device, dtype, thread_count))
-
-
-def machine(profile: Profile) -> Machine:
-    """What efficiencies are counted with."""
-    return Machine(macs_per_s=profile.macs_per_s, bytes_per_s=profile.copy_bytes_per_s)
 
 
 def lines(profiles: Sequence[Profile]) -> list[str]:

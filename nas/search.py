@@ -156,7 +156,7 @@ def _measure_blocks(table: BlockTable, evaluator: Evaluator, archs: Sequence[Arc
     for arch in archs:
         if table.lacks(arch_parts(arch, table.config)):
             # One after the other: what was measured is kept if somebody interrupts.
-            table.add(evaluator.measure_blocks([arch], table.rows.keys(), table.reference_ms))
+            table.add(evaluator.measure_blocks([arch], table.rows.keys(), table.references_ms))
 
 
 def _loop(
