@@ -16,7 +16,7 @@ from torch import nn
 
 from nas.block_table import BlockMeter, BlockTable, Sum, network_shape, on_device
 from nas.config import LatencyConfig
-from nas.efficiency import Efficiency, Machine, NetworkEfficiency, everything_else
+from nas.efficiency import Efficiency, Machine, NetworkEfficiency, everything_else, waterline
 from nas.errors import UsageError
 from nas.evaluate import check_device
 from nas.locks import device_lock
@@ -25,6 +25,8 @@ from nas.plots import plot_efficiency_gap, plot_waterline
 from search_spaces import ArchSpec
 from studies import Store
 
+Note = Callable[[str], None]
+WAITING = "waiting for another process that measures or trains on this device"
 # What a timm network is run with: `fused` and its layers know ConvFirst networks only.
 TIMM_ENGINE = {"cpu": "torchscript", "cuda": "compile"}
 COLUMNS = (
@@ -109,10 +111,14 @@ class Analysis:
         efficiency = self.efficiency
         macs = sum(row.block.macs for row in efficiency.rows)
         assert efficiency.achieved is not None
+        rows = [row for row in efficiency.rows if row.block.macs]
+        best = f"waterline {efficiency.waterline:.1%}"
+        if any(len(row.block.layers) > 1 and not row.fused for row in rows):
+            best += f" (layer by layer; {waterline([replace(row, fused=True) for row in rows]):.1%} with fused blocks)"
         return [
             f"{self.network_ms:.4f} ms as a network, {self.sum_ms:.4f} ms as the sum of its parts ({self.error:+.1%})",
             f"{macs / 1e6:,.2f} MMACs; efficiency {efficiency.achieved:.1%} of "
-            f"{2 * efficiency.machine.macs_per_s / 1e9:,.1f} GFLOP/s, waterline {efficiency.waterline:.1%}",
+            f"{2 * efficiency.machine.macs_per_s / 1e9:,.1f} GFLOP/s, {best}",
         ]
 
 
@@ -252,7 +258,7 @@ def table_lines(store: Store, subject: Subject) -> list[str]:
     return found
 
 
-def analyse(store: Store, subject: Subject, note: Any = lambda line: None) -> Analysis:
+def analyse(store: Store, subject: Subject, note: Note = lambda line: None) -> Analysis:
     """Measure what the table lacks of a network, and hold all of it against the device's profile.
 
     Args:
@@ -262,36 +268,45 @@ def analyse(store: Store, subject: Subject, note: Any = lambda line: None) -> An
         UsageError: the device is not here, or the engine cannot run the network.
         CandidateFailed: the engine cannot compile it.
     """
+    device = check_device(subject.config)
+    table = BlockTable(store, on_device(subject.config), subject.config)
+    added = (
+        _measured_arch(table, subject, device, note) if subject.arch else _measured_timm(table, subject, device, note)
+    )
+    return _analysis(subject, table.machine, added, table.median_ms(network_shape(subject.name, subject.config)))
+
+
+def _measured_arch(table: BlockTable, subject: Subject, device: torch.device, note: Note) -> Sum:
     config = subject.config
-    device = check_device(config)
-    table = BlockTable(store, on_device(config), config)
-    if subject.arch is not None:
-        parts = arch_parts(subject.arch, config)
-        if table.lacks(parts) or table.median_ms(network_shape(subject.name, config)) is None:
-            note(f"measuring {subject.title}: {len(table.add_up(parts).missing)} of its parts are not in the table")
-            with device_lock(device).measuring():
-                meter = BlockMeter(config, table.references_ms)
-                table.add(meter.measure_archs([subject.arch], table.rows.keys(), [subject.arch]))
-    else:
-        model = timm_model(subject.name, config.num_classes)
-        # One layer compiled alone calls the same library as it does uncompiled.
-        plain = replace(config, engine="eager") if config.engine == "compile" else config
-        cut = layers(model, plain)
-        parts = [part for part, _ in cut]
-        whole = network_shape(subject.name, config)
-        by_layer = BlockTable(store, on_device(config), plain)
-        note(f"measuring {subject.title}: {len(by_layer.add_up(parts).missing)} of its layers are not in the table")
-        with device_lock(device).measuring():
-            if by_layer.lacks(parts):
-                by_layer.add(BlockMeter(plain, by_layer.references_ms).measure_layers(cut, by_layer.rows.keys()))
+    assert subject.arch is not None
+    parts = arch_parts(subject.arch, config)
+    if table.lacks(parts) or table.median_ms(network_shape(subject.name, config)) is None:
+        note(f"measuring {subject.title}: {len(table.add_up(parts).missing)} of its parts are not in the table")
+        with device_lock(device).measuring(lambda: note(WAITING)):
+            meter = BlockMeter(config, table.references_ms)
+            table.add(meter.measure_archs([subject.arch], table.rows.keys(), [subject.arch]))
+    return table.add_up(parts)
+
+
+def _measured_timm(table: BlockTable, subject: Subject, device: torch.device, note: Note) -> Sum:
+    config = subject.config
+    model = timm_model(subject.name, config.num_classes)
+    # A layer compiled alone calls the same library as it does uncompiled.
+    plain = replace(config, engine="eager") if config.engine == "compile" else config
+    cut = layers(model, plain)
+    parts = [part for part, _ in cut]
+    by_layer = BlockTable(table.store, table.device, plain)
+    with device_lock(device).measuring(lambda: note(WAITING)):
+        if by_layer.lacks(parts):
+            note(f"measuring {subject.title}: {len(by_layer.add_up(parts).missing)} of its layers are not in the table")
+            by_layer.add(BlockMeter(plain, by_layer.references_ms).measure_layers(cut, by_layer.rows.keys()))
             table.load()
-            if table.median_ms(whole) is None:
-                meter = BlockMeter(config, table.references_ms)
-                macs = sum(part.block.macs for part in parts)
-                table.add(meter.measure_network(subject.name, model, macs, table.rows.keys()))
-        added, network_ms = by_layer.add_up(parts), table.median_ms(whole)
-        return _analysis(subject, table.machine, added, network_ms)
-    return _analysis(subject, table.machine, table.add_up(parts), table.median_ms(network_shape(subject.name, config)))
+        if table.median_ms(network_shape(subject.name, config)) is None:
+            note(f"measuring {subject.title} as a whole")
+            meter = BlockMeter(config, table.references_ms)
+            macs = sum(part.block.macs for part in parts)
+            table.add(meter.measure_network(subject.name, model, macs, table.rows.keys()))
+    return by_layer.add_up(parts)
 
 
 def _analysis(subject: Subject, machine: Machine, added: Sum, network_ms: float | None) -> Analysis:

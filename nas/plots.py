@@ -124,7 +124,7 @@ def plot_waterline(networks: Sequence[NetworkEfficiency], path: Path) -> None:
     Raises:
         ValueError: not one or two networks; a row that is not measured; a suffix that matplotlib does not write.
     """
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     _check_measured(networks)
     peak = 2 * max(network.machine.macs_per_s for network in networks)
@@ -136,6 +136,7 @@ def plot_waterline(networks: Sequence[NetworkEfficiency], path: Path) -> None:
     panels[0].set(xscale="log", yscale="log", xlim=limits, ylabel=f"throughput ({unit})")
     for axis in (panels[0].xaxis, panels[0].yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_minor_formatter(NullFormatter())
         axis.set_major_formatter("{x:g}")
     for axes, network in zip(panels, networks, strict=True):
         axes.set_xlabel("operational intensity (FLOP/byte)")

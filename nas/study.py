@@ -127,12 +127,16 @@ class LiveStudy:
         known: arch_id -> trial number of every evaluated candidate, whatever its outcome.
     """
 
-    def __init__(self, store: Store, row: studies.Study, config: SearchConfig, anchor_ms: float, owner: Owner) -> None:
+    def __init__(
+        self, store: Store, row: studies.Study, config: SearchConfig, anchor_ms: float, peak_macs_per_s: float,
+        owner: Owner,
+    ) -> None:  # fmt: skip
         self.store = store
         self.owner = owner
         self.row = row
         self.config = config
         self.anchor_ms = anchor_ms
+        self.peak_macs_per_s = peak_macs_per_s
         self.optuna = store.load_optuna_study(config.study)
         self.recover()
         candidates = store.candidates(row.study_id)
@@ -263,13 +267,28 @@ class LiveStudy:
             self.store.optuna_storage.set_trial_user_attr(trial_id, key, value)
 
     def _tell(self, trial: FrozenTrial, row: Candidate, constraints: dict[str, float]) -> None:
-        self._set_attrs(trial._trial_id, _last_attrs(row))
+        self._set_attrs(trial._trial_id, self._last_attrs(row))
         # Some may be there already, if an earlier process was killed just here.
         if missing := constraints.keys() - trial.constraints.keys():
             live = Trial(self.optuna, trial._trial_id)
             for key in sorted(missing):
                 live.set_constraint(key, constraints[key])
         self.optuna.tell(trial.number, _values(row), TOLD[CandidateState(row.state)])
+
+    def _last_attrs(self, row: Candidate) -> dict[str, Any]:
+        """What the dashboard shows of a finished trial beside its objectives."""
+        attrs: dict[str, Any] = {"params": row.params, "macs": row.macs}
+        if row.reason:
+            attrs[REASON] = row.reason
+        for latency in row.latencies:
+            attrs["latency_p20_p80_ms"] = f"{latency.p20_ms:.4g} to {latency.p80_ms:.4g}"
+            attrs["memory_mb"] = round((latency.weight_bytes + latency.workspace_bytes) / 1e6, 3)
+            macs_per_s = row.macs * latency.batch_size / latency.median_ms * 1e3
+            attrs["computational_efficiency"] = round(macs_per_s / self.peak_macs_per_s, 4)
+            if latency.capped or latency.throttled:
+                attrs["latency_doubtful"] = "throttled" if latency.throttled else "ended by the time cap"
+        attrs["seconds"] = round(row.total_seconds, 2)
+        return attrs
 
     def _constraints_of(self, row: Candidate) -> dict[str, float]:
         limits = self.config.limits
@@ -307,18 +326,6 @@ def _values(row: Candidate) -> list[float] | None:
     return [row.accuracy, row.latencies[0].median_ms]
 
 
-def _last_attrs(row: Candidate) -> dict[str, Any]:
-    """What the dashboard shows of a finished trial beside its objectives."""
-    attrs: dict[str, Any] = {"params": row.params, "macs": row.macs}
-    if row.reason:
-        attrs[REASON] = row.reason
-    for latency in row.latencies:
-        attrs["latency_p20_p80_ms"] = f"{latency.p20_ms:.4g} to {latency.p80_ms:.4g}"
-        attrs["memory_mb"] = round((latency.weight_bytes + latency.workspace_bytes) / 1e6, 3)
-    attrs["seconds"] = round(row.total_seconds, 2)
-    return attrs
-
-
 @contextmanager
 def open_study(config: SearchConfig, evaluator: Evaluator, versions: str) -> Iterator[LiveStudy]:
     """The study that `config` names, made if it is new, held for this process while the block runs.
@@ -348,10 +355,11 @@ def open_study(config: SearchConfig, evaluator: Evaluator, versions: str) -> Ite
             anchor_ms = evaluator.start(row.anchor_ms)
         try:
             deployment = config.latency
-            if store.find_profile(asdict(evaluator.device), deployment.dtype, deployment.threads) is None:
+            profile = store.find_profile(asdict(evaluator.device), deployment.dtype, deployment.threads)
+            if profile is None:
                 limits = evaluator.limits()
-                store_profile(store, evaluator.device, deployment.dtype, deployment.threads, limits)
-            study = LiveStudy(store, row, config, anchor_ms, owner)
+                profile = store_profile(store, evaluator.device, deployment.dtype, deployment.threads, limits)
+            study = LiveStudy(store, row, config, anchor_ms, profile.macs_per_s, owner)
             try:
                 with guarded():
                     yield study
