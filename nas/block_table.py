@@ -23,6 +23,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -60,7 +61,8 @@ MIN_SAMPLE_SECONDS = 1e-3
 REPEATS = 4
 # Yardsticks measure the machine and not the engine: they serve all, also those that take no ConvFirst network.
 YARDSTICK_ENGINE, YARDSTICK_RESOLUTION, YARDSTICK_CLASSES = "eager", 32, 10
-YARDSTICK_SIDE = 384
+# Large enough that a CUDA graph's launch is a small part of it.
+YARDSTICK_SIDE = {"cpu": 384, "cuda": 4096}
 # Rows that no engine has a say in.
 SHARED = (*YARDSTICKS, PRODUCT, COPY)
 # Of the yardstick's blocks the one that tells what a call costs.
@@ -147,11 +149,15 @@ class BlockMeter:
         # Its own correction is not used.
         self.meter = LatencyMeter(own, load_space("small").anchor().build(YARDSTICK_CLASSES), reference_ms=1.0)
         with threads(config.threads):
-            self.yardsticks = [self.meter.anchor_run, in_turn(self._product(YARDSTICK_SIDE))]
+            self.yardsticks = [self.meter.anchor_run, in_turn(self._product(self.yardstick_side))]
             if references_ms is None:
                 sampled, _ = self.meter.sample(self.yardsticks, lambda seconds: list(seconds.T), ANCHOR_FACTOR)
                 references_ms = (1e3 * np.median(sampled.seconds, axis=0)).tolist()
         self.references_ms = tuple(references_ms)
+
+    @property
+    def yardstick_side(self) -> int:
+        return YARDSTICK_SIDE[self.meter.device.type]
 
     def _product(self, side: int) -> list[Callable[[], object]]:
         left, right = self.meter.random_inputs((side, side), 2)
@@ -178,13 +184,14 @@ class BlockMeter:
                 lacking = {p.shape_id: p for p in arch_parts(arch, self.config) if p.shape_id not in seen}
                 if lacking:
                     modules = arch_modules(arch, self.config)
-                    found += self._time([self._part(p, modules[p.block.name]) for p in lacking.values()])
+                    found += self._time([partial(self._part, p, modules[p.block.name]) for p in lacking.values()])
                     seen |= lacking.keys()
             for arch in whole:
                 shape = network_shape(str(arch), self.config)
                 if shape_id(shape) not in seen:
                     macs = sum(part.block.macs for part in arch_parts(arch, self.config))
-                    found += self._time([self._network(shape, arch.build(self.config.num_classes), macs)])
+                    network = arch.build(self.config.num_classes)
+                    found += self._time([partial(self._network, shape, network, macs)])
                     seen.add(shape_id(shape))
         return found
 
@@ -193,13 +200,13 @@ class BlockMeter:
         with threads(self.config.threads):
             found = self._basics(known)
             lacking = {part.shape_id: (part, module) for part, module in layers if part.shape_id not in known}
-            return found + self._time([self._part(part, module) for part, module in lacking.values()])
+            return found + self._time([partial(self._part, part, module) for part, module in lacking.values()])
 
     def measure_network(self, name: str, network: nn.Module, macs: int, known: Collection[str]) -> list[Figure]:
         """A network of whatever kind and so many MACs, under this name."""
         shape = network_shape(name, self.config)
         with threads(self.config.threads):
-            return self._basics(known) + self._time([self._network(shape, network, macs)])
+            return self._basics(known) + self._time([partial(self._network, shape, network, macs)])
 
     def _basics(self, known: Collection[str]) -> list[Figure]:
         found = []
@@ -209,50 +216,47 @@ class BlockMeter:
                 for shape, ms in zip(YARDSTICKS, self.references_ms, strict=True)
             ]
         if not {shape_id(PRODUCT), shape_id(COPY)} <= {*known}:
-            kind = self.meter.device.type
-            (elements,) = self.meter.random_inputs((COPY_BYTES[kind] // itemsize(self.config),), 1)
-            copy = self.meter.forwards(_Copy(elements), [elements])
-            found += self._time([
-                _Timed(PRODUCT, self._product(PRODUCT_SIDE[kind]), PRODUCT_SIDE[kind] ** 3), _Timed(COPY, copy, 0)
-            ])  # fmt: skip
+            side = PRODUCT_SIDE[self.meter.device.type]
+            found += self._time([lambda: _Timed(PRODUCT, self._product(side), side**3), self._copy])
         if shape_id(CALL) not in known:
             block, part = self._reference_block()
-            once, often = (
-                _Timed(CALL, self._forwards(block, part, repeats), repeats * part.block.macs)
-                for repeats in (1, REPEATS)
-            )
-            one, many = self._time([once, often])
+            one, many = self._time([partial(self._part, part, block, repeats) for repeats in (1, REPEATS)])
             call_ms = max(one.median_ms - (many.median_ms - one.median_ms) / (REPEATS - 1), 0.0)
-            found.append(replace(one, median_ms=call_ms, p20_ms=call_ms, p80_ms=call_ms))
+            found.append(replace(one, shape=CALL, median_ms=call_ms, p20_ms=call_ms, p80_ms=call_ms))
         return found
 
     def _reference_block(self) -> tuple[nn.Module, Part]:
-        """A block of the yardstick as this engine runs it; of an engine that takes no ConvFirst network folded only."""
+        """A block of the yardstick as this engine runs it."""
         config = replace(self.config, resolution=YARDSTICK_RESOLUTION, num_classes=YARDSTICK_CLASSES)
         anchor = load_space("small").anchor()
         part = next(part for part in arch_parts(anchor, config) if part.block.name == REFERENCE_BLOCK)
         return arch_modules(anchor, config)[REFERENCE_BLOCK], part
 
-    def _part(self, part: Part, module: nn.Module) -> _Timed:
-        return _Timed(part.shape, self._forwards(module, part, REPEATS), REPEATS * part.block.macs)
-
-    def _forwards(self, module: nn.Module, part: Part, repeats: int) -> list[Callable[[], object]]:
+    def _part(self, part: Part, module: nn.Module, repeats: int = REPEATS) -> _Timed:
         """Calls of a part, each of which runs it `repeats` times over."""
         x = torch.stack([each.contiguous() for each in self.meter.random_inputs(part.input_shape, repeats)])
         if len(part.input_shape) == 4 and part.block.kind != "linear":
             # Each of them channels_last, as x is made anew by stacking. A linear layer's channels are last as it is.
             x = x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
-        return self.meter.forwards(prepared(_Repeated(module), x, self.config), [x])
+        forwards = self.meter.forwards(prepared(_Repeated(module), x, self.config), [x])
+        return _Timed(part.shape, forwards, repeats * part.block.macs)
+
+    def _copy(self) -> _Timed:
+        # Made where it is, for it may be a gigabyte.
+        count = COPY_BYTES[self.meter.device.type] // itemsize(self.config)
+        source = torch.randn(count, dtype=getattr(torch, self.config.dtype), device=self.meter.device)
+        return _Timed(COPY, self.meter.forwards(_Copy(source), [source]), 0)
 
     def _network(self, shape: str, network: nn.Module, macs: int) -> _Timed:
         size = self.config.resolution
         inputs = self.meter.random_inputs((self.config.batch_size, 3, size, size))
         return _Timed(shape, self.meter.forwards(deploy(network, self.config, inputs[0]), inputs), macs)
 
-    def _time(self, timed: Sequence[_Timed]) -> list[Figure]:
+    def _time(self, makers: Sequence[Callable[[], _Timed]]) -> list[Figure]:
+        """Time what these make, of which only a group at a time is in memory."""
         found: list[Figure] = []
-        for begin in range(0, len(timed), GROUP):
-            found += self._time_group(timed[begin : begin + GROUP])
+        for begin in range(0, len(makers), GROUP):
+            found += self._time_group([make() for make in makers[begin : begin + GROUP]])
         return found
 
     def _time_group(self, group: Sequence[_Timed]) -> list[Figure]:
@@ -280,7 +284,7 @@ class BlockMeter:
         by_network, by_product = (
             own / yardsticks[:, k] * reference_ms for k, reference_ms in enumerate(self.references_ms)
         )
-        share = min(1.0, macs / YARDSTICK_SIDE**3 * float(np.median(yardsticks[:, 1] / own)))
+        share = min(1.0, macs / self.yardstick_side**3 * float(np.median(yardsticks[:, 1] / own)))
         blended: np.ndarray = share * by_product + (1 - share) * by_network
         return blended
 
