@@ -238,6 +238,7 @@ def space(
 
 @app.command()
 def device(
+    context: typer.Context,
     storage: Storage = DEFAULT_STORAGE,
     device: DeviceOption = AUTO,
     dtype: DtypeOption = Dtype.AUTO,
@@ -250,7 +251,7 @@ def device(
         from nas.evaluate import check_device
 
         # Any engine will do: none runs.
-        config = _deployment(device=device, engine="eager", dtype=dtype.value, threads=latency_threads)
+        config = _deployment(**{**_given(context), "engine": "eager"})
         where = check_device(config)
         with _made(storage) as store:
             profile.find_or_measure(store, where, config.dtype, config.threads, again)
@@ -260,6 +261,7 @@ def device(
 
 @app.command()
 def remeasure(
+    context: typer.Context,
     storage: Storage = DEFAULT_STORAGE,
     study: StudyName = DEFAULT_STUDY,
     everything: Annotated[bool, typer.Option("--all", help="All complete candidates, not the front only.")] = False,
@@ -279,11 +281,7 @@ def remeasure(
         from nas.plots import deployment_line
         from nas.progress import front_table
 
-        changes = {
-            "device": device, "engine": engine, "dtype": dtype and dtype.value, "batch_size": latency_batch,
-            "threads": latency_threads, "precision": latency_precision, "seconds": latency_seconds,
-        }  # fmt: skip
-        given = {name: value for name, value in changes.items() if value is not None}
+        given = _given(context)
         flags = {name: (DEPLOYMENT_FLAGS[name], value) for name, value in given.items()}
         note = partial(out.print, highlight=False, soft_wrap=True, markup=False)
         fields = dict(store=store, name=study, changes=given, everything=everything, note=note)
@@ -298,6 +296,7 @@ def remeasure(
 
 @app.command()
 def analyze(
+    context: typer.Context,
     storage: Storage = DEFAULT_STORAGE,
     study: StudyName = DEFAULT_STUDY,
     trial: Annotated[int | None, typer.Option(help="A candidate of the study.")] = None,
@@ -322,12 +321,7 @@ def analyze(
         from nas.analysis import analyse, choose, draw
         from nas.errors import CandidateFailed, UsageError
 
-        given = {
-            "device": None if device == AUTO else device, "engine": None if engine == AUTO else engine,
-            "dtype": None if dtype is Dtype.AUTO else dtype.value, "batch_size": latency_batch,
-            "resolution": latency_resolution, "num_classes": latency_classes, "threads": latency_threads,
-            "precision": latency_precision, "seconds": latency_seconds,
-        }  # fmt: skip
+        given = _given(context)
         named = {"--trial": trial, "--arch": arch, "--timm": timm}
         chosen = [(flag, value) for flag, value in named.items() if value is not None]
         if len(chosen) != 1:
@@ -353,6 +347,7 @@ def analyze(
 
 @app.command()
 def latency(
+    context: typer.Context,
     arch: Annotated[str, typer.Option(help="An architecture's line, or its JSON.")],
     measure: Annotated[bool, typer.Option(help="Measure what the block latency table lacks of it.")] = False,
     storage: Storage = DEFAULT_STORAGE,
@@ -372,12 +367,7 @@ def latency(
         from nas.errors import CandidateFailed, UsageError
         from nas.evaluate import check_device
 
-        given = {
-            "device": None if device == AUTO else device, "engine": None if engine == AUTO else engine,
-            "dtype": None if dtype is Dtype.AUTO else dtype.value, "batch_size": latency_batch,
-            "resolution": latency_resolution, "num_classes": latency_classes, "threads": latency_threads,
-            "precision": latency_precision, "seconds": latency_seconds,
-        }  # fmt: skip
+        given = _given(context)
         with _made(storage) if measure else _opened(storage) as store:
             (subject,) = choose(store, DEFAULT_STUDY, ("--arch", arch), None, given, _deployment)
             check_device(subject.config)
@@ -404,6 +394,16 @@ def _checked(make: Any, names: dict[str, tuple[str, Any]], /, **fields: Any) -> 
         field, _, rest = str(error).partition("=")
         flag, value = names[field]
         raise UsageError(f"{flag} {value}: {rest.partition(' ')[2]}") from error
+
+
+def _given(context: typer.Context) -> dict[str, Any]:
+    """The fields of a deployment that the command's flags give; not those left out, or left to `auto`."""
+    found = {}
+    for field, flag in DEPLOYMENT_FLAGS.items():
+        value = context.params.get(flag.removeprefix("--").replace("-", "_"))
+        if value is not None and value != AUTO:
+            found[field] = str(value) if isinstance(value, StrEnum) else value
+    return found
 
 
 # Field of LatencyConfig -> flag.
