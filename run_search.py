@@ -320,6 +320,7 @@ def analyze(
     with _reported(storage):
         from nas.analysis import analyse, choose, draw
         from nas.errors import CandidateFailed, UsageError
+        from nas.evaluate import check_device
 
         given = _given(context)
         named = {"--trial": trial, "--arch": arch, "--timm": timm}
@@ -328,8 +329,11 @@ def analyze(
             raise UsageError(f"analyze: give one of {', '.join(named)}" + (", not several" if chosen else ""))
         if out_dir is not None and out_dir.exists() and not out_dir.is_dir():
             raise UsageError(f"--out {out_dir}: is not a folder")
+        with _found(storage) as found:
+            subjects = choose(found, study, chosen[0], against, given, _deployment)
+        for subject in subjects:
+            check_device(subject.config)
         with _made(storage) as store:
-            subjects = choose(store, study, chosen[0], against, given, _deployment)
             note = partial(err.print, highlight=False, soft_wrap=True, markup=False)
             try:
                 analyses = [analyse(store, subject, note) for subject in subjects]
@@ -367,10 +371,9 @@ def latency(
         from nas.errors import CandidateFailed, UsageError
         from nas.evaluate import check_device
 
-        given = _given(context)
+        (subject,) = choose(None, DEFAULT_STUDY, ("--arch", arch), None, _given(context), _deployment)
+        check_device(subject.config)
         with _made(storage) if measure else _opened(storage) as store:
-            (subject,) = choose(store, DEFAULT_STUDY, ("--arch", arch), None, given, _deployment)
-            check_device(subject.config)
             if measure:
                 try:
                     analyse(store, subject, partial(err.print, highlight=False, soft_wrap=True))
@@ -416,14 +419,11 @@ DEPLOYMENT_FLAGS = {
 
 def _deployment(base: LatencyConfig | None = None, **given: Any) -> LatencyConfig:
     """A deployment of the flags that were given, and what they leave open: `base`'s, or the defaults."""
-    from dataclasses import replace
-
-    from nas.config import LatencyConfig
+    from nas.config import LatencyConfig, moved
 
     fields = {name: value for name, value in given.items() if value is not None}
     names = {name: (flag, given.get(name)) for name, flag in DEPLOYMENT_FLAGS.items()}
-    make = LatencyConfig if base is None else (lambda **changes: replace(base, **changes))
-    config: LatencyConfig = _checked(make, names, **fields)
+    config: LatencyConfig = _checked(LatencyConfig if base is None else partial(moved, base), names, **fields)
     return config
 
 
@@ -563,6 +563,19 @@ def _made(storage: str) -> Iterator[Store]:
         yield store
     finally:
         store.close()
+
+
+@contextlib.contextmanager
+def _found(storage: str) -> Iterator[Store | None]:
+    """A database to look something up in, if there is one."""
+    from studies import Store
+
+    store = Store.open(storage, create=False)
+    try:
+        yield store
+    finally:
+        if store is not None:
+            store.close()
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from torch import nn
 from nas.block_table import BlockMeter, BlockTable, Sum, network_shape, on_device
 from nas.config import LatencyConfig
 from nas.efficiency import Efficiency, Machine, NetworkEfficiency, everything_else, waterline
-from nas.errors import UsageError
+from nas.errors import UsageError, is_out_of_memory
 from nas.evaluate import check_device
 from nas.locks import device_lock
 from nas.parts import Part, arch_parts, layers
@@ -154,12 +154,13 @@ SMALL_AT = (32, 10)
 
 
 def choose(
-    store: Store, study: str, chosen: tuple[str, Any], against: str | None, given: dict[str, Any],
+    store: Store | None, study: str, chosen: tuple[str, Any], against: str | None, given: dict[str, Any],
     make: Callable[..., LatencyConfig],
 ) -> list[Subject]:  # fmt: skip
     """The one or two networks that are meant, in one deployment but for the engine.
 
     Args:
+        store: None where there is no database yet.
         study: where trials are looked up.
         chosen: "--trial", "--arch" or "--timm", and its value.
         against: the other one: a trial's number, an architecture or a timm model; None for none.
@@ -173,9 +174,8 @@ def choose(
     given = {name: value for name, value in given.items() if value is not None}
     wanted = [(*chosen, chosen[0])]
     if against is not None:
-        wanted.append(
-            ("--trial" if against.isdigit() else "--arch" if "|" in against else "--timm", against, "--against")
-        )
+        is_arch = "|" in against or against.lstrip().startswith("{")
+        wanted.append(("--trial" if against.isdecimal() else "--arch" if is_arch else "--timm", against, "--against"))
     found = [_named(store, study, kind, str(value), flag) for kind, value, flag in wanted]
     base = next((config for _, _, config in found if config is not None), None)
     if base is None:
@@ -193,12 +193,14 @@ def choose(
             continue
         kind = config.device.partition(":")[0]
         plain = config.engine == "fused" or "engine" not in given
-        subjects.append(Subject(name, name, None, replace(config, engine=TIMM_ENGINE[kind]) if plain else config))
+        # Of a kind of device that is none, whoever checks it says so.
+        engine = TIMM_ENGINE.get(kind, config.engine) if plain else config.engine
+        subjects.append(Subject(name, name, None, replace(config, engine=engine)))
     return subjects
 
 
 def _named(
-    store: Store, study: str, kind: str, value: str, flag: str
+    store: Store | None, study: str, kind: str, value: str, flag: str
 ) -> tuple[str, ArchSpec | None, LatencyConfig | None]:
     """Name, architecture and study's deployment of a network; the last two None where there is none."""
     if kind == "--timm":
@@ -210,8 +212,8 @@ def _named(
         except ValueError as error:
             raise UsageError(f"{flag} {value}: {error}") from error
         return str(arch), arch, None
-    row = store.find_study(study)
-    if row is None:
+    row = store.find_study(study) if store else None
+    if store is None or row is None:
         raise UsageError(f"--study {study}: not in the database, so there is no {flag} {value}")
     candidate = next((c for c in store.candidates(row.study_id) if c.number == int(value)), None)
     if candidate is None:
@@ -293,7 +295,13 @@ def _measured_timm(table: BlockTable, subject: Subject, device: torch.device, no
     model = timm_model(subject.name, config.num_classes)
     # A layer compiled alone calls the same library as it does uncompiled.
     plain = replace(config, engine="eager") if config.engine == "compile" else config
-    cut = layers(model, plain)
+    try:
+        cut = layers(model, plain)
+    except (AssertionError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise
+        size = config.resolution
+        raise UsageError(f"analyze: {subject.name} does not run on images of {size}x{size} ({error})") from error
     parts = [part for part, _ in cut]
     by_layer = BlockTable(table.store, table.device, plain)
     with device_lock(device).measuring(lambda: note(WAITING)):

@@ -146,6 +146,14 @@ class LatencyConfig:
         _require(self.seconds > 0, "seconds", self.seconds, "positive")
 
 
+def moved(base: LatencyConfig, **changes: Any) -> LatencyConfig:
+    """A deployment with some fields changed; what suits one kind of device is not carried over to another."""
+    kind = changes.get("device", base.device).partition(":")[0]
+    if kind != base.device.partition(":")[0]:
+        changes = {"engine": AUTO, "dtype": AUTO, "precision": None, **changes}
+    return dataclasses.replace(base, **changes)
+
+
 @dataclass(frozen=True)
 class Limits:
     """Hard limits on a candidate; one over any of them is not trained. None is no limit."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from statistics import median
 from typing import Any
 
@@ -14,7 +14,7 @@ import pandas as pd
 import studies
 from kernels.timing import DeviceInfo
 from nas import profile
-from nas.config import AUTO, LatencyConfig
+from nas.config import LatencyConfig, moved
 from nas.errors import CandidateFailed, UsageError
 from nas.evaluate import check_device
 from nas.isolation import meter_for
@@ -138,10 +138,6 @@ def remeasure_front(
     )
 
 
-def _kind(device: str) -> str:
-    return device.partition(":")[0]
-
-
 def remeasure(
     store: Store, name: str, changes: dict[str, Any], everything: bool, note: Callable[[str], None]
 ) -> Changes | None:
@@ -156,16 +152,14 @@ def remeasure(
         note: told what is done.
 
     Raises:
-        UsageError: the device is not here, does not run the engine, or the study has no complete candidate.
+        UsageError: the device is not here, does not run the engine, the engine does not run the anchor, or the study
+            has no complete candidate.
         studies.StorageError: a process searches the study.
     """
     row = store.find_study(name)
     assert row is not None
     own = LatencyConfig(**json.loads(row.config)["latency"])
-    if (device_name := changes.get("device")) and _kind(device_name) != _kind(own.device):
-        # What suits the one does not suit the other.
-        changes = {"engine": AUTO, "dtype": AUTO, "precision": None, **changes}
-    config = replace(own, **changes)
+    config = moved(own, **changes)
     device = check_device(config)
     rows = [candidate for candidate in store.candidates(row.study_id) if candidate.state == CandidateState.COMPLETE]
     if not rows:
@@ -184,8 +178,11 @@ def remeasure(
         def waiting() -> None:
             note("waiting for another process that measures or trains on this device")
 
-        with lock.measuring(waiting):
-            meter = meter_for(config, ArchSpec.from_json(row.anchor), row.anchor_ms if at_home else None)
+        try:
+            with lock.measuring(waiting):
+                meter = meter_for(config, ArchSpec.from_json(row.anchor), row.anchor_ms if at_home else None)
+        except CandidateFailed as error:
+            raise UsageError(f"--engine {config.engine}: does not run even the anchor network ({error})") from error
 
         def measure(archs: Sequence[ArchSpec]) -> list[Latency]:
             with lock.measuring(waiting):
@@ -198,7 +195,8 @@ def remeasure(
                 except CandidateFailed as error:
                     note(f"{number}/{len(lacking)}  trial {candidate.number}: failed ({error})")
                     continue
-                stage = LatencyStage.FINAL if at_home else LatencyStage.SEARCH
+                # Measured a second time it is shown, also in the place of an older one that was measured in turns.
+                stage = LatencyStage.SEARCH if candidate.latency_on(**here) is None else LatencyStage.FINAL
                 added = latency_row(candidate.trial_id, latency, config, device_id, stage)
                 store.add_latencies(row.study_id, [added])
                 note(f"{number}/{len(lacking)}  trial {candidate.number}: {latency.median_ms:.4f} ms")

@@ -28,6 +28,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("XDG_CACHE_HOME", str(shared))
 
 
+@pytest.fixture(autouse=True)
+def _own_locks(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests wait for no other process that trains or measures here; of several workers each has locks of its own."""
+    folder = tmp_path_factory.getbasetemp() / "locks"
+    folder.mkdir(exist_ok=True)
+    monkeypatch.setenv("CONVFIRST_LOCKS", str(folder))
+
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 

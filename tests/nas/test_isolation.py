@@ -11,14 +11,17 @@ import psutil
 import pytest
 
 from nas import isolation
+from nas.block_table import SHARED, network_shape
 from nas.config import LatencyConfig
 from nas.errors import CandidateFailed
-from nas.isolation import IsolatedMeter
+from nas.isolation import IsolatedMeter, LocalMeter, meter_for
+from nas.latency import Latency
+from nas.parts import CALL, arch_parts, shape_id
 from search_spaces import ArchSpec, StageSpec
 from tests.conftest import make_tiny_space
 
 SPACE = make_tiny_space()
-QUICK = LatencyConfig(seconds=0.01, resolution=16)
+QUICK = LatencyConfig(device="cpu", seconds=0.01, resolution=16)
 ROOT = Path(__file__).parents[2]
 
 
@@ -27,6 +30,11 @@ def meter():
     made = IsolatedMeter(QUICK, SPACE.anchor(), None)
     yield made
     made.close()
+
+
+def measured(meter: IsolatedMeter, arch: ArchSpec) -> Latency:
+    (latency,) = meter.measure_together([arch])
+    return latency
 
 
 def pid(meter: IsolatedMeter) -> int:
@@ -39,21 +47,76 @@ def test_it_measures_and_replaces_its_process(meter: IsolatedMeter, monkeypatch:
     reference_ms = meter.reference_ms
     first = pid(meter)
     for _ in range(2):
-        latency = meter.measure(SPACE.smallest())
+        latency = measured(meter, SPACE.smallest())
         assert 0 < latency.p20_ms <= latency.median_ms <= latency.p80_ms
     assert meter.child is None
     assert not psutil.pid_exists(first)
-    assert meter.measure(SPACE.smallest()).median_ms > 0
+    assert measured(meter, SPACE.smallest()).median_ms > 0
     assert pid(meter) != first
     # One study has one reference, whichever process measures.
     assert meter.reference_ms == reference_ms
 
 
+def test_several_are_measured_together_and_all_of_their_figures_come_back(
+    meter: IsolatedMeter, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(isolation, "LIFETIME", 4)
+    archs = [SPACE.smallest(), SPACE.anchor(), SPACE.smallest()]
+    found = meter.measure_together(archs)
+    assert len({(latency.repeats, latency.anchor_median_ms) for latency in found}) == 1
+    assert found[0].weight_bytes == found[2].weight_bytes < found[1].weight_bytes
+    assert all(latency.interval_share > 0 and latency.ready_seconds > 0 for latency in found)
+    # Three of four networks that one process measures.
+    assert meter.child is not None
+    measured(meter, SPACE.smallest())
+    assert meter.child is None
+
+
+def test_blocks_are_measured_in_the_process_too(meter: IsolatedMeter) -> None:
+    """What the table lacks of an architecture, and of the anchor as a whole; then nothing."""
+    smallest, anchor = SPACE.smallest(), SPACE.anchor()
+    basics = {shape_id(shape) for shape in (*SHARED, CALL)}
+    parts = arch_parts(smallest, QUICK)
+    figures = meter.measure_blocks([smallest], basics | {parts[0].shape_id}, [1.0, 2.0])
+    whole = network_shape(str(anchor), QUICK)
+    assert {figure.shape for figure in figures} == {part.shape for part in parts[1:]} | {whole}
+    assert all(0 < figure.p20_ms <= figure.median_ms <= figure.p80_ms for figure in figures)
+    # The table's references stand, and a process keeps its yardsticks.
+    known = basics | {part.shape_id for part in parts} | {shape_id(whole)}
+    assert meter.measure_blocks([smallest], known, [1.0, 2.0]) == []
+    assert meter.measured == 2
+    assert measured(meter, smallest).median_ms > 0
+
+
+def test_a_process_killed_while_it_measures_blocks_fails_the_candidate(meter: IsolatedMeter) -> None:
+    os.kill(pid(meter), signal.SIGKILL)
+    with pytest.raises(CandidateFailed, match="killed by signal 9"):
+        meter.measure_blocks([SPACE.smallest()], (), None)
+    assert meter.child is None
+
+
+def test_engines_that_give_memory_back_are_measured_here() -> None:
+    eager = LatencyConfig(device="cpu", engine="eager", seconds=0.01, resolution=16)
+    meter = meter_for(eager, SPACE.smallest(), 2.0)
+    assert isinstance(meter, LocalMeter)
+    assert meter.reference_ms == 2.0
+    small, anchor = meter.measure_together([SPACE.smallest(), SPACE.anchor()])
+    assert small.weight_bytes < anchor.weight_bytes
+    basics = {shape_id(shape) for shape in (*SHARED, CALL)}
+    known = basics | {part.shape_id for part in arch_parts(SPACE.anchor(), eager)}
+    (figure,) = meter.measure_blocks([SPACE.anchor()], known, [1.0, 2.0])
+    assert figure.shape == network_shape(str(SPACE.smallest()), eager)
+    assert meter.blocks is not None
+    # Yardsticks hold memory of the device.
+    meter.close()
+    assert meter.blocks is None
+
+
 def test_a_process_killed_while_measuring_fails_that_candidate_only(meter: IsolatedMeter) -> None:
     os.kill(pid(meter), signal.SIGKILL)
     with pytest.raises(CandidateFailed, match="killed by signal 9"):
-        meter.measure(SPACE.smallest())
-    assert meter.measure(SPACE.smallest()).median_ms > 0
+        measured(meter, SPACE.smallest())
+    assert measured(meter, SPACE.smallest()).median_ms > 0
 
 
 def test_a_bug_in_the_process_is_a_bug(meter: IsolatedMeter) -> None:
@@ -68,7 +131,7 @@ import sys, time
 from nas.config import LatencyConfig
 from nas.isolation import IsolatedMeter
 from tests.conftest import make_tiny_space
-meter = IsolatedMeter(LatencyConfig(seconds=0.01, resolution=16), make_tiny_space().anchor(), 1.0)
+meter = IsolatedMeter(LatencyConfig(device="cpu", seconds=0.01, resolution=16), make_tiny_space().anchor(), 1.0)
 print(meter.child.pid, flush=True)
 time.sleep(60)
 """
@@ -98,6 +161,6 @@ def test_running_out_of_memory_fails_the_candidate() -> None:
         process.rlimit(psutil.RLIMIT_AS, (process.memory_info().vms + 2**20,) * 2)
         stage = StageSpec(width=1024, kernel_size=3, group_width=1, expansion=8, blocks=8, stride=1)
         with pytest.raises(CandidateFailed, match="out of memory"):
-            meter.measure(ArchSpec(8, (stage,), "relu", 8192))
+            measured(meter, ArchSpec(8, (stage,), "relu", 8192))
     finally:
         meter.close()

@@ -8,12 +8,15 @@ import torch
 from torch import nn
 from triton.runtime.errors import OutOfResources
 
-from kernels.timing import DeviceInfo
+from kernels.device_state import DeviceState
+from kernels.timing import DeviceInfo, Sampled
+from nas import latency as latency_module
 from nas.config import DEFAULT_ENGINE, LatencyConfig
 from nas.engines import ENGINES, deploy, runs_on
 from nas.errors import CandidateFailed
-from nas.latency import LatencyMeter, corrected
+from nas.latency import MAX_REPEATS, REST_SECONDS, LatencyMeter, corrected
 from search_spaces import load_space
+from tests.conftest import make_tiny_space
 
 SPACE = load_space("small")
 QUICK = LatencyConfig(device="cpu", seconds=0.05)
@@ -75,6 +78,152 @@ def test_measuring_leaves_the_thread_count_as_it_was() -> None:
     before = torch.get_num_threads()
     LatencyMeter(QUICK, SPACE.smallest().build(10))
     assert torch.get_num_threads() == before
+
+
+# -- Several together, and how far they are known --------------------------------------------------------------------
+
+
+def test_networks_measured_together_share_their_minutes_and_keep_their_order() -> None:
+    meter = LatencyMeter(QUICK, SPACE.anchor().build(10), reference_ms=1.0)
+    small, anchor = meter.measure_together([SPACE.smallest().build(10), SPACE.anchor().build(10)])
+    assert small.anchor_median_ms == anchor.anchor_median_ms
+    assert small.repeats == anchor.repeats >= 10
+    assert small.weight_bytes < anchor.weight_bytes
+    # Twice the blocks and 26 times the operations: no noise turns that round.
+    assert small.median_ms < anchor.median_ms
+    for latency in (small, anchor):
+        assert 0 < latency.p20_ms <= latency.median_ms <= latency.p80_ms
+        assert latency.interval_share > 0
+        assert latency.ready_seconds > 0
+
+
+def test_what_the_cap_ended_says_so() -> None:
+    hopeless = replace(QUICK, precision=1e-6)
+    meter = LatencyMeter(hopeless, SPACE.smallest().build(10), reference_ms=1.0)
+    for latency in meter.measure_together([SPACE.smallest().build(10)] * 2):
+        assert latency.capped
+        assert latency.interval_share > 1e-6
+
+
+def test_of_several_only_those_that_are_not_known_well_were_capped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By hand: the anchor, the last, runs at half speed in the third round, and so do the others."""
+    meter = LatencyMeter(replace(QUICK, precision=0.05), SPACE.smallest().build(10), reference_ms=3.0)
+    seconds = np.array([[0.002, 0.004, 0.001], [0.002, 0.006, 0.001], [0.004, 0.010, 0.002]])
+    factors: list[float] = []
+
+    def sample(runs: object, checked: object, factor: float) -> tuple[Sampled, dict[str, object]]:
+        factors.append(factor)
+        (one, other) = checked(seconds)  # type: ignore[operator]
+        assert one.tolist() == [2.0, 2.0, 2.0]
+        assert other.tolist() == [4.0, 6.0, 5.0]
+        return Sampled(seconds, (0.01, 0.5), capped=True), {}
+
+    monkeypatch.setattr(meter, "sample", sample)
+    one, other = meter.measure_together([SPACE.smallest().build(10)] * 2)
+    # Two networks have twice the time of one.
+    assert factors == [2]
+    assert (one.capped, other.capped) == (False, True)
+    assert (one.interval_share, other.interval_share) == (0.01, 0.5)
+    assert one.median_ms == pytest.approx(6.0)
+    assert other.median_ms == pytest.approx(15.0)
+    assert (one.raw_median_ms, other.raw_median_ms, one.anchor_median_ms) == pytest.approx((2.0, 6.0, 1.0))
+    assert one.throttled is None
+
+
+# -- Throttling ------------------------------------------------------------------------------------------------------
+
+
+class Heated:
+    """A device that throttles until it has been given some rests, and remembers what it was asked for.
+
+    Args:
+        rests_needed: before it recovers.
+        at: the reading of each measurement at which it says that it throttles; it says so at no other.
+    """
+
+    def __init__(self, rests_needed: int, at: int = 0) -> None:
+        self.rests_needed, self.at = rests_needed, at
+        self.rests: list[float] = []
+        self.readings = 0
+
+    def state(self, device: torch.device) -> DeviceState:
+        throttled = len(self.rests) < self.rests_needed and self.readings == self.at
+        self.readings += 1
+        reasons = ("hardware thermal slowdown",) if throttled else ()
+        return DeviceState(1980.0 - 100 * throttled, 2619.0, 40.0 + self.readings, 300.0, reasons)
+
+    def rest(self, seconds: float) -> None:
+        self.rests.append(seconds)
+        self.readings = 0
+
+
+@pytest.fixture
+def times_sampled(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many rounds each sampling made."""
+    found: list[int] = []
+    real = latency_module.sample_until
+
+    def counted(*args: object, **fields: object) -> Sampled:
+        sampled = real(*args, **fields)  # type: ignore[arg-type]
+        found.append(len(sampled.seconds))
+        return sampled
+
+    monkeypatch.setattr(latency_module, "sample_until", counted)
+    return found
+
+
+TINY = make_tiny_space().smallest()
+TINY_CONFIG = LatencyConfig(device="cpu", engine="eager", resolution=16, seconds=0.02)
+
+
+def heated_meter(device: Heated) -> LatencyMeter:
+    return LatencyMeter(TINY_CONFIG, TINY.build(10), reference_ms=1.0, state=device.state, rest=device.rest)
+
+
+@pytest.mark.parametrize("at", [0, 1], ids=["at the first reading", "at a later one"])
+def test_a_throttled_measurement_is_made_again_after_a_rest(times_sampled: list[int], at: int) -> None:
+    device = Heated(rests_needed=2, at=at)
+    latency = heated_meter(device).measure(TINY.build(10))
+    assert device.rests == [REST_SECONDS, 2 * REST_SECONDS]
+    assert len(times_sampled) == 3
+    # What counts is the last of them, which did not throttle.
+    assert latency.throttled is False
+    assert latency.repeats == times_sampled[-1]
+    assert (latency.sm_clock_mhz, latency.temperature_c) == (1980.0, 40.0 + device.readings)
+
+
+def test_what_throttles_after_every_rest_is_kept_and_says_so(times_sampled: list[int]) -> None:
+    device = Heated(rests_needed=100)
+    latency = heated_meter(device).measure(TINY.build(10))
+    assert len(device.rests) == MAX_REPEATS
+    assert len(times_sampled) == MAX_REPEATS + 1
+    assert latency.throttled is True
+    assert latency.median_ms > 0
+
+
+def test_what_does_not_throttle_is_measured_once(times_sampled: list[int]) -> None:
+    device = Heated(rests_needed=0)
+    latency = heated_meter(device).measure(TINY.build(10))
+    assert device.rests == []
+    assert len(times_sampled) == 1
+    # Read before the first round, and after the last.
+    assert device.readings >= 2
+    assert latency.throttled is False
+
+
+def test_the_reference_is_not_taken_from_a_throttled_device(times_sampled: list[int]) -> None:
+    device = Heated(rests_needed=1)
+    LatencyMeter(TINY_CONFIG, TINY.build(10), state=device.state, rest=device.rest)
+    assert len(device.rests) == 1
+    assert len(times_sampled) == 2
+
+
+def test_a_cpu_has_no_sensors() -> None:
+    latency = LatencyMeter(TINY_CONFIG, TINY.build(10), reference_ms=1.0).measure(TINY.build(10))
+    assert (latency.throttled, latency.sm_clock_mhz, latency.temperature_c) == (None, None, None)
+
+
+# -- Engines ---------------------------------------------------------------------------------------------------------
 
 
 def test_a_network_that_a_compiler_refuses_is_a_failed_candidate(monkeypatch: pytest.MonkeyPatch) -> None:

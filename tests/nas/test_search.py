@@ -6,7 +6,8 @@ import json
 import socket
 import subprocess
 import sys
-from dataclasses import replace
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, replace
 
 import numpy as np
 import optuna
@@ -15,7 +16,9 @@ import pytest
 import torch
 from optuna.trial import TrialState
 
+from kernels.benchmark_machine import MachineLimits
 from nas import search
+from nas.block_table import BlockTable, Figure
 from nas.config import SAMPLERS, LatencyConfig, Limits, ProxyConfig, SearchConfig
 from nas.errors import CandidateFailed, UsageError
 from nas.latency import Latency
@@ -27,12 +30,16 @@ from studies import Candidate, CandidateState, Owner, StorageError, Store, Study
 
 
 class Counting(FakeEvaluator):
-    """Remembers what it was asked."""
+    """Remembers what it was asked; measured once more at the end, networks are slower by so much."""
 
-    def __init__(self) -> None:
+    def __init__(self, slower: float = 1.0) -> None:
         super().__init__()
+        self.slower = slower
         self.measured: list[str] = []
         self.trained: list[str] = []
+        self.together: list[str] = []
+        self.in_blocks: list[str] = []
+        self.profiles = 0
 
     def measure(self, arch: ArchSpec) -> Latency:
         self.measured.append(arch.arch_id)
@@ -41,6 +48,23 @@ class Counting(FakeEvaluator):
     def train(self, arch: ArchSpec) -> ProxyResult:
         self.trained.append(arch.arch_id)
         return super().train(arch)
+
+    def measure_together(self, archs: Sequence[ArchSpec]) -> list[Latency]:
+        self.together += [arch.arch_id for arch in archs]
+        return [
+            replace(latency, median_ms=self.slower * latency.median_ms)
+            for latency in map(FakeEvaluator().measure, archs)
+        ]
+
+    def measure_blocks(
+        self, archs: Sequence[ArchSpec], known: Collection[str], references_ms: Sequence[float] | None
+    ) -> list[Figure]:
+        self.in_blocks += [arch.arch_id for arch in archs]
+        return super().measure_blocks(archs, known, references_ms)
+
+    def limits(self) -> MachineLimits:
+        self.profiles += 1
+        return super().limits()
 
 
 def opened(config: SearchConfig) -> Store:
@@ -108,12 +132,126 @@ def test_a_second_run_goes_on_and_a_larger_budget_extends(config: SearchConfig) 
 
 
 def test_a_resumed_search_proposes_what_an_unbroken_one_would(config: SearchConfig, tmp_path: object) -> None:
+    """Although each of its runs ended with measuring the front again: samplers know what the search measured."""
     whole = Counting()
     search.run(replace(config, budget=30, storage=f"sqlite:///{tmp_path}/whole.db"), whole)
-    broken = Counting()
+    broken = Counting(slower=3.0)
     for budget in (7, 19, 30):
         search.run(replace(config, budget=budget), broken)
     assert broken.measured == whole.measured
+    assert broken.together
+
+
+# -- The end of a search, and what stands beside it ------------------------------------------------------------------
+
+
+@pytest.fixture
+def on_cpu(config: SearchConfig) -> SearchConfig:
+    """The deployment whose blocks `FakeEvaluator` invents."""
+    return replace(config, latency=LatencyConfig(device="cpu"))
+
+
+def test_the_front_is_measured_once_more_and_added_up_from_its_blocks(on_cpu: SearchConfig) -> None:
+    evaluator = Counting(slower=1.25)
+    noted: list[str] = []
+
+    class Noting(search.Silent):
+        def note(self, line: str) -> None:
+            noted.append(line)
+
+    result = search.run(replace(on_cpu, budget=20), evaluator, Noting())
+    front = result.pareto_front
+    assert set(front["arch_id"]) <= set(evaluator.together)
+    assert set(front["latency_stage"]) == {"final"}
+    assert front["latency_ms"].to_numpy() == pytest.approx(1.25 * front["searched_latency_ms"].to_numpy())
+    # All became slower alike, but those behind the front were not measured again, and may have come on it.
+    assert len(evaluator.together) == len(set(evaluator.together)) < len(set(evaluator.measured))
+    measured_again, blocks = result.remarks
+    assert measured_again.startswith(f"front measured again, {len(evaluator.together)} networks in turns")
+    assert "+25.0% to +25.0%" in measured_again
+    assert f"(median of {len(front)}; at most" in blocks
+    assert any("measuring" in line for line in noted)
+    table = BlockTable(opened(on_cpu), evaluator.device, on_cpu.latency)
+    for text in front["arch"]:
+        assert table.add_up_arch(ArchSpec.from_json(text)).total_ms is not None
+
+    again = Counting()
+    same = search.run(replace(on_cpu, budget=20), again)
+    assert (again.measured, again.trained, again.together, again.in_blocks) == ([], [], [], [])
+    assert list(same.pareto_front["latency_ms"]) == list(front["latency_ms"])
+    assert same.remarks == (blocks,)
+
+
+def test_a_search_that_found_nothing_has_nothing_to_measure_again(on_cpu: SearchConfig) -> None:
+    evaluator = Counting()
+    result = search.run(replace(on_cpu, time_limit_s=1e-6), evaluator)
+    assert result.complete == 0
+    assert result.remarks == ()
+    assert (evaluator.together, evaluator.in_blocks) == ([], [])
+
+
+@pytest.mark.parametrize("everything", [False, True], ids=["the front", "all"])
+def test_the_block_table_holds_the_blocks_of_the_front_or_of_all(on_cpu: SearchConfig, everything: bool) -> None:
+    """Also of those over a limit that were timed; not of those that were not."""
+    limits = Limits(latency_ms=1.0, params=200_000)
+    config = replace(on_cpu, block_table=everything, limits=limits)
+    evaluator = Counting()
+    result = search.run(config, evaluator)
+    table = BlockTable(opened(config), evaluator.device, config.latency)
+    added_up = {
+        row.arch_id
+        for row in candidates(config)
+        if table.add_up_arch(ArchSpec.from_json(row.arch)).total_ms is not None
+    }
+    front, timed = set(result.pareto_front["arch_id"]), set(evaluator.measured)
+    assert front < timed < {row.arch_id for row in candidates(config)}, "too few candidates to tell these apart"
+    if everything:
+        assert timed <= added_up
+        # What an earlier one shares is not measured again.
+        assert len(evaluator.in_blocks) == len(set(evaluator.in_blocks)) <= len(timed)
+    else:
+        assert front <= added_up
+        assert set(evaluator.in_blocks) <= front
+    # It is no part of a study's identity.
+    assert search.run(replace(config, block_table=not everything, budget=13), Counting()).complete == 13
+
+
+def test_the_devices_profile_is_measured_once_for_all_studies(on_cpu: SearchConfig) -> None:
+    first, second = Counting(), Counting()
+    search.run(on_cpu, first)
+    search.run(replace(on_cpu, study="another"), second)
+    assert (first.profiles, second.profiles) == (1, 0)
+    profile = opened(on_cpu).find_profile(asdict(first.device), "float32", 1)
+    assert profile is not None
+    assert (profile.macs_per_s, profile.copy_bytes_per_s, profile.launch_seconds) == (4e10, 2e10, 4e-6)
+
+
+def test_computational_efficiency_by_hand(on_cpu: SearchConfig) -> None:
+    """Operations of the batch over those that the device could have done in the time: 4e10 a second."""
+    config = replace(on_cpu, latency=replace(on_cpu.latency, batch_size=4))
+    search.run(config, FakeEvaluator())
+    rows = opened(config).evaluations(config.study)
+    expected = 4 * rows["macs"] / (rows["latency_ms"] / 1e3 * 4e10)
+    assert rows["computational_efficiency"].to_numpy() == pytest.approx(expected.to_numpy())
+    shown = [trial.user_attrs["computational_efficiency"] for trial in trials(config) if trial.values]
+    assert shown == pytest.approx(expected.tolist(), abs=1e-4)
+
+
+def test_latencies_that_are_not_to_be_trusted_are_marked_in_the_dashboard(on_cpu: SearchConfig) -> None:
+    class Doubtful(FakeEvaluator):
+        """The second was ended by the cap, the third throttled as well."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.count = 0
+
+        def measure(self, arch: ArchSpec) -> Latency:
+            self.count += 1
+            return replace(super().measure(arch), capped=self.count in (2, 3), throttled=self.count == 3)
+
+    search.run(replace(on_cpu, budget=3), Doubtful())
+    marks = [trial.user_attrs.get("latency_doubtful") for trial in trials(on_cpu)]
+    assert marks[:3] == [None, "ended by the time cap", "throttled"]
 
 
 def test_the_first_candidates_are_the_smallest_and_the_anchor(config: SearchConfig) -> None:
