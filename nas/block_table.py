@@ -151,7 +151,9 @@ class BlockMeter:
         with threads(config.threads):
             self.yardsticks = [self.meter.anchor_run, in_turn(self._product(self.yardstick_side))]
             if references_ms is None:
-                sampled, _ = self.meter.sample(self.yardsticks, lambda seconds: list(seconds.T), ANCHOR_FACTOR)
+                sampled, _ = self.meter.sample(
+                    self.yardsticks, lambda seconds: list(seconds.T), ANCHOR_FACTOR, reference=True
+                )
                 references_ms = (1e3 * np.median(sampled.seconds, axis=0)).tolist()
         self.references_ms = tuple(references_ms)
 

@@ -27,7 +27,8 @@ from nas.engines import deploy
 # Inputs are rotated, so that a network never finds its own last input in a cache; past the size of an L2 more would
 # cost memory only.
 INPUT_SETS = 4
-# The anchor's reference latency scales all others, so it is sampled longer than a candidate.
+# The anchor's reference latency scales all others: its interval is to be so much narrower than a candidate's, and its
+# time cap so much longer.
 ANCHOR_FACTOR = 3
 # A throttled measurement is made again so often, after a rest of so many seconds, the second time twice as many.
 MAX_REPEATS = 2
@@ -115,7 +116,9 @@ class LatencyMeter:
             self.anchor_forwards = self.forwards(deploy(anchor, config, self.inputs[0]), self.inputs)
             self.anchor_run = in_turn(self.anchor_forwards)
             if reference_ms is None:
-                sampled, _ = self.sample([self.anchor_run], lambda seconds: [seconds[:, 0]], ANCHOR_FACTOR)
+                sampled, _ = self.sample(
+                    [self.anchor_run], lambda seconds: [seconds[:, 0]], ANCHOR_FACTOR, reference=True
+                )
                 reference_ms = float(np.median(sampled.seconds)) * 1e3
         self.reference_ms = reference_ms
 
@@ -183,7 +186,7 @@ class LatencyMeter:
 
     def sample(
         self, runs: list[Callable[[], None]], checked: Callable[[np.ndarray], list[np.ndarray]], factor: float = 1,
-        min_sample_seconds: float | None = None,
+        min_sample_seconds: float | None = None, reference: bool = False,
     ) -> tuple[Sampled, dict[str, Any]]:  # fmt: skip
         """Sample to the precision asked for; again, after a rest, where the GPU throttled.
 
@@ -191,11 +194,13 @@ class LatencyMeter:
             checked: see `sample_until`.
             factor: of the time cap.
             min_sample_seconds: by default `MIN_SAMPLE_SECONDS`'s.
+            reference: whether others are scaled by what is sampled.
 
         Returns:
             The samples, and what the sensors said, as `Latency` has it.
         """
-        precision = Precision(self.precision.share, factor * self.precision.cap_seconds)
+        share = self.precision.share / (ANCHOR_FACTOR if reference else 1)
+        precision = Precision(share, factor * self.precision.cap_seconds)
         for repeat in range(MAX_REPEATS + 1):
             states: list[DeviceState | None] = []
             sampled = sample_until(

@@ -188,9 +188,9 @@ def layer_part(
         depthwise = layer.groups == layer.in_channels > 1
         kind = "depthwise" if depthwise else "conv"
         shape = canonical(
-            kind="conv", into=layer.in_channels, out=layer.out_channels, kernel_size=layer.kernel_size,
+            kind=type(layer).__name__, into=layer.in_channels, out=layer.out_channels, kernel_size=layer.kernel_size,
             stride=layer.stride, padding=layer.padding, dilation=layer.dilation, groups=layer.groups,
-            bias=layer.bias is not None, size=input_shape[2:],
+            bias=layer.bias is not None, size=input_shape[2:], out_size=output_shape[2:],
         )  # fmt: skip
     else:
         kind = "linear"

@@ -128,7 +128,10 @@ def front_table(front: pd.DataFrame, title: str) -> Table:
         else:
             table.add_column(header, justify="right", no_wrap=True)
     for row in front.to_dict("records"):
-        table.add_row(*(form.format(row[name]) for name, (_, form) in FRONT_COLUMNS.items()))
+        # An efficiency is not known where the device was never profiled.
+        table.add_row(
+            *("" if pd.isna(row[name]) else form.format(row[name]) for name, (_, form) in FRONT_COLUMNS.items())
+        )
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ import pandas as pd
 from nas.analysis import errors, errors_line
 from nas.block_table import BlockTable, network_shape
 from nas.config import SearchConfig
+from nas.errors import CandidateFailed
 from nas.evaluate import Evaluator, Outcome, RealEvaluator, evaluate
 from nas.pareto import front, hypervolume
 from nas.parts import arch_parts
@@ -137,10 +139,15 @@ def _finish(config: SearchConfig, study: LiveStudy, evaluator: Evaluator, progre
         return ()
     progress.note("measuring the front again, and its blocks")
     deployment = config.latency
-    changes = remeasure_front(
-        study.store, config.study, study.row.study_id, deployment, study.row.device_id, evaluator.measure_together
-    )
-    remarks = [] if changes is None else [str(changes)]
+    remarks = []
+    try:
+        changes = remeasure_front(
+            study.store, config.study, study.row.study_id, deployment, study.row.device_id, evaluator.measure_together
+        )
+        remarks += [] if changes is None else [str(changes)]
+    except CandidateFailed as error:
+        # Each ran alone before; together they may not.
+        remarks.append(f"the front could not be measured again ({error})")
     study.reload()
     front = study.front()
     archs = [ArchSpec.from_json(text) for text in front["arch"]]
@@ -156,7 +163,9 @@ def _measure_blocks(table: BlockTable, evaluator: Evaluator, archs: Sequence[Arc
     for arch in archs:
         if table.lacks(arch_parts(arch, table.config)):
             # One after the other: what was measured is kept if somebody interrupts.
-            table.add(evaluator.measure_blocks([arch], table.rows.keys(), table.references_ms))
+            # What fails as a block alone is missing from the table, and no reason to end a search.
+            with contextlib.suppress(CandidateFailed):
+                table.add(evaluator.measure_blocks([arch], table.rows.keys(), table.references_ms))
 
 
 def _loop(

@@ -8,27 +8,42 @@ import os
 import re
 import shlex
 import sqlite3
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import psutil
 import pytest
+import torch
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import run_search
-from nas.config import SearchConfig
+from kernels.benchmark_machine import MachineLimits
+from nas import profile
+from nas.analysis import errors, errors_line
+from nas.block_table import BlockTable, Figure, network_shape, on_device
+from nas.config import LatencyConfig, SearchConfig
+from nas.errors import CandidateFailed
+from nas.latency import Latency
 from nas.overhead import FakeEvaluator
+from nas.parts import CALL, arch_parts
 from nas.search import run
-from studies import Owner
-from tests.conftest import TINY_TOML
+from search_spaces import ArchSpec, load_space
+from studies import Owner, Store
+from tests.conftest import TINY_TOML, make_tiny_space
+
+# The smallest that there is.
+ARCH = str(make_tiny_space().smallest())
 
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nas.search.RealEvaluator", lambda _config: FakeEvaluator())
+    monkeypatch.setattr("nas.search.RealEvaluator", lambda *_: FakeEvaluator())
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +112,8 @@ def test_flags_become_the_configuration(monkeypatch: pytest.MonkeyPatch, tmp_pat
         "--budget 2 --time-limit 60 --sampler nsga2 --seed 7 --space mine.toml --storage sqlite:///other.db"
         " --study mine --data somewhere --data-dir d --download --resolution 24 --proxy-steps 9 --proxy-batch 5"
         " --proxy-lr 0.01 --threads 3 --deterministic --device cpu --engine eager --dtype bfloat16 --latency-batch 4"
-        " --latency-resolution 48 --latency-classes 7 --latency-threads 2 --latency-seconds 0.5 --max-latency-ms 9"
+        " --latency-resolution 48 --latency-classes 7 --latency-threads 2 --latency-seconds 0.5 --latency-precision 0.1"
+        " --block-table --max-latency-ms 9"
         " --max-params 1000000000 --max-macs 2000000000 --max-memory-mb 500"
     )
     assert call(line).exit_code == 0
@@ -110,6 +126,8 @@ def test_flags_become_the_configuration(monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert proxy.deterministic
     assert (latency.device, latency.engine, latency.dtype, latency.batch_size) == ("cpu", "eager", "bfloat16", 4)
     assert (latency.resolution, latency.num_classes, latency.threads, latency.seconds) == (48, 7, 2, 0.5)
+    assert latency.precision == 0.1
+    assert config.block_table
     assert (limits.latency_ms, limits.params, limits.macs, limits.memory_mb) == (9, 10**9, 2 * 10**9, 500)
 
 
@@ -219,6 +237,7 @@ def picture_folder(root: Path, classes: int, mode: str = "RGB") -> None:
         ("--latency-classes 0", "--latency-classes 0"),
         ("--latency-threads 0", "--latency-threads 0"),
         ("--latency-seconds 0", "--latency-seconds 0"),
+        ("--latency-precision 0", "--latency-precision 0.*between 0 and 1"),
         ("--max-latency-ms 0", "--max-latency-ms 0"),
         ("--max-params -5", "--max-params -5"),
         ("--study ''", "--study"),
@@ -247,6 +266,40 @@ def picture_folder(root: Path, classes: int, mode: str = "RGB") -> None:
         ("--study x pareto", "--study: belongs after the command"),
         ("pareto", "--storage sqlite:///studies/convfirst.db: there is no study database"),
         ("studies --storage sqlite:///none.db", "--storage sqlite:///none.db: there is no study database"),
+        ("device --device tpu", "--device tpu: not a device"),
+        ("device --device cuda:99", "--device cuda:99: "),
+        ("device --device cpu --dtype float16", "--dtype float16: not on the CPU"),
+        ("device --latency-threads 0", "--latency-threads 0: .*at least 1"),
+        ("device --storage nonsense", "--storage nonsense: "),
+        ("latency --arch nonsense", "--arch nonsense: 'nonsense' is not an architecture"),
+        ("latency --arch nonsense --measure", "--arch nonsense: 'nonsense' is not an architecture"),
+        (f"latency --arch '{ARCH}'", "--storage sqlite:///studies/convfirst.db: there is no study database"),
+        (f"latency --arch '{ARCH.replace('8 |', '9 |')}'", "--arch .*: stem_width=9 is not a multiple of 8"),
+        (f"latency --arch '{ARCH}' --device tpu", "--device tpu: not a device"),
+        (f"latency --arch '{ARCH}' --measure --latency-resolution 4", "--latency-resolution 4: .*at least 8"),
+        ("analyze", "analyze: give one of --trial, --arch, --timm$"),
+        (f"analyze --arch '{ARCH}' --timm resnet18", "give one of --trial, --arch, --timm, not several"),
+        ("analyze --trial 1 --arch x --timm y", "give one of --trial, --arch, --timm, not several"),
+        ("analyze --timm resnet1", "--timm resnet1: timm has no such model .did you mean resnet18"),
+        ("analyze --timm qqqqqqqqqq", "--timm qqqqqqqqqq: timm has no such model$"),
+        ("analyze --arch nonsense", "--arch nonsense: 'nonsense' is not an architecture"),
+        ("analyze --arch 'relu stem 8 | 1x8 | head 16'", "--arch relu .*: stage 1: '1x8' is not a stage"),
+        ("analyze --trial 3", "--study convfirst: not in the database, so there is no --trial 3"),
+        ("analyze --timm resnet18 --out one/class0/0.png", "--out one/class0/0.png: is not a folder"),
+        ("analyze --timm resnet18 --device cuda:99", "--device cuda:99: "),
+        ("analyze --timm resnet18 --device tpu", "--device tpu: not a device"),
+        ("analyze --timm resnet18 --device cpu --engine nosuch", "--engine nosuch: none of"),
+        ("analyze --timm resnet18 --latency-batch 0", "--latency-batch 0: .*at least 1"),
+        ("analyze --timm resnet18 --latency-seconds 0", "--latency-seconds 0.0: .*positive"),
+        ("analyze --timm resnet18 --latency-classes 0", "--latency-classes 0: .*at least 1"),
+        (f"analyze --arch '{ARCH}' --against nonsense", "--against nonsense: timm has no such model"),
+        (f"analyze --arch '{ARCH}' --against 'a | b | c'", "--against a . b . c: 'a' is not a stem"),
+        (f"analyze --arch '{ARCH}' --against '{{}}'", "--against {}: not an architecture"),
+        (f"analyze --arch '{ARCH}' --against 7", "--study convfirst: not in the database, so there is no --against 7"),
+        (f"analyze --arch '{ARCH}' --device cpu --engine fused", "--engine fused: does not run on cpu"),
+        (f"analyze --arch '{ARCH}' --storage nonsense", "--storage nonsense: "),
+        ("remeasure", "--storage sqlite:///studies/convfirst.db: there is no study database"),
+        ("remeasure --storage sqlite:///foreign.db", "--storage sqlite:///foreign.db: "),
         ("space nosuch", "space nosuch: neither"),
         ("space --classes 0", "--classes 0"),
         ("space --resolution 0", "--resolution 0"),
@@ -281,7 +334,329 @@ def test_typers_own_refusals_exit_with_2(line: str) -> None:
 
 
 def test_an_empty_study_has_an_empty_front(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nas.search.RealEvaluator", lambda _config: FakeEvaluator())
+    monkeypatch.setattr("nas.search.RealEvaluator", lambda *_: FakeEvaluator())
     assert call("--budget 2 --time-limit 0.000001").exit_code == 0
     assert "empty" in call("pareto").stdout
     assert json.loads(call("pareto --format json").stdout) == []
+
+
+@pytest.mark.parametrize("line", ["analyze --trial many", "latency", "remeasure --dtype int8", "device --again yes"])
+def test_typers_own_refusals_of_commands_exit_with_2(line: str) -> None:
+    assert call(line).exit_code == 2
+
+
+# -- The device ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def profiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
+    """Profiles are invented, each better than the one before; yields the dtype and threads of each."""
+    asked: list[tuple[str, int]] = []
+
+    def measure(_device: torch.device, dtype: str, threads: int) -> MachineLimits:
+        asked.append((dtype, threads))
+        return MachineLimits(copy_bytes=1e10 * len(asked), product_macs=5e10 * len(asked), launch_seconds=1e-6)
+
+    monkeypatch.setattr(profile, "measure", measure)
+    return asked
+
+
+def test_a_devices_limits_are_measured_once_and_printed(tmp_path: Path, profiled: list[tuple[str, int]]) -> None:
+    result = call("device --device cpu")
+    assert result.exit_code == 0, result.output
+    assert (tmp_path / "studies" / "convfirst.db").is_file()
+    for words in ("float32, 1 thread(s)", "copy 10.0 GB/s", "product 100.0 GFLOP/s", "launch 1.00 us"):
+        assert words in result.stdout
+    assert call("device --device cpu").stdout == result.stdout
+    assert profiled == [("float32", 1)]
+    assert "copy 20.0 GB/s" in call("device --device cpu --again").stdout
+    # All that are known are printed, by device, dtype and threads.
+    result = call("device --device cpu --dtype bfloat16 --latency-threads 2 --storage sqlite:///studies/convfirst.db")
+    assert profiled[-1] == ("bfloat16", 2)
+    assert result.stdout.count(" GB/s") == 2
+    # Another database knows nothing of it.
+    call("device --device cpu --storage sqlite:///other.db")
+    assert profiled[3:] == [("float32", 1)]
+
+
+def test_a_device_is_measured_for_real(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(profile, "SECONDS", 0.02)
+    result = call("device --device cpu --latency-threads 2")
+    assert result.exit_code == 0, result.output
+    assert re.search(
+        r"float32, 2 thread.s.: copy [\d.,]+ GB/s .* product [\d.,]+ GFLOP/s, launch [\d.]+ us", result.stdout
+    )
+
+
+# -- Latency from the block table ------------------------------------------------------------------------------------
+
+
+def filled(config: LatencyConfig, arch: ArchSpec, leave_out: int = 0) -> None:
+    """A table that holds all of an architecture's parts at 4 ms a call of four, but the last so many."""
+    store = Store.open("sqlite:///studies/convfirst.db", create=True)
+    assert store is not None
+    parts = arch_parts(arch, config)
+    shapes = [CALL, *(part.shape for part in parts[: len(parts) - leave_out])]
+    table = BlockTable(store, on_device(config), config)
+    table.add([Figure(shape, 4.0, 4.0, 4.0, 10, 0.01, False) for shape in dict.fromkeys(shapes)])
+    if not leave_out:
+        table.add([Figure(network_shape(str(arch), config), 7.5, 7.5, 7.5, 10, 0.01, False)])
+    store.close()
+
+
+def test_an_architecture_of_which_nothing_was_measured_is_told_so(profiled: list[tuple[str, int]]) -> None:
+    call("device --device cpu")
+    result = call(f"latency --arch '{ARCH}' --device cpu")
+    assert result.exit_code == 0, result.output
+    assert "0 of 3 parts are measured, 0.0000 ms together; missing:" in result.stdout
+    for words in ("stem: {", "stage1.0: {", "head: {", "what a call costs", "--measure measures them"):
+        assert words in result.stdout
+
+
+def test_an_architecture_whose_parts_are_in_the_table_adds_up() -> None:
+    """4 ms of the call, and a quarter of 4 ms of each part of three."""
+    filled(LatencyConfig(device="cpu"), ArchSpec.parse(ARCH))
+    result = call(f"latency --device cpu --arch '{ARCH}'")
+    assert result.exit_code == 0, result.output
+    assert "7.0000 ms, the sum of 3 parts, all of them measured" in result.stdout
+    assert "7.5000 ms measured as a whole" in result.stdout
+    assert "torchscript, float32, batch 1, 32x32, 1 thread(s)" in result.stdout
+    # Its JSON is the same architecture.
+    as_json = call(f"latency --device cpu --arch '{ArchSpec.parse(ARCH).to_json()}'")
+    assert as_json.stdout == result.stdout
+    # Another deployment is another table, another resolution other shapes.
+    assert "0 of 3 parts" in call(f"latency --device cpu --arch '{ARCH}' --latency-batch 2").stdout
+    assert "1 of 3 parts" not in call(f"latency --device cpu --arch '{ARCH}' --latency-resolution 32").stdout
+    other = call(f"latency --device cpu --arch '{ARCH}' --latency-classes 7").stdout
+    assert "2 of 3 parts are measured, 2.0000 ms together" in other
+    assert "head: {" in other
+    assert "stem: {" not in other
+
+
+def test_what_is_missing_is_told_by_name() -> None:
+    filled(LatencyConfig(device="cpu"), ArchSpec.parse(ARCH), leave_out=1)
+    text = call(f"latency --device cpu --arch '{ARCH}'").stdout
+    assert "2 of 3 parts are measured" in text
+    assert "head: {" in text
+    assert "what a call costs" not in text
+    assert "as a whole" not in text
+
+
+QUICK = "--device cpu --engine eager --latency-seconds 0.02 --latency-resolution 16"
+
+
+def test_what_is_missing_is_measured_if_asked_to() -> None:
+    line = f"latency --arch '{ARCH}' {QUICK}"
+    result = call(f"{line} --measure")
+    assert result.exit_code == 0, result.output
+    assert "all of them measured" in result.stdout
+    assert "ms measured as a whole" in result.stdout
+    # From the table, at once, the same figures again.
+    assert call(line).stdout == result.stdout
+
+
+def test_sums_are_held_against_networks_on_the_day_of_the_studys_anchor() -> None:
+    """7 ms by its parts. The study's anchor took 2 ms and the table's 1 ms: the machine was half as fast then."""
+    config, arch = LatencyConfig(device="cpu"), ArchSpec.parse(ARCH)
+    filled(config, arch)
+    store = Store.open("sqlite:///studies/convfirst.db", create=False)
+    assert store is not None
+    table = BlockTable(store, on_device(config), config)
+    unknown = load_space("small").anchor()
+    found = errors(table, [arch, unknown, arch], [10.0, 1.0, 20.0], anchor_ms=2.0, anchor_in_table_ms=1.0)
+    assert found == pytest.approx([0.4, -0.3])
+    assert errors(table, [arch], [10.0], 2.0, None) == pytest.approx([-0.3])
+    assert "within 35.0% (median of 2; at most 40.0%)" in errors_line(found)
+    store.close()
+
+
+# -- Analysis --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal that has room for all columns."""
+    monkeypatch.setattr(run_search, "out", Console(width=140))
+
+
+@pytest.mark.usefixtures("wide")
+def test_an_architecture_is_analysed_and_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table has a row a part, the plots are there, and a second time nothing is measured."""
+    result = call(f"analyze --arch '{ARCH}' {QUICK} --out plots")
+    assert result.exit_code == 0, result.output
+    for words in ("part", "t* us", "gap us", "of peak", "bound by", "workspace KB", "stem", "stage1.0", "head"):
+        assert words in result.stdout
+    arch = ArchSpec.parse(ARCH)
+    assert f"ConvFirst {arch.arch_id}" in result.stdout
+    assert "eager, float32, batch 1, 16x16, cpu" in result.stdout
+    assert re.search(r"[\d.]+ ms as a network, [\d.]+ ms as the sum of its parts \([-+][\d.]+%\)", result.stdout)
+    assert re.search(
+        r"MMACs; efficiency [\d.]+% of [\d.,]+ GFLOP/s, waterline [\d.]+% \(layer by layer; ", result.stdout
+    )
+    assert "3 of its parts are not in the table" in result.stderr
+    files = sorted((tmp_path / "plots").iterdir())
+    assert [path.name for path in files] == [
+        "efficiency_gap.png", "efficiency_gap.svg", "waterline.png", "waterline.svg",
+    ]  # fmt: skip
+    for path in files:
+        assert path.read_bytes().startswith(b"\x89PNG" if path.suffix == ".png" else b"<?xml")
+        assert f"plots/{path.name}" in result.stderr
+    again = call(f"analyze --arch '{ARCH}' {QUICK}")
+    assert again.stdout == result.stdout
+    assert again.stderr == ""
+    # On a narrow terminal some columns are left out, and no figure is cut.
+    monkeypatch.setattr(run_search, "out", Console(width=80))
+    narrow = call(f"analyze --arch '{ARCH}' {QUICK}").stdout
+    assert "workspace" not in narrow
+    assert max(map(len, narrow.splitlines()[:8])) <= 80
+    for words in ("MMACs", "t* us", "of peak", "gap us", "bound by", "stage1.0"):
+        assert words in narrow
+
+
+@pytest.mark.usefixtures("wide")
+def test_a_timm_model_is_analysed_beside_an_architecture() -> None:
+    result = call(f"analyze --timm test_efficientnet --against '{ARCH}' {QUICK} --latency-resolution 32")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count(" ms as a network") == 2
+    for words in ("test_efficientnet", "conv_stem", "depthwise", "stage1.0", "classifier"):
+        assert words in result.stdout
+    assert "test_efficientnet as a whole" in result.stderr
+
+
+def test_a_timm_model_that_does_not_take_the_resolution_gets_one_line() -> None:
+    line = "analyze --timm test_vit --device cpu --engine eager --latency-resolution 72"
+    assert re.search("analyze: test_vit does not run on images of 72x72 .*72", refused(line))
+
+
+@pytest.mark.usefixtures("fake")
+def test_a_trial_is_analysed_in_the_deployment_of_its_study(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert call("--budget 2 --device cpu --engine eager --latency-batch 2 --latency-classes 3").exit_code == 0
+    assert "--trial 77: the study convfirst has no such candidate" in refused("analyze --trial 77")
+    assert "--trial -1: the study convfirst has no such candidate" in refused("analyze --trial -1")
+    assert "--study other: not in the database" in refused("analyze --trial 0 --study other")
+    assert "--against 78: the study convfirst has no such candidate" in refused("analyze --trial 0 --against 78")
+    asked: list[LatencyConfig] = []
+
+    def analyse(_store: Store, subject: Any, _note: object) -> None:
+        asked.append(subject.config)
+        raise CandidateFailed("out of memory")
+
+    monkeypatch.setattr("nas.analysis.analyse", analyse)
+    monkeypatch.setattr("nas.evaluate.check_device", lambda config: torch.device("cpu"))
+    assert "analyze: out of memory" in refused("analyze --trial 0 --latency-threads 2")
+    deployment = asked[-1]
+    assert (deployment.engine, deployment.batch_size, deployment.num_classes, deployment.threads) == ("eager", 2, 3, 2)
+    # Elsewhere what suits that device: a study on a CPU says nothing of a GPU's engine and dtype.
+    refused("analyze --trial 0 --device cuda")
+    deployment = asked[-1]
+    assert (deployment.device, deployment.engine, deployment.dtype) == ("cuda", "fused", "float16")
+    assert (deployment.batch_size, deployment.num_classes) == (2, 3)
+    refused("analyze --trial 0 --device cuda --engine compile --dtype float32")
+    assert (asked[-1].engine, asked[-1].dtype, asked[-1].precision) == ("compile", "float32", 0.02)
+
+
+# -- Measuring again -------------------------------------------------------------------------------------------------
+
+
+class Meter:
+    """Measures nothing: all as the study did, and slower by so much."""
+
+    reference_ms = 1.0
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def measure_together(self, archs: Sequence[ArchSpec]) -> list[Latency]:
+        return [
+            replace(
+                latency,
+                **{name: self.factor * getattr(latency, name) for name in ("p20_ms", "median_ms", "p80_ms")},
+            )
+            for latency in map(FakeEvaluator().measure, archs)
+        ]
+
+    def close(self) -> None:
+        pass
+
+
+@pytest.fixture
+def meters(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[LatencyConfig]]:
+    """Puts fake meters in the place of real ones; returns where their deployments are kept."""
+
+    def make(factor: float) -> list[LatencyConfig]:
+        made: list[LatencyConfig] = []
+
+        def meter_for(config: LatencyConfig, _anchor: ArchSpec, _reference_ms: float | None) -> Meter:
+            made.append(config)
+            return Meter(factor)
+
+        monkeypatch.setattr("nas.remeasure.meter_for", meter_for)
+        return made
+
+    return make
+
+
+@pytest.mark.usefixtures("fake", "profiled")
+def test_a_study_is_measured_in_another_deployment(meters: Callable[[float], list[LatencyConfig]]) -> None:
+    assert call("--budget 6 --device cpu").exit_code == 0
+    before = json.loads(call("pareto --format json").stdout)
+    made = meters(2.0)
+    line = "remeasure --latency-batch 8 --latency-threads 2 --engine eager --dtype bfloat16 --latency-seconds 1"
+    result = call(f"{line} --latency-precision 0.2")
+    assert result.exit_code == 0, result.output
+    (config,) = made
+    assert (config.batch_size, config.threads, config.engine, config.dtype) == (8, 2, "eager", "bfloat16")
+    assert (config.seconds, config.precision, config.resolution) == (1.0, 0.2, 32)
+    told = re.findall(r"^(\d)/6  trial \d+: [\d.]+ ms$", result.stdout, re.MULTILINE)
+    assert told == ["1", "2", "3", "4", "5", "6"]
+    assert "measuring the front in turns" in result.stdout
+    assert "Pareto front of convfirst" in result.stdout
+    assert f"{len(before)} networks in turns: latencies moved by +0.0% to +0.0%" in result.stdout
+    assert "it stays as it was" in result.stdout
+    fronts = json.loads(call("pareto --format json").stdout)
+    there = [row for row in fronts if row["engine"] == "eager"]
+    assert [row for row in fronts if row["engine"] != "eager"] == before
+    assert [row["number"] for row in there] == [row["number"] for row in before]
+    assert [row["latency_ms"] for row in there] == pytest.approx([2 * row["latency_ms"] for row in before])
+    # Both are drawn, each by itself.
+    drawn = call("pareto --plot front.png")
+    assert drawn.exit_code == 0, drawn.output
+    assert "front_1.png" in drawn.stderr
+    assert "front_2.png" in drawn.stderr
+
+    # A second time the front only, unless all are asked for.
+    meters(2.0)
+    assert "trial" not in call(line).stdout.partition("measuring the front")[0]
+    meters(3.0)
+    result = call(f"{line} --all")
+    assert "6/6  trial" in result.stdout
+
+
+@pytest.mark.usefixtures("fake", "profiled")
+def test_what_cannot_be_measured_again_gets_one_line(meters: Callable[[float], list[LatencyConfig]]) -> None:
+    made = meters(1.0)
+    assert call("--budget 2 --device cpu --time-limit 0.000001").exit_code == 0
+    assert "--study convfirst: has no complete candidate" in refused("remeasure")
+    assert call("--budget 2 --device cpu --study other").exit_code == 0
+    before = call("pareto --study other --format json").stdout
+    for line, told in (
+        ("--study nosuch", "--study nosuch: not in .*there: convfirst, other"),
+        ("--study other --device tpu", "--device tpu: not a device"),
+        ("--study other --device cuda:99", "--device cuda:99: "),
+        ("--study other --engine nosuch", "--engine nosuch: none of"),
+        ("--study other --engine fused", "--engine fused: does not run on cpu"),
+        ("--study other --dtype float16", "--dtype float16: not on the CPU"),
+        ("--study other --latency-batch 0", "--latency-batch 0: .*at least 1"),
+        ("--study other --latency-threads 0", "--latency-threads 0: .*at least 1"),
+        ("--study other --latency-seconds -1", "--latency-seconds -1.0: .*positive"),
+        ("--study other --latency-precision 2", "--latency-precision 2.0: .*between 0 and 1"),
+    ):
+        assert re.search(told, refused(f"remeasure {line}")), line
+    assert made == []
+    assert call("pareto --study other --format json").stdout == before
+    # A study that is being searched is left alone.
+    owner = Owner(Owner.me().host, os.getppid(), psutil.Process(os.getppid()).create_time())
+    with sqlite3.connect("studies/convfirst.db") as connection:
+        connection.execute("update convfirst_studies set owner = ?", (str(owner),))
+    assert f"is being searched by process {os.getppid()}" in refused("remeasure --study other")
+    assert made == []

@@ -3,12 +3,13 @@ from __future__ import annotations
 import io
 from dataclasses import replace
 
+import pandas as pd
 import pytest
 from rich.console import Console
 
 from nas.evaluate import Outcome
 from nas.overhead import FakeEvaluator
-from nas.progress import LiveProgress, scored
+from nas.progress import LiveProgress, front_table, scored
 from nas.search import Event
 from search_spaces import load_space
 from studies import CandidateState
@@ -34,3 +35,13 @@ def test_a_terminal_shows_it_above_the_live_line(width: int) -> None:
         live.begin(0, 2)
         live.candidate(Event(arch, outcome, 1, 2, 0.5, 1, 0.3, None))
     assert f"{arch}: ready in 3.2 s" in shown.getvalue().replace("\n", "").replace("\r", "")
+
+
+def test_a_front_without_a_profile_is_shown_without_efficiencies() -> None:
+    row = dict(
+        number=3, accuracy=0.5, latency_ms=1.25, computational_efficiency=None, params=1e4, macs=1e6, summary="a"
+    )
+    shown = io.StringIO()
+    Console(file=shown, width=120).print(front_table(pd.DataFrame([row]), "front"))
+    assert "1.2500" in shown.getvalue()
+    assert "nan" not in shown.getvalue()

@@ -586,3 +586,19 @@ def test_a_whole_search_runs_on_cuda(sqlite_url: str) -> None:
     for row in candidates(config):
         assert row.latencies[0].engine == "eager"
         assert row.latencies[0].dtype == "float16"
+
+
+def test_a_front_that_does_not_run_together_stays_as_it_was(sqlite_url: str) -> None:
+    class Crowded(FakeEvaluator):
+        def measure_together(self, archs: Sequence[ArchSpec]) -> list[Latency]:
+            raise CandidateFailed("no room for all of them")
+
+        def measure_blocks(
+            self, archs: Sequence[ArchSpec], known: Collection[str], references_ms: Sequence[float] | None
+        ) -> list[Figure]:
+            raise CandidateFailed("a block does not compile")
+
+    result = search.run(SearchConfig(budget=4, storage=sqlite_url, block_table=True), Crowded())
+    assert result.complete == 4
+    assert not result.pareto_front.empty
+    assert result.remarks == ("the front could not be measured again (no room for all of them)",)
