@@ -152,8 +152,8 @@ def remeasure(
         note: told what is done.
 
     Raises:
-        UsageError: the device is not here, does not run the engine, the engine does not run the anchor, or the study
-            has no complete candidate.
+        UsageError: the device is not here, does not run the engine, the engine does not run the anchor or the front in
+            turns, or the study has no complete candidate.
         studies.StorageError: a process searches the study.
     """
     row = store.find_study(name)
@@ -201,6 +201,10 @@ def remeasure(
                 store.add_latencies(row.study_id, [added])
                 note(f"{number}/{len(lacking)}  trial {candidate.number}: {latency.median_ms:.4f} ms")
             note("measuring the front in turns")
-            return remeasure_front(store, name, row.study_id, config, device_id, measure, again=True)
+            try:
+                return remeasure_front(store, name, row.study_id, config, device_id, measure, again=True)
+            except CandidateFailed as error:
+                # Each ran alone before; together they may not.
+                raise UsageError(f"--study {name}: its front could not be measured in turns ({error})") from error
     finally:
         store.release(row.study_id, owner)

@@ -9,7 +9,7 @@ from torch import nn
 from triton.runtime.errors import OutOfResources
 
 from kernels.device_state import DeviceState
-from kernels.timing import DeviceInfo, Sampled
+from kernels.timing import DeviceInfo, Precision, Sampled
 from nas import latency as latency_module
 from nas.config import DEFAULT_ENGINE, LatencyConfig
 from nas.engines import ENGINES, deploy, runs_on
@@ -72,6 +72,23 @@ def test_a_given_reference_scales_the_result() -> None:
     # The anchor against itself: noise aside, its latency is the reference, whatever this machine's speed.
     assert latency.median_ms == pytest.approx(100.0, rel=0.5)
     assert latency.raw_median_ms < 50
+
+
+def test_what_scales_all_others_is_to_be_known_better_than_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[float, float]] = []
+    real = latency_module.sample_until
+
+    def spy(
+        runs: object, clock: object, least: object, precision: Precision, *rest: object, **fields: object
+    ) -> Sampled:
+        asked.append((precision.share, precision.cap_seconds))
+        return real(runs, clock, least, precision, *rest, **fields)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(latency_module, "sample_until", spy)
+    config = replace(QUICK, precision=0.06)
+    meter = LatencyMeter(config, SPACE.smallest().build(10))
+    meter.measure(SPACE.smallest().build(10))
+    assert asked == [(pytest.approx(0.02), pytest.approx(0.15)), (0.06, 0.05)]
 
 
 def test_measuring_leaves_the_thread_count_as_it_was() -> None:

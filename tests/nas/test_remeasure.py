@@ -426,6 +426,30 @@ def test_a_candidate_that_fails_elsewhere_is_noted_and_left_out(
     assert meter.measured == [[1], [0, 1, 3]]
 
 
+def test_a_front_that_does_not_run_together_is_told_and_what_was_measured_is_kept(
+    done: tuple[SearchConfig, Scored], monkeypatch: pytest.MonkeyPatch, profiled: list[tuple[str, int]]
+) -> None:
+    """Each ran alone; three of them take more memory."""
+    config, evaluator = done
+
+    class Cramped(Meter):
+        def measure_together(self, archs: Sequence[ArchSpec]) -> list[Latency]:
+            if len(archs) > 1:
+                raise CandidateFailed("the measuring process was killed by signal 9")
+            return super().measure_together(archs)
+
+    meter = Cramped(evaluator.numbers)
+    with pytest.raises(UsageError, match="--study convfirst: its front could not be measured in turns .*signal 9"):
+        remeasured(config, meter, monkeypatch, threads=2)
+    assert meter.closed == 1
+    store, study = opened(config)
+    there = of_deployment(store.front(config.study), replace(config.latency, threads=2), study.device_id)
+    assert list(there["number"]) == [0, 1, 3]
+    assert set(there["latency_stage"]) == {"search"}
+    assert study.owner is None
+    store.close()
+
+
 def test_where_all_fail_there_is_no_front(
     done: tuple[SearchConfig, Scored], monkeypatch: pytest.MonkeyPatch, profiled: list[tuple[str, int]]
 ) -> None:

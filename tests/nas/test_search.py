@@ -182,6 +182,29 @@ def test_the_front_is_measured_once_more_and_added_up_from_its_blocks(on_cpu: Se
     assert same.remarks == (blocks,)
 
 
+def test_a_front_that_does_not_run_together_or_in_blocks_ends_no_search(on_cpu: SearchConfig) -> None:
+    """Hours of training are not to be lost for want of a last measurement, which the next run makes up for."""
+
+    class Cramped(Counting):
+        def measure_together(self, archs: Sequence[ArchSpec]) -> list[Latency]:
+            raise CandidateFailed("the measuring process was killed by signal 9")
+
+        def measure_blocks(
+            self, archs: Sequence[ArchSpec], known: Collection[str], references_ms: Sequence[float] | None
+        ) -> list[Figure]:
+            raise CandidateFailed("out of memory")
+
+    result = search.run(replace(on_cpu, block_table=True), Cramped())
+    assert (result.complete, result.why) == (12, "budget met")
+    assert result.remarks == (
+        "the front could not be measured again (the measuring process was killed by signal 9)",
+    )  # fmt: skip
+    assert set(result.pareto_front["latency_stage"]) == {"search"}
+    second = Counting()
+    assert len(search.run(on_cpu, second).remarks) == 2
+    assert second.together
+
+
 def test_a_search_that_found_nothing_has_nothing_to_measure_again(on_cpu: SearchConfig) -> None:
     evaluator = Counting()
     result = search.run(replace(on_cpu, time_limit_s=1e-6), evaluator)
