@@ -5,11 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from nas.analysis import timm_model
 from nas.config import LatencyConfig
-from nas.parts import Part, arch_modules, arch_parts, canonical, layers, prepared, shape_id
+from nas.parts import Part, arch_modules, arch_parts, canonical, layer_part, layers, prepared, shape_id
 from search_spaces import ArchSpec, StageSpec, cost, load_space
 from tests.conftest import make_tiny_space
 
@@ -235,6 +236,18 @@ def test_layers_run_on_the_inputs_that_are_told() -> None:
         with torch.inference_mode():
             out = module(torch.zeros(part.input_shape))
         assert 4 * out.numel() == part.block.layers[0].output_bytes
+
+
+def test_a_convolution_that_pads_its_input_itself_is_another_problem() -> None:
+    """Of equal fields: TensorFlow's padding, which timm has a class for, is a kernel of its own."""
+    fields = dict(in_channels=8, out_channels=8, kernel_size=3, stride=2, padding=0)
+    plain, same = nn.Conv2d(**fields), Conv2dSame(**fields)  # type: ignore[arg-type]
+    shapes = {
+        layer_part("conv", layer, (1, 8, 16, 16), (1, 8, 8, 8), 4).shape for layer in (plain, same)
+    }  # fmt: skip
+    assert len(shapes) == 2
+    # What comes out tells, too.
+    assert layer_part("conv", plain, (1, 8, 16, 16), (1, 8, 7, 7), 4).shape not in shapes
 
 
 class Twice(nn.Module):

@@ -439,7 +439,7 @@ def test_a_front_that_does_not_run_together_is_told_and_what_was_measured_is_kep
             return super().measure_together(archs)
 
     meter = Cramped(evaluator.numbers)
-    with pytest.raises(UsageError, match="--study convfirst: its front could not be measured in turns .*signal 9"):
+    with pytest.raises(UsageError, match=r"--study convfirst: its front could not be measured in turns .*signal 9"):
         remeasured(config, meter, monkeypatch, threads=2)
     assert meter.closed == 1
     store, study = opened(config)
