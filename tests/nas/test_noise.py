@@ -9,6 +9,7 @@ import pytest
 
 from nas import noise
 from nas.config import LatencyConfig
+from nas.isolation import LocalMeter
 from nas.latency import Latency
 from nas.noise import exchanges, spread
 from search_spaces import ArchSpec
@@ -35,7 +36,9 @@ def test_pairs_that_change_places(figures: list[list[float]], changed: int, tota
     assert exchanges(np.array(figures)) == (changed, total)
 
 
-def test_it_measures_for_real(capsys: pytest.CaptureFixture[str]) -> None:
+def test_it_measures_for_real(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    # In this process: starting another takes seconds.
+    monkeypatch.setattr(noise, "meter_for", LocalMeter)
     noise.main(networks=2, rounds=2, device="cpu", seconds=0.02)
     printed = capsys.readouterr().out
     for words in ("2 networks, 2 rounds", "raw", "corrected", "of 1 pairs", "ended by the cap", "anchor"):
