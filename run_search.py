@@ -44,7 +44,8 @@ DtypeOption = Annotated[
     Dtype, typer.Option("--dtype", help="auto is float16 on CUDA, else float32.", rich_help_panel="Deployment")
 ]
 BatchOption = Annotated[
-    int | None, typer.Option("--latency-batch", help="Images; by default 1.", rich_help_panel="Deployment")
+    int | None,
+    typer.Option("--latency-batch", help="Images; by default 1, or the study's.", rich_help_panel="Deployment"),
 ]
 ResolutionOption = Annotated[
     int | None,
@@ -52,10 +53,15 @@ ResolutionOption = Annotated[
 ]
 ClassesOption = Annotated[
     int | None,
-    typer.Option("--latency-classes", help="By default 10, of timm models 1000.", rich_help_panel="Deployment"),
+    typer.Option(
+        "--latency-classes",
+        help="By default 10, with total stride 32 and of timm models 1000; or the study's.",
+        rich_help_panel="Deployment",
+    ),
 ]
 ThreadsOption = Annotated[
-    int | None, typer.Option("--latency-threads", help="CPU threads; by default 1.", rich_help_panel="Deployment")
+    int | None,
+    typer.Option("--latency-threads", help="CPU threads; by default 1, or the study's.", rich_help_panel="Deployment"),
 ]
 PrecisionOption = Annotated[
     float | None,
@@ -249,12 +255,13 @@ def device(
     with _reported(storage):
         from nas import profile
         from nas.evaluate import check_device
+        from nas.locks import WAITING
 
         # Any engine will do: none runs.
         config = _deployment(**{**_given(context), "engine": "eager"})
-        where = check_device(config)
+        check_device(config)
         with _made(storage) as store:
-            profile.find_or_measure(store, where, config.dtype, config.threads, again)
+            profile.find_or_measure(store, config, again, partial(_note, WAITING))
             for line in profile.lines(store.profiles()):
                 out.print(line, highlight=False, soft_wrap=True)
 
@@ -284,8 +291,9 @@ def remeasure(
         given = _given(context)
         flags = {name: (DEPLOYMENT_FLAGS[name], value) for name, value in given.items()}
         note = partial(out.print, highlight=False, soft_wrap=True, markup=False)
-        fields = dict(store=store, name=study, changes=given, everything=everything, note=note)
-        done = _checked(again.remeasure, flags, **fields)
+        # Only what the flags say is theirs to answer for.
+        planned = _checked(again.plan, flags, store=store, name=study, changes=given)
+        done = again.remeasure(store, study, planned, everything, note)
         if done is None:
             out.print("The front is empty: nothing was measured.")
             return
@@ -305,6 +313,8 @@ def analyze(
     against: Annotated[
         str | None, typer.Option(help="Beside it another: a trial's number, an architecture or a timm model.")
     ] = None,
+    layers: Annotated[bool, typer.Option(help="The layers of each block, too.")] = False,
+    again: Annotated[bool, typer.Option(help="Measure all of it anew.")] = False,
     out_dir: Annotated[Path | None, typer.Option("--out", help="Folder for the plots, PNG and SVG.")] = None,
     device: DeviceOption = AUTO,
     engine: EngineOption = AUTO,
@@ -327,16 +337,15 @@ def analyze(
         chosen = [(flag, value) for flag, value in named.items() if value is not None]
         if len(chosen) != 1:
             raise UsageError(f"analyze: give one of {', '.join(named)}" + (", not several" if chosen else ""))
-        if out_dir is not None and out_dir.exists() and not out_dir.is_dir():
-            raise UsageError(f"--out {out_dir}: is not a folder")
+        if out_dir is not None:
+            _require_folder("--out", out_dir)
         with _found(storage) as found:
             subjects = choose(found, study, chosen[0], against, given, _deployment)
         for subject in subjects:
             check_device(subject.config)
         with _made(storage) as store:
-            note = partial(err.print, highlight=False, soft_wrap=True, markup=False)
             try:
-                analyses = [analyse(store, subject, note) for subject in subjects]
+                analyses = [analyse(store, subject, _note, again=again, by_layer=layers) for subject in subjects]
             except CandidateFailed as error:
                 raise UsageError(f"analyze: {error}") from error
         for analysis in analyses:
@@ -354,6 +363,7 @@ def latency(
     context: typer.Context,
     arch: Annotated[str, typer.Option(help="An architecture's line, or its JSON.")],
     measure: Annotated[bool, typer.Option(help="Measure what the block latency table lacks of it.")] = False,
+    again: Annotated[bool, typer.Option(help="Measure all of it anew.")] = False,
     storage: Storage = DEFAULT_STORAGE,
     device: DeviceOption = AUTO,
     engine: EngineOption = AUTO,
@@ -373,10 +383,11 @@ def latency(
 
         (subject,) = choose(None, DEFAULT_STUDY, ("--arch", arch), None, _given(context), _deployment)
         check_device(subject.config)
+        measure = measure or again
         with _made(storage) if measure else _opened(storage) as store:
             if measure:
                 try:
-                    analyse(store, subject, partial(err.print, highlight=False, soft_wrap=True))
+                    analyse(store, subject, _note, again=again)
                 except CandidateFailed as error:
                     raise UsageError(f"--arch {arch}: {error}") from error
             for line in table_lines(store, subject):
@@ -397,6 +408,22 @@ def _checked(make: Any, names: dict[str, tuple[str, Any]], /, **fields: Any) -> 
         field, _, rest = str(error).partition("=")
         flag, value = names[field]
         raise UsageError(f"{flag} {value}: {rest.partition(' ')[2]}") from error
+
+
+def _note(line: str) -> None:
+    """Progress, beside what a command prints."""
+    err.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+def _require_folder(flag: str, folder: Path) -> None:
+    """Raises UsageError where a folder is none, or could not be made or written to; makes nothing."""
+    from nas.errors import UsageError
+
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise UsageError(f"{flag} {folder}: {existing} is not a folder")
+    if not os.access(existing, os.W_OK):
+        raise UsageError(f"{flag} {folder}: the folder {existing} is read-only")
 
 
 def _given(context: typer.Context) -> dict[str, Any]:

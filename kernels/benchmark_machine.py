@@ -9,8 +9,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,20 +19,16 @@ import timm
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from kernels.ceilings import MIB, CeilingRun, ceiling_runs, rate
 from kernels.cost_model import H200, Limits
 from kernels.timing import MIN_SAMPLE_SECONDS, DeviceInfo, clock_for, time_interleaved
 
 FOLDER = Path(__file__).parent
-MIB = 2**20
-# Of each kind of device: bytes copied, side of the square product, seconds of sampling for all limits together.
-COPY_BYTES = {"cuda": 1024 * MIB, "cpu": 64 * MIB}
-PRODUCT_SIDE = {"cuda": 8192, "cpu": 768}
+# Of sampling, for all limits together.
 SECONDS = {"cuda": 2.0, "cpu": 0.2}
 # Held by any L2 that is worth measuring, and far more than all first-level caches but one.
 L2_BYTES = 16 * MIB
-LAUNCHES = 1000
 CLOCK_FIELDS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
 # As many as are resident at once, by the registers of either kernel below.
 PROGRAMS_PER_MULTIPROCESSOR = 4
@@ -134,60 +129,15 @@ READ_STEPS = 256
 # -- Measuring -------------------------------------------------------------------------------------------------------
 
 
-def _graph_of(launch: Callable[[], object], launches: int) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of so many launches, which have been made before."""
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(launches):
-            launch()
-    return graph
-
-
 @torch.inference_mode()
-def measure_limits(
-    device: torch.device, dtype: torch.dtype | None = None, detailed: bool = True, seconds: float | None = None
-) -> MachineLimits:
-    """The limits of a device, on random values: products of zeros draw less power and so run faster.
-
-    Args:
-        dtype: of the product; float16 on CUDA and float32 on a CPU by default. Float32 products on CUDA take TF32, as
-            cuDNN's convolutions do by default.
-        detailed: on CUDA also what needs kernels of our own, the L2's rate and that of the older products.
-        seconds: of sampling; `SECONDS` by default.
-    """
+def measure_limits(device: torch.device) -> MachineLimits:
+    """The limits of a device, on CUDA those of float16, else of float32."""
     on_cuda = device.type == "cuda"
-    dtype = dtype or (torch.float16 if on_cuda else torch.float32)
-    side = PRODUCT_SIDE[device.type]
-
-    def random(*shape: int, of: torch.dtype = dtype) -> Tensor:
-        return torch.randn(shape, dtype=of, device=device)
-
-    source = random(COPY_BYTES[device.type] // dtype.itemsize)
-    target = torch.empty_like(source)
-    left, right, product = random(side, side), random(side, side), random(side, side)
-    # What is done, and how much of it: the quotient of the second and the first's seconds is a rate.
-    runs: dict[str, tuple[Callable[[], object], float]] = {
-        "copy_bytes": (lambda: target.copy_(source), 2 * COPY_BYTES[device.type]),
-        "product_macs": (lambda: torch.matmul(left, right, out=product), side**3),
-    }
-    one = torch.zeros(1, device=device)
-
-    def launch() -> None:
-        one.add_(1)
-
-    def launch_many() -> None:
-        for _ in range(LAUNCHES):
-            launch()
-
-    launch()
-    runs["launch_seconds"] = (launch_many, LAUNCHES)
+    runs = ceiling_runs(device, torch.float16 if on_cuda else torch.float32)
     if on_cuda:
-        graph = _graph_of(launch, LAUNCHES)
-        runs["graph_launch_seconds"] = (graph.replay, LAUNCHES)
-    if on_cuda and detailed:
         programs = PROGRAMS_PER_MULTIPROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
-        words = random(2 * 6 * MMA_LENGTH, of=torch.float16).view(torch.int32)
-        cached, sums = random(L2_BYTES // 4, of=torch.float32), torch.empty(programs, device=device)
+        words = torch.randn(2 * 6 * MMA_LENGTH, dtype=torch.float16, device=device).view(torch.int32)
+        cached, sums = torch.randn(L2_BYTES // 4, device=device), torch.empty(programs, device=device)
 
         def multiply() -> None:
             mma_kernel[(programs,)](words, sums, MMA_STEPS, MMA_LENGTH, num_warps=MMA_WARPS)
@@ -196,37 +146,19 @@ def measure_limits(
             read_kernel[(programs,)](cached, sums, len(cached) // READ_BLOCK, READ_STEPS, READ_BLOCK, num_warps=8)
 
         runs |= {
-            "mma_macs": (multiply, programs * MMA_STEPS * MMA_LENGTH // 32 * MACS_PER_MMA),
-            "l2_bytes": (read, programs * READ_STEPS * READ_BLOCK * 4),
+            "mma_macs": CeilingRun(multiply, programs * MMA_STEPS * MMA_LENGTH // 32 * MACS_PER_MMA),
+            "l2_bytes": CeilingRun(read, programs * READ_STEPS * READ_BLOCK * 4),
         }
-    with tensor_float32():
+    # Triton launches on the current device, whatever device its arguments are on.
+    with torch.cuda.device(device) if on_cuda else nullcontext():
         samples = time_interleaved(
-            [_silent(run) for run, _ in runs.values()], clock_for(device), seconds or SECONDS[device.type],
+            [each.run for each in runs.values()], clock_for(device), SECONDS[device.type],
             MIN_SAMPLE_SECONDS[device.type],
         )  # fmt: skip
     medians = np.median(samples, axis=0)
-    found = {}
-    for (name, (_, amount)), median in zip(runs.items(), medians, strict=True):
-        found[name] = float(median / amount if name.endswith("seconds") else amount / median)
-    return MachineLimits(**found)
-
-
-@contextmanager
-def tensor_float32() -> Iterator[None]:
-    """Float32 products on CUDA take TF32, as cuDNN's convolutions do by default."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = True
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def _silent(run: Callable[[], object]) -> Callable[[], None]:
-    def silent() -> None:
-        run()
-
-    return silent
+    return MachineLimits(**{
+        name: rate(name, each, float(median)) for (name, each), median in zip(runs.items(), medians, strict=True)
+    })  # fmt: skip
 
 
 # -- Provenance ------------------------------------------------------------------------------------------------------

@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-# Bits of NVML's clock event reasons that mean a GPU slower than it was asked to be. The others do not: idle (0x1), the
-# clocks somebody set for applications (0x2) or the display (0x100), and sync boost (0x10).
+# Bits of NVML's clock event reasons that mean a GPU slower than when it has rested. The others do not: idle (0x1), the
+# clocks somebody set for applications (0x2) or the display (0x100), sync boost (0x10), and the power cap (0x4), which
+# is how fast the GPU is: a heavy kernel runs into it after any rest.
 THROTTLING = {
-    0x04: "software power cap",
     0x08: "hardware slowdown",
     0x20: "software thermal slowdown",
     0x40: "hardware thermal slowdown",
@@ -28,14 +28,11 @@ class DeviceState:
     """What a GPU told at one moment.
 
     Args:
-        power_w: None where the GPU does not measure it.
         throttled_by: why the clocks are below what was asked for; values of `THROTTLING`.
     """
 
     sm_clock_mhz: float
-    memory_clock_mhz: float
     temperature_c: float
-    power_w: float | None
     throttled_by: tuple[str, ...]
 
     @property
@@ -53,7 +50,6 @@ def read_state(device: torch.device) -> DeviceState | None:
     try:
         handle = _handle(f"GPU-{uuid}")
         sm_clock_mhz = nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)
-        memory_clock_mhz = nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM)
         temperature_c = _first_that_answers(
             nvml, ("nvmlDeviceGetTemperature", "nvmlDeviceGetTemperatureV"), handle, nvml.NVML_TEMPERATURE_GPU
         )
@@ -62,11 +58,8 @@ def read_state(device: torch.device) -> DeviceState | None:
         )
     except nvml.NVMLError:
         return None
-    power_w = None
-    with suppress(nvml.NVMLError):
-        power_w = nvml.nvmlDeviceGetPowerUsage(handle) / 1e3
     throttled_by = tuple(name for bit, name in THROTTLING.items() if reasons & bit)
-    return DeviceState(float(sm_clock_mhz), float(memory_clock_mhz), float(temperature_c), power_w, throttled_by)
+    return DeviceState(float(sm_clock_mhz), float(temperature_c), throttled_by)
 
 
 @cache

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,19 +15,19 @@ import torch
 from rich.table import Table
 from torch import nn
 
+from nas import profile
 from nas.block_table import BlockMeter, BlockTable, Sum, network_shape, on_device
 from nas.config import LatencyConfig
-from nas.efficiency import Efficiency, Machine, NetworkEfficiency, everything_else, waterline
-from nas.errors import UsageError, is_out_of_memory
+from nas.efficiency import Block, Efficiency, NetworkEfficiency, everything_else, single, waterline
+from nas.errors import UsageError, is_out_of_memory, memory_may_run_out
 from nas.evaluate import check_device
-from nas.locks import device_lock
-from nas.parts import Part, arch_parts, layers
+from nas.locks import WAITING, device_lock
+from nas.parts import CALL, Part, arch_parts, block_name, layers, shape_id
 from nas.plots import plot_efficiency_gap, plot_waterline
 from search_spaces import ArchSpec
-from studies import Store
+from studies import BlockLatency, Store
 
 Note = Callable[[str], None]
-WAITING = "waiting for another process that measures or trains on this device"
 # What a timm network is run with: `fused` and its layers know ConvFirst networks only.
 TIMM_ENGINE = {"cpu": "torchscript", "cuda": "compile"}
 COLUMNS = (
@@ -35,6 +36,7 @@ COLUMNS = (
 )  # fmt: skip
 # What is left out below so many columns.
 WIDE, WIDE_ONLY = 120, ("kind", "KB fused", "KB by layer", "workspace KB")
+CALL_ID = shape_id(CALL)
 # Of what the parts leave unexplained, less than this share of the network's time is noise.
 NOISE = 0.01
 
@@ -57,17 +59,18 @@ class Subject:
 
 
 def cells(row: Efficiency) -> tuple[str, ...]:
-    """A row of the table, in the order of `COLUMNS`."""
-    block, seconds = row.block, row.seconds or 0.0
+    """A row of the table, in the order of `COLUMNS`; what was not measured is left empty."""
+    block = row.block
+    taken = "" if row.seconds is None else f"{1e6 * row.seconds:,.1f}"
     if not block.macs:
-        taken = f"{1e6 * seconds:,.1f}"
         return (block.name, block.kind, "", "", "", "", "", taken, "", taken, "", "")
     workspace = block.fused_workspace_bytes if row.fused else block.unfused_workspace_bytes
+    share = "" if row.efficiency is None else f"{row.efficiency:.1%}"
+    gap = "" if row.gap_seconds is None else f"{1e6 * row.gap_seconds:,.1f}"
     return (
         block.name, block.kind, f"{block.macs / 1e6:,.3f}", f"{block.fused_bytes / 1e3:,.1f}",
         f"{block.unfused_bytes / 1e3:,.1f}", f"{block.intensity(row.fused):.1f}", f"{1e6 * row.ideal_seconds:,.1f}",
-        f"{1e6 * seconds:,.1f}", f"{row.efficiency or 0:.1%}", f"{1e6 * (row.gap_seconds or 0):,.1f}", row.bound_by,
-        f"{workspace / 1e3:,.1f}",
+        taken, share, gap, row.bound_by, f"{workspace / 1e3:,.1f}",
     )  # fmt: skip
 
 
@@ -77,15 +80,17 @@ class Analysis:
 
     Args:
         efficiency: the rows, and the network's own latency.
-        parts: what the rows are measurements of, without what is left over.
         sum_ms: what the parts add up to.
         network_ms: the network's own latency.
+        layers: name of a part -> its layers, where they were asked for.
+        doubtful: parts that were measured less precisely than asked for.
     """
 
     efficiency: NetworkEfficiency
-    parts: tuple[Part, ...]
     sum_ms: float
     network_ms: float
+    layers: dict[str, tuple[Efficiency, ...]]
+    doubtful: tuple[BlockLatency, ...]
 
     @property
     def error(self) -> float:
@@ -104,6 +109,9 @@ class Analysis:
         for row in efficiency.rows:
             by_name = dict(zip(COLUMNS, cells(row), strict=True))
             table.add_row(*(by_name[name] for name in columns))
+            for layer in self.layers.get(row.block.name, ()):
+                by_name = dict(zip(COLUMNS, cells(layer), strict=True))
+                table.add_row("  " + by_name[columns[0]], *(by_name[name] for name in columns[1:]), style="dim")
         return table
 
     def lines(self) -> list[str]:
@@ -115,18 +123,36 @@ class Analysis:
         best = f"waterline {efficiency.waterline:.1%}"
         if any(len(row.block.layers) > 1 and not row.fused for row in rows):
             best += f" (layer by layer; {waterline([replace(row, fused=True) for row in rows]):.1%} with fused blocks)"
-        return [
+        found = [
             f"{self.network_ms:.4f} ms as a network, {self.sum_ms:.4f} ms as the sum of its parts ({self.error:+.1%})",
             f"{macs / 1e6:,.2f} MMACs; efficiency {efficiency.achieved:.1%} of "
             f"{2 * efficiency.machine.macs_per_s / 1e9:,.1f} GFLOP/s, {best}",
         ]
+        return found + doubtful_lines(self.doubtful)
+
+
+def doubtful_lines(rows: Sequence[BlockLatency]) -> list[str]:
+    """A line, if there are such rows."""
+    if not rows:
+        return []
+    widest = max(row.interval_share for row in rows)
+    throttled = " or measured on a throttling GPU" if any(row.throttled for row in rows) else ""
+    return [
+        f"{len(rows)} of the parts are ended by the time cap{throttled}: known within {widest:.0%} at worst "
+        "(--again measures anew)"
+    ]
 
 
 def require_timm_model(name: str, flag: str) -> None:
-    """Raises UsageError where timm has no model of that name."""
+    """Raises UsageError where timm has no model, or no such variant of it, of that name."""
     import timm
+    from timm.models import split_model_name_tag
 
-    if not timm.is_model(name):
+    model, tag = split_model_name_tag(name)
+    if timm.is_model(model) and tag and name not in timm.list_pretrained(f"{model}.*"):
+        known = ", ".join(each.partition(".")[2] for each in timm.list_pretrained(f"{model}.*")) or "none"
+        raise UsageError(f"{flag} {name}: timm has no such weights of {model} (there: {known})")
+    if not timm.is_model(model):
         close = difflib.get_close_matches(name, timm.list_models(), n=3)
         hint = f" (did you mean {' or '.join(close)}?)" if close else ""
         raise UsageError(f"{flag} {name}: timm has no such model{hint}")
@@ -239,103 +265,179 @@ def table_lines(store: Store, subject: Subject) -> list[str]:
     config = subject.config
     assert subject.arch is not None
     table = BlockTable(store, on_device(config), config)
-    added = table.add_up_arch(subject.arch)
+    parts = arch_parts(subject.arch, config)
+    added = table.add_up(parts)
     where = (
         f"{table.device.name}, {config.engine}, {config.dtype}, batch {config.batch_size}, "
         f"{config.resolution}x{config.resolution}, {config.threads} thread(s)"
     )
     found = [where]
-    parts = f"{len(added.parts)} parts"
+    of_parts = f"{len(added.parts)} parts"
     if added.total_ms is not None:
-        found.append(f"{added.total_ms:.4f} ms, the sum of {parts}, all of them measured")
+        found.append(f"{added.total_ms:.4f} ms, the sum of {of_parts}, all of them measured")
     else:
         known = [ms for ms in added.part_ms if ms is not None]
-        found.append(f"{len(known)} of {parts} are measured, {sum(known):.4f} ms together; missing:")
+        found.append(f"{len(known)} of {of_parts} are measured, {sum(known):.4f} ms together; missing:")
         found += [f"  {part.block.name}: {part.shape}" for part in added.missing]
         found += ["  what a call costs"] if added.call_ms is None else []
         found.append("--measure measures them")
+    found += doubtful_lines(table.doubtful(parts))
     network_ms = table.median_ms(network_shape(subject.name, config))
     if network_ms is not None:
         found.append(f"{network_ms:.4f} ms measured as a whole")
     return found
 
 
-def analyse(store: Store, subject: Subject, note: Note = lambda line: None) -> Analysis:
+def analyse(
+    store: Store, subject: Subject, note: Note = lambda line: None, *, again: bool = False, by_layer: bool = False
+) -> Analysis:
     """Measure what the table lacks of a network, and hold all of it against the device's profile.
 
     Args:
         note: told what is measured.
+        again: measure all of the network anew.
+        by_layer: tell the layers of an architecture's blocks, too; measured where the engine runs them one by one.
 
     Raises:
         UsageError: the device is not here, or the engine cannot run the network.
-        CandidateFailed: the engine cannot compile it.
+        CandidateFailed: the engine cannot compile it, or memory runs out.
     """
-    device = check_device(subject.config)
-    table = BlockTable(store, on_device(subject.config), subject.config)
-    added = (
-        _measured_arch(table, subject, device, note) if subject.arch else _measured_timm(table, subject, device, note)
-    )
-    return _analysis(subject, table.machine, added, table.median_ms(network_shape(subject.name, subject.config)))
-
-
-def _measured_arch(table: BlockTable, subject: Subject, device: torch.device, note: Note) -> Sum:
     config = subject.config
-    assert subject.arch is not None
-    parts = arch_parts(subject.arch, config)
-    if table.lacks(parts) or table.median_ms(network_shape(subject.name, config)) is None:
-        note(f"measuring {subject.title}: {len(table.add_up(parts).missing)} of its parts are not in the table")
-        with device_lock(device).measuring(lambda: note(WAITING)):
-            meter = BlockMeter(config, table.references_ms)
-            table.add(meter.measure_archs([subject.arch], table.rows.keys(), [subject.arch]))
-    return table.add_up(parts)
+    check_device(config)
+    with memory_may_run_out():
+        profile.find_or_measure(store, config, waiting=partial(note, WAITING))
+        work = _Work(subject, BlockTable(store, on_device(config), config), note, again)
+        if subject.arch is None:
+            parts, by_part = work.timm_parts(), {}
+        else:
+            parts = work.arch_parts(subject.arch)
+            by_part = work.layers_of(subject.arch, parts) if by_layer else {}
+        return work.analysis(parts, by_part)
 
 
-def _measured_timm(table: BlockTable, subject: Subject, device: torch.device, note: Note) -> Sum:
-    config = subject.config
-    model = timm_model(subject.name, config.num_classes)
-    # A layer compiled alone calls the same library as it does uncompiled.
-    plain = replace(config, engine="eager") if config.engine == "compile" else config
-    try:
-        cut = layers(model, plain)
-    except (AssertionError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise
-        size = config.resolution
-        raise UsageError(f"analyze: {subject.name} does not run on images of {size}x{size} ({error})") from error
-    parts = [part for part, _ in cut]
-    by_layer = BlockTable(table.store, table.device, plain)
-    with device_lock(device).measuring(lambda: note(WAITING)):
-        if by_layer.lacks(parts):
-            note(f"measuring {subject.title}: {len(by_layer.add_up(parts).missing)} of its layers are not in the table")
-            by_layer.add(BlockMeter(plain, by_layer.references_ms).measure_layers(cut, by_layer.rows.keys()))
-            table.load()
-        if table.median_ms(network_shape(subject.name, config)) is None:
-            note(f"measuring {subject.title} as a whole")
-            meter = BlockMeter(config, table.references_ms)
+class _Work:
+    """One network's analysis under way."""
+
+    def __init__(self, subject: Subject, table: BlockTable, note: Note, again: bool) -> None:
+        self.subject, self.table, self.note, self.again = subject, table, note, again
+        self.config = subject.config
+        self.lock = device_lock(torch.device(self.config.device))
+        # A layer compiled alone calls the same library as it does uncompiled.
+        plain = replace(self.config, engine="eager") if self.config.engine == "compile" else self.config
+        self.layer_table = table if plain == self.config else BlockTable(table.store, table.device, plain)
+        self.network = network_shape(subject.name, self.config)
+        self.sum: Sum | None = None
+
+    def arch_parts(self, arch: ArchSpec) -> list[Part]:
+        """The parts of an architecture; all of them, and the network, are in the table now."""
+        parts = arch_parts(arch, self.config)
+
+        def known() -> dict[str, float]:
+            return self._known(self.table, [*(part.shape_id for part in parts), shape_id(self.network)])
+
+        def lacking() -> bool:
+            lacks = {CALL_ID, shape_id(self.network), *(part.shape_id for part in parts)} - known().keys()
+            return bool(lacks)
+
+        def measure() -> None:
+            meter = BlockMeter(self.config, self.table.references_ms)
+            self.table.add(meter.measure_archs([arch], known(), [arch]))
+
+        self._measure(lacking, measure, f"{len(parts)} parts")
+        self.sum = self.table.add_up(parts)
+        return parts
+
+    def timm_parts(self) -> list[Part]:
+        """The layers of a timm model, likewise."""
+        model = timm_model(self.subject.name, self.config.num_classes)
+        cut = self._cut(model)
+        parts = [part for part, _ in cut]
+        self._measure_layers(cut)
+
+        def measure() -> None:
+            meter = BlockMeter(self.config, self.table.references_ms)
             macs = sum(part.block.macs for part in parts)
-            table.add(meter.measure_network(subject.name, model, macs, table.rows.keys()))
-    return by_layer.add_up(parts)
+            self.table.add([meter.measure_network(self.subject.name, model, macs)])
 
+        self._measure(lambda: self.again or self.table.median_ms(self.network) is None, measure, "the whole")
+        self.sum = self.layer_table.add_up(parts)
+        return parts
 
-def _analysis(subject: Subject, machine: Machine, added: Sum, network_ms: float | None) -> Analysis:
-    assert network_ms is not None
-    assert added.total_ms is not None
-    fused = subject.config.engine == "fused"
-    rows = [
-        Efficiency(part.block, machine, fused, max(ms, 1e-6) / 1e3)
-        for part, ms in zip(added.parts, added.part_ms, strict=True)
-        if ms is not None
-    ]
-    left_ms = network_ms - sum(ms for ms in added.part_ms if ms is not None)
-    if left_ms > NOISE * network_ms:
-        rows.append(Efficiency(everything_else(), machine, fused, left_ms / 1e3))
-    config = subject.config
-    subtitle = (
-        f"{config.engine}, {config.dtype}, batch {config.batch_size}, {config.resolution}x{config.resolution}, "
-        f"{torch.device(config.device).type}"
-    )
-    efficiency = NetworkEfficiency(subject.title, subtitle, tuple(rows), network_ms / 1e3)
-    return Analysis(efficiency, added.parts, added.total_ms, network_ms)
+    def layers_of(self, arch: ArchSpec, parts: Sequence[Part]) -> dict[str, tuple[Efficiency, ...]]:
+        """Each part's layers. Within a fused kernel none can be timed: then they are counted only."""
+        if self.config.engine == "fused":
+            counted = {part.block.name: [single(layer, "layer") for layer in part.block.layers] for part in parts}
+            return {name: tuple(self._row(block, False, None) for block in of) for name, of in counted.items()}
+        cut = self._cut(arch.build(self.config.num_classes))
+        self._measure_layers(cut)
+        found: dict[str, tuple[Efficiency, ...]] = {}
+        for part, _ in cut:
+            name = block_name(part.block.name)
+            short = replace(part.block, name=part.block.name.removeprefix("blocks.").split(".", 2)[-1])
+            row = self._row(short, False, self.layer_table.median_ms(part.shape))
+            found[name] = (*found.get(name, ()), row)
+        return found
+
+    def analysis(self, parts: Sequence[Part], by_part: dict[str, tuple[Efficiency, ...]]) -> Analysis:
+        network_ms, added = self.table.median_ms(self.network), self.sum
+        assert network_ms is not None
+        assert added is not None
+        assert added.total_ms is not None
+        known_ms = [ms for ms in added.part_ms if ms is not None]
+        rows = [self._row(part.block, part.fused, ms) for part, ms in zip(parts, known_ms, strict=True)]
+        left_ms = network_ms - sum(known_ms)
+        if left_ms > NOISE * network_ms:
+            rows.append(self._row(everything_else(), False, left_ms))
+        config = self.config
+        subtitle = (
+            f"{config.engine}, {config.dtype}, batch {config.batch_size}, {config.resolution}x{config.resolution}, "
+            f"{torch.device(config.device).type}"
+        )
+        efficiency = NetworkEfficiency(self.subject.title, subtitle, tuple(rows), network_ms / 1e3)
+        doubtful = (self.layer_table if self.subject.arch is None else self.table).doubtful(parts)
+        return Analysis(efficiency, added.total_ms, network_ms, by_part, tuple(doubtful))
+
+    def _row(self, block: Block, fused: bool, ms: float | None) -> Efficiency:
+        return Efficiency(block, self.table.machine, fused, None if ms is None else max(ms, 1e-6) / 1e3)
+
+    def _cut(self, network: nn.Module) -> list[tuple[Part, nn.Module]]:
+        """A network's layers, of which one forward pass tells the inputs; nobody measures meanwhile."""
+        try:
+            with self.lock.training(partial(self.note, WAITING)):
+                return layers(network, self.layer_table.config)
+        except (AssertionError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            size = self.config.resolution
+            reason = f"does not run on images of {size}x{size} ({error})"
+            raise UsageError(f"analyze: {self.subject.name} {reason}") from error
+
+    def _measure_layers(self, cut: Sequence[tuple[Part, nn.Module]]) -> None:
+        table, ids = self.layer_table, {part.shape_id for part, _ in cut}
+
+        def measure() -> None:
+            meter = BlockMeter(table.config, table.references_ms)
+            table.add(meter.measure_layers(cut, self._known(table, ids)))
+
+        self._measure(
+            lambda: bool({CALL_ID, *ids} - self._known(table, ids).keys()), measure, f"{len(ids)} shapes of layers"
+        )
+
+    def _known(self, table: BlockTable, ids: Collection[str]) -> dict[str, float]:
+        """What needs no measuring, of all that is in a table."""
+        return {key: ms for key, ms in table.known.items() if not (self.again and key in ids)}
+
+    def _measure(self, lacking: Callable[[], bool], measure: Callable[[], None], what: str) -> None:
+        if not lacking():
+            return
+        with self.lock.measuring(partial(self.note, WAITING)):
+            # Another process may have measured it while we waited.
+            self.table.load()
+            self.layer_table.load()
+            if lacking():
+                self.note(f"measuring {self.subject.title}: {what}")
+                measure()
+        self.table.load()
 
 
 def errors(
@@ -345,9 +447,11 @@ def errors(
     """How far the sums of parts are from networks' own latencies, as shares of these.
 
     A study's latencies are corrected to the day when its anchor was measured, the table's to that of its yardstick. The
-    anchor, which is in the table too, tells how these compare.
+    anchor, which is in the table too, tells how these compare; where it is not, nothing does.
     """
-    scale = anchor_ms / anchor_in_table_ms if anchor_in_table_ms else 1.0
+    if anchor_in_table_ms is None:
+        return []
+    scale = anchor_ms / anchor_in_table_ms
     found = []
     for arch, latency_ms in zip(archs, latencies_ms, strict=True):
         total_ms = table.add_up_arch(arch).total_ms

@@ -12,69 +12,41 @@ too little: on a CPU the first grouped convolution of a call costs some 30 us mo
 above all the price of coming to code and data that are not at hand, which in a network every part pays, and of R
 repeats the first: there c / R is left in.
 
-Everything here is measured in turns with two fixed yardsticks, a network of many small layers and a product, and
-corrected by them to the day when they were first measured. So figures of different days add up, also to those of a
-large product and a large copy, which are the device's limits here. A busy machine slows the one yardstick down more
-than the other: what would be computed at the product's rate in a share e of the time is corrected by e parts of the
-product and 1 - e of the network.
+Everything is measured in turns with the device's yardsticks, see `nas.yardsticks`: so parts of different days add up.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from kernels.benchmark_machine import COPY_BYTES, PRODUCT_SIDE, tensor_float32
 from kernels.timing import DeviceInfo
+from nas import profile
 from nas.config import LatencyConfig
 from nas.efficiency import Machine
 from nas.engines import deploy
-from nas.latency import ANCHOR_FACTOR, LatencyMeter, in_turn, threads
-from nas.parts import (
-    CALL,
-    COPY,
-    PRODUCT,
-    YARDSTICKS,
-    Part,
-    arch_modules,
-    arch_parts,
-    canonical,
-    itemsize,
-    prepared,
-    shape_id,
-)
+from nas.latency import threads
+from nas.parts import CALL, Part, arch_modules, arch_parts, canonical, prepared, shape_id
+from nas.yardsticks import YARDSTICK_CLASSES, YARDSTICK_RESOLUTION, Timed, Yardsticks
 from search_spaces import ArchSpec, load_space
-from studies import BlockLatency, Store
+from studies import BlockLatency, Profile, Store
 
-# Parts that are sampled in turns: more share the yardstick's time, fewer end sooner.
+# Parts that are sampled in turns: more share the yardsticks' time, fewer end sooner.
 GROUP = 6
-# Share of a network's time cap that each part of a group has.
-CAP_FACTOR = 0.5
-# A sample of a group of parts is shorter than a network's, so that more fit in the time.
-MIN_SAMPLE_SECONDS = 1e-3
-# R above.
-REPEATS = 4
-# Yardsticks measure the machine and not the engine: they serve all, also those that take no ConvFirst network.
-YARDSTICK_ENGINE, YARDSTICK_RESOLUTION, YARDSTICK_CLASSES = "eager", 32, 10
-# Large enough that a CUDA graph's launch is a small part of it.
-YARDSTICK_SIDE = {"cpu": 384, "cuda": 4096}
-# Rows that no engine has a say in.
-SHARED = (*YARDSTICKS, PRODUCT, COPY)
-# Of the yardstick's blocks the one that tells what a call costs.
+# R above. On CUDA a launch is so large a part of a small block's call that what is left of it must not matter.
+REPEATS = {"cpu": 4, "cuda": 16}
+# Of the yardstick network's blocks the one that tells what a call costs.
 REFERENCE_BLOCK = "stage2.1"
 
 
 @dataclass(frozen=True, slots=True)
 class Figure:
-    """The latency of a call of what has this shape, corrected by a yardstick; fields as `nas.latency.Latency`'s.
-
-    A call runs a network once and a part `REPEATS` times.
-    """
+    """The latency of what has this shape, t_i above or a network's, corrected by the yardsticks; other fields as
+    `nas.latency.Latency`'s."""
 
     shape: str
     median_ms: float
@@ -83,15 +55,17 @@ class Figure:
     repeats: int
     interval_share: float
     capped: bool
+    throttled: bool | None = None
 
 
 @dataclass(frozen=True)
-class _Timed:
-    """What is timed: its shape, calls to make in turn, and the MACs of each."""
+class _Made:
+    """What is timed under its shape: a call, how often that runs it, and whether a launch is to be taken off."""
 
     shape: str
-    forwards: list[Callable[[], object]]
-    macs: int
+    timed: Timed
+    runs: int = 1
+    launched: bool = False
 
 
 class _Repeated(nn.Module):
@@ -105,29 +79,6 @@ class _Repeated(nn.Module):
         return [self.module(each) for each in x.unbind(0)]
 
 
-class _Product(nn.Module):
-    """A square product."""
-
-    def __init__(self, right: Tensor) -> None:
-        super().__init__()
-        self.right = right
-        self.out = torch.empty_like(right)
-
-    def forward(self, left: Tensor) -> Tensor:
-        return torch.matmul(left, self.right, out=self.out)
-
-
-class _Copy(nn.Module):
-    """A copy into memory of its own."""
-
-    def __init__(self, source: Tensor) -> None:
-        super().__init__()
-        self.target = torch.empty_like(source)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.target.copy_(x)
-
-
 def network_shape(name: str, config: LatencyConfig) -> str:
     """The shape of a whole network, an architecture's line or a timm model's name."""
     return canonical(kind="network", name=name, size=config.resolution, classes=config.num_classes)
@@ -138,157 +89,116 @@ class BlockMeter:
 
     Args:
         config: the deployment.
-        references_ms: the yardsticks' latencies in the table; None measures them now.
+        references_ms: the yardsticks' latencies, as the device's profile has them; None measures them now.
     """
 
     def __init__(self, config: LatencyConfig, references_ms: Sequence[float] | None = None) -> None:
         self.config = config
-        own = replace(
-            config, engine=YARDSTICK_ENGINE, resolution=YARDSTICK_RESOLUTION, num_classes=YARDSTICK_CLASSES
-        )  # fmt: skip
-        # Its own correction is not used.
-        self.meter = LatencyMeter(own, load_space("small").anchor().build(YARDSTICK_CLASSES), reference_ms=1.0)
-        with threads(config.threads):
-            self.yardsticks = [self.meter.anchor_run, in_turn(self._product(self.yardstick_side))]
-            if references_ms is None:
-                sampled, _ = self.meter.sample(
-                    self.yardsticks, lambda seconds: list(seconds.T), ANCHOR_FACTOR, reference=True
-                )
-                references_ms = (1e3 * np.median(sampled.seconds, axis=0)).tolist()
-        self.references_ms = tuple(references_ms)
-
-    @property
-    def yardstick_side(self) -> int:
-        return YARDSTICK_SIDE[self.meter.device.type]
-
-    def _product(self, side: int) -> list[Callable[[], object]]:
-        left, right = self.meter.random_inputs((side, side), 2)
-        with tensor_float32():
-            return self.meter.forwards(_Product(right), [left])
+        self.yardsticks = Yardsticks(config, references_ms)
+        self.kind = torch.device(config.device).type
+        self.repeats = REPEATS[self.kind]
 
     def measure_archs(
-        self, archs: Iterable[ArchSpec], known: Collection[str], whole: Iterable[ArchSpec] = ()
+        self, archs: Iterable[ArchSpec], known: Mapping[str, float], whole: Iterable[ArchSpec] = ()
     ) -> list[Figure]:
         """What the table lacks to add up these architectures.
 
         Args:
             archs: those whose parts are wanted.
-            known: ids of shapes that need no measuring.
+            known: shape_id -> latency in ms of what needs no measuring.
             whole: those that are wanted as networks, too.
 
         Raises:
             CandidateFailed: the engine cannot compile one.
         """
         with threads(self.config.threads):
-            found = self._basics(known)
+            found = self._call(known)
+            call_ms = self._call_ms(known, found)
             seen = {*known, *(shape_id(figure.shape) for figure in found)}
             for arch in archs:
                 lacking = {p.shape_id: p for p in arch_parts(arch, self.config) if p.shape_id not in seen}
                 if lacking:
                     modules = arch_modules(arch, self.config)
-                    found += self._time([partial(self._part, p, modules[p.block.name]) for p in lacking.values()])
+                    makers = [partial(self._part, part, modules[part.block.name]) for part in lacking.values()]
+                    found += self._time(makers, call_ms)
                     seen |= lacking.keys()
             for arch in whole:
                 shape = network_shape(str(arch), self.config)
                 if shape_id(shape) not in seen:
                     macs = sum(part.block.macs for part in arch_parts(arch, self.config))
                     network = arch.build(self.config.num_classes)
-                    found += self._time([partial(self._network, shape, network, macs)])
+                    found += self._time([partial(self._network, shape, network, macs)], call_ms)
                     seen.add(shape_id(shape))
         return found
 
-    def measure_layers(self, layers: Iterable[tuple[Part, nn.Module]], known: Collection[str]) -> list[Figure]:
+    def measure_layers(self, layers: Iterable[tuple[Part, nn.Module]], known: Mapping[str, float]) -> list[Figure]:
         """What the table lacks of deployed layers."""
         with threads(self.config.threads):
-            found = self._basics(known)
+            found = self._call(known)
             lacking = {part.shape_id: (part, module) for part, module in layers if part.shape_id not in known}
-            return found + self._time([partial(self._part, part, module) for part, module in lacking.values()])
+            makers = [partial(self._part, part, module) for part, module in lacking.values()]
+            return found + self._time(makers, self._call_ms(known, found))
 
-    def measure_network(self, name: str, network: nn.Module, macs: int, known: Collection[str]) -> list[Figure]:
+    def measure_network(self, name: str, network: nn.Module, macs: int) -> Figure:
         """A network of whatever kind and so many MACs, under this name."""
-        shape = network_shape(name, self.config)
         with threads(self.config.threads):
-            return self._basics(known) + self._time([partial(self._network, shape, network, macs)])
+            (figure,) = self._time([partial(self._network, network_shape(name, self.config), network, macs)], 0.0)
+        return figure
 
-    def _basics(self, known: Collection[str]) -> list[Figure]:
-        found = []
-        if not {shape_id(shape) for shape in YARDSTICKS} <= {*known}:
-            found = [
-                Figure(shape, ms, ms, ms, 1, 0.0, False)
-                for shape, ms in zip(YARDSTICKS, self.references_ms, strict=True)
-            ]
-        if not {shape_id(PRODUCT), shape_id(COPY)} <= {*known}:
-            side = PRODUCT_SIDE[self.meter.device.type]
-            found += self._time([lambda: _Timed(PRODUCT, self._product(side), side**3), self._copy])
-        if shape_id(CALL) not in known:
-            block, part = self._reference_block()
-            one, many = self._time([partial(self._part, part, block, repeats) for repeats in (1, REPEATS)])
-            call_ms = max(one.median_ms - (many.median_ms - one.median_ms) / (REPEATS - 1), 0.0)
-            found.append(replace(one, shape=CALL, median_ms=call_ms, p20_ms=call_ms, p80_ms=call_ms))
-        return found
+    def _call(self, known: Mapping[str, float]) -> list[Figure]:
+        """What a call costs, unless that is known."""
+        if shape_id(CALL) in known:
+            return []
+        block, part = self._reference_block()
+        one, many = self._time([partial(self._part, part, block, repeats, False) for repeats in (1, self.repeats)], 0.0)
+        # Of `many` a run is told, and not the call.
+        call_ms = max((one.median_ms - many.median_ms) * self.repeats / (self.repeats - 1), 0.0)
+        return [replace(one, shape=CALL, median_ms=call_ms, p20_ms=call_ms, p80_ms=call_ms)]
+
+    def _call_ms(self, known: Mapping[str, float], found: Sequence[Figure]) -> float:
+        return next((figure.median_ms for figure in found if figure.shape == CALL), known.get(shape_id(CALL), 0.0))
 
     def _reference_block(self) -> tuple[nn.Module, Part]:
         """A block of the yardstick as this engine runs it."""
-        config = replace(self.config, resolution=YARDSTICK_RESOLUTION, num_classes=YARDSTICK_CLASSES)
+        config = replace(
+            self.config, resolution=YARDSTICK_RESOLUTION, num_classes=YARDSTICK_CLASSES
+        )  # fmt: skip
         anchor = load_space("small").anchor()
         part = next(part for part in arch_parts(anchor, config) if part.block.name == REFERENCE_BLOCK)
         return arch_modules(anchor, config)[REFERENCE_BLOCK], part
 
-    def _part(self, part: Part, module: nn.Module, repeats: int = REPEATS) -> _Timed:
-        """Calls of a part, each of which runs it `repeats` times over."""
-        x = torch.stack([each.contiguous() for each in self.meter.random_inputs(part.input_shape, repeats)])
+    def _part(self, part: Part, module: nn.Module, repeats: int | None = None, launched: bool = True) -> _Made:
+        """Calls of a part, each of which runs it several times over."""
+        meter, repeats = self.yardsticks.meter, repeats or self.repeats
+        x = torch.stack([each.contiguous() for each in meter.random_inputs(part.input_shape, repeats)])
         if len(part.input_shape) == 4 and part.block.kind != "linear":
             # Each of them channels_last, as x is made anew by stacking. A linear layer's channels are last as it is.
             x = x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
-        forwards = self.meter.forwards(prepared(_Repeated(module), x, self.config), [x])
-        return _Timed(part.shape, forwards, repeats * part.block.macs)
+        forwards = meter.forwards(prepared(_Repeated(module), x, self.config), [x])
+        launched = launched and self.kind == "cuda"
+        return _Made(part.shape, Timed(forwards, repeats * part.block.macs), repeats, launched)
 
-    def _copy(self) -> _Timed:
-        # Made where it is, for it may be a gigabyte.
-        count = COPY_BYTES[self.meter.device.type] // itemsize(self.config)
-        source = torch.randn(count, dtype=getattr(torch, self.config.dtype), device=self.meter.device)
-        return _Timed(COPY, self.meter.forwards(_Copy(source), [source]), 0)
+    def _network(self, shape: str, network: nn.Module, macs: int) -> _Made:
+        meter, size = self.yardsticks.meter, self.config.resolution
+        inputs = meter.random_inputs((self.config.batch_size, 3, size, size))
+        return _Made(shape, Timed(meter.forwards(deploy(network, self.config, inputs[0]), inputs), macs))
 
-    def _network(self, shape: str, network: nn.Module, macs: int) -> _Timed:
-        size = self.config.resolution
-        inputs = self.meter.random_inputs((self.config.batch_size, 3, size, size))
-        return _Timed(shape, self.meter.forwards(deploy(network, self.config, inputs[0]), inputs), macs)
-
-    def _time(self, makers: Sequence[Callable[[], _Timed]]) -> list[Figure]:
+    def _time(self, makers: Sequence[Callable[[], _Made]], call_ms: float) -> list[Figure]:
         """Time what these make, of which only a group at a time is in memory."""
         found: list[Figure] = []
         for begin in range(0, len(makers), GROUP):
-            found += self._time_group([make() for make in makers[begin : begin + GROUP]])
+            group = [make() for make in makers[begin : begin + GROUP]]
+            for made, of in zip(group, self.yardsticks.time([each.timed for each in group]), strict=True):
+                off_ms = call_ms if made.launched else 0.0
+
+                def of_a_run(ms: float, made: _Made = made, off_ms: float = off_ms) -> float:
+                    return max(ms - off_ms, 0.0) / made.runs
+
+                found.append(Figure(
+                    made.shape, of_a_run(of.median_ms), of_a_run(of.p20_ms), of_a_run(of.p80_ms), of.repeats,
+                    of.interval_share, of.capped, of.throttled,
+                ))  # fmt: skip
         return found
-
-    def _time_group(self, group: Sequence[_Timed]) -> list[Figure]:
-        def corrected_ms(seconds: np.ndarray) -> list[np.ndarray]:
-            yardsticks = seconds[:, len(group) :]
-            return [self._corrected_ms(seconds[:, index], yardsticks, each.macs) for index, each in enumerate(group)]
-
-        runs = [*(in_turn(each.forwards) for each in group), *self.yardsticks]
-        factor = max(1.0, CAP_FACTOR * len(group))
-        sampled, _ = self.meter.sample(runs, corrected_ms, factor, MIN_SAMPLE_SECONDS)
-        found = []
-        for each, own_ms, share in zip(group, corrected_ms(sampled.seconds), sampled.interval_shares, strict=True):
-            p20, median, p80 = map(float, np.percentile(own_ms, [20, 50, 80]))
-            capped = sampled.capped and share > self.meter.precision.share
-            found.append(Figure(each.shape, median, p20, p80, len(own_ms), share, capped))
-        return found
-
-    def _corrected_ms(self, own: np.ndarray, yardsticks: np.ndarray, macs: int) -> np.ndarray:
-        """Samples as if the yardsticks had run at their reference latencies.
-
-        Args:
-            own: (rounds,) seconds of a call of so many MACs.
-            yardsticks: (rounds, 2) seconds, of the network and of the product.
-        """
-        by_network, by_product = (
-            own / yardsticks[:, k] * reference_ms for k, reference_ms in enumerate(self.references_ms)
-        )
-        share = min(1.0, macs / self.yardstick_side**3 * float(np.median(yardsticks[:, 1] / own)))
-        blended: np.ndarray = share * by_product + (1 - share) * by_network
-        return blended
 
 
 @dataclass(frozen=True)
@@ -325,53 +235,54 @@ class BlockTable:
         store: the database.
         device: what the figures are of.
         config: the deployment; of its resolution and classes the table's rows know by themselves.
+
+    Attributes:
+        rows: shape_id -> row.
+        profile: of the device; None before it was measured.
     """
 
     def __init__(self, store: Store, device: DeviceInfo, config: LatencyConfig) -> None:
         self.store, self.device, self.config = store, device, config
+        self.kernels = _kernels(config)
         self.rows: dict[str, BlockLatency] = {}
+        self.profile: Profile | None = None
         self.load()
 
     def load(self) -> None:
-        self.rows = self._rows(self.config.engine)
-        # One for all engines.
-        shared = self._rows(YARDSTICK_ENGINE)
-        self.rows |= {shape_id(shape): shared[shape_id(shape)] for shape in SHARED if shape_id(shape) in shared}
+        """Read the rows anew: other processes write some, too."""
+        config, device = self.config, asdict(self.device)
+        self.profile = self.store.find_profile(device, config.dtype, config.threads)
+        self.rows = self.store.block_latencies(
+            device, config.engine, config.dtype, config.batch_size, config.threads, self.kernels
+        )
 
-    def _rows(self, engine: str) -> dict[str, BlockLatency]:
-        config = self.config
-        return self.store.block_latencies(
-            asdict(self.device), engine, config.dtype, config.batch_size, config.threads
-        )  # fmt: skip
+    @property
+    def known(self) -> dict[str, float]:
+        """shape_id -> latency in ms."""
+        return {key: row.median_ms for key, row in self.rows.items()}
 
     def median_ms(self, shape: str) -> float | None:
         row = self.rows.get(shape_id(shape))
         return None if row is None else row.median_ms
 
     @property
-    def references_ms(self) -> list[float] | None:
-        """The yardsticks'; None before they were measured."""
-        found = [ms for ms in map(self.median_ms, YARDSTICKS) if ms is not None]
-        return found if len(found) == len(YARDSTICKS) else None
+    def references_ms(self) -> tuple[float, float]:
+        """The yardsticks' latencies; the profile must have been measured."""
+        assert self.profile is not None
+        return profile.references_ms(self.profile)
 
     @property
     def machine(self) -> Machine:
-        """The device's limits, measured and corrected as the rows are.
-
-        Raises:
-            KeyError: they were not measured.
-        """
-        kind = self.device.kind
-        product_ms, copy_ms = (self.rows[shape_id(shape)].median_ms for shape in (PRODUCT, COPY))
-        return Machine(PRODUCT_SIDE[kind] ** 3 / product_ms * 1e3, 2 * COPY_BYTES[kind] / copy_ms * 1e3)
+        """What efficiencies are shares of; the profile must have been measured."""
+        assert self.profile is not None
+        return profile.machine(self.profile)
 
     def add(self, figures: Sequence[Figure]) -> None:
         config = self.config
         rows = [
             BlockLatency(
-                engine=YARDSTICK_ENGINE if figure.shape in SHARED else config.engine, dtype=config.dtype,
-                batch_size=config.batch_size, threads=config.threads, shape_id=shape_id(figure.shape),
-                **asdict(figure),
+                engine=config.engine, dtype=config.dtype, batch_size=config.batch_size, threads=config.threads,
+                kernels=self.kernels, shape_id=shape_id(figure.shape), **asdict(figure),
             )
             for figure in figures
         ]  # fmt: skip
@@ -380,11 +291,12 @@ class BlockTable:
             self.load()
 
     def add_up(self, parts: Sequence[Part]) -> Sum:
-        call_ms = self.median_ms(CALL)
-        found = [self.median_ms(part.shape) for part in parts]
-        launch_ms = call_ms if call_ms is not None and self.device.kind == "cuda" else 0.0
-        own = [None if ms is None else max(ms - launch_ms, 0.0) / REPEATS for ms in found]
-        return Sum(tuple(parts), tuple(own), call_ms)
+        return Sum(tuple(parts), tuple(self.median_ms(part.shape) for part in parts), self.median_ms(CALL))
+
+    def doubtful(self, parts: Sequence[Part]) -> list[BlockLatency]:
+        """Rows of these parts that the time cap ended, or a throttling GPU."""
+        rows = {part.shape_id: self.rows[part.shape_id] for part in parts if part.shape_id in self.rows}
+        return [row for row in rows.values() if row.capped or row.throttled]
 
     def lacks(self, parts: Sequence[Part]) -> bool:
         """Whether something must be measured before these parts add up."""
@@ -392,6 +304,15 @@ class BlockTable:
 
     def add_up_arch(self, arch: ArchSpec) -> Sum:
         return self.add_up(arch_parts(arch, self.config))
+
+
+def _kernels(config: LatencyConfig) -> str:
+    """Which kernels of ours ran: a digest of their sources; empty of engines that have none of ours."""
+    if config.engine != "fused":
+        return ""
+    from kernels.tune import sources_digest
+
+    return sources_digest()
 
 
 def on_device(config: LatencyConfig) -> DeviceInfo:

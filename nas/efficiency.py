@@ -327,18 +327,6 @@ def computational_efficiency(macs: int, seconds: float, machine: Machine) -> flo
 
 
 @dataclass(frozen=True, slots=True)
-class Measured:
-    """A block and the seconds it took; None if it was not measured."""
-
-    block: Block
-    seconds: float | None
-
-    def __post_init__(self) -> None:
-        if self.seconds is not None:
-            _require_positive(seconds=self.seconds)
-
-
-@dataclass(frozen=True, slots=True)
 class Efficiency:
     """A block on a machine.
 

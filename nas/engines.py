@@ -103,7 +103,15 @@ def deploy(network: nn.Module, config: LatencyConfig, example: Tensor) -> nn.Mod
     Raises:
         CandidateFailed: the engine cannot compile this network.
     """
-    folded = fold(network, config)
+    return ready(fold(network, config), config, example)
+
+
+def ready(folded: nn.Module, config: LatencyConfig, example: Tensor) -> nn.Module:
+    """A folded module as the engine runs it, after its first run, in which compilers work.
+
+    Raises:
+        CandidateFailed: the engine cannot compile it.
+    """
     engine = ENGINES[config.engine]
     try:
         with torch.inference_mode():

@@ -1,5 +1,10 @@
 """The few exceptions of our own."""
 
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class UsageError(Exception):
     """What the user asked for cannot be done. The message is one line that names the flag and the value."""
@@ -17,3 +22,18 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 class CandidateFailed(Exception):
     """One candidate cannot be evaluated, which is a result; the message is the reason that is recorded."""
+
+
+@contextmanager
+def memory_may_run_out() -> Iterator[None]:
+    """Turns running out of memory into a CandidateFailed."""
+    import torch
+
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        raise CandidateFailed("out of memory") from error

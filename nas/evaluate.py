@@ -7,13 +7,12 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from kernels.benchmark_machine import MachineLimits
 from kernels.timing import DeviceInfo
 from nas import data as image_data
 from nas import profile, proxy
@@ -23,7 +22,8 @@ from nas.engines import ENGINES, runs_on
 from nas.errors import CandidateFailed, UsageError, is_out_of_memory
 from nas.isolation import ArchMeter, meter_for
 from nas.latency import Latency
-from nas.locks import device_lock
+from nas.locks import WAITING, device_lock
+from nas.profile import Ceilings
 from nas.proxy import ProxyResult
 from search_spaces import ArchSpec, Cost, cost
 from studies import CandidateState
@@ -65,12 +65,12 @@ class Evaluator(Protocol):
         ...
 
     def measure_blocks(
-        self, archs: Sequence[ArchSpec], known: Collection[str], references_ms: Sequence[float] | None
+        self, archs: Sequence[ArchSpec], known: Mapping[str, float], references_ms: Sequence[float]
     ) -> list[Figure]:
         """What the block latency table lacks of some architectures; see `BlockMeter.measure_archs`."""
         ...
 
-    def limits(self) -> MachineLimits:
+    def ceilings(self) -> Ceilings:
         """What the device can do in the deployment's dtype, measured now."""
         ...
 
@@ -109,7 +109,7 @@ class RealEvaluator:
         self.lock = device_lock(self.torch_device)
 
     def _waiting(self) -> None:
-        self.note("waiting for another process that measures or trains on this device")
+        self.note(WAITING)
         self.note = lambda line: None
 
     def start(self, anchor_ms: float | None) -> float:
@@ -133,14 +133,15 @@ class RealEvaluator:
             return self.meter.measure_together(archs)
 
     def measure_blocks(
-        self, archs: Sequence[ArchSpec], known: Collection[str], references_ms: Sequence[float] | None
+        self, archs: Sequence[ArchSpec], known: Mapping[str, float], references_ms: Sequence[float]
     ) -> list[Figure]:
         assert self.meter is not None, "start comes first"
         with self.lock.measuring(self._waiting):
             return self.meter.measure_blocks(archs, known, references_ms)
 
-    def limits(self) -> MachineLimits:
-        return profile.measure(self.torch_device, self.config.latency.dtype, self.config.latency.threads)
+    def ceilings(self) -> Ceilings:
+        with self.lock.measuring(self._waiting):
+            return profile.measure(self.config.latency)
 
     def train(self, arch: ArchSpec) -> ProxyResult:
         # Every candidate starts from the same seed and sees the same images in the same order.

@@ -8,23 +8,29 @@ two speak JSON, one line each way per question; the child ends when its input do
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Protocol
 
 from nas.block_table import BlockMeter, Figure
 from nas.config import LatencyConfig
 from nas.engines import ENGINES
-from nas.errors import CandidateFailed, is_out_of_memory
+from nas.errors import CandidateFailed, memory_may_run_out
 from nas.latency import Latency, LatencyMeter
 from search_spaces import ArchSpec
 
 # Candidates that one child measures: starting the next costs some 5 seconds, keeping it 6 MB a candidate.
 LIFETIME = 50
+# A network's parts, each traced four times over, weigh as much as so many networks.
+PARTS_WEIGHT = 4
+# Of <sys/prctl.h>.
+PR_SET_PDEATHSIG = 1
 
 
 class ArchMeter(Protocol):
@@ -45,7 +51,7 @@ class ArchMeter(Protocol):
         ...
 
     def measure_blocks(
-        self, archs: Sequence[ArchSpec], known: Collection[str], references_ms: Sequence[float] | None
+        self, archs: Sequence[ArchSpec], known: Mapping[str, float], references_ms: Sequence[float]
     ) -> list[Figure]:
         """What the block latency table lacks of them, and of the anchor as a whole; see `BlockMeter.measure_archs`."""
         ...
@@ -78,13 +84,16 @@ class LocalMeter:
         self.blocks: BlockMeter | None = None
 
     def measure_together(self, archs: Sequence[ArchSpec]) -> list[Latency]:
-        return self.meter.measure_together([arch.build(self.config.num_classes) for arch in archs])
+        with memory_may_run_out():
+            return self.meter.measure_together([arch.build(self.config.num_classes) for arch in archs])
 
     def measure_blocks(
-        self, archs: Sequence[ArchSpec], known: Collection[str], references_ms: Sequence[float] | None
+        self, archs: Sequence[ArchSpec], known: Mapping[str, float], references_ms: Sequence[float]
     ) -> list[Figure]:
-        self.blocks = self.blocks or BlockMeter(self.config, references_ms)
-        return self.blocks.measure_archs(archs, known, [self.anchor])
+        with memory_may_run_out():
+            if self.blocks is None or self.blocks.yardsticks.references_ms != tuple(references_ms):
+                self.blocks = BlockMeter(self.config, references_ms)
+            return self.blocks.measure_archs(archs, known, [self.anchor])
 
     def close(self) -> None:
         self.blocks = None
@@ -111,12 +120,16 @@ class IsolatedMeter:
         return [Latency(**latency) for latency in reply["latencies"]]
 
     def measure_blocks(
-        self, archs: Sequence[ArchSpec], known: Collection[str], references_ms: Sequence[float] | None
+        self, archs: Sequence[ArchSpec], known: Mapping[str, float], references_ms: Sequence[float]
     ) -> list[Figure]:
-        blocks = {"blocks": [arch.to_json() for arch in archs], "known": sorted(known), "references_ms": references_ms}
+        blocks = {
+            "blocks": [arch.to_json() for arch in archs],
+            "known": dict(known),
+            "references_ms": list(references_ms),
+        }
         reply = self._question(blocks)
-        # Each part was traced, and is held as long as the child lives.
-        self._count(len(archs))
+        # Each part was traced, and is held as long as the child lives; together they are some four networks.
+        self._count(PARTS_WEIGHT * len(archs) if reply["figures"] else 0)
         return [Figure(**figure) for figure in reply["figures"]]
 
     def close(self) -> None:
@@ -181,6 +194,7 @@ class IsolatedMeter:
 
 def main() -> None:
     """The child: the first line sets the meter up, each further one has candidates to measure."""
+    die_with_parent()
     # Whatever a library prints must not come between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -200,14 +214,16 @@ def main() -> None:
                 reply: dict[str, Any] = {"figures": [asdict(figure) for figure in figures]}
             else:
                 reply = {"latencies": [asdict(latency) for latency in meter.measure_together(archs)]}
-        except (CandidateFailed, MemoryError, RuntimeError) as error:
-            if is_out_of_memory(error):
-                reply = {"failed": "out of memory"}
-            elif isinstance(error, CandidateFailed):
-                reply = {"failed": str(error)}
-            else:
-                raise
+        except CandidateFailed as error:
+            reply = {"failed": str(error)}
         print(json.dumps(reply), file=answers, flush=True)
+
+
+def die_with_parent() -> None:
+    """On Linux: a measurement must not go on when the process that holds the device's lock is gone."""
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 if __name__ == "__main__":

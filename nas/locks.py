@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 FOLDER_VARIABLE = "CONVFIRST_LOCKS"
 
+# What is said to a user who has to wait.
+WAITING = "waiting for another process that measures or trains on this device"
+
 # What this process does, or waits to do, by device.
 _held: dict[str, str] = {}
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,7 +22,10 @@ from rich.progress import track
 from rich.table import Table
 
 from nas.config import LatencyConfig
+from nas.errors import UsageError
+from nas.evaluate import check_device
 from nas.isolation import meter_for
+from nas.locks import WAITING, device_lock
 from search_spaces import load_space
 
 
@@ -53,16 +57,28 @@ def main(
     ] = None,
 ) -> None:
     """Print how far repeated measurements of the same networks are apart."""
-    loaded, rng = load_space(space), random.Random(0)
+    try:
+        loaded = load_space(space)
+        config = LatencyConfig(device=device, seconds=seconds, resolution=loaded.resolution)
+        where = check_device(config)
+        runs = _earlier(out)
+    except (UsageError, ValueError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
+    rng = random.Random(0)
     archs = [loaded.sample(rng) for _ in range(networks)]
-    config = LatencyConfig(device=device, seconds=seconds, resolution=loaded.resolution)
-    meter = meter_for(config, loaded.anchor(), reference_ms)
+    lock = device_lock(where)
+    with lock.measuring(lambda: print(WAITING, file=sys.stderr)):
+        meter = meter_for(config, loaded.anchor(), reference_ms)
     found: list[list[Any]] = []
     for _ in track(range(rounds), "measuring"):
-        found.append([meter.measure_together([arch])[0] for arch in archs])
+        row = []
+        for arch in archs:
+            with lock.measuring():
+                row += meter.measure_together([arch])
+        found.append(row)
     reference_ms = meter.reference_ms
     meter.close()
-    runs = json.loads(out.read_text()) if out is not None and out.exists() else []
     runs.append({
         "raw": [[latency.raw_median_ms for latency in row] for row in found],
         "corrected": [[latency.median_ms for latency in row] for row in found],
@@ -93,6 +109,24 @@ def main(
         f"ended by the cap: {runs[-1]['capped']} of {networks * rounds}; interval {np.median(shares):.1%} of the "
         f"median (greatest {max(shares):.1%}), {np.median(counts):.0f} samples; anchor {reference_ms:.4f} ms"
     )
+
+
+def _earlier(path: Path | None) -> list[dict[str, Any]]:
+    """The runs that a file holds.
+
+    Raises:
+        UsageError: it is no such file, or cannot be made.
+    """
+    if path is None or not path.exists():
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UsageError(f"--out {path}: its folder does not exist")
+        return []
+    try:
+        runs = json.loads(path.read_text())
+        [(run["raw"], run["corrected"]) for run in runs]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"--out {path}: holds no figures of an earlier run") from error
+    return list(runs)
 
 
 if __name__ == "__main__":

@@ -9,19 +9,19 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kernels.benchmark_machine import MachineLimits
 from kernels.timing import DeviceInfo
-from nas.block_table import SHARED, Figure, network_shape
+from nas.block_table import Figure, network_shape
 from nas.config import LatencyConfig, SearchConfig
 from nas.errors import CandidateFailed
 from nas.latency import Latency
 from nas.parts import CALL, arch_parts, shape_id
+from nas.profile import Ceilings
 from nas.proxy import CurvePoint, ProxyResult
 from nas.search import Event, Silent, run
 from search_spaces import ArchSpec, Cost, cost, load_space
@@ -71,23 +71,22 @@ class FakeEvaluator:
         return [self.measure(arch) for arch in archs]
 
     def measure_blocks(
-        self, archs: Sequence[ArchSpec], known: Collection[str], references_ms: Sequence[float] | None
+        self, archs: Sequence[ArchSpec], known: Mapping[str, float], references_ms: Sequence[float]
     ) -> list[Figure]:
         config = LatencyConfig(device="cpu")
         shapes = {
             CALL: 0.01,
-            **dict.fromkeys(SHARED, 1.0),
             network_shape(str(load_space("small").anchor()), config): 1.0,
         }
-        shapes |= {part.shape: 0.06 for arch in archs for part in arch_parts(arch, config)}
+        shapes |= {part.shape: 0.015 for arch in archs for part in arch_parts(arch, config)}
         return [
             Figure(shape, median_ms, median_ms, median_ms, 10, 0.01, False)
             for shape, median_ms in shapes.items()
             if shape_id(shape) not in known
         ]
 
-    def limits(self) -> MachineLimits:
-        return MachineLimits(copy_bytes=2e10, product_macs=4e10, launch_seconds=4e-6)
+    def ceilings(self) -> Ceilings:
+        return Ceilings(copy_bytes=2e10, product_macs=4e10, launch_seconds=4e-6)
 
     def close(self) -> None:
         pass

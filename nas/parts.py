@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from nas.config import LatencyConfig
 from nas.efficiency import Block, Layer, arch_blocks, single
-from nas.engines import ENGINES, deploy, fold
+from nas.engines import deploy, fold, ready
 from search_spaces import ArchSpec
 from search_spaces.arch import STEM_STRIDE
 from search_spaces.cost import strided
@@ -32,11 +32,13 @@ class Part:
         block: its name and what it computes and moves.
         shape: everything that decides what is run but device, engine, dtype and batch, as canonical JSON.
         input_shape: of the tensor that enters it, batch included.
+        fused: whether it runs as one kernel, and is bounded as one.
     """
 
     block: Block
     shape: str
     input_shape: tuple[int, ...]
+    fused: bool = False
 
     @property
     def shape_id(self) -> str:
@@ -54,11 +56,6 @@ def shape_id(shape: str) -> str:
 
 # Not a part of any network: what a call costs beside what is in it.
 CALL = canonical(kind="call")
-# What parts are timed in turns with; their latencies in the table are the references of all. A busy machine slows a
-# network of many small layers down more than it does a large product, so that there is one of either kind.
-YARDSTICKS = (canonical(kind="yardstick", name="network"), canonical(kind="yardstick", name="product"))
-# The device's limits in the units of the table: a large product and a large copy.
-PRODUCT, COPY = canonical(kind="product"), canonical(kind="copy")
 
 
 def itemsize(config: LatencyConfig) -> int:
@@ -73,8 +70,7 @@ def arch_parts(arch: ArchSpec, config: LatencyConfig) -> list[Part]:
     """Stem, blocks and head of an architecture, in order. Nothing is built, unless the engine is `fused`."""
     batch, classes = config.batch_size, config.num_classes
     counted = arch_blocks(arch, batch, config.resolution, classes, itemsize(config))
-    # A fused block's tilings depend on the scratch that its network lends it.
-    splits = _splits(arch, config) if config.engine == "fused" else {}
+    fused, splits = _fused_parts(arch, config) if config.engine == "fused" else (set[str](), dict[str, int]())
     size = strided(config.resolution, STEM_STRIDE)
     shapes: list[dict[str, Any]] = [
         dict(kind="stem", out=arch.stem_width, size=config.resolution, activation=arch.activation)
@@ -94,16 +90,35 @@ def arch_parts(arch: ArchSpec, config: LatencyConfig) -> list[Part]:
     )
     inputs.append((batch, width, size, size))
     return [
-        Part(block, canonical(**shape, **({"splits": splits[block.name]} if block.name in splits else {})), into)
+        Part(
+            block,
+            canonical(**shape, **({"splits": splits[block.name]} if block.name in splits else {})),
+            into,
+            block.name in fused,
+        )
         for block, shape, into in zip(counted, shapes, inputs, strict=True)
     ]
 
 
-def _splits(arch: ArchSpec, config: LatencyConfig) -> dict[str, int]:
+def _fused_parts(arch: ArchSpec, config: LatencyConfig) -> tuple[set[str], dict[str, int]]:
+    """Names of the parts that are fused, and how many programs may share a tile of those that are split.
+
+    A fused block's tilings depend on the scratch that its network lends it.
+    """
     from kernels import fuse
 
-    cut: dict[str, Any] = {**_cut(fuse(arch.build(config.num_classes).eval(), getattr(torch, config.dtype)).network)}
-    return {name: module.max_splits for name, module in cut.items() if hasattr(module, "max_splits")}
+    fused = fuse(arch.build(config.num_classes).eval(), getattr(torch, config.dtype))
+    cut = _cut(fused.network)
+    splits = {name: int(module.max_splits) for name, module in cut.items() if hasattr(module, "max_splits")}  # type: ignore[arg-type]
+    return {block_name(part.name) for part in fused.parts if part.fused}, splits
+
+
+def block_name(module_name: str) -> str:
+    """The part of a ConvFirst network to which a module belongs, by the names of timm's `MobileNetV3`."""
+    first, *rest = module_name.split(".")
+    if first == "blocks":
+        return f"stage{int(rest[0]) + 1}.{rest[1]}"
+    return "stem" if first in ("conv_stem", "bn1") else "head"
 
 
 def _cut(network: Any) -> dict[str, nn.Module]:
@@ -136,9 +151,12 @@ def _example(shape: Sequence[int], config: LatencyConfig) -> Tensor:
 
 
 def prepared(module: nn.Module, example: Tensor, config: LatencyConfig) -> nn.Module:
-    """A module of folded parts as the engine runs it; those of a fused network are ready."""
-    with torch.inference_mode():
-        return module if config.engine == "fused" else ENGINES[config.engine].prepare(module.eval(), example)
+    """A module of folded parts as the engine runs it; those of a fused network are ready.
+
+    Raises:
+        CandidateFailed: the engine cannot compile it.
+    """
+    return module if config.engine == "fused" else ready(module.eval(), config, example)
 
 
 # -- Layers of any network -------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from nas.remeasure import remeasure_front
 from nas.study import LiveStudy, open_study, refuse_early
 from nas.versions import versions
 from search_spaces import ArchSpec
-from studies import CandidateState
+from studies import CandidateState, LatencyStage
 
 # Candidates in a row that failed or broke a limit: past this the limits or the machine want a look.
 MAX_BARREN = 200
@@ -137,35 +137,45 @@ def _finish(config: SearchConfig, study: LiveStudy, evaluator: Evaluator, progre
     """Measure the front's members again in turns, then their blocks; returns what that has shown."""
     if not study.complete:
         return ()
-    progress.note("measuring the front again, and its blocks")
     deployment = config.latency
     remarks = []
-    try:
-        changes = remeasure_front(
-            study.store, config.study, study.row.study_id, deployment, study.row.device_id, evaluator.measure_together
-        )
-        remarks += [] if changes is None else [str(changes)]
-    except CandidateFailed as error:
-        # Each ran alone before; together they may not.
-        remarks.append(f"the front could not be measured again ({error})")
-    study.reload()
     front = study.front()
+    if (front["latency_stage"] != LatencyStage.FINAL).any():
+        progress.note(f"measuring the {len(front)} networks of the front again, in turns")
+        try:
+            changes = remeasure_front(
+                study.store, config.study, study.row.study_id, deployment, study.row.device_id,
+                evaluator.measure_together, limit_ms=config.limits.latency_ms,
+            )  # fmt: skip
+            remarks += [] if changes is None else [str(changes)]
+        except CandidateFailed as error:
+            # Each ran before; now one does not.
+            remarks.append(f"the front could not be measured again ({error})")
+        study.reload()
+        front = study.front()
     archs = [ArchSpec.from_json(text) for text in front["arch"]]
     table = BlockTable(study.store, evaluator.device, deployment)
-    _measure_blocks(table, evaluator, archs)
+    _measure_blocks(table, evaluator, archs, progress)
     anchor = table.median_ms(network_shape(str(config.space.anchor()), deployment))
     found = errors(table, archs, list(front["latency_ms"]), study.anchor_ms, anchor)
     return (*remarks, errors_line(found)) if found else tuple(remarks)
 
 
-def _measure_blocks(table: BlockTable, evaluator: Evaluator, archs: Sequence[ArchSpec]) -> None:
+def _measure_blocks(table: BlockTable, evaluator: Evaluator, archs: Sequence[ArchSpec], progress: Progress) -> None:
     """Fill the table with what it lacks of these architectures."""
-    for arch in archs:
-        if table.lacks(arch_parts(arch, table.config)):
-            # One after the other: what was measured is kept if somebody interrupts.
-            # What fails as a block alone is missing from the table, and no reason to end a search.
-            with contextlib.suppress(CandidateFailed):
-                table.add(evaluator.measure_blocks([arch], table.rows.keys(), table.references_ms))
+    lacking = [arch for arch in archs if table.lacks(arch_parts(arch, table.config))]
+    if lacking:
+        progress.note(f"measuring the blocks of {len(lacking)} network(s)")
+    for arch in lacking:
+        # One after the other: what was measured is kept if somebody interrupts.
+        _add_blocks(table, evaluator, arch)
+
+
+def _add_blocks(table: BlockTable, evaluator: Evaluator, arch: ArchSpec) -> None:
+    if table.lacks(arch_parts(arch, table.config)):
+        # What fails as a block alone is missing from the table, and no reason to end a search.
+        with contextlib.suppress(CandidateFailed):
+            table.add(evaluator.measure_blocks([arch], table.known, table.references_ms))
 
 
 def _loop(
@@ -175,6 +185,12 @@ def _loop(
     training = latency = 0.0
     barren = 0
     table: BlockTable | None = None
+    if config.block_table:
+        blocks_begin = time.perf_counter()
+        table = BlockTable(study.store, evaluator.device, config.latency)
+        # Earlier runs need not have measured them.
+        _measure_blocks(table, evaluator, study.archs(), progress)
+        latency += time.perf_counter() - blocks_begin
     loop_begin, complete_before = time.perf_counter(), len(study.complete)
     while len(study.complete) < config.budget:
         if config.time_limit_s is not None and time.perf_counter() - begin >= config.time_limit_s:
@@ -187,12 +203,10 @@ def _loop(
         proposal, trial_id = proposed
         outcome = evaluate(proposal.arch, evaluator, config.limits)
         study.record(proposal, trial_id, outcome)
-        if config.block_table and outcome.latency is not None:
+        if table is not None and outcome.latency is not None:
             blocks_begin = time.perf_counter()
-            table = table or BlockTable(study.store, evaluator.device, config.latency)
-            _measure_blocks(table, evaluator, [proposal.arch])
+            _add_blocks(table, evaluator, proposal.arch)
             latency += time.perf_counter() - blocks_begin
-
         barren = 0 if outcome.state == CandidateState.COMPLETE else barren + 1
         training += outcome.proxy.seconds if outcome.proxy else 0.0
         latency += outcome.latency_seconds or 0.0

@@ -64,11 +64,18 @@ class Measured:
 
 def check_same_config(config: SearchConfig, study: studies.Study) -> None:
     """Raises UsageError where the study was begun under another configuration."""
-    if lines := differences(json.loads(study.config), plain(config.identity())):
+    stored = json.loads(study.config)
+    if lines := differences(_compared(stored), _compared(plain(config.identity()))):
         raise UsageError(
             f"--study {config.study}: was begun with another configuration ({'; '.join(lines)}); "
             "use its settings, or another --study"
         )
+
+
+def _compared(identity: dict[str, Any]) -> dict[str, Any]:
+    """Of a stored configuration what must not change: how long one samples for a median does not change it."""
+    latency = {name: value for name, value in identity["latency"].items() if name not in ("precision", "seconds")}
+    return {**identity, "latency": latency}
 
 
 @contextmanager
@@ -166,6 +173,11 @@ class LiveStudy:
     @property
     def _deployment(self) -> dict[str, Any]:
         return deployment_columns(self.config.latency, self.row.device_id)
+
+    def archs(self) -> list[ArchSpec]:
+        """Of all candidates that were timed in the deployment that is searched."""
+        candidates = self.store.candidates(self.row.study_id)
+        return [ArchSpec.from_json(each.arch) for each in candidates if self._own_latency(each) is not None]
 
     def reload(self) -> None:
         """Read the candidates' latencies anew, of which some were measured again."""
@@ -280,7 +292,7 @@ class LiveStudy:
         attrs: dict[str, Any] = {"params": row.params, "macs": row.macs}
         if row.reason:
             attrs[REASON] = row.reason
-        for latency in row.latencies:
+        if latency := self._own_latency(row):
             attrs["latency_p20_p80_ms"] = f"{latency.p20_ms:.4g} to {latency.p80_ms:.4g}"
             attrs["memory_mb"] = round((latency.weight_bytes + latency.workspace_bytes) / 1e6, 3)
             macs_per_s = row.macs * latency.batch_size / latency.median_ms * 1e3
@@ -357,8 +369,8 @@ def open_study(config: SearchConfig, evaluator: Evaluator, versions: str) -> Ite
             deployment = config.latency
             profile = store.find_profile(asdict(evaluator.device), deployment.dtype, deployment.threads)
             if profile is None:
-                limits = evaluator.limits()
-                profile = store_profile(store, evaluator.device, deployment.dtype, deployment.threads, limits)
+                ceilings = evaluator.ceilings()
+                profile = store_profile(store, evaluator.device, deployment.dtype, deployment.threads, ceilings)
             study = LiveStudy(store, row, config, anchor_ms, profile.macs_per_s, owner)
             try:
                 with guarded():

@@ -44,7 +44,7 @@ OBJECTIVES = ((StudyDirection.MAXIMIZE, "accuracy"), (StudyDirection.MINIMIZE, "
 OPTUNAS_TABLES = {"studies", "trials", "version_info"}
 METRIC_NAMES_KEY = "study:metric_names"
 # Columns of the views that SQLite would hand over as 0 and 1.
-TRUTH_VALUES = {"latency_capped": Boolean, "latency_throttled": Boolean}
+TRUTH_VALUES = {"latency_capped": Boolean, "latency_throttled": Boolean, "latency_over_limit": Boolean}
 
 
 class StorageError(Exception):
@@ -303,11 +303,11 @@ class Store:
         with self._session() as session:
             return session.scalar(_profile(device, dtype, threads))
 
-    def add_profile(self, device: dict[str, str], profile: Profile) -> Profile:
-        """Write a device's profile in the place of any older one, and return it as it is stored."""
+    def add_profile(self, device: dict[str, str], profile: Profile, replace: bool = False) -> Profile:
+        """Write a device's profile unless there is one, or in its place, and return the one that is stored."""
         with self._session() as session:
             profile.device_id = _device_row(session, device).device_id
-            _upsert(session, Profile, [profile])
+            _upsert(session, Profile, [profile], replace)
             return session.scalars(_profile(device, profile.dtype, profile.threads)).one()
 
     def profiles(self) -> list[Profile]:
@@ -316,7 +316,7 @@ class Store:
             return list(session.scalars(select(Profile).order_by(Profile.device_id, Profile.dtype, Profile.threads)))
 
     def block_latencies(
-        self, device: dict[str, str], engine: str, dtype: str, batch_size: int, threads: int
+        self, device: dict[str, str], engine: str, dtype: str, batch_size: int, threads: int, kernels: str = ""
     ) -> dict[str, BlockLatency]:
         """shape_id -> latency of every block that was measured by itself in one deployment."""
         query = (
@@ -325,7 +325,7 @@ class Store:
             .filter_by(**device)
             .where(
                 BlockLatency.engine == engine, BlockLatency.dtype == dtype, BlockLatency.batch_size == batch_size,
-                BlockLatency.threads == threads,
+                BlockLatency.threads == threads, BlockLatency.kernels == kernels,
             )
         )  # fmt: skip
         with self._session() as session:
@@ -448,8 +448,8 @@ def _insert(session: Session) -> Any:
     return postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert
 
 
-def _upsert(session: Session, table: type[Base], rows: Sequence[Base]) -> None:
-    """Insert rows of a table, each in the place of the one with the same unique key if there is one."""
+def _upsert(session: Session, table: type[Base], rows: Sequence[Base], replace: bool = True) -> None:
+    """Insert rows of a table, each in the place of the one with the same unique key if there is one, or not at all."""
     columns = [column for column in table.__table__.columns if not column.primary_key]
     key = table.__table_args__[0].columns.keys()
     # In one order, or two processes would each wait for a row that the other holds.
@@ -457,6 +457,9 @@ def _upsert(session: Session, table: type[Base], rows: Sequence[Base]) -> None:
         # What is None is left to the column's default.
         values = {column.name: value for column in columns if (value := getattr(row, column.name)) is not None}
         insert = _insert(session)(table).values(values)
+        if not replace:
+            session.execute(insert.on_conflict_do_nothing(index_elements=key))
+            continue
         replaced = {column.name: insert.excluded[column.name] for column in columns if column.name not in key}
         session.execute(insert.on_conflict_do_update(index_elements=key, set_=replaced))
 

@@ -23,6 +23,7 @@ from sqlalchemy import (
     Table,
     Text,
     UniqueConstraint,
+    false,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
@@ -137,6 +138,7 @@ class Latency(Base):
         interval_share: width of the 95 % confidence interval of the median, over the median.
         capped: the time cap was hit before that interval was narrow enough.
         throttled, sm_clock_mhz, temperature_c: of a CUDA device while it measured.
+        over_limit: measured again it breaks the study's limit on the latency: it is not on the front.
     """
 
     __tablename__ = "convfirst_latencies"
@@ -167,6 +169,8 @@ class Latency(Base):
     throttled: Mapped[bool | None]
     sm_clock_mhz: Mapped[float | None]
     temperature_c: Mapped[float | None]
+    # As in `stage`, the default is for those who do not know it.
+    over_limit: Mapped[bool] = mapped_column(default=False, server_default=false())
     measured_at: Mapped[datetime] = mapped_column(default=now)
 
     @property
@@ -189,7 +193,11 @@ class CurvePoint(Base):
 
 
 class Profile(Base):
-    """What a device was measured to do at most in one dtype. No study's: it outlives them."""
+    """What a device was measured to do at most in one dtype. No study's: it outlives them.
+
+    Latencies of blocks were timed in turns with two yardsticks and are told as if these had taken the times that stand
+    here (`nas.yardsticks`).
+    """
 
     __tablename__ = "convfirst_profiles"
     __table_args__ = (UniqueConstraint("device_id", "dtype", "threads"),)
@@ -202,6 +210,10 @@ class Profile(Base):
     macs_per_s: Mapped[float]
     launch_seconds: Mapped[float]
     graph_launch_seconds: Mapped[float | None]
+    network_yardstick_ms: Mapped[float]
+    product_yardstick_ms: Mapped[float]
+    interval_share: Mapped[float]
+    throttled: Mapped[bool | None]
     measured_at: Mapped[datetime] = mapped_column(default=now)
 
     device: Mapped[Device] = relationship(lazy="joined")
@@ -210,11 +222,14 @@ class Profile(Base):
 class BlockLatency(Base):
     """The latency of a block or layer measured by itself, for all studies of the database.
 
-    `shape` is its problem as canonical JSON, of which `shape_id` is a hash.
+    Attributes:
+        kernels: digest of the fused kernels' sources; empty where no kernel of ours runs.
+        shape: its problem as canonical JSON, of which `shape_id` is a hash.
+        median_ms: of one run, without what a call of it costs beside (see `nas.block_table`).
     """
 
     __tablename__ = "convfirst_block_latencies"
-    __table_args__ = (UniqueConstraint("device_id", "engine", "dtype", "batch_size", "threads", "shape_id"),)
+    __table_args__ = (UniqueConstraint("device_id", "engine", "dtype", "batch_size", "threads", "kernels", "shape_id"),)
 
     block_latency_id: Mapped[int] = mapped_column(primary_key=True)
     device_id: Mapped[int] = mapped_column(ForeignKey("convfirst_devices.device_id"))
@@ -222,6 +237,7 @@ class BlockLatency(Base):
     dtype: Mapped[str] = mapped_column(String(16))
     batch_size: Mapped[int]
     threads: Mapped[int]
+    kernels: Mapped[str] = mapped_column(String(12), default="")
     shape_id: Mapped[str] = mapped_column(String(12))
     shape: Mapped[str]
     median_ms: Mapped[float]
@@ -230,4 +246,5 @@ class BlockLatency(Base):
     repeats: Mapped[int]
     interval_share: Mapped[float]
     capped: Mapped[bool]
+    throttled: Mapped[bool | None]
     measured_at: Mapped[datetime] = mapped_column(default=now)
