@@ -138,7 +138,7 @@ def doubtful_lines(rows: Sequence[BlockLatency]) -> list[str]:
     widest = max(row.interval_share for row in rows)
     throttled = " or measured on a throttling GPU" if any(row.throttled for row in rows) else ""
     return [
-        f"{len(rows)} of the parts are ended by the time cap{throttled}: known within {widest:.0%} at worst "
+        f"{len(rows)} of the parts were ended by the time cap{throttled}: known within {widest:.0%} at worst "
         "(--again measures anew)"
     ]
 

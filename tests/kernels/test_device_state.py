@@ -20,7 +20,7 @@ class FakeNvml:
     class NVMLError(Exception):
         pass
 
-    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU, NVML_ERROR_NOT_SUPPORTED = 1, 2, 0, 3
+    NVML_CLOCK_SM, NVML_TEMPERATURE_GPU, NVML_ERROR_NOT_SUPPORTED = 1, 0, 3
 
     def __init__(self) -> None:
         self.reasons = 0
@@ -29,10 +29,9 @@ class FakeNvml:
         answers: dict[str, Callable[..., object]] = {
             "nvmlInit": lambda: None,
             "nvmlDeviceGetHandleByUUID": self.handle,
-            "nvmlDeviceGetClockInfo": lambda handle, clock: {1: 1980, 2: 3201}[clock],
+            "nvmlDeviceGetClockInfo": lambda handle, clock: {1: 1980}[clock],
             "nvmlDeviceGetTemperatureV": lambda handle, sensor: 61,
             "nvmlDeviceGetTemperature": lambda handle, sensor: 60,
-            "nvmlDeviceGetPowerUsage": lambda handle: 412_345,
             "nvmlDeviceGetCurrentClocksEventReasons": lambda handle: self.reasons,
             "nvmlDeviceGetCurrentClocksThrottleReasons": lambda handle: self.reasons,
         }
@@ -74,7 +73,7 @@ def nvml(monkeypatch: pytest.MonkeyPatch) -> FakeNvml:
 
 def test_a_gpu_tells_its_clocks_and_sensors(nvml: FakeNvml) -> None:
     state = read_state(GPU)
-    assert state == DeviceState(1980.0, 3201.0, 60.0, 412.345, ())
+    assert state == DeviceState(1980.0, 60.0, ())
     assert not state.throttled
 
 
@@ -82,13 +81,14 @@ def test_a_gpu_tells_its_clocks_and_sensors(nvml: FakeNvml) -> None:
     ("reasons", "names"),
     [
         (0x000, ()),
-        # Idle, clocks set for applications, sync boost, clocks set for the display, and a bit of the future.
+        # Idle, clocks set for applications, the power cap, sync boost, clocks set for the display, and a bit of the
+        # future.
         (0x001, ()),
         (0x002, ()),
+        (0x004, ()),
         (0x010, ()),
         (0x100, ()),
         (1 << 40, ()),
-        (0x004, ("software power cap",)),
         (0x008, ("hardware slowdown",)),
         (0x020, ("software thermal slowdown",)),
         (0x040, ("hardware thermal slowdown",)),
@@ -122,11 +122,6 @@ def test_either_name_of_a_renamed_function_will_do(nvml: FakeNvml, name: str, mi
     assert state.temperature_c == (61 if name == "nvmlDeviceGetTemperature" else 60)
 
 
-def test_a_gpu_need_not_measure_its_power(nvml: FakeNvml) -> None:
-    nvml.refused = {"nvmlDeviceGetPowerUsage"}
-    assert read_state(GPU) == DeviceState(1980.0, 3201.0, 60.0, None, ())
-
-
 @pytest.mark.parametrize(
     "refused",
     [
@@ -155,7 +150,7 @@ def test_nvml_is_initialised_once_and_each_gpu_found_once(nvml: FakeNvml) -> Non
         read_state(GPU)
     assert nvml.calls.count("nvmlInit") == 1
     assert nvml.calls.count("nvmlDeviceGetHandleByUUID") == 1
-    assert nvml.calls.count("nvmlDeviceGetClockInfo") == 6
+    assert nvml.calls.count("nvmlDeviceGetClockInfo") == 3
 
 
 def test_a_cpu_has_no_state(nvml: FakeNvml) -> None:
@@ -184,10 +179,10 @@ def test_the_real_module_has_what_the_fake_pretends() -> None:
     for name in vars(FakeNvml()):
         if name.startswith("nvml"):
             assert callable(getattr(pynvml, name))
-    for name in ("NVML_CLOCK_SM", "NVML_CLOCK_MEM", "NVML_TEMPERATURE_GPU", "NVML_ERROR_NOT_SUPPORTED"):
+    for name in ("NVML_CLOCK_SM", "NVML_TEMPERATURE_GPU", "NVML_ERROR_NOT_SUPPORTED"):
         assert getattr(pynvml, name) == getattr(FakeNvml, name)
     assert issubclass(pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError)
-    bits = ("SwPowerCap", "HwSlowdown", "SwThermalSlowdown", "HwThermalSlowdown", "HwPowerBrakeSlowdown")
+    bits = ("HwSlowdown", "SwThermalSlowdown", "HwThermalSlowdown", "HwPowerBrakeSlowdown")
     assert [getattr(pynvml, f"nvmlClocksEventReason{name}") for name in bits] == list(THROTTLING)
 
 
@@ -196,7 +191,5 @@ def test_the_real_gpu_tells_its_state() -> None:
     state = read_state(torch.device("cuda"))
     assert state is not None
     assert 100 < state.sm_clock_mhz < 5000
-    assert 100 < state.memory_clock_mhz < 20_000
     assert 0 < state.temperature_c < 110
-    assert state.power_w is None or 1 < state.power_w < 2000
     assert set(state.throttled_by) <= set(THROTTLING.values())

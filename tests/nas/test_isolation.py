@@ -11,10 +11,10 @@ import psutil
 import pytest
 
 from nas import isolation
-from nas.block_table import SHARED, network_shape
+from nas.block_table import network_shape
 from nas.config import LatencyConfig
 from nas.errors import CandidateFailed
-from nas.isolation import IsolatedMeter, LocalMeter, meter_for
+from nas.isolation import PARTS_WEIGHT, IsolatedMeter, LocalMeter, meter_for
 from nas.latency import Latency
 from nas.parts import CALL, arch_parts, shape_id
 from search_spaces import ArchSpec, StageSpec
@@ -75,16 +75,17 @@ def test_several_are_measured_together_and_all_of_their_figures_come_back(
 def test_blocks_are_measured_in_the_process_too(meter: IsolatedMeter) -> None:
     """What the table lacks of an architecture, and of the anchor as a whole; then nothing."""
     smallest, anchor = SPACE.smallest(), SPACE.anchor()
-    basics = {shape_id(shape) for shape in (*SHARED, CALL)}
+    call = {shape_id(CALL): 0.01}
     parts = arch_parts(smallest, QUICK)
-    figures = meter.measure_blocks([smallest], basics | {parts[0].shape_id}, [1.0, 2.0])
+    figures = meter.measure_blocks([smallest], {**call, parts[0].shape_id: 1.0}, [1.0, 2.0])
     whole = network_shape(str(anchor), QUICK)
     assert {figure.shape for figure in figures} == {part.shape for part in parts[1:]} | {whole}
     assert all(0 < figure.p20_ms <= figure.median_ms <= figure.p80_ms for figure in figures)
     # The table's references stand, and a process keeps its yardsticks.
-    known = basics | {part.shape_id for part in parts} | {shape_id(whole)}
+    known = {**call, **{part.shape_id: 1.0 for part in parts}, shape_id(whole): 1.0}
     assert meter.measure_blocks([smallest], known, [1.0, 2.0]) == []
-    assert meter.measured == 2
+    # All of its parts are held as long as it lives, each several times; what was known took nothing.
+    assert meter.measured == PARTS_WEIGHT
     assert measured(meter, smallest).median_ms > 0
 
 
@@ -95,8 +96,7 @@ def test_engines_that_give_memory_back_are_measured_here() -> None:
     assert meter.reference_ms == 2.0
     small, anchor = meter.measure_together([SPACE.smallest(), SPACE.anchor()])
     assert small.weight_bytes < anchor.weight_bytes
-    basics = {shape_id(shape) for shape in (*SHARED, CALL)}
-    known = basics | {part.shape_id for part in arch_parts(SPACE.anchor(), eager)}
+    known = {shape_id(CALL): 0.01, **{part.shape_id: 1.0 for part in arch_parts(SPACE.anchor(), eager)}}
     (figure,) = meter.measure_blocks([SPACE.anchor()], known, [1.0, 2.0])
     assert figure.shape == network_shape(str(SPACE.smallest()), eager)
     assert meter.blocks is not None
@@ -112,7 +112,7 @@ def test_a_process_killed_while_measuring_fails_that_candidate_only(meter: Isola
     assert measured(meter, SPACE.smallest()).median_ms > 0
     os.kill(pid(meter), signal.SIGKILL)
     with pytest.raises(CandidateFailed, match="killed by signal 9"):
-        meter.measure_blocks([SPACE.smallest()], (), None)
+        meter.measure_blocks([SPACE.smallest()], {}, [1.0, 2.0])
     assert meter.child is None
 
 

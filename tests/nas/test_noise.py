@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 
 from nas import noise
 from nas.config import LatencyConfig
@@ -96,3 +97,22 @@ def test_runs_are_compared_with_earlier_ones(
     assert all("0 of 3 pairs" in line for line in compared)
     assert "ended by the cap: 2 of 6; interval 3.0% of the median" in lines[-1]
     assert "anchor 1.0000 ms" in lines[-1]
+
+
+@pytest.mark.parametrize(
+    ("options", "told"),
+    [
+        (dict(device="foo"), "--device foo: not a device"),
+        (dict(space="nosuch"), "nosuch: neither a built-in space"),
+        (dict(seconds=0.0), "seconds=0.0 is not positive"),
+        (dict(out=Path("nosuch/figures.json")), "--out nosuch/figures.json: its folder does not exist"),
+        (dict(out=Path(__file__)), "holds no figures of an earlier run"),
+    ],
+)
+def test_bad_input_gets_one_line(options: dict[str, object], told: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit) as ended:
+        noise.main(**{"networks": 2, "rounds": 2, "device": "cpu", **options})  # type: ignore[arg-type]
+    assert ended.value.exit_code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Error: ")
+    assert told in line

@@ -13,16 +13,17 @@ import psutil
 import pytest
 import torch
 
-from kernels.benchmark_machine import MachineLimits
 from kernels.timing import DeviceInfo
 from nas import profile, remeasure, search
+from nas.block_table import BlockTable, network_shape
 from nas.config import LatencyConfig, SearchConfig
 from nas.errors import CandidateFailed, UsageError
 from nas.latency import Latency
 from nas.overhead import FakeEvaluator
+from nas.profile import Ceilings
 from nas.proxy import ProxyResult
 from nas.remeasure import Changes, of_deployment, remeasure_front
-from search_spaces import ArchSpec
+from search_spaces import ArchSpec, load_space
 from studies import CandidateState, Owner, StorageError, Store, Study
 
 HERE = DeviceInfo.of(torch.device("cpu"))
@@ -266,11 +267,12 @@ def profiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Profiles are invented; yields the dtype and threads of each that was asked for."""
     asked: list[tuple[str, int]] = []
 
-    def measure(_device: torch.device, dtype: str, threads: int) -> MachineLimits:
-        asked.append((dtype, threads))
-        return MachineLimits(copy_bytes=1e10, product_macs=1e11, launch_seconds=1e-6)
+    def measure(config: LatencyConfig, references_ms: object = None) -> Ceilings:
+        asked.append((config.dtype, config.threads))
+        return Ceilings(copy_bytes=1e10, product_macs=1e11, launch_seconds=1e-6)
 
     monkeypatch.setattr(profile, "measure", measure)
+    monkeypatch.setattr(remeasure, "_anchor_ms", lambda table, anchor: 3.0)
     return asked
 
 
@@ -289,7 +291,8 @@ def remeasured(
     notes: list[str] = []
     store, _ = opened(config)
     try:
-        return remeasure.remeasure(store, config.study, changes, everything, notes.append), notes
+        planned = remeasure.plan(store, config.study, changes)
+        return remeasure.remeasure(store, config.study, planned, everything, notes.append), notes
     finally:
         store.close()
 
@@ -316,8 +319,8 @@ def test_elsewhere_all_candidates_get_a_second_latency(
     # One after the other, and then the front they make there in turns.
     assert meter.measured == [[0], [1], [2], [3], [4], [0, 1, 3]]
     assert meter.closed == 1
-    # Another deployment's anchor is measured anew.
-    assert meter.made == [(there, config.space.anchor(), None)]
+    # Another deployment's anchor has another reference, that of the block latency table.
+    assert meter.made == [(there, config.space.anchor(), 3.0)]
     assert changed is not None
     assert (changed.config, changed.left, changed.joined) == (there, (), ())
     assert changed.ratios == pytest.approx((1.0, 1.0, 1.0))
@@ -426,20 +429,40 @@ def test_a_candidate_that_fails_elsewhere_is_noted_and_left_out(
     assert meter.measured == [[1], [0, 1, 3]]
 
 
-def test_a_front_that_does_not_run_together_is_told_and_what_was_measured_is_kept(
+def test_a_front_that_does_not_run_together_is_measured_in_smaller_groups(
     done: tuple[SearchConfig, Scored], monkeypatch: pytest.MonkeyPatch, profiled: list[tuple[str, int]]
 ) -> None:
-    """Each ran alone; three of them take more memory."""
+    """Three of them take more memory than there is, two do not."""
     config, evaluator = done
 
     class Cramped(Meter):
         def measure_together(self, archs: Sequence[ArchSpec]) -> list[Latency]:
-            if len(archs) > 1:
+            if len(archs) > 2:
                 raise CandidateFailed("the measuring process was killed by signal 9")
             return super().measure_together(archs)
 
     meter = Cramped(evaluator.numbers)
-    with pytest.raises(UsageError, match=r"--study convfirst: its front could not be measured in turns .*signal 9"):
+    changed, _ = remeasured(config, meter, monkeypatch, threads=2)
+    assert meter.measured[5:] == [[0], [1, 3]]
+    assert changed is not None
+    assert len(changed.ratios) == 3
+
+
+def test_a_member_that_runs_no_more_is_told_and_what_was_measured_is_kept(
+    done: tuple[SearchConfig, Scored], monkeypatch: pytest.MonkeyPatch, profiled: list[tuple[str, int]]
+) -> None:
+    config, evaluator = done
+
+    class Ailing(Meter):
+        def measure_together(self, archs: Sequence[ArchSpec]) -> list[Latency]:
+            if len(self.measured) >= len(SCORES):
+                raise CandidateFailed("out of memory")
+            return super().measure_together(archs)
+
+    meter = Ailing(evaluator.numbers)
+    with pytest.raises(
+        UsageError, match=r"--study convfirst: its front could not be measured in turns .*out of memory"
+    ):
         remeasured(config, meter, monkeypatch, threads=2)
     assert meter.closed == 1
     store, study = opened(config)
@@ -447,6 +470,47 @@ def test_a_front_that_does_not_run_together_is_told_and_what_was_measured_is_kep
     assert list(there["number"]) == [0, 1, 3]
     assert set(there["latency_stage"]) == {"search"}
     assert study.owner is None
+    store.close()
+
+
+def test_the_studys_limit_holds_at_home_only(
+    config: SearchConfig, monkeypatch: pytest.MonkeyPatch, profiled: list[tuple[str, int]]
+) -> None:
+    """Trial 3 took 4.0 ms of 4.5, and takes 4.8 now; in another deployment the limit says nothing."""
+    config = replace(config, limits=replace(config.limits, latency_ms=4.5), budget=4)
+    evaluator = Scored()
+    search.run(config, evaluator)
+    changed, _ = remeasured(config, Meter(evaluator.numbers, factor=1.2), monkeypatch)
+    assert changed is not None
+    assert (changed.over_limit, changed.left) == ((3,), (3,))
+    assert "trial 3 broke the latency limit" in str(changed)
+    changed, _ = remeasured(config, Meter(evaluator.numbers, factor=2.0), monkeypatch, threads=2)
+    assert changed is not None
+    assert (changed.over_limit, changed.size) == ((), 3)
+
+
+def test_changes_are_told_of_the_front_before_all_were_measured_again(
+    done: tuple[SearchConfig, Scored], monkeypatch: pytest.MonkeyPatch, profiled: list[tuple[str, int]]
+) -> None:
+    config, evaluator = done
+    remeasured(config, Meter(evaluator.numbers), monkeypatch, threads=2)
+    changed, _ = remeasured(config, Meter(evaluator.numbers, factor=3.0), monkeypatch, everything=True, threads=2)
+    assert changed is not None
+    assert changed.ratios == pytest.approx((1.5, 1.5, 1.5))
+
+
+def test_the_reference_elsewhere_is_the_anchors_in_the_table(config: SearchConfig) -> None:
+    """Measured once for all studies of the database."""
+    store = Store.open(config.storage, create=True)
+    assert store is not None
+    there = replace(config.latency, seconds=0.02, threads=2)
+    profile.find_or_measure(store, there)
+    table = BlockTable(store, HERE, there)
+    anchor = load_space("small").smallest()
+    first = remeasure._anchor_ms(table, anchor)
+    assert first > 0
+    assert remeasure._anchor_ms(BlockTable(store, HERE, there), anchor) == first
+    assert table.median_ms(network_shape(str(anchor), there)) == first
     store.close()
 
 

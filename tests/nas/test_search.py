@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import socket
+import sqlite3
 import subprocess
 import sys
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 
 import numpy as np
@@ -16,7 +17,6 @@ import pytest
 import torch
 from optuna.trial import TrialState
 
-from kernels.benchmark_machine import MachineLimits
 from nas import search
 from nas.block_table import BlockTable, Figure
 from nas.config import SAMPLERS, LatencyConfig, Limits, ProxyConfig, SearchConfig
@@ -24,6 +24,8 @@ from nas.errors import CandidateFailed, UsageError
 from nas.latency import Latency
 from nas.overhead import FakeEvaluator
 from nas.pareto import front
+from nas.parts import arch_parts
+from nas.profile import Ceilings
 from nas.proxy import ProxyResult
 from search_spaces import ArchSpec, SearchSpace
 from studies import Candidate, CandidateState, Owner, StorageError, Store, Study
@@ -57,14 +59,14 @@ class Counting(FakeEvaluator):
         ]
 
     def measure_blocks(
-        self, archs: Sequence[ArchSpec], known: Collection[str], references_ms: Sequence[float] | None
+        self, archs: Sequence[ArchSpec], known: Mapping[str, float], references_ms: Sequence[float]
     ) -> list[Figure]:
         self.in_blocks += [arch.arch_id for arch in archs]
         return super().measure_blocks(archs, known, references_ms)
 
-    def limits(self) -> MachineLimits:
+    def ceilings(self) -> Ceilings:
         self.profiles += 1
-        return super().limits()
+        return super().ceilings()
 
 
 def opened(config: SearchConfig) -> Store:
@@ -190,7 +192,7 @@ def test_a_front_that_does_not_run_together_or_in_blocks_ends_no_search(on_cpu: 
             raise CandidateFailed("the measuring process was killed by signal 9")
 
         def measure_blocks(
-            self, archs: Sequence[ArchSpec], known: Collection[str], references_ms: Sequence[float] | None
+            self, archs: Sequence[ArchSpec], known: Mapping[str, float], references_ms: Sequence[float]
         ) -> list[Figure]:
             raise CandidateFailed("out of memory")
 
@@ -235,8 +237,45 @@ def test_the_block_table_holds_the_blocks_of_the_front_or_of_all(on_cpu: SearchC
     else:
         assert front <= added_up
         assert set(evaluator.in_blocks) <= front
-    # It is no part of a study's identity.
-    assert search.run(replace(config, block_table=not everything, budget=13), Counting()).complete == 13
+    # It is no part of a study's identity; begun later it has candidates of before to make up for.
+    later = Counting()
+    assert search.run(replace(config, block_table=not everything, budget=13), later).complete == 13
+    if not everything:
+        table.load()
+        for row in candidates(config):
+            if row.latencies:
+                assert not table.lacks(arch_parts(ArchSpec.from_json(row.arch), config.latency))
+
+
+def test_whoever_breaks_the_limit_at_the_end_leaves_the_front(on_cpu: SearchConfig) -> None:
+    """All turn out a quarter slower than the search found them: those near the limit are over it."""
+    limit_ms = 1.0
+    config = replace(on_cpu, budget=30, limits=Limits(latency_ms=limit_ms))
+    front = search.run(config, Counting(slower=1.25)).pareto_front
+    assert (front["latency_ms"] <= limit_ms).all()
+    assert (front["searched_latency_ms"] <= 0.8 * limit_ms).all()
+    rows = opened(config).evaluations(config.study)
+    assert rows["latency_over_limit"].any(), "none was near the limit"
+    over = rows[rows["latency_over_limit"]]
+    assert (over["latency_ms"] > limit_ms).all()
+
+
+def test_how_precisely_one_measures_may_change_between_runs(config: SearchConfig) -> None:
+    search.run(config, FakeEvaluator())
+    finer = replace(config, budget=13, latency=replace(config.latency, precision=0.01, seconds=9.0))
+    assert search.run(finer, FakeEvaluator()).complete == 13
+
+
+def test_a_study_from_before_precision_was_a_setting_can_be_gone_on_with(config: SearchConfig) -> None:
+    search.run(config, FakeEvaluator())
+    path = config.storage.removeprefix("sqlite:///")
+    with sqlite3.connect(path) as connection:
+        (text,) = connection.execute("select config from convfirst_studies").fetchone()
+        stored = json.loads(text)
+        del stored["latency"]["precision"]
+        stored["latency"]["seconds"] = 1.0
+        connection.execute("update convfirst_studies set config = ?", (json.dumps(stored),))
+    assert search.run(replace(config, budget=13), FakeEvaluator()).complete == 13
 
 
 def test_the_devices_profile_is_measured_once_for_all_studies(on_cpu: SearchConfig) -> None:
@@ -617,7 +656,7 @@ def test_a_front_that_does_not_run_together_stays_as_it_was(sqlite_url: str) -> 
             raise CandidateFailed("no room for all of them")
 
         def measure_blocks(
-            self, archs: Sequence[ArchSpec], known: Collection[str], references_ms: Sequence[float] | None
+            self, archs: Sequence[ArchSpec], known: Mapping[str, float], references_ms: Sequence[float]
         ) -> list[Figure]:
             raise CandidateFailed("a block does not compile")
 

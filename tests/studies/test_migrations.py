@@ -157,8 +157,12 @@ def test_an_old_study_is_gone_on_with(old_url: str, engine: Engine) -> None:
     assert list(store.front("one")["number"]) == [1, 0, 2]
     store.claim(study.study_id, Owner.me())
     store.add_profile(
-        DEVICE, Profile(dtype="float32", threads=1, copy_bytes_per_s=1.0, macs_per_s=1e3, launch_seconds=1)
-    )
+        DEVICE,
+        Profile(
+            dtype="float32", threads=1, copy_bytes_per_s=1.0, macs_per_s=1e3, launch_seconds=1,
+            network_yardstick_ms=1.0, product_yardstick_ms=1.0, interval_share=0.1,
+        ),
+    )  # fmt: skip
     # 2 MACs in 4 ms at 1,000 MACs a second.
     assert store.front("one")["computational_efficiency"].iloc[-1] == pytest.approx(0.5)
     store.close()

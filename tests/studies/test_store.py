@@ -77,7 +77,10 @@ def measured_again(candidate: Candidate, median_ms: float, **changes: Any) -> La
 
 
 def make_profile(**changes: Any) -> Profile:
-    fields = dict(dtype="float32", threads=1, copy_bytes_per_s=1e12, macs_per_s=4e15, launch_seconds=1e-6)
+    fields = dict(
+        dtype="float32", threads=1, copy_bytes_per_s=1e12, macs_per_s=4e15, launch_seconds=1e-6,
+        network_yardstick_ms=0.5, product_yardstick_ms=0.7, interval_share=0.01,
+    )  # fmt: skip
     return Profile(**(fields | changes))
 
 
@@ -320,7 +323,9 @@ def test_a_device_has_one_profile_per_dtype_and_threads(store: Store) -> None:
     first = store.add_profile(DEVICE, make_profile(graph_launch_seconds=1e-7))
     assert first.device.name == "a CPU"
     store.add_profile(DEVICE, make_profile(dtype="float16"))
-    again = store.add_profile(DEVICE, make_profile(macs_per_s=5e15))
+    # Of two processes that measure it at once the first one's counts, unless it is measured anew.
+    assert store.add_profile(DEVICE, make_profile(macs_per_s=3e15)).macs_per_s == first.macs_per_s
+    again = store.add_profile(DEVICE, make_profile(macs_per_s=5e15), replace=True)
     assert again.profile_id == first.profile_id
     assert again.measured_at > first.measured_at
     assert (again.macs_per_s, again.graph_launch_seconds) == (5e15, None)
@@ -331,6 +336,30 @@ def test_a_device_has_one_profile_per_dtype_and_threads(store: Store) -> None:
     assert [(row.device.name, row.dtype) for row in store.profiles()] == [("a CPU", "float16"), ("a CPU", "float32")]
     assert store.device_id(DEVICE) == found.device_id
     assert store.device_id(OTHER_DEVICE) != found.device_id
+
+
+def test_latencies_of_blocks_are_those_of_one_version_of_the_kernels(store: Store) -> None:
+    fused = dict(engine="fused", dtype="float16", batch_size=1, threads=1)
+    for kernels, median_ms in (("old", 2.0), ("new", 1.0)):
+        store.add_block_latencies(DEVICE, [make_block("a", median_ms, kernels=kernels, throttled=True, **fused)])
+    for kernels, expected in (("old", [2.0]), ("new", [1.0]), ("", [])):
+        found = store.block_latencies(DEVICE, **fused, kernels=kernels)  # type: ignore[arg-type]
+        assert [row.median_ms for row in found.values()] == expected
+        assert all(row.throttled for row in found.values())
+
+
+def test_whoever_breaks_the_limit_measured_again_is_not_on_the_front(store: Store) -> None:
+    study = make_study(store)
+    candidate = add(store, study, 0.9, 1.0)
+    add(store, study, 0.5, 2.0)
+    assert list(store.front("one")["number"]) == [0]
+    store.add_latencies(study.study_id, [measured_again(candidate, 1.1, over_limit=True)])
+    assert list(store.front("one")["number"]) == [1]
+    rows = store.evaluations("one")
+    assert rows["latency_over_limit"].tolist() == [True, False]
+    # Measured once more it is within it.
+    store.add_latencies(study.study_id, [measured_again(candidate, 1.05, over_limit=False)])
+    assert list(store.front("one")["number"]) == [0]
 
 
 def test_latencies_of_blocks_are_kept_per_deployment(store: Store) -> None:
