@@ -173,6 +173,8 @@ def warm_up(run: Callable[[], None], clock: Clock, min_sample_seconds: float) ->
 
     Faster is a median of `WARMUP_WINDOW` samples that is lower than the one before by more than `WARMUP_TOLERANCE`.
     """
+    # Once unmeasured: what a first call loads or compiles says nothing of how many make a sample.
+    run()
     begin = time.perf_counter()
     calls, window, before = 1, list[float](), float("inf")
     while True:

@@ -87,7 +87,12 @@ class Study(Base):
 
 
 class Candidate(Base):
-    """One evaluated architecture: trained and timed, over a limit, or failed with a reason."""
+    """One evaluated architecture: trained and timed, over a limit, or failed with a reason.
+
+    Attributes:
+        latency_seconds, train_seconds, total_seconds: what it cost; the first and the last with any waiting for another
+            process on the device.
+    """
 
     __tablename__ = "convfirst_candidates"
     __table_args__ = (
