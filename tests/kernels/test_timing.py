@@ -129,7 +129,7 @@ def test_a_first_call_that_loads_or_compiles_does_not_tell_how_many_make_a_sampl
         machine.now += 0.0 if machine.order else 60.0
         run()
 
-    assert warm_up(compiling, machine.clock, 0.01) == 10
+    assert 10 <= warm_up(compiling, machine.clock, 0.01) <= 11
 
 
 def test_warming_up_lasts_its_least_time(monkeypatch: pytest.MonkeyPatch) -> None:
