@@ -210,6 +210,109 @@ def studies(
 
 
 @app.command()
+def dashboard(
+    storage: Storage = DEFAULT_STORAGE,
+    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's own let others in.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="By default a free one.")] = 0,
+    artifacts: Annotated[
+        Path | None, typer.Option(help="Folder of the trials' files; by default next to the database.")
+    ] = None,
+) -> None:
+    """Open the Optuna dashboard on a study database, also while a search runs."""
+    with _reported(storage):
+        from nas.dashboard import Server
+        from nas.showcase import show
+        from studies import StorageError
+        from studies.display import artifact_folder
+
+        folder = artifact_folder(storage) if artifacts is None else artifacts
+        _require_folder("--artifacts", folder)
+        with _opened(storage) as store:
+            server = Server(store, folder, host, port)
+            for summary in store.summaries():
+                try:
+                    made = show(store, summary.name, folder)
+                    out.print(f"{summary.name}: {made} files of its front made", highlight=False, markup=False)
+                except StorageError as error:
+                    # A file that is read-only, say: what is there can be looked at.
+                    err.print(f"{summary.name}: not brought up to date ({error})", highlight=False, markup=False)
+            server.warm_up()
+            out.print(f"dashboard: {server.url} (Ctrl-C ends it)", highlight=False, soft_wrap=True)
+            # As Ctrl-C does.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            server.run()
+
+
+@app.command()
+def report(
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for the page and its figures.")],
+    storage: Storage = DEFAULT_STORAGE,
+    study: StudyName = DEFAULT_STUDY,
+) -> None:
+    """Make a study's report: one HTML file to hand around, and its main figures as PNGs."""
+    with _reported(storage):
+        _require_folder("--out", out_dir)
+        with _opened(storage, study) as store:
+            from nas.baselines import contenders, verdict
+            from nas.report import write_report
+
+            found = contenders(store, study)
+            for path in write_report(store, study, storage, out_dir, found, verdict(found)):
+                out.print(f"made: {path}", highlight=False, soft_wrap=True, markup=False)
+
+
+@app.command()
+def baselines(
+    storage: Storage = DEFAULT_STORAGE,
+    study: StudyName = DEFAULT_STUDY,
+    models: Annotated[
+        str | None,
+        typer.Option(help="timm models, separated by commas, or all; by default those that suit the device."),
+    ] = None,
+    found: Annotated[int, typer.Option(help="Members of the front, from the fastest to the most accurate.")] = 3,
+    steps: Annotated[int | None, typer.Option(help="Of training; by default 4 times the study's.")] = None,
+    learning_rates: Annotated[
+        str | None,
+        typer.Option(help="Of which the best counts, separated by commas; by default 1/8, 1/2 and 2 of the study's."),
+    ] = None,
+    map_size: Annotated[
+        int | None,
+        typer.Option(
+            "--map",
+            help="Pixels across of the final map of networks that are not ours; the study's, on a CPU half of it.",
+        ),
+    ] = None,
+    data_dir: Annotated[str, typer.Option(help="Where CIFAR's and timm's files are.")] = "data",
+    download: Annotated[bool, typer.Option(help="Fetch CIFAR or timm data.")] = False,
+) -> None:
+    """Train and measure known networks beside a study's own, and say what the found ones are worth."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with _reported(storage), _opened(storage, study, write=True) as store:
+            from nas import baselines as known
+
+            flags = {
+                "models": ("--models", models), "found": ("--found", found), "steps": ("--steps", steps),
+                "learning_rates": ("--learning-rates", learning_rates), "map_size": ("--map", map_size),
+            }  # fmt: skip
+            config = _checked(
+                known.BaselineConfig, flags, models=known.names(models), found=found, steps=steps,
+                learning_rates=known.rates(learning_rates), map_size=map_size, data_dir=data_dir, download=download,
+            )  # fmt: skip
+            known.compare(store, study, config, _note)
+            compared = known.contenders(store, study)
+            out.print(known.table(compared, f"Baselines of {study}"))
+            for line in (*known.training_lines(compared), *known.failures(store, study), *known.verdict(compared)):
+                out.print(line, highlight=False, soft_wrap=True, markup=False)
+    except KeyboardInterrupt:
+        err.print("Interrupted. What was finished is kept; the same command goes on from there.", highlight=False)
+        sys.stdout.flush()
+        os._exit(130)
+
+
+@app.command()
 def space(
     name: Annotated[str, typer.Argument(help="small, imagenet, or a TOML file.")] = "small",
     classes: Annotated[int, typer.Option(help="Of the classifier that is counted in.")] = 10,
@@ -298,7 +401,10 @@ def remeasure(
             out.print("The front is empty: nothing was measured.")
             return
         front = again.of_deployment(store.front(study), done.config, done.device_id)
-        out.print(front_table(front, f"Pareto front of {study}\n{deployment_line(front.iloc[0])}"))
+        if front.empty:
+            out.print("The front is empty now.")
+        else:
+            out.print(front_table(front, f"Pareto front of {study}\n{deployment_line(front.iloc[0])}"))
         note(str(done))
 
 
@@ -487,7 +593,6 @@ def _config(
     except ValueError as error:
         raise UsageError(f"--space {error}") from error
     pixels = loaded.resolution if resolution is None else resolution
-    checked = _checked
     proxy = dict(
         steps=proxy_steps, batch_size=proxy_batch, learning_rate=proxy_lr, deterministic=deterministic,
         threads=default_threads() if threads is None else threads,
@@ -499,11 +604,11 @@ def _config(
         threads=latency_threads, precision=latency_precision, seconds=latency_seconds,
     )  # fmt: skip
     limits = dict(latency_ms=max_latency_ms, params=max_params, macs=max_macs, memory_mb=max_memory_mb)
-    config: SearchConfig = checked(
+    config: SearchConfig = _checked(
         SearchConfig, flags, budget=budget, time_limit_s=time_limit, storage=storage, study=study, space=loaded,
-        data=checked(DataConfig, flags, source=data, resolution=pixels, data_dir=data_dir, download=download),
-        proxy=checked(ProxyConfig, flags, **proxy), latency=checked(LatencyConfig, latency_flags, **latency),
-        limits=checked(Limits, flags, **limits), sampler=sampler.value, seed=seed,
+        data=_checked(DataConfig, flags, source=data, resolution=pixels, data_dir=data_dir, download=download),
+        proxy=_checked(ProxyConfig, flags, **proxy), latency=_checked(LatencyConfig, latency_flags, **latency),
+        limits=_checked(Limits, flags, **limits), sampler=sampler.value, seed=seed,
         block_table=block_table,
     )  # fmt: skip
     return config
@@ -572,7 +677,7 @@ def _print_front(front: pd.DataFrame, title: str) -> None:
     from nas.progress import front_table
 
     if front.empty:
-        out.print("The front is empty: no candidate is complete yet.")
+        out.print("The front is empty: no candidate is complete, or all turned out over a limit.")
         return
     for _, members in front.groupby(DEPLOYMENT, sort=False):
         out.print(front_table(members, f"{title}\n{deployment_line(members.iloc[0])}"))

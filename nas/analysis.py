@@ -83,7 +83,7 @@ class Analysis:
         sum_ms: what the parts add up to.
         network_ms: the network's own latency.
         layers: name of a part -> its layers, where they were asked for.
-        doubtful: parts that were measured less precisely than asked for.
+        doubtful: what was measured less precisely than asked for, of parts, call and network.
     """
 
     efficiency: NetworkEfficiency
@@ -138,7 +138,7 @@ def doubtful_lines(rows: Sequence[BlockLatency]) -> list[str]:
     widest = max(row.interval_share for row in rows)
     throttled = " or measured on a throttling GPU" if any(row.throttled for row in rows) else ""
     return [
-        f"{len(rows)} of the parts were ended by the time cap{throttled}: known within {widest:.0%} at worst "
+        f"{len(rows)} of these figures were ended by the time cap{throttled}: known within {widest:.0%} at worst "
         "(--again measures anew)"
     ]
 
@@ -203,6 +203,8 @@ def choose(
         is_arch = "|" in against or against.lstrip().startswith("{")
         wanted.append(("--trial" if against.isdecimal() else "--arch" if is_arch else "--timm", against, "--against"))
     found = [_named(store, study, kind, str(value), flag) for kind, value, flag in wanted]
+    if given.get("engine") == "fused" and all(arch is None for _, arch, _ in found):
+        raise UsageError("--engine fused: times ConvFirst networks by their blocks, and no timm models by their layers")
     base = next((config for _, _, config in found if config is not None), None)
     if base is None:
         models = [name for name, arch, _ in found if arch is None]
@@ -288,6 +290,34 @@ def table_lines(store: Store, subject: Subject) -> list[str]:
     return found
 
 
+def from_table(table: BlockTable, arch: ArchSpec, title: str, network_ms: float) -> NetworkEfficiency | None:
+    """What is known of an architecture without measuring anything; None where a part of it is not in the table.
+
+    Args:
+        network_ms: its own latency.
+    """
+    parts = arch_parts(arch, table.config)
+    if table.lacks(parts) or table.profile is None:
+        return None
+    rows = [
+        Efficiency(part.block, table.machine, part.fused, max(ms or 0.0, 1e-6) / 1e3)
+        for part, ms in zip(parts, table.add_up(parts).part_ms, strict=True)
+    ]
+    return _network(table.config, title, rows, network_ms)
+
+
+def _network(config: LatencyConfig, title: str, rows: list[Efficiency], network_ms: float) -> NetworkEfficiency:
+    """Rows with what they leave unexplained of a network's latency."""
+    left_seconds = network_ms / 1e3 - sum(row.seconds or 0.0 for row in rows)
+    if left_seconds > NOISE * network_ms / 1e3:
+        rows = [*rows, Efficiency(everything_else(), rows[0].machine, False, left_seconds)]
+    subtitle = (
+        f"{config.engine}, {config.dtype}, batch {config.batch_size}, {config.resolution}x{config.resolution}, "
+        f"{torch.device(config.device).type}"
+    )
+    return NetworkEfficiency(title, subtitle, tuple(rows), network_ms / 1e3)
+
+
 def analyse(
     store: Store, subject: Subject, note: Note = lambda line: None, *, again: bool = False, by_layer: bool = False
 ) -> Analysis:
@@ -333,7 +363,7 @@ class _Work:
         parts = arch_parts(arch, self.config)
 
         def known() -> dict[str, float]:
-            return self._known(self.table, [*(part.shape_id for part in parts), shape_id(self.network)])
+            return self._known(self.table, [CALL_ID, *(part.shape_id for part in parts), shape_id(self.network)])
 
         def lacking() -> bool:
             lacks = {CALL_ID, shape_id(self.network), *(part.shape_id for part in parts)} - known().keys()
@@ -383,18 +413,13 @@ class _Work:
         assert network_ms is not None
         assert added is not None
         assert added.total_ms is not None
-        known_ms = [ms for ms in added.part_ms if ms is not None]
-        rows = [self._row(part.block, part.fused, ms) for part, ms in zip(parts, known_ms, strict=True)]
-        left_ms = network_ms - sum(known_ms)
-        if left_ms > NOISE * network_ms:
-            rows.append(self._row(everything_else(), False, left_ms))
-        config = self.config
-        subtitle = (
-            f"{config.engine}, {config.dtype}, batch {config.batch_size}, {config.resolution}x{config.resolution}, "
-            f"{torch.device(config.device).type}"
-        )
-        efficiency = NetworkEfficiency(self.subject.title, subtitle, tuple(rows), network_ms / 1e3)
+        rows = [self._row(part.block, part.fused, ms) for part, ms in zip(parts, added.part_ms, strict=True)]
+        efficiency = _network(self.config, self.subject.title, rows, network_ms)
+        if self.subject.arch is None and self.layer_table is not self.table:
+            by_layer = f"{efficiency.subtitle}; layers alone in {self.layer_table.config.engine}"
+            efficiency = replace(efficiency, subtitle=by_layer)
         doubtful = (self.layer_table if self.subject.arch is None else self.table).doubtful(parts)
+        doubtful += [row for row in self.table.doubtful_rows([shape_id(self.network)]) if row not in doubtful]
         return Analysis(efficiency, added.total_ms, network_ms, by_part, tuple(doubtful))
 
     def _row(self, block: Block, fused: bool, ms: float | None) -> Efficiency:
@@ -417,7 +442,7 @@ class _Work:
 
         def measure() -> None:
             meter = BlockMeter(table.config, table.references_ms)
-            table.add(meter.measure_layers(cut, self._known(table, ids)))
+            table.add(meter.measure_layers(cut, self._known(table, {CALL_ID, *ids})))
 
         self._measure(
             lambda: bool({CALL_ID, *ids} - self._known(table, ids).keys()), measure, f"{len(ids)} shapes of layers"

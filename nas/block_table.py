@@ -29,6 +29,7 @@ from nas import profile
 from nas.config import LatencyConfig
 from nas.efficiency import Machine
 from nas.engines import deploy
+from nas.errors import memory_may_run_out
 from nas.latency import threads
 from nas.parts import CALL, Part, arch_modules, arch_parts, canonical, prepared, shape_id
 from nas.yardsticks import YARDSTICK_CLASSES, YARDSTICK_RESOLUTION, Timed, Yardsticks
@@ -139,11 +140,24 @@ class BlockMeter:
             makers = [partial(self._part, part, module) for part, module in lacking.values()]
             return found + self._time(makers, self._call_ms(known, found))
 
-    def measure_network(self, name: str, network: nn.Module, macs: int) -> Figure:
-        """A network of whatever kind and so many MACs, under this name."""
-        with threads(self.config.threads):
-            (figure,) = self._time([partial(self._network, network_shape(name, self.config), network, macs)], 0.0)
+    def measure_network(self, name: str, network: nn.Module, macs: int, reference: bool = False) -> Figure:
+        """A network of whatever kind and so many MACs, under this name.
+
+        Args:
+            reference: whether others are scaled by it.
+
+        Raises:
+            CandidateFailed: the engine cannot compile it, or memory runs out.
+        """
+        with threads(self.config.threads), memory_may_run_out():
+            make = partial(self._network, network_shape(name, self.config), network, macs)
+            (figure,) = self._time([make], 0.0, reference)
         return figure
+
+    def measure_anchor(self, anchor: ArchSpec) -> Figure:
+        """The network whose latency is the reference of a study's."""
+        macs = sum(part.block.macs for part in arch_parts(anchor, self.config))
+        return self.measure_network(str(anchor), anchor.build(self.config.num_classes), macs, reference=True)
 
     def _call(self, known: Mapping[str, float]) -> list[Figure]:
         """What a call costs, unless that is known."""
@@ -151,9 +165,15 @@ class BlockMeter:
             return []
         block, part = self._reference_block()
         one, many = self._time([partial(self._part, part, block, repeats, False) for repeats in (1, self.repeats)], 0.0)
-        # Of `many` a run is told, and not the call.
-        call_ms = max((one.median_ms - many.median_ms) * self.repeats / (self.repeats - 1), 0.0)
-        return [replace(one, shape=CALL, median_ms=call_ms, p20_ms=call_ms, p80_ms=call_ms)]
+        # Of `many` a run is told, and not the call. It is a difference: its interval is as wide as both together.
+        factor = self.repeats / (self.repeats - 1)
+        call_ms = max((one.median_ms - many.median_ms) * factor, 0.0)
+        wide_ms = factor * (one.interval_share * one.median_ms + many.interval_share * many.median_ms)
+        return [replace(
+            one, shape=CALL, median_ms=call_ms, p20_ms=call_ms, p80_ms=call_ms,
+            interval_share=wide_ms / call_ms if call_ms else 0.0, capped=one.capped or many.capped,
+            throttled=one.throttled or many.throttled,
+        )]  # fmt: skip
 
     def _call_ms(self, known: Mapping[str, float], found: Sequence[Figure]) -> float:
         return next((figure.median_ms for figure in found if figure.shape == CALL), known.get(shape_id(CALL), 0.0))
@@ -183,12 +203,14 @@ class BlockMeter:
         inputs = meter.random_inputs((self.config.batch_size, 3, size, size))
         return _Made(shape, Timed(meter.forwards(deploy(network, self.config, inputs[0]), inputs), macs))
 
-    def _time(self, makers: Sequence[Callable[[], _Made]], call_ms: float) -> list[Figure]:
+    def _time(
+        self, makers: Sequence[Callable[[], _Made]], call_ms: float, reference: bool = False
+    ) -> list[Figure]:  # fmt: skip
         """Time what these make, of which only a group at a time is in memory."""
         found: list[Figure] = []
         for begin in range(0, len(makers), GROUP):
             group = [make() for make in makers[begin : begin + GROUP]]
-            for made, of in zip(group, self.yardsticks.time([each.timed for each in group]), strict=True):
+            for made, of in zip(group, self.yardsticks.time([each.timed for each in group], reference), strict=True):
                 off_ms = call_ms if made.launched else 0.0
 
                 def of_a_run(ms: float, made: _Made = made, off_ms: float = off_ms) -> float:
@@ -294,9 +316,13 @@ class BlockTable:
         return Sum(tuple(parts), tuple(self.median_ms(part.shape) for part in parts), self.median_ms(CALL))
 
     def doubtful(self, parts: Sequence[Part]) -> list[BlockLatency]:
-        """Rows of these parts that the time cap ended, or a throttling GPU."""
-        rows = {part.shape_id: self.rows[part.shape_id] for part in parts if part.shape_id in self.rows}
-        return [row for row in rows.values() if row.capped or row.throttled]
+        """Rows of these parts, and of what a call costs, that the time cap ended or a throttling GPU."""
+        return self.doubtful_rows([shape_id(CALL), *(part.shape_id for part in parts)])
+
+    def doubtful_rows(self, ids: Iterable[str]) -> list[BlockLatency]:
+        """Likewise, of rows by their ids."""
+        rows = [self.rows[key] for key in dict.fromkeys(ids) if key in self.rows]
+        return [row for row in rows if row.capped or row.throttled]
 
     def lacks(self, parts: Sequence[Part]) -> bool:
         """Whether something must be measured before these parts add up."""

@@ -1,7 +1,7 @@
 """Samplers at equal seconds: `python -m nas.comparison --sampler tpe --sampler random --seconds 480 --seeds 3`.
 
 For each seed the samplers search side by side, each on one thread of its own, so that whatever disturbs the machine
-disturbs them alike. A CPU's command: on one GPU they would wait for each other.
+disturbs them alike. They take turns at the device: no one trains while another measures, which costs all of them alike.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""What a search does, as values. Everything but the budget, the time limit and where it is stored is part of the
-study's identity: a study is never continued under another one."""
+"""What a search does, as values. Everything but the budget, the time limit, where it is stored and how precisely
+latencies are measured is part of the study's identity: a study is never continued under another one."""
 
 from __future__ import annotations
 

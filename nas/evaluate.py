@@ -7,7 +7,7 @@ import ctypes
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -16,10 +16,10 @@ import torch
 from kernels.timing import DeviceInfo
 from nas import data as image_data
 from nas import profile, proxy
-from nas.block_table import Figure
+from nas.block_table import BlockMeter, Figure
 from nas.config import LatencyConfig, Limits, SearchConfig
 from nas.engines import ENGINES, runs_on
-from nas.errors import CandidateFailed, UsageError, is_out_of_memory
+from nas.errors import CandidateFailed, UsageError, memory_may_run_out
 from nas.isolation import ArchMeter, meter_for
 from nas.latency import Latency
 from nas.locks import WAITING, device_lock
@@ -50,8 +50,12 @@ class Evaluator(Protocol):
     data_fingerprint: str
     notes: tuple[str, ...]
 
-    def start(self, anchor_ms: float | None) -> float:
-        """Get ready to measure; returns the anchor's reference latency, measured now if it is None."""
+    def anchor(self, references_ms: Sequence[float]) -> Figure:
+        """The anchor network's latency, measured now on the scale of the yardsticks' references."""
+        ...
+
+    def start(self, anchor_ms: float) -> None:
+        """Get ready to measure against the anchor's reference latency."""
         ...
 
     def cost(self, arch: ArchSpec) -> Cost: ...
@@ -112,14 +116,21 @@ class RealEvaluator:
         self.note(WAITING)
         self.note = lambda line: None
 
-    def start(self, anchor_ms: float | None) -> float:
-        anchor, deployment = self.config.space.anchor(), self.config.latency
+    def anchor(self, references_ms: Sequence[float]) -> Figure:
+        with self._anchor_runs(), self.lock.measuring(self._waiting), memory_may_run_out():
+            return BlockMeter(self.config.latency, references_ms).measure_anchor(self.config.space.anchor())
+
+    def start(self, anchor_ms: float) -> None:
+        with self._anchor_runs(), self.lock.measuring(self._waiting):
+            self.meter = meter_for(self.config.latency, self.config.space.anchor(), anchor_ms)
+
+    @contextlib.contextmanager
+    def _anchor_runs(self) -> Iterator[None]:
         try:
-            with self.lock.measuring(self._waiting):
-                self.meter = meter_for(deployment, anchor, anchor_ms)
+            yield
         except CandidateFailed as error:
-            raise UsageError(f"--engine {deployment.engine}: does not run even the anchor network ({error})") from error
-        return self.meter.reference_ms
+            engine = self.config.latency.engine
+            raise UsageError(f"--engine {engine}: does not run even the anchor network ({error})") from error
 
     def cost(self, arch: ArchSpec) -> Cost:
         return cost(arch, self.config.latency.resolution, self.config.latency.num_classes)
@@ -140,8 +151,11 @@ class RealEvaluator:
             return self.meter.measure_blocks(archs, known, references_ms)
 
     def ceilings(self) -> Ceilings:
-        with self.lock.measuring(self._waiting):
-            return profile.measure(self.config.latency)
+        try:
+            with self.lock.measuring(self._waiting):
+                return profile.measure(self.config.latency)
+        except CandidateFailed as error:
+            raise UsageError(f"--device {self.torch_device}: what it can do cannot be measured ({error})") from error
 
     def train(self, arch: ArchSpec) -> ProxyResult:
         # Every candidate starts from the same seed and sees the same images in the same order.
@@ -221,20 +235,16 @@ def evaluate(arch: ArchSpec, evaluator: Evaluator, limits: Limits) -> Outcome:
         if broken := _broken(constraints):
             return outcome(CandidateState.OVER_LIMIT, broken)
         latency_begin = time.perf_counter()
-        latency = evaluator.measure(arch)
+        with memory_may_run_out():
+            latency = evaluator.measure(arch)
         latency_seconds = time.perf_counter() - latency_begin
         constraints |= limits.excess(latency_ms=latency.median_ms, memory_mb=latency.memory_mb)
         if broken := _broken(constraints):
             return outcome(CandidateState.OVER_LIMIT, broken)
-        return outcome(CandidateState.COMPLETE, result=evaluator.train(arch))
+        with memory_may_run_out():
+            return outcome(CandidateState.COMPLETE, result=evaluator.train(arch))
     except CandidateFailed as error:
         return outcome(CandidateState.FAILED, str(error))
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-        return outcome(CandidateState.FAILED, "out of memory")
 
 
 def _broken(constraints: dict[str, float]) -> str | None:

@@ -79,7 +79,8 @@ class LocalMeter:
 
     def __init__(self, config: LatencyConfig, anchor: ArchSpec, reference_ms: float | None) -> None:
         self.config, self.anchor = config, anchor
-        self.meter = LatencyMeter(config, anchor.build(config.num_classes), reference_ms)
+        with memory_may_run_out():
+            self.meter = LatencyMeter(config, anchor.build(config.num_classes), reference_ms)
         self.reference_ms = self.meter.reference_ms
         self.blocks: BlockMeter | None = None
 
@@ -164,12 +165,17 @@ class IsolatedMeter:
         # sys.path as it is here: the packages need not be installed, and a script's own folder is part of it.
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         self.child = subprocess.Popen(
-            [sys.executable, "-m", "nas.isolation"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
+            [sys.executable, "-m", "nas.isolation", str(os.getpid())],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env,
             # Apart from our group, which Ctrl-C on a terminal reaches as a whole.
             process_group=0,
         )  # fmt: skip
         set_up = {"config": asdict(self.config), "anchor": self.anchor.to_json(), "reference_ms": reference_ms}
-        measured_ms: float = self._ask(set_up)["reference_ms"]
+        reply = self._ask(set_up)
+        if "failed" in reply:
+            self.close()
+            raise CandidateFailed(reply["failed"])
+        measured_ms: float = reply["reference_ms"]
         return measured_ms
 
     def _ask(self, question: dict[str, Any]) -> dict[str, Any]:
@@ -195,6 +201,9 @@ class IsolatedMeter:
 def main() -> None:
     """The child: the first line sets the meter up, each further one has candidates to measure."""
     die_with_parent()
+    if len(sys.argv) > 1 and os.getppid() != int(sys.argv[1]):
+        # It was gone before that was set.
+        return
     # Whatever a library prints must not come between the answers.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -203,7 +212,11 @@ def main() -> None:
         return
     config = LatencyConfig(**set_up["config"])
     anchor = ArchSpec.from_json(set_up["anchor"])
-    meter = LocalMeter(config, anchor, set_up["reference_ms"])
+    try:
+        meter = LocalMeter(config, anchor, set_up["reference_ms"])
+    except CandidateFailed as error:
+        print(json.dumps({"failed": str(error)}), file=answers, flush=True)
+        return
     print(json.dumps({"reference_ms": meter.reference_ms}), file=answers, flush=True)
     for line in sys.stdin:
         question = json.loads(line)

@@ -43,3 +43,24 @@ def hypervolume(accuracy: Vector, latency_ms: Vector, reference_latency_ms: floa
     # From one member's latency to the next slower one's (the last: to the reference) its accuracy is the height.
     edges = np.append(latency_ms[members], reference_latency_ms)
     return float((np.diff(edges) * accuracy[members]).sum() / reference_latency_ms)
+
+
+def running_hypervolume(accuracy: Vector, latency_ms: Vector, reference_latency_ms: float) -> np.ndarray:
+    """The hypervolume of the first point, of the first two, and so on: (n,), in 0..1.
+
+    Only a point that enters the front costs more than a look at its members.
+
+    Args:
+        accuracy, latency_ms: (n,) each, in the order in which the points were found.
+    """
+    accuracy, latency_ms = np.asarray(accuracy, float), np.asarray(latency_ms, float)
+    volumes = np.zeros(len(accuracy))
+    members, volume = np.empty(0, dtype=int), 0.0
+    for index in range(len(accuracy)):
+        covered = (accuracy[members] >= accuracy[index]) & (latency_ms[members] <= latency_ms[index])
+        if latency_ms[index] < reference_latency_ms and not covered.any():
+            members = np.append(members, index)
+            members = members[front(accuracy[members], latency_ms[members])]
+            volume = hypervolume(accuracy[members], latency_ms[members], reference_latency_ms)
+        volumes[index] = volume
+    return volumes

@@ -32,7 +32,8 @@ class Part:
         block: its name and what it computes and moves.
         shape: everything that decides what is run but device, engine, dtype and batch, as canonical JSON.
         input_shape: of the tensor that enters it, batch included.
-        fused: whether it runs as one kernel, and is bounded as one.
+        fused: whether fused kernels can run it: then it is bounded as one kernel, also where it is two or the tuner has
+            found torch's layers faster.
     """
 
     block: Block

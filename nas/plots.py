@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from nas.efficiency import Efficiency, NetworkEfficiency
+from studies import CurvePoint
 
 FRONT_COLOUR, OTHERS_COLOUR = "#d1495b", "#9aa5b1"
 
@@ -59,6 +60,33 @@ def plot_front(evaluations: pd.DataFrame, front: pd.DataFrame, title: str, path:
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", frameon=False)
     figure.savefig(path, dpi=120)
+
+
+def plot_learning_curve(curve: Sequence[CurvePoint], validation_accuracy: float | None, title: str, path: Path) -> None:
+    """Loss and accuracy over the steps of a training, and the accuracy on held-out images it came to; by suffix."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    axes = figure.add_subplot()
+    steps = [point.step for point in curve]
+    axes.plot(steps, [100 * point.train_accuracy for point in curve], color=BOUND_COLOUR, label="training accuracy")
+    if validation_accuracy is not None:
+        axes.axhline(
+            100 * validation_accuracy, color=FRONT_COLOUR, ls="--", lw=1.2,
+            label=f"held-out images, at the end: {100 * validation_accuracy:.1f} %",
+        )  # fmt: skip
+    axes.set_ylim(0, 100)
+    axes.set_xlabel("step")
+    axes.set_ylabel("accuracy in %")
+    axes.grid(alpha=0.3)
+    losses = axes.twinx()
+    losses.plot(steps, [point.train_loss for point in curve], color=GAP_COLOUR, label="training loss")
+    losses.set_ylim(bottom=0)
+    losses.set_ylabel("loss (label smoothing included)")
+    axes.set_title(title, fontsize=10, loc="left")
+    handles = [handle for each in (axes, losses) for handle in each.get_legend_handles_labels()[0]]
+    axes.legend(handles=handles, loc="center right", frameon=False)
+    figure.savefig(path, dpi=110)
 
 
 # -- Efficiency ------------------------------------------------------------------------------------------------------

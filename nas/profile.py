@@ -8,7 +8,7 @@ of the same day (`nas.yardsticks`).
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 
 import torch
@@ -17,9 +17,13 @@ from kernels.ceilings import ceiling_runs, rate
 from kernels.timing import DeviceInfo
 from nas.config import LatencyConfig
 from nas.efficiency import Machine
+from nas.errors import CandidateFailed, UsageError, memory_may_run_out
 from nas.locks import device_lock
 from nas.yardsticks import Timed, Yardsticks
 from studies import Profile, Store
+
+# Of sampling; the yardsticks' references have more, see `ANCHOR_FACTOR`.
+SECONDS = 3.0
 
 
 @dataclass(frozen=True)
@@ -45,29 +49,40 @@ class Ceilings:
     throttled: bool | None = None
 
 
-def measure(config: LatencyConfig, references_ms: Sequence[float] | None = None) -> Ceilings:
+def measure(config: LatencyConfig) -> Ceilings:
     """Copy bandwidth, matrix rate and launch overhead, in turns with each other and the yardsticks.
 
+    As precisely as is the default, however quickly the user's networks are to be measured: all that comes later is told
+    by it.
+
     Args:
-        config: says device, dtype, threads and the precision.
-        references_ms: the yardsticks', if they were measured before.
+        config: says device, dtype and threads.
+
+    Raises:
+        CandidateFailed: memory runs out.
     """
+    config = replace(config, precision=None, seconds=SECONDS)
     device = torch.device(config.device)
-    yardsticks = Yardsticks(config, references_ms)
-    runs = ceiling_runs(device, getattr(torch, config.dtype))
-    found = yardsticks.time([Timed([each.run], each.macs) for each in runs.values()])
+    with memory_may_run_out():
+        yardsticks = Yardsticks(config)
+        runs = ceiling_runs(device, getattr(torch, config.dtype))
+        found = yardsticks.time([Timed([each.run], each.macs) for each in runs.values()])
     network_ms, product_ms = yardsticks.references_ms
     return Ceilings(
         **{name: rate(name, each, of.median_ms / 1e3) for (name, each), of in zip(runs.items(), found, strict=True)},
-        references_ms=(network_ms, product_ms), interval_share=max(of.interval_share for of in found),
-        throttled=found[0].throttled,
-    )  # fmt: skip
+        references_ms=(network_ms, product_ms),
+        interval_share=max(yardsticks.interval_share, *(of.interval_share for of in found)),
+        throttled=None if found[0].throttled is None else bool(found[0].throttled or yardsticks.throttled),
+    )
 
 
 def store_profile(
     store: Store, info: DeviceInfo, dtype: str, thread_count: int, found: Ceilings, again: bool = False
 ) -> Profile:
-    """Write a profile down, unless another process was faster or it is measured again; returns the one that counts."""
+    """Write a profile down, unless another process was faster or it is measured again; returns the one that counts.
+
+    In the place of an older one it is another scale: what the block latency table had in the old one is deleted.
+    """
     network_ms, product_ms = found.references_ms
     profile = Profile(
         dtype=dtype, threads=thread_count, copy_bytes_per_s=found.copy_bytes, macs_per_s=found.product_macs,
@@ -84,23 +99,28 @@ def find_or_measure(
     """The profile of a deployment's device, dtype and threads, measured now if the database has none.
 
     Args:
-        again: measure it anyway. The yardsticks stay what they were: the block latency table is of their day.
+        again: measure it anyway, see `store_profile`.
         waiting: called once if another process measures or trains on the device.
+
+    Raises:
+        UsageError: memory runs out.
     """
     device = torch.device(config.device)
     info = DeviceInfo.of(device)
 
     def known() -> Profile | None:
-        return store.find_profile(asdict(info), config.dtype, config.threads)
+        return None if again else store.find_profile(asdict(info), config.dtype, config.threads)
 
-    if (found := known()) is not None and not again:
+    if (found := known()) is not None:
         return found
     with device_lock(device).measuring(waiting):
         # Somebody else may have measured it while we waited.
-        if (found := known()) is not None and not again:
+        if (found := known()) is not None:
             return found
-        ceilings = measure(config, None if found is None else references_ms(found))
-        return store_profile(store, info, config.dtype, config.threads, ceilings, again)
+        try:
+            return store_profile(store, info, config.dtype, config.threads, measure(config), again)
+        except CandidateFailed as error:
+            raise UsageError(f"--device {config.device}: what it can do cannot be measured ({error})") from error
 
 
 def references_ms(profile: Profile) -> tuple[float, float]:

@@ -22,7 +22,6 @@ from nas.evaluate import check_device
 from nas.isolation import meter_for
 from nas.latency import Latency
 from nas.locks import WAITING, device_lock
-from nas.parts import arch_parts
 from search_spaces import ArchSpec
 from studies import CandidateState, LatencyStage, Owner, Store
 
@@ -44,6 +43,7 @@ class Changes:
         capped: how many ended at the time cap.
         over_limit: numbers of the trials that turned out to break the study's limit on the latency.
         size: of the front now.
+        unmeasured: members that came on the front last, and were not measured again.
         config, device_id: the deployment.
     """
 
@@ -53,6 +53,7 @@ class Changes:
     capped: int
     over_limit: tuple[int, ...]
     size: int
+    unmeasured: int
     config: LatencyConfig
     device_id: int
 
@@ -63,6 +64,7 @@ class Changes:
         words += [f"{_trials(self.joined)} joined it"] if self.joined else []
         words += ["it stays as it was"] if not self.left and not self.joined else []
         words += [f"{_trials(self.over_limit)} broke the latency limit"] if self.over_limit else []
+        words += [f"{self.unmeasured} of the front were not measured again"] if self.unmeasured else []
         words += [f"{self.capped} were ended by the time cap"] if self.capped else []
         return "; ".join(words)
 
@@ -153,6 +155,7 @@ def remeasure_front(
             sorted(number for number, latency in found.items() if limit_ms and latency.median_ms > limit_ms)
         ),
         size=len(front),
+        unmeasured=len(lacking),
         config=config,
         device_id=device_id,
     )
@@ -276,8 +279,6 @@ def _anchor_ms(table: BlockTable, anchor: ArchSpec) -> float:
     known = table.median_ms(network_shape(str(anchor), table.config))
     if known is not None:
         return known
-    macs = sum(part.block.macs for part in arch_parts(anchor, table.config))
-    network = anchor.build(table.config.num_classes)
-    figure = BlockMeter(table.config, table.references_ms).measure_network(str(anchor), network, macs)
+    figure = BlockMeter(table.config, table.references_ms).measure_anchor(anchor)
     table.add([figure])
     return figure.median_ms

@@ -20,10 +20,12 @@ from nas.evaluate import Evaluator, Outcome, RealEvaluator, evaluate
 from nas.pareto import front, hypervolume
 from nas.parts import arch_parts
 from nas.remeasure import remeasure_front
+from nas.showcase import show
 from nas.study import LiveStudy, open_study, refuse_early
 from nas.versions import versions
 from search_spaces import ArchSpec
 from studies import CandidateState, LatencyStage
+from studies.display import artifact_folder
 
 # Candidates in a row that failed or broke a limit: past this the limits or the machine want a look.
 MAX_BARREN = 200
@@ -123,6 +125,7 @@ def run(config: SearchConfig, evaluator: Evaluator | None = None, progress: Prog
         final_begin = time.perf_counter()
         remarks = _finish(config, study, evaluator, progress)
         latency += time.perf_counter() - final_begin
+        show(study.store, config.study, artifact_folder(config.storage))
         return SearchResult(
             complete=len(study.complete),
             why=why,
@@ -156,6 +159,8 @@ def _finish(config: SearchConfig, study: LiveStudy, evaluator: Evaluator, progre
     archs = [ArchSpec.from_json(text) for text in front["arch"]]
     table = BlockTable(study.store, evaluator.device, deployment)
     _measure_blocks(table, evaluator, archs, progress)
+    failed = sum(table.lacks(arch_parts(arch, deployment)) for arch in archs)
+    remarks += [f"blocks of {failed} of the front's networks could not be measured alone"] if failed else []
     anchor = table.median_ms(network_shape(str(config.space.anchor()), deployment))
     found = errors(table, archs, list(front["latency_ms"]), study.anchor_ms, anchor)
     return (*remarks, errors_line(found)) if found else tuple(remarks)

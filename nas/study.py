@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import optuna
@@ -13,6 +13,8 @@ import pandas as pd
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 import studies
+from nas import notes
+from nas.block_table import BlockTable, network_shape
 from nas.config import SearchConfig
 from nas.errors import UsageError
 from nas.evaluate import Evaluator, Outcome
@@ -21,6 +23,7 @@ from nas.remeasure import deployment_columns, latency_row, of_deployment
 from nas.sampling import Proposal, Proposer
 from search_spaces import ArchSpec
 from studies import Candidate, CandidateState, LatencyStage, Owner, StorageError, Store, guarded
+from studies.display import write_note
 
 # After this many known architectures in a row the sampler is helped out by a random draw. TPE proposes the known
 # the more often the longer a study is (after 1,950 candidates eight proposals for a new one), and so goes on exploring.
@@ -144,6 +147,7 @@ class LiveStudy:
         self.config = config
         self.anchor_ms = anchor_ms
         self.peak_macs_per_s = peak_macs_per_s
+        self.identity = config.identity()
         self.optuna = store.load_optuna_study(config.study)
         self.recover()
         candidates = store.candidates(row.study_id)
@@ -235,7 +239,9 @@ class LiveStudy:
             if first is None:
                 return proposal, self._add_trial(proposal, TrialState.RUNNING, self._first_attrs(proposal.arch))
             duplicates += 1
-            self._add_trial(proposal, TrialState.PRUNED, {DUPLICATE_OF: first, "arch": str(proposal.arch)})
+            known_as = {DUPLICATE_OF: first, "arch": str(proposal.arch)}
+            trial_id = self._add_trial(proposal, TrialState.PRUNED, known_as)
+            self._note(trial_id, notes.duplicate_note(proposal.arch, first))
             self.proposer.tell(None, TrialState.PRUNED, {})
         return None
 
@@ -274,12 +280,16 @@ class LiveStudy:
             "engine": self.config.latency.engine,
         }
 
+    def _note(self, trial_id: int, body: str) -> None:
+        write_note(self.store.optuna_storage, self.row.study_id, trial_id, body)
+
     def _set_attrs(self, trial_id: int, attrs: dict[str, Any]) -> None:
         for key, value in attrs.items():
             self.store.optuna_storage.set_trial_user_attr(trial_id, key, value)
 
     def _tell(self, trial: FrozenTrial, row: Candidate, constraints: dict[str, float]) -> None:
         self._set_attrs(trial._trial_id, self._last_attrs(row))
+        self._note(trial._trial_id, notes.trial_note(row, self._own_latency(row), self.identity))
         # Some may be there already, if an earlier process was killed just here.
         if missing := constraints.keys() - trial.constraints.keys():
             live = Trial(self.optuna, trial._trial_id)
@@ -353,24 +363,24 @@ def open_study(config: SearchConfig, evaluator: Evaluator, versions: str) -> Ite
         row = store.find_study(config.study)
         if row is None:
             # Measured before anything is made: a study is whole or is not there.
-            anchor_ms = evaluator.start(None)
+            profile = _profile(store, config, evaluator)
+            anchor_ms = _anchor_ms(store, config, evaluator)
+            evaluator.start(anchor_ms)
             row = store.create_study(
                 config.study, config=json.dumps(config.identity()), data_fingerprint=evaluator.data_fingerprint,
                 versions=versions, device=asdict(evaluator.device), anchor=config.space.anchor().to_json(),
                 anchor_ms=anchor_ms,
             )  # fmt: skip
             store.claim(row.study_id, owner)
+            write_note(store.optuna_storage, row.study_id, None, notes.study_note(row, config.study))
         else:
             check_same_config(config, row)
             check_same_set_up(config, row, evaluator)
             store.claim(row.study_id, owner)
-            anchor_ms = evaluator.start(row.anchor_ms)
+            profile = _profile(store, config, evaluator)
+            anchor_ms = row.anchor_ms
+            evaluator.start(anchor_ms)
         try:
-            deployment = config.latency
-            profile = store.find_profile(asdict(evaluator.device), deployment.dtype, deployment.threads)
-            if profile is None:
-                ceilings = evaluator.ceilings()
-                profile = store_profile(store, evaluator.device, deployment.dtype, deployment.threads, ceilings)
             study = LiveStudy(store, row, config, anchor_ms, profile.macs_per_s, owner)
             try:
                 with guarded():
@@ -384,3 +394,23 @@ def open_study(config: SearchConfig, evaluator: Evaluator, versions: str) -> Ite
             store.release(row.study_id, owner)
     finally:
         store.close()
+
+
+def _profile(store: Store, config: SearchConfig, evaluator: Evaluator) -> studies.Profile:
+    """The device's, measured if the database has none."""
+    deployment = config.latency
+    found = store.find_profile(asdict(evaluator.device), deployment.dtype, deployment.threads)
+    if found is not None:
+        return found
+    return store_profile(store, evaluator.device, deployment.dtype, deployment.threads, evaluator.ceilings())
+
+
+def _anchor_ms(store: Store, config: SearchConfig, evaluator: Evaluator) -> float:
+    """The anchor's latency in the block latency table, measured if it is not there: so studies' latencies compare."""
+    table = BlockTable(store, evaluator.device, config.latency)
+    shape = network_shape(str(config.space.anchor()), config.latency)
+    if table.median_ms(shape) is None:
+        table.add([replace(evaluator.anchor(table.references_ms), shape=shape)])
+    found = table.median_ms(shape)
+    assert found is not None
+    return found

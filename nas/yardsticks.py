@@ -58,6 +58,9 @@ class Yardsticks:
     Args:
         config: says device, dtype, threads and the precision.
         references_ms: latencies of the network and the product; None measures them now.
+
+    Attributes:
+        interval_share, throttled: of the references, if they were measured now; see `nas.latency.Latency`.
     """
 
     def __init__(self, config: LatencyConfig, references_ms: Sequence[float] | None = None) -> None:
@@ -70,11 +73,13 @@ class Yardsticks:
         self.meter = LatencyMeter(self.config, anchor, reference_ms=1.0)
         with threads(config.threads):
             self.runs = [self.meter.anchor_run, in_turn(self._product())]
+            self.interval_share, self.throttled = 0.0, None
             if references_ms is None:
-                sampled, _ = self.meter.sample(
+                sampled, state = self.meter.sample(
                     self.runs, lambda seconds: list(seconds.T), ANCHOR_FACTOR, reference=True
                 )
                 references_ms = (1e3 * np.median(sampled.seconds, axis=0)).tolist()
+                self.interval_share, self.throttled = max(sampled.interval_shares), state.get("throttled")
         self.references_ms = tuple(references_ms)
 
     @property
@@ -86,17 +91,21 @@ class Yardsticks:
         with tensor_float32():
             return self.meter.forwards(_Product(right), [left])
 
-    def time(self, group: Sequence[Timed]) -> list[Corrected]:
-        """Latencies of several things, sampled in turns with each other and the yardsticks."""
+    def time(self, group: Sequence[Timed], reference: bool = False) -> list[Corrected]:
+        """Latencies of several things, sampled in turns with each other and the yardsticks.
+
+        Args:
+            reference: whether others are scaled by them, so that they are to be known so much better.
+        """
 
         def corrected_ms(seconds: np.ndarray) -> list[np.ndarray]:
             yardsticks = seconds[:, len(group) :]
             return [self.corrected_ms(seconds[:, index], yardsticks, each.macs) for index, each in enumerate(group)]
 
         runs = [*(in_turn(each.forwards) for each in group), *self.runs]
-        factor = max(1.0, CAP_FACTOR * len(group))
+        factor = max(float(ANCHOR_FACTOR) if reference else 1.0, CAP_FACTOR * len(group))
         with threads(self.config.threads):
-            sampled, state = self.meter.sample(runs, corrected_ms, factor, MIN_SAMPLE_SECONDS)
+            sampled, state = self.meter.sample(runs, corrected_ms, factor, MIN_SAMPLE_SECONDS, reference)
         found = []
         for own_ms, share in zip(corrected_ms(sampled.seconds), sampled.interval_shares, strict=True):
             p20, median, p80 = map(float, np.percentile(own_ms, [20, 50, 80]))

@@ -2,6 +2,8 @@
 
 from studies.store import Owner, StorageError, Store, StudySummary, displayed, guarded
 from studies.tables import (
+    BaselineLatency,
+    BaselineTraining,
     BlockLatency,
     Candidate,
     CandidateState,
@@ -14,6 +16,8 @@ from studies.tables import (
 )
 
 __all__ = [
+    "BaselineLatency",
+    "BaselineTraining",
     "BlockLatency",
     "Candidate",
     "CandidateState",

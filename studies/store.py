@@ -23,14 +23,26 @@ import psutil
 from optuna.exceptions import StorageInternalError
 from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
-from sqlalchemy import Boolean, Select, create_engine, event, func, inspect, select, text, update
+from sqlalchemy import Boolean, Select, create_engine, delete, event, func, inspect, select, text, update
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, IntegrityError, NoSuchModuleError, SQLAlchemyError
 from sqlalchemy.orm import Session, selectinload
 
 from studies import schema
-from studies.tables import Base, BlockLatency, Candidate, CandidateState, Device, Latency, Profile, Study
+from studies.tables import (
+    Base,
+    BaselineLatency,
+    BaselineTraining,
+    BlockLatency,
+    Candidate,
+    CandidateState,
+    CurvePoint,
+    Device,
+    Latency,
+    Profile,
+    Study,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -304,9 +316,17 @@ class Store:
             return session.scalar(_profile(device, dtype, threads))
 
     def add_profile(self, device: dict[str, str], profile: Profile, replace: bool = False) -> Profile:
-        """Write a device's profile unless there is one, or in its place, and return the one that is stored."""
+        """Write a device's profile unless there is one, and return the one that is stored.
+
+        With `replace` it takes the place of the older one, and latencies of blocks that were told on its scale go.
+        """
         with self._session() as session:
             profile.device_id = _device_row(session, device).device_id
+            if replace:
+                session.execute(delete(BlockLatency).where(
+                    BlockLatency.device_id == profile.device_id, BlockLatency.dtype == profile.dtype,
+                    BlockLatency.threads == profile.threads,
+                ))  # fmt: skip
             _upsert(session, Profile, [profile], replace)
             return session.scalars(_profile(device, profile.dtype, profile.threads)).one()
 
@@ -338,6 +358,36 @@ class Store:
             for row in rows:
                 row.device_id = device_id
             _upsert(session, BlockLatency, rows)
+
+    # -- baselines -------------------------------------------------------------------------------------------------
+
+    def add_baselines(self, study_id: int, rows: Sequence[BaselineTraining] | Sequence[BaselineLatency]) -> None:
+        """Write trainings or latencies of baselines in the place of any older ones, all or nothing.
+
+        Raises:
+            StorageError: the study was deleted meanwhile.
+        """
+        try:
+            with self._session() as session:
+                for row in rows:
+                    row.study_id = study_id
+                _upsert(session, type(rows[0]), rows)
+        except IntegrityError as error:
+            if self.has_study(study_id):
+                raise
+            raise StorageError("the study was deleted") from error
+
+    def baseline_trainings(self, study_id: int) -> list[BaselineTraining]:
+        """All trainings of a study's baselines, in the order in which they were first made."""
+        query = select(BaselineTraining).where(BaselineTraining.study_id == study_id)
+        with self._session() as session:
+            return list(session.scalars(query.order_by(BaselineTraining.baseline_training_id)))
+
+    def baseline_latencies(self, study_id: int) -> list[BaselineLatency]:
+        """All latencies of a study's baselines, in the order in which they were first measured."""
+        query = select(BaselineLatency).where(BaselineLatency.study_id == study_id)
+        with self._session() as session:
+            return list(session.scalars(query.order_by(BaselineLatency.baseline_latency_id)))
 
     # -- candidates ------------------------------------------------------------------------------------------------
 
@@ -392,6 +442,12 @@ class Store:
             .options(selectinload(Candidate.latencies))
             .order_by(Candidate.number)
         )
+        with self._session() as session:
+            return list(session.scalars(query))
+
+    def learning_curve(self, trial_id: int) -> list[CurvePoint]:
+        """A candidate's training, step by step."""
+        query = select(CurvePoint).where(CurvePoint.trial_id == trial_id).order_by(CurvePoint.step)
         with self._session() as session:
             return list(session.scalars(query))
 

@@ -253,3 +253,77 @@ class BlockLatency(Base):
     capped: Mapped[bool]
     throttled: Mapped[bool | None]
     measured_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class BaselineTraining(Base):
+    """A training of a network that a study's candidates are compared with, at one learning rate.
+
+    Trained on the study's data, with its schedule but for the fields here. None of the sampler's business: it is no
+    candidate, and has no trial of Optuna's.
+
+    Attributes:
+        name: of a timm model; "ConvFirst anchor"; or "trial 12", one of the study's own.
+        resolution: pixels of the training images.
+        kind: of `nas.contenders.ContenderKind`.
+        trial: the number of a study's own.
+        params, macs: as it is deployed, of one image.
+        classes: of the data.
+        reason: why it failed.
+        curve: JSON, a list of [step, train_loss, train_accuracy, seconds], averages as in `CurvePoint`.
+    """
+
+    __tablename__ = "convfirst_baseline_trainings"
+    __table_args__ = (UniqueConstraint("study_id", "name", "resolution", "steps", "batch_size", "learning_rate"),)
+
+    baseline_training_id: Mapped[int] = mapped_column(primary_key=True)
+    study_id: Mapped[int] = mapped_column(ForeignKey("studies.study_id", ondelete="CASCADE"))
+    name: Mapped[str] = mapped_column(String(128))
+    resolution: Mapped[int]
+    steps: Mapped[int]
+    batch_size: Mapped[int]
+    learning_rate: Mapped[float]
+    kind: Mapped[str] = mapped_column(String(16))
+    summary: Mapped[str]
+    trial: Mapped[int | None]
+    params: Mapped[int] = mapped_column(BigInteger)
+    macs: Mapped[int] = mapped_column(BigInteger)
+    classes: Mapped[int]
+    reason: Mapped[str | None]
+    accuracy: Mapped[float | None]
+    loss: Mapped[float | None]
+    curve: Mapped[str | None]
+    train_seconds: Mapped[float | None]
+    finished_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class BaselineLatency(Base):
+    """A baseline's latency in one deployment, or why it has none; fields as `Latency`'s.
+
+    Attributes:
+        median_ms: corrected by the device's yardsticks, as `BlockLatency`'s.
+        measured_at: the same of all that were measured in turns with one another.
+    """
+
+    __tablename__ = "convfirst_baseline_latencies"
+    __table_args__ = (
+        UniqueConstraint("study_id", "name", "device_id", "engine", "dtype", "batch_size", "resolution", "threads"),
+    )
+
+    baseline_latency_id: Mapped[int] = mapped_column(primary_key=True)
+    study_id: Mapped[int] = mapped_column(ForeignKey("studies.study_id", ondelete="CASCADE"))
+    name: Mapped[str] = mapped_column(String(128))
+    device_id: Mapped[int] = mapped_column(ForeignKey("convfirst_devices.device_id"))
+    engine: Mapped[str] = mapped_column(String(64))
+    dtype: Mapped[str] = mapped_column(String(16))
+    batch_size: Mapped[int]
+    resolution: Mapped[int]
+    threads: Mapped[int]
+    reason: Mapped[str | None]
+    median_ms: Mapped[float | None]
+    p20_ms: Mapped[float | None]
+    p80_ms: Mapped[float | None]
+    repeats: Mapped[int | None]
+    interval_share: Mapped[float | None]
+    capped: Mapped[bool | None]
+    throttled: Mapped[bool | None]
+    measured_at: Mapped[datetime] = mapped_column(default=now)

@@ -36,6 +36,19 @@ def _own_locks(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("CONVFIRST_LOCKS", str(folder))
 
 
+@pytest.fixture
+def shown() -> None:
+    """For tests that want a search to end with notes and files for the dashboard."""
+
+
+@pytest.fixture(autouse=True)
+def _nothing_shown(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing the front's files takes longer than an invented search of a hundred candidates."""
+    monkeypatch.setattr("studies.display.SERVER_FOLDER", tmp_path)
+    if "shown" not in request.fixturenames and not INTERPRETED:
+        monkeypatch.setattr("nas.search.show", lambda store, name, folder: 0)
+
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 

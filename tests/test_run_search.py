@@ -358,7 +358,7 @@ def profiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Profiles are invented, each better than the one before; yields the dtype and threads of each."""
     asked: list[tuple[str, int]] = []
 
-    def measure(config: LatencyConfig, references_ms: object = None) -> Ceilings:
+    def measure(config: LatencyConfig) -> Ceilings:
         asked.append((config.dtype, config.threads))
         return Ceilings(copy_bytes=1e10 * len(asked), product_macs=5e10 * len(asked), launch_seconds=1e-6)
 
@@ -386,8 +386,7 @@ def test_a_devices_limits_are_measured_once_and_printed(tmp_path: Path, profiled
 
 
 def test_a_device_is_measured_for_real(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = profile.measure
-    monkeypatch.setattr(profile, "measure", lambda config, known=None: real(replace(config, seconds=0.02), known))
+    monkeypatch.setattr(profile, "SECONDS", 0.02)
     result = call("device --device cpu --latency-threads 2")
     assert result.exit_code == 0, result.output
     assert re.search(
@@ -551,7 +550,7 @@ def test_parts_that_the_cap_ended_are_told() -> None:
     BlockTable(store, on_device(config), config).add([Figure(part.shape, 4.0, 4.0, 4.0, 10, 0.123, True)])
     store.close()
     told = call(f"latency --device cpu --arch '{ARCH}'").stdout
-    assert "1 of the parts were ended by the time cap: known within 12% at worst (--again measures anew)" in told
+    assert "1 of these figures were ended by the time cap: known within 12% at worst (--again measures anew)" in told
 
 
 @pytest.mark.usefixtures("wide")
@@ -672,6 +671,23 @@ def test_a_study_is_measured_in_another_deployment(meters: Callable[[float], lis
     meters(3.0)
     result = call(f"{line} --all")
     assert "6/6  trial" in result.stdout
+
+
+@pytest.mark.usefixtures("fake", "profiled")
+def test_a_front_of_which_all_break_the_limit_is_empty(
+    meters: Callable[[float], list[LatencyConfig]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # At home, where the limit holds.
+    monkeypatch.setattr(FakeEvaluator, "device", on_device(LatencyConfig(device="cpu")))
+    assert call("--budget 3 --device cpu --max-latency-ms 1.5").exit_code == 0
+    meters(10.0)
+    result = call("remeasure")
+    assert result.exit_code == 0, result.output
+    assert "The front is empty now." in result.stdout
+    assert "broke the latency limit" in result.stdout
+    assert "all turned out over a limit" in call("pareto").stdout
+    # The search goes on from there.
+    assert call("--budget 3 --device cpu --max-latency-ms 1.5").exit_code == 0
 
 
 @pytest.mark.usefixtures("fake", "profiled")

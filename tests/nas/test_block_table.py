@@ -218,7 +218,7 @@ class Invented:
         self.ms_of = ms_of
         self.sizes: list[int] = []
 
-    def time(self, group: list[Timed]) -> list[Corrected]:
+    def time(self, group: list[Timed], reference: bool = False) -> list[Corrected]:
         self.sizes.append(len(group))
         times = [self.ms_of[each.macs] if self.ms_of else 1.0 for each in group]
         return [Corrected(ms, 0.5 * ms, 2 * ms, 10, 0.01, True, None) for ms in times]
@@ -270,7 +270,7 @@ def test_what_a_call_costs_is_what_repeating_does_not(meter: BlockMeter, monkeyp
         def __init__(self) -> None:
             self.meter = meter.yardsticks.meter
 
-        def time(self, group: list[Timed]) -> list[Corrected]:
+        def time(self, group: list[Timed], reference: bool = False) -> list[Corrected]:
             one, many = group
             asked.append(many.macs // one.macs)
             return [Corrected(ms, ms, ms, 10, 0.01, False, None) for ms in (3.0, many_ms)]

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -103,6 +104,12 @@ def test_engines_that_give_memory_back_are_measured_here() -> None:
     # Yardsticks hold memory of the device.
     meter.close()
     assert meter.blocks is None
+
+
+def test_an_anchor_that_does_not_run_is_told() -> None:
+    """By the child, which then is gone."""
+    with pytest.raises(CandidateFailed, match="out of memory"):
+        IsolatedMeter(replace(QUICK, batch_size=10**9), SPACE.smallest(), 1.0)
 
 
 def test_a_process_killed_while_measuring_fails_that_candidate_only(meter: IsolatedMeter) -> None:

@@ -167,7 +167,7 @@ class Heated:
         throttled = len(self.rests) < self.rests_needed and self.readings == self.at
         self.readings += 1
         reasons = ("hardware thermal slowdown",) if throttled else ()
-        return DeviceState(1980.0 - 100 * throttled, 2619.0, 40.0 + self.readings, 300.0, reasons)
+        return DeviceState(1980.0 - 100 * throttled, 40.0 + self.readings, reasons)
 
     def rest(self, seconds: float) -> None:
         self.rests.append(seconds)

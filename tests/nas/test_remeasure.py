@@ -267,7 +267,7 @@ def profiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Profiles are invented; yields the dtype and threads of each that was asked for."""
     asked: list[tuple[str, int]] = []
 
-    def measure(config: LatencyConfig, references_ms: object = None) -> Ceilings:
+    def measure(config: LatencyConfig) -> Ceilings:
         asked.append((config.dtype, config.threads))
         return Ceilings(copy_bytes=1e10, product_macs=1e11, launch_seconds=1e-6)
 
@@ -499,11 +499,14 @@ def test_changes_are_told_of_the_front_before_all_were_measured_again(
     assert changed.ratios == pytest.approx((1.5, 1.5, 1.5))
 
 
-def test_the_reference_elsewhere_is_the_anchors_in_the_table(config: SearchConfig) -> None:
+def test_the_reference_elsewhere_is_the_anchors_in_the_table(
+    config: SearchConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Measured once for all studies of the database."""
     store = Store.open(config.storage, create=True)
     assert store is not None
     there = replace(config.latency, seconds=0.02, threads=2)
+    monkeypatch.setattr(profile, "SECONDS", 0.02)
     profile.find_or_measure(store, there)
     table = BlockTable(store, HERE, there)
     anchor = load_space("small").smallest()

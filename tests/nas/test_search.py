@@ -198,9 +198,10 @@ def test_a_front_that_does_not_run_together_or_in_blocks_ends_no_search(on_cpu: 
 
     result = search.run(replace(on_cpu, block_table=True), Cramped())
     assert (result.complete, result.why) == (12, "budget met")
-    assert result.remarks == (
-        "the front could not be measured again (the measuring process was killed by signal 9)",
-    )  # fmt: skip
+    again, blocks = result.remarks
+    assert again == "the front could not be measured again (the measuring process was killed by signal 9)"
+    size = len(result.pareto_front)
+    assert blocks == f"blocks of {size} of the front's networks could not be measured alone"
     assert set(result.pareto_front["latency_stage"]) == {"search"}
     second = Counting()
     assert len(search.run(on_cpu, second).remarks) == 2
@@ -613,10 +614,9 @@ def test_two_processes_that_begin_a_study_at_once(config: SearchConfig) -> None:
     """The second finds that the first was quicker while it measured its own anchor."""
 
     class Slow(FakeEvaluator):
-        def start(self, anchor_ms: float | None) -> float:
-            if anchor_ms is None:
-                search.run(replace(config, budget=1), FakeEvaluator())
-            return super().start(anchor_ms)
+        def anchor(self, references_ms: Sequence[float]) -> Figure:
+            search.run(replace(config, budget=1), FakeEvaluator())
+            return super().anchor(references_ms)
 
     with pytest.raises(StorageError, match="has just been made by another process"):
         search.run(config, Slow())
@@ -646,21 +646,5 @@ def test_a_whole_search_runs_on_cuda(sqlite_url: str) -> None:
     )
     assert search.run(config).complete == 3
     for row in candidates(config):
-        assert row.latencies[0].engine == "eager"
+        assert row.latencies[0].engine == "fused"
         assert row.latencies[0].dtype == "float16"
-
-
-def test_a_front_that_does_not_run_together_stays_as_it_was(sqlite_url: str) -> None:
-    class Crowded(FakeEvaluator):
-        def measure_together(self, archs: Sequence[ArchSpec]) -> list[Latency]:
-            raise CandidateFailed("no room for all of them")
-
-        def measure_blocks(
-            self, archs: Sequence[ArchSpec], known: Mapping[str, float], references_ms: Sequence[float]
-        ) -> list[Figure]:
-            raise CandidateFailed("a block does not compile")
-
-    result = search.run(SearchConfig(budget=4, storage=sqlite_url, block_table=True), Crowded())
-    assert result.complete == 4
-    assert not result.pareto_front.empty
-    assert result.remarks == ("the front could not be measured again (no room for all of them)",)

@@ -54,10 +54,13 @@ def test_several_things_are_timed_in_turns(yardsticks: Yardsticks) -> None:
     assert torch.get_num_threads() == before
 
 
-def test_without_references_they_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    measured = Yardsticks(TINY).references_ms
-    assert len(measured) == 2
-    assert all(ms > 0 for ms in measured)
+def test_without_references_they_are_measured(yardsticks: Yardsticks) -> None:
+    measured = Yardsticks(TINY)
+    assert len(measured.references_ms) == 2
+    assert all(ms > 0 for ms in measured.references_ms)
+    # How well they are known is told, for all else is told by them.
+    assert measured.interval_share > 0 == yardsticks.interval_share
+    assert measured.throttled is None
 
 
 def test_they_are_the_same_whatever_is_deployed() -> None:

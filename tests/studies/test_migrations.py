@@ -15,6 +15,7 @@ from sqlalchemy import Engine, create_engine, inspect, text
 
 from studies import Latency, LatencyStage, Owner, Profile, StorageError, Store, schema
 from studies.tables import Base
+from tests.studies.test_store import make_baseline_latency, make_training
 
 WHEN = "2026-01-02 03:04:05.678901"
 DEVICE = dict(kind="cpu", name="a CPU", driver="d", torch="2.11.0", triton="3.6.0")
@@ -139,7 +140,8 @@ def test_an_old_database_keeps_its_rows(old_url: str, engine: Engine, create: bo
         elif name == "convfirst_latencies":
             assert all({key: row[key] for key in new} == new for row in after)
     assert {name for name in inspect(engine).get_table_names() if name.startswith("convfirst_")} == {
-        *tables, "convfirst_profiles", "convfirst_block_latencies",
+        *tables, "convfirst_profiles", "convfirst_block_latencies", "convfirst_baseline_trainings",
+        "convfirst_baseline_latencies",
     }  # fmt: skip
 
 
@@ -163,12 +165,14 @@ def test_an_old_study_is_gone_on_with(old_url: str, engine: Engine) -> None:
             network_yardstick_ms=1.0, product_yardstick_ms=1.0, interval_share=0.1,
         ),
     )  # fmt: skip
+    store.add_baselines(study.study_id, [make_training("a")])
+    store.add_baselines(study.study_id, [make_baseline_latency("a", 1.0, device_id=1)])
     # 2 MACs in 4 ms at 1,000 MACs a second.
     assert store.front("one")["computational_efficiency"].iloc[-1] == pytest.approx(0.5)
     store.close()
     # The triggers of 0001 and the foreign keys hold for the new tables.
     optuna.delete_study(study_name="one", storage=optuna.storages.RDBStorage(old_url))
-    for table in ("studies", "candidates", "latencies", "learning_curves"):
+    for table in ("studies", "candidates", "latencies", "learning_curves", "baseline_trainings", "baseline_latencies"):
         assert rows(engine, f"SELECT * FROM convfirst_{table}") == []
     assert len(rows(engine, "SELECT * FROM convfirst_profiles")) == 1
 

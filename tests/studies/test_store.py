@@ -24,6 +24,8 @@ from nas.config import SearchConfig
 from nas.overhead import FakeEvaluator
 from nas.pareto import front
 from studies import (
+    BaselineLatency,
+    BaselineTraining,
     BlockLatency,
     Candidate,
     CandidateState,
@@ -41,7 +43,8 @@ from studies import (
 DEVICE = dict(kind="cpu", name="a CPU", driver="d", torch="2.11.0", triton="3.6.0")
 OTHER_DEVICE = DEVICE | dict(name="a GPU", kind="cuda")
 OURS = {
-    "convfirst_alembic_version", "convfirst_block_latencies", "convfirst_candidates", "convfirst_devices",
+    "convfirst_alembic_version", "convfirst_baseline_latencies", "convfirst_baseline_trainings",
+    "convfirst_block_latencies", "convfirst_candidates", "convfirst_devices",
     "convfirst_latencies", "convfirst_learning_curves", "convfirst_profiles", "convfirst_studies",
 }  # fmt: skip
 
@@ -90,6 +93,22 @@ def make_block(shape_id: str, median_ms: float = 1.0, **changes: Any) -> BlockLa
         p20_ms=median_ms, p80_ms=median_ms, repeats=10, interval_share=0.01, capped=False,
     )  # fmt: skip
     return BlockLatency(**(fields | changes))
+
+
+def make_training(name: str, **changes: Any) -> BaselineTraining:
+    fields = dict(
+        name=name, resolution=128, steps=800, batch_size=32, learning_rate=1e-3, kind="timm", summary=name,
+        params=10**10, macs=10**12, classes=10, accuracy=0.5, loss=1.0, curve="[]", train_seconds=1.0,
+    )  # fmt: skip
+    return BaselineTraining(**(fields | changes))
+
+
+def make_baseline_latency(name: str, median_ms: float | None, **changes: Any) -> BaselineLatency:
+    fields = dict(
+        name=name, engine="eager", dtype="float32", batch_size=1, resolution=128, threads=1, median_ms=median_ms,
+        p20_ms=median_ms, p80_ms=median_ms, repeats=10, interval_share=0.01, capped=False,
+    )  # fmt: skip
+    return BaselineLatency(**(fields | changes))
 
 
 def make_candidate(
@@ -317,6 +336,45 @@ def test_latencies_are_added_to_candidates_that_are_there_all_or_none(store: Sto
     assert counts(store)["convfirst_latencies"] == 3
 
 
+def test_baselines_stand_beside_the_candidates(store: Store) -> None:
+    """One row for each contender and schedule, one for each deployment, of each study; the newest counts."""
+    one, two = make_study(store), make_study(store, "two")
+    add(store, one, 0.5, 1.0)
+    store.add_baselines(one.study_id, [make_training("a", accuracy=0.1), make_training("a", learning_rate=0.1 + 0.2)])
+    store.add_baselines(one.study_id, [make_training("a", accuracy=None, loss=None, curve=None, reason="it diverged")])
+    for changes in (dict(steps=400), dict(resolution=64), dict(batch_size=64), dict(name="trial 0", trial=0)):
+        store.add_baselines(one.study_id, [make_training(**({"name": "a"} | changes))])
+    store.add_baselines(two.study_id, [make_training("a", accuracy=0.9)])
+    first, *rest = store.baseline_trainings(one.study_id)
+    assert (first.accuracy, first.loss, first.curve, first.reason) == (None, None, None, "it diverged")
+    assert (first.params, first.macs) == (10**10, 10**12)
+    assert [row.learning_rate for row in rest] == [0.1 + 0.2, 1e-3, 1e-3, 1e-3, 1e-3]
+    assert rest[-1].trial == 0
+    assert [row.accuracy for row in store.baseline_trainings(two.study_id)] == [0.9]
+
+    device = one.device_id
+    store.add_baselines(one.study_id, [make_baseline_latency("a", 1.0, device_id=device)])
+    elsewhere = make_baseline_latency("a", 3.0, device_id=store.device_id(OTHER_DEVICE))
+    failed = make_baseline_latency("a", None, device_id=device, reason="it does not compile")
+    store.add_baselines(one.study_id, [elsewhere, failed])
+    store.add_baselines(two.study_id, [make_baseline_latency("a", 4.0, device_id=device)])
+    rows = store.baseline_latencies(one.study_id)
+    assert [(row.median_ms, row.reason) for row in rows] == [(None, "it does not compile"), (3.0, None)]
+    # Neither the candidates nor the sampler's history know of them.
+    assert len(store.candidates(one.study_id)) == len(store.load_optuna_study("one").trials) == 1
+    assert list(store.front("one")["number"]) == [0]
+
+
+def test_baselines_of_a_study_that_is_gone_are_refused(store: Store) -> None:
+    study = make_study(store)
+    optuna.delete_study(study_name="one", storage=store.optuna_storage)
+    with pytest.raises(StorageError, match="the study was deleted"):
+        store.add_baselines(study.study_id, [make_training("a")])
+    with pytest.raises(StorageError, match="the study was deleted"):
+        store.add_baselines(study.study_id, [make_baseline_latency("a", 1.0, device_id=study.device_id)])
+    assert counts(store)["convfirst_baseline_trainings"] == counts(store)["convfirst_baseline_latencies"] == 0
+
+
 def test_a_device_has_one_profile_per_dtype_and_threads(store: Store) -> None:
     assert store.find_profile(DEVICE, "float32", 1) is None
     assert counts(store)["convfirst_devices"] == 0
@@ -325,7 +383,12 @@ def test_a_device_has_one_profile_per_dtype_and_threads(store: Store) -> None:
     store.add_profile(DEVICE, make_profile(dtype="float16"))
     # Of two processes that measure it at once the first one's counts, unless it is measured anew.
     assert store.add_profile(DEVICE, make_profile(macs_per_s=3e15)).macs_per_s == first.macs_per_s
+    # What was told on the older scale goes with it: no other device's, threads' or dtype's.
+    store.add_block_latencies(DEVICE, [make_block("a"), make_block("a", dtype="float16"), make_block("a", threads=2)])
+    store.add_block_latencies(OTHER_DEVICE, [make_block("a")])
     again = store.add_profile(DEVICE, make_profile(macs_per_s=5e15), replace=True)
+    assert counts(store)["convfirst_block_latencies"] == 3
+    assert store.block_latencies(DEVICE, engine="eager", dtype="float32", batch_size=1, threads=1) == {}
     assert again.profile_id == first.profile_id
     assert again.measured_at > first.measured_at
     assert (again.macs_per_s, again.graph_launch_seconds) == (5e15, None)
@@ -423,13 +486,17 @@ def test_deleting_a_study_as_the_dashboard_does_leaves_nothing_of_ours(any_url: 
     store.add_latencies(doomed.study_id, [measured_again(row, 1.0) for row in store.candidates(doomed.study_id)])
     store.add_profile(DEVICE, make_profile())
     store.add_block_latencies(DEVICE, [make_block("a")])
+    for study in (doomed, kept):
+        store.add_baselines(study.study_id, [make_training("a")])
+        store.add_baselines(study.study_id, [make_baseline_latency("a", 1.0, device_id=study.device_id)])
     # A storage of its own, which like the dashboard's asks SQLite for no foreign keys.
     optuna.delete_study(study_name="one", storage=optuna.storages.RDBStorage(any_url))
     assert store.find_study("one") is None
     # What was measured of the device is not the study's.
     assert counts(store) == {
-        "convfirst_block_latencies": 1, "convfirst_candidates": 2, "convfirst_devices": 1, "convfirst_latencies": 2,
-        "convfirst_learning_curves": 4, "convfirst_profiles": 1, "convfirst_studies": 1,
+        "convfirst_baseline_latencies": 1, "convfirst_baseline_trainings": 1, "convfirst_block_latencies": 1,
+        "convfirst_candidates": 2, "convfirst_devices": 1, "convfirst_latencies": 2, "convfirst_learning_curves": 4,
+        "convfirst_profiles": 1, "convfirst_studies": 1,
     }  # fmt: skip
     # A new study takes the old one's name, and on SQLite its ids.
     again = make_study(store)

@@ -1,0 +1,119 @@
+"""optuna-dashboard on a study database, with the files of the front's members beside the figures."""
+
+from __future__ import annotations
+
+import functools
+import json
+import socket
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+from wsgiref.util import setup_testing_defaults
+
+from optuna.artifacts import FileSystemArtifactStore
+from optuna.storages import get_storage
+
+from nas.errors import UsageError
+from studies import Store
+
+# Of requests that are answered at once: a page asks for several things, and several may look.
+THREADS = 4
+
+
+class Server:
+    """A dashboard that listens from now on, and answers once it is run.
+
+    Args:
+        folder: of the artifacts.
+        host, port: to listen on; port 0 takes a free one.
+
+    Raises:
+        UsageError: the address is not to be had.
+    """
+
+    def __init__(self, store: Store, folder: Path, host: str, port: int) -> None:
+        import optuna_dashboard
+        from waitress.server import create_server
+
+        _serialize_once()
+        folder.mkdir(parents=True, exist_ok=True)
+        # One that remembers finished trials: reading 2,000 takes seconds, and a page asks for them several times over.
+        storage = get_storage(store.optuna_storage)
+        app = optuna_dashboard.wsgi(storage, FileSystemArtifactStore(folder))
+        self.app = app
+        try:
+            server: Any = create_server(app, host=host, port=port, threads=THREADS)
+        except (OSError, ValueError, socket.gaierror) as error:
+            raise UsageError(f"--port {port}: cannot listen on {host} ({error})") from error
+        self.server, self.host, self.port = server, host, int(server.effective_port)
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}:{self.port}/"
+
+    def warm_up(self) -> None:
+        """Read all studies once, so that the first look is as quick as the next."""
+        for study in self._ask("/api/studies")["study_summaries"]:
+            for page in ("", "/param_importances"):
+                self._ask(f"/api/studies/{study['study_id']}{page}")
+
+    def _ask(self, path: str) -> dict[str, Any]:
+        environ: dict[str, Any] = {"PATH_INFO": path}
+        setup_testing_defaults(environ)
+        body = b"".join(self.app(environ, lambda status, headers, exc_info=None: lambda data: None))
+        answer: dict[str, Any] = json.loads(body)
+        return answer
+
+    def run(self) -> None:
+        """Answer until `close`, or Ctrl-C."""
+        self.server.run()
+
+    def close(self) -> None:
+        self.server.close()
+
+
+def _serialize_once() -> None:
+    """Let the dashboard serialize a finished trial once, and find its notes and files without reading all others'.
+
+    optuna-dashboard 0.21 serializes all trials for each page, and for each of them goes through all attributes of the
+    study twice: with a note for each of 2,000 trials that is sixteen million comparisons. Given only the attributes
+    that are a trial's it finds the same; and while these do not change, nor does a trial that is finished.
+    """
+    from optuna_dashboard import _serializer
+
+    original: Callable[..., dict[str, Any]] = _serializer.serialize_frozen_trial
+    if hasattr(original, "__wrapped__"):
+        return
+    index = _Index()
+    finished: dict[tuple[int, int], tuple[dict[str, Any], dict[str, Any]]] = {}
+
+    @functools.wraps(original)
+    def serialize(study_id: int, trial: Any, study_system_attrs: Mapping[str, Any]) -> dict[str, Any]:
+        key, attrs = (study_id, trial._trial_id), index.of(study_system_attrs, trial._trial_id)
+        known = finished.get(key)
+        if known is not None and known[0] == attrs:
+            return known[1]
+        made = original(study_id, trial, attrs)
+        if trial.state.is_finished():
+            finished[key] = attrs, made
+        return made
+
+    _serializer.serialize_frozen_trial = serialize
+
+
+class _Index(threading.local):
+    """The attributes "dashboard:<trial_id>:..." and "dashboard:artifacts:<trial_id>:..." by trial, of the mapping that
+    was asked for last. Threads have one each."""
+
+    indexed: Mapping[str, Any] | None = None
+    by_trial: dict[int, dict[str, Any]]
+
+    def of(self, attrs: Mapping[str, Any], trial_id: int) -> dict[str, Any]:
+        if self.indexed is not attrs:
+            self.by_trial, self.indexed = {}, attrs
+            for key, value in attrs.items():
+                owner = next((piece for piece in key.split(":")[1:3] if piece.isdecimal()), None)
+                if key.startswith("dashboard:") and owner is not None:
+                    self.by_trial.setdefault(int(owner), {})[key] = value
+        return self.by_trial.get(trial_id, {})

@@ -1,0 +1,64 @@
+"""Which parameters of a space an objective depends on."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import optuna
+from optuna.importance import FanovaImportanceEvaluator, get_param_importances
+from optuna.trial import FrozenTrial, TrialState
+
+# Optuna's own 64 trees of a depth of 64 take 12 to 19 s for an objective of 2,000 trials, on two cores of an AMD EPYC,
+# and these 1.2 s; no share moved by more than 0.05.
+TREES, DEPTH = 32, 8
+EVALUATOR = f"fANOVA, {TREES} trees of a depth of up to {DEPTH}"
+# With fewer a forest has nothing to learn from.
+FEWEST_TRIALS = 10
+
+
+@dataclass(frozen=True)
+class Importances:
+    """Of one objective.
+
+    Args:
+        objective: its name.
+        shares: parameter -> its share of what all explain, 0 to 1; the greatest first.
+        why_not: where there are none, the reason as a sentence.
+    """
+
+    objective: str
+    shares: dict[str, float]
+    why_not: str | None = None
+
+
+def importances(study: optuna.Study, objectives: Sequence[str]) -> list[Importances]:
+    """Of each objective of a study, in Optuna's order of values."""
+    trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
+    # Optuna reads them several times for each objective, from a database at length.
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    copy = optuna.create_study(directions=study.directions)
+    copy.add_trials(trials)
+    return [_of_objective(copy, trials, index, name) for index, name in enumerate(objectives)]
+
+
+def _of_objective(study: optuna.Study, trials: Sequence[FrozenTrial], index: int, name: str) -> Importances:
+    if len(trials) < FEWEST_TRIALS:
+        return Importances(name, {}, f"{len(trials)} complete trial(s) are too few; {FEWEST_TRIALS} are needed.")
+    if np.ptp([trial.values[index] for trial in trials]) == 0:
+        return Importances(name, {}, f"All trials have the same {name}: it depends on nothing that was varied.")
+    target: Callable[[FrozenTrial], float] = lambda trial: trial.values[index]  # noqa: E731
+    evaluator = FanovaImportanceEvaluator(n_trees=TREES, max_depth=DEPTH, seed=0)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            found = get_param_importances(study, evaluator=evaluator, target=target)
+    # Whatever Optuna and scikit-learn make of unusual values, a report has more to tell than this.
+    except (ArithmeticError, RuntimeError, ValueError) as error:
+        return Importances(name, {}, f"Optuna could not tell them ({error}).")
+    shares = {parameter: float(share) for parameter, share in found.items()}
+    if not any(shares.values()):
+        return Importances(name, {}, "No parameter explains any of it.")
+    return Importances(name, dict(sorted(shares.items(), key=lambda item: -item[1])))

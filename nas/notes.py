@@ -1,0 +1,122 @@
+"""What a person reads of a study and its trials in the dashboard, in Markdown."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from search_spaces import ArchSpec
+from search_spaces.arch import STEM_STRIDE
+from search_spaces.cost import Cost, head_cost, stage_cost, stem_cost, strided
+from studies import Candidate, CandidateState, Latency, LatencyStage, Study
+
+HEADERS = ("stage", "blocks", "kernel", "group width", "expansion", "width", "stride", "output", "MMACs", "params k")
+STATES = {
+    CandidateState.COMPLETE: "complete", CandidateState.OVER_LIMIT: "over a limit, not trained",
+    CandidateState.FAILED: "failed",
+}  # fmt: skip
+
+
+def markdown_table(headers: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
+    """A table in GitHub's Markdown."""
+    lines = [headers, ("---",) * len(headers), *rows]
+    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+
+
+def stage_table(arch: ArchSpec, resolution: int, num_classes: int) -> str:
+    """Stem, stages and head of an architecture with what each costs."""
+
+    def row(name: object, *fields: object, cost: Cost) -> tuple[object, ...]:
+        return (name, *fields, f"{cost.macs / 1e6:.2f}", f"{cost.params / 1e3:.1f}")
+
+    size = strided(resolution, STEM_STRIDE)
+    stem = stem_cost(arch.stem_width, resolution)
+    rows = [row("stem", 1, "3x3", "full", "", arch.stem_width, STEM_STRIDE, f"{size}x{size}", cost=stem)]
+    in_channels = arch.stem_width
+    for number, stage in enumerate(arch.stages, start=1):
+        counted = stage_cost(in_channels, stage, size)
+        size, kernel = strided(size, stage.stride), f"{stage.kernel_size}x{stage.kernel_size}"
+        rows.append(row(
+            number, stage.blocks, kernel, stage.group_width, f"{stage.expansion:g}", stage.width, stage.stride,
+            f"{size}x{size}", cost=counted,
+        ))  # fmt: skip
+        in_channels = stage.width
+    head = head_cost(in_channels, arch.head_width, num_classes)
+    rows.append(row("head", 1, "1x1", "full", "", arch.head_width, "", f"{num_classes} classes", cost=head))
+    return markdown_table(HEADERS, rows)
+
+
+def trial_note(candidate: Candidate, latency: Latency | None, config: Mapping[str, Any]) -> str:
+    """What became of a candidate, and its stages as a table.
+
+    Args:
+        latency: in the study's deployment; None where it was not measured.
+        config: of the study, as stored.
+    """
+    arch, deployment = ArchSpec.from_json(candidate.arch), config["latency"]
+    told = [f"**{STATES[CandidateState(candidate.state)]}**" + (f": {candidate.reason}" if candidate.reason else "")]
+    if candidate.accuracy is not None:
+        told.append(f"accuracy {candidate.accuracy:.2%} after {config['proxy']['steps']} steps")
+    if latency is not None:
+        told.append(latency_words(latency))
+    return "\n\n".join([
+        f"`{arch}`", "  \n".join(told), stage_table(arch, deployment["resolution"], deployment["num_classes"]),
+        "timm: " + " ".join(f"`{stage.arch_string}`" for stage in arch.stages),
+    ])  # fmt: skip
+
+
+def latency_words(latency: Latency) -> str:
+    """A latency with what it is worth."""
+    words = f"latency {latency.median_ms:.4g} ms (p20 to p80: {latency.p20_ms:.4g} to {latency.p80_ms:.4g}"
+    if latency.interval_share is not None:
+        words += f"; 95 % interval of the median {latency.interval_share:.1%} wide"
+    words += ")"
+    if latency.stage == LatencyStage.FINAL:
+        words += ", measured in turns with the rest of the front"
+    if latency.over_limit:
+        words += ", **over the limit**"
+    doubts = ["ended by the time cap"] if latency.capped else []
+    doubts += ["on a throttling GPU"] if latency.throttled else []
+    return words + (f"; {' and '.join(doubts)}" if doubts else "")
+
+
+def duplicate_note(arch: ArchSpec, first: int) -> str:
+    """Of a trial that proposed what was known."""
+    return f"`{arch}`\n\n**known already**: proposed again what trial {first} is; nothing was measured"
+
+
+def study_note(study: Study, name: str) -> str:
+    """The set-up of a study."""
+    config: dict[str, Any] = json.loads(study.config)
+    data, proxy, deployment, device = config["data"], config["proxy"], config["latency"], study.device
+    limits = [f"{field} at most {value:g}" for field, value in config["limits"].items() if value is not None]
+    versions = json.loads(study.versions)
+    rows: list[tuple[object, ...]] = [
+        ("objectives", "accuracy of the proxy training (up), latency of the deployment in ms (down)"),
+        ("data", f"{data['source']}, {data['resolution']}x{data['resolution']}"),
+        (
+            "training",
+            f"{proxy['steps']} steps of {proxy['batch_size']}, AdamW, peak learning rate {proxy['learning_rate']:g}, "
+            f"{proxy['threads']} thread(s)",
+        ),
+        (
+            "latency",
+            f"{deployment['engine']}, {deployment['dtype']}, batch {deployment['batch_size']}, "
+            f"{deployment['resolution']}x{deployment['resolution']}, {deployment['num_classes']} classes, "
+            f"{deployment['threads']} CPU thread(s); medians, corrected for drift by the anchor",
+        ),
+        ("device", f"{device.name} ({device.driver})"),
+        ("anchor", f"`{ArchSpec.from_json(study.anchor)}`, {study.anchor_ms:.4g} ms".replace("|", "\\|")),
+        ("limits", ", ".join(limits) or "none"),
+        ("sampler", f"{config['sampler']}, seed {config['seed']}"),
+        ("space", config["space"]["name"]),
+        ("versions", ", ".join(f"{package} {version}" for package, version in versions.items())),
+        ("begun", f"{study.created_at:%Y-%m-%d %H:%M} UTC"),
+    ]
+    return "\n\n".join([
+        f"Search for ConvFirst networks, study `{name}`.", markdown_table(("what", "how"), rows),
+        "Pruned trials broke a limit or proposed what was known already, failed ones could not run; user attributes "
+        "and notes tell why. The front is also the view `pareto_front` of this database; its latencies were measured "
+        "again at the end of the search, so that they may differ from the objective of the same trial.",
+    ])  # fmt: skip

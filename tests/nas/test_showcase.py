@@ -1,0 +1,339 @@
+"""Notes and files of invented studies, and optuna-dashboard's own answers about them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import optuna
+import pytest
+from optuna_dashboard import get_note, save_note
+
+from nas import search, showcase
+from nas.config import LatencyConfig, Limits, SearchConfig
+from nas.dashboard import Server
+from nas.errors import UsageError
+from nas.overhead import FakeEvaluator
+from search_spaces import ArchSpec, SearchSpace
+from studies import Store
+from studies.display import artifact_folder, write_note
+from tests.nas.test_search import opened
+
+PNG = b"\x89PNG"
+
+
+def make_config(url: str) -> SearchConfig:
+    """Some candidates break a limit, and some fail."""
+    return SearchConfig(budget=12, storage=url, latency=LatencyConfig(device="cpu"), limits=Limits(params=250_000))
+
+
+@pytest.fixture
+def config(sqlite_url: str) -> SearchConfig:
+    return make_config(sqlite_url)
+
+
+class Served:
+    """A dashboard on a store, until the test ends."""
+
+    def __init__(self, store: Store, folder: Path) -> None:
+        self.server = Server(store, folder, "127.0.0.1", 0)
+        self.thread = threading.Thread(target=self.server.run, daemon=True)
+        self.thread.start()
+
+    def get(self, path: str) -> bytes:
+        with urllib.request.urlopen(self.server.url + path, timeout=30) as answer:
+            body: bytes = answer.read()
+        return body
+
+    def json(self, path: str) -> Any:
+        return json.loads(self.get(path))
+
+    def study(self, name: str = "convfirst") -> dict[str, Any]:
+        """The dashboard's own answer about a study."""
+        listed = self.json("api/studies")["study_summaries"]
+        study_id = next(each["study_id"] for each in listed if each["study_name"] == name)
+        found: dict[str, Any] = self.json(f"api/studies/{study_id}")
+        return found | {"study_id": study_id}
+
+
+@pytest.fixture(scope="module")
+def served_config(tmp_path_factory: pytest.TempPathFactory) -> SearchConfig:
+    return make_config(f"sqlite:///{tmp_path_factory.mktemp('served') / 'study.db'}")
+
+
+@pytest.fixture(scope="module")
+def served(served_config: SearchConfig) -> Iterator[Served]:
+    """A finished search in the dashboard."""
+    search.run(served_config, FakeEvaluator())
+    folder = artifact_folder(served_config.storage)
+    store = opened(served_config)
+    showcase.show(store, served_config.study, folder)
+    made = Served(store, folder)
+    yield made
+    made.server.close()
+    store.close()
+
+
+def attrs(trial: dict[str, Any]) -> dict[str, str]:
+    return {each["key"]: each["value"] for each in trial["user_attrs"]}
+
+
+# -- What the dashboard answers --------------------------------------------------------------------------------------
+
+
+def test_objectives_have_names_and_the_study_a_note(served: Served) -> None:
+    study = served.study()
+    assert study["objective_names"] == ["accuracy", "latency_ms"]
+    note = study["note"]["body"]
+    for words in (
+        "study `convfirst`",
+        "| device | invented",
+        "torchscript",
+        "params at most 250000",
+        "| sampler | tpe",
+    ):
+        assert words in note
+
+
+def test_every_trial_says_what_it_is(served: Served, served_config: SearchConfig) -> None:
+    """Parameters as they are, attributes, and a note that has the stages as a table."""
+    rows = {row.number: row for row in candidates_of(served_config)}
+    trials = served.study()["trials"]
+    assert len(trials) == len(rows) > 12, "nothing is over a limit"
+    for trial in trials:
+        note, told = trial["note"]["body"], attrs(trial)
+        row = rows[trial["number"]]
+        arch = ArchSpec.from_json(row.arch)
+        values = {param["name"]: param["param_external_value"] for param in trial["params"]}
+        assert values["stage2_width"] == str(arch.stages[1].width)
+        assert values["activation"] == arch.activation
+        assert told["arch"] == str(arch)
+        assert note.startswith(f"`{arch}`")
+        lines = [line for line in note.splitlines() if line.startswith("| ")]
+        assert len(lines) == 2 + 1 + len(arch.stages) + 1
+        for number, (line, stage) in enumerate(zip(lines[3:-1], arch.stages, strict=True), start=1):
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            kernel = f"{stage.kernel_size}x{stage.kernel_size}"
+            expected = (number, stage.blocks, kernel, stage.group_width, f"{stage.expansion:g}", stage.width)
+            assert cells[:6] == list(map(str, expected))
+        if row.state == "complete":
+            for name in ("params", "macs", "latency_p20_p80_ms", "computational_efficiency", "memory_mb", "device",
+                         "engine", "seconds"):  # fmt: skip
+                assert name in told, name
+            assert "**complete**" in note
+            assert f"accuracy {row.accuracy:.2%}" in note
+        else:
+            assert row.reason in note
+            assert told["reason"] == row.reason
+
+
+def test_the_dashboards_front_is_ours_and_holds_nothing_that_failed(
+    served: Served, served_config: SearchConfig
+) -> None:
+    study = served.study()
+    ours = sorted(opened(served_config).front(served_config.study)["number"])
+    assert sorted(trial["number"] for trial in study["best_trials"]) == ours
+    states = {trial["number"]: trial["state"] for trial in study["trials"]}
+    for row in candidates_of(served_config):
+        expected = {"complete": "Complete", "over_limit": "Pruned", "failed": "Fail"}[row.state]
+        assert states[row.number] == expected
+        if expected != "Complete":
+            assert row.number not in ours
+    assert set(states.values()) >= {"Complete", "Pruned"}
+
+
+def test_members_of_the_front_carry_their_files(served: Served, served_config: SearchConfig) -> None:
+    study = served.study()
+    front = set(opened(served_config).front(served_config.study)["number"])
+    for trial in study["trials"]:
+        names = {each["filename"]: each for each in trial["artifacts"]}
+        prefix = f"t{trial['number']:04d}"
+        if trial["number"] not in front:
+            assert names == {}
+            continue
+        assert set(names) == {
+            f"{prefix}_config.json", f"{prefix}_learning_curve.png", f"{prefix}_efficiency_gap.png",
+        }  # fmt: skip
+        for name, meta in names.items():
+            body = served.get(f"artifacts/{study['study_id']}/{trial['trial_id']}/{meta['artifact_id']}")
+            if name.endswith(".png"):
+                assert meta["mimetype"] == "image/png"
+                assert body.startswith(PNG)
+            else:
+                made = json.loads(body)
+                assert made["num_classes"] == 10
+                assert made["convfirst"]["arch"] == attrs(trial)["arch"]
+
+
+def candidates_of(config: SearchConfig) -> list[Any]:
+    store = opened(config)
+    study = store.find_study(config.study)
+    assert study is not None
+    rows = store.candidates(study.study_id)
+    store.close()
+    return rows
+
+
+def test_what_was_proposed_again_says_so(sqlite_url: str, tiny_space: SearchSpace, tmp_path: Path) -> None:
+    config = SearchConfig(budget=25, storage=sqlite_url, latency=LatencyConfig(device="cpu"), space=tiny_space)
+    search.run(config, FakeEvaluator())
+    store = opened(config)
+    served = Served(store, tmp_path / "files")
+    again = [trial for trial in served.study()["trials"] if "duplicate_of" in attrs(trial)]
+    assert again, "no duplicate"
+    for trial in again:
+        assert f"proposed again what trial {attrs(trial)['duplicate_of']} is" in trial["note"]["body"]
+        assert trial["state"] == "Pruned"
+    served.server.close()
+    store.close()
+
+
+# -- Bringing it up to date ------------------------------------------------------------------------------------------
+
+
+def test_what_is_up_to_date_is_not_made_again(config: SearchConfig) -> None:
+    search.run(config, FakeEvaluator())
+    store, folder = opened(config), artifact_folder(config.storage)
+    size = len(store.front(config.study))
+    assert showcase.show(store, config.study, folder) == 3 * size
+    files = sorted(folder.iterdir())
+    assert len(files) == 3 * size
+    assert showcase.show(store, config.study, folder) == 0
+    assert sorted(folder.iterdir()) == files
+    # A file that is lost is made again.
+    files[0].unlink()
+    assert showcase.show(store, config.study, folder) == 1
+    assert sorted(folder.iterdir()) == files
+    # Who leaves the front loses its files.
+    better = replace(config, budget=20)
+    search.run(better, FakeEvaluator())
+    showcase.show(store, config.study, folder)
+    assert len(list(folder.iterdir())) == 3 * len(store.front(config.study))
+    store.close()
+
+
+def test_notes_of_old_studies_are_made_and_those_that_users_wrote_stay(config: SearchConfig) -> None:
+    search.run(config, FakeEvaluator())
+    store = opened(config)
+    study = store.find_study(config.study)
+    assert study is not None
+    with store.engine.begin() as connection:
+        connection.exec_driver_sql("DELETE FROM study_system_attributes WHERE key LIKE 'dashboard:%%note%%'")
+    loaded = optuna.load_study(study_name=config.study, storage=config.storage)
+    assert get_note(loaded) == ""
+    save_note(loaded, "first")
+    save_note(loaded, "what I think of it")
+    # An old one of ours, longer than what takes its place.
+    first = loaded.trials[0]
+    write_note(store.optuna_storage, study.study_id, first._trial_id, "old " * 2000)
+    showcase.show(store, config.study, artifact_folder(config.storage))
+    assert get_note(loaded) == "what I think of it"
+    trial = optuna.trial.Trial(loaded, first._trial_id)
+    assert get_note(trial).startswith(f"`{first.user_attrs['arch']}`")
+    assert "old" not in get_note(trial)
+    store.close()
+
+
+def test_while_it_is_searched_each_trial_has_its_note_at_once(config: SearchConfig) -> None:
+    seen: list[str] = []
+
+    class Looking(search.Silent):
+        def candidate(self, event: search.Event) -> None:
+            loaded = optuna.load_study(study_name=config.study, storage=config.storage)
+            last = loaded.get_trials()[-1]
+            seen.append(get_note(optuna.trial.Trial(loaded, last._trial_id)))
+            assert "Search for ConvFirst networks" in get_note(loaded)
+
+    search.run(replace(config, budget=3), FakeEvaluator(), Looking())
+    assert len(seen) >= 3
+    assert all(note.startswith("`") and "| stage |" in note for note in seen)
+
+
+@pytest.mark.usefixtures("shown")
+def test_a_search_ends_with_its_files(config: SearchConfig) -> None:
+    front = search.run(replace(config, budget=3), FakeEvaluator()).pareto_front
+    assert len(list(artifact_folder(config.storage).iterdir())) == 3 * len(front)
+
+
+def test_studies_of_nothing_can_be_shown(config: SearchConfig) -> None:
+    """None complete; one; and failures only."""
+    search.run(replace(config, time_limit_s=1e-6), FakeEvaluator())
+    search.run(replace(config, study="one", budget=1), FakeEvaluator())
+    search.run(replace(config, study="none", budget=1, limits=Limits(params=1)), FakeEvaluator())
+    store, folder = opened(config), artifact_folder(config.storage)
+    assert showcase.show(store, config.study, folder) == 0
+    assert showcase.show(store, "one", folder) == 3
+    assert showcase.show(store, "none", folder) == 0
+    served = Served(store, folder)
+    assert served.study()["trials"] == []
+    assert len(served.study("one")["best_trials"]) == 1
+    assert served.study("none")["best_trials"] == []
+    served.server.close()
+    store.close()
+
+
+# -- Serving ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_address_that_is_taken_gets_one_line(config: SearchConfig, tmp_path: Path) -> None:
+    store = Store.open(config.storage, create=True)
+    assert store is not None
+    first = Server(store, tmp_path / "files", "127.0.0.1", 0)
+    with pytest.raises(UsageError, match=rf"--port {first.port}: cannot listen on 127\.0\.0\.1"):
+        Server(store, tmp_path / "files", "127.0.0.1", first.port)
+    with pytest.raises(UsageError, match=r"cannot listen on nosuch\.invalid"):
+        Server(store, tmp_path / "files", "nosuch.invalid", 0)
+    first.close()
+    store.close()
+
+
+def test_looking_does_not_disturb_a_running_search(config: SearchConfig, tmp_path: Path) -> None:
+    """A search writes for some seconds in a process of its own, while three lookers ask for everything all the time."""
+    script = (
+        "import sys; from nas import search; from nas.config import *; from nas.overhead import FakeEvaluator\n"
+        "config = SearchConfig(budget=30, storage=sys.argv[1], latency=LatencyConfig(device='cpu'))\n"
+        "print(search.run(config, FakeEvaluator()).complete)"
+    )
+    search.run(replace(config, study="first", budget=1), FakeEvaluator())
+    store, folder = opened(config), tmp_path / "files"
+    served = Served(store, folder)
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", script, config.storage]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env) as process:
+        answers, errors = [0] * 3, list[BaseException]()
+
+        def look(number: int) -> None:
+            while process.poll() is None:
+                try:
+                    for each in served.json("api/studies")["study_summaries"]:
+                        served.json(f"api/studies/{each['study_id']}")
+                        answers[number] += 1
+                except BaseException as error:
+                    errors.append(error)
+                    return
+                time.sleep(0.05)
+
+        lookers = [threading.Thread(target=look, args=(number,)) for number in range(3)]
+        for looker in lookers:
+            looker.start()
+        out, err = process.communicate(timeout=300)
+        for looker in lookers:
+            looker.join()
+    assert errors == []
+    assert (process.returncode, out.strip()) == (0, "30"), err
+    assert min(answers) > 5
+    states = {trial["state"] for trial in served.study()["trials"]}
+    assert "Running" not in states
+    failed = [trial for trial in served.study()["trials"] if trial["state"] == "Fail"]
+    assert all("invented" in attrs(trial)["reason"] for trial in failed)
+    served.server.close()
+    store.close()
