@@ -23,7 +23,7 @@ from nas.yardsticks import Timed, Yardsticks
 from studies import Profile, Store
 
 # Of sampling; the yardsticks' references have more, see `ANCHOR_FACTOR`.
-SECONDS = 3.0
+SECONDS = 2.0
 
 
 @dataclass(frozen=True)

@@ -42,10 +42,14 @@ def shown() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _nothing_shown(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing the front's files takes longer than an invented search of a hundred candidates."""
+def _quick(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Drawing the front's files takes longer than an invented search of a hundred candidates; so does measuring what
+    the device can do, which need not be known well here."""
+    if INTERPRETED:
+        return
     monkeypatch.setattr("studies.display.SERVER_FOLDER", tmp_path)
-    if "shown" not in request.fixturenames and not INTERPRETED:
+    monkeypatch.setattr("nas.profile.SECONDS", 0.02)
+    if "shown" not in request.fixturenames:
         monkeypatch.setattr("nas.search.show", lambda store, name, folder: 0)
 
 

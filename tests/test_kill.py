@@ -16,14 +16,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from kernels.timing import DeviceInfo
+from nas.profile import Ceilings, store_profile
+from studies import Store
 from tests.conftest import TINY_TOML
 
 ROOT = Path(__file__).parents[1]
 KILLS = 10
 BUDGET = 120
-FIRST_SECONDS = 6.0
+FIRST_SECONDS = 12.0
 
 
 @pytest.fixture
@@ -41,6 +45,16 @@ def command(tmp_path: Path) -> list[str]:
         "--device": "cpu", "--latency-seconds": "0.001", "--budget": str(BUDGET),
     }  # fmt: skip
     return [sys.executable, "-u", str(ROOT / "run_search.py"), *(word for pair in flags.items() for word in pair)]
+
+
+@pytest.fixture
+def profiled(tmp_path: Path) -> None:
+    """A database that knows the device already, of which the measuring takes seconds at every first start."""
+    (tmp_path / "studies").mkdir()
+    store = Store.open(f"sqlite:///{tmp_path / 'studies' / 'convfirst.db'}", create=True)
+    assert store is not None
+    store_profile(store, DeviceInfo.of(torch.device("cpu")), "float32", 1, Ceilings(1e10, 4e10, 2e-6))
+    store.close()
 
 
 def start(command: list[str], folder: Path) -> subprocess.Popen[str]:
@@ -119,6 +133,7 @@ def test_killed_at_ten_random_moments_it_ends_with_exactly_its_budget(command: l
     check(tmp_path, BUDGET)
 
 
+@pytest.mark.usefixtures("profiled")
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_ends_it_soon_and_says_how_to_go_on(
     command: list[str], tmp_path: Path, sent: signal.Signals
@@ -140,6 +155,7 @@ def test_an_interrupt_ends_it_soon_and_says_how_to_go_on(
     check(tmp_path, budget)
 
 
+@pytest.mark.usefixtures("profiled")
 def test_a_second_process_on_the_same_study_is_refused(command: list[str], tmp_path: Path) -> None:
     first = start(command, tmp_path)
     try:
@@ -154,6 +170,7 @@ def test_a_second_process_on_the_same_study_is_refused(command: list[str], tmp_p
         first.communicate()
 
 
+@pytest.mark.usefixtures("profiled")
 def test_on_a_terminal_a_live_line_shows_the_course(command: list[str], tmp_path: Path) -> None:
     import pty
 

@@ -305,6 +305,13 @@ def picture_folder(root: Path, classes: int, mode: str = "RGB") -> None:
         (f"analyze --arch '{ARCH}' --storage nonsense", "--storage nonsense: "),
         ("remeasure", "--storage sqlite:///studies/convfirst.db: there is no study database"),
         ("remeasure --storage sqlite:///foreign.db", "--storage sqlite:///foreign.db: "),
+        ("dashboard", "--storage sqlite:///studies/convfirst.db: there is no study database"),
+        ("dashboard --storage sqlite:///foreign.db", "--storage sqlite:///foreign.db: "),
+        ("dashboard --artifacts one/class0/0.png", "--artifacts one/class0/0.png: .*0.png is not a folder"),
+        ("report --out r", "--storage sqlite:///studies/convfirst.db: there is no study database"),
+        ("report --out r --storage sqlite:///foreign.db", "--storage sqlite:///foreign.db: "),
+        ("report --out one/class0/0.png", "--out one/class0/0.png: .*0.png is not a folder"),
+        ("baselines", "--storage sqlite:///studies/convfirst.db: there is no study database"),
         ("space nosuch", "space nosuch: neither"),
         ("space --classes 0", "--classes 0"),
         ("space --resolution 0", "--resolution 0"),
@@ -345,7 +352,17 @@ def test_an_empty_study_has_an_empty_front(monkeypatch: pytest.MonkeyPatch) -> N
     assert json.loads(call("pareto --format json").stdout) == []
 
 
-@pytest.mark.parametrize("line", ["analyze --trial many", "latency", "remeasure --dtype int8", "device --again yes"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "analyze --trial many",
+        "latency",
+        "remeasure --dtype int8",
+        "device --again yes",
+        "dashboard --port 70000",
+        "report",
+    ],
+)
 def test_typers_own_refusals_of_commands_exit_with_2(line: str) -> None:
     assert call(line).exit_code == 2
 
@@ -688,6 +705,43 @@ def test_a_front_of_which_all_break_the_limit_is_empty(
     assert "all turned out over a limit" in call("pareto").stdout
     # The search goes on from there.
     assert call("--budget 3 --device cpu --max-latency-ms 1.5").exit_code == 0
+
+
+# -- Looking ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("fake", "profiled")
+def test_a_report_is_made_of_whatever_a_study_holds(tmp_path: Path) -> None:
+    """Nothing, failures only, one, and some."""
+    assert call("--budget 1 --device cpu --study nothing --time-limit 0.000001").exit_code == 0
+    assert call("--budget 1 --device cpu --study failures --max-params 1").exit_code == 0
+    for study, budget in (("one", 1), ("some", 6)):
+        assert call(f"--budget {budget} --device cpu --study {study}").exit_code == 0
+    for study in ("nothing", "failures", "one", "some"):
+        result = call(f"report --out reports/{study} --study {study}")
+        assert result.exit_code == 0, result.output
+        assert f"made: reports/{study}/report.html" in result.stdout
+        page = (tmp_path / "reports" / study / "report.html").read_text()
+        assert page.startswith("<!DOCTYPE html>") or page.startswith("<!doctype html>")
+        # Nobody has made baselines yet.
+        assert "run_search.py baselines" in page
+    assert "--study nosuch: not in" in refused("report --out r --study nosuch")
+
+
+@pytest.mark.usefixtures("fake", "profiled")
+def test_baselines_of_a_study_of_nothing_are_refused() -> None:
+    assert call("--budget 1 --device cpu --time-limit 0.000001").exit_code == 0
+    assert "--study convfirst" in refused("baselines")
+    assert call("--budget 2 --device cpu").exit_code == 0
+    for line, told in (
+        ("--models nosuch", "--models nosuch: timm has no such model"),
+        ("--found 0", "--found 0: .*at least 1"),
+        ("--steps 1", "--steps 1: .*at least 2"),
+        ("--learning-rates 0.1,x", "--learning-rates 0.1,x: not numbers"),
+        ("--learning-rates -1", "--learning-rates -1: .*positive"),
+        ("--map 0", "--map 0: .*at least 1"),
+    ):
+        assert re.search(told, refused(f"baselines {line}")), line
 
 
 @pytest.mark.usefixtures("fake", "profiled")

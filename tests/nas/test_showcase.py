@@ -300,7 +300,7 @@ def test_looking_does_not_disturb_a_running_search(config: SearchConfig, tmp_pat
     """A search writes for some seconds in a process of its own, while three lookers ask for everything all the time."""
     script = (
         "import sys; from nas import search; from nas.config import *; from nas.overhead import FakeEvaluator\n"
-        "config = SearchConfig(budget=30, storage=sys.argv[1], latency=LatencyConfig(device='cpu'))\n"
+        "config = SearchConfig(budget=15, storage=sys.argv[1], latency=LatencyConfig(device='cpu'))\n"
         "print(search.run(config, FakeEvaluator()).complete)"
     )
     search.run(replace(config, study="first", budget=1), FakeEvaluator())
@@ -329,7 +329,7 @@ def test_looking_does_not_disturb_a_running_search(config: SearchConfig, tmp_pat
         for looker in lookers:
             looker.join()
     assert errors == []
-    assert (process.returncode, out.strip()) == (0, "30"), err
+    assert (process.returncode, out.strip()) == (0, "15"), err
     assert min(answers) > 5
     states = {trial["state"] for trial in served.study()["trials"]}
     assert "Running" not in states
