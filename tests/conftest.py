@@ -65,6 +65,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=[item for item in items if not item.get_closest_marker("kernels")])
         items[:] = [item for item in items if item.get_closest_marker("kernels")]
         return
+    # Those that last for minutes come first: at the end one worker would be alone with them.
+    items.sort(key=lambda item: item.path.name not in ("test_kill.py", "test_browser.py"))
     for item in items:
         if torch.cuda.is_available():
             continue
