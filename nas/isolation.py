@@ -233,7 +233,10 @@ def main() -> None:
 
 
 def die_with_parent() -> None:
-    """On Linux: a measurement must not go on when the process that holds the device's lock is gone."""
+    """On Linux: a measurement must not go on when the process that holds the device's lock is gone.
+
+    The system takes the thread that started the child for its parent: it must last as long.
+    """
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError, OSError):
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -26,7 +26,7 @@ from nas.overhead import FakeEvaluator
 from search_spaces import ArchSpec, SearchSpace
 from studies import Store
 from studies.display import artifact_folder, write_note
-from tests.nas.test_search import opened
+from tests.nas.test_search import candidates, opened
 
 PNG = b"\x89PNG"
 
@@ -106,7 +106,7 @@ def test_objectives_have_names_and_the_study_a_note(served: Served) -> None:
 
 def test_every_trial_says_what_it_is(served: Served, served_config: SearchConfig) -> None:
     """Parameters as they are, attributes, and a note that has the stages as a table."""
-    rows = {row.number: row for row in candidates_of(served_config)}
+    rows = {row.number: row for row in candidates(served_config)}
     trials = served.study()["trials"]
     assert len(trials) == len(rows) > 12, "nothing is over a limit"
     for trial in trials:
@@ -143,7 +143,7 @@ def test_the_dashboards_front_is_ours_and_holds_nothing_that_failed(
     ours = sorted(opened(served_config).front(served_config.study)["number"])
     assert sorted(trial["number"] for trial in study["best_trials"]) == ours
     states = {trial["number"]: trial["state"] for trial in study["trials"]}
-    for row in candidates_of(served_config):
+    for row in candidates(served_config):
         expected = {"complete": "Complete", "over_limit": "Pruned", "failed": "Fail"}[row.state]
         assert states[row.number] == expected
         if expected != "Complete":
@@ -172,15 +172,6 @@ def test_members_of_the_front_carry_their_files(served: Served, served_config: S
                 made = json.loads(body)
                 assert made["num_classes"] == 10
                 assert made["convfirst"]["arch"] == attrs(trial)["arch"]
-
-
-def candidates_of(config: SearchConfig) -> list[Any]:
-    store = opened(config)
-    study = store.find_study(config.study)
-    assert study is not None
-    rows = store.candidates(study.study_id)
-    store.close()
-    return rows
 
 
 def test_what_was_proposed_again_says_so(sqlite_url: str, tiny_space: SearchSpace, tmp_path: Path) -> None:
