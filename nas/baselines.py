@@ -1,9 +1,9 @@
 """Known networks beside a study's own: the same data, the same measurement, stored apart from the sampler's history.
 
 Every contender is trained and deployed at one resolution that suits its stride (`suited_resolution`). Each is trained
-with several learning rates on half of the long schedule, and with the best of them on the whole of it: so it is seen
-what doubling the steps gained (`convergence`). All are timed in turns with one another and the device's yardsticks, so
-that their latencies compare. What is kept when a run ends early is each training, and the latencies together.
+with several learning rates on the long schedule, and with the best of them on half of it: so it is seen what doubling
+the steps gained (`convergence`). All are timed in turns with one another and the device's yardsticks, so that their
+latencies compare. What is kept when a run ends early is each training, and the latencies together.
 """
 
 from __future__ import annotations
@@ -494,16 +494,14 @@ class _Run:
     # -- trainings ----
 
     def train(self, entrants: Sequence[Entrant]) -> None:
-        """Each at every learning rate on half the schedule, and then at the best of them on the whole."""
-        half = self.steps // 2
-        self._train([_Unit(entrant, half, rate) for entrant in entrants for rate in self.learning_rates])
+        """Each at every learning rate on the whole schedule, and then at the best of them on half of it."""
+        self._train([_Unit(entrant, self.steps, rate) for entrant in entrants for rate in self.learning_rates])
         rows = self._trainings()
         units = []
         for entrant in entrants:
-            halves = [rows[_Unit(entrant, half, rate).key] for rate in self.learning_rates]
-            best = max(halves, key=lambda row: row.accuracy or 0.0)
+            best = _best([rows[_Unit(entrant, self.steps, rate).key] for rate in self.learning_rates])
             if best.accuracy is not None:
-                units.append(_Unit(entrant, self.steps, best.learning_rate))
+                units.append(_Unit(entrant, self.steps // 2, best.learning_rate))
         self._train(units)
 
     def _trainings(self) -> dict[tuple[str, int, int, float], BaselineTraining]:
@@ -601,6 +599,11 @@ def spread(size: int, count: int) -> list[int]:
     return [round(index * (size - 1) / (count - 1)) for index in range(count)]
 
 
+def _best(rows: Sequence[BaselineTraining]) -> BaselineTraining:
+    """The most accurate, of equal ones that of the lowest learning rate."""
+    return max(rows, key=lambda row: (-1.0 if row.accuracy is None else row.accuracy, -row.learning_rate))
+
+
 def _told(row: BaselineTraining) -> str:
     worth = f"failed ({row.reason})" if row.accuracy is None else f"{row.accuracy:.1%} in {row.train_seconds:.0f} s"
     return f"{row.name}, {row.steps} steps at {row.learning_rate:g}: {worth}"
@@ -610,7 +613,7 @@ def _told(row: BaselineTraining) -> str:
 
 
 def convergence(
-    accuracy: float, learning_rate: float, halves: Mapping[float, float], chance: float
+    accuracies: Mapping[float, float], learning_rate: float, half: float | None, chance: float
 ) -> tuple[bool, str]:
     """Whether a training came to an end of its improvement, and the reason in words.
 
@@ -620,22 +623,23 @@ def convergence(
     neighbour by no more than `MOST_GAIN`. A loss that flattens tells nothing here: the schedule ends at a rate of 0.
 
     Args:
-        accuracy: at the end of the long schedule.
-        learning_rate: of it.
-        halves: learning rate -> accuracy at the end of half the schedule, of those trainings that did not fail.
+        accuracies: learning rate -> accuracy at the end of the whole schedule, of those trainings that did not fail.
+        learning_rate: the best of them.
+        half: accuracy at the end of half the schedule at that rate, if that was trained.
         chance: the accuracy of guessing.
     """
+    accuracy = accuracies[learning_rate]
     if accuracy < chance + ABOVE_CHANCE * (1 - chance):
         return False, f"it is hardly above chance ({chance:.0%})"
-    if learning_rate not in halves:
+    if half is None:
         return False, "there is no shorter training to hold it against"
-    gain = accuracy - halves[learning_rate]
+    gain = accuracy - half
     if gain > MOST_GAIN:
         return False, f"doubling the steps still gained {100 * gain:.1f} points"
-    rates = sorted(halves)
+    rates = sorted(accuracies)
     if len(rates) > 1 and learning_rate in (rates[0], rates[-1]):
         lowest = learning_rate == rates[0]
-        ahead = halves[learning_rate] - halves[rates[1] if lowest else rates[-2]]
+        ahead = accuracy - accuracies[rates[1] if lowest else rates[-2]]
         if ahead > MOST_GAIN:
             return False, f"a {'lower' if lowest else 'higher'} learning rate than those tried may do better"
     return True, f"doubling the steps gained {100 * gain:+.1f} points"
@@ -672,17 +676,17 @@ def _last_measured(store: Store, study_id: int) -> list[BaselineLatency]:
 
 def _contender(rows: Sequence[BaselineTraining], steps: int, latency: BaselineLatency) -> Contender:
     accuracies = {(row.steps, row.learning_rate): row.accuracy for row in rows if row.accuracy is not None}
-    best = max((row for row in rows if row.steps == steps), key=lambda row: row.accuracy or 0.0)
-    halves = {rate: accuracy for (count, rate), accuracy in accuracies.items() if count == steps // 2}
-    accuracy = accuracies[best.steps, best.learning_rate]
-    converged, reason = convergence(accuracy, best.learning_rate, halves, 1 / best.classes)
-    of_rates = f"the best of {len(halves)} at {steps // 2} steps" if halves else "the only one"
+    best = _best([row for row in rows if row.steps == steps])
+    wholes = {rate: accuracy for (count, rate), accuracy in accuracies.items() if count == steps}
+    half = accuracies.get((steps // 2, best.learning_rate))
+    converged, reason = convergence(wholes, best.learning_rate, half, 1 / best.classes)
+    of_rates = f"the best of {len(wholes)}" if len(wholes) > 1 else "the only one"
     assert latency.median_ms is not None
     assert latency.p20_ms is not None
     assert latency.p80_ms is not None
     return Contender(
         name=best.name, kind=ContenderKind(best.kind), summary=best.summary, trial=best.trial, params=best.params,
-        macs=best.macs, accuracy=accuracy, latency_ms=latency.median_ms, latency_p20_ms=latency.p20_ms,
+        macs=best.macs, accuracy=wholes[best.learning_rate], latency_ms=latency.median_ms, latency_p20_ms=latency.p20_ms,
         latency_p80_ms=latency.p80_ms, engine=latency.engine, resolution=best.resolution,
         learning_rate=best.learning_rate, steps=steps, batch_size=best.batch_size, converged=converged,
         training=(
