@@ -156,6 +156,9 @@ def search(
         bool,
         typer.Option(help="Measure every candidate's blocks alone, not the front's only.", rich_help_panel="Latency"),
     ] = False,
+    keep_weights: Annotated[
+        bool, typer.Option(help="Keep the front's trained weights, next to the database.", rich_help_panel="Study")
+    ] = False,
     max_latency_ms: Annotated[float | None, typer.Option(rich_help_panel="Limits")] = None,
     max_params: Annotated[int | None, typer.Option(rich_help_panel="Limits")] = None,
     max_macs: Annotated[int | None, typer.Option(rich_help_panel="Limits")] = None,
@@ -565,7 +568,7 @@ def _config(
     data: str, data_dir: str, download: bool, resolution: int | None, proxy_steps: int, proxy_batch: int,
     proxy_lr: float, threads: int | None, deterministic: bool, device: str, engine: str, dtype: Dtype,
     latency_batch: int, latency_resolution: int | None, latency_classes: int | None, latency_threads: int,
-    latency_precision: float | None, latency_seconds: float, block_table: bool,
+    latency_precision: float | None, latency_seconds: float, block_table: bool, keep_weights: bool,
     max_latency_ms: float | None, max_params: int | None, max_macs: int | None, max_memory_mb: float | None,
 ) -> SearchConfig:  # fmt: skip
     """The flags as one value, with what they leave open filled in."""
@@ -609,7 +612,7 @@ def _config(
         data=_checked(DataConfig, flags, source=data, resolution=pixels, data_dir=data_dir, download=download),
         proxy=_checked(ProxyConfig, flags, **proxy), latency=_checked(LatencyConfig, latency_flags, **latency),
         limits=_checked(Limits, flags, **limits), sampler=sampler.value, seed=seed,
-        block_table=block_table,
+        block_table=block_table, keep_weights=keep_weights,
     )  # fmt: skip
     return config
 

@@ -1,5 +1,5 @@
-"""What a search does, as values. Everything but the budget, the time limit, where it is stored and how precisely
-latencies are measured is part of the study's identity: a study is never continued under another one."""
+"""What a search does, as values. Everything but the budget, the time limit, where it is stored, what is kept and how
+precisely latencies are measured is part of the study's identity: a study is never continued under another one."""
 
 from __future__ import annotations
 
@@ -183,6 +183,7 @@ class SearchConfig:
         storage: any SQLAlchemy URL.
         study: name of the study in that database.
         block_table: measure the blocks of every candidate alone, and not only those of the front at the end.
+        keep_weights: keep the proxy-trained weights of the front's members.
 
     Raises:
         ValueError: naming the field and its value.
@@ -200,6 +201,7 @@ class SearchConfig:
     sampler: str = "tpe"
     seed: int = 0
     block_table: bool = False
+    keep_weights: bool = False
 
     def __post_init__(self) -> None:
         _require(self.budget >= 1, "budget", self.budget, "at least 1")
@@ -211,7 +213,7 @@ class SearchConfig:
     def identity(self) -> dict[str, Any]:
         """What a study remembers and a resumed search must equal, as plain JSON values."""
         fields = dataclasses.asdict(self)
-        for transient in ("budget", "time_limit_s", "storage", "study", "block_table"):
+        for transient in ("budget", "time_limit_s", "storage", "study", "block_table", "keep_weights"):
             del fields[transient]
         # Where files lie and how they came there does not change what they hold.
         for transient in ("data_dir", "download"):

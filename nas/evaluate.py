@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -25,6 +25,7 @@ from nas.latency import Latency
 from nas.locks import WAITING, device_lock
 from nas.profile import Ceilings
 from nas.proxy import ProxyResult
+from nas.weights import Images, Trained
 from search_spaces import ArchSpec, Cost, cost
 from studies import CandidateState
 
@@ -106,7 +107,7 @@ class RealEvaluator:
         self.device = DeviceInfo.of(self.torch_device)
         self.data_fingerprint = data.fingerprint
         self.notes = data.notes
-        self.num_classes = len(data.classes)
+        self.images = Images.of(data)
         torch.set_num_threads(config.proxy.threads)
         self.batches = proxy.Batches(data, self.torch_device)
         self.meter: ArchMeter | None = None
@@ -160,12 +161,13 @@ class RealEvaluator:
     def train(self, arch: ArchSpec) -> ProxyResult:
         # Every candidate starts from the same seed and sees the same images in the same order.
         torch.manual_seed(self.config.seed)
-        network = arch.build(self.num_classes)
+        network = arch.build(len(self.images.classes))
         try:
             # For the training only: the latency is that of the deployment, which asks for nothing of the kind.
             torch.use_deterministic_algorithms(self.config.proxy.deterministic)
             with self.lock.training(self._waiting):
-                return proxy.train(network, self.batches, self.config.proxy, self.config.seed)
+                result = proxy.train(network, self.batches, self.config.proxy, self.config.seed)
+            return replace(result, trained=Trained.of(network, self.images)) if self.config.keep_weights else result
         finally:
             torch.use_deterministic_algorithms(False)
             trim_heap()

@@ -22,6 +22,7 @@ from kernels.timing import peak_memory_bytes
 from nas.config import ProxyConfig
 from nas.data import ImageData
 from nas.errors import CandidateFailed
+from nas.weights import Trained
 
 CURVE_POINTS = 20
 MAX_SHIFT = 1 / 16  # of the image's width, the random shift of training images
@@ -49,6 +50,7 @@ class ProxyResult:
         seconds: training and evaluation.
         train_memory_bytes: most tensor memory that the first training step took beside the weights and the data set:
             activations, gradients and the optimizer's state.
+        trained: the weights, if they are to be kept.
     """
 
     accuracy: float
@@ -56,6 +58,7 @@ class ProxyResult:
     curve: tuple[CurvePoint, ...]
     seconds: float
     train_memory_bytes: int
+    trained: Trained | None = None
 
 
 # -- data ----------------------------------------------------------------------------------------------------------

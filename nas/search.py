@@ -20,9 +20,11 @@ from nas.evaluate import Evaluator, Outcome, RealEvaluator, evaluate
 from nas.pareto import front, hypervolume
 from nas.parts import arch_parts
 from nas.remeasure import remeasure_front
+from nas.sampling import Proposal
 from nas.showcase import show
 from nas.study import LiveStudy, open_study, refuse_early
 from nas.versions import versions
+from nas.weights import Weights, near_front, weight_folder
 from search_spaces import ArchSpec
 from studies import CandidateState, LatencyStage
 from studies.display import artifact_folder
@@ -124,6 +126,8 @@ def run(config: SearchConfig, evaluator: Evaluator | None = None, progress: Prog
         why, training, latency = _loop(config, study, evaluator, progress, begin)
         final_begin = time.perf_counter()
         remarks = _finish(config, study, evaluator, progress)
+        if config.keep_weights:
+            _weights(study).keep_only({int(number) for number in study.front()["number"]})
         latency += time.perf_counter() - final_begin
         show(study.store, config.study, artifact_folder(config.storage))
         return SearchResult(
@@ -207,6 +211,8 @@ def _loop(
             return f"the space {config.space.name!r} yields nothing new", training, latency
         proposal, trial_id = proposed
         outcome = evaluate(proposal.arch, evaluator, config.limits)
+        if config.keep_weights:
+            _keep_weights(study, proposal, outcome)
         study.record(proposal, trial_id, outcome)
         if table is not None and outcome.latency is not None:
             blocks_begin = time.perf_counter()
@@ -220,6 +226,18 @@ def _loop(
         left = config.budget - len(study.complete)
         progress.candidate(_event(config, study, proposal.arch, outcome, seconds_each and seconds_each * left))
     return "budget met", training, latency
+
+
+def _weights(study: LiveStudy) -> Weights:
+    return Weights(weight_folder(study.config.storage), study.row.study_id)
+
+
+def _keep_weights(study: LiveStudy, proposal: Proposal, outcome: Outcome) -> None:
+    if not (outcome.proxy and outcome.proxy.trained and outcome.latency):
+        return
+    others = [(measured.accuracy, measured.latency_ms) for measured in study.complete]
+    if near_front(outcome.proxy.accuracy, outcome.latency.median_ms, others):
+        _weights(study).keep(proposal.number, proposal.arch.arch_id, outcome.proxy.trained)
 
 
 def _event(

@@ -73,7 +73,8 @@ def _artifacts(store: Store, row: pd.Series, table: BlockTable) -> list[Artifact
     """The files of a member of the front, a row of the view."""
     config, arch, number = table.config, ArchSpec.from_json(row["arch"]), int(row["number"])
     prefix = f"t{number:04d}"
-    as_json = json.dumps(timm_config(arch, config.num_classes, config.resolution), indent=2).encode()
+    ours = {"arch": str(arch), "arch_id": arch.arch_id}
+    as_json = json.dumps(timm_config(arch, config.num_classes, config.resolution, convfirst=ours), indent=2).encode()
     found = [Artifact(f"{prefix}_config.json", _stamp(as_json.decode()), lambda: as_json)]
     curve = store.learning_curve(int(row["trial_id"]))
     accuracy = float(row["accuracy"])

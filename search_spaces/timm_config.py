@@ -2,32 +2,58 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from search_spaces.arch import ArchSpec
 
 ARCHITECTURE = "convfirst"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+# Where images are small everything counts; timm's own choices lie between .875 and 1.
+CROP_FROM, CROP_PCT = 128, 0.95
 
 
-def timm_config(arch: ArchSpec, num_classes: int, resolution: int) -> dict[str, Any]:
-    """The fields of timm's hub format; `model_args` are those of `timm.models.MobileNetV3`, the stages as arch strings.
+def model_args(arch: ArchSpec) -> dict[str, Any]:
+    """What `search_spaces.timm_models.build` takes, as plain JSON values."""
+    return {
+        "arch_def": arch.arch_def, "stem_size": arch.stem_width, "num_features": arch.head_width,
+        "act_layer": arch.activation,
+    }  # fmt: skip
+
+
+def timm_config(
+    arch: ArchSpec,
+    num_classes: int,
+    resolution: int,
+    *,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+    whole_image: bool = False,
+    notes: Sequence[str] = (),
+    **ours: Any,
+) -> dict[str, Any]:
+    """The fields of timm's hub format, as `timm.models.save_for_hf` writes them.
 
     Args:
         resolution: pixels of the square images it is for.
+        mean, std: of their channels, in 0..1.
+        whole_image: nothing is cropped off, as the weights that go with it were trained.
+        notes: lines that timm keeps with the network, whatever becomes of it.
+        ours: what timm does not look at.
     """
     return {
         "architecture": ARCHITECTURE,
         "num_classes": num_classes,
-        "num_features": arch.head_width,
-        "model_args": {
-            "arch_def": arch.arch_def, "stem_size": arch.stem_width, "num_features": arch.head_width,
-            "act_layer": arch.activation,
-        },
+        # timm's word for the features before the head.
+        "num_features": arch.stages[-1].width,
+        "global_pool": "avg",
+        "model_args": {**model_args(arch), "num_classes": num_classes, "in_chans": 3, "global_pool": "avg"},
         "pretrained_cfg": {
-            "num_classes": num_classes, "input_size": [3, resolution, resolution], "pool_size": None,
-            "crop_pct": 1.0, "interpolation": "bicubic", "fixed_input_size": False, "mean": list(IMAGENET_MEAN),
-            "std": list(IMAGENET_STD), "first_conv": "conv_stem", "classifier": "classifier",
+            "custom_load": False, "input_size": [3, resolution, resolution], "fixed_input_size": False,
+            "interpolation": "bicubic", "crop_pct": 1.0 if whole_image or resolution < CROP_FROM else CROP_PCT,
+            "crop_mode": "center", "mean": list(mean), "std": list(std), "num_classes": num_classes,
+            "pool_size": None, "first_conv": "conv_stem", "classifier": "classifier", "license": "apache-2.0",
+            **({"notes": list(notes)} if notes else {}),
         },
-        "convfirst": {"arch": str(arch), "arch_id": arch.arch_id},
+        **ours,
     }  # fmt: skip

@@ -1,0 +1,460 @@
+"""Winners leave the house: a directory for each, which timm builds, trains and publishes, and our kernels deploy.
+
+All that stands in a directory's files comes from its config.json: a study's figures are written there once, and the
+other files are made of it. Directories are written aside and then renamed, so that none is ever half there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from decimal import Decimal
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from kernels.timing import DeviceInfo
+from nas.analysis import from_table
+from nas.block_table import BlockTable
+from nas.config import LatencyConfig
+from nas.errors import UsageError
+from nas.notes import stage_table
+from nas.remeasure import of_deployment
+from nas.weights import Trained, Weights, weight_folder
+from search_spaces import ArchSpec, cost
+from search_spaces.timm_config import timm_config
+from search_spaces.timm_file import timm_file
+from studies import Store, Study, displayed
+
+CONFIG, WEIGHTS, RECIPE, CARD = "config.json", "model.safetensors", "train.yaml", "README.md"
+# Of config.json, what is ours.
+SECTION = "convfirst"
+PROXY_WEIGHTS = "proxy"
+
+Formats = Sequence[Callable[["Exported", Path], None]]
+Note = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which candidates of a study: the front's members that pass, or trials by their numbers.
+
+    Args:
+        trials: numbers of complete trials, on the front or not; empty means the front.
+        top: the most accurate of them.
+    """
+
+    trials: tuple[int, ...] = ()
+    top: int | None = None
+    max_latency_ms: float | None = None
+    min_accuracy: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("top", 1), ("max_latency_ms", 0.0), ("min_accuracy", 0.0)):
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ValueError(f"{name}={value!r} is not at least {least:g}")
+
+
+@dataclass(frozen=True, eq=False)
+class Exported:
+    """An exported network, as its directory has it.
+
+    Args:
+        config: the content of config.json.
+        weights: of model.safetensors, if there is one.
+    """
+
+    config: dict[str, Any]
+    weights: dict[str, Tensor] | None
+
+    @property
+    def name(self) -> str:
+        """A Python identifier; of the directory, as it was exported."""
+        return str(self.config[SECTION]["name"])
+
+    @cached_property
+    def arch(self) -> ArchSpec:
+        return ArchSpec.from_json(json.dumps(self.config[SECTION]["arch_spec"]))
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.config["num_classes"])
+
+    @property
+    def resolution(self) -> int:
+        return int(self.config["pretrained_cfg"]["input_size"][-1])
+
+    @property
+    def deployment(self) -> LatencyConfig:
+        """In which its latency was measured."""
+        return LatencyConfig(**self.config[SECTION]["latency"]["deployment"])
+
+    def build(self) -> nn.Module:
+        """The network with its weights, or new random ones, in evaluation mode."""
+        network = self.arch.build(self.num_classes)
+        if self.weights is not None:
+            network.load_state_dict(self.weights)
+        return network.eval()
+
+
+# -- Of a study ------------------------------------------------------------------------------------------------------
+
+
+def chosen(store: Store, study: Study, name: str, selection: Selection) -> pd.DataFrame:
+    """The rows of a study's candidates that are to be exported, fastest first, in the study's own deployment.
+
+    Raises:
+        UsageError: a trial is not there or not complete, or nothing is left.
+    """
+    config = LatencyConfig(**json.loads(study.config)["latency"])
+    if selection.trials:
+        rows = of_deployment(store.evaluations(name), config, study.device_id)
+        rows = rows[rows["number"].isin(selection.trials)]
+        for number in selection.trials:
+            if number not in set(rows["number"]):
+                raise UsageError(f"--trial {number}: {_why_not(store, study, number)}")
+    else:
+        rows = of_deployment(store.front(name), config, study.device_id)
+        if rows.empty:
+            raise UsageError(f"--study {name}: its front is empty, there is nothing to export")
+    passing = rows
+    if selection.max_latency_ms is not None:
+        passing = passing[passing["latency_ms"] <= selection.max_latency_ms]
+        if passing.empty:
+            raise UsageError(f"--max-latency-ms {selection.max_latency_ms:g}: the fastest takes {_least(rows):.4g} ms")
+    if selection.min_accuracy is not None:
+        accurate = passing[passing["accuracy"] >= selection.min_accuracy]
+        if accurate.empty:
+            raise UsageError(f"--min-accuracy {selection.min_accuracy:g}: the best has {passing['accuracy'].max():.4f}")
+        passing = accurate
+    if selection.top is not None:
+        passing = passing.sort_values(["accuracy", "latency_ms"], ascending=[False, True]).head(selection.top)
+    return passing.sort_values(["latency_ms", "number"])
+
+
+def _least(rows: pd.DataFrame) -> float:
+    return float(rows["latency_ms"].min())
+
+
+def _why_not(store: Store, study: Study, number: int) -> str:
+    for candidate in store.candidates(study.study_id):
+        if candidate.number == number:
+            reason = f" ({candidate.reason})" if candidate.reason else ""
+            return f"is not complete but {candidate.state.replace('_', ' ')}{reason}"
+    return "there is no such candidate"
+
+
+def directory_name(latency_ms: float, number: int) -> str:
+    """Readable, and a Python identifier: 0.8 ms of trial 42 are `convfirst_0p8ms_t042`."""
+    # Two digits, and never an exponent.
+    shown = f"{Decimal(f'{latency_ms:.2g}'):f}".replace(".", "p")
+    return f"convfirst_{shown}ms_t{number:03d}"
+
+
+def of_study(store: Store, study: Study, name: str, storage: str, rows: pd.DataFrame) -> list[Exported]:
+    """What the directories of some candidates will hold.
+
+    Args:
+        rows: of `chosen`.
+        storage: URL of the study database.
+    """
+    stored = json.loads(study.config)
+    config = LatencyConfig(**stored["latency"])
+    device = study.device
+    info = DeviceInfo(device.kind, device.name, device.driver, device.torch, device.triton)
+    table = BlockTable(store, info, config)
+    kept = Weights(weight_folder(storage), study.study_id)
+    found = []
+    for _, row in rows.iterrows():
+        arch = ArchSpec.from_json(str(row["arch"]))
+        number, latency_ms = int(row["number"]), float(row["latency_ms"])
+        trained = kept.find(number, arch.arch_id)
+        section = {
+            "name": directory_name(latency_ms, number), "arch": str(arch), "arch_id": arch.arch_id, "arch_spec": arch.to_dict(),
+            "study": _study_section(study, name, storage, number, stored),
+            "latency": _latency_section(row, config, info, table, arch),
+            "accuracy": {
+                "proxy": float(row["accuracy"]), "loss": float(row["loss"]) if "loss" in row else None,
+                "data": stored["data"], "training": stored["proxy"], "seed": stored["seed"],
+            },
+            "weights": None if trained is None else PROXY_WEIGHTS,
+        }  # fmt: skip
+        found.append(_exported(arch, section, config, trained))
+    return found
+
+
+def _study_section(study: Study, name: str, storage: str, number: int, stored: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "name": name, "trial": number, "storage": displayed(storage), "space": stored["space"]["name"],
+        "begun": f"{study.created_at:%Y-%m-%d %H:%M} UTC", "versions": json.loads(study.versions),
+    }  # fmt: skip
+
+
+def _latency_section(
+    row: pd.Series, config: LatencyConfig, device: DeviceInfo, table: BlockTable, arch: ArchSpec
+) -> dict[str, Any]:
+    latency_ms = float(row["latency_ms"])
+    efficiency = from_table(table, arch, "", latency_ms)
+    blocks = [
+        {
+            "name": part.block.name, "kind": part.block.kind, "macs": part.block.macs,
+            "latency_ms": None if part.seconds is None else 1e3 * part.seconds, "bound": part.bound,
+            "computational_efficiency": part.efficiency, "bound_by": part.bound_by,
+        }
+        for part in (efficiency.rows if efficiency else ())
+    ]  # fmt: skip
+    return {
+        "median_ms": latency_ms, "p20_ms": float(row["latency_p20_ms"]), "p80_ms": float(row["latency_p80_ms"]),
+        "interval_share": _number(row["latency_interval_share"]), "stage": row["latency_stage"],
+        "computational_efficiency": _number(row["computational_efficiency"]),
+        "device": asdict(device), "deployment": asdict(config), "blocks": blocks,
+        "peak_macs_per_s": table.profile.macs_per_s if table.profile else None,
+    }  # fmt: skip
+
+
+def _number(value: Any) -> float | None:
+    return None if pd.isna(value) else float(value)
+
+
+def _exported(arch: ArchSpec, section: dict[str, Any], config: LatencyConfig, trained: Trained | None) -> Exported:
+    latency = section["latency"]
+    # timm keeps these through training and publishing; of the rest of our section it knows nothing.
+    notes = [
+        f"convfirst arch_id: {arch.arch_id}",
+        "convfirst study: " + json.dumps({key: section["study"][key] for key in ("name", "trial", "storage")}),
+        "convfirst latency: " + json.dumps({key: latency[key] for key in ("median_ms", "deployment", "device")}),
+    ]
+    fields: dict[str, Any] = {"notes": notes, SECTION: section}
+    if trained is None:
+        made = timm_config(arch, config.num_classes, config.resolution, **fields)
+        return Exported(made, None)
+    images = trained.images
+    made = timm_config(
+        arch, len(images.classes), images.resolution, mean=images.mean, std=images.std, whole_image=True,
+        label_names=list(images.classes), **fields,
+    )  # fmt: skip
+    return Exported(made, trained.weights)
+
+
+# -- A directory -----------------------------------------------------------------------------------------------------
+
+
+def render(exported: Exported) -> dict[str, str]:
+    """The text files of a directory: name -> content."""
+    name, config, arch = exported.name, exported.config, exported.arch
+    counted = cost(arch, exported.resolution, exported.num_classes)
+    section = config[SECTION]
+    values = {
+        "name": name, "arch": arch, "config": config, "resolution": exported.resolution, "weights": section["weights"],
+        "num_classes": exported.num_classes, "params": counted.params, "macs": counted.macs, "latency": section["latency"],
+        "accuracy": section["accuracy"], "study": section["study"], "recipe": recipe(counted.params, exported.resolution),
+        "stages": stage_table(arch, exported.resolution, exported.num_classes), "proxy": section["weights"] == PROXY_WEIGHTS,
+    }  # fmt: skip
+    templates = Environment(
+        loader=PackageLoader("nas"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )  # fmt: skip
+    return {
+        CONFIG: json.dumps(config, indent=2) + "\n",
+        f"{name}.py": timm_file(name, arch, config),
+        RECIPE: templates.get_template("train.yaml").render(values),
+        CARD: templates.get_template("model_card.md").render(values),
+    }
+
+
+def recipe(params: int, resolution: int) -> dict[str, Any]:
+    """Regularisation for an ImageNet-style training: the larger the network, the more of it.
+
+    Small networks underfit: strong augmentation costs them accuracy (Steiner et al., arXiv 2106.10270; Tan and Le,
+    arXiv 2104.00298, table 6). The strongest is that of ConvNeXt (arXiv 2201.03545), the schedule its, too.
+    """
+    small_images = {"scale": [0.35, 1.0]} if resolution < 128 else {"scale": [0.08, 1.0]}
+    if params < 3e6:
+        return {
+            "aa": "rand-m5-mstd0.5-inc1",
+            "mixup": 0.0,
+            "cutmix": 0.0,
+            "reprob": 0.0,
+            "drop_path": 0.0,
+        } | small_images
+    if params < 12e6:
+        return {
+            "aa": "rand-m7-mstd0.5-inc1",
+            "mixup": 0.2,
+            "cutmix": 0.2,
+            "reprob": 0.1,
+            "drop_path": 0.05,
+        } | small_images
+    drop_path = 0.1 if params < 30e6 else 0.2
+    return {
+        "aa": "rand-m9-mstd0.5-inc1",
+        "mixup": 0.8,
+        "cutmix": 1.0,
+        "reprob": 0.25,
+        "drop_path": drop_path,
+    } | small_images
+
+
+def write(networks: Sequence[Exported], out_dir: Path, formats: Formats = (), force: bool = False) -> list[Path]:
+    """Write a directory for each network; all of them, or none.
+
+    Args:
+        formats: what else is to be made of each network, in its directory.
+        force: into a folder that is not empty, too; directories of the same names are replaced.
+
+    Raises:
+        UsageError: the folder is not empty, or cannot be written to, or a format cannot be made.
+    """
+    if out_dir.exists() and not force and any(out_dir.iterdir()):
+        raise UsageError(f"--out {out_dir}: is not empty (--force writes into it all the same)")
+    made_folder = not out_dir.exists()
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+        with _aside(out_dir) as aside:
+            for network in networks:
+                _fill(aside / network.name, network, formats)
+            for network in networks:
+                _put(aside / network.name, out_dir / network.name)
+    except BaseException as error:
+        if made_folder:
+            with contextlib.suppress(OSError):
+                out_dir.rmdir()
+        if isinstance(error, OSError):
+            raise UsageError(f"--out {out_dir}: cannot be written ({error.strerror or error})") from error
+        raise
+    return [out_dir / network.name for network in networks]
+
+
+def rewrite(folder: Path, network: Exported, formats: Formats = ()) -> None:
+    """Replace an exported directory with a network's; files in it that are not ours stay.
+
+    Raises:
+        UsageError: the directory cannot be written to, or a format cannot be made.
+    """
+    folder = folder.resolve()
+    try:
+        with _aside(folder.parent) as aside:
+            shutil.copytree(folder, aside / folder.name)
+            _fill(aside / folder.name, network, formats)
+            _put(aside / folder.name, folder)
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be written ({error.strerror or error})") from error
+
+
+@contextlib.contextmanager
+def _aside(parent: Path) -> Iterator[Path]:
+    """A folder on the same file system, so that what is in it can be renamed; gone in the end."""
+    with tempfile.TemporaryDirectory(dir=parent, prefix=".export-") as aside:
+        yield Path(aside)
+
+
+def _fill(folder: Path, network: Exported, formats: Formats) -> None:
+    folder.mkdir(exist_ok=True)
+    for name, text in render(network).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    if network.weights is not None:
+        save_file(network.weights, folder / WEIGHTS, metadata={"format": "pt"})
+    for make in formats:
+        make(network, folder)
+
+
+def _put(made: Path, place: Path) -> None:
+    """Rename a directory, in the place of an older one."""
+    old = made.with_name(f"{made.name}.old")
+    if place.exists():
+        os.rename(place, old)
+    try:
+        os.rename(made, place)
+    except OSError:
+        if old.exists():
+            os.rename(old, place)
+        raise
+
+
+def read(folder: Path) -> Exported:
+    """An exported directory.
+
+    Raises:
+        UsageError: it is none, or damaged.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such directory")
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"{folder}: holds no {CONFIG}, so it is no exported network") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read ({error})") from error
+    try:
+        weights = _read_weights(folder / WEIGHTS)
+        found = Exported(config, weights)
+        if found.arch.arch_id != config[SECTION]["arch_id"]:
+            raise ValueError("its arch_id is that of another architecture")
+        if not found.name.isidentifier():
+            raise ValueError(f"its name {found.name!r} is no Python identifier")
+        # What everybody reads.
+        _ = found.num_classes, found.resolution, found.deployment
+        found.build()
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        words = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UsageError(f"{path}: damaged, or not one that `export` wrote ({words})") from error
+    return found
+
+
+def _read_weights(path: Path) -> dict[str, Tensor] | None:
+    from safetensors import SafetensorError
+
+    try:
+        return load_file(path) if path.exists() else None
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{path}: cannot be read ({error})") from error
+
+
+def trained(network: Exported, checkpoint: Path) -> Exported:
+    """A network with the weights of a training by timm, whose checkpoint holds the averaged weights, too, if it kept
+    them; these are taken.
+
+    Raises:
+        UsageError: the file cannot be read, or is another network's.
+    """
+    from timm.models import load_state_dict
+
+    try:
+        weights = dict(load_state_dict(str(checkpoint), use_ema=True))
+    except FileNotFoundError as error:
+        raise UsageError(f"--checkpoint {checkpoint}: no such file") from error
+    except Exception as error:  # whatever unpickling a file that is none raises
+        raise UsageError(f"--checkpoint {checkpoint}: cannot be read ({_first_line(error)})") from error
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    classes = weights["classifier.weight"].shape[0] if "classifier.weight" in weights else network.num_classes
+    config: dict[str, Any] = json.loads(json.dumps(network.config))
+    for fields in (config, config["model_args"], config["pretrained_cfg"]):
+        fields["num_classes"] = classes
+    if classes != network.num_classes:
+        config.pop("label_names", None)
+    config[SECTION]["weights"] = checkpoint.name
+    found = Exported(config, weights)
+    try:
+        found.build()
+    except RuntimeError as error:
+        words = _first_line(error, 1)
+        raise UsageError(f"--checkpoint {checkpoint}: holds another network's weights ({words})") from error
+    return found
+
+
+def _first_line(error: Exception, line: int = 0) -> str:
+    lines = [line.strip() for line in f"{type(error).__name__}: {error}".splitlines()]
+    return lines[min(line, len(lines) - 1)]

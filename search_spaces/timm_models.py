@@ -1,0 +1,60 @@
+"""ConvFirst networks under timm's names: `timm.create_model("convfirst", arch_def=..., ...)`.
+
+This file needs timm alone: what is exported of a search holds a copy of it (see `search_spaces.timm_file`).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.layers import get_act_layer
+from timm.models import build_model_with_cfg, generate_default_cfgs, is_model, register_model
+from timm.models._efficientnet_builder import decode_arch_def
+from timm.models.mobilenetv3 import MobileNetV3
+from torch import nn
+
+
+def build(
+    variant: str, arch_def: list[list[str]], stem_size: int, num_features: int, act_layer: str, **kwargs: Any
+) -> nn.Module:
+    """A ConvFirst network of timm's own classes.
+
+    Args:
+        variant: the registered name.
+        arch_def: a list of arch strings for each stage, such as `uir_r2_a3_k0_s2_e4_c64_gs8`.
+        stem_size: channels of the stem.
+        num_features: channels of the 1x1 convolution after the pool.
+        act_layer: one of timm's names of activations.
+        kwargs: as of any timm model: `pretrained`, `num_classes`, `in_chans`, `drop_path_rate`, `features_only`, ...
+    """
+    stages = decode_arch_def(arch_def)
+    # timm's builder offers the features before each stage that begins with a stride, and the last; by default timm
+    # asks for five of them, however many there are.
+    taps = 1 + sum(blocks[0]["stride"] > 1 for blocks in stages)
+    model: nn.Module = build_model_with_cfg(
+        MobileNetV3,
+        variant,
+        pretrained=kwargs.pop("pretrained", False),
+        # The getter runs the classifier's own network; timm's MobileNetV3Features is another one.
+        feature_cfg=dict(out_indices=tuple(range(taps)), feature_cls="getter"),
+        block_args=stages,
+        stem_size=stem_size,
+        num_features=num_features,
+        # The builder takes activations by name, and the rest of the network does not.
+        act_layer=get_act_layer(act_layer),
+        **kwargs,
+    )
+    return model
+
+
+default_cfgs = generate_default_cfgs({"convfirst": dict(first_conv="conv_stem", classifier="classifier")})
+
+
+def convfirst(**kwargs: Any) -> nn.Module:
+    """Any ConvFirst network: its `arch_def`, `stem_size`, `num_features` and `act_layer` are in its config.json."""
+    return build("convfirst", **kwargs)
+
+
+# Whoever comes first; the others are the same.
+if not is_model("convfirst"):
+    register_model(convfirst)
