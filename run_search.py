@@ -316,6 +316,153 @@ def baselines(
 
 
 @app.command()
+def export(
+    context: typer.Context,
+    directory: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A network exported before: put its trained weights there, or add formats.", show_default=False
+        ),
+    ] = None,
+    out_dir: Annotated[Path, typer.Option("--out", help="Folder for a directory of each network.")] = Path("exports"),
+    storage: Storage = DEFAULT_STORAGE,
+    study: StudyName = DEFAULT_STUDY,
+    trial: Annotated[
+        list[int] | None,
+        typer.Option(help="This candidate, on the front or not; may be repeated.", rich_help_panel="Which networks"),
+    ] = None,
+    top: Annotated[
+        int | None, typer.Option(help="The so many most accurate.", rich_help_panel="Which networks")
+    ] = None,
+    max_latency_ms: Annotated[float | None, typer.Option(rich_help_panel="Which networks")] = None,
+    min_accuracy: Annotated[float | None, typer.Option(help="0 to 1.", rich_help_panel="Which networks")] = None,
+    format: Annotated[
+        list[str] | None, typer.Option(help="onnx or torch-export beside timm's; may be repeated.")
+    ] = None,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Of timm's train.py: the weights that DIRECTORY is to hold.")
+    ] = None,
+    force: Annotated[bool, typer.Option(help="Write into a folder that is not empty.")] = False,
+) -> None:
+    """Write networks of the front as directories that timm builds, trains and publishes."""
+    with _reported(storage):
+        from nas import export as exports
+        from nas.errors import UsageError
+        from nas.formats import FILES, makers
+
+        formats = makers(_formats(format), _note)
+        if directory is not None:
+            of_studies = [
+                flag for flag in _given_options(context) if flag not in ("directory", "--format", "--checkpoint")
+            ]
+            if of_studies:
+                raise UsageError(f"{of_studies[0]}: is for networks of a study, not for {directory}")
+            if checkpoint is None and not formats:
+                raise UsageError(f"{directory}: nothing to do (--checkpoint, or a --format of onnx or torch-export)")
+            network = exports.read(directory)
+            if checkpoint is not None:
+                network = exports.trained(network, checkpoint)
+            exports.rewrite(directory, network, formats, stale=FILES if checkpoint is not None else ())
+            written = [directory]
+        else:
+            if checkpoint is not None:
+                raise UsageError(f"--checkpoint {checkpoint}: belongs to one DIRECTORY that was exported before")
+            flags = {
+                "top": ("--top", top), "max_latency_ms": ("--max-latency-ms", max_latency_ms),
+                "min_accuracy": ("--min-accuracy", min_accuracy),
+            }  # fmt: skip
+            selection = _checked(
+                exports.Selection, flags, trials=tuple(trial or ()), top=top, max_latency_ms=max_latency_ms,
+                min_accuracy=min_accuracy,
+            )  # fmt: skip
+            _require_folder("--out", out_dir)
+            with _opened(storage, study) as store:
+                row = store.find_study(study)
+                assert row is not None
+                rows = exports.chosen(store, row, study, selection)
+                networks = exports.of_study(store, row, study, storage, rows)
+            written = exports.write(networks, out_dir, formats, force)
+            if all(network.weights is None for network in networks):
+                _note("no weights: the search kept none (--keep-weights)")
+        for path in written:
+            out.print(str(path), highlight=False, soft_wrap=True, markup=False)
+
+
+@app.command()
+def bench(
+    context: typer.Context,
+    directories: Annotated[list[Path], typer.Argument(help="Exported networks.", show_default=False)],
+    device: DeviceOption = AUTO,
+    dtype: DtypeOption = Dtype.AUTO,
+    latency_batch: Annotated[
+        int | None, typer.Option(help="Images; by default as exported.", rich_help_panel="Deployment")
+    ] = None,
+    latency_resolution: ResolutionOption = None,
+    latency_threads: Annotated[
+        int | None, typer.Option(help="CPU threads; by default as exported.", rich_help_panel="Deployment")
+    ] = None,
+    latency_precision: PrecisionOption = None,
+    latency_seconds: SecondsOption = None,
+) -> None:
+    """Measure exported networks on this machine, in every format that runs here."""
+    with _reported(str(directories[0])):
+        from nas import bench as benches
+        from nas.errors import CandidateFailed, UsageError
+        from nas.export import read
+
+        networks = [(folder, read(folder)) for folder in directories]
+        config = _deployment(networks[0][1].deployment, **{"device": AUTO, **_given(context)})
+        try:
+            rows = benches.bench(networks, config, _note)
+        except CandidateFailed as error:
+            raise UsageError(f"bench: {error}") from error
+        where = f"{config.device}, batch {config.batch_size}, {config.resolution}x{config.resolution}"
+        for table in benches.tables(rows, f"{where}, {config.threads} CPU thread(s)"):
+            out.print(table)
+            out.print()
+        for line in benches.remarks(rows):
+            out.print(line, highlight=False, soft_wrap=True, markup=False)
+
+
+@app.command()
+def retrain(
+    storage: Storage = DEFAULT_STORAGE,
+    study: StudyName = DEFAULT_STUDY,
+    top: Annotated[int | None, typer.Option(help="The front's so many most accurate; by default all of it.")] = None,
+    dominated: Annotated[int, typer.Option(help="Candidates off the front, spread over the latencies.")] = 20,
+    steps: Annotated[int | None, typer.Option(help="Of training; by default 4 times the study's.")] = None,
+    data: Annotated[str | None, typer.Option(help="Other data than the study's, named as for the search.")] = None,
+    resolution: Annotated[int | None, typer.Option(help="Pixels; by default the study's.")] = None,
+    data_dir: Annotated[str, typer.Option(help="Where CIFAR's and timm's files are.")] = "data",
+    download: Annotated[bool, typer.Option(help="Fetch CIFAR or timm data.")] = False,
+) -> None:
+    """Train the front and some it left behind for longer, and say how well the search ranked them."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        with _reported(storage), _opened(storage, study, write=True) as store:
+            from nas import retrain as retraining
+
+            flags = {
+                "top": ("--top", top), "dominated": ("--dominated", dominated), "steps": ("--steps", steps),
+                "resolution": ("--resolution", resolution),
+            }  # fmt: skip
+            config = _checked(
+                retraining.RetrainConfig, flags, top=top, dominated=dominated, steps=steps, data=data,
+                resolution=resolution, data_dir=data_dir, download=download,
+            )  # fmt: skip
+            found = retraining.retrain(store, study, config, _note)
+            for table in retraining.tables(found, f"Longer trainings of {study}: {found.set_up}"):
+                out.print(table)
+                out.print()
+            for line in retraining.remarks(found):
+                out.print(line, highlight=False, soft_wrap=True, markup=False)
+    except KeyboardInterrupt:
+        err.print("Interrupted. What was finished is kept; the same command goes on from there.", highlight=False)
+        sys.stdout.flush()
+        os._exit(130)
+
+
+@app.command()
 def space(
     name: Annotated[str, typer.Argument(help="small, imagenet, or a TOML file.")] = "small",
     classes: Annotated[int, typer.Option(help="Of the classifier that is counted in.")] = 10,
@@ -517,6 +664,18 @@ def _checked(make: Any, names: dict[str, tuple[str, Any]], /, **fields: Any) -> 
         field, _, rest = str(error).partition("=")
         flag, value = names[field]
         raise UsageError(f"{flag} {value}: {rest.partition(' ')[2]}") from error
+
+
+def _formats(named: list[str] | None) -> list[Any]:
+    """The formats that a user typed, of which several may stand in one word."""
+    from nas.errors import UsageError
+    from nas.formats import Format
+
+    words = [word.strip() for text in named or () for word in text.split(",") if word.strip()]
+    for word in words:
+        if word not in set(Format):
+            raise UsageError(f"--format {word}: none of {', '.join(Format)}")
+    return [Format(word) for word in words]
 
 
 def _note(line: str) -> None:
@@ -754,7 +913,7 @@ def _fail(message: str) -> NoReturn:
 
 
 def _given_options(context: typer.Context) -> list[str]:
-    """Options typed before a subcommand: they would be ignored without a word."""
+    """Options that were typed, which would be ignored without a word: before a subcommand, say."""
     return [
         parameter.opts[0]
         for parameter in context.command.params

@@ -10,14 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import asdict, astuple, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, replace
 from datetime import UTC, datetime
-from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,8 +21,7 @@ from torch import nn
 
 import studies
 from kernels.timing import DeviceInfo
-from nas import data as image_data
-from nas import profile, proxy
+from nas import profile
 from nas.analysis import TIMM_ENGINE, Note, require_timm_model, timm_model
 from nas.config import DataConfig, LatencyConfig, ProxyConfig
 from nas.contenders import Contender, ContenderKind
@@ -36,10 +30,10 @@ from nas.engines import deploy
 from nas.errors import CandidateFailed, UsageError, memory_may_run_out
 from nas.evaluate import check_device
 from nas.latency import threads
-from nas.locks import WAITING, device_lock
 from nas.parts import layers
 from nas.proxy import ProxyResult
 from nas.remeasure import TOGETHER, of_deployment
+from nas.trainings import Trainer, Unit
 from nas.worker import Worker
 from nas.yardsticks import Corrected, Timed, Yardsticks
 from search_spaces import ArchSpec, cost
@@ -191,13 +185,16 @@ class Entrant:
     def summary(self) -> str:
         return self.name if self.arch is None else str(self.arch)
 
+    @property
+    def ours(self) -> bool:
+        return self.arch is not None
+
     def build(self, classes: int) -> nn.Module:
-        """The network with new random weights."""
         return timm_model(self.name, classes) if self.arch is None else self.arch.build(classes)
 
     @contextlib.contextmanager
     def failing(self) -> Iterator[None]:
-        """Turns what a network that is not ours raises into a CandidateFailed. What ours raise is a bug."""
+        """What a network that is not ours raises is its failure. What ours raise is a bug."""
         try:
             with memory_may_run_out():
                 yield
@@ -255,31 +252,6 @@ def _deployed(entrant: Entrant, config: LatencyConfig, yardsticks: Yardsticks) -
         return str(error)
 
 
-def _trained(entrant: Entrant, data_path: str, config: ProxyConfig, device: str, seed: int) -> ProxyResult:
-    """One training.
-
-    Raises:
-        CandidateFailed: the loss diverges, memory runs out, or a network that is not ours does not train.
-    """
-    if config.deterministic:
-        # cuBLAS reads it when it is first used.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.set_num_threads(config.threads)
-    batches, classes = _batches(data_path, device)
-    # Every contender sees the same images in the same order.
-    torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(config.deterministic)
-    with entrant.failing():
-        return proxy.train(entrant.build(classes), batches, config, seed)
-
-
-@cache
-def _batches(path: str, device: str) -> tuple[proxy.Batches, int]:
-    """Data that were put down in a file, which all processes map, and how many classes they have."""
-    data = ImageData(**torch.load(path, mmap=True, weights_only=True))
-    return proxy.Batches(data, torch.device(device)), len(data.classes)
-
-
 # -- a run ---------------------------------------------------------------------------------------------------------
 
 
@@ -307,21 +279,8 @@ def compare(store: Store, name: str, config: BaselineConfig, note: Note = lambda
         run.train(run.measure(entrants))
 
 
-@dataclass(frozen=True)
-class _Unit:
-    """One training: what is kept, or made anew, as a whole."""
-
-    entrant: Entrant
-    steps: int
-    learning_rate: float
-
-    @property
-    def key(self) -> tuple[str, int, int, float]:
-        return self.entrant.name, self.entrant.resolution, self.steps, self.learning_rate
-
-
 class _Run:
-    """What one call of `compare` needs, checked; it puts data down in a folder that goes with it."""
+    """What one call of `compare` needs, checked."""
 
     def __init__(self, store: Store, name: str, row: studies.Study, config: BaselineConfig, note: Note) -> None:
         self.store, self.name, self.row, self.note = store, name, row, note
@@ -343,22 +302,24 @@ class _Run:
         self.steps = LONG * self.proxy.steps if config.steps is None else config.steps
         rates = config.learning_rates or tuple(factor * self.proxy.learning_rate for factor in RATES)
         self.learning_rates = tuple(sorted({float(f"{rate:.4g}") for rate in rates}))
-        self.lock, self.waiting = device_lock(self.device), partial(note, WAITING)
-        # On a CPU processes side by side, which share the threads: they train more in the same time than one of all.
-        self.jobs = min(self.proxy.threads, os.cpu_count() or 1) if kind == "cpu" else 1
+        self.trainer = Trainer(self.data, self.proxy, self.device, self.seed, note, self._check_data)
+        self.lock, self.waiting = self.trainer.lock, self.trainer.waiting
 
     def __enter__(self) -> _Run:
         with contextlib.ExitStack() as stack:
-            self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="convfirst-baselines-")))
-            self.trained_last: dict[Worker, str | None] = {}
-            self.workers = [stack.enter_context(Worker()) for _ in range(self.jobs)]
+            stack.enter_context(self.trainer)
             # Before anything is measured: they may be other ones.
-            self._data_path(self.data.resolution)
+            self.trainer.data_path(self.data.resolution)
             self.stack = stack.pop_all()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.stack.close()
+
+    def _check_data(self, data: ImageData) -> None:
+        if data.train_images.shape[-1] == self.data.resolution and data.fingerprint != self.row.data_fingerprint:
+            reason = f"holds other images than when --study {self.name} was begun"
+            raise UsageError(f"--data {self.data.source}: {reason}")
 
     def _front(self, count: int) -> list[tuple[int, ArchSpec]]:
         front = of_deployment(self.store.front(self.name), self.own, self.row.device_id)
@@ -390,7 +351,9 @@ class _Run:
             try:
                 with self.lock.training(self.waiting):
                     found.append(
-                        self.workers[0].call(_looked_at, model, self.timm_engine, map_size, self.latency.num_classes)
+                        self.trainer.workers[0].call(
+                            _looked_at, model, self.timm_engine, map_size, self.latency.num_classes
+                        )
                     )
             except CandidateFailed as error:
                 self._write_failure(model, str(error))
@@ -495,13 +458,13 @@ class _Run:
 
     def train(self, entrants: Sequence[Entrant]) -> None:
         """Each at every learning rate on the whole schedule, and then at the best of them on half of it."""
-        self._train([_Unit(entrant, self.steps, rate) for entrant in entrants for rate in self.learning_rates])
+        self._train([Unit(entrant, self.steps, rate) for entrant in entrants for rate in self.learning_rates])
         rows = self._trainings()
         units = []
         for entrant in entrants:
-            best = _best([rows[_Unit(entrant, self.steps, rate).key] for rate in self.learning_rates])
+            best = _best([rows[_key(Unit(entrant, self.steps, rate))] for rate in self.learning_rates])
             if best.accuracy is not None:
-                units.append(_Unit(entrant, self.steps // 2, best.learning_rate))
+                units.append(Unit(entrant, self.steps // 2, best.learning_rate))
         self._train(units)
 
     def _trainings(self) -> dict[tuple[str, int, int, float], BaselineTraining]:
@@ -511,73 +474,29 @@ class _Run:
             if row.batch_size == self.proxy.batch_size
         }
 
-    def _train(self, units: Sequence[_Unit]) -> None:
+    def _train(self, units: Sequence[Unit]) -> None:
         done = self._trainings()
-        # Side by side those that take alike long, the quickest first.
-        lacking = sorted(
-            (unit for unit in units if unit.key not in done), key=lambda unit: (unit.entrant.macs, unit.entrant.name)
-        )
-        for begin in range(0, len(lacking), self.jobs):
-            group = lacking[begin : begin + self.jobs]
-            paths = [self._data_path(unit.entrant.resolution) for unit in group]
-            for worker, unit in zip(self.workers, group, strict=False):
-                self._make_ready(worker, unit.entrant)
-            with self.lock.training(self.waiting), ThreadPoolExecutor(len(group)) as pool:
-                futures = {
-                    pool.submit(self._one, worker, unit, path): unit
-                    for worker, unit, path in zip(self.workers, group, paths, strict=False)
-                }
-                try:
-                    for number, future in enumerate(as_completed(futures), start=begin + 1):
-                        row = future.result()
-                        self.store.add_baselines(self.row.study_id, [row])
-                        self.note(f"{number}/{len(lacking)}  {_told(row)}")
-                except BaseException:
-                    # The pool waits for what it has begun.
-                    for worker in self.workers:
-                        worker.close()
-                    raise
+        self.trainer.train([unit for unit in units if _key(unit) not in done], self._write)
 
-    def _make_ready(self, worker: Worker, entrant: Entrant) -> None:
-        """What a network that is not ours may have broken in its process must not be the next one's."""
-        if self.trained_last.get(worker) not in (None, entrant.name):
-            worker.close()
-        self.trained_last[worker] = entrant.name if entrant.arch is None else None
-        # Here, as a process ends with the thread that started it, which those of the pool soon do.
-        worker.start()
-
-    def _one(self, worker: Worker, unit: _Unit, path: str) -> BaselineTraining:
-        entrant = unit.entrant
-        # The same for all, whoever trains beside: they change the rounding.
-        thread_count = self.proxy.threads // self.jobs
-        config = replace(self.proxy, steps=unit.steps, learning_rate=unit.learning_rate, threads=thread_count)
+    def _write(self, unit: Unit, result: ProxyResult | CandidateFailed) -> str:
+        entrant = unit.trainee
+        assert isinstance(entrant, Entrant)
         row = BaselineTraining(
-            name=entrant.name, resolution=entrant.resolution, steps=unit.steps, batch_size=config.batch_size,
+            name=entrant.name, resolution=entrant.resolution, steps=unit.steps, batch_size=self.proxy.batch_size,
             learning_rate=unit.learning_rate, kind=entrant.kind, summary=entrant.summary, trial=entrant.trial,
-            params=entrant.params, macs=entrant.macs, classes=self._classes,
+            params=entrant.params, macs=entrant.macs, classes=self.trainer.classes,
         )  # fmt: skip
-        try:
-            result = worker.call(_trained, entrant, path, config, str(self.device), self.seed)
+        if isinstance(result, CandidateFailed):
+            row.reason = str(result)
+        else:
             row.accuracy, row.loss, row.train_seconds = result.accuracy, result.loss, result.seconds
             row.curve = json.dumps([astuple(point) for point in result.curve])
-        except CandidateFailed as error:
-            row.reason = str(error)
-        return row
+        self.store.add_baselines(self.row.study_id, [row])
+        return _told(row)
 
-    def _data_path(self, resolution: int) -> str:
-        """The file of the data at a resolution, made if need be."""
-        path = self.folder / f"{resolution}.pt"
-        if not path.exists():
-            self.note(f"data at {resolution}x{resolution}")
-            data = image_data.load(replace(self.data, resolution=resolution))
-            if resolution == self.data.resolution and data.fingerprint != self.row.data_fingerprint:
-                reason = f"holds other images than when --study {self.name} was begun"
-                raise UsageError(f"--data {self.data.source}: {reason}")
-            for line in data.notes:
-                self.note(line)
-            self._classes = len(data.classes)
-            torch.save({field.name: getattr(data, field.name) for field in fields(data)}, path)
-        return str(path)
+
+def _key(unit: Unit) -> tuple[str, int, int, float]:
+    return unit.trainee.name, unit.trainee.resolution, unit.steps, unit.learning_rate
 
 
 def _models(chosen: tuple[str, ...] | None, kind: str) -> tuple[str, ...]:
@@ -686,8 +605,8 @@ def _contender(rows: Sequence[BaselineTraining], steps: int, latency: BaselineLa
     assert latency.p80_ms is not None
     return Contender(
         name=best.name, kind=ContenderKind(best.kind), summary=best.summary, trial=best.trial, params=best.params,
-        macs=best.macs, accuracy=wholes[best.learning_rate], latency_ms=latency.median_ms, latency_p20_ms=latency.p20_ms,
-        latency_p80_ms=latency.p80_ms, engine=latency.engine, resolution=best.resolution,
+        macs=best.macs, accuracy=wholes[best.learning_rate], latency_ms=latency.median_ms,
+        latency_p20_ms=latency.p20_ms, latency_p80_ms=latency.p80_ms, engine=latency.engine, resolution=best.resolution,
         learning_rate=best.learning_rate, steps=steps, batch_size=best.batch_size, converged=converged,
         training=(
             f"{steps} steps of {best.batch_size} images at learning rate {best.learning_rate:g}, {of_rates}; "

@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from kernels.timing import DeviceInfo
@@ -42,7 +41,7 @@ CONFIG, WEIGHTS, RECIPE, CARD = "config.json", "model.safetensors", "train.yaml"
 SECTION = "convfirst"
 PROXY_WEIGHTS = "proxy"
 
-Formats = Sequence[Callable[["Exported", Path], None]]
+Formats = Sequence[Callable[["Exported", Path], object]]
 Note = Callable[[str], None]
 
 
@@ -175,6 +174,7 @@ def of_study(store: Store, study: Study, name: str, storage: str, rows: pd.DataF
     device = study.device
     info = DeviceInfo(device.kind, device.name, device.driver, device.torch, device.triton)
     table = BlockTable(store, info, config)
+    anchor = {"arch_spec": ArchSpec.from_json(study.anchor).to_dict(), "median_ms": study.anchor_ms}
     kept = Weights(weight_folder(storage), study.study_id)
     found = []
     for _, row in rows.iterrows():
@@ -182,9 +182,10 @@ def of_study(store: Store, study: Study, name: str, storage: str, rows: pd.DataF
         number, latency_ms = int(row["number"]), float(row["latency_ms"])
         trained = kept.find(number, arch.arch_id)
         section = {
-            "name": directory_name(latency_ms, number), "arch": str(arch), "arch_id": arch.arch_id, "arch_spec": arch.to_dict(),
+            "name": directory_name(latency_ms, number),
+            "arch": str(arch), "arch_id": arch.arch_id, "arch_spec": arch.to_dict(),
             "study": _study_section(study, name, storage, number, stored),
-            "latency": _latency_section(row, config, info, table, arch),
+            "latency": _latency_section(row, config, info, table, arch) | {"anchor": anchor},
             "accuracy": {
                 "proxy": float(row["accuracy"]), "loss": float(row["loss"]) if "loss" in row else None,
                 "data": stored["data"], "training": stored["proxy"], "seed": stored["seed"],
@@ -257,10 +258,11 @@ def render(exported: Exported) -> dict[str, str]:
     counted = cost(arch, exported.resolution, exported.num_classes)
     section = config[SECTION]
     values = {
-        "name": name, "arch": arch, "config": config, "resolution": exported.resolution, "weights": section["weights"],
-        "num_classes": exported.num_classes, "params": counted.params, "macs": counted.macs, "latency": section["latency"],
-        "accuracy": section["accuracy"], "study": section["study"], "recipe": recipe(counted.params, exported.resolution),
-        "stages": stage_table(arch, exported.resolution, exported.num_classes), "proxy": section["weights"] == PROXY_WEIGHTS,
+        "name": name, "arch": arch, "resolution": exported.resolution, "num_classes": exported.num_classes,
+        "params": counted.params, "macs": counted.macs, "proxy": section["weights"] == PROXY_WEIGHTS,
+        "stages": stage_table(arch, exported.resolution, exported.num_classes),
+        "recipe": recipe(counted.params, exported.resolution),
+        **{key: section[key] for key in ("weights", "latency", "accuracy", "study")},
     }  # fmt: skip
     templates = Environment(
         loader=PackageLoader("nas"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
@@ -337,8 +339,11 @@ def write(networks: Sequence[Exported], out_dir: Path, formats: Formats = (), fo
     return [out_dir / network.name for network in networks]
 
 
-def rewrite(folder: Path, network: Exported, formats: Formats = ()) -> None:
+def rewrite(folder: Path, network: Exported, formats: Formats = (), stale: Sequence[str] = ()) -> None:
     """Replace an exported directory with a network's; files in it that are not ours stay.
+
+    Args:
+        stale: files that hold other weights than the network's; they go, unless they are made anew.
 
     Raises:
         UsageError: the directory cannot be written to, or a format cannot be made.
@@ -346,7 +351,7 @@ def rewrite(folder: Path, network: Exported, formats: Formats = ()) -> None:
     folder = folder.resolve()
     try:
         with _aside(folder.parent) as aside:
-            shutil.copytree(folder, aside / folder.name)
+            shutil.copytree(folder, aside / folder.name, ignore=lambda _, names: set(stale) & set(names))
             _fill(aside / folder.name, network, formats)
             _put(aside / folder.name, folder)
     except OSError as error:
@@ -365,7 +370,8 @@ def _fill(folder: Path, network: Exported, formats: Formats) -> None:
     for name, text in render(network).items():
         (folder / name).write_text(text, encoding="utf-8")
     if network.weights is not None:
-        save_file(network.weights, folder / WEIGHTS, metadata={"format": "pt"})
+        # Not `save_file`, whose files nobody else may read.
+        (folder / WEIGHTS).write_bytes(save(network.weights, metadata={"format": "pt"}))
     for make in formats:
         make(network, folder)
 

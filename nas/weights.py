@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import safetensors
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from nas.data import ImageData
@@ -43,9 +43,7 @@ class Images:
     @classmethod
     def from_json(cls, text: str) -> Images:
         fields = json.loads(text)
-        return cls(
-            tuple(fields["classes"]), int(fields["resolution"]), tuple(fields["mean"]), tuple(fields["std"])
-        )
+        return cls(tuple(fields["classes"]), int(fields["resolution"]), tuple(fields["mean"]), tuple(fields["std"]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -83,7 +81,8 @@ class Weights:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         metadata = {"arch_id": arch_id, "images": json.dumps(asdict(trained.images))}
-        save_file(trained.weights, part, metadata=metadata)
+        # Not `save_file`, whose files nobody else may read.
+        part.write_bytes(save(trained.weights, metadata=metadata))
         os.replace(part, path)
 
     def find(self, number: int, arch_id: str) -> Trained | None:

@@ -52,7 +52,7 @@ def timm_config(
             "custom_load": False, "input_size": [3, resolution, resolution], "fixed_input_size": False,
             "interpolation": "bicubic", "crop_pct": 1.0 if whole_image or resolution < CROP_FROM else CROP_PCT,
             "crop_mode": "center", "mean": list(mean), "std": list(std), "num_classes": num_classes,
-            "pool_size": None, "first_conv": "conv_stem", "classifier": "classifier", "license": "apache-2.0",
+            "pool_size": None, "first_conv": "conv_stem", "classifier": "classifier",
             **({"notes": list(notes)} if notes else {}),
         },
         **ours,

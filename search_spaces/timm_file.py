@@ -65,7 +65,8 @@ def timm_file(name: str, arch: ArchSpec, config: dict[str, Any]) -> str:
     # Its imports may stand after others, its docstring may not.
     shared = shared.split('"""', 2)[2].replace("from __future__ import annotations\n\n", "").lstrip("\n")
     network = _NETWORK.format(
-        name=name, arch=arch, model_args=_literal(model_args(arch)), pretrained_cfg=_literal(config["pretrained_cfg"]),
+        name=name, arch=arch, model_args=_literal(model_args(arch)),
+        pretrained_cfg=_literal(_with_tuples(config["pretrained_cfg"])),
     )  # fmt: skip
     return _HEADER.format(name=name, arch=arch) + shared + network
 
@@ -73,3 +74,8 @@ def timm_file(name: str, arch: ArchSpec, config: dict[str, Any]) -> str:
 def _literal(value: dict[str, Any]) -> str:
     lines = [f"    {key!r}: {entry!r}," for key, entry in value.items()]
     return "{\n" + "\n".join(lines) + "\n}"
+
+
+def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    """As timm's own configurations have them: its benchmark.py adds to the size of the input."""
+    return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}

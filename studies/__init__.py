@@ -12,6 +12,7 @@ from studies.tables import (
     Latency,
     LatencyStage,
     Profile,
+    Retraining,
     Study,
 )
 
@@ -27,6 +28,7 @@ __all__ = [
     "LatencyStage",
     "Owner",
     "Profile",
+    "Retraining",
     "StorageError",
     "Store",
     "Study",

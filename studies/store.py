@@ -41,6 +41,7 @@ from studies.tables import (
     Device,
     Latency,
     Profile,
+    Retraining,
     Study,
 )
 
@@ -389,6 +390,42 @@ class Store:
         with self._session() as session:
             return list(session.scalars(query.order_by(BaselineLatency.baseline_latency_id)))
 
+    # -- retrainings -----------------------------------------------------------------------------------------------
+
+    def add_retraining(self, row: Retraining) -> None:
+        """Write a longer training of a candidate, in the place of an older one of its kind.
+
+        Raises:
+            StorageError: the candidate was deleted meanwhile.
+        """
+        try:
+            with self._session() as session:
+                _upsert(session, Retraining, [row])
+        except IntegrityError as error:
+            raise StorageError("the study was deleted, or candidates of it") from error
+
+    def retrainings(self, study_id: int) -> list[Retraining]:
+        """All longer trainings of a study's candidates, failed ones too."""
+        query = select(Retraining).join(Candidate, Candidate.trial_id == Retraining.trial_id)
+        with self._session() as session:
+            return list(session.scalars(query.where(Candidate.study_id == study_id).order_by(Retraining.retraining_id)))
+
+    def retrained(self, name: str) -> pd.DataFrame:
+        """The view `convfirst_retrained` of one study, fastest first."""
+        return self._rows(
+            "SELECT * FROM convfirst_retrained WHERE study_name = :name ORDER BY latency_ms, number", name
+        )
+
+    def retrained_front(self, name: str) -> pd.DataFrame:
+        """The view `retrained_front` of one study, fastest first."""
+        return self._rows("SELECT * FROM retrained_front WHERE study_name = :name ORDER BY latency_ms, number", name)
+
+    def _rows(self, query: str, name: str) -> pd.DataFrame:
+        import pandas as pd
+
+        with guarded(), self.engine.connect() as connection:
+            return pd.read_sql(text(query).columns(**TRUTH_VALUES), connection, params={"name": name})
+
     # -- candidates ------------------------------------------------------------------------------------------------
 
     def add_candidate(self, candidate: Candidate, owner: Owner) -> None:
@@ -453,21 +490,15 @@ class Store:
 
     def front(self, name: str) -> pd.DataFrame:
         """The view `pareto_front` of one study, fastest first."""
-        import pandas as pd
-
-        query = text("SELECT * FROM pareto_front WHERE study_name = :name ORDER BY latency_ms, accuracy DESC, number")
-        with guarded(), self.engine.connect() as connection:
-            return pd.read_sql(query.columns(**TRUTH_VALUES), connection, params={"name": name})
+        return self._rows(
+            "SELECT * FROM pareto_front WHERE study_name = :name ORDER BY latency_ms, accuracy DESC, number", name
+        )
 
     def evaluations(self, name: str) -> pd.DataFrame:
         """The complete rows of the view `convfirst_evaluations` of one study, in the order of their trials."""
-        import pandas as pd
-
-        query = text(
-            "SELECT * FROM convfirst_evaluations WHERE study_name = :name AND state = 'complete' ORDER BY number"
+        return self._rows(
+            "SELECT * FROM convfirst_evaluations WHERE study_name = :name AND state = 'complete' ORDER BY number", name
         )
-        with guarded(), self.engine.connect() as connection:
-            return pd.read_sql(query.columns(**TRUTH_VALUES), connection, params={"name": name})
 
 
 @contextmanager

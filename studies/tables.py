@@ -1,6 +1,6 @@
 """Our tables. They stand beside Optuna's in the same database, refer to its studies and trials, and never alter them.
 
-The migrations in `studies/migrations` make these tables, with two views and, on SQLite, the triggers that delete our
+The migrations in `studies/migrations` make these tables, with some views and, on SQLite, the triggers that delete our
 rows with Optuna's (foreign keys do it elsewhere; SQLite enforces those only for connections that ask, and Optuna's
 dashboard does not). A test holds both descriptions together.
 """
@@ -327,3 +327,35 @@ class BaselineLatency(Base):
     capped: Mapped[bool | None]
     throttled: Mapped[bool | None]
     measured_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class Retraining(Base):
+    """A longer training of a candidate than the proxy's; the view `convfirst_retrained` has it beside the candidate.
+
+    Attributes:
+        data, data_fingerprint: what it was trained on, the study's own images or others.
+        resolution: pixels of the training images.
+        reason: why it failed.
+        curve: JSON, a list of [step, train_loss, train_accuracy, seconds], averages as in `CurvePoint`.
+    """
+
+    __tablename__ = "convfirst_retrainings"
+    __table_args__ = (
+        UniqueConstraint("trial_id", "data_fingerprint", "resolution", "steps", "batch_size", "learning_rate", "seed"),
+    )
+
+    retraining_id: Mapped[int] = mapped_column(primary_key=True)
+    trial_id: Mapped[int] = mapped_column(ForeignKey("convfirst_candidates.trial_id", ondelete="CASCADE"))
+    data: Mapped[str]
+    data_fingerprint: Mapped[str] = mapped_column(String(12))
+    resolution: Mapped[int]
+    steps: Mapped[int]
+    batch_size: Mapped[int]
+    learning_rate: Mapped[float]
+    seed: Mapped[int] = mapped_column(BigInteger)
+    reason: Mapped[str | None]
+    accuracy: Mapped[float | None]
+    loss: Mapped[float | None]
+    curve: Mapped[str | None]
+    train_seconds: Mapped[float | None]
+    finished_at: Mapped[datetime] = mapped_column(default=now)

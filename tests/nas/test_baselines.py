@@ -17,7 +17,7 @@ from PIL import Image
 from torch import nn
 
 from kernels.timing import DeviceInfo
-from nas import baselines
+from nas import baselines, trainings
 from nas import data as image_data
 from nas.baselines import (
     BaselineConfig,
@@ -60,6 +60,7 @@ class Inline(Worker):
 @pytest.fixture
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baselines, "Worker", Inline)
+    monkeypatch.setattr(trainings, "Worker", Inline)
 
 
 @pytest.fixture
@@ -339,7 +340,7 @@ def test_a_run_makes_what_is_lacking(store: Store, config: SearchConfig, monkeyp
     assert "the best of 2" in contenders(store, config.study)[0].training
     when = store.baseline_latencies(study_id(store, config))[0].measured_at
     with monkeypatch.context() as patch:
-        patch.delattr(baselines, "_trained")
+        patch.delattr(trainings, "train_one")
         patch.delattr(baselines, "_measured")
         compare(store, config.study, small("test_resnet", learning_rates=RATES))
     assert trained(store, config) == first
@@ -414,7 +415,7 @@ def test_one_that_kills_its_process_is_found_out(
     store: Store, config: SearchConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Measured together all would fall with it; trained it is the only one that does."""
-    measured, train = baselines._measured, baselines._trained
+    measured, train = baselines._measured, trainings.train_one
 
     def fatal(entrants: list[baselines.Entrant], *rest: Any) -> list[Any]:
         if any(each.name == "test_efficientnet" for each in entrants):
@@ -427,7 +428,7 @@ def test_one_that_kills_its_process_is_found_out(
         return train(entrant, *rest)
 
     monkeypatch.setattr(baselines, "_measured", fatal)
-    monkeypatch.setattr(baselines, "_trained", crashing)
+    monkeypatch.setattr(trainings, "train_one", crashing)
     compare(store, config.study, small("test_resnet", "test_efficientnet"))
     assert {each.name for each in contenders(store, config.study)} == {"ConvFirst anchor", "trial 3"}
     assert sorted(failures(store, config.study)) == [
@@ -480,6 +481,7 @@ def test_other_data_are_refused(store: Store, config: SearchConfig, images: Path
 def test_nothing_is_left_behind_when_the_study_is_deleted(store: Store, config: SearchConfig) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(baselines, "Worker", Inline)
+        patch.setattr(trainings, "Worker", Inline)
         compare(store, config.study, small("test_resnet"))
     number = study_id(store, config)
     optuna.delete_study(study_name=config.study, storage=store.optuna_storage)

@@ -1,0 +1,102 @@
+"""How well one figure of networks ranks them by another: Kendall's tau and Spearman's rho, with bootstrap intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+RESAMPLES = 500
+# Networks are compared where they would be chosen: among those of about the same latency.
+BANDS = 3
+# Fewer have no rank to speak of.
+MIN_COUNT = 4
+
+
+@dataclass(frozen=True)
+class Coefficient:
+    """A correlation in -1..1 and its 95 % interval; all are nan where nothing varies."""
+
+    value: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        if np.isnan(self.value):
+            return "-"
+        return f"{self.value:+.2f} ({self.low:+.2f} to {self.high:+.2f})"
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """How a predictor ranks `count` networks.
+
+    Args:
+        band: which networks, in words.
+    """
+
+    predictor: str
+    band: str
+    count: int
+    kendall: Coefficient
+    spearman: Coefficient
+
+
+def bands(latency_ms: Sequence[float], count: int = BANDS) -> list[tuple[str, np.ndarray]]:
+    """All networks, and as many bands of latency as that, of equally many networks each: name, and a mask."""
+    values = np.asarray(latency_ms, dtype=float)
+    found = [("all", np.full(len(values), True))]
+    order = np.argsort(values, kind="stable")
+    for members in np.array_split(order, count):
+        if len(members) < MIN_COUNT:
+            continue
+        mask = np.full(len(values), False)
+        mask[members] = True
+        found.append((f"{values[members].min():.3g} to {values[members].max():.3g} ms", mask))
+    return found
+
+
+def rankings(
+    predictors: Mapping[str, Sequence[float]], accuracy: Sequence[float], latency_ms: Sequence[float], seed: int = 0
+) -> list[Ranking]:
+    """How each predictor ranks networks by their accuracy, overall and within bands of latency.
+
+    Args:
+        predictors: name -> a figure of each network; more is taken to promise more accuracy.
+    """
+    truth = np.asarray(accuracy, dtype=float)
+    found = []
+    for band, mask in bands(latency_ms):
+        for name, values in predictors.items():
+            chosen = np.asarray(values, dtype=float)[mask]
+            kendall = _interval(_kendall, chosen, truth[mask], seed)
+            spearman = _interval(_spearman, chosen, truth[mask], seed)
+            found.append(Ranking(name, band, int(mask.sum()), kendall, spearman))
+    return found
+
+
+def _kendall(one: np.ndarray, other: np.ndarray) -> float:
+    return float(stats.kendalltau(one, other).statistic)
+
+
+def _spearman(one: np.ndarray, other: np.ndarray) -> float:
+    # By ranks, as scipy's own warns of constant input, which resamples are now and then.
+    ranks = stats.rankdata(one), stats.rankdata(other)
+    if any(np.ptp(each) == 0 for each in ranks):
+        return float("nan")
+    return float(np.corrcoef(*ranks)[0, 1])
+
+
+def _interval(
+    statistic: Callable[[np.ndarray, np.ndarray], float], one: np.ndarray, other: np.ndarray, seed: int
+) -> Coefficient:
+    """A statistic of pairs, and the percentiles of resampled pairs."""
+    value = statistic(one, other)
+    if np.isnan(value):
+        return Coefficient(value, value, value)
+    rng = np.random.default_rng(seed)
+    resampled = [statistic(one[picked], other[picked]) for picked in rng.integers(0, len(one), (RESAMPLES, len(one)))]
+    low, high = np.nanpercentile(resampled, [2.5, 97.5])
+    return Coefficient(value, float(low), float(high))
