@@ -117,7 +117,8 @@ def chosen(store: Store, study: Study, name: str, selection: Selection) -> pd.Da
     Raises:
         UsageError: a trial is not there or not complete, or nothing is left.
     """
-    config = LatencyConfig(**json.loads(study.config)["latency"])
+    with _known(name):
+        config = LatencyConfig(**json.loads(study.config)["latency"])
     if selection.trials:
         rows = of_deployment(store.evaluations(name), config, study.device_id)
         rows = rows[rows["number"].isin(selection.trials)]
@@ -141,6 +142,16 @@ def chosen(store: Store, study: Study, name: str, selection: Selection) -> pd.Da
     if selection.top is not None:
         passing = passing.sort_values(["accuracy", "latency_ms"], ascending=[False, True]).head(selection.top)
     return passing.sort_values(["latency_ms", "number"])
+
+
+@contextlib.contextmanager
+def _known(name: str) -> Iterator[None]:
+    """What a study holds may be of a version that knows more choices than this one."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        words = str(error).splitlines()[0]
+        raise UsageError(f"--study {name}: holds what this version does not know ({words})") from error
 
 
 def _least(rows: pd.DataFrame) -> float:
@@ -170,25 +181,26 @@ def of_study(store: Store, study: Study, name: str, storage: str, rows: pd.DataF
         storage: URL of the study database.
     """
     stored = json.loads(study.config)
-    config = LatencyConfig(**stored["latency"])
+    with _known(name):
+        config = LatencyConfig(**stored["latency"])
+        archs = [ArchSpec.from_json(str(text)) for text in rows["arch"]]
     device = study.device
     info = DeviceInfo(device.kind, device.name, device.driver, device.torch, device.triton)
     table = BlockTable(store, info, config)
-    anchor = {"arch_spec": ArchSpec.from_json(study.anchor).to_dict(), "median_ms": study.anchor_ms}
+    anchor = {"arch_spec": json.loads(study.anchor), "median_ms": study.anchor_ms}
     kept = Weights(weight_folder(storage), study.study_id)
     found = []
-    for _, row in rows.iterrows():
-        arch = ArchSpec.from_json(str(row["arch"]))
+    for arch, (_, row) in zip(archs, rows.iterrows(), strict=True):
         number, latency_ms = int(row["number"]), float(row["latency_ms"])
         trained = kept.find(number, arch.arch_id)
         section = {
             "name": directory_name(latency_ms, number),
-            "arch": str(arch), "arch_id": arch.arch_id, "arch_spec": arch.to_dict(),
+            "arch": str(arch), "arch_id": arch.arch_id, "arch_spec": json.loads(arch.to_json()),
             "study": _study_section(study, name, storage, number, stored),
             "latency": _latency_section(row, config, info, table, arch) | {"anchor": anchor},
             "accuracy": {
-                "proxy": float(row["accuracy"]), "loss": float(row["loss"]) if "loss" in row else None,
-                "data": stored["data"], "training": stored["proxy"], "seed": stored["seed"],
+                "proxy": float(row["accuracy"]), "data": stored["data"], "training": stored["proxy"],
+                "seed": stored["seed"],
             },
             "weights": None if trained is None else PROXY_WEIGHTS,
         }  # fmt: skip
@@ -414,7 +426,7 @@ def read(folder: Path) -> Exported:
         # What everybody reads.
         _ = found.num_classes, found.resolution, found.deployment
         found.build()
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         words = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UsageError(f"{path}: damaged, or not one that `export` wrote ({words})") from error
     return found
@@ -438,10 +450,11 @@ def trained(network: Exported, checkpoint: Path) -> Exported:
     """
     from timm.models import load_state_dict
 
+    # timm says so, too, in words of its own.
+    if not checkpoint.is_file():
+        raise UsageError(f"--checkpoint {checkpoint}: no such file")
     try:
         weights = dict(load_state_dict(str(checkpoint), use_ema=True))
-    except FileNotFoundError as error:
-        raise UsageError(f"--checkpoint {checkpoint}: no such file") from error
     except Exception as error:  # whatever unpickling a file that is none raises
         raise UsageError(f"--checkpoint {checkpoint}: cannot be read ({_first_line(error)})") from error
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}

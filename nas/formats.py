@@ -41,7 +41,10 @@ def makers(formats: Sequence[Format], note: Note) -> list[Callable[[Exported, Pa
     Args:
         note: told what cannot be made on this machine.
     """
-    by_format: dict[Format, Callable[[Exported, Path], object]] = {Format.ONNX: write_onnx, Format.TORCH_EXPORT: partial(write_programs, note=note)}
+    by_format: dict[Format, Callable[[Exported, Path], object]] = {
+        Format.ONNX: write_onnx,
+        Format.TORCH_EXPORT: partial(write_programs, note=note),
+    }
     return [by_format[each] for each in dict.fromkeys(formats) if each in by_format]
 
 

@@ -93,7 +93,7 @@ def _interval(
     statistic: Callable[[np.ndarray, np.ndarray], float], one: np.ndarray, other: np.ndarray, seed: int
 ) -> Coefficient:
     """A statistic of pairs, and the percentiles of resampled pairs."""
-    value = statistic(one, other)
+    value = statistic(one, other) if len(one) > 1 else float("nan")
     if np.isnan(value):
         return Coefficient(value, value, value)
     rng = np.random.default_rng(seed)

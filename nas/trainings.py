@@ -101,9 +101,9 @@ class Trainer:
         """The file of the data at a resolution, made if need be."""
         path = self.folder / f"{resolution}.pt"
         if not path.exists():
-            self.note(f"data at {resolution}x{resolution}")
             data = image_data.load(replace(self.data, resolution=resolution))
             self.check(data)
+            self.note(f"data at {resolution}x{resolution}")
             for line in data.notes:
                 self.note(line)
             self.classes = len(data.classes)

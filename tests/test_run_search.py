@@ -312,6 +312,19 @@ def picture_folder(root: Path, classes: int, mode: str = "RGB") -> None:
         ("report --out r --storage sqlite:///foreign.db", "--storage sqlite:///foreign.db: "),
         ("report --out one/class0/0.png", "--out one/class0/0.png: .*0.png is not a folder"),
         ("baselines", "--storage sqlite:///studies/convfirst.db: there is no study database"),
+        ("retrain", "--storage sqlite:///studies/convfirst.db: there is no study database"),
+        ("export", "--storage sqlite:///studies/convfirst.db: there is no study database"),
+        ("export --storage sqlite:///foreign.db", "--storage sqlite:///foreign.db: "),
+        ("export --out one/class0/0.png", "--out one/class0/0.png: .*0.png is not a folder"),
+        ("export --format gguf", "--format gguf: none of timm, onnx, torch-export"),
+        ("export --checkpoint best.pth", "--checkpoint best.pth: belongs to one DIRECTORY"),
+        ("export empty", "empty: nothing to do"),
+        ("export empty --format timm", "empty: nothing to do"),
+        ("export empty --format onnx", "empty: holds no config.json"),
+        ("export nowhere --format onnx", "nowhere: no such directory"),
+        ("export empty --format onnx --top 3", "--top: is for networks of a study, not for empty"),
+        ("bench empty", "empty: holds no config.json"),
+        ("bench nowhere", "nowhere: no such directory"),
         ("space nosuch", "space nosuch: neither"),
         ("space --classes 0", "--classes 0"),
         ("space --resolution 0", "--resolution 0"),
@@ -705,6 +718,50 @@ def test_a_front_of_which_all_break_the_limit_is_empty(
     assert "all turned out over a limit" in call("pareto").stdout
     # The search goes on from there.
     assert call("--budget 3 --device cpu --max-latency-ms 1.5").exit_code == 0
+
+
+# -- Leaving the house -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("fake", "profiled")
+def test_the_front_is_exported_and_directories_are_given_weights(tmp_path: Path) -> None:
+    assert call("--budget 6 --device cpu").exit_code == 0
+    front = json.loads(call("pareto --format json").stdout)
+    result = call("export")
+    assert result.exit_code == 0, result.output
+    assert "the search kept none" in result.stderr
+    made = result.stdout.split()
+    assert [Path(path).name[-4:] for path in made] == [f"t{member['number']:03d}" for member in front]
+    assert sorted(str(path.relative_to(tmp_path)) for path in (tmp_path / "exports").iterdir()) == sorted(made)
+    for line, told in (
+        ("export", "--out exports: is not empty"),
+        ("export --force --trial 99", "--trial 99: there is no such candidate"),
+        ("export --force --top 0", "--top 0: "),
+        ("export --force --min-accuracy 1.1", "--min-accuracy 1.1: the best has"),
+        ("export --force --max-latency-ms 0.000001", "--max-latency-ms 1e-06: the fastest takes"),
+        ("export --force --study nosuch", "--study nosuch: not in"),
+        ("export --force --format onnx", "--format onnx: .* has no weights"),
+        (f"export {made[0]} --format onnx", "--format onnx: .* has no weights"),
+        (f"export {made[0]} --checkpoint nowhere.pth", "--checkpoint nowhere.pth: no such file"),
+        (f"bench {made[0]} --device cuda:99", "--device cuda:99: "),
+        (f"bench {made[0]} --latency-batch 0", "--latency-batch 0: "),
+        ("retrain --study nosuch", "--study nosuch: not in"),
+        ("retrain --top 0", "--top 0: "),
+        ("retrain --dominated -1", "--dominated -1: "),
+        ("retrain --steps 0", "--steps 0: "),
+        ("retrain --resolution 1", "--resolution 1: "),
+        ("retrain --data ./nowhere", "--data ./nowhere: no such folder"),
+    ):
+        before = {path: path.stat().st_mtime_ns for path in (tmp_path / "exports").rglob("*")}
+        assert re.search(told, refused(line)), line
+        assert {path: path.stat().st_mtime_ns for path in (tmp_path / "exports").rglob("*")} == before
+    arch = ArchSpec.from_json(front[0]["arch"])
+    torch.save({"state_dict": arch.build(4).state_dict()}, "best.pth.tar")
+    result = call(f"export {made[0]} --checkpoint best.pth.tar")
+    assert result.exit_code == 0, result.output
+    assert json.loads((tmp_path / made[0] / "config.json").read_text())["num_classes"] == 4
+    assert (tmp_path / made[0] / "model.safetensors").is_file()
+    assert call("export --force --top 1").exit_code == 0
 
 
 # -- Looking ---------------------------------------------------------------------------------------------------------

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import optuna
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
-from kernels.timing import DeviceInfo
 from nas import baselines, trainings
-from nas import data as image_data
 from nas.baselines import (
     BaselineConfig,
     compare,
@@ -34,113 +27,15 @@ from nas.baselines import (
     training_lines,
     verdict,
 )
-from nas.config import DataConfig, LatencyConfig, ProxyConfig, SearchConfig
+from nas.config import LatencyConfig, SearchConfig
 from nas.contenders import Contender, ContenderKind
 from nas.errors import CandidateFailed, UsageError
 from nas.worker import Worker
-from search_spaces import ArchSpec, load_space
-from studies import Candidate, CandidateState, Latency, Owner, Profile, Store
-from tests.conftest import make_tiny_space
+from search_spaces import load_space
+from studies import Store
+from tests.nas.conftest import archs, begun, study_id
 
-HERE = asdict(DeviceInfo.of(torch.device("cpu")))
-FRONT = ((0.5, 1.0), (0.6, 2.0), (0.7, 3.0), (0.8, 4.0))
 RATES = (1e-3, 1e-2)
-
-
-class Inline(Worker):
-    """Calls in this process: quick."""
-
-    def start(self) -> None:
-        pass
-
-    def call(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
-        return function(*args, **kwargs)
-
-
-@pytest.fixture
-def inline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(baselines, "Worker", Inline)
-    monkeypatch.setattr(trainings, "Worker", Inline)
-
-
-@pytest.fixture
-def images(tmp_path: Path) -> Path:
-    """A folder of two classes that differ in brightness."""
-    rng = np.random.default_rng(0)
-    for label, name in enumerate(("dark", "bright")):
-        (tmp_path / "images" / name).mkdir(parents=True)
-        for number in range(20):
-            pixels = rng.integers(0, 100, (16, 16, 3)) + 150 * label
-            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "images" / name / f"{number}.png")
-    return tmp_path / "images"
-
-
-@pytest.fixture
-def config(sqlite_url: str, images: Path) -> SearchConfig:
-    return SearchConfig(
-        storage=sqlite_url, space=make_tiny_space(), data=DataConfig(source=str(images), resolution=16),
-        proxy=ProxyConfig(steps=2, batch_size=8, threads=1),
-        latency=LatencyConfig(
-            device="cpu", engine="torchscript", resolution=16, num_classes=2, precision=0.9, seconds=0.1
-        ),
-    )  # fmt: skip
-
-
-def archs(config: SearchConfig, count: int) -> list[ArchSpec]:
-    anchor = config.space.anchor()
-    return [replace(anchor, stages=(replace(anchor.stages[0], blocks=blocks),)) for blocks in range(1, count + 1)]
-
-
-def add_candidates(store: Store, config: SearchConfig, study_id: int, device_id: int) -> None:
-    me = Owner.me()
-    store.claim(study_id, me)
-    deployment = config.latency
-    for (accuracy, latency_ms), arch in zip(FRONT, archs(config, len(FRONT)), strict=True):
-        trial_id = store.optuna_storage.create_new_trial(study_id)
-        candidate = Candidate(
-            trial_id=trial_id, study_id=study_id, number=store.optuna_storage.get_trial_number_from_id(trial_id),
-            arch_id=arch.arch_id, arch=arch.to_json(), summary=str(arch), params=1, macs=1,
-            state=CandidateState.COMPLETE, seed=0, accuracy=accuracy, total_seconds=1.0,
-        )  # fmt: skip
-        candidate.latencies = [Latency(
-            device_id=device_id, engine=deployment.engine, dtype=deployment.dtype, batch_size=1, resolution=16,
-            threads=1, median_ms=latency_ms, p20_ms=1.0, p80_ms=1.0, repeats=1, raw_median_ms=1.0,
-            anchor_median_ms=1.0, weight_bytes=1, workspace_bytes=1,
-        )]  # fmt: skip
-        store.add_candidate(candidate, me)
-    store.release(study_id, me)
-
-
-def begun(config: SearchConfig) -> Store:
-    """A study without candidates; its device's profile is known."""
-    store = Store.open(config.storage, create=True)
-    assert store is not None
-    store.create_study(
-        config.study, config=json.dumps(config.identity()), data_fingerprint=image_data.load(config.data).fingerprint,
-        versions="{}", device=HERE, anchor=config.space.anchor().to_json(), anchor_ms=1.0,
-    )  # fmt: skip
-    store.add_profile(HERE, Profile(
-        dtype="float32", threads=1, copy_bytes_per_s=1e10, macs_per_s=1e10, launch_seconds=1e-6,
-        network_yardstick_ms=1.0, product_yardstick_ms=1.0, interval_share=0.1,
-    ))  # fmt: skip
-    return store
-
-
-@pytest.fixture
-def store(config: SearchConfig) -> Iterator[Store]:
-    """A study of four candidates, all on its front."""
-    store = begun(config)
-    study = store.find_study(config.study)
-    assert study is not None
-    add_candidates(store, config, study.study_id, study.device_id)
-    yield store
-    store.close()
-
-
-def study_id(store: Store, config: SearchConfig) -> int:
-    study = store.find_study(config.study)
-    assert study is not None
-    return study.study_id
 
 
 def small(*models: str, **changes: Any) -> BaselineConfig:
@@ -478,11 +373,9 @@ def test_other_data_are_refused(store: Store, config: SearchConfig, images: Path
         compare(store, config.study, small("test_resnet"))
 
 
+@pytest.mark.usefixtures("inline")
 def test_nothing_is_left_behind_when_the_study_is_deleted(store: Store, config: SearchConfig) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(baselines, "Worker", Inline)
-        patch.setattr(trainings, "Worker", Inline)
-        compare(store, config.study, small("test_resnet"))
+    compare(store, config.study, small("test_resnet"))
     number = study_id(store, config)
     optuna.delete_study(study_name=config.study, storage=store.optuna_storage)
     assert store.baseline_trainings(number) == []

@@ -1,0 +1,441 @@
+"""Exported directories: what is in them, that they come back, and that none is ever half there."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from nas import export
+from nas.config import SearchConfig
+from nas.errors import UsageError
+from nas.export import Exported, Selection, chosen, directory_name, of_study, read, recipe, render, rewrite, write
+from nas.weights import Images, Trained, Weights, weight_folder
+from search_spaces import ArchSpec
+from studies import Candidate, CandidateState, Owner, Store
+from tests.nas.conftest import archs, study_id
+
+IMAGES = Images(("dark", "bright"), 16, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
+# Of timm 1.0's train.py, which its wheel does not hold: what it takes of a YAML file, as far as a recipe may want it.
+TRAIN_OPTIONS = {
+    "model", "num_classes", "input_size", "img_size", "crop_pct", "interpolation", "batch_size",
+    "validation_batch_size", "channels_last", "grad_accum_steps", "device", "amp", "amp_dtype", "opt", "opt_eps",
+    "opt_betas", "momentum", "weight_decay", "clip_grad", "clip_mode", "layer_decay", "sched", "sched_on_updates",
+    "lr", "lr_base", "lr_base_size", "lr_base_scale", "warmup_lr", "min_lr", "epochs", "epoch_repeats",
+    "warmup_epochs", "warmup_prefix", "cooldown_epochs", "scale", "ratio", "hflip", "vflip", "color_jitter", "aa",
+    "aug_repeats", "aug_splits", "bce_loss", "reprob", "remode", "recount", "mixup", "cutmix", "mixup_prob",
+    "mixup_switch_prob", "mixup_mode", "mixup_off_epoch", "smoothing", "train_interpolation", "drop", "drop_path",
+    "model_ema", "model_ema_decay", "model_ema_warmup", "seed", "log_interval", "checkpoint_hist", "workers",
+    "pin_mem", "output", "experiment", "eval_metric",
+}  # fmt: skip
+
+
+def exported(store: Store, config: SearchConfig, **selection: Any) -> list[Exported]:
+    study = store.find_study(config.study)
+    assert study is not None
+    rows = chosen(store, study, config.study, Selection(**selection))
+    return of_study(store, study, config.study, config.storage, rows)
+
+
+def keep_weights(store: Store, config: SearchConfig, number: int) -> dict[str, Tensor]:
+    arch = archs(config, 4)[number]
+    torch.manual_seed(number)
+    network = arch.build(2)
+    Weights(weight_folder(config.storage), study_id(store, config)).keep(
+        number, arch.arch_id, Trained.of(network, IMAGES)
+    )
+    return network.state_dict()
+
+
+# -- Which ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("latency_ms", "number", "name"),
+    [
+        (0.8, 42, "convfirst_0p8ms_t042"),
+        (0.8444, 7, "convfirst_0p84ms_t007"),
+        (12.34, 0, "convfirst_12ms_t000"),
+        (123.4, 1234, "convfirst_120ms_t1234"),
+        (0.00123, 1, "convfirst_0p0012ms_t001"),
+        (1.0, 1, "convfirst_1ms_t001"),
+    ],
+)
+def test_names_are_readable_identifiers(latency_ms: float, number: int, name: str) -> None:
+    assert directory_name(latency_ms, number) == name
+    assert name.isidentifier()
+
+
+@pytest.mark.parametrize(
+    ("selection", "numbers"),
+    [
+        ({}, [0, 1, 2, 3]),
+        ({"top": 2}, [2, 3]),
+        ({"max_latency_ms": 2.5}, [0, 1]),
+        ({"min_accuracy": 0.6}, [1, 2, 3]),
+        ({"max_latency_ms": 3.0, "min_accuracy": 0.6, "top": 1}, [2]),
+        ({"trials": (3, 1)}, [1, 3]),
+        ({"trials": (3, 1), "top": 1}, [3]),
+    ],
+)
+def test_a_selection(store: Store, config: SearchConfig, selection: dict[str, Any], numbers: list[int]) -> None:
+    """Of (accuracy, ms): (.5, 1), (.6, 2), (.7, 3), (.8, 4)."""
+    assert [each.config["convfirst"]["study"]["trial"] for each in exported(store, config, **selection)] == numbers
+
+
+def fail_a_candidate(store: Store, config: SearchConfig) -> int:
+    me = Owner.me()
+    store.claim(study_id(store, config), me)
+    arch = archs(config, 5)[4]
+    trial_id = store.optuna_storage.create_new_trial(study_id(store, config))
+    number = store.optuna_storage.get_trial_number_from_id(trial_id)
+    candidate = Candidate(
+        trial_id=trial_id, study_id=study_id(store, config), number=number, arch_id=arch.arch_id, arch=arch.to_json(),
+        summary=str(arch), params=1, macs=1, state=CandidateState.FAILED, reason="out of memory", seed=0,
+        total_seconds=1.0, latencies=[],
+    )  # fmt: skip
+    store.add_candidate(candidate, me)
+    store.release(study_id(store, config), me)
+    return number
+
+
+@pytest.mark.parametrize(
+    ("selection", "words"),
+    [
+        ({"trials": (9,)}, "--trial 9: there is no such candidate"),
+        ({"trials": (4,)}, r"--trial 4: is not complete but failed \(out of memory\)"),
+        ({"max_latency_ms": 0.5}, "--max-latency-ms 0.5: the fastest takes 1 ms"),
+        ({"min_accuracy": 0.9}, "--min-accuracy 0.9: the best has 0.8000"),
+        ({"max_latency_ms": 2.0, "min_accuracy": 0.8}, "--min-accuracy 0.8: the best has 0.6000"),
+    ],
+)
+def test_nothing_to_export_is_refused(
+    store: Store, config: SearchConfig, selection: dict[str, Any], words: str
+) -> None:
+    assert fail_a_candidate(store, config) == 4
+    with pytest.raises(UsageError, match=words):
+        exported(store, config, **selection)
+
+
+@pytest.mark.parametrize(
+    ("table", "column", "old", "new", "words"),
+    [
+        ("convfirst_candidates", "arch", '"silu"', '"swiglu"', "activation='swiglu' is none of"),
+        ("convfirst_candidates", "arch", '"stages"', '"branches"', "stages"),
+        ("convfirst_studies", "config", '"threads"', '"strands"', "strands"),
+    ],
+)
+def test_a_study_of_another_version_is_told(
+    store: Store, config: SearchConfig, table: str, column: str, old: str, new: str, words: str
+) -> None:
+    with store.engine.begin() as connection:
+        connection.exec_driver_sql(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (old, new))
+    with pytest.raises(UsageError, match=f"--study convfirst: holds what this version does not know .*{words}") as told:
+        exported(store, config)
+    assert "\n" not in str(told.value)
+
+
+@pytest.mark.parametrize("fields", [{"top": 0}, {"max_latency_ms": -1.0}, {"min_accuracy": float("nan")}])
+def test_impossible_selections(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="is not at least"):
+        Selection(**fields)
+
+
+# -- What is in a directory ------------------------------------------------------------------------------------------
+
+
+def test_a_directory_without_weights(store: Store, config: SearchConfig, tmp_path: Path) -> None:
+    (network,) = exported(store, config, trials=(2,))
+    (folder,) = write([network], tmp_path / "out")
+    assert folder == tmp_path / "out" / "convfirst_3ms_t002"
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json", "README.md", "train.yaml", "convfirst_3ms_t002.py",
+    }  # fmt: skip
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    again = read(folder)
+    assert again.config == network.config
+    assert again.weights is None
+    assert again.arch == archs(config, 4)[2]
+    # What was measured, where, and of which study comes back, exactly.
+    assert again.deployment == config.latency
+    section = again.config["convfirst"]
+    assert section["arch_id"] == archs(config, 4)[2].arch_id
+    assert section["latency"]["median_ms"] == 3.0
+    assert section["study"]["name"] == config.study
+    assert section["study"]["storage"] == config.storage
+    # By default the deployment's classes and images are those of the network.
+    assert (again.num_classes, again.resolution) == (2, 16)
+    card = (folder / "README.md").read_text()
+    assert "There are no weights here yet" in card
+    assert "**3 ms**" in card
+    assert "70.00 % on held-out images" in card
+    assert str(again.arch) in card
+    assert "{{" not in card
+
+
+def test_timm_keeps_what_matters_through_training_and_publishing(
+    store: Store, config: SearchConfig, tmp_path: Path
+) -> None:
+    (network,) = exported(store, config, trials=(2,))
+    (folder,) = write([network], tmp_path / "out")
+    model: Any = timm.create_model(f"local-dir:{folder}", num_classes=5)
+    timm.models.save_for_hf(model, str(tmp_path / "again"), safe_serialization=True)
+    saved = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert saved["num_classes"] == 5
+    notes = dict(note.removeprefix("convfirst ").split(": ", 1) for note in saved["pretrained_cfg"]["notes"])
+    assert notes["arch_id"] == network.arch.arch_id
+    assert json.loads(notes["study"])["trial"] == 2
+    latency = json.loads(notes["latency"])
+    assert latency["median_ms"] == 3.0
+    assert latency["deployment"] == network.config["convfirst"]["latency"]["deployment"]
+
+
+def test_hugging_faces_hub_takes_it(
+    store: Store, config: SearchConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Up to the upload."""
+    uploaded: dict[str, Any] = {}
+
+    class Api:
+        def __init__(self, **_: object) -> None:
+            pass
+
+        def create_repo(self, repo_id: str, **_: object) -> Any:
+            return type("Url", (), {"repo_id": repo_id})
+
+        def file_exists(self, **_: object) -> bool:
+            return False
+
+        def upload_folder(self, repo_id: str, folder_path: str, **_: object) -> None:
+            uploaded.update({path.name: path.read_bytes() for path in Path(folder_path).iterdir()}, repo_id=repo_id)
+
+    monkeypatch.setattr("timm.models._hub.HfApi", Api)
+    own = keep_weights(store, config, 1)
+    (folder,) = write(exported(store, config, trials=(1,)), tmp_path / "out")
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    timm.models.push_to_hf_hub(model, "someone/convfirst", model_config={"convfirst": read(folder).config["convfirst"]})
+    assert uploaded["repo_id"] == "someone/convfirst"
+    saved = json.loads(uploaded["config.json"])
+    assert saved["convfirst"] == read(folder).config["convfirst"]
+    assert saved["architecture"] == "convfirst"
+    (tmp_path / "model.safetensors").write_bytes(uploaded["model.safetensors"])
+    assert all(torch.equal(tensor, own[name]) for name, tensor in load_file(tmp_path / "model.safetensors").items())
+
+
+def test_kept_weights_are_exported_with_what_they_were_trained_for(
+    store: Store, config: SearchConfig, tmp_path: Path
+) -> None:
+    own = keep_weights(store, config, 3)
+    (folder,) = write(exported(store, config, top=1), tmp_path / "out")
+    network = read(folder)
+    assert network.weights is not None
+    assert all(torch.equal(tensor, own[name]) for name, tensor in network.weights.items())
+    assert network.config["convfirst"]["weights"] == "proxy"
+    assert network.config["label_names"] == ["dark", "bright"]
+    cfg = network.config["pretrained_cfg"]
+    assert (cfg["mean"], cfg["std"], cfg["crop_pct"]) == ([0.4, 0.5, 0.6], [0.2, 0.25, 0.3], 1.0)
+    assert "short proxy training" in (folder / "README.md").read_text()
+    # Not for their owner only, as safetensors writes files.
+    assert (folder / "model.safetensors").stat().st_mode & 0o777 == (folder / "config.json").stat().st_mode & 0o777
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    images = torch.randn(1, 3, 16, 16)
+    assert torch.equal(model(images), network.build()(images))
+
+
+def test_weights_of_another_architecture_are_not_taken(store: Store, config: SearchConfig) -> None:
+    """The number of a study that was deleted may come round again."""
+    arch = archs(config, 4)[0]
+    kept = Weights(weight_folder(config.storage), study_id(store, config))
+    kept.keep(3, arch.arch_id, Trained.of(arch.build(2), IMAGES))
+    assert exported(store, config, top=1)[0].weights is None
+
+
+@pytest.mark.parametrize("params", [1e5, 5e6, 2e7, 5e7])
+@pytest.mark.parametrize("resolution", [32, 224])
+def test_the_recipe_speaks_train_pys_language(
+    store: Store, config: SearchConfig, params: float, resolution: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = recipe(int(params), resolution)
+    monkeypatch.setattr(export, "recipe", lambda *_: made)
+    text = render(exported(store, config, top=1)[0])["train.yaml"]
+    loaded = yaml.safe_load(text)
+    assert loaded.keys() <= TRAIN_OPTIONS
+    assert {key: loaded[key] for key in made} == made
+    # Numbers that YAML took for words would reach timm as such.
+    assert all(isinstance(loaded[key], float) for key in ("lr_base", "warmup_lr", "min_lr", "drop_path", "mixup"))
+    assert loaded["model"] == "convfirst_4ms_t003"
+
+
+def test_larger_networks_are_regularised_more() -> None:
+    made = [recipe(int(params), 224) for params in (1e6, 5e6, 2e7, 5e7)]
+    for key in ("drop_path", "mixup", "cutmix", "reprob"):
+        values = [each[key] for each in made]
+        assert values == sorted(values)
+        assert values[0] < values[-1]
+
+
+# -- Whole, or not at all --------------------------------------------------------------------------------------------
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_folder_that_is_not_empty_wants_force(store: Store, config: SearchConfig, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    write(exported(store, config, top=1), out)
+    (out / "mine.txt").write_text("mine")
+    (out / "convfirst_4ms_t003" / "stale.txt").write_text("stale")
+    before = everything(out)
+    with pytest.raises(UsageError, match=r"--out .*out: is not empty \(--force"):
+        write(exported(store, config), out)
+    assert everything(out) == before
+    written = write(exported(store, config), out, force=True)
+    assert [path.name for path in written] == [directory_name(ms, number) for number, ms in enumerate((1, 2, 3, 4))]
+    after = everything(out)
+    assert after["mine.txt"] == b"mine"
+    # A directory is replaced whole.
+    assert "convfirst_4ms_t003/stale.txt" not in after
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_what_fails_halfway_leaves_nothing(store: Store, config: SearchConfig, tmp_path: Path, there: bool) -> None:
+    out = tmp_path / "deep" / "out"
+    if there:
+        write(exported(store, config, top=1), out)
+    before = everything(tmp_path / "deep")
+
+    def failing(network: Exported, folder: Path) -> None:
+        (folder / "half").write_text("half")
+        if network.config["convfirst"]["study"]["trial"] == 3:
+            raise UsageError("--format x: does not work")
+
+    with pytest.raises(UsageError, match="--format x"):
+        write(exported(store, config), out, [failing], force=there)
+    assert everything(tmp_path / "deep") == before
+    assert out.exists() is there
+
+
+def test_a_folder_that_cannot_be_written_is_told(store: Store, config: SearchConfig, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UsageError, match="cannot be written"):
+        write(exported(store, config, top=1), tmp_path / "file" / "out")
+
+
+# -- Back again ------------------------------------------------------------------------------------------------------
+
+
+def damage(folder: Path, **changes: Any) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    for path, value in changes.items():
+        *parents, last = path.split("__")
+        fields = config
+        for parent in parents:
+            fields = fields[parent]
+        if value is None:
+            del fields[last]
+        else:
+            fields[last] = value
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"convfirst": None}, "damaged.*KeyError: 'convfirst'"),
+        ({"convfirst": "text"}, "damaged"),
+        ({"convfirst__arch_id": "0123456789ab"}, "damaged.*arch_id is that of another"),
+        ({"convfirst__arch_spec__stem_width": 9}, "damaged.*stem_width=9"),
+        ({"convfirst__latency__deployment__dtype": "int8"}, "damaged.*int8"),
+        ({"convfirst__name": "no identifier"}, "damaged.*no Python identifier"),
+        ({"pretrained_cfg__input_size": []}, "damaged"),
+        ({"num_classes": 3}, "damaged.*Error"),
+    ],
+)
+def test_a_damaged_directory_is_told(
+    store: Store, config: SearchConfig, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    keep_weights(store, config, 3)
+    (folder,) = write(exported(store, config, top=1), tmp_path / "out")
+    damage(folder, **changes)
+    with pytest.raises(UsageError, match=words) as caught:
+        read(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_export_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="no such directory"):
+        read(tmp_path / "nowhere")
+    with pytest.raises(UsageError, match=r"holds no config\.json"):
+        read(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UsageError, match=r"config\.json: cannot be read"):
+        read(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(UsageError, match="damaged"):
+        read(tmp_path)
+
+
+def test_damaged_weights_are_told(store: Store, config: SearchConfig, tmp_path: Path) -> None:
+    (folder,) = write(exported(store, config, top=1), tmp_path / "out")
+    (folder / "model.safetensors").write_bytes(b"no tensors")
+    with pytest.raises(UsageError, match=r"model\.safetensors: cannot be read"):
+        read(folder)
+    # Of another network.
+    save_file(archs(config, 4)[0].build(2).state_dict(), folder / "model.safetensors")
+    with pytest.raises(UsageError, match="damaged"):
+        read(folder)
+
+
+@pytest.mark.parametrize("averaged", [False, True])
+def test_a_checkpoint_of_timms_training(store: Store, config: SearchConfig, tmp_path: Path, averaged: bool) -> None:
+    """As `timm.utils.CheckpointSaver` writes it, of other classes than the search's."""
+    keep_weights(store, config, 3)
+    (folder,) = write(exported(store, config, top=1), tmp_path / "out")
+    (folder / "mine.txt").write_text("mine")
+    (folder / "model.onnx").write_text("of the old weights")
+    plain, mean = (read(folder).arch.build(5).state_dict() for _ in range(2))
+    checkpoint = tmp_path / "model_best.pth.tar"
+    torch.save({"epoch": 1, "state_dict": plain} | ({"state_dict_ema": mean} if averaged else {}), checkpoint)
+    network = export.trained(read(folder), checkpoint)
+    rewrite(folder, network, stale=["model.onnx"])
+    again = read(folder)
+    wanted = mean if averaged else plain
+    assert again.weights is not None
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in again.weights.items())
+    assert again.num_classes == 5
+    assert "label_names" not in again.config
+    assert again.config["convfirst"]["weights"] == "model_best.pth.tar"
+    assert "those of `model_best.pth.tar`" in (folder / "README.md").read_text()
+    # Theirs stays, and what belonged to the old weights goes.
+    assert (folder / "mine.txt").read_text() == "mine"
+    assert not (folder / "model.onnx").exists()
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
+    assert timm.create_model(f"local-dir:{folder}", pretrained=True).num_classes == 5
+
+
+def test_checkpoints_that_do_not_fit_are_refused(store: Store, config: SearchConfig, tmp_path: Path) -> None:
+    network = exported(store, config, top=1)[0]
+    checkpoint = tmp_path / "checkpoint.pth"
+    with pytest.raises(UsageError, match=r"--checkpoint .*: no such file"):
+        export.trained(network, checkpoint)
+    checkpoint.write_text("no checkpoint")
+    with pytest.raises(UsageError, match=r"--checkpoint .*: cannot be read"):
+        export.trained(network, checkpoint)
+    torch.save({"state_dict": replace_stem(network.arch).build(2).state_dict()}, checkpoint)
+    with pytest.raises(UsageError, match=r"--checkpoint .*: holds another network's weights") as caught:
+        export.trained(network, checkpoint)
+    assert "\n" not in str(caught.value)
+
+
+def replace_stem(arch: ArchSpec) -> ArchSpec:
+    return replace(arch, stem_width=arch.stem_width * 2)
