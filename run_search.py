@@ -345,10 +345,12 @@ def export(
     force: Annotated[bool, typer.Option(help="Write into a folder that is not empty.")] = False,
 ) -> None:
     """Write networks of the front as directories that timm builds, trains and publishes."""
+    # Whatever ends it, what is half made is taken away.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     with _reported(storage):
         from nas import export as exports
         from nas.errors import UsageError
-        from nas.formats import FILES, makers
+        from nas.formats import makers
 
         formats = makers(_formats(format), _note)
         if directory is not None:
@@ -362,7 +364,7 @@ def export(
             network = exports.read(directory)
             if checkpoint is not None:
                 network = exports.trained(network, checkpoint)
-            exports.rewrite(directory, network, formats, stale=FILES if checkpoint is not None else ())
+            exports.rewrite(directory, network, formats, _note)
             written = [directory]
         else:
             if checkpoint is not None:
@@ -383,7 +385,10 @@ def export(
                 networks = exports.of_study(store, row, study, storage, rows)
             written = exports.write(networks, out_dir, formats, force)
             if all(network.weights is None for network in networks):
-                _note("no weights: the search kept none (--keep-weights)")
+                _note(
+                    f"no weights, the search kept none (--keep-weights); the classifiers are the deployment's, of "
+                    f"{networks[0].num_classes} classes: train.py takes another --num-classes"
+                )
         for path in written:
             out.print(str(path), highlight=False, soft_wrap=True, markup=False)
 
@@ -411,7 +416,8 @@ def bench(
         from nas.export import read
 
         networks = [(folder, read(folder)) for folder in directories]
-        config = _deployment(networks[0][1].deployment, **{"device": AUTO, **_given(context)})
+        told = networks[0][1].deployment
+        config = _deployment(told, **{"device": benches.device_here(told.device), **_given(context)})
         try:
             rows = benches.bench(networks, config, _note)
         except CandidateFailed as error:
@@ -451,7 +457,8 @@ def retrain(
                 resolution=resolution, data_dir=data_dir, download=download,
             )  # fmt: skip
             found = retraining.retrain(store, study, config, _note)
-            for table in retraining.tables(found, f"Longer trainings of {study}: {found.set_up}"):
+            out.print(found.set_up, highlight=False, soft_wrap=True, markup=False)
+            for table in retraining.tables(found, f"Longer trainings of {study}"):
                 out.print(table)
                 out.print()
             for line in retraining.remarks(found):

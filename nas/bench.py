@@ -19,8 +19,8 @@ from nas.config import LatencyConfig
 from nas.engines import ENGINES, deploy, runs_on
 from nas.errors import CandidateFailed, UsageError, memory_may_run_out
 from nas.evaluate import check_device
-from nas.export import SECTION, Exported
-from nas.formats import COMPILED, FUSED, INPUT, ONNX, PROGRAM, onnx_file, program_file, quiet
+from nas.export import COMPILED, FUSED, ONNX, PROGRAM, SECTION, Exported
+from nas.formats import INPUT, onnx_file, program_file, quiet
 from nas.latency import threads
 from nas.locks import WAITING, device_lock
 from nas.yardsticks import Corrected, Timed, Yardsticks
@@ -133,6 +133,15 @@ def _same(one: LatencyConfig, other: LatencyConfig) -> bool:
     return replace(one, engine=other.engine, precision=other.precision, seconds=other.seconds) == other
 
 
+def device_here(told: str) -> str:
+    """The device of an exported deployment, or what there is here instead of it."""
+    if told.partition(":")[0] != "cuda":
+        return told
+    if not torch.cuda.is_available():
+        return "cpu"
+    return told if (torch.device(told).index or 0) < torch.cuda.device_count() else "cuda"
+
+
 class _Formats:
     """Those of one network, ready to be timed."""
 
@@ -173,8 +182,10 @@ class _Formats:
                     found.append((row, make(), self.macs))
             except (CandidateFailed, UsageError) as error:
                 found.append((replace(row, reason=str(error)), None, 0))
-            except (RuntimeError, ValueError) as error:
-                # A package compiled elsewhere, or for another batch.
+            except Exception as error:
+                # An engine of ours raises bugs only; a file may be damaged, or of another machine.
+                if what in ENGINES:
+                    raise
                 words = f"{type(error).__name__}: {error}".strip().splitlines()[0]
                 found.append((replace(row, reason=words), None, 0))
         return found

@@ -25,6 +25,20 @@ class CandidateFailed(Exception):
 
 
 @contextmanager
+def of_this_version(study: str) -> Iterator[None]:
+    """For reading what a study holds, which may be of a version that knows more than this one.
+
+    Raises:
+        UsageError: so it is.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, ValueError) as error:
+        words = str(error).splitlines()[0]
+        raise UsageError(f"--study {study}: holds what this version does not know ({words})") from error
+
+
+@contextmanager
 def memory_may_run_out() -> Iterator[None]:
     """Turns running out of memory into a CandidateFailed."""
     import torch

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, PackageLoader, StrictUndefined
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
@@ -27,7 +28,7 @@ from kernels.timing import DeviceInfo
 from nas.analysis import from_table
 from nas.block_table import BlockTable
 from nas.config import LatencyConfig
-from nas.errors import UsageError
+from nas.errors import UsageError, of_this_version
 from nas.notes import stage_table
 from nas.remeasure import of_deployment
 from nas.weights import Trained, Weights, weight_folder
@@ -37,6 +38,8 @@ from search_spaces.timm_file import timm_file
 from studies import Store, Study, displayed
 
 CONFIG, WEIGHTS, RECIPE, CARD = "config.json", "model.safetensors", "train.yaml", "README.md"
+# What `nas.formats` makes of the weights.
+FILES = ONNX, PROGRAM, COMPILED, FUSED = "model.onnx", "model.pt2", "model_aoti.pt2", "model_fused.pt2"
 # Of config.json, what is ours.
 SECTION = "convfirst"
 PROXY_WEIGHTS = "proxy"
@@ -117,7 +120,7 @@ def chosen(store: Store, study: Study, name: str, selection: Selection) -> pd.Da
     Raises:
         UsageError: a trial is not there or not complete, or nothing is left.
     """
-    with _known(name):
+    with of_this_version(name):
         config = LatencyConfig(**json.loads(study.config)["latency"])
     if selection.trials:
         rows = of_deployment(store.evaluations(name), config, study.device_id)
@@ -126,7 +129,9 @@ def chosen(store: Store, study: Study, name: str, selection: Selection) -> pd.Da
             if number not in set(rows["number"]):
                 raise UsageError(f"--trial {number}: {_why_not(store, study, number)}")
     else:
-        rows = of_deployment(store.front(name), config, study.device_id)
+        front = of_deployment(store.front(name), config, study.device_id)
+        rows = of_deployment(store.evaluations(name), config, study.device_id)
+        rows = rows[rows["trial_id"].isin(front["trial_id"])]
         if rows.empty:
             raise UsageError(f"--study {name}: its front is empty, there is nothing to export")
     passing = rows
@@ -142,16 +147,6 @@ def chosen(store: Store, study: Study, name: str, selection: Selection) -> pd.Da
     if selection.top is not None:
         passing = passing.sort_values(["accuracy", "latency_ms"], ascending=[False, True]).head(selection.top)
     return passing.sort_values(["latency_ms", "number"])
-
-
-@contextlib.contextmanager
-def _known(name: str) -> Iterator[None]:
-    """What a study holds may be of a version that knows more choices than this one."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError) as error:
-        words = str(error).splitlines()[0]
-        raise UsageError(f"--study {name}: holds what this version does not know ({words})") from error
 
 
 def _least(rows: pd.DataFrame) -> float:
@@ -181,9 +176,13 @@ def of_study(store: Store, study: Study, name: str, storage: str, rows: pd.DataF
         storage: URL of the study database.
     """
     stored = json.loads(study.config)
-    with _known(name):
+    with of_this_version(name):
         config = LatencyConfig(**stored["latency"])
         archs = [ArchSpec.from_json(str(text)) for text in rows["arch"]]
+        # What is shown of them without being understood has at least to be there.
+        for part in ("space", "data", "proxy", "seed"):
+            stored[part]
+        ArchSpec.from_json(study.anchor)
     device = study.device
     info = DeviceInfo(device.kind, device.name, device.driver, device.torch, device.triton)
     table = BlockTable(store, info, config)
@@ -231,6 +230,7 @@ def _latency_section(
     return {
         "median_ms": latency_ms, "p20_ms": float(row["latency_p20_ms"]), "p80_ms": float(row["latency_p80_ms"]),
         "interval_share": _number(row["latency_interval_share"]), "stage": row["latency_stage"],
+        "capped": bool(_number(row["latency_capped"])), "throttled": bool(_number(row["latency_throttled"])),
         "computational_efficiency": _number(row["computational_efficiency"]),
         "device": asdict(device), "deployment": asdict(config), "blocks": blocks,
         "peak_macs_per_s": table.profile.macs_per_s if table.profile else None,
@@ -326,59 +326,96 @@ def write(networks: Sequence[Exported], out_dir: Path, formats: Formats = (), fo
 
     Args:
         formats: what else is to be made of each network, in its directory.
-        force: into a folder that is not empty, too; directories of the same names are replaced.
+        force: into a folder that is not empty, too. Of a directory that is there already ours is replaced, file by
+            file, and whatever else lies in it stays.
 
     Raises:
-        UsageError: the folder is not empty, or cannot be written to, or a format cannot be made.
+        UsageError: the folder is not empty, or cannot be written to, a format cannot be made, or a directory that is
+            there holds weights of a training.
     """
-    if out_dir.exists() and not force and any(out_dir.iterdir()):
-        raise UsageError(f"--out {out_dir}: is not empty (--force writes into it all the same)")
-    made_folder = not out_dir.exists()
+    places = [out_dir / network.name for network in networks]
     try:
+        if out_dir.exists() and not force and any(not path.name.startswith(_ASIDE) for path in out_dir.iterdir()):
+            raise UsageError(f"--out {out_dir}: is not empty (--force writes into it all the same)")
+        for place in places:
+            _require_no_training(place)
+        made_folders = [folder for folder in (out_dir, *out_dir.absolute().parents) if not folder.exists()]
         out_dir.mkdir(parents=True, exist_ok=True)
-        with _aside(out_dir) as aside:
-            for network in networks:
-                _fill(aside / network.name, network, formats)
-            for network in networks:
-                _put(aside / network.name, out_dir / network.name)
-    except BaseException as error:
-        if made_folder:
-            with contextlib.suppress(OSError):
-                out_dir.rmdir()
-        if isinstance(error, OSError):
-            raise UsageError(f"--out {out_dir}: cannot be written ({error.strerror or error})") from error
-        raise
-    return [out_dir / network.name for network in networks]
+        made: list[Path] = []
+        try:
+            with _aside(out_dir) as aside:
+                for network in networks:
+                    _fill(aside / network.name, network, formats)
+                for place in places:
+                    if place.exists():
+                        _merge(aside / place.name, place, stale=FILES)
+                    else:
+                        os.rename(aside / place.name, place)
+                        made.append(place)
+        except BaseException:
+            for place in made:
+                shutil.rmtree(place)
+            for folder in made_folders:
+                folder.rmdir()
+            raise
+    except OSError as error:
+        raise UsageError(f"--out {out_dir}: cannot be written ({error.strerror or error})") from error
+    return places
 
 
-def rewrite(folder: Path, network: Exported, formats: Formats = (), stale: Sequence[str] = ()) -> None:
-    """Replace an exported directory with a network's; files in it that are not ours stay.
+def _require_no_training(place: Path) -> None:
+    """Raises UsageError where a directory holds more than a search gave it."""
+    if (place / CONFIG).exists():
+        weights = read(place).config[SECTION]["weights"]
+        if weights not in (None, PROXY_WEIGHTS):
+            raise UsageError(f"{place}: holds the weights of {weights}; move it away first")
+
+
+def rewrite(folder: Path, network: Exported, formats: Formats = (), note: Note = lambda line: None) -> None:
+    """Write a network into the directory that it was read from, file by file.
+
+    What is not ours stays, and of ours what was edited: the recipe, and the card. Where the weights are others than
+    those that are there, formats that were made of these go.
 
     Args:
-        stale: files that hold other weights than the network's; they go, unless they are made anew.
+        note: told what stays.
 
     Raises:
         UsageError: the directory cannot be written to, or a format cannot be made.
     """
-    folder = folder.resolve()
     try:
-        with _aside(folder.parent) as aside:
-            shutil.copytree(folder, aside / folder.name, ignore=lambda _, names: set(stale) & set(names))
-            _fill(aside / folder.name, network, formats)
-            _put(aside / folder.name, folder)
+        before = read(folder)
+        old = render(before)
+        with _aside(folder.absolute().parent) as aside:
+            made = aside / network.name
+            _fill(made, network, formats)
+            for name in (RECIPE, CARD):
+                if (folder / name).exists() and (folder / name).read_text(encoding="utf-8") != old[name]:
+                    (made / name).unlink()
+                    note(f"{folder / name}: stays as it was edited")
+            _merge(made, folder, stale=() if _same(before.weights, network.weights) else FILES)
     except OSError as error:
         raise UsageError(f"{folder}: cannot be written ({error.strerror or error})") from error
+
+
+def _same(one: Mapping[str, Tensor] | None, other: Mapping[str, Tensor] | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+_ASIDE = ".export-"
 
 
 @contextlib.contextmanager
 def _aside(parent: Path) -> Iterator[Path]:
     """A folder on the same file system, so that what is in it can be renamed; gone in the end."""
-    with tempfile.TemporaryDirectory(dir=parent, prefix=".export-") as aside:
+    with tempfile.TemporaryDirectory(dir=parent, prefix=_ASIDE) as aside:
         yield Path(aside)
 
 
 def _fill(folder: Path, network: Exported, formats: Formats) -> None:
-    folder.mkdir(exist_ok=True)
+    folder.mkdir()
     for name, text in render(network).items():
         (folder / name).write_text(text, encoding="utf-8")
     if network.weights is not None:
@@ -388,17 +425,13 @@ def _fill(folder: Path, network: Exported, formats: Formats) -> None:
         make(network, folder)
 
 
-def _put(made: Path, place: Path) -> None:
-    """Rename a directory, in the place of an older one."""
-    old = made.with_name(f"{made.name}.old")
-    if place.exists():
-        os.rename(place, old)
-    try:
-        os.rename(made, place)
-    except OSError:
-        if old.exists():
-            os.rename(old, place)
-        raise
+def _merge(made: Path, place: Path, stale: Sequence[str]) -> None:
+    """Rename files into a directory that is there, the configuration last; `stale` ones that were not made go."""
+    for name in stale:
+        if not (made / name).exists():
+            (place / name).unlink(missing_ok=True)
+    for path in sorted(made.iterdir(), key=lambda path: path.name == CONFIG):
+        os.replace(path, place / path.name)
 
 
 def read(folder: Path) -> Exported:
@@ -419,14 +452,17 @@ def read(folder: Path) -> Exported:
     try:
         weights = _read_weights(folder / WEIGHTS)
         found = Exported(config, weights)
-        if found.arch.arch_id != config[SECTION]["arch_id"]:
+        section = config[SECTION]
+        if found.arch.arch_id != section["arch_id"]:
             raise ValueError("its arch_id is that of another architecture")
         if not found.name.isidentifier():
             raise ValueError(f"its name {found.name!r} is no Python identifier")
-        # What everybody reads.
-        _ = found.num_classes, found.resolution, found.deployment
+        # All that is read of it anywhere.
+        _ = found.deployment, float(section["latency"]["median_ms"]), dict(section["latency"]["device"])
+        ArchSpec.from_json(json.dumps(section["latency"]["anchor"]["arch_spec"]))
+        render(found)
         found.build()
-    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError, TemplateError) as error:
         words = f"{type(error).__name__}: {error}".splitlines()[0]
         raise UsageError(f"{path}: damaged, or not one that `export` wrote ({words})") from error
     return found
@@ -454,16 +490,16 @@ def trained(network: Exported, checkpoint: Path) -> Exported:
     if not checkpoint.is_file():
         raise UsageError(f"--checkpoint {checkpoint}: no such file")
     try:
-        weights = dict(load_state_dict(str(checkpoint), use_ema=True))
-    except Exception as error:  # whatever unpickling a file that is none raises
-        raise UsageError(f"--checkpoint {checkpoint}: cannot be read ({_first_line(error)})") from error
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    classes = weights["classifier.weight"].shape[0] if "classifier.weight" in weights else network.num_classes
+        loaded = dict(load_state_dict(str(checkpoint), use_ema=True))
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in loaded.items()}
+        classes = int(weights["classifier.weight"].shape[0])
+    except Exception as error:  # whatever a file that is none raises
+        raise UsageError(f"--checkpoint {checkpoint}: holds no weights of a network ({_first_line(error)})") from error
     config: dict[str, Any] = json.loads(json.dumps(network.config))
     for fields in (config, config["model_args"], config["pretrained_cfg"]):
         fields["num_classes"] = classes
-    if classes != network.num_classes:
-        config.pop("label_names", None)
+    # The checkpoint does not tell what it was trained on.
+    config.pop("label_names", None)
     config[SECTION]["weights"] = checkpoint.name
     found = Exported(config, weights)
     try:

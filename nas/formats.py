@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from kernels.fold import fold_batch_norms
 from nas.errors import UsageError
-from nas.export import Exported
+from nas.export import COMPILED, FUSED, ONNX, PROGRAM, Exported
 
-FILES = ONNX, PROGRAM, COMPILED, FUSED = "model.onnx", "model.pt2", "model_aoti.pt2", "model_fused.pt2"
 INPUT, OUTPUT = "images", "logits"
+# What torch 2.11 writes by itself: newer ones give these networks nothing, and fewer runtimes read them.
+OPSET = 20
 # Logits of a format may differ from torch's by so much of the largest: float32 summed in another order, and 16 bits.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
@@ -49,7 +50,7 @@ def makers(formats: Sequence[Format], note: Note) -> list[Callable[[Exported, Pa
 
 
 def write_onnx(network: Exported, folder: Path) -> Path:
-    """`model.onnx`: images (N, 3, H, W) float32 to logits (N, classes), N free, in the opset of torch's exporter.
+    """`model.onnx`: images (N, 3, H, W) float32 to logits (N, classes), N free.
 
     Raises:
         UsageError: there are no weights, a package is missing, or onnxruntime gives other logits than torch.
@@ -71,7 +72,7 @@ def onnx_file(model: nn.Module, resolution: int, path: Path) -> Path:
     with quiet():
         program: Any = torch.onnx.export(
             folded, (images,), input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False,
-            dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+            opset_version=OPSET, dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
         )  # fmt: skip
         program.save(str(path))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
@@ -98,8 +99,15 @@ def write_programs(network: Exported, folder: Path, note: Note) -> list[Path]:
     on_cuda = torch.cuda.is_available()
     device = torch.device("cuda" if on_cuda else "cpu")
     dtype = getattr(torch, network.deployment.dtype) if on_cuda else torch.float32
-    if _has_compiler(device):
-        made.append(_compiled_file(model, network.resolution, device, dtype, folder / COMPILED))
+    if _has_compiler():
+        try:
+            made.append(_compiled_file(model, network.resolution, device, dtype, folder / COMPILED))
+        except UsageError:
+            raise
+        except Exception as error:  # whatever a compiler raises whose headers are not there
+            (folder / COMPILED).unlink(missing_ok=True)
+            words = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            note(f"{COMPILED}: left out, it does not compile here ({words})")
     else:
         note(f"{COMPILED}: left out, there is no C++ compiler here")
     if on_cuda or os.environ.get("TRITON_INTERPRET") == "1":
@@ -153,10 +161,10 @@ def _program(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
         return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
 
 
-def _has_compiler(device: torch.device) -> bool:
+def _has_compiler() -> bool:
     """Inductor compiles the host's part of a package in C++, whatever the device."""
-    named = os.environ.get("CXX")
-    return any(shutil.which(name) for name in ([named] if named else ["g++", "clang++"]))
+    named = os.environ.get("CXX", "").split()
+    return any(shutil.which(name) for name in (named[:1] or ["g++", "clang++"]))
 
 
 def _require_weights(network: Exported, wanted: Format) -> None:
@@ -180,18 +188,15 @@ def _check(run: Callable[[Tensor], Tensor], model: nn.Module, images: Tensor, na
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Exporters and compilers talk about themselves, on all channels there are."""
-    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "torch._inductor", "torch.utils")]
-    levels = [logger.level for logger in loggers]
+    disabled = logging.root.manager.disable
     with (
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
     ):
         warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
+        logging.disable(logging.CRITICAL)
         try:
             yield
         finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+            logging.disable(disabled)

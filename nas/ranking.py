@@ -70,11 +70,24 @@ def rankings(
     found = []
     for band, mask in bands(latency_ms):
         for name, values in predictors.items():
-            chosen = np.asarray(values, dtype=float)[mask]
-            kendall = _interval(_kendall, chosen, truth[mask], seed)
-            spearman = _interval(_spearman, chosen, truth[mask], seed)
-            found.append(Ranking(name, band, int(mask.sum()), kendall, spearman))
+            pair, count = (np.asarray(values, dtype=float)[mask], truth[mask]), int(mask.sum())
+            kendall, spearman = (
+                _interval(lambda picked, of=of, pair=pair: of(*(each[picked] for each in pair)), count, seed)  # type: ignore[misc]
+                for of in (_kendall, _spearman)
+            )
+            found.append(Ranking(name, band, count, kendall, spearman))
     return found
+
+
+def gain(predictor: Sequence[float], rival: Sequence[float], accuracy: Sequence[float], seed: int = 0) -> Coefficient:
+    """By how much a predictor's tau is above a rival's, of the same networks, resampled together."""
+    columns = [np.asarray(values, dtype=float) for values in (predictor, rival, accuracy)]
+
+    def difference(picked: np.ndarray) -> float:
+        first, second, truth = (column[picked] for column in columns)
+        return _kendall(first, truth) - _kendall(second, truth)
+
+    return _interval(difference, len(columns[0]), seed)
 
 
 def _kendall(one: np.ndarray, other: np.ndarray) -> float:
@@ -89,14 +102,12 @@ def _spearman(one: np.ndarray, other: np.ndarray) -> float:
     return float(np.corrcoef(*ranks)[0, 1])
 
 
-def _interval(
-    statistic: Callable[[np.ndarray, np.ndarray], float], one: np.ndarray, other: np.ndarray, seed: int
-) -> Coefficient:
-    """A statistic of pairs, and the percentiles of resampled pairs."""
-    value = statistic(one, other) if len(one) > 1 else float("nan")
+def _interval(statistic: Callable[[np.ndarray], float], count: int, seed: int) -> Coefficient:
+    """A statistic of some of `count` networks, of all of them and the percentiles of resampled ones."""
+    value = statistic(np.arange(count)) if count > 1 else float("nan")
     if np.isnan(value):
         return Coefficient(value, value, value)
     rng = np.random.default_rng(seed)
-    resampled = [statistic(one[picked], other[picked]) for picked in rng.integers(0, len(one), (RESAMPLES, len(one)))]
+    resampled = [statistic(picked) for picked in rng.integers(0, count, (RESAMPLES, count))]
     low, high = np.nanpercentile(resampled, [2.5, 97.5])
     return Coefficient(value, float(low), float(high))

@@ -16,10 +16,10 @@ from nas.baselines import LONG, Entrant
 from nas.config import DataConfig, LatencyConfig, ProxyConfig
 from nas.contenders import ContenderKind
 from nas.data import ImageData
-from nas.errors import CandidateFailed, UsageError
+from nas.errors import CandidateFailed, UsageError, of_this_version
 from nas.evaluate import check_device
 from nas.proxy import ProxyResult
-from nas.ranking import Ranking, rankings
+from nas.ranking import Coefficient, Ranking, gain, rankings
 from nas.remeasure import of_deployment
 from nas.trainings import Trainer, Unit
 from search_spaces import ArchSpec
@@ -68,12 +68,14 @@ class Retrained:
         rows: of the view `convfirst_retrained`, one per candidate, fastest first, with `on_front` (by the proxy) and
             `on_retrained_front`, both among these candidates only.
         rankings: of the longer training's accuracy by the proxy's, and by what costs no training.
+        gains: rival -> by how much the proxy's tau is above its, over all networks.
         failed: a line each.
         set_up: of the trainings, in words.
     """
 
     rows: pd.DataFrame
     rankings: list[Ranking]
+    gains: dict[str, Coefficient]
     failed: list[str]
     set_up: str
 
@@ -103,10 +105,11 @@ class _Run:
     def __init__(self, store: Store, study: Study, name: str, config: RetrainConfig, note: Note) -> None:
         self.store, self.study, self.name, self.config = store, study, name, config
         stored = json.loads(study.config)
-        self.deployment = LatencyConfig(**stored["latency"])
-        proxy = ProxyConfig(**stored["proxy"])
+        with of_this_version(name):
+            self.deployment = LatencyConfig(**stored["latency"])
+            proxy = ProxyConfig(**stored["proxy"])
+            own = DataConfig(**stored["data"], data_dir=config.data_dir, download=config.download)
         self.proxy = replace(proxy, steps=config.steps or LONG * proxy.steps)
-        own = DataConfig(**stored["data"], data_dir=config.data_dir, download=config.download)
         self.data = replace(own, source=config.data or own.source, resolution=config.resolution or own.resolution)
         self.is_own = (self.data.source, self.data.resolution) == (own.source, own.resolution)
         self.seed = int(stored["seed"])
@@ -143,6 +146,10 @@ class _Run:
 
     def units(self, chosen: pd.DataFrame) -> dict[int, Unit]:
         """trial_id -> its training."""
+        with of_this_version(self.name):
+            return self._units(chosen)
+
+    def _units(self, chosen: pd.DataFrame) -> dict[int, Unit]:
         self.trial_ids = {f"trial {row['number']}": int(row["trial_id"]) for _, row in chosen.iterrows()}
         return {
             int(row["trial_id"]): Unit(self._entrant(row), self.proxy.steps, self.proxy.learning_rate)
@@ -171,7 +178,8 @@ class _Run:
         ]
 
     def done(self) -> set[int]:
-        return {row.trial_id for row in self._of_this_kind()}
+        """What failed is tried again: memory may have run out for another's sake."""
+        return {row.trial_id for row in self._of_this_kind() if row.accuracy is not None}
 
     def write(self, unit: Unit, result: ProxyResult | CandidateFailed) -> str:
         row = Retraining(trial_id=self.trial_ids[unit.trainee.name], data=self.data.source, **self._kind())
@@ -201,7 +209,9 @@ class _Run:
         names = {trial_id: name for name, trial_id in self.trial_ids.items()}
         of_this_kind = [row for row in self._of_this_kind() if row.trial_id in trial_ids]
         failed = [f"{names[row.trial_id]}: {row.reason}" for row in of_this_kind if row.reason is not None]
-        return Retrained(rows, rankings(predictors, accuracy, latency_ms), failed, self.set_up)
+        ranked = rankings(predictors, accuracy, latency_ms)
+        gains = {rival: gain(predictors[PROXY], predictors[rival], accuracy) for rival in (PARAMS, MACS)}
+        return Retrained(rows, ranked, gains, failed, self.set_up)
 
 
 def spread_over(latencies_ms: Sequence[float], count: int) -> list[int]:
@@ -262,13 +272,12 @@ def remarks(found: Retrained) -> list[str]:
     moved = [f"{which} {'trial' if len(numbers) == 1 else 'trials'} {', '.join(numbers)}"
              for which, numbers in (("left by", left), ("joined by", joined)) if numbers]  # fmt: skip
     lines.append("The front among these " + (f"is {' and '.join(moved)}." if moved else "stays as it was."))
-    proxy, rivals = overall[PROXY], {name: each for name, each in overall.items() if name != PROXY}
-    best = max(rivals, key=lambda name: -2.0 if np.isnan(rivals[name].value) else rivals[name].value)
-    if np.isnan(proxy.value):
-        lines.append("The accuracies do not vary: nothing can be said of the ranking.")
-    else:
-        beats = "ranks better than" if proxy.value > rivals[best].value else "ranks no better than"
-        lines.append(
-            f"The proxy {beats} {best} alone: tau {proxy} against {rivals[best]}, over all {len(rows)} networks."
-        )
+    if np.isnan(overall[PROXY].value):
+        return [*lines, "The accuracies do not vary: nothing can be said of the ranking."]
+    for rival, gained in found.gains.items():
+        if np.isnan(gained.value):
+            continue
+        told = "better than" if gained.low > 0 else "worse than" if gained.high < 0 else "neither better nor worse than"
+        taus = f"{overall[PROXY].value:+.2f} to {overall[rival].value:+.2f}"
+        lines.append(f"The proxy ranks {told} {rival} alone: tau {taus}, a difference of {gained}.")
     return lines

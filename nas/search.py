@@ -212,7 +212,7 @@ def _loop(
         proposal, trial_id = proposed
         outcome = evaluate(proposal.arch, evaluator, config.limits)
         if config.keep_weights:
-            _keep_weights(study, proposal, outcome)
+            _keep_weights(study, proposal, outcome, progress)
         study.record(proposal, trial_id, outcome)
         if table is not None and outcome.latency is not None:
             blocks_begin = time.perf_counter()
@@ -232,12 +232,16 @@ def _weights(study: LiveStudy) -> Weights:
     return Weights(weight_folder(study.config.storage), study.row.study_id)
 
 
-def _keep_weights(study: LiveStudy, proposal: Proposal, outcome: Outcome) -> None:
+def _keep_weights(study: LiveStudy, proposal: Proposal, outcome: Outcome, progress: Progress) -> None:
     if not (outcome.proxy and outcome.proxy.trained and outcome.latency):
         return
     others = [(measured.accuracy, measured.latency_ms) for measured in study.complete]
     if near_front(outcome.proxy.accuracy, outcome.latency.median_ms, others):
-        _weights(study).keep(proposal.number, proposal.arch.arch_id, outcome.proxy.trained)
+        try:
+            _weights(study).keep(proposal.number, proposal.arch.arch_id, outcome.proxy.trained)
+        except OSError as error:
+            # No reason to lose the candidate.
+            progress.note(f"weights of trial {proposal.number} could not be kept ({error})")
 
 
 def _event(

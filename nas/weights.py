@@ -13,6 +13,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from nas.data import ImageData
+from nas.errors import UsageError
 from studies.display import artifact_folder
 
 # While a search runs, weights are kept of those candidates, too, that no other beats with so much less latency: the
@@ -90,6 +91,9 @@ class Weights:
 
         Args:
             arch_id: weights of another architecture are of a study that was deleted since.
+
+        Raises:
+            UsageError: the file is damaged.
         """
         try:
             with safetensors.safe_open(self._path(number), "pt") as file:
@@ -100,6 +104,8 @@ class Weights:
                 return Trained({name: file.get_tensor(name) for name in file.keys()}, images)  # noqa: SIM118
         except FileNotFoundError:
             return None
+        except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"{self._path(number)}: cannot be read ({error})") from error
 
     def keep_only(self, numbers: Collection[int]) -> None:
         """Delete the others."""

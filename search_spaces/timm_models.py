@@ -44,6 +44,10 @@ def build(
         act_layer=get_act_layer(act_layer),
         **kwargs,
     )
+    # What timm saves of it is built by all who know "convfirst", whatever its own name is.
+    made: Any = model
+    made.pretrained_cfg["architecture"] = "convfirst"
+    made._model_args = dict(arch_def=arch_def, stem_size=stem_size, num_features=num_features, act_layer=act_layer)
     return model
 
 

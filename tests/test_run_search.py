@@ -27,6 +27,7 @@ from nas import profile
 from nas.analysis import errors, errors_line
 from nas.block_table import BlockTable, Figure, network_shape, on_device
 from nas.config import LatencyConfig, SearchConfig
+from nas.engines import ENGINES
 from nas.errors import CandidateFailed
 from nas.latency import Latency
 from nas.overhead import FakeEvaluator
@@ -724,7 +725,9 @@ def test_a_front_of_which_all_break_the_limit_is_empty(
 
 
 @pytest.mark.usefixtures("fake", "profiled")
-def test_the_front_is_exported_and_directories_are_given_weights(tmp_path: Path) -> None:
+def test_the_front_is_exported_and_directories_are_given_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert call("--budget 6 --device cpu").exit_code == 0
     front = json.loads(call("pareto --format json").stdout)
     result = call("export")
@@ -761,7 +764,38 @@ def test_the_front_is_exported_and_directories_are_given_weights(tmp_path: Path)
     assert result.exit_code == 0, result.output
     assert json.loads((tmp_path / made[0] / "config.json").read_text())["num_classes"] == 4
     assert (tmp_path / made[0] / "model.safetensors").is_file()
-    assert call("export --force --top 1").exit_code == 0
+    # The weights of a training are in the way now.
+    number = front[0]["number"]
+    assert "holds the weights of best.pth.tar" in refused(f"export --force --trial {number}")
+    assert call(f"export --force --trial {front[-1]['number']}").exit_code == 0
+    monkeypatch.setattr("nas.bench.ENGINES", {name: ENGINES[name] for name in ("eager", "torchscript")})
+    quickly = "--latency-seconds 0.1 --latency-precision 0.9"
+    result = call(f"bench {made[0]} {quickly}")
+    assert result.exit_code == 0, result.output
+    assert "cpu, batch 1, 32x32, 1 CPU thread(s)" in result.stdout
+    for format in ("eager", "torchscript", "torch.export", "ONNX Runtime"):
+        assert format in result.stdout
+    # A deployment of one's own is kept, but for the device.
+    result = call(f"bench {made[0]} {quickly} --latency-batch 2 --dtype bfloat16")
+    assert "bfloat16" in result.stdout
+    assert "cpu, batch 2" in result.stdout
+
+
+@pytest.mark.usefixtures("fake", "profiled")
+def test_retraining_prints_networks_and_ranks(tmp_path: Path) -> None:
+    assert call("--budget 6 --device cpu --proxy-batch 4 --threads 1").exit_code == 0
+    picture_folder(tmp_path / "pictures", 2)
+    # As the invented study's data cannot be had.
+    result = call("retrain --data pictures --resolution 16 --steps 2 --top 1 --dominated 3")
+    assert result.exit_code == 0, result.output
+    assert "2 steps of 4 images of pictures at 16x16" in result.stdout
+    assert "Kendall" in result.stdout
+    assert "The front among these" in result.stdout or "No network" in result.stdout
+    assert "4 networks, 4 to be trained" in result.stderr
+    assert (
+        "4 networks, 0 to be trained"
+        in call("retrain --data pictures --resolution 16 --steps 2 --top 1 --dominated 3").stderr
+    )
 
 
 # -- Looking ---------------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -295,6 +296,7 @@ def test_a_folder_that_is_not_empty_wants_force(store: Store, config: SearchConf
     write(exported(store, config, top=1), out)
     (out / "mine.txt").write_text("mine")
     (out / "convfirst_4ms_t003" / "stale.txt").write_text("stale")
+    (out / "convfirst_4ms_t003" / "model.onnx").write_text("of weights that are no longer there")
     before = everything(out)
     with pytest.raises(UsageError, match=r"--out .*out: is not empty \(--force"):
         write(exported(store, config), out)
@@ -303,8 +305,9 @@ def test_a_folder_that_is_not_empty_wants_force(store: Store, config: SearchConf
     assert [path.name for path in written] == [directory_name(ms, number) for number, ms in enumerate((1, 2, 3, 4))]
     after = everything(out)
     assert after["mine.txt"] == b"mine"
-    # A directory is replaced whole.
-    assert "convfirst_4ms_t003/stale.txt" not in after
+    assert "convfirst_4ms_t003/model.onnx" not in after
+    # Ours is replaced, file by file: a training may be under way there.
+    assert after["convfirst_4ms_t003/stale.txt"] == b"stale"
 
 
 @pytest.mark.parametrize("there", [False, True])
@@ -322,7 +325,63 @@ def test_what_fails_halfway_leaves_nothing(store: Store, config: SearchConfig, t
     with pytest.raises(UsageError, match="--format x"):
         write(exported(store, config), out, [failing], force=there)
     assert everything(tmp_path / "deep") == before
-    assert out.exists() is there
+    assert (tmp_path / "deep").exists() is there
+    assert not list(tmp_path.rglob(".export*"))
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_an_interrupt_leaves_all_or_nothing(
+    store: Store, config: SearchConfig, tmp_path: Path, there: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two directories."""
+    out = tmp_path / "deep" / "out"
+    if there:
+        out.mkdir(parents=True)
+    rename, count = os.rename, 0
+
+    def interrupted(source: Path, target: Path) -> None:
+        nonlocal count
+        count += 1
+        if count == 3:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write(exported(store, config), out)
+    assert list(tmp_path.rglob("convfirst_*")) == []
+    assert (tmp_path / "deep").exists() is there
+    # What a killed process left behind does not count as content.
+    if there:
+        (out / ".export-abc").mkdir()
+    assert len(write(exported(store, config), out)) == 4
+
+
+def test_weights_of_a_training_are_not_lost_by_force(store: Store, config: SearchConfig, tmp_path: Path) -> None:
+    keep_weights(store, config, 3)
+    (folder,) = write(exported(store, config, top=1), tmp_path / "out")
+    torch.save({"state_dict": read(folder).arch.build(2).state_dict()}, tmp_path / "best.pth")
+    rewrite(folder, export.trained(read(folder), tmp_path / "best.pth"))
+    before = everything(tmp_path / "out")
+    with pytest.raises(UsageError, match=r"convfirst_4ms_t003: holds the weights of best\.pth; move it away first"):
+        write(exported(store, config), tmp_path / "out", force=True)
+    assert everything(tmp_path / "out") == before
+
+
+def test_what_a_user_edited_stays(store: Store, config: SearchConfig, tmp_path: Path) -> None:
+    (folder,) = write(exported(store, config, top=1), tmp_path / "out")
+    (folder / "train.yaml").write_text("epochs: 3\n")
+    (folder / "output").mkdir()
+    (folder / "output" / "last.pth").write_text("a training under way")
+    torch.save({"state_dict": read(folder).arch.build(2).state_dict()}, tmp_path / "best.pth")
+    notes: list[str] = []
+    inode = folder.stat().st_ino
+    rewrite(folder, export.trained(read(folder), tmp_path / "best.pth"), note=notes.append)
+    assert (folder / "train.yaml").read_text() == "epochs: 3\n"
+    assert [Path(note.partition(":")[0]).name for note in notes] == ["train.yaml"]
+    assert "those of `best.pth`" in (folder / "README.md").read_text()
+    assert (folder / "output" / "last.pth").exists()
+    assert folder.stat().st_ino == inode
 
 
 def test_a_folder_that_cannot_be_written_is_told(store: Store, config: SearchConfig, tmp_path: Path) -> None:
@@ -358,6 +417,12 @@ def damage(folder: Path, **changes: Any) -> None:
         ({"convfirst__latency__deployment__dtype": "int8"}, "damaged.*int8"),
         ({"convfirst__name": "no identifier"}, "damaged.*no Python identifier"),
         ({"pretrained_cfg__input_size": []}, "damaged"),
+        ({"convfirst__study": None}, "damaged"),
+        ({"convfirst__accuracy": None}, "damaged"),
+        ({"convfirst__weights": None}, "damaged"),
+        ({"convfirst__latency__anchor": None}, "damaged"),
+        ({"convfirst__latency__median_ms": None}, "damaged"),
+        ({"convfirst__latency__device": None}, "damaged"),
         ({"num_classes": 3}, "damaged.*Error"),
     ],
 )
@@ -407,7 +472,7 @@ def test_a_checkpoint_of_timms_training(store: Store, config: SearchConfig, tmp_
     checkpoint = tmp_path / "model_best.pth.tar"
     torch.save({"epoch": 1, "state_dict": plain} | ({"state_dict_ema": mean} if averaged else {}), checkpoint)
     network = export.trained(read(folder), checkpoint)
-    rewrite(folder, network, stale=["model.onnx"])
+    rewrite(folder, network)
     again = read(folder)
     wanted = mean if averaged else plain
     assert again.weights is not None
@@ -428,8 +493,12 @@ def test_checkpoints_that_do_not_fit_are_refused(store: Store, config: SearchCon
     checkpoint = tmp_path / "checkpoint.pth"
     with pytest.raises(UsageError, match=r"--checkpoint .*: no such file"):
         export.trained(network, checkpoint)
+    for content in ({"epoch": 3}, {"optimizer": {"lr": 1.0}}, {"state_dict": {"classifier.weight": torch.tensor(1.0)}}):
+        torch.save(content, checkpoint)
+        with pytest.raises(UsageError, match=r"--checkpoint .*: holds no weights of a network"):
+            export.trained(network, checkpoint)
     checkpoint.write_text("no checkpoint")
-    with pytest.raises(UsageError, match=r"--checkpoint .*: cannot be read"):
+    with pytest.raises(UsageError, match=r"--checkpoint .*: holds no weights of a network"):
         export.trained(network, checkpoint)
     torch.save({"state_dict": replace_stem(network.arch).build(2).state_dict()}, checkpoint)
     with pytest.raises(UsageError, match=r"--checkpoint .*: holds another network's weights") as caught:

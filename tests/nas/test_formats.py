@@ -17,8 +17,8 @@ from nas.bench import bench, remarks, tables
 from nas.config import LatencyConfig
 from nas.engines import ENGINES
 from nas.errors import UsageError
-from nas.export import Exported, read, write
-from nas.formats import COMPILED, FUSED, ONNX, PROGRAM, Format, makers, write_onnx, write_programs
+from nas.export import COMPILED, FUSED, ONNX, PROGRAM, Exported, read, write
+from nas.formats import Format, makers, write_onnx, write_programs
 from search_spaces.timm_config import timm_config
 from tests.conftest import make_tiny_space
 
@@ -42,6 +42,7 @@ def network(activation: str = "silu", weights: bool = True) -> Exported:
         },
         "latency": {
             "median_ms": 0.25, "p20_ms": 0.2, "p80_ms": 0.3, "interval_share": None, "stage": "search", "blocks": [],
+            "capped": False, "throttled": False,
             "computational_efficiency": None, "peak_macs_per_s": None, "deployment": DEPLOYMENT.__dict__,
             "device": {"kind": "cpu", "name": "another", "driver": "", "torch": "", "triton": ""},
             "anchor": {"arch_spec": json.loads(make_tiny_space().anchor().to_json()), "median_ms": 0.5},
@@ -78,12 +79,13 @@ def test_onnx_runtime_gives_torchs_logits_of_any_batch(activation: str, tmp_path
     assert [value.name for value in (*graph.input, *graph.output)] == ["images", "logits"]
     # Folded into the convolutions.
     assert not [node for node in graph.node if node.op_type == "BatchNormalization"]
+    assert [(each.domain, each.version) for each in onnx.load(path).opset_import] == [("", formats.OPSET)]
     # Of one file, which can be copied.
     assert [path.name for path in tmp_path.iterdir()] == [ONNX]
 
 
 def test_a_program_gives_torchs_logits_of_any_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(formats, "_has_compiler", lambda device: False)
+    monkeypatch.setattr(formats, "_has_compiler", lambda: False)
     notes: list[str] = []
     made = network()
     assert write_programs(made, tmp_path, notes.append) == [tmp_path / PROGRAM]
@@ -95,9 +97,7 @@ def test_a_program_gives_torchs_logits_of_any_batch(tmp_path: Path, monkeypatch:
         torch.testing.assert_close(program(images(count)), made.build()(images(count)), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.skipif(
-    not formats._has_compiler(torch.device("cpu")), reason="no C++ compiler: AOTInductor was not tested"
-)
+@pytest.mark.skipif(not formats._has_compiler(), reason="no C++ compiler: AOTInductor was not tested")
 def test_a_compiled_package_gives_torchs_logits_of_any_batch(tmp_path: Path) -> None:
     made = network()
     assert tmp_path / COMPILED in write_programs(made, tmp_path, lambda line: None)
@@ -116,6 +116,33 @@ def test_a_program_of_the_fused_operators(tmp_path: Path, kernel_device: torch.d
     x = images(3).to(kernel_device).contiguous(memory_format=torch.channels_last)
     expected = made.build().to(kernel_device)(x)
     torch.testing.assert_close(program.module()(x), expected, atol=1e-3, rtol=1e-3)
+
+
+def test_what_does_not_compile_here_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: object, **__: object) -> None:
+        raise RuntimeError("CppCompileError: no headers\nand more")
+
+    monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", failing)
+    monkeypatch.setattr(formats, "_has_compiler", lambda: True)
+    notes: list[str] = []
+    assert write_programs(network(), tmp_path, notes.append) == [tmp_path / PROGRAM]
+    assert notes[0] == f"{COMPILED}: left out, it does not compile here (RuntimeError: CppCompileError: no headers)"
+
+
+@pytest.mark.kernels
+def test_a_directory_is_served_with_fused_kernels(tmp_path: Path, kernel_device: torch.device) -> None:
+    """As its README says."""
+    import timm
+
+    import kernels
+
+    made = network()
+    (folder,) = write([made], tmp_path / "out")
+    model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().to(kernel_device)
+    fused = kernels.fuse(model, dtype=torch.float32)
+    assert all(part.fused for part in fused.parts)
+    x = images(2).to(kernel_device).contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(fused(x), made.build().to(kernel_device)(x), atol=1e-3, rtol=1e-3)
 
 
 def test_what_gives_other_logits_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,11 +203,14 @@ def test_every_format_is_timed(weights: bool, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("quick_engines")
 def test_a_file_that_does_not_run_here_is_told_and_the_rest_timed(tmp_path: Path) -> None:
     (folder,) = write([network()], tmp_path / "out")
-    (folder / COMPILED).write_bytes(b"of another machine")
+    for name in (COMPILED, PROGRAM, ONNX):
+        (folder / name).write_bytes(b"of another machine")
     rows = bench([(folder, read(folder))], DEPLOYMENT)
-    (broken,) = [row for row in rows if row.latency is None]
-    assert broken.what == "AOTInductor"
-    assert any(line.startswith("convfirst_1ms_t001, AOTInductor: left out (") for line in remarks(rows))
+    broken = {row.what for row in rows if row.latency is None}
+    assert broken == {"AOTInductor", "torch.export", "ONNX Runtime"}
+    assert {row.what for row in rows if row.latency} == {"eager", "torchscript"}
+    for what in broken:
+        assert any(line.startswith(f"convfirst_1ms_t001, {what}: left out (") for line in remarks(rows))
     # In another deployment files of one resolution are made anew, and what was recorded is no measure.
     rows = bench([(folder, read(folder))], replace(DEPLOYMENT, resolution=24))
     assert all(row.latency is not None and row.recorded_ms is None for row in rows)

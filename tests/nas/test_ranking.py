@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from nas.ranking import bands, rankings
+from nas.ranking import bands, gain, rankings
 
 
 def test_kendall_and_spearman_by_hand() -> None:
@@ -38,6 +38,18 @@ def test_what_does_not_vary_ranks_nothing() -> None:
     found = rankings({"flat": [1.0] * 6}, [1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6])
     assert all(math.isnan(each.kendall.value) and math.isnan(each.spearman.value) for each in found)
     assert {str(each.kendall) for each in found} == {"-"}
+
+
+def test_the_gain_over_a_rival_is_of_the_same_networks() -> None:
+    rng = np.random.default_rng(0)
+    truth = rng.normal(size=60)
+    good, bad = truth + 0.3 * rng.normal(size=60), rng.normal(size=60)
+    better = gain(list(good), list(bad), list(truth))
+    assert 0 < better.low < better.value < better.high
+    found = rankings({"good": list(good), "bad": list(bad)}, list(truth), [1.0] * 60)
+    assert better.value == pytest.approx(found[0].kendall.value - found[1].kendall.value)
+    equal = gain(list(good), list(good), list(truth))
+    assert (equal.low, equal.value, equal.high) == (0, 0, 0)
 
 
 def test_bands_of_latency() -> None:

@@ -63,8 +63,10 @@ def imported(tmp_path: Path) -> Iterator[Callable[[Path], ModuleType]]:
     yield load
     for name in names:
         del sys.modules[name]
-        timm.models._registry._model_entrypoints.pop(name, None)
-        timm.models._registry._clear_model_entries(name)
+        registry = timm.models._registry
+        registry._model_entrypoints.pop(name, None)
+        # Overwritten they are, too, and with a warning.
+        registry._model_pretrained_cfgs.pop(name, None)
 
 
 def directory(folder: Path, arch: ArchSpec, resolution: int = 32) -> Path:
@@ -152,6 +154,18 @@ def test_the_configuration_is_timms_own(arch: ArchSpec, tmp_path: Path) -> None:
     again = json.loads((tmp_path / "again" / "config.json").read_text())
     assert again == json.loads((folder / "config.json").read_text())
     assert timm.create_model(f"local-dir:{tmp_path / 'again'}", pretrained=True) is not None
+
+
+def test_what_timm_saves_under_another_name_can_be_built(
+    tmp_path: Path, imported: Callable[[Path], ModuleType]
+) -> None:
+    arch = make_tiny_space().smallest()
+    imported(directory(tmp_path, arch) / f"{NAME}.py")
+    model = timm.create_model(NAME, num_classes=3).eval()
+    save_for_hf(model, str(tmp_path / "saved"), safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path / 'saved'}", pretrained=True).eval()
+    images = torch.randn(1, 3, 16, 16)
+    assert torch.equal(again(images), model(images))
 
 
 def test_weights_beside_the_file_are_its_own(tmp_path: Path, imported: Callable[[Path], ModuleType]) -> None:
