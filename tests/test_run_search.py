@@ -791,11 +791,10 @@ def test_retraining_prints_networks_and_ranks(tmp_path: Path) -> None:
     assert "2 steps of 4 images of pictures at 16x16" in result.stdout
     assert "Kendall" in result.stdout
     assert "The front among these" in result.stdout or "No network" in result.stdout
-    assert "4 networks, 4 to be trained" in result.stderr
-    assert (
-        "4 networks, 0 to be trained"
-        in call("retrain --data pictures --resolution 16 --steps 2 --top 1 --dominated 3").stderr
-    )
+    # Of an invented search, most candidates may be on the front.
+    assert re.search(r"(\d) networks, \1 to be trained", result.stderr)
+    again = call("retrain --data pictures --resolution 16 --steps 2 --top 1 --dominated 3")
+    assert re.search(r"\d networks, 0 to be trained", again.stderr)
 
 
 # -- Looking ---------------------------------------------------------------------------------------------------------
