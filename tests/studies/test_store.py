@@ -34,6 +34,7 @@ from studies import (
     LatencyStage,
     Owner,
     Profile,
+    Retraining,
     StorageError,
     Store,
     Study,
@@ -45,7 +46,8 @@ OTHER_DEVICE = DEVICE | dict(name="a GPU", kind="cuda")
 OURS = {
     "convfirst_alembic_version", "convfirst_baseline_latencies", "convfirst_baseline_trainings",
     "convfirst_block_latencies", "convfirst_candidates", "convfirst_devices",
-    "convfirst_latencies", "convfirst_learning_curves", "convfirst_profiles", "convfirst_studies",
+    "convfirst_latencies", "convfirst_learning_curves", "convfirst_profiles", "convfirst_retrainings",
+    "convfirst_studies",
 }  # fmt: skip
 
 
@@ -111,6 +113,14 @@ def make_baseline_latency(name: str, median_ms: float | None, **changes: Any) ->
     return BaselineLatency(**(fields | changes))
 
 
+def make_retraining(candidate: Candidate, accuracy: float | None, **changes: Any) -> Retraining:
+    fields = dict(
+        trial_id=candidate.trial_id, data="digits", data_fingerprint="f", resolution=32, steps=800, batch_size=32,
+        learning_rate=8e-3, seed=0, accuracy=accuracy, loss=1.0, train_seconds=2.0,
+    )  # fmt: skip
+    return Retraining(**(fields | changes))
+
+
 def make_candidate(
     study: Study, trial_id: int, number: int, accuracy: float | None, latency_ms: float | None, **changes: Any
 ) -> Candidate:
@@ -157,7 +167,9 @@ def test_opening_twice_finds_the_same(any_url: str) -> None:
         store = Store.open(any_url, create=True)
         assert store is not None
         assert set(inspect(store.engine).get_table_names()) >= OURS
-        assert {"pareto_front", "convfirst_evaluations"} <= set(inspect(store.engine).get_view_names())
+        assert {"pareto_front", "convfirst_evaluations", "convfirst_retrained", "retrained_front"} <= set(
+            inspect(store.engine).get_view_names()
+        )
         assert schema.current(store.engine) == schema.head()
         if store.find_study("one") is None:
             make_study(store)
@@ -365,6 +377,35 @@ def test_baselines_stand_beside_the_candidates(store: Store) -> None:
     assert list(store.front("one")["number"]) == [0]
 
 
+def test_longer_trainings_have_a_front_of_their_own(store: Store) -> None:
+    """Each kind of them; the newest of a kind counts, and what failed has no accuracy."""
+    study = make_study(store)
+    rows = [add(store, study, accuracy, ms) for accuracy, ms in ((0.5, 1.0), (0.4, 2.0), (0.6, 3.0), (0.7, 4.0))]
+    for row, accuracy in zip(rows, (0.1, 0.8, 0.9, 0.85), strict=True):
+        store.add_retraining(make_retraining(row, accuracy))
+    store.add_retraining(make_retraining(rows[0], 0.7))
+    store.add_retraining(make_retraining(rows[0], 0.2, steps=1600))
+    store.add_retraining(make_retraining(rows[1], 0.1, steps=1600))
+    store.add_retraining(make_retraining(rows[2], None, reason="the loss diverged", steps=1600))
+    assert list(store.front("one")["number"]) == [0, 2, 3]
+    front = store.retrained_front("one")
+    found = list(zip(front["number"], front["retrained_steps"], front["retrained_accuracy"], strict=True))
+    assert sorted(found) == [(0, 800, 0.7), (0, 1600, 0.2), (1, 800, 0.8), (2, 800, 0.9)]
+    assert len(store.retrained("one")) == 6
+    # The proxy's stay beside them.
+    assert set(store.retrained("one")["accuracy"]) == {0.5, 0.4, 0.6, 0.7}
+    assert len(store.retrainings(study.study_id)) == 7
+    assert store.retrainings(make_study(store, "two").study_id) == []
+
+
+def test_a_longer_training_of_a_candidate_that_is_gone_is_refused(store: Store) -> None:
+    row = add(store, make_study(store), 0.5, 1.0)
+    optuna.delete_study(study_name="one", storage=store.optuna_storage)
+    with pytest.raises(StorageError, match="the study was deleted"):
+        store.add_retraining(make_retraining(row, 0.5))
+    assert counts(store)["convfirst_retrainings"] == 0
+
+
 def test_baselines_of_a_study_that_is_gone_are_refused(store: Store) -> None:
     study = make_study(store)
     optuna.delete_study(study_name="one", storage=store.optuna_storage)
@@ -489,6 +530,7 @@ def test_deleting_a_study_as_the_dashboard_does_leaves_nothing_of_ours(any_url: 
     for study in (doomed, kept):
         store.add_baselines(study.study_id, [make_training("a")])
         store.add_baselines(study.study_id, [make_baseline_latency("a", 1.0, device_id=study.device_id)])
+        store.add_retraining(make_retraining(store.candidates(study.study_id)[0], 0.5))
     # A storage of its own, which like the dashboard's asks SQLite for no foreign keys.
     optuna.delete_study(study_name="one", storage=optuna.storages.RDBStorage(any_url))
     assert store.find_study("one") is None
@@ -496,7 +538,7 @@ def test_deleting_a_study_as_the_dashboard_does_leaves_nothing_of_ours(any_url: 
     assert counts(store) == {
         "convfirst_baseline_latencies": 1, "convfirst_baseline_trainings": 1, "convfirst_block_latencies": 1,
         "convfirst_candidates": 2, "convfirst_devices": 1, "convfirst_latencies": 2, "convfirst_learning_curves": 4,
-        "convfirst_profiles": 1, "convfirst_studies": 1,
+        "convfirst_profiles": 1, "convfirst_retrainings": 1, "convfirst_studies": 1,
     }  # fmt: skip
     # A new study takes the old one's name, and on SQLite its ids.
     again = make_study(store)
