@@ -703,14 +703,14 @@ def _figures(contender: Contender) -> str:
 
 def table(contenders: Sequence[Contender], title: str) -> Table:
     """For a terminal of 80 columns."""
-    found = Table(title=title, title_justify="left", show_edge=False)
-    for header in ("network", "accuracy", "latency ms", "px", "params k", "MMACs", "rate", "converged"):
-        found.add_column(header, justify="left" if header == "network" else "right", overflow="fold")
+    found = Table(title=title, title_justify="left", show_edge=False, padding=(0, 0, 0, 1))
+    for header in ("network", "accuracy", "latency ms", "px", "params k", "MMACs", "converged"):
+        left = header == "network"
+        found.add_column(header, justify="left" if left else "right", overflow="fold" if left else "ellipsis")
     for each in contenders:
         found.add_row(
             each.name, f"{each.accuracy:.1%}", f"{each.latency_ms:.4f}", str(each.resolution),
-            f"{each.params / 1e3:,.0f}", f"{each.macs / 1e6:,.1f}", f"{each.learning_rate:g}",
-            "yes" if each.converged else "no",
+            f"{each.params / 1e3:,.0f}", f"{each.macs / 1e6:,.1f}", "yes" if each.converged else "no",
         )  # fmt: skip
     return found
 
