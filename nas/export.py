@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -294,31 +295,18 @@ def recipe(params: int, resolution: int) -> dict[str, Any]:
     Small networks underfit: strong augmentation costs them accuracy (Steiner et al., arXiv 2106.10270; Tan and Le,
     arXiv 2104.00298, table 6). The strongest is that of ConvNeXt (arXiv 2201.03545), the schedule its, too.
     """
-    small_images = {"scale": [0.35, 1.0]} if resolution < 128 else {"scale": [0.08, 1.0]}
-    if params < 3e6:
-        return {
-            "aa": "rand-m5-mstd0.5-inc1",
-            "mixup": 0.0,
-            "cutmix": 0.0,
-            "reprob": 0.0,
-            "drop_path": 0.0,
-        } | small_images
-    if params < 12e6:
-        return {
-            "aa": "rand-m7-mstd0.5-inc1",
-            "mixup": 0.2,
-            "cutmix": 0.2,
-            "reprob": 0.1,
-            "drop_path": 0.05,
-        } | small_images
-    drop_path = 0.1 if params < 30e6 else 0.2
+    # Millions of parameters at most; RandAugment's magnitude, mixup, cutmix, random erasing, stochastic depth.
+    steps = (
+        (3, 5, 0.0, 0.0, 0.0, 0.0), (12, 7, 0.2, 0.2, 0.1, 0.05), (30, 9, 0.8, 1.0, 0.25, 0.1),
+        (math.inf, 9, 0.8, 1.0, 0.25, 0.2),
+    )  # fmt: skip
+    _, magnitude, mixup, cutmix, reprob, drop_path = next(step for step in steps if params < 1e6 * step[0])
     return {
-        "aa": "rand-m9-mstd0.5-inc1",
-        "mixup": 0.8,
-        "cutmix": 1.0,
-        "reprob": 0.25,
+        "aa": f"rand-m{magnitude}-mstd0.5-inc1", "mixup": mixup, "cutmix": cutmix, "reprob": reprob,
         "drop_path": drop_path,
-    } | small_images
+        # Of a small image a small part shows nothing.
+        "scale": [0.35 if resolution < 128 else 0.08, 1.0],
+    }  # fmt: skip
 
 
 def write(networks: Sequence[Exported], out_dir: Path, formats: Formats = (), force: bool = False) -> list[Path]:
@@ -348,7 +336,7 @@ def write(networks: Sequence[Exported], out_dir: Path, formats: Formats = (), fo
                     _fill(aside / network.name, network, formats)
                 for place in places:
                     if place.exists():
-                        _merge(aside / place.name, place, stale=FILES)
+                        _merge(aside / place.name, place, stale=(WEIGHTS, *FILES))
                     else:
                         os.rename(aside / place.name, place)
                         made.append(place)
@@ -365,10 +353,12 @@ def write(networks: Sequence[Exported], out_dir: Path, formats: Formats = (), fo
 
 def _require_no_training(place: Path) -> None:
     """Raises UsageError where a directory holds more than a search gave it."""
-    if (place / CONFIG).exists():
-        weights = read(place).config[SECTION]["weights"]
-        if weights not in (None, PROXY_WEIGHTS):
-            raise UsageError(f"{place}: holds the weights of {weights}; move it away first")
+    if not (place / CONFIG).exists():
+        return
+    there = read(place)
+    named = there.config[SECTION]["weights"]
+    if there.weights is not None and named != PROXY_WEIGHTS:
+        raise UsageError(f"{place}: holds the weights of {named or 'a training'}; move it away first")
 
 
 def rewrite(folder: Path, network: Exported, formats: Formats = (), note: Note = lambda line: None) -> None:

@@ -366,6 +366,17 @@ def test_weights_of_a_training_are_not_lost_by_force(store: Store, config: Searc
     with pytest.raises(UsageError, match=r"convfirst_4ms_t003: holds the weights of best\.pth; move it away first"):
         write(exported(store, config), tmp_path / "out", force=True)
     assert everything(tmp_path / "out") == before
+    # Nor those that somebody put there without a word to the configuration.
+    (other,) = write(exported(store, config, trials=(0,)), tmp_path / "other")
+    save_file(read(other).build().state_dict(), other / "model.safetensors")
+    with pytest.raises(UsageError, match="holds the weights of a training"):
+        write(exported(store, config, trials=(0,)), tmp_path / "other", force=True)
+    # The proxy's give way.
+    keep_weights(store, config, 1)
+    (proxy,) = write(exported(store, config, trials=(1,)), tmp_path / "proxy")
+    Weights(weight_folder(config.storage), study_id(store, config)).keep_only(())
+    write(exported(store, config, trials=(1,)), tmp_path / "proxy", force=True)
+    assert not (proxy / "model.safetensors").exists()
 
 
 def test_what_a_user_edited_stays(store: Store, config: SearchConfig, tmp_path: Path) -> None:
