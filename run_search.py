@@ -291,28 +291,22 @@ def baselines(
     download: Annotated[bool, typer.Option(help="Fetch CIFAR or timm data.")] = False,
 ) -> None:
     """Train and measure known networks beside a study's own, and say what the found ones are worth."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with _reported(storage), _opened(storage, study, write=True) as store:
-            from nas import baselines as known
+    with _interruptible(), _reported(storage), _opened(storage, study, write=True) as store:
+        from nas import baselines as known
 
-            flags = {
-                "models": ("--models", models), "found": ("--found", found), "steps": ("--steps", steps),
-                "learning_rates": ("--learning-rates", learning_rates), "map_size": ("--map", map_size),
-            }  # fmt: skip
-            config = _checked(
-                known.BaselineConfig, flags, models=known.names(models), found=found, steps=steps,
-                learning_rates=known.rates(learning_rates), map_size=map_size, data_dir=data_dir, download=download,
-            )  # fmt: skip
-            known.compare(store, study, config, _note)
-            compared = known.contenders(store, study)
-            out.print(known.table(compared, f"Baselines of {study}"))
-            for line in (*known.training_lines(compared), *known.failures(store, study), *known.verdict(compared)):
-                out.print(line, highlight=False, soft_wrap=True, markup=False)
-    except KeyboardInterrupt:
-        err.print("Interrupted. What was finished is kept; the same command goes on from there.", highlight=False)
-        sys.stdout.flush()
-        os._exit(130)
+        flags = {
+            "models": ("--models", models), "found": ("--found", found), "steps": ("--steps", steps),
+            "learning_rates": ("--learning-rates", learning_rates), "map_size": ("--map", map_size),
+        }  # fmt: skip
+        config = _checked(
+            known.BaselineConfig, flags, models=known.names(models), found=found, steps=steps,
+            learning_rates=known.rates(learning_rates), map_size=map_size, data_dir=data_dir, download=download,
+        )  # fmt: skip
+        known.compare(store, study, config, _note)
+        compared = known.contenders(store, study)
+        out.print(known.table(compared, f"Baselines of {study}"))
+        for line in (*known.training_lines(compared), *known.failures(store, study), *known.verdict(compared)):
+            out.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -443,30 +437,24 @@ def retrain(
     download: Annotated[bool, typer.Option(help="Fetch CIFAR or timm data.")] = False,
 ) -> None:
     """Train the front and some it left behind for longer, and say how well the search ranked them."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        with _reported(storage), _opened(storage, study, write=True) as store:
-            from nas import retrain as retraining
+    with _interruptible(), _reported(storage), _opened(storage, study, write=True) as store:
+        from nas import retrain as retraining
 
-            flags = {
-                "top": ("--top", top), "dominated": ("--dominated", dominated), "steps": ("--steps", steps),
-                "resolution": ("--resolution", resolution),
-            }  # fmt: skip
-            config = _checked(
-                retraining.RetrainConfig, flags, top=top, dominated=dominated, steps=steps, data=data,
-                resolution=resolution, data_dir=data_dir, download=download,
-            )  # fmt: skip
-            found = retraining.retrain(store, study, config, _note)
-            out.print(found.set_up, highlight=False, soft_wrap=True, markup=False)
-            for table in retraining.tables(found, f"Longer trainings of {study}"):
-                out.print(table)
-                out.print()
-            for line in retraining.remarks(found):
-                out.print(line, highlight=False, soft_wrap=True, markup=False)
-    except KeyboardInterrupt:
-        err.print("Interrupted. What was finished is kept; the same command goes on from there.", highlight=False)
-        sys.stdout.flush()
-        os._exit(130)
+        flags = {
+            "top": ("--top", top), "dominated": ("--dominated", dominated), "steps": ("--steps", steps),
+            "resolution": ("--resolution", resolution),
+        }  # fmt: skip
+        config = _checked(
+            retraining.RetrainConfig, flags, top=top, dominated=dominated, steps=steps, data=data,
+            resolution=resolution, data_dir=data_dir, download=download,
+        )  # fmt: skip
+        found = retraining.retrain(store, study, config, _note)
+        out.print(found.set_up, highlight=False, soft_wrap=True, markup=False)
+        for table in retraining.tables(found, f"Longer trainings of {study}"):
+            out.print(table)
+            out.print()
+        for line in retraining.remarks(found):
+            out.print(line, highlight=False, soft_wrap=True, markup=False)
 
 
 @app.command()
@@ -685,6 +673,20 @@ def _formats(named: list[str] | None) -> list[Any]:
     return [Format(word) for word in words]
 
 
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """For work of which all that is finished is kept. A polite kill, as schedulers and containers send it, ends it as
+    Ctrl-C does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print("Interrupted. What was finished is kept; the same command goes on from there.", highlight=False)
+        sys.stdout.flush()
+        # Not sys.exit: worker threads of torch and OpenMP may take seconds to be joined.
+        os._exit(130)
+
+
 def _note(line: str) -> None:
     """Progress, beside what a command prints."""
     err.print(line, highlight=False, soft_wrap=True, markup=False)
@@ -784,9 +786,7 @@ def _config(
 
 
 def _run(config: SearchConfig, take_over: bool) -> None:
-    # A polite kill, as schedulers and containers send it, ends a search as Ctrl-C does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
+    with _interruptible():
         # Importing torch takes seconds, in which Ctrl-C may come, too.
         from nas import study
         from nas.progress import LiveProgress, PlainProgress, shares_line
@@ -800,11 +800,6 @@ def _run(config: SearchConfig, take_over: bool) -> None:
                 result = run(config, progress=progress)
         else:
             result = run(config, progress=PlainProgress(out))
-    except KeyboardInterrupt:
-        err.print("Interrupted. What was finished is kept; the same command goes on from there.", highlight=False)
-        # Not sys.exit: worker threads of torch and OpenMP may take seconds to be joined.
-        sys.stdout.flush()
-        os._exit(130)
     _print_front(result.pareto_front, f"Pareto front of {config.study} ({result.complete} candidates)")
     shown = displayed(config.storage)
     for line in (
