@@ -259,8 +259,7 @@ def test_weights_of_another_architecture_are_not_taken(store: Store, config: Sea
     assert exported(store, config, top=1)[0].weights is None
 
 
-@pytest.mark.parametrize("params", [1e5, 5e6, 2e7, 5e7])
-@pytest.mark.parametrize("resolution", [32, 224])
+@pytest.mark.parametrize(("params", "resolution"), [(1e5, 32), (5e6, 224), (2e7, 224), (5e7, 32)])
 def test_the_recipe_speaks_train_pys_language(
     store: Store, config: SearchConfig, params: float, resolution: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

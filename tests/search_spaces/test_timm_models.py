@@ -106,8 +106,7 @@ def test_all_ways_lead_to_one_network(arch: ArchSpec, tmp_path: Path, imported: 
         assert torch.equal(model.eval()(images), expected)
 
 
-@pytest.mark.parametrize("stages", [1, 2, 3, 4])
-@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("stages", "activation"), list(zip((1, 2, 3, 4), ACTIVATIONS, strict=True)))
 def test_features_of_any_number_of_stages(
     stages: int, activation: str, tmp_path: Path, imported: Callable[[Path], ModuleType]
 ) -> None:
@@ -223,11 +222,10 @@ def test_the_file_needs_timm_alone_and_runs_its_scripts(tmp_path: Path) -> None:
     done = run(tmp_path, "-W", "error::UserWarning", str(folder / f"{NAME}.py"), "scripts/train.py", "--model", NAME)
     assert done.returncode == 5, done.stderr
     assert done.stdout.split() == ["train.py", str(CLASSES), "True"]
-    for words in ((), ("no_such.py",)):
-        done = run(tmp_path, str(folder / f"{NAME}.py"), *words)
-        assert done.returncode == 1
-        assert done.stderr.startswith("usage: python")
-        assert "Traceback" not in done.stderr
+    done = run(tmp_path, str(folder / f"{NAME}.py"), "no_such.py")
+    assert done.returncode == 1
+    assert done.stderr.startswith("usage: python")
+    assert "Traceback" not in done.stderr
 
 
 def test_file_and_package_do_not_quarrel(tmp_path: Path, imported: Callable[[Path], ModuleType]) -> None:
