@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -33,7 +33,7 @@ from nas.latency import threads
 from nas.parts import layers
 from nas.proxy import ProxyResult
 from nas.remeasure import TOGETHER, of_deployment
-from nas.trainings import Trainer, Unit
+from nas.trainings import Trainer, Unit, fill
 from nas.worker import Worker
 from nas.yardsticks import Corrected, Timed, Yardsticks
 from search_spaces import ArchSpec, cost
@@ -486,13 +486,9 @@ class _Run:
             learning_rate=unit.learning_rate, kind=entrant.kind, summary=entrant.summary, trial=entrant.trial,
             params=entrant.params, macs=entrant.macs, classes=self.trainer.classes,
         )  # fmt: skip
-        if isinstance(result, CandidateFailed):
-            row.reason = str(result)
-        else:
-            row.accuracy, row.loss, row.train_seconds = result.accuracy, result.loss, result.seconds
-            row.curve = json.dumps([astuple(point) for point in result.curve])
+        worth = fill(row, result)
         self.store.add_baselines(self.row.study_id, [row])
-        return _told(row)
+        return f"{unit.trainee.name}, {unit.steps} steps at {unit.learning_rate:g}: {worth}"
 
 
 def _key(unit: Unit) -> tuple[str, int, int, float]:
@@ -521,11 +517,6 @@ def spread(size: int, count: int) -> list[int]:
 def _best(rows: Sequence[BaselineTraining]) -> BaselineTraining:
     """The most accurate, of equal ones that of the lowest learning rate."""
     return max(rows, key=lambda row: (-1.0 if row.accuracy is None else row.accuracy, -row.learning_rate))
-
-
-def _told(row: BaselineTraining) -> str:
-    worth = f"failed ({row.reason})" if row.accuracy is None else f"{row.accuracy:.1%} in {row.train_seconds:.0f} s"
-    return f"{row.name}, {row.steps} steps at {row.learning_rate:g}: {worth}"
 
 
 # -- what came of it -----------------------------------------------------------------------------------------------

@@ -15,6 +15,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from kernels.timing import DeviceInfo
+from nas.analysis import Note
 from nas.config import LatencyConfig
 from nas.engines import ENGINES, deploy, runs_on
 from nas.errors import CandidateFailed, UsageError, memory_may_run_out
@@ -29,7 +30,6 @@ from search_spaces import ArchSpec, cost
 # What runs a file that is there.
 PACKAGES = {COMPILED: "AOTInductor", FUSED: "torch.export, fused"}
 
-Note = Callable[[str], None]
 Forwards = list[Callable[[], object]]
 
 

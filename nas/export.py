@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from kernels.timing import DeviceInfo
-from nas.analysis import from_table
+from nas.analysis import Note, from_table
 from nas.block_table import BlockTable
 from nas.config import LatencyConfig
 from nas.errors import UsageError, of_this_version
@@ -46,7 +46,6 @@ SECTION = "convfirst"
 PROXY_WEIGHTS = "proxy"
 
 Formats = Sequence[Callable[["Exported", Path], object]]
-Note = Callable[[str], None]
 
 
 @dataclass(frozen=True)

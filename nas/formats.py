@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.fold import fold_batch_norms
+from nas.analysis import Note
 from nas.errors import UsageError
 from nas.export import COMPILED, FUSED, ONNX, PROGRAM, Exported
 
@@ -26,8 +27,6 @@ INPUT, OUTPUT = "images", "logits"
 OPSET = 20
 # Logits of a format may differ from torch's by so much of the largest: float32 summed in another order, and 16 bits.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
-Note = Callable[[str], None]
 
 
 class Format(StrEnum):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import pandas as pd
 from rich.table import Table
 
 from nas import pareto
+from nas.analysis import Note
 from nas.baselines import LONG, Entrant
 from nas.config import DataConfig, LatencyConfig, ProxyConfig
 from nas.contenders import ContenderKind
@@ -21,11 +22,10 @@ from nas.evaluate import check_device
 from nas.proxy import ProxyResult
 from nas.ranking import Coefficient, Ranking, gain, rankings
 from nas.remeasure import of_deployment
-from nas.trainings import Trainer, Unit
+from nas.trainings import Trainer, Unit, fill
 from search_spaces import ArchSpec
 from studies import Retraining, Store, Study
 
-Note = Callable[[str], None]
 PROXY, PARAMS, MACS = "proxy accuracy", "params", "MACs"
 
 
@@ -92,8 +92,8 @@ def retrain(store: Store, name: str, config: RetrainConfig, note: Note = lambda 
     run = _Run(store, study, name, config, note)
     with run.trainer as trainer:
         trainer.data_path(run.data.resolution)
-        chosen = run.chosen()
-        lacking = [unit for trial_id, unit in run.units(chosen).items() if trial_id not in run.done()]
+        chosen, done = run.chosen(), run.done()
+        lacking = [unit for trial_id, unit in run.units(chosen).items() if trial_id not in done]
         note(f"{len(chosen)} networks, {len(lacking)} to be trained: {run.set_up}")
         trainer.train(lacking, run.write)
         return run.result(set(chosen["trial_id"]))
@@ -183,13 +183,7 @@ class _Run:
 
     def write(self, unit: Unit, result: ProxyResult | CandidateFailed) -> str:
         row = Retraining(trial_id=self.trial_ids[unit.trainee.name], data=self.data.source, **self._kind())
-        if isinstance(result, CandidateFailed):
-            row.reason = str(result)
-            worth = f"failed ({row.reason})"
-        else:
-            row.accuracy, row.loss, row.train_seconds = result.accuracy, result.loss, result.seconds
-            row.curve = json.dumps([astuple(point) for point in result.curve])
-            worth = f"{result.accuracy:.1%} in {result.seconds:.0f} s"
+        worth = fill(row, result)
         self.store.add_retraining(row)
         return f"{unit.trainee.name}: {worth}"
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields, replace
+from dataclasses import astuple, dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Protocol
@@ -18,14 +19,14 @@ from torch import nn
 
 from nas import data as image_data
 from nas import proxy
+from nas.analysis import Note
 from nas.config import DataConfig, ProxyConfig
 from nas.data import ImageData
 from nas.errors import CandidateFailed
 from nas.locks import WAITING, device_lock
 from nas.proxy import ProxyResult
 from nas.worker import Worker
-
-Note = Callable[[str], None]
+from studies import BaselineTraining, Retraining
 
 
 class Trainee(Protocol):
@@ -152,6 +153,16 @@ class Trainer:
             return worker.call(train_one, unit.trainee, path, config, str(self.device), self.seed)
         except CandidateFailed as error:
             return error
+
+
+def fill(row: BaselineTraining | Retraining, result: ProxyResult | CandidateFailed) -> str:
+    """Write what came of a training into its row; returns it in words."""
+    if isinstance(result, CandidateFailed):
+        row.reason = str(result)
+        return f"failed ({row.reason})"
+    row.accuracy, row.loss, row.train_seconds = result.accuracy, result.loss, result.seconds
+    row.curve = json.dumps([astuple(point) for point in result.curve])
+    return f"{result.accuracy:.1%} in {result.seconds:.0f} s"
 
 
 def train_one(trainee: Trainee, data_path: str, config: ProxyConfig, device: str, seed: int) -> ProxyResult:
