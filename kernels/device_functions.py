@@ -9,12 +9,21 @@ wrong and knows no inline assembly, so that those two lines have a second form f
 from __future__ import annotations
 
 import os
+from contextvars import ContextVar
 
 import triton
 import triton.language as tl
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 INTERPRET = tl.constexpr(INTERPRETED)
+# Set within `kernels.emulator.emulated`.
+EMULATED: ContextVar[bool] = ContextVar("EMULATED", default=False)
+
+
+def run_on_cpu() -> bool:
+    """Whether kernels take CPU tensors now."""
+    return INTERPRETED or EMULATED.get()
+
 
 # gelu(x) = x/2 (1 + tanh(x (a + b x^2 + c x^4))), fitted to the exact one: 2.6e-5 off at most, a twentieth of what the
 # usual tanh form is, and less than float16 keeps of any value above 0.06.

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kernels import convfirst, cost_model, head, mbconv, stem, tune
 from kernels.convfirst import ACTIVATE
-from kernels.device_functions import INTERPRETED
+from kernels.device_functions import run_on_cpu
 from kernels.head import HeadProblem, HeadTiling
 from kernels.mbconv import MBConvProblem
 from kernels.problem import COUNTERS, MAX_SPLITS, BlockProblem, Tiling
@@ -141,7 +141,7 @@ def require(x: Tensor, channels: int, dtype: torch.dtype, device: torch.device) 
         raise ValueError(f"input is on {x.device}, the layer on {device}")
     if not x.is_contiguous(memory_format=torch.channels_last):
         raise ValueError(f"input with strides {x.stride()} is not channels_last")
-    if x.device.type != "cuda" and not INTERPRETED:
+    if x.device.type != "cuda" and not run_on_cpu():
         raise ValueError(f"input is on {x.device}: fused kernels run on CUDA, or with TRITON_INTERPRET=1")
 
 

@@ -16,6 +16,9 @@ import torch
 
 from search_spaces import SearchSpace, StageChoices
 
+# For deterministic trainings on CUDA; cuBLAS reads it once, at the first product of the process.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
 optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
@@ -56,10 +59,18 @@ def _quick(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--emulate", type=int, metavar="CAPABILITY",
+        help="run the tests marked `kernels` as compiled for a GPU of that compute capability, emulated: 80, 89 or 90",
+    )  # fmt: skip
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The interpreter and the compiler cannot share a process, so there are two runs.
 
-    With TRITON_INTERPRET=1 only the tests marked `kernels` run, on the CPU; without it they run where there is a GPU.
+    With TRITON_INTERPRET=1 only the tests marked `kernels` run, on the CPU; without it they run where there is a GPU,
+    or with --emulate.
     """
     if INTERPRETED:
         config.hook.pytest_deselected(items=[item for item in items if not item.get_closest_marker("kernels")])
@@ -72,8 +83,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             continue
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="no CUDA device: what this test holds on a GPU was not tested"))
-        if item.get_closest_marker("kernels"):
-            item.add_marker(pytest.mark.skip(reason="no CUDA device: not tested as compiled (see TRITON_INTERPRET=1)"))
+        if item.get_closest_marker("kernels") and config.getoption("--emulate") is None:
+            item.add_marker(
+                pytest.mark.skip(reason="no CUDA device: not tested as compiled (see TRITON_INTERPRET=1 and --emulate)")
+            )
 
 
 def make_tiny_space(**changes: object) -> SearchSpace:
@@ -186,9 +199,16 @@ def any_url(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def kernel_device() -> torch.device:
-    """Where Triton's kernels can run now: a GPU, or the CPU under the interpreter."""
-    return torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+def kernel_device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
+    """Where Triton's kernels can run now: a GPU, or the CPU, interpreted or emulated."""
+    capability = request.config.getoption("--emulate")
+    if capability is None:
+        yield torch.device("cpu" if INTERPRETED else "cuda")
+        return
+    from kernels.emulator import emulated
+
+    with emulated(capability):
+        yield torch.device("cpu")
 
 
 @pytest.fixture

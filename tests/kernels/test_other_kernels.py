@@ -32,8 +32,10 @@ def relative_error(out: Tensor, exact: Tensor) -> float:
     return float((out.double() - exact).square().mean().sqrt() / exact.square().mean().sqrt())
 
 
-def check(kernel: Kernel, pack: Any, problem: Any, tiling: Any, shape: tuple[int, ...], layers: list[Tensor]) -> None:
-    device = torch.device("cpu") if ops.INTERPRETED else torch.device("cuda")
+def check(
+    kernel: Kernel, pack: Any, problem: Any, tiling: Any, shape: tuple[int, ...], layers: list[Tensor],
+    device: torch.device,
+) -> None:  # fmt: skip
     dtype = getattr(torch, problem.dtype)
     layers = [layer.to(device, dtype) for layer in layers]
     x = draw(*shape, seed=9).to(device, dtype).contiguous(memory_format=torch.channels_last)
@@ -62,13 +64,13 @@ STEM = StemProblem(2, 13, 10, 3, 24, 3, 2, "silu", "float16")
     ],
     ids=str,
 )
-def test_stem(problem: StemProblem, poisoned: None) -> None:
+def test_stem(problem: StemProblem, kernel_device: torch.device, poisoned: None) -> None:
     weight = draw(problem.out_channels, problem.in_channels, problem.kernel_size, problem.kernel_size, fan_in=27)
     layers = [weight, draw(problem.out_channels, seed=1)]
     shape = (problem.batch, problem.in_channels, problem.height, problem.width)
     assert stem.unsupported(problem) is None
     for tiling in {StemTiling(32), stem.tilings(problem)[0]}:
-        check(ops.STEM, stem.pack, problem, tiling, shape, layers)
+        check(ops.STEM, stem.pack, problem, tiling, shape, layers, kernel_device)
 
 
 HEAD = HeadProblem(3, 49, 72, 136, 10, "silu", "float16")
@@ -87,7 +89,7 @@ HEAD = HeadProblem(3, 49, 72, 136, 10, "silu", "float16")
     ],
     ids=str,
 )
-def test_head(problem: HeadProblem, pools: bool, poisoned: None) -> None:
+def test_head(problem: HeadProblem, pools: bool, kernel_device: torch.device, poisoned: None) -> None:
     layers = [
         draw(problem.features, problem.in_channels, 1, 1, fan_in=problem.in_channels), draw(problem.features, seed=1),
         draw(problem.classes, problem.features, fan_in=problem.features, seed=2), draw(problem.classes, seed=3),
@@ -95,7 +97,7 @@ def test_head(problem: HeadProblem, pools: bool, poisoned: None) -> None:
     shape = (problem.batch, problem.in_channels, problem.pixels, 1)
     assert head.unsupported(problem) is None
     assert head.tilings(problem)
-    check(ops.HEAD, head.pack, problem, HeadTiling(pools, block_k=64), shape, layers)
+    check(ops.HEAD, head.pack, problem, HeadTiling(pools, block_k=64), shape, layers, kernel_device)
 
 
 MBCONV = MBConvProblem(2, 7, 9, 24, 96, 40, 3, 1, 1, "silu", True, False, "float16", max_splits=2)
@@ -117,7 +119,7 @@ MBCONV = MBConvProblem(2, 7, 9, 24, 96, 40, 3, 1, 1, "silu", True, False, "float
     ],
     ids=str,
 )
-def test_mbconv(problem: MBConvProblem, tiling: Tiling, poisoned: None) -> None:
+def test_mbconv(problem: MBConvProblem, tiling: Tiling, kernel_device: torch.device, poisoned: None) -> None:
     hidden, into, out = problem.hidden_channels, problem.in_channels, problem.out_channels
     group, size = problem.group_width, problem.kernel_size
     layers = [
@@ -128,7 +130,7 @@ def test_mbconv(problem: MBConvProblem, tiling: Tiling, poisoned: None) -> None:
     assert mbconv.unsupported(problem) is None
     assert tiling.fits(problem)
     shape = (problem.batch, into, problem.height, problem.width)
-    check(ops.MBCONV, mbconv.pack, problem, tiling, shape, layers if problem.expands else layers[2:])
+    check(ops.MBCONV, mbconv.pack, problem, tiling, shape, layers if problem.expands else layers[2:], kernel_device)
 
 
 def test_every_supported_problem_has_tilings_and_none_takes_more_splits_than_there_is_scratch_for() -> None:

@@ -1,0 +1,320 @@
+"""The compiled kernels, run without a GPU; and that whatever the emulator watches for it does see.
+
+All tests marked `kernels` run so, too: `python -m pytest -m kernels --emulate 90`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import cost_model, emulator, ops, stem, tune
+from kernels.convfirst import launch, layer_by_layer, pack
+from kernels.cost_model import LIMITS
+from kernels.emulator import EmulationError, GlobalMemory, Program, described, emulated, parse
+from kernels.inspect import compile_block, shorthand
+from kernels.problem import BlockProblem, Tiling
+from tests.kernels.cases import BlockCase, covering_cases, error_bound, make_operands, new_scratch
+from tests.kernels.test_inspect import COVERING, problem_of
+from tests.kernels.test_other_kernels import STEM, check, draw
+
+CPU = torch.device("cpu")
+
+
+# -- Instructions ----------------------------------------------------------------------------------------------------
+
+HEADER = """
+.visible .entry kernel(
+	.param .u64 .ptr .global .align 1 kernel_param_0
+)
+.reqntid {threads}
+{{
+	.reg .pred %p<9>;
+	.reg .b16 %rs<9>;
+	.reg .b32 %r<99>;
+	.reg .b64 %rd<9>;
+"""
+# Each thread's own four bytes of the output.
+ADDRESS = """
+	ld.param.b64 %rd1, [kernel_param_0];
+	mov.u32 %r1, %tid.x;
+	shl.b32 %r2, %r1, 2;
+	cvt.u64.u32 %rd2, %r2;
+	add.s64 %rd3, %rd1, %rd2;
+"""
+
+
+def run(body: str, threads: int = 32, elements: int | None = None) -> np.ndarray:
+    """What the threads leave in a tensor of 32-bit words that begins as zeros."""
+    out = torch.zeros(elements or threads, dtype=torch.int32)
+    code = parse(HEADER.format(threads=threads) + ADDRESS + body + "\n}\n")
+    Program(code, {"kernel_param_0": out.data_ptr()}, GlobalMemory([out]), 4096, (0, 0, 0)).run()
+    return out.numpy().view(np.uint32)
+
+
+def value_of(body: str) -> int:
+    """%r9, after these instructions."""
+    return int(run(body + "st.global.b32 [%rd3], %r9;")[0])
+
+
+def bits(value: float) -> str:
+    return f"0f{np.float32(value).view(np.uint32):08X}"
+
+
+@pytest.mark.parametrize(
+    ("body", "expected"),
+    [
+        ("mov.b32 %r8, -7; mul.hi.s32 %r9, %r8, 5;", 0xFFFFFFFF),
+        ("mov.b32 %r8, -7; mul.hi.u32 %r9, %r8, 5;", 4),
+        ("mov.b32 %r8, -7; mad.lo.s32 %r9, %r8, 5, 3;", 0xFFFFFFE0),
+        ("mov.b32 %r8, -7; mul.wide.s32 %rd4, %r8, 5; shr.s64 %rd5, %rd4, 32; cvt.u32.u64 %r9, %rd5;", 0xFFFFFFFF),
+        ("mov.b32 %r8, -7; mul.wide.u32 %rd4, %r8, 5; shr.u64 %rd5, %rd4, 32; cvt.u32.u64 %r9, %rd5;", 4),
+        ("mov.b32 %r8, -7; div.s32 %r9, %r8, 2;", 0xFFFFFFFD),
+        ("mov.b32 %r8, -7; rem.s32 %r9, %r8, 2;", 0xFFFFFFFF),
+        ("mov.b32 %r8, 1; shl.b32 %r9, %r8, 32;", 0),
+        ("mov.b32 %r8, -8; shr.s32 %r9, %r8, 40;", 0xFFFFFFFF),
+        ("mov.b32 %r8, -8; shr.u32 %r9, %r8, 1;", 0x7FFFFFFC),
+        ("mov.b32 %r8, 0xABCD; bfe.u32 %r9, %r8, 8, 4;", 0xB),
+        ("mov.b32 %r8, 0xABCD; bfe.s32 %r9, %r8, 8, 4;", 0xFFFFFFFB),
+        ("mov.b32 %r7, 0x33221100; mov.b32 %r8, 0x77665544; prmt.b32 %r9, %r7, %r8, 0x5410;", 0x55441100),
+        ("mov.b32 %r8, 5; setp.lt.u32 %p1, %r8, 6; selp.b32 %r9, 1, 2, %p1;", 1),
+        ("mov.b32 %r8, -5; setp.lt.u32 %p1, %r8, 6; selp.b32 %r9, 1, 2, %p1;", 2),
+        (f"mov.b32 %r8, {bits(np.nan)}; setp.gtu.f32 %p1, %r8, {bits(1)}; selp.b32 %r9, 1, 2, %p1;", 1),
+        (f"mov.b32 %r8, {bits(np.nan)}; setp.gt.f32 %p1, %r8, {bits(1)}; selp.b32 %r9, 1, 2, %p1;", 2),
+        # The first source is the upper half; 1 is 3C00 and 3F80, 2 is 4000 in both.
+        (f"mov.b32 %r7, {bits(1)}; mov.b32 %r8, {bits(2)}; cvt.rn.f16x2.f32 %r9, %r7, %r8;", 0x3C004000),
+        (f"mov.b32 %r7, {bits(1)}; mov.b32 %r8, {bits(2)}; cvt.rn.bf16x2.f32 %r9, %r7, %r8;", 0x3F804000),
+        # Ties go to even: 1 + 2^-8 lies between 1 and 1 + 2^-7, 1 + 3 * 2^-8 between that and 1 + 2^-6.
+        (f"mov.b32 %r8, {bits(1 + 2**-8)}; cvt.rn.bf16x2.f32 %r9, %r8, {bits(1 + 3 * 2**-8)};", 0x3F803F82),
+        (f"mov.b32 %r8, {bits(np.nan)}; max.f32 %r9, %r8, {bits(2)};", 0x40000000),
+        (f"mov.b32 %r8, {bits(np.nan)}; max.NaN.f32 %r7, %r8, {bits(2)}; setp.nan.f32 %p1, %r7, %r7; "
+         "selp.b32 %r9, 1, 2, %p1;", 1),
+        ("mov.b32 %r7, 0x22221111; mov.b32 {%rs1, %rs2}, %r7; mov.b32 %r9, {%rs2, %rs1};", 0x11112222),
+    ],
+)  # fmt: skip
+def test_instructions_do_what_the_isa_says(body: str, expected: int) -> None:
+    assert value_of(body) == expected
+
+
+def test_a_tanh_is_as_inexact_as_the_hardwares() -> None:
+    xs = np.linspace(-4, 4, 33, dtype=np.float32)
+    found = [np.uint32(value_of(f"mov.b32 %r8, {bits(x)}; tanh.approx.f32 %r9, %r8;")).view(np.float32) for x in xs]
+    error = np.abs(np.array(found) - np.tanh(xs))
+    assert 0 < error.max() <= 2**-11
+
+
+def test_threads_part_and_meet_again() -> None:
+    found = run(
+        """
+        setp.lt.u32 %p1, %r1, 20;
+        mov.b32 %r9, 0;
+        @%p1 bra $L_FEW;
+        add.s32 %r9, %r9, 100;
+        bra.uni $L_END;
+    $L_FEW:
+        setp.lt.u32 %p2, %r1, 3;
+        @!%p2 bra $L_END;
+        add.s32 %r9, %r9, 1;
+    $L_END:
+        bar.sync 0;
+        add.s32 %r9, %r9, 1000;
+        st.global.b32 [%rd3], %r9;
+        ret;
+        """
+    )
+    assert found.tolist() == [1001] * 3 + [1000] * 17 + [1100] * 12
+
+
+def test_a_shuffle_crosses_lanes_of_a_warp() -> None:
+    found = run("shfl.sync.bfly.b32 %r9, %r1, 3, 31, -1; st.global.b32 [%rd3], %r9;", threads=64)
+    assert found.tolist() == [lane ^ 3 for lane in range(64)]
+
+
+def test_additions_to_one_place_are_all_counted_and_told_apart() -> None:
+    found = run("atom.global.gpu.acq_rel.add.u32 %r9, [%rd1 + 0], 2; st.global.b32 [%rd3+4], %r9;", elements=33)
+    assert found[0] == 64
+    assert sorted(found[1:].tolist()) == list(range(0, 64, 2))
+
+
+# -- What it watches for ---------------------------------------------------------------------------------------------
+
+OWN = "st.shared.b32 [%r2], %r1;"
+NEIGHBOURS = "xor.b32 %r3, %r2, 128;"
+COPY = "cp.async.ca.shared.global [%r2], [%rd3], 0x4; cp.async.commit_group;"
+
+
+@pytest.mark.parametrize(
+    ("body", "told"),
+    [
+        ("ld.global.b32 %r9, [%rd3+4];", "outside the tensors"),
+        ("st.global.b32 [%rd3+-4], %r1;", "outside the tensors"),
+        ("ld.global.v2.b32 {%r8, %r9}, [%rd3];", "misaligned"),
+        ("ld.shared.b32 %r9, [%r2];", "nobody wrote"),
+        (OWN + "ld.shared.b32 %r9, [%r2+4096];", "of 4096 shared"),
+        (OWN + NEIGHBOURS + "ld.shared.b32 %r9, [%r3];", "reads what another wrote"),
+        (OWN + "bar.sync 0; ld.shared.b32 %r9, [%r2];" + NEIGHBOURS + "st.shared.b32 [%r3], %r1;", "overwrites"),
+        (OWN + NEIGHBOURS + "st.shared.b32 [%r3], %r1;", "two warps write"),
+        (COPY + "bar.sync 0; ld.shared.b32 %r9, [%r2];", "being copied"),
+        (COPY + "cp.async.wait_group 1; ld.shared.b32 %r9, [%r2];", "being copied"),
+        ("setp.lt.u32 %p1, %r1, 20; @%p1 bra $L_ONE; bar.sync 0; $L_ONE: mov.b32 %r9, 0;", "not for all"),
+        ("add.s32 %r9, %r8, 1;", "%r8 has no value"),
+        ("vabsdiff4.u32 %r9, %r1, %r1, 0;", "not known"),
+    ],
+)
+def test_what_a_kernel_does_wrong_is_told(body: str, told: str) -> None:
+    with pytest.raises(EmulationError, match=re.escape(told)):
+        run(body, threads=64)
+
+
+def test_what_is_right_passes() -> None:
+    exchanged = OWN + "bar.sync 0;" + NEIGHBOURS + "ld.shared.b32 %r9, [%r3]; st.global.b32 [%rd3], %r9;"
+    assert run(exchanged, threads=64).tolist() == [*range(32, 64), *range(32)]
+    copied = COPY + "cp.async.wait_group 0; ld.shared.b32 %r9, [%r2]; add.s32 %r9, %r9, 1; st.global.b32 [%rd3], %r9;"
+    assert run(copied, threads=64).tolist() == [1] * 64
+
+
+PIPELINED = BlockCase(
+    BlockProblem(2, 7, 9, 64, 256, 64, 3, 8, 1, "silu", True, "float16"),
+    Tiling(64, 32, "mma", num_stages=3, conv_stages=3),
+)
+
+
+@pytest.mark.parametrize(
+    ("statement", "instead", "told"),
+    [
+        (r"bar\.sync\s+0;", "", "no barrier between|before that was waited for|nobody wrote"),
+        (r"cp\.async\.wait_group\s+\d+;", "cp.async.wait_group 99;", "waited for|nobody wrote"),
+        (r"(@!?%p\d+\s+)?cp\.async\.c[ag][^;]*;", "", "nobody wrote"),
+        (r"\[ (%rd\d+) \+ 0 \]", r"[ \1 + 1048576 ]", "outside the tensors"),
+    ],
+)
+def test_a_kernel_that_is_spoilt_is_found_out(
+    statement: str, instead: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert error_share(PIPELINED, 90) <= 1
+    good = compile_block(PIPELINED.problem, PIPELINED.tiling, 90).asm["ptx"]
+    bad = re.sub(statement, instead, good)
+    assert bad != good
+    monkeypatch.setattr(emulator, "Program", lambda code, *rest: Program(parse(bad), *rest))
+    with pytest.raises(EmulationError, match=told):
+        error_share(PIPELINED, 90)
+
+
+@pytest.mark.parametrize("major_rows", [False, True])
+@pytest.mark.parametrize("mode", [0, 1, 2, 3])
+def test_a_described_matrix_lies_in_a_place_of_its_own(mode: int, major_rows: bool) -> None:
+    row_bytes = {0: 16, 1: 128, 2: 64, 3: 32}[mode]
+    stride, leading = 8 * row_bytes, 16 * row_bytes
+    descriptor = (mode << 62) | ((stride >> 4) << 32) | ((leading >> 4) << 16) | (4096 >> 4)
+    addresses = described(descriptor, 8 * row_bytes // 16, 16, major_rows)
+    assert len(set(addresses.ravel().tolist())) == addresses.size
+    assert addresses.min() >= 4096
+    # Eight elements that follow one another along the contiguous dimension stay together.
+    runs = (addresses.T if major_rows else addresses)[:, :8]
+    assert (np.diff(runs, axis=1) == 2).all()
+
+
+# -- The kernels -----------------------------------------------------------------------------------------------------
+
+
+def error_share(case: BlockCase, capability: int) -> float:
+    """The emulated kernel's error, as a share of what rounding can make of it."""
+    problem = case.problem
+    x, layers = make_operands(problem, seed=1, device=CPU)
+    with emulated(capability):
+        out = launch(x, pack(layers, problem), problem, case.tiling, new_scratch(problem, case.tiling, CPU))
+    exact = layer_by_layer(x.double(), [layer.double() for layer in layers], problem)
+    # NaN is passed on.
+    return float(((out.double() - exact).abs() / error_bound(x, layers, problem)).max())
+
+
+@pytest.mark.parametrize("case", covering_cases()[::12], ids=str)
+def test_blocks_of_the_covering_set(case: BlockCase, poisoned: None) -> None:
+    assert error_share(case, 80) <= 1
+
+
+@pytest.mark.parametrize("row", [row for row in COVERING if row[2] <= 320], ids=lambda row: "-".join(map(str, row)))  # type: ignore[operator]
+def test_the_likeliest_tiling_for_hopper_computes_right(
+    row: tuple[object, ...], poisoned: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tilings of the real problems, products of warp groups among them, on a few of their pixels."""
+    counted: dict[str, int] = {}
+    execute = Program.run
+
+    def counting(program: Program) -> None:
+        execute(program)
+        for name, count in program.counted.items():
+            counted[name] = counted.get(name, 0) + count
+
+    monkeypatch.setattr(Program, "run", counting)
+    problem = problem_of(row)
+    tiling = cost_model.ranked(problem, LIMITS[90])[0]
+    few = replace(problem, batch=min(problem.batch, 2), height=min(problem.height, 7), width=min(problem.width, 9))
+    assert tiling.fits(few), shorthand(tiling)
+    assert error_share(BlockCase(few, tiling), 90) <= 1, shorthand(tiling)
+    assert ("wgmma" in counted) == (tiling.block_m >= 64)
+
+
+def test_a_stem(poisoned: None) -> None:
+    weight = draw(STEM.out_channels, STEM.in_channels, STEM.kernel_size, STEM.kernel_size, fan_in=27)
+    shape = (STEM.batch, STEM.in_channels, STEM.height, STEM.width)
+    with emulated(90):
+        check(ops.STEM, stem.pack, STEM, stem.tilings(STEM)[0], shape, [weight, draw(STEM.out_channels, seed=1)], CPU)
+
+
+@pytest.fixture
+def tuner_at_home(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The tuner on CPU tensors: no CUDA device to make current, no graph, and the CPU's clock."""
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(tune, "_graph", lambda run: run)
+    monkeypatch.setattr(tune, "CALLS", 1)
+    with emulated(90):
+        yield
+
+
+def test_the_tuner_compiles_side_by_side_checks_and_times(tuner_at_home: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = BlockProblem(1, 3, 5, 16, 32, 16, 3, 8, 1, "relu", True, "float16")
+    x, layers = make_operands(problem, seed=1, device=CPU)
+    weights = [*vars(pack(layers, problem)).values(), x]
+    task = tune.Task(ops.BLOCK, problem, x, weights, layers)
+    right, wrong = [Tiling(16, 16, "mma", num_stages=stages) for stages in (1, 2)]
+    tune.compile_together([(task, right), (task, wrong)])
+    compiled = ops.convfirst.convfirst_kernel.device_caches[90][0]
+    before = len(compiled)
+    assert before >= 2
+    launched = ops.BLOCK.launch
+
+    def half_wrong(x: Tensor, weights: list[Tensor], problem: BlockProblem, tiling: Tiling) -> Tensor:
+        out = launched(x, weights, problem, tiling)
+        return out + 1 if tiling == wrong else out
+
+    spoilt = replace(task, kernel=replace(ops.BLOCK, launch=half_wrong))
+    monkeypatch.setattr("kernels.timing.MIN_ROUNDS", 2)
+    with pytest.warns(UserWarning, match="computes .* wrong"):
+        choice = tune.time_tilings(spoilt, [right, wrong])
+    assert choice.tilings == (right,)
+    assert choice.layers_ms is not None
+    assert choice.tiling is None, "NumPy is not faster than torch"
+    # Nothing was left to compile.
+    assert len(compiled) == before
+
+
+# -- Bad input -------------------------------------------------------------------------------------------------------
+
+
+def test_an_unknown_capability_is_refused_by_name() -> None:
+    with pytest.raises(ValueError, match="capability=75 is none of 80, 89, 90"), emulated(75):
+        pass
+
+
+def test_outside_nothing_is_emulated() -> None:
+    with emulated(90):
+        assert ops.run_on_cpu()
+    assert not ops.run_on_cpu()
