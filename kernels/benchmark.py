@@ -225,17 +225,8 @@ class Passes:
         self.outputs: list[Tensor] = []
         if inputs[0].device.type != "cuda":
             return
-        # Libraries set themselves up in the first passes, which capture does not allow. The graph is captured on the
-        # very stream of those passes, for what they have set up may belong to it.
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.inference_mode(), torch.cuda.stream(side):
-            for x in inputs:
-                forward(x)
-        torch.cuda.current_stream().wait_stream(side)
-        self._graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode(), torch.cuda.graph(self._graph, stream=side):
-            self.outputs = [forward(x) for x in inputs]
+        with torch.inference_mode():
+            self._graph, self.outputs = timing.captured(lambda: [forward(x) for x in inputs])
 
     def __call__(self) -> None:
         if self._graph is not None:

@@ -381,6 +381,20 @@ class Graph:
         return self.replay()
 
 
+def _steps(network: Any) -> tuple[nn.Module, ...]:
+    """A timm network's modules in the order of its forward pass, none with others of them inside.
+
+    Called one after the other each gives its input free when it has run. timm's own forward passes hold the stem's
+    output, and each stage's input, until all blocks within have run.
+    """
+    blocks = [block for stage in network.blocks for block in stage]
+    if isinstance(network, MobileNetV3):
+        end = [network.global_pool, network.conv_head, network.norm_head, network.act2, network.flatten]
+    else:
+        end = [network.conv_head, network.bn2, network.global_pool]
+    return (network.conv_stem, network.bn1, *blocks, *end, network.classifier)
+
+
 class FusedNetwork(nn.Module):
     """A timm network for inference whose parts are fused where they can be. Made by `fuse`.
 
@@ -393,6 +407,7 @@ class FusedNetwork(nn.Module):
     def __init__(self, network: nn.Module, parts: Sequence[Part], dtype: torch.dtype, in_channels: int) -> None:
         super().__init__()
         self.network = network
+        self.steps = _steps(network)
         self.parts = tuple(parts)
         self.dtype = dtype
         self.in_channels = in_channels
@@ -437,7 +452,9 @@ class FusedNetwork(nn.Module):
         """
         if not torch.compiler.is_compiling():
             self._require(x)
-        return self.network(x)  # type: ignore[no-any-return]
+        for step in self.steps:
+            x = step(x)
+        return x
 
     def _require(self, x: Tensor) -> None:
         if self.fused_modules and not isinstance(x, FakeTensor):
@@ -469,7 +486,7 @@ class FusedNetwork(nn.Module):
             with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
                 shape = (batch, self.in_channels, resolution, resolution)
                 x = torch.empty(shape, dtype=self.dtype, device=self.device, memory_format=torch.channels_last)
-                self.network(x)
+                self(x)
         finally:
             for hook in hooks:
                 hook.remove()

@@ -119,21 +119,27 @@ def captured(run: Callable[[], Output]) -> tuple[torch.cuda.CUDAGraph, Output]:
     """
     # Libraries set themselves up in the first calls, which capture does not allow; what they set up may belong to the
     # stream, so that it is captured on the very same.
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
+    side, before = torch.cuda.Stream(), torch.cuda.current_stream()
+    side.wait_stream(before)
     with torch.cuda.stream(side):
         for _ in range(CALLS_BEFORE_CAPTURE):
             run()
-    torch.cuda.current_stream().wait_stream(side)
+    before.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=side):
-        output = run()
+    try:
+        with torch.cuda.graph(graph, stream=side):
+            output = run()
+    except BaseException:
+        # Where a capture cannot be ended torch leaves its stream the current one.
+        torch.cuda.set_stream(before)
+        raise
     return graph, output
 
 
 def time_interleaved(
-    runs: Sequence[Callable[[], None]], clock: Clock, seconds: float, min_sample_seconds: float
-) -> np.ndarray:
+    runs: Sequence[Callable[[], None]], clock: Clock, seconds: float, min_sample_seconds: float,
+    warmup_seconds: float | None = None,
+) -> np.ndarray:  # fmt: skip
     """Time the runs in turn, round after round, so that each sees the same weather.
 
     Args:
@@ -141,12 +147,13 @@ def time_interleaved(
         clock: measures a number of calls.
         seconds: of sampling, warm-up excluded; at least `MIN_ROUNDS` rounds are made.
         min_sample_seconds: calls are repeated until a sample lasts this long.
+        warmup_seconds: of each run, at least; `WARMUP_SECONDS` by default.
 
     Returns:
         Seconds per call, (rounds, len(runs)). Row by row the samples are neighbours in time; every other round runs in
         reverse order, so that no run always comes after the same neighbour.
     """
-    calls = [warm_up(run, clock, min_sample_seconds) for run in runs]
+    calls = [warm_up(run, clock, min_sample_seconds, warmup_seconds) for run in runs]
     rounds: list[list[float]] = []
     deadline = time.perf_counter() + seconds
     for row in _rounds(runs, calls, clock):
@@ -168,28 +175,34 @@ def _rounds(runs: Sequence[Callable[[], None]], calls: Sequence[int], clock: Clo
         yield row
 
 
-def warm_up(run: Callable[[], None], clock: Clock, min_sample_seconds: float) -> int:
-    """Run until it gets no faster, and at least `WARMUP_SECONDS`; returns the calls that make a sample long enough.
+def warm_up(
+    run: Callable[[], None], clock: Clock, min_sample_seconds: float, seconds: float | None = None
+) -> int:  # fmt: skip
+    """Run until it gets no faster, for `WARMUP_SECONDS` at least; returns the calls that make a sample long enough.
 
     Faster is a median of `WARMUP_WINDOW` samples that is lower than the one before by more than `WARMUP_TOLERANCE`.
+
+    Args:
+        seconds: instead of `WARMUP_SECONDS`.
     """
+    at_least = WARMUP_SECONDS if seconds is None else seconds
     # Once unmeasured: what a first call loads or compiles says nothing of how many make a sample.
     run()
     begin = time.perf_counter()
     calls, window, before = 1, list[float](), float("inf")
     while True:
-        seconds = clock(run, calls)
+        sample = clock(run, calls)
         passed = time.perf_counter() - begin
-        if seconds < min_sample_seconds:
-            calls = max(calls + 1, min(2 * calls, int(calls * min_sample_seconds / max(seconds, 1e-9)) + 1))
+        if sample < min_sample_seconds:
+            calls = max(calls + 1, min(2 * calls, int(calls * min_sample_seconds / max(sample, 1e-9)) + 1))
             window = []
             continue
-        window.append(seconds / calls)
+        window.append(sample / calls)
         if passed >= WARMUP_CAP_SECONDS:
             return calls
         if len(window) == WARMUP_WINDOW:
             median = float(np.median(window))
-            if median >= (1 - WARMUP_TOLERANCE) * before and passed >= WARMUP_SECONDS:
+            if median >= (1 - WARMUP_TOLERANCE) * before and passed >= at_least:
                 return calls
             before, window = median, []
 

@@ -17,6 +17,7 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,8 +32,13 @@ from kernels.cost_model import H200, LIMITS, Limits
 
 # Tilings that are compiled and timed; the cost model is meant to have the best among its first three.
 TRIED = 4
-# Of sampling, all in turns, for each that is timed; each is warmed up before.
+# Of sampling, all in turns, for each that is timed, and of warming up before. A search meets a new problem in nearly
+# every block: what tuning takes is what a candidate waits.
 SECONDS_EACH = 0.02
+WARMUP_SECONDS = 0.01
+# Calls in one CUDA graph: of fewer, launching the graph would be most of what is timed, for the smallest kernels take
+# less than that.
+CALLS = 16
 # Root mean square of the difference from torch's layers, over theirs, from which on a result is taken for wrong:
 # some ten roundings of the dtype.
 WRONG = {torch.float16: 1e-2, torch.bfloat16: 8e-2, torch.float32: 1e-3}
@@ -270,8 +276,14 @@ class _warming_up:
 
 
 def _graph(run: Callable[[], Tensor]) -> Callable[[], None]:
-    """The replay of a CUDA graph of one call."""
-    graph, output = timing.captured(run)
+    """The replay of a CUDA graph of `CALLS` calls, of which only the last one's output is kept."""
+
+    def calls() -> Tensor:
+        for _ in range(CALLS - 1):
+            run()
+        return run()
+
+    graph, output = timing.captured(calls)
 
     def replay() -> None:
         graph.replay()
@@ -287,13 +299,21 @@ def is_wrong(found: Tensor, expected: Tensor) -> bool:
     return not bool(error < WRONG[expected.dtype])
 
 
+def exact(dtype: torch.dtype) -> AbstractContextManager[None]:
+    """Within it convolutions of float32, which runs for checking, have all their bits; of other dtypes nothing changes.
+
+    By its default `torch.backends.cudnn.flags` would turn cuDNN off.
+    """
+    if dtype != torch.float32:
+        return contextlib.nullcontext()
+    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+
+
 def time_tilings(task: Task, tilings: Sequence[Any]) -> Choice:
     """The tilings that run and torch's layers, timed in turns in CUDA graphs."""
     device = task.x.device
     runs: dict[Any, Callable[[], None]] = {}
-    # Float32 runs for checking: both sides with all its bits.
-    exact = torch.backends.cudnn.flags(allow_tf32=False) if task.x.dtype == torch.float32 else contextlib.nullcontext()
-    with torch.inference_mode(), torch.cuda.device(device), exact:
+    with torch.inference_mode(), torch.cuda.device(device), exact(task.x.dtype):
         runs[LAYER_BY_LAYER] = _graph(lambda: task.kernel.layer_by_layer(task.x, task.layers, task.problem))
         expected = task.kernel.layer_by_layer(task.x, task.layers, task.problem)
         for tiling in tilings:
@@ -309,8 +329,10 @@ def time_tilings(task: Task, tilings: Sequence[Any]) -> Choice:
             except Exception as error:
                 if not refuses(error):
                     raise
-        samples = timing.time_interleaved(list(runs.values()), timing.clock_for(device), SECONDS_EACH * len(runs), 2e-4)
-    medians = dict(zip(runs, (np.median(samples, axis=0) * 1e3).tolist(), strict=True))
+        samples = timing.time_interleaved(
+            list(runs.values()), timing.clock_for(device), SECONDS_EACH * len(runs), 2e-4, WARMUP_SECONDS
+        )
+    medians = dict(zip(runs, (np.median(samples, axis=0) * 1e3 / CALLS).tolist(), strict=True))
     layers_ms = medians.pop(LAYER_BY_LAYER)
     by_time = sorted(medians, key=medians.__getitem__)
     return Choice(tuple(by_time), "tuned", tuple(medians[tiling] for tiling in by_time), layers_ms)

@@ -214,7 +214,10 @@ class _Formats:
 
             module: nn.Module = torch.export.load(path).module()
         else:
-            loaded: Any = torch._inductor.aoti_load_package(str(path))
+            # Otherwise the package asks CUDA whether its last run has ended, which a graph's capture does not allow.
+            loaded: Any = torch._inductor.aoti_load_package(
+                str(path), run_single_threaded=self.device.type == "cuda"
+            )  # fmt: skip
             module = _Called(loaded)
         return self._checked(module, [x.to(getattr(torch, self.compiled_dtype)) for x in self.inputs])
 

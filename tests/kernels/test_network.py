@@ -14,11 +14,13 @@ from timm.models._efficientnet_builder import decode_arch_def
 from torch import Tensor, nn
 
 from kernels import fuse, ops, tune
+from kernels.emulator import emulated
 from kernels.fold import fold_batch_norms
 from kernels.network import FusedBlock, FusedNetwork, moved_bytes
 from kernels.problem import BlockProblem
 from kernels.timing import peak_memory_bytes
 from search_spaces import load_space
+from tests.conftest import INTERPRETED
 from tests.kernels.cases import make_operands
 
 DTYPES = [torch.float16, torch.bfloat16, torch.float32]
@@ -67,7 +69,7 @@ def _tuned_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     """No choice from before; and torch with all bits of float32, for it is what kernels are held against."""
     monkeypatch.setenv("CONVFIRST_CACHE", str(tmp_path))
     tune.forget()
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with tune.exact(torch.float32):
         yield
     tune.forget()
 
@@ -128,6 +130,16 @@ def test_predicates_reasons_reach_the_report() -> None:
     assert "out_channels=640" in fuse(model).parts[1].reason
 
 
+def test_what_a_part_has_read_is_freed_when_it_has_run() -> None:
+    device = torch.device("cpu")
+    fused = fuse(network("uir_r2_a3_k0_s1_e1_c16", "uir_r3_a3_k0_s1_e1_c16"), dtype=torch.float16)
+    x = images(2, 8, torch.float16, device)
+    largest = max(map(moved_bytes, fused.problems(2, 8).values()))
+    with torch.inference_mode(), emulated(90):
+        fused(x)
+        assert peak_memory_bytes(lambda: fused(x), device) <= 1.05 * largest
+
+
 @pytest.mark.kernels
 def test_export_and_compile_pass_through(kernel_device: torch.device) -> None:
     model = network("uir_r2_a3_k0_s2_e2_c24").to(kernel_device)
@@ -155,6 +167,14 @@ def test_operators_follow_torchs_rules(kernel_device: torch.device) -> None:
         arguments = (x, block.weights, block.layers, scratch, 1, "silu", True)
         checks = torch.library.opcheck(ops.block, arguments, test_utils=("test_schema", "test_faketensor"))
         assert set(checks.values()) == {"SUCCESS"}
+
+
+def test_exact_convolutions_keep_cudnn() -> None:
+    with tune.exact(torch.float32):
+        assert torch.backends.cudnn.enabled
+        assert not torch.backends.cudnn.allow_tf32
+    with tune.exact(torch.float16):
+        assert torch.backends.cudnn.enabled
 
 
 def test_the_model_is_left_as_it_was_and_may_be_fused_again() -> None:
@@ -269,7 +289,7 @@ def test_bad_inputs_are_refused_by_name(x: Tensor, told: str, activation: type[n
 
 
 def test_on_a_cpu_without_the_interpreter_it_is_said_what_is_missing() -> None:
-    if ops.INTERPRETED:
+    if INTERPRETED:
         pytest.skip("runs under the interpreter")
     fused = fuse(network("uir_r1_a3_k0_s1_e2_c16"))
     with pytest.raises(ValueError, match="CUDA, or with TRITON_INTERPRET=1"):
@@ -329,10 +349,11 @@ def test_a_graph_replays_on_new_inputs() -> None:
 
 @pytest.mark.gpu
 def test_tuned_choices_are_remembered_on_disk_and_used_again() -> None:
-    device = torch.device("cuda")
-    model = network("uir_r2_a3_k0_s2_e4_c64", "uir_r1_a3_k0_s2_e4_c128_gs8").to(device)
+    model = network("uir_r2_a3_k0_s2_e4_c64", "uir_r1_a3_k0_s2_e4_c128_gs8").to(torch.device("cuda"))
     fused = fuse(model)
     fused.prepare(4, 64)
+    # The device with its number, as choices are kept.
+    device = fused.device
     problems = list(fused.problems(4, 64).values())
     kernels = [module.kernel for module in fused.fused_modules.values()]
     first = [tune.choose(kernel, problem, device) for kernel, problem in zip(kernels, problems, strict=True)]

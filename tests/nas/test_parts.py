@@ -152,7 +152,7 @@ def test_the_fused_parts_compute_what_the_network_does(kernel_device: torch.devi
     torch.manual_seed(1)
     network = arch.build(10).eval().to(kernel_device)
     x = image = torch.randn(1, 3, 8, 8, device=kernel_device).contiguous(memory_format=torch.channels_last)
-    with torch.inference_mode(), torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         for part in arch_parts(arch, config):
             assert tuple(x.shape) == part.input_shape
             x = prepared(modules[part.block.name], x, config)(x)
