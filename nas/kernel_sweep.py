@@ -1,8 +1,8 @@
 """Compile the fused blocks of whole search spaces, without a GPU: `python -m nas.kernel_sweep --space imagenet`.
 
 For every block that a space can sample, at each batch size, the tilings that would be tuned are compiled for each GPU,
-and what the compiler made of them is written at once, a line of JSON a block. The same command goes on where it was
-stopped.
+and what the compiler made of them is written at once, a line of JSON a block. With `--run` each is also run on a few
+pixels by the emulator (`kernels.emulator`), and held against float64. The same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -13,22 +13,28 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import product
+from math import sqrt
 from pathlib import Path
 from typing import Annotated, Any
 
+import torch
 import typer
 from rich.progress import Progress
+from torch import Tensor
 
-from kernels import cost_model, ops, tune
+from kernels import convfirst, cost_model, ops, tune
 from kernels.device_functions import INTERPRETED
+from kernels.emulator import EmulationError, emulated
 from kernels.inspect import SHARED_LIMIT_BYTES, compile_block, read_statics
-from kernels.problem import MAX_SPLITS, BlockProblem, unsupported
+from kernels.problem import MAX_SPLITS, BlockProblem, Tiling, unsupported
 from search_spaces import SearchSpace, load_space
 from search_spaces.arch import STEM_STRIDE, BlockSpec
 
 BUILT_IN = ("small", "imagenet")
+# Root mean square of an error that a few roundings of the dtype come to, and no wrong tap does.
+ROUNDINGS = {"float16": 1.5e-3, "bfloat16": 1.2e-2}
 
 
 def block_specs(space: SearchSpace) -> Iterator[tuple[int, BlockSpec]]:
@@ -76,11 +82,44 @@ def problems(space: SearchSpace, batch: int, dtype: str) -> list[BlockProblem]:
     return sorted((problem for problem in found if unsupported(problem) is None), key=str)
 
 
-def compile_tilings(problem: BlockProblem, capability: int) -> dict[str, Any]:
+def emulated_error(problem: BlockProblem, tiling: Tiling, capability: int) -> float:
+    """Root mean square of a compiled kernel's error on a few of the problem's pixels, over that of the output.
+
+    Raises:
+        EmulationError: the kernel does what hardware would not allow, or should not.
+    """
+    few = replace(problem, batch=min(problem.batch, 2), height=min(problem.height, 5), width=min(problem.width, 7))
+    assert tiling.fits(few)
+    rng = torch.Generator().manual_seed(0)
+    dtype = getattr(torch, problem.dtype)
+
+    def draw(*shape: int, fan_in: int = 1) -> Tensor:
+        return (torch.randn(shape, generator=rng) / sqrt(fan_in)).to(dtype)
+
+    into, hidden, out, taps = few.in_channels, few.hidden_channels, few.out_channels, few.kernel_size
+    layers = [
+        draw(into, few.group_width, taps, taps, fan_in=few.group_width * taps**2), draw(into),
+        draw(hidden, into, 1, 1, fan_in=into), draw(hidden), draw(out, hidden, 1, 1, fan_in=hidden), draw(out),
+    ]  # fmt: skip
+    x = draw(few.batch, into, few.height, few.width).contiguous(memory_format=torch.channels_last)
+    # What the kernel forgets to write is NaN, which fails every comparison.
+    scratch = torch.full((tiling.partial_bytes(few) // 4,), torch.nan)
+    with emulated(capability):
+        found = convfirst.launch(x, convfirst.pack(layers, few), few, tiling, scratch).double()
+    exact = convfirst.layer_by_layer(x.double(), [layer.double() for layer in layers], few)
+    return float((found - exact).norm() / exact.norm())
+
+
+def sweep_tilings(problem: BlockProblem, capability: int, run: bool) -> dict[str, Any]:
     """A line of the results: what the compiler made of the tilings that would be tuned.
 
     Many problems share kernels, as batch and resolution are no part of them; Triton's cache has those at once.
+
+    Args:
+        run: whether what was compiled is also run.
     """
+    # One emulation keeps a core busy; several processes are at it.
+    torch.set_num_threads(1)
     found = []
     for tiling in tune.tried(ops.BLOCK, problem, cost_model.LIMITS[capability]):
         row: dict[str, Any] = {"tiling": asdict(tiling), "statics": None}
@@ -92,9 +131,19 @@ def compile_tilings(problem: BlockProblem, capability: int) -> dict[str, Any]:
             row["complaints"] = [f"does not compile: {message}"]
         else:
             row |= {"statics": asdict(statics), "complaints": statics.complaints(capability, problem.dtype)}
+            if run:
+                row["complaints"] += _emulated_complaints(problem, tiling, capability)
         found.append(row)
     sources = tune.sources_digest()
-    return {"problem": asdict(problem), "capability": capability, "sources": sources, "tilings": found}
+    return {"problem": asdict(problem), "capability": capability, "sources": sources, "run": run, "tilings": found}
+
+
+def _emulated_complaints(problem: BlockProblem, tiling: Tiling, capability: int) -> list[str]:
+    try:
+        error = emulated_error(problem, tiling, capability)
+    except EmulationError as told:
+        return [f"does not run: {told}"]
+    return [] if error <= ROUNDINGS[problem.dtype] else [f"computes wrong, off by {error:.2g}"]
 
 
 def main(
@@ -103,6 +152,7 @@ def main(
     capability: Annotated[list[int] | None, typer.Option(help="80, 89 or 90; 90 by default.")] = None,
     dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "float16",
     limit: Annotated[int | None, typer.Option(min=1, help="So many blocks at most, drawn at random.")] = None,
+    run: Annotated[bool, typer.Option("--run", help="Also run what was compiled, emulated.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes that compile.")] = 2,
     out: Annotated[Path, typer.Option(help="Results, one line of JSON each; appended to.")] = Path("sweep.jsonl"),
 ) -> None:
@@ -118,7 +168,7 @@ def main(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--space") from error
     jobs = {
-        _key(asdict(problem), number, tune.sources_digest()): (problem, number)
+        _key(asdict(problem), number, tune.sources_digest(), run): (problem, number, run)
         for each, images, number in product(spaces, batch or [1, 128], capabilities)
         for problem in problems(each, images, dtype)
     }
@@ -127,7 +177,7 @@ def main(
         # A run that was killed leaves half a line.
         with contextlib.suppress(json.JSONDecodeError, KeyError):
             row = json.loads(line)
-            if (key := _key(row["problem"], row["capability"], row["sources"])) in jobs:
+            if (key := _key(row["problem"], row["capability"], row["sources"], row["run"])) in jobs:
                 rows[key] = row
     left = sorted(set(jobs) - set(rows))
     random.Random(0).shuffle(left)
@@ -137,7 +187,7 @@ def main(
         bar = progress.add_task("compiling", total=len(left))
         if out.read_text()[-1:] not in ("", "\n"):
             file.write("\n")
-        futures = {pool.submit(compile_tilings, *jobs[key]): key for key in left}
+        futures = {pool.submit(sweep_tilings, *jobs[key]): key for key in left}
         for future in as_completed(futures):
             rows[futures[future]] = row = future.result()
             file.write(json.dumps(row) + "\n")
@@ -153,8 +203,8 @@ def main(
         typer.echo(f"{count:6} {complaint}")
 
 
-def _key(problem: dict[str, Any], capability: int, sources: str) -> str:
-    return json.dumps([problem, capability, sources], sort_keys=True)
+def _key(problem: dict[str, Any], capability: int, sources: str, run: bool) -> str:
+    return json.dumps([problem, capability, sources, run], sort_keys=True)
 
 
 def _kind(complaint: str) -> str:

@@ -2,12 +2,16 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from typer.testing import CliRunner
 
+from kernels import convfirst
+from kernels.problem import BlockProblem, Tiling
 from nas import kernel_sweep
 from search_spaces import load_space
 from tests.conftest import TINY_TOML
@@ -50,6 +54,30 @@ def test_a_sweep_writes_a_line_a_block_and_goes_on(tmp_path: Path) -> None:
     rows = [json.loads(line) for line in out.read_text().splitlines() if line.endswith("}")]
     assert len({json.dumps(row["problem"]) for row in rows}) == len(rows) == 4
     assert all(row["tilings"][0]["statics"]["registers"] <= 255 for row in rows)
+
+
+def test_what_was_compiled_is_also_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    toml, out = tmp_path / "tiny.toml", tmp_path / "out.jsonl"
+    toml.write_text(TINY_TOML)
+    command = ["--space", str(toml), "--batch", "128", "--limit", "1", "--workers", "1", "--out", str(out)]
+    code, output = invoke(*command, "--run")
+    assert code == 0, output
+    assert "4 of 4 tilings have nothing to complain of" in output
+    # What was not run does not count as such.
+    assert "0 known" in invoke(*command)[1]
+
+
+def test_a_kernel_that_computes_wrong_is_complained_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = BlockProblem(128, 16, 16, 16, 32, 16, 3, 8, 1, "relu", True, "float16")
+    tiling = Tiling(16, 16, "mma")
+    assert kernel_sweep._emulated_complaints(problem, tiling, 90) == []
+    packed = convfirst.pack
+    monkeypatch.setattr(
+        convfirst, "pack", lambda layers, problem: replace(packed(layers, problem), expand_bias=torch.zeros(128))
+    )
+    assert "computes wrong" in kernel_sweep._emulated_complaints(problem, tiling, 90)[0]
+    monkeypatch.setattr(convfirst, "pack", lambda layers, problem: replace(packed(layers, problem), conv=layers[0][:8]))
+    assert "outside the tensors" in kernel_sweep._emulated_complaints(problem, tiling, 90)[0]
 
 
 @pytest.mark.parametrize(
