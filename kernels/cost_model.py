@@ -77,6 +77,42 @@ def padded_conv_macs(problem: BlockProblem, tiling: Tiling) -> int:
     return tiling.tiles(problem) * tiling.block_m * problem.padded_in * problem.kernel_size**2 * inputs
 
 
+def on_chip_bytes(problem: BlockProblem, tiling: Tiling, wgmma: bool) -> float:
+    """Bytes that a program moves through shared memory and the first-level cache, which share one path.
+
+    Held against what the emulator counts for compiled kernels (`test_emulator.py`): it is 0.8 to 1.1 of that.
+
+    Args:
+        wgmma: whether the chip has Hopper's products, which read their second operand from shared memory once for 64
+            rows; the older ones' warps each read what they need.
+    """
+    size, taps, rows = problem.itemsize, problem.kernel_size**2, tiling.block_m
+    into, out = problem.padded_in, problem.padded_out // tiling.out_splits
+    warp_groups = wgmma and rows >= 64 and problem.itemsize == 2
+    along_rows = min(tiling.num_warps, rows // MIN_DOT)
+    weights_read = rows / 64 if warp_groups else along_rows
+    tile_read = max(1.0, tiling.num_warps * MIN_DOT / rows)
+    # A pipeline copies past its end, as zeros; without one what is stored comes through the cache first.
+    copied = (taps + tiling.conv_stages - 1) / taps if tiling.conv_stages > 1 else 2
+    conv = 0.0
+    for part in parts(problem.in_channels, problem.conv_block, tiling.part):
+        if tiling.conv == "fma":
+            conv += taps * rows * part * size
+        elif tiling.conv == "dense":
+            inputs = ceil(problem.in_channels / tiling.dense_block) * tiling.dense_block
+            conv += taps * inputs * size * (rows * (copied + tile_read) + part * (1 + weights_read))
+        else:
+            # Warps run along the blocks of channels first, and where these are few several read the same pixels.
+            again = max(1.0, tiling.num_warps * problem.conv_block / part)
+            conv += taps * part * size * (rows * (copied + again) + 2 * problem.conv_block)
+    steps = ceil(problem.hidden_channels / (tiling.block_e * tiling.splits))
+    weights = tiling.block_e * (into + out) * size
+    fetched = steps + tiling.num_stages - 1 if tiling.num_stages > 1 else 2 * steps
+    hidden = steps * (rows * into * size * tile_read + weights * weights_read) + weights * fetched
+    # The convolution's result on its way to a product, and the output on its way out.
+    return conv + hidden + 4 * rows * into * size + 3 * rows * out * 4
+
+
 def terms(problem: BlockProblem, tiling: Tiling, limits: Limits = H200) -> dict[str, float]:
     """Seconds that each resource needs at least, by name.
 
@@ -97,15 +133,13 @@ def terms(problem: BlockProblem, tiling: Tiling, limits: Limits = H200) -> dict[
     if problem.group_width > 1:
         conv_weights = conv_macs // (rows * tiling.splits * tiling.out_splits) * problem.itemsize
     weights = conv_weights + steps // tiling.splits * tiling.block_e * (problem.padded_in + outputs) * problem.itemsize
-    taps = programs * tiling.block_m * problem.kernel_size**2 * problem.padded_in * problem.itemsize
-    # A convolution over chunks of the input reads them once for each part of its output.
-    taps *= len(parts(problem.in_channels, problem.conv_block, tiling.part)) if tiling.conv == "dense" else 1
+    shared = programs * on_chip_bytes(problem, tiling, limits.wgmma_macs > limits.mma_macs)
     # Every multiply-add of a channel converts its operand first.
     lane_work = hidden * ISSUE_SLOTS[problem.activation] + (2.5 * conv_macs if on_lanes else 0)
     return {
         "dram": (problem.activation_bytes + 2 * tiling.partial_bytes(problem)) / limits.dram_bytes,
         "l2": (programs * weights + problem.activation_bytes + 2 * tiling.partial_bytes(problem)) / limits.l2_bytes,
-        "taps": taps / (limits.l1_bytes * per_clock),
+        "shared": shared / (limits.l1_bytes * per_clock),
         "tensor": (0 if on_lanes else conv_macs / min(matrix, limits.mma_macs))
         + hidden * (problem.padded_in + outputs) / matrix,
         "special": hidden * SPECIAL_FUNCTIONS[problem.activation] / (limits.special_functions * per_clock),
@@ -191,7 +225,7 @@ def estimate(problem: BlockProblem, tiling: Tiling, limits: Limits = H200) -> fl
     # A part-filled wave takes as long as a full one, up to what fewer programs on a multiprocessor gain.
     idle = waves * slots / programs if programs > slots else max(1.0, limits.multiprocessors / programs)
     # Products, special functions and plain instructions overlap between warps, but never wholly.
-    compute = [counted[name] for name in ("tensor", "special", "issue", "taps")]
+    compute = [counted[name] for name in ("tensor", "special", "issue", "shared")]
     busy = max(max(compute) + 0.4 * (sum(compute) - max(compute)), counted["l2"]) * idle
     tap_steps = problem.kernel_size**2 * len(parts(problem.in_channels, problem.conv_block, tiling.part))
     if tiling.conv == "dense":
@@ -230,6 +264,10 @@ def candidates(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
                 continue
             # So it is with blocks of 32 channels, in a pipeline or of many pixels.
             if problem.conv_block > MIN_DOT and (conv_stages > 1 or block_m > 128):
+                continue
+            if not wgmma and problem.conv_block > MIN_DOT and block_m * block_e > 2048:
+                continue
+            if not wgmma and problem.padded_in > 256 and block_m >= 64:
                 continue
             if not wgmma and problem.padded_in > 384 and block_m > MIN_DOT:
                 continue

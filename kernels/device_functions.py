@@ -143,8 +143,11 @@ def convolve(
         for tap in tl.range(0, KERNEL * KERNEL if INTERPRET else taps, num_stages=STAGES):
             dy, dx = tap // KERNEL, tap % KERNEL
             inside = valid & (top + dy >= 0) & (top + dy < height) & (left + dx >= 0) & (left + dx < width)
-            address = x + (pixel + dy * width + dx)[None, :, None] * CHANNELS + channel[:, None, :]
-            tile = tl.load(address, mask=inside[None, :, None] & (channel < CHANNELS)[:, None, :], other=0.0)
+            address = x + (pixel + dy * width + dx)[:, None] * CHANNELS + columns[None, :]
+            tile = tl.load(address, mask=inside[:, None] & (columns < CHANNELS)[None, :], other=0.0)
+            # Loaded as rows of pixels and turned round afterwards: loaded as blocks, a pixel's channels would go to as
+            # many places in shared memory, all of them in the same banks.
+            tile = tl.permute(tl.reshape(tile, [BLOCK_M, BLOCKS, BLOCK]), (1, 0, 2))
             if FORM == "diagonal":
                 # Depthwise: one weight a channel, put on the diagonal here, for the zeros would be most of the traffic.
                 own = tl.load(conv + tap * PADDED + channel)

@@ -4,9 +4,9 @@ It stands between Triton's interpreter, which runs the source, and a GPU. Triton
 the call for a GPU that is not there; then each program's threads go in lockstep, as vectors of NumPy, over the CPU
 tensors that the call was given. It is stricter than hardware: an access outside the tensors or a misaligned one, a read
 of shared memory that nobody wrote, a race between warps in shared memory, a use of what is still being copied, all end
-with an error. What it does not tell is time. Instructions are those that Triton makes of these kernels, by the
-definitions of the PTX ISA (https://docs.nvidia.com/cuda/parallel-thread-execution); of any other it says that it is not
-known.
+with an error. What it does not tell is time; what takes time it counts (`Traffic`). Instructions are those that Triton
+makes of these kernels, by the definitions of the PTX ISA (https://docs.nvidia.com/cuda/parallel-thread-execution); of
+any other it says that it is not known.
 """
 
 from __future__ import annotations
@@ -18,19 +18,24 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextvars import ContextVar
+from dataclasses import dataclass, field, replace
+from math import sqrt
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import get_cache_manager
 
+from kernels import convfirst
 from kernels.cost_model import LIMITS
 from kernels.device_functions import EMULATED, INTERPRETED
+from kernels.problem import BlockProblem, Tiling
 
 WARP = 32
 Array = np.ndarray[Any, Any]
@@ -155,10 +160,59 @@ def _operand(text: str) -> Any:
 # -- Memory ----------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Traffic:
+    """What launches did, summed over their programs: counts, which unlike time can be had here.
+
+    Args:
+        programs: that ran.
+        instructions: of programs, by name without modifiers.
+        shared_wavefronts: accesses to shared memory as the hardware makes them, 128 bytes each at most; several where
+            threads want different words of one bank.
+        shared_least: what they would be if no two words shared a bank.
+        global_bytes: that threads loaded and stored, copies into shared memory included.
+        global_sectors: of 32 bytes, that were touched for it.
+        cached_bytes: of `global_bytes` those of plain loads and stores, which go through the first-level cache.
+    """
+
+    programs: int = 0
+    instructions: Counter[str] = field(default_factory=Counter)
+    shared_wavefronts: int = 0
+    shared_least: int = 0
+    global_bytes: int = 0
+    global_sectors: int = 0
+    cached_bytes: int = 0
+
+    @property
+    def on_chip_bytes(self) -> int:
+        """Of shared memory and first-level cache, which have one path of 128 bytes a clock."""
+        return 128 * self.shared_wavefronts + self.cached_bytes
+
+    def count_shared(self, addresses: Array, size: int, warps: Array) -> None:
+        """One instruction's accesses of `size` bytes a thread, (n,) each: 128 bytes of a warp at a time."""
+        together = {8: 16, 16: 8}.get(size, WARP)
+        rank = np.arange(len(warps)) - np.searchsorted(warps, warps)
+        phase = warps.astype(np.int64) * WARP + rank // together
+        words = (addresses.astype(np.int64)[:, None] + np.arange(0, max(size, 4), 4)) // 4
+        found = np.unique((phase[:, None] << 32) + words)
+        _, phases = np.unique(found >> 32, return_inverse=True)
+        banks = np.bincount(phases * WARP + found % WARP, minlength=WARP * (phases[-1] + 1)).reshape(-1, WARP)
+        self.shared_wavefronts += int(banks.max(axis=1).sum())
+        self.shared_least += int((-(-np.bincount(phases) // WARP)).sum())
+
+    def count_global(self, addresses: Array, size: int) -> None:
+        """One instruction's accesses of `size` bytes a thread, (n,)."""
+        self.global_bytes += size * len(addresses)
+        for begin in range(0, len(addresses), WARP):
+            first = addresses[begin : begin + WARP].astype(np.int64)
+            self.global_sectors += len(np.unique((first[:, None] + np.arange(0, size, min(size, 4))) // 32))
+
+
 class GlobalMemory:
     """The tensors of a launch at the addresses they have, and nothing else."""
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], traffic: Traffic | None = None) -> None:
+        self.traffic = traffic
         held = {(tensor.data_ptr(), _extent_bytes(tensor)) for tensor in tensors if tensor.numel()}
         self.ranges = sorted(held)
         self.starts = [start for start, _ in self.ranges]
@@ -166,6 +220,8 @@ class GlobalMemory:
 
     def _where(self, addresses: Array, size: int) -> tuple[Array, Array]:
         """The tensor's bytes, and where in them the accesses begin: all in one tensor, as an instruction's are."""
+        if self.traffic is not None:
+            self.traffic.count_global(addresses, size)
         found = bisect_right(self.starts, int(addresses[0])) - 1
         if found >= 0:
             start, length = self.ranges[found]
@@ -202,7 +258,8 @@ NOBODY, SEVERAL = -1, -2
 class SharedMemory:
     """A program's shared memory, which remembers who wrote and read each byte since all threads last met."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, traffic: Traffic | None = None) -> None:
+        self.traffic = traffic
         self.bytes = np.zeros(size, np.uint8)
         self.written = np.zeros(size, bool)
         self.pending = np.zeros(size, bool)
@@ -219,12 +276,23 @@ class SharedMemory:
             raise EmulationError(f"{size} bytes at {addresses.min()} to {addresses.max()} of {len(self.bytes)} shared")
         return addresses.astype(np.int64)[:, None] + np.arange(size)
 
+    def _count(self, addresses: Array, size: int, warps: Array) -> None:
+        if self.traffic is None:
+            return
+        if warps[0] == SEVERAL:
+            # A warp group's product reads a matrix whole, and lays it out so that no banks are shared.
+            self.traffic.shared_wavefronts += size * len(addresses) // 128
+            self.traffic.shared_least += size * len(addresses) // 128
+        else:
+            self.traffic.count_shared(addresses, size, warps)
+
     def _settled(self, where: Array) -> Array:
         if self.pending[where].any():
             raise EmulationError("touches what is being copied, before that was waited for")
         return where
 
     def load(self, addresses: Array, size: int, warps: Array) -> Array:
+        self._count(addresses, size, warps)
         where = self._settled(self._where(addresses, size))
         if not self.written[where].all():
             raise EmulationError("reads shared memory that nobody wrote")
@@ -250,6 +318,7 @@ class SharedMemory:
 
     def _ours(self, addresses: Array, values: Array, warps: Array) -> Array:
         where = self._settled(self._where(addresses, values.shape[1]))
+        self._count(addresses, values.shape[1], warps)
         reader, writer = self.reader[where], self.writer[where]
         if ((reader != NOBODY) & (reader != warps[:, None])).any():
             raise EmulationError("a warp overwrites what another reads, with no barrier between")
@@ -392,6 +461,7 @@ class Program:
         memory: the launch's tensors.
         shared_bytes: that the launch gives it.
         place: along the axes of the grid.
+        traffic: where to count what it does.
     """
 
     code: Code
@@ -399,11 +469,11 @@ class Program:
     memory: GlobalMemory
     shared_bytes: int
     place: tuple[int, int, int]
-    counted: Counter[str] = field(default_factory=Counter)
+    traffic: Traffic | None = None
 
     def __post_init__(self) -> None:
         threads = self.code.threads
-        self.shared = SharedMemory(self.shared_bytes)
+        self.shared = SharedMemory(self.shared_bytes, self.traffic)
         self.registers: dict[str, Array] = {}
         self.lanes = np.arange(threads, dtype=np.uint32)
         self.warps = np.arange(threads) // WARP
@@ -424,13 +494,16 @@ class Program:
             EmulationError: see the module.
         """
         instructions, end = self.code.instructions, len(self.code.instructions)
+        if self.traffic is not None:
+            self.traffic.programs += 1
         # Where each thread is; one number while they are together, as nearly always.
         at: int = 0
         apart: Array | None = None
         with np.errstate(all="ignore"):
             while at < end:
                 instruction = instructions[at]
-                self.counted[instruction.name] += 1
+                if self.traffic is not None:
+                    self.traffic.instructions[instruction.name] += 1
                 here = self.all if apart is None else apart == at
                 try:
                     active = self._active(instruction, here)
@@ -677,8 +750,11 @@ class Program:
             raise EmulationError("neither global nor shared")
         count = next((int(each[1:]) for each in instruction.modifiers if each in ("v2", "v4")), 1)
         addresses = self._addresses(address, space)[active]
-        if (addresses % (count * np.dtype(_KINDS[kind]).itemsize)).any():
+        size = count * np.dtype(_KINDS[kind]).itemsize
+        if (addresses % size).any():
             raise EmulationError("a misaligned address")
+        if space == "global" and self.traffic is not None:
+            self.traffic.cached_bytes += size * len(addresses)
         return space, kind, count, addresses
 
     def _ld(self, instruction: Instruction, active: Array) -> None:
@@ -882,6 +958,9 @@ def _joined(values: Array, kind: str) -> Array:
 # -- In Triton's place -----------------------------------------------------------------------------------------------
 
 
+_TRAFFIC: ContextVar[Traffic | None] = ContextVar("_TRAFFIC", default=None)
+
+
 @functools.lru_cache(maxsize=64)
 def _code(hash_: str, name: str) -> Code:
     group = get_cache_manager(hash_).get_group(f"{name[:150]}.json")
@@ -900,12 +979,13 @@ class _Launcher:
     def __call__(self, grid_x: int, grid_y: int, grid_z: int, *rest: Any) -> None:
         # Stream, function, metadata twice, two hooks; then the call's own arguments.
         given = [each for each, wanted in zip(rest[6:], self.at_run_time, strict=True) if wanted]
-        memory = GlobalMemory([each for each in given if isinstance(each, Tensor)])
+        traffic = _TRAFFIC.get()
+        memory = GlobalMemory([each for each in given if isinstance(each, Tensor)], traffic)
         values = [each.data_ptr() if isinstance(each, Tensor) else int(each) for each in given]
         # Behind them come two pointers to scratch that these kernels do not use.
         arguments = dict(zip(self.code.params, [*values, 0, 0], strict=True))
         for place in np.ndindex(grid_z, grid_y, grid_x):
-            Program(self.code, arguments, memory, self.shared_bytes, place[::-1]).run()
+            Program(self.code, arguments, memory, self.shared_bytes, place[::-1], traffic).run()
 
 
 class _Driver:
@@ -932,8 +1012,11 @@ class _Driver:
 
 
 @contextmanager
-def emulated(capability: int) -> Iterator[None]:
+def emulated(capability: int, traffic: Traffic | None = None) -> Iterator[None]:
     """Within it, Triton's kernels are compiled for a compute capability such as 90 and run on CPU tensors.
+
+    Args:
+        traffic: where to count what they do.
 
     Raises:
         ValueError: the capability is not one that the cost model knows.
@@ -944,10 +1027,42 @@ def emulated(capability: int) -> Iterator[None]:
     if INTERPRETED:
         raise RuntimeError("the kernels are interpreted: unset TRITON_INTERPRET")
     driver: Any = triton.runtime.driver
-    before, token = driver._active, EMULATED.set(True)
+    before, token, traffic_token = driver._active, EMULATED.set(True), _TRAFFIC.set(traffic)
     driver.set_active(_Driver(capability))
     try:
         yield
     finally:
         driver._active = before
         EMULATED.reset(token)
+        _TRAFFIC.reset(traffic_token)
+
+
+def rehearse(problem: BlockProblem, tiling: Tiling, capability: int, traffic: Traffic | None = None) -> float:
+    """Run a block's compiled kernel on a few of its pixels.
+
+    Returns:
+        The root mean square of its error against float64, over that of the output.
+
+    Raises:
+        EmulationError: it does what hardware would not allow, or should not.
+    """
+    few = replace(problem, batch=min(problem.batch, 2), height=min(problem.height, 5), width=min(problem.width, 7))
+    assert tiling.fits(few)
+    rng = torch.Generator().manual_seed(0)
+    dtype = getattr(torch, problem.dtype)
+
+    def draw(*shape: int, fan_in: int = 1) -> Tensor:
+        return (torch.randn(shape, generator=rng) / sqrt(fan_in)).to(dtype)
+
+    into, hidden, out, taps = few.in_channels, few.hidden_channels, few.out_channels, few.kernel_size
+    layers = [
+        draw(into, few.group_width, taps, taps, fan_in=few.group_width * taps**2), draw(into),
+        draw(hidden, into, 1, 1, fan_in=into), draw(hidden), draw(out, hidden, 1, 1, fan_in=hidden), draw(out),
+    ]  # fmt: skip
+    x = draw(few.batch, into, few.height, few.width).contiguous(memory_format=torch.channels_last)
+    # What the kernel forgets to write is NaN, which fails every comparison.
+    scratch = torch.full((tiling.partial_bytes(few) // 4,), torch.nan)
+    with emulated(capability, traffic):
+        found = convfirst.launch(x, convfirst.pack(layers, few), few, tiling, scratch).double()
+    exact = convfirst.layer_by_layer(x.double(), [layer.double() for layer in layers], few)
+    return float((found - exact).norm() / exact.norm())

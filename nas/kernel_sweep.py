@@ -13,20 +13,18 @@ import random
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from itertools import product
-from math import sqrt
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
 from rich.progress import Progress
-from torch import Tensor
 
-from kernels import convfirst, cost_model, ops, tune
+from kernels import cost_model, ops, tune
 from kernels.device_functions import INTERPRETED
-from kernels.emulator import EmulationError, emulated
+from kernels.emulator import EmulationError, rehearse
 from kernels.inspect import SHARED_LIMIT_BYTES, compile_block, read_statics
 from kernels.problem import MAX_SPLITS, BlockProblem, Tiling, unsupported
 from search_spaces import SearchSpace, load_space
@@ -82,34 +80,6 @@ def problems(space: SearchSpace, batch: int, dtype: str) -> list[BlockProblem]:
     return sorted((problem for problem in found if unsupported(problem) is None), key=str)
 
 
-def emulated_error(problem: BlockProblem, tiling: Tiling, capability: int) -> float:
-    """Root mean square of a compiled kernel's error on a few of the problem's pixels, over that of the output.
-
-    Raises:
-        EmulationError: the kernel does what hardware would not allow, or should not.
-    """
-    few = replace(problem, batch=min(problem.batch, 2), height=min(problem.height, 5), width=min(problem.width, 7))
-    assert tiling.fits(few)
-    rng = torch.Generator().manual_seed(0)
-    dtype = getattr(torch, problem.dtype)
-
-    def draw(*shape: int, fan_in: int = 1) -> Tensor:
-        return (torch.randn(shape, generator=rng) / sqrt(fan_in)).to(dtype)
-
-    into, hidden, out, taps = few.in_channels, few.hidden_channels, few.out_channels, few.kernel_size
-    layers = [
-        draw(into, few.group_width, taps, taps, fan_in=few.group_width * taps**2), draw(into),
-        draw(hidden, into, 1, 1, fan_in=into), draw(hidden), draw(out, hidden, 1, 1, fan_in=hidden), draw(out),
-    ]  # fmt: skip
-    x = draw(few.batch, into, few.height, few.width).contiguous(memory_format=torch.channels_last)
-    # What the kernel forgets to write is NaN, which fails every comparison.
-    scratch = torch.full((tiling.partial_bytes(few) // 4,), torch.nan)
-    with emulated(capability):
-        found = convfirst.launch(x, convfirst.pack(layers, few), few, tiling, scratch).double()
-    exact = convfirst.layer_by_layer(x.double(), [layer.double() for layer in layers], few)
-    return float((found - exact).norm() / exact.norm())
-
-
 def sweep_tilings(problem: BlockProblem, capability: int, run: bool) -> dict[str, Any]:
     """A line of the results: what the compiler made of the tilings that would be tuned.
 
@@ -140,7 +110,7 @@ def sweep_tilings(problem: BlockProblem, capability: int, run: bool) -> dict[str
 
 def _emulated_complaints(problem: BlockProblem, tiling: Tiling, capability: int) -> list[str]:
     try:
-        error = emulated_error(problem, tiling, capability)
+        error = rehearse(problem, tiling, capability)
     except EmulationError as told:
         return [f"does not run: {told}"]
     return [] if error <= ROUNDINGS[problem.dtype] else [f"computes wrong, off by {error:.2g}"]

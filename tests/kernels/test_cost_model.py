@@ -27,7 +27,12 @@ def test_terms_are_work_over_rate() -> None:
     assert found["dram"] == pytest.approx(2 * PIXELS * 64 * 2 / 4.3e12)
     # Grouped weights as dense blocks of 16: twice the groups' own.
     assert found["tensor"] == pytest.approx(PIXELS * 64 * 9 * 16 / 250e12 + 2 * PIXELS * 64 * 256 / 395e12)
-    assert found["taps"] == pytest.approx(PIXELS * 9 * 64 * 2 / (128 * clock))
+    # Of a tile's pixels and taps one copy into shared memory and one out of it (four warps for four blocks of channels)
+    # past the first-level cache, weights of both kinds once in, the hidden ones once out for 64 pixels.
+    conv = 9 * 64 * 2 * (128 * (2 + 1) + 2 * 16)
+    hidden = 4 * (128 * 64 * 2) + 64 * 128 * 2 * (4 * 2 + 5)
+    ends = 128 * 64 * (4 * 2 + 3 * 4)
+    assert found["shared"] == pytest.approx(PIXELS / 128 * (conv + hidden + ends) / (128 * clock))
     assert found["special"] == pytest.approx(PIXELS * 256 / (16 * clock))
     weights = 2 * (9 * 64 * 16 + 2 * 64 * 256)
     assert found["l2"] == pytest.approx((PIXELS / 128 * weights + 2 * PIXELS * 64 * 2) / 5.5e12)

@@ -18,7 +18,7 @@ from torch import Tensor
 from kernels import cost_model, emulator, ops, stem, tune
 from kernels.convfirst import launch, layer_by_layer, pack
 from kernels.cost_model import LIMITS
-from kernels.emulator import EmulationError, GlobalMemory, Program, described, emulated, parse
+from kernels.emulator import EmulationError, GlobalMemory, Program, Traffic, described, emulated, parse
 from kernels.inspect import compile_block, shorthand
 from kernels.problem import BlockProblem, Tiling
 from tests.kernels.cases import BlockCase, covering_cases, error_bound, make_operands, new_scratch
@@ -221,14 +221,34 @@ def test_a_described_matrix_lies_in_a_place_of_its_own(mode: int, major_rows: bo
     assert (np.diff(runs, axis=1) == 2).all()
 
 
+BLOCK = BlockProblem(1, 8, 16, 64, 256, 64, 3, 8, 1, "silu", True, "float16")
+WIDER = replace(BLOCK, in_channels=128, hidden_channels=512, out_channels=128)
+
+
+def test_bank_conflicts_and_sectors_are_counted() -> None:
+    warps = np.zeros(32, np.int64)
+    lanes = np.arange(32)
+    for stride_words, conflicts in ((1, 1), (2, 2), (32, 32), (0, 1), (33, 1)):
+        traffic = Traffic()
+        traffic.count_shared(4 * stride_words * lanes, 4, warps)
+        assert (traffic.shared_wavefronts, traffic.shared_least) == (conflicts, 1)
+    # Sixteen bytes a thread go by eight threads; two warps go apart.
+    traffic = Traffic()
+    traffic.count_shared(16 * np.arange(64), 16, np.repeat([0, 1], 32))
+    assert traffic.shared_wavefronts == traffic.shared_least == 8
+    traffic.count_global(np.arange(32) * 4 + 2**40, 4)
+    traffic.count_global(np.arange(32) * 64 + 2**40, 2)
+    assert (traffic.global_bytes, traffic.global_sectors) == (128 + 64, 4 + 32)
+
+
 # -- The kernels -----------------------------------------------------------------------------------------------------
 
 
-def error_share(case: BlockCase, capability: int) -> float:
+def error_share(case: BlockCase, capability: int, traffic: Traffic | None = None) -> float:
     """The emulated kernel's error, as a share of what rounding can make of it."""
     problem = case.problem
     x, layers = make_operands(problem, seed=1, device=CPU)
-    with emulated(capability):
+    with emulated(capability, traffic):
         out = launch(x, pack(layers, problem), problem, case.tiling, new_scratch(problem, case.tiling, CPU))
     exact = layer_by_layer(x.double(), [layer.double() for layer in layers], problem)
     # NaN is passed on.
@@ -241,25 +261,41 @@ def test_blocks_of_the_covering_set(case: BlockCase, poisoned: None) -> None:
 
 
 @pytest.mark.parametrize("row", [row for row in COVERING if row[2] <= 320], ids=lambda row: "-".join(map(str, row)))  # type: ignore[operator]
-def test_the_likeliest_tiling_for_hopper_computes_right(
-    row: tuple[object, ...], poisoned: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_likeliest_tiling_for_hopper_computes_right(row: tuple[object, ...], poisoned: None) -> None:
     """Tilings of the real problems, products of warp groups among them, on a few of their pixels."""
-    counted: dict[str, int] = {}
-    execute = Program.run
-
-    def counting(program: Program) -> None:
-        execute(program)
-        for name, count in program.counted.items():
-            counted[name] = counted.get(name, 0) + count
-
-    monkeypatch.setattr(Program, "run", counting)
+    traffic = Traffic()
     problem = problem_of(row)
     tiling = cost_model.ranked(problem, LIMITS[90])[0]
     few = replace(problem, batch=min(problem.batch, 2), height=min(problem.height, 7), width=min(problem.width, 9))
     assert tiling.fits(few), shorthand(tiling)
-    assert error_share(BlockCase(few, tiling), 90) <= 1, shorthand(tiling)
-    assert ("wgmma" in counted) == (tiling.block_m >= 64)
+    assert error_share(BlockCase(few, tiling), 90, traffic) <= 1, shorthand(tiling)
+    assert ("wgmma" in traffic.instructions) == (tiling.block_m >= 64)
+
+
+@pytest.mark.parametrize(
+    ("problem", "tiling"),
+    [
+        (BLOCK, Tiling(128, 64, "mma", num_stages=2, conv_stages=3)),
+        (BLOCK, Tiling(64, 64, "mma", num_stages=3)),
+        (BLOCK, Tiling(32, 64, "mma", num_stages=3, conv_stages=3)),
+        (replace(BLOCK, group_width=1), Tiling(128, 128, "fma", num_warps=8, num_stages=3)),
+        (replace(BLOCK, group_width=1), Tiling(64, 64, "diagonal", num_stages=3, conv_stages=3)),
+        (WIDER, Tiling(128, 128, "mma", num_warps=8, num_stages=3, conv_stages=3)),
+        (replace(WIDER, group_width=128), Tiling(64, 64, "dense", num_warps=8, num_stages=3, conv_stages=3)),
+    ],
+    ids=lambda value: shorthand(value) if isinstance(value, Tiling) else f"{value.in_channels}g{value.group_width}",
+)
+def test_shared_memory_is_used_without_conflicts_and_as_much_as_the_cost_model_counts(
+    problem: BlockProblem, tiling: Tiling
+) -> None:
+    traffic = Traffic()
+    assert error_share(BlockCase(problem, tiling), 90, traffic) <= 1
+    # What is left is weights of a convolution, copied 8 bytes a thread.
+    assert traffic.shared_wavefronts <= 1.15 * traffic.shared_least
+    # A tile reads whole pixels; narrower are biases, which all threads share.
+    assert traffic.global_sectors <= 1.05 * traffic.global_bytes / 32
+    counted = traffic.on_chip_bytes / traffic.programs
+    assert 0.7 * counted <= cost_model.on_chip_bytes(problem, tiling, wgmma=True) <= 1.2 * counted
 
 
 def test_a_stem(poisoned: None) -> None:
