@@ -1,7 +1,7 @@
 """What the compiler makes of a kernel, read from the machine code: `python -m kernels.inspect --channels 64`.
 
 The GPU need not be here: Triton compiles for a named target without a driver, and brings the tools that read what comes
-of it.
+of it. With `--run` the kernels also run, emulated (`kernels.emulator`), which counts what they do.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from triton.compiler import ASTSource
 from kernels import cost_model
 from kernels.convfirst import constants, convfirst_kernel
 from kernels.device_functions import INTERPRETED
+from kernels.emulator import Traffic, rehearse
 from kernels.problem import MAX_SPLITS, BlockProblem, Tiling, unsupported
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -152,6 +153,7 @@ def main(
     resolution: Annotated[int, typer.Option(help="Pixels of the square input map.")] = 56,
     capability: Annotated[list[int] | None, typer.Option(help="80, 89 or 90; may be given several times.")] = None,
     tilings: Annotated[int, typer.Option(min=1, help="How many, the likeliest first.")] = 3,
+    run: Annotated[bool, typer.Option("--run", help="Run them emulated, and count what they do.")] = False,
 ) -> None:
     """Compile a fused block for GPUs that need not be here, and show registers, spills, memory and instructions."""
     if INTERPRETED:
@@ -168,7 +170,9 @@ def main(
     )  # fmt: skip
     if why := unsupported(problem):
         raise typer.BadParameter(why)
-    columns = ("sm", "tiling", "counted us", "registers", "spills", "shared KiB", "HGMMA", "HMMA", "loads by bits", "s")
+    columns = ["sm", "tiling", "counted us", "registers", "spills", "shared KiB", "HGMMA", "HMMA", "loads by bits", "s"]
+    if run:
+        columns += ["steps", "on-chip KiB", "predicted KiB", "conflicts", "error"]
     table = Table(*columns, title=f"{channels} -> {hidden} -> {out}, k{kernel_size} g{group_width}, {dtype}")
     for number in capabilities:
         limits = cost_model.LIMITS[number]
@@ -177,12 +181,22 @@ def main(
             statics = read_statics(compile_block(problem, tiling, number))
             seconds = time.perf_counter() - begin
             loads = " ".join(f"{bits}:{count}" for bits, count in statics.global_loads.items())
+            ran: tuple[str, ...] = ()
+            if run:
+                traffic = Traffic()
+                error = rehearse(problem, tiling, number, traffic)
+                counted = cost_model.on_chip_bytes(problem, tiling, limits.wgmma_macs > limits.mma_macs)
+                ran = (
+                    str(sum(traffic.instructions.values()) // traffic.programs),
+                    f"{traffic.on_chip_bytes / traffic.programs / 1024:.0f}", f"{counted / 1024:.0f}",
+                    f"{traffic.shared_wavefronts / traffic.shared_least:.2f}", f"{error:.1e}",
+                )  # fmt: skip
             table.add_row(
                 str(number), shorthand(tiling), f"{1e6 * cost_model.estimate(problem, tiling, limits):.1f}",
                 str(statics.registers), str(statics.spills), f"{statics.shared_bytes / 1024:.1f}",
-                *(str(statics.tensor_core[name]) for name in ("HGMMA", "HMMA")), loads, f"{seconds:.1f}",
+                *(str(statics.tensor_core[name]) for name in ("HGMMA", "HMMA")), loads, f"{seconds:.1f}", *ran,
             )  # fmt: skip
-    Console(width=120).print(table)
+    Console(width=160 if run else 120).print(table)
 
 
 if __name__ == "__main__":

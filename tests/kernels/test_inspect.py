@@ -125,7 +125,7 @@ def invoke(*arguments: str) -> tuple[int, str]:
 
 
 def test_the_command_shows_a_table() -> None:
-    code, output = invoke("--channels", "32", "--capability", "90", "--tilings", "1")
+    code, output = invoke("--channels", "32", "--capability", "90", "--tilings", "1", "--run")
     assert code == 0, output
     assert "HGMMA" in output
     assert "32 -> 128 -> 32" in output
