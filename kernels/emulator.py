@@ -3,16 +3,19 @@
 It stands between Triton's interpreter, which runs the source, and a GPU. Triton's own launch path binds and compiles
 the call for a GPU that is not there; then each program's threads go in lockstep, as vectors of NumPy, over the CPU
 tensors that the call was given. It is stricter than hardware: an access outside the tensors or a misaligned one, a read
-of shared memory that nobody wrote, a race between warps in shared memory, a use of what is still being copied, all end
-with an error. What it does not tell is time; what takes time it counts (`Traffic`). Instructions are those that Triton
-makes of these kernels, by the definitions of the PTX ISA (https://docs.nvidia.com/cuda/parallel-thread-execution); of
-any other it says that it is not known.
+of shared memory that nobody wrote, a race between warps in shared memory, a use of what is still being copied or
+multiplied, all end with an error. Not watched: races in global memory (programs run one after the other, in a shuffled
+order), registers that only some threads have set, fences between the ways into shared memory. What it does not tell is
+time; what takes time it counts (`Traffic`). Instructions are those that Triton makes of these kernels, by the
+definitions of the PTX ISA (https://docs.nvidia.com/cuda/parallel-thread-execution); of any other it says that it is not
+known.
 """
 
 from __future__ import annotations
 
 import functools
 import operator
+import random
 import re
 from bisect import bisect_right
 from collections import Counter
@@ -263,6 +266,8 @@ class SharedMemory:
         self.bytes = np.zeros(size, np.uint8)
         self.written = np.zeros(size, bool)
         self.pending = np.zeros(size, bool)
+        # How many products of warp groups that were not waited for read a byte.
+        self.reading = np.zeros(size, np.int16)
         self.writer = np.full(size, NOBODY, np.int16)
         self.reader = np.full(size, NOBODY, np.int16)
 
@@ -301,6 +306,8 @@ class SharedMemory:
             raise EmulationError("a warp reads what another wrote, with no barrier between")
         reader = self.reader[where]
         self.reader[where] = np.where((reader == NOBODY) | (reader == warps[:, None]), warps[:, None], SEVERAL)
+        # Of several that read a place at once the last was noted.
+        self.reader[where[self.reader[where] != warps[:, None]]] = SEVERAL
         return self.bytes[where]
 
     def store(self, addresses: Array, values: Array, warps: Array) -> None:
@@ -325,6 +332,11 @@ class SharedMemory:
         # Several may write the same, as they do where a tensor is smaller than a program.
         if ((writer != NOBODY) & (writer != warps[:, None]) & (self.bytes[where] != values)).any():
             raise EmulationError("two warps write to one place, with no barrier between")
+        _, first, again = np.unique(where, return_index=True, return_inverse=True)
+        if (values.ravel()[first][again.ravel()] != values.ravel()).any():
+            raise EmulationError("threads write different values to one place")
+        if self.reading[where].any():
+            raise EmulationError("overwrites what a product still reads")
         return where
 
     def _write(self, where: Array, values: Array, warps: Array) -> None:
@@ -444,6 +456,15 @@ _ELEMENTWISE: dict[str, Callable[..., Any]] = {
     # The product of two float32 is exact in float64.
     "fma": lambda a, b, c: (a.astype(np.float64) * b + c).astype(a.dtype),
 }  # fmt: skip
+# Those that are followed, or that make no difference here; of products they are looked at one by one.
+_MODIFIERS = {
+    *_KINDS, "rn", "rzi", "approx", "full", "ftz", "NaN", "lo", "hi", "wide", "uni", "sync", "aligned", "to",
+    "eq", "ne", "lt", "le", "gt", "ge", "ls", "hs", "equ", "neu", "ltu", "leu", "gtu", "geu", "nan", "num",
+    "global", "shared", "shared:cta", "param", "v2", "v4", "cg", "ca", "relaxed", "acq_rel", "gpu", "cta",
+    "async", "commit_group", "wait_group", "wait_all", "proxy", "fence", "mma_async", "warp", "bfly", "idx",
+    "m8n8", "x1", "x2", "x4", "trans", "m16n8k16", "row", "col", "and", "or", "xor", "add",
+    *(f"m64n{width}k16" for width in range(8, 257, 8)),
+}  # fmt: skip
 # What all threads of a warp, or of a program, do as one.
 _TOGETHER = {"bar", "barrier", "elect", "ldmatrix", "mma", "shfl", "stmatrix", "wgmma"}
 
@@ -478,6 +499,11 @@ class Program:
         self.lanes = np.arange(threads, dtype=np.uint32)
         self.warps = np.arange(threads) // WARP
         self.all = np.ones(threads, bool)
+        # Products of warp groups that were begun, as registers and places that they use, and in the same way by group.
+        self.products: list[tuple[set[str], set[str], list[Array]]] = []
+        self.product_groups: list[list[tuple[set[str], set[str], list[Array]]]] = []
+        self.results: Counter[str] = Counter()
+        self.sources: Counter[str] = Counter()
         # Copies that were begun: those of the group being made, and those of the groups committed.
         self.copies: list[tuple[Array, Array, Array]] = []
         self.groups: list[list[tuple[Array, Array, Array]]] = []
@@ -531,6 +557,8 @@ class Program:
                 at, apart = self._next(apart)
 
     def _execute(self, instruction: Instruction, active: Array) -> None:
+        if unknown := set(instruction.modifiers) - _MODIFIERS:
+            raise EmulationError(f".{unknown.pop()} is not known")
         if function := _ELEMENTWISE.get(instruction.name):
             self._each(instruction, active, function)
         elif handler := getattr(self, f"_{instruction.name}", None):
@@ -570,6 +598,8 @@ class Program:
             value: Array = np.broadcast_to(raw, (len(self.lanes),))
             return _widened(value) if kind == "bf16" else value
         if operand in self.registers:
+            if self.results[operand]:
+                raise EmulationError(f"{operand} is the result of a product that was not waited for")
             value = self.registers[operand]
         elif operand in self.special:
             value = np.broadcast_to(self.special[operand], (len(self.lanes),))
@@ -586,6 +616,8 @@ class Program:
         """Write a register where threads are active; wider registers are filled with zeros, or the sign."""
         if register == "_":
             return
+        if self.results[register] or self.sources[register]:
+            raise EmulationError(f"{register} belongs to a product that was not waited for")
         bits = self.code.bits[register[1:].rstrip("0123456789")]
         wanted = np.dtype(_UNSIGNED[bits])
         value = np.broadcast_to(np.asarray(value), (len(self.lanes),))
@@ -663,8 +695,8 @@ class Program:
         kind = instruction.modifiers[-1]
         target, source, first, length = instruction.operands
         value, at, bits = self.get(source, kind), self.get(first, "u32"), self.get(length, "u32")
-        if (at + bits).max() > 32 or bits.min() < 1:
-            raise EmulationError("a bit field past the register's end")
+        if value.dtype.itemsize != 4 or (at + bits).max() > 32 or bits.min() < 1:
+            raise EmulationError("not known")
         up = (32 - at - bits).astype(value.dtype)
         self.put(target, (value << up) >> (32 - bits).astype(value.dtype), active)
 
@@ -900,9 +932,23 @@ class Program:
             self.put(register, values + self.get(added, "f32"), active)
 
     def _wgmma(self, instruction: Instruction, active: Array) -> None:
-        if instruction.modifiers[0] != "mma_async":
-            # They order what is asynchronous on hardware, and here is not.
-            return
+        if instruction.modifiers[0] == "commit_group":
+            self.product_groups.append(self.products)
+            self.products = []
+        elif instruction.modifiers[0] == "wait_group":
+            while len(self.product_groups) > instruction.operands[0].value:
+                for results, sources, places in self.product_groups.pop(0):
+                    self.results.subtract(results)
+                    self.sources.subtract(sources)
+                    for where in places:
+                        self.shared.reading[where] -= 1
+        elif instruction.modifiers[0] == "mma_async":
+            self._product_of_groups(instruction, active)
+        elif instruction.modifiers[0] != "fence":
+            raise EmulationError("not known")
+
+    def _product_of_groups(self, instruction: Instruction, active: Array) -> None:
+        """Computed at once; that it is not yet to be had, and still reads, is noted until it is waited for."""
         shape, to, kind = (instruction.modifiers[index] for index in (3, 4, 5))
         match = re.fullmatch(r"m64n(\d+)k16", shape)
         d, a, b, scale, *signs = instruction.operands
@@ -910,13 +956,16 @@ class Program:
         transposed = [bool(each.value) for each in signs[2:]]
         if match is None or to != "f32" or any(sign.value != 1 for sign in signs[:2]):
             raise EmulationError("not known")
+        # One product may follow another into the same registers.
+        held = {name: self.results.pop(name, 0) for name in d}
+        places: list[Array] = []
         width = int(match[1])
         groups = len(self.lanes) // (4 * WARP)
         if isinstance(a, tuple):
             left = _fragment_a([self.get(each, "b32") for each in a], kind).reshape(groups, 64, 16)
         else:
-            left = self._described(a, 64, kind, transposed[0])
-        right = self._described(b, width, kind, transposed[-1])
+            left = self._described(a, 64, kind, transposed[0], places)
+        right = self._described(b, width, kind, transposed[-1], places)
         product = left @ right.transpose(0, 2, 1)
         keep = self.get(scale, "pred") if isinstance(scale, str) else np.full(len(self.lanes), bool(scale.value))
         thread = np.arange(4 * WARP)
@@ -925,9 +974,15 @@ class Program:
             values = product[:, row + 8 * (index // 2 % 2), column + 8 * (index // 4) + index % 2].ravel()
             before = self.get(register, "f32") if keep.any() else np.float32(0)
             self.put(register, np.where(keep, values + before, values), active)
+        for where in places:
+            self.shared.reading[where] += 1
+        self.products.append((set(d), set(a) if isinstance(a, tuple) else set(), places))
+        self.results.update(held)
+        self.results.update(set(d))
+        self.sources.update(self.products[-1][1])
 
-    def _described(self, operand: str, rows: int, kind: str, major_rows: bool) -> Array:
-        """Each warp group's matrix, (groups, rows, 16), in float32."""
+    def _described(self, operand: str, rows: int, kind: str, major_rows: bool, places: list[Array]) -> Array:
+        """Each warp group's matrix, (groups, rows, 16), in float32; where it lies is added to `places`."""
         descriptors = self.get(operand, "u64").reshape(-1, 4 * WARP)
         if (descriptors != descriptors[:, :1]).any():
             raise EmulationError("threads of a warp group name different matrices")
@@ -936,6 +991,7 @@ class Program:
             addresses = described(descriptor, rows, 16, major_rows)
             # Four warps read as one: what any of them wrote needs a barrier.
             warps = np.full(addresses.size, SEVERAL)
+            places.append(np.unique(addresses.ravel()[:, None] + np.arange(2)))
             loaded = self.shared.load(addresses.ravel(), 2, warps).view(np.uint16).reshape(addresses.shape)
             matrices.append(_widened(loaded) if kind == "bf16" else loaded.view(np.float16).astype(np.float32))
         return np.stack(matrices)
@@ -984,7 +1040,10 @@ class _Launcher:
         values = [each.data_ptr() if isinstance(each, Tensor) else int(each) for each in given]
         # Behind them come two pointers to scratch that these kernels do not use.
         arguments = dict(zip(self.code.params, [*values, 0, 0], strict=True))
-        for place in np.ndindex(grid_z, grid_y, grid_x):
+        # Which program comes first is nobody's promise.
+        order = list(np.ndindex(grid_z, grid_y, grid_x))
+        random.Random(0).shuffle(order)
+        for place in order:
             Program(self.code, arguments, memory, self.shared_bytes, place[::-1], traffic).run()
 
 
@@ -1038,7 +1097,7 @@ def emulated(capability: int, traffic: Traffic | None = None) -> Iterator[None]:
 
 
 def rehearse(problem: BlockProblem, tiling: Tiling, capability: int, traffic: Traffic | None = None) -> float:
-    """Run a block's compiled kernel on a few of its pixels.
+    """Run a block's compiled kernel on a few of its pixels: with 32-bit offsets, and at most one tile of 128 rows.
 
     Returns:
         The root mean square of its error against float64, over that of the output.
@@ -1060,9 +1119,15 @@ def rehearse(problem: BlockProblem, tiling: Tiling, capability: int, traffic: Tr
         draw(hidden, into, 1, 1, fan_in=into), draw(hidden), draw(out, hidden, 1, 1, fan_in=hidden), draw(out),
     ]  # fmt: skip
     x = draw(few.batch, into, few.height, few.width).contiguous(memory_format=torch.channels_last)
-    # What the kernel forgets to write is NaN, which fails every comparison.
-    scratch = torch.full((tiling.partial_bytes(few) // 4,), torch.nan)
-    with emulated(capability, traffic):
-        found = convfirst.launch(x, convfirst.pack(layers, few), few, tiling, scratch).double()
+    weights = convfirst.pack(layers, few)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    # New memory is NaN then: what the kernel forgets to write fails every comparison.
+    torch.use_deterministic_algorithms(True)
+    try:
+        with emulated(capability, traffic):
+            scratch = torch.empty(tiling.partial_bytes(few) // 4)
+            found = convfirst.launch(x, weights, few, tiling, scratch).double()
+    finally:
+        torch.use_deterministic_algorithms(deterministic)
     exact = convfirst.layer_by_layer(x.double(), [layer.double() for layer in layers], few)
     return float((found - exact).norm() / exact.norm())

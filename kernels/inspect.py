@@ -182,7 +182,7 @@ def main(
             seconds = time.perf_counter() - begin
             loads = " ".join(f"{bits}:{count}" for bits, count in statics.global_loads.items())
             ran: tuple[str, ...] = ()
-            if run:
+            if run and statics.shared_bytes <= SHARED_LIMIT_BYTES[number]:
                 traffic = Traffic()
                 error = rehearse(problem, tiling, number, traffic)
                 counted = cost_model.on_chip_bytes(problem, tiling, limits.wgmma_macs > limits.mma_macs)

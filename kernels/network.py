@@ -407,7 +407,6 @@ class FusedNetwork(nn.Module):
     def __init__(self, network: nn.Module, parts: Sequence[Part], dtype: torch.dtype, in_channels: int) -> None:
         super().__init__()
         self.network = network
-        self.steps = _steps(network)
         self.parts = tuple(parts)
         self.dtype = dtype
         self.in_channels = in_channels
@@ -452,7 +451,7 @@ class FusedNetwork(nn.Module):
         """
         if not torch.compiler.is_compiling():
             self._require(x)
-        for step in self.steps:
+        for step in _steps(self.network):
             x = step(x)
         return x
 

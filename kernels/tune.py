@@ -36,9 +36,10 @@ TRIED = 4
 # every block: what tuning takes is what a candidate waits.
 SECONDS_EACH = 0.02
 WARMUP_SECONDS = 0.01
-# Calls in one CUDA graph: of fewer, launching the graph would be most of what is timed, for the smallest kernels take
-# less than that.
-CALLS = 16
+# What one replay of a CUDA graph should last, and how many calls it may hold for that: launching a graph takes longer
+# than the smallest kernels do.
+REPLAY_SECONDS = 2e-4
+MAX_CALLS = 16
 # Root mean square of the difference from torch's layers, over theirs, from which on a result is taken for wrong:
 # some ten roundings of the dtype.
 WRONG = {torch.float16: 1e-2, torch.bfloat16: 8e-2, torch.float32: 1e-3}
@@ -275,15 +276,15 @@ class _warming_up:
         triton.runtime.jit.JITFunction.__getitem__ = self.before
 
 
-def _graph(run: Callable[[], Tensor]) -> Callable[[], None]:
-    """The replay of a CUDA graph of `CALLS` calls, of which only the last one's output is kept."""
+def _graph(run: Callable[[], Tensor], calls: int) -> Callable[[], None]:
+    """The replay of a CUDA graph of some calls, of which only the last one's output is kept."""
 
-    def calls() -> Tensor:
-        for _ in range(CALLS - 1):
+    def several() -> Tensor:
+        for _ in range(calls - 1):
             run()
         return run()
 
-    graph, output = timing.captured(calls)
+    graph, output = timing.captured(several)
 
     def replay() -> None:
         graph.replay()
@@ -312,10 +313,24 @@ def exact(dtype: torch.dtype) -> AbstractContextManager[None]:
 def time_tilings(task: Task, tilings: Sequence[Any]) -> Choice:
     """The tilings that run and torch's layers, timed in turns in CUDA graphs."""
     device = task.x.device
+    clock = timing.clock_for(device)
     runs: dict[Any, Callable[[], None]] = {}
+    calls: list[int] = []
+
+    def add(name: Any, run: Callable[[], Tensor]) -> None:
+        """Of a function that has run before."""
+
+        def once() -> None:
+            run()
+
+        seconds = max(clock(once, 1), 1e-9)
+        calls.append(max(1, min(MAX_CALLS, round(REPLAY_SECONDS / seconds))))
+        runs[name] = _graph(run, calls[-1])
+
     with torch.inference_mode(), torch.cuda.device(device), exact(task.x.dtype):
-        runs[LAYER_BY_LAYER] = _graph(lambda: task.kernel.layer_by_layer(task.x, task.layers, task.problem))
-        expected = task.kernel.layer_by_layer(task.x, task.layers, task.problem)
+        layers = functools.partial(task.kernel.layer_by_layer, task.x, task.layers, task.problem)
+        expected = layers()
+        add(LAYER_BY_LAYER, layers)
         for tiling in tilings:
             launch = functools.partial(task.kernel.launch, task.x, task.weights, task.problem, tiling)
             try:
@@ -325,14 +340,14 @@ def time_tilings(task: Task, tilings: Sequence[Any]) -> Choice:
                         f"{task.kernel.name}: {tiling} computes {task.problem} wrong, it is not used", stacklevel=2
                     )
                     continue
-                runs[tiling] = _graph(launch)
+                add(tiling, launch)
             except Exception as error:
                 if not refuses(error):
                     raise
         samples = timing.time_interleaved(
-            list(runs.values()), timing.clock_for(device), SECONDS_EACH * len(runs), 2e-4, WARMUP_SECONDS
+            list(runs.values()), clock, SECONDS_EACH * len(runs), REPLAY_SECONDS, WARMUP_SECONDS
         )
-    medians = dict(zip(runs, (np.median(samples, axis=0) * 1e3 / CALLS).tolist(), strict=True))
+    medians = dict(zip(runs, (np.median(samples, axis=0) * 1e3 / calls).tolist(), strict=True))
     layers_ms = medians.pop(LAYER_BY_LAYER)
     by_time = sorted(medians, key=medians.__getitem__)
     return Choice(tuple(by_time), "tuned", tuple(medians[tiling] for tiling in by_time), layers_ms)

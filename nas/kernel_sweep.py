@@ -8,6 +8,8 @@ pixels by the emulator (`kernels.emulator`), and held against float64. The same 
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import json
 import random
 from collections import Counter
@@ -22,7 +24,7 @@ import torch
 import typer
 from rich.progress import Progress
 
-from kernels import cost_model, ops, tune
+from kernels import cost_model, emulator, ops, tune
 from kernels.device_functions import INTERPRETED
 from kernels.emulator import EmulationError, rehearse
 from kernels.inspect import SHARED_LIMIT_BYTES, compile_block, read_statics
@@ -104,14 +106,24 @@ def sweep_tilings(problem: BlockProblem, capability: int, run: bool) -> dict[str
             if run:
                 row["complaints"] += _emulated_complaints(problem, tiling, capability)
         found.append(row)
-    sources = tune.sources_digest()
-    return {"problem": asdict(problem), "capability": capability, "sources": sources, "run": run, "tilings": found}
+    sources = sources_digest(run)
+    return {"problem": asdict(problem), "capability": capability, "sources": sources, "tilings": found}
+
+
+@functools.cache
+def sources_digest(run: bool) -> str:
+    """Of what a line depends on."""
+    emulated = Path(emulator.__file__).read_bytes() if run else b""
+    return tune.sources_digest() + hashlib.sha256(emulated).hexdigest()[:12] * run
 
 
 def _emulated_complaints(problem: BlockProblem, tiling: Tiling, capability: int) -> list[str]:
     try:
         error = rehearse(problem, tiling, capability)
-    except EmulationError as told:
+    except Exception as told:
+        # One that does not fit is complained of already.
+        if not isinstance(told, EmulationError) and not tune.refuses(told):
+            raise
         return [f"does not run: {told}"]
     return [] if error <= ROUNDINGS[problem.dtype] else [f"computes wrong, off by {error:.2g}"]
 
@@ -138,7 +150,7 @@ def main(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--space") from error
     jobs = {
-        _key(asdict(problem), number, tune.sources_digest(), run): (problem, number, run)
+        _key(asdict(problem), number, sources_digest(run)): (problem, number, run)
         for each, images, number in product(spaces, batch or [1, 128], capabilities)
         for problem in problems(each, images, dtype)
     }
@@ -147,7 +159,7 @@ def main(
         # A run that was killed leaves half a line.
         with contextlib.suppress(json.JSONDecodeError, KeyError):
             row = json.loads(line)
-            if (key := _key(row["problem"], row["capability"], row["sources"], row["run"])) in jobs:
+            if (key := _key(row["problem"], row["capability"], row["sources"])) in jobs:
                 rows[key] = row
     left = sorted(set(jobs) - set(rows))
     random.Random(0).shuffle(left)
@@ -173,8 +185,8 @@ def main(
         typer.echo(f"{count:6} {complaint}")
 
 
-def _key(problem: dict[str, Any], capability: int, sources: str, run: bool) -> str:
-    return json.dumps([problem, capability, sources, run], sort_keys=True)
+def _key(problem: dict[str, Any], capability: int, sources: str) -> str:
+    return json.dumps([problem, capability, sources], sort_keys=True)
 
 
 def _kind(complaint: str) -> str:

@@ -161,6 +161,13 @@ COPY = "cp.async.ca.shared.global [%r2], [%rd3], 0x4; cp.async.commit_group;"
         (OWN + NEIGHBOURS + "ld.shared.b32 %r9, [%r3];", "reads what another wrote"),
         (OWN + "bar.sync 0; ld.shared.b32 %r9, [%r2];" + NEIGHBOURS + "st.shared.b32 [%r3], %r1;", "overwrites"),
         (OWN + NEIGHBOURS + "st.shared.b32 [%r3], %r1;", "two warps write"),
+        ("mov.b32 %r3, 0; st.shared.b32 [%r3], %r1;", "different values to one place"),
+        (
+            "mov.b32 %r3, 0; st.shared.b32 [%r3], 5; bar.sync 0; ld.shared.b32 %r9, [%r3]; setp.gt.u32 %p1, %r1, 31;"
+            "@%p1 st.shared.b32 [%r3], 6;",
+            "overwrites",
+        ),
+        ("add.sat.s32 %r9, %r1, 1;", ".sat is not known"),
         (COPY + "bar.sync 0; ld.shared.b32 %r9, [%r2];", "being copied"),
         (COPY + "cp.async.wait_group 1; ld.shared.b32 %r9, [%r2];", "being copied"),
         ("setp.lt.u32 %p1, %r1, 20; @%p1 bra $L_ONE; bar.sync 0; $L_ONE: mov.b32 %r9, 0;", "not for all"),
@@ -192,6 +199,7 @@ PIPELINED = BlockCase(
         (r"bar\.sync\s+0;", "", "no barrier between|before that was waited for|nobody wrote"),
         (r"cp\.async\.wait_group\s+\d+;", "cp.async.wait_group 99;", "waited for|nobody wrote"),
         (r"(@!?%p\d+\s+)?cp\.async\.c[ag][^;]*;", "", "nobody wrote"),
+        (r"wgmma\.wait_group\.sync\.aligned\s+\d+;", "", "not waited for|product still reads"),
         (r"\[ (%rd\d+) \+ 0 \]", r"[ \1 + 1048576 ]", "outside the tensors"),
     ],
 )
@@ -278,6 +286,7 @@ def test_the_likeliest_tiling_for_hopper_computes_right(row: tuple[object, ...],
         (BLOCK, Tiling(128, 64, "mma", num_stages=2, conv_stages=3)),
         (BLOCK, Tiling(64, 64, "mma", num_stages=3)),
         (BLOCK, Tiling(32, 64, "mma", num_stages=3, conv_stages=3)),
+        (replace(BLOCK, max_splits=2), Tiling(64, 64, "mma", 2, num_stages=2, conv_stages=3)),
         (replace(BLOCK, group_width=1), Tiling(128, 128, "fma", num_warps=8, num_stages=3)),
         (replace(BLOCK, group_width=1), Tiling(64, 64, "diagonal", num_stages=3, conv_stages=3)),
         (WIDER, Tiling(128, 128, "mma", num_warps=8, num_stages=3, conv_stages=3)),
@@ -291,9 +300,9 @@ def test_shared_memory_is_used_without_conflicts_and_as_much_as_the_cost_model_c
     traffic = Traffic()
     assert error_share(BlockCase(problem, tiling), 90, traffic) <= 1
     # What is left is weights of a convolution, copied 8 bytes a thread.
-    assert traffic.shared_wavefronts <= 1.15 * traffic.shared_least
-    # A tile reads whole pixels; narrower are biases, which all threads share.
-    assert traffic.global_sectors <= 1.05 * traffic.global_bytes / 32
+    assert traffic.shared_wavefronts <= 1.2 * traffic.shared_least
+    # A tile reads whole pixels; what splits exchange is read by halves of sectors.
+    assert traffic.global_sectors <= (1.05 if tiling.splits == 1 else 1.1) * traffic.global_bytes / 32
     counted = traffic.on_chip_bytes / traffic.programs
     assert 0.7 * counted <= cost_model.on_chip_bytes(problem, tiling, wgmma=True) <= 1.2 * counted
 
@@ -309,8 +318,8 @@ def test_a_stem(poisoned: None) -> None:
 def tuner_at_home(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The tuner on CPU tensors: no CUDA device to make current, no graph, and the CPU's clock."""
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(tune, "_graph", lambda run: run)
-    monkeypatch.setattr(tune, "CALLS", 1)
+    monkeypatch.setattr(tune, "MAX_CALLS", 1)
+    monkeypatch.setattr(tune, "_graph", lambda run, calls: run)
     with emulated(90):
         yield
 
