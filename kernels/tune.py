@@ -324,8 +324,9 @@ def time_tilings(task: Task, tilings: Sequence[Any]) -> Choice:
             run()
 
         seconds = max(clock(once, 1), 1e-9)
-        calls.append(max(1, min(MAX_CALLS, round(REPLAY_SECONDS / seconds))))
-        runs[name] = _graph(run, calls[-1])
+        count = max(1, min(MAX_CALLS, round(REPLAY_SECONDS / seconds)))
+        runs[name] = _graph(run, count)
+        calls.append(count)
 
     with torch.inference_mode(), torch.cuda.device(device), exact(task.x.dtype):
         layers = functools.partial(task.kernel.layer_by_layer, task.x, task.layers, task.problem)
