@@ -113,8 +113,8 @@ def sweep_tilings(problem: BlockProblem, capability: int, run: bool) -> dict[str
 @functools.cache
 def sources_digest(run: bool) -> str:
     """Of what a line depends on."""
-    emulated = Path(emulator.__file__).read_bytes() if run else b""
-    return tune.sources_digest() + hashlib.sha256(emulated).hexdigest()[:12] * run
+    files = sorted(Path(emulator.__file__).parent.glob("*.py")) if run else []
+    return tune.sources_digest() + hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12] * run
 
 
 def _emulated_complaints(problem: BlockProblem, tiling: Tiling, capability: int) -> list[str]:

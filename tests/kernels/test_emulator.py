@@ -15,10 +15,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import cost_model, emulator, ops, stem, tune
+from kernels import cost_model, ops, stem, tune
 from kernels.convfirst import launch, layer_by_layer, pack
 from kernels.cost_model import LIMITS
-from kernels.emulator import EmulationError, GlobalMemory, Program, Traffic, described, emulated, parse
+from kernels.emulator import EmulationError, Traffic, emulated
+from kernels.emulator import launch as emulated_launch
+from kernels.emulator.memory import GlobalMemory
+from kernels.emulator.program import Program
+from kernels.emulator.ptx import parse
+from kernels.emulator.values import described
 from kernels.inspect import compile_block, shorthand
 from kernels.problem import BlockProblem, Tiling
 from tests.kernels.cases import BlockCase, covering_cases, error_bound, make_operands, new_scratch
@@ -210,7 +215,7 @@ def test_a_kernel_that_is_spoilt_is_found_out(
     good = compile_block(PIPELINED.problem, PIPELINED.tiling, 90).asm["ptx"]
     bad = re.sub(statement, instead, good)
     assert bad != good
-    monkeypatch.setattr(emulator, "Program", lambda code, *rest: Program(parse(bad), *rest))
+    monkeypatch.setattr(emulated_launch, "Program", lambda code, *rest: Program(parse(bad), *rest))
     with pytest.raises(EmulationError, match=told):
         error_share(PIPELINED, 90)
 
@@ -345,8 +350,8 @@ def test_the_tuner_compiles_side_by_side_checks_and_times(tuner_at_home: None, m
     with pytest.warns(UserWarning, match="computes .* wrong"):
         choice = tune.time_tilings(spoilt, [right, wrong])
     assert choice.tilings == (right,)
+    assert len(choice.times_ms) == 1
     assert choice.layers_ms is not None
-    assert choice.tiling is None, "NumPy is not faster than torch"
     # Nothing was left to compile.
     assert len(compiled) == before
 
