@@ -5,10 +5,9 @@ the call for a GPU that is not there; then each program's threads go in lockstep
 tensors that the call was given. It is stricter than hardware: an access outside the tensors or a misaligned one, a read
 of shared memory that nobody wrote, a race between warps in shared memory, a use of what is still being copied or
 multiplied, all end with an error. Not watched: races in global memory (programs run one after the other, in a shuffled
-order) and fences between the ways into shared memory. What it does not tell is
-time; what takes time it counts (`Traffic`). Instructions are those that Triton makes of these kernels, by the
-definitions of the PTX ISA (https://docs.nvidia.com/cuda/parallel-thread-execution); of any other it says that it is not
-known.
+order) and fences between the ways into shared memory. What it does not tell is time; what takes time it counts
+(`Traffic`). Instructions are those that Triton makes of these kernels, by the definitions of the PTX ISA
+(https://docs.nvidia.com/cuda/parallel-thread-execution); of any other it says that it is not known.
 """
 
 from kernels.emulator.launch import emulated, rehearse
