@@ -172,7 +172,7 @@ def main(
         raise typer.BadParameter(why)
     columns = ["sm", "tiling", "counted us", "registers", "spills", "shared KiB", "HGMMA", "HMMA", "loads by bits", "s"]
     if run:
-        columns += ["steps", "on-chip KiB", "predicted KiB", "conflicts", "error"]
+        columns += ["instr", "on-chip KiB", "predicted KiB", "conflicts", "error"]
     table = Table(*columns, title=f"{channels} -> {hidden} -> {out}, k{kernel_size} g{group_width}, {dtype}")
     for number in capabilities:
         limits = cost_model.LIMITS[number]

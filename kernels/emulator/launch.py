@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -31,8 +30,8 @@ from kernels.problem import BlockProblem, Tiling
 _TRAFFIC: ContextVar[Traffic | None] = ContextVar("_TRAFFIC", default=None)
 
 
-@functools.lru_cache(maxsize=64)
 def _code(hash_: str, name: str) -> Code:
+    """Of a compiled kernel, from Triton's cache: a launcher is not told."""
     group = get_cache_manager(hash_).get_group(f"{name[:150]}.json")
     assert group is not None
     return parse(Path(next(path for file, path in group.items() if file.endswith(".ptx"))).read_text())

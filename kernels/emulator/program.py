@@ -25,7 +25,7 @@ from kernels.emulator.values import (
     fragment_a,
     fragment_b,
     joined,
-    pair,
+    parted,
     to_bfloat16,
     widened,
 )  # fmt: skip
@@ -198,7 +198,7 @@ class Program:
         target, *sources = instruction.operands
         if kind in ("f16x2", "bf16x2"):
             single = kind.removesuffix("x2")
-            pairs = [pair(self.get(source, "b32"), single) for source in sources]
+            pairs = [parted(self.get(source, "b32"), single) for source in sources]
             found = np.stack([np.asarray(function(*each)) for each in zip(*pairs, strict=True)], axis=-1)
             self.put(target, joined(found, single), active)
             return
@@ -282,9 +282,6 @@ class Program:
                 self.put(register, column, active)
         else:
             self.put(target, self.get(source, kind), active)
-
-    def _cvta(self, instruction: Instruction, active: Array) -> None:
-        self.put(instruction.operands[0], self.get(instruction.operands[1], instruction.modifiers[-1]), active)
 
     def _cvt(self, instruction: Instruction, active: Array) -> None:
         *how, to, kind = instruction.modifiers
@@ -419,14 +416,8 @@ class Program:
             raise EmulationError("a barrier that is not for all")
         self.shared.meet()
 
-    def _barrier(self, instruction: Instruction, active: Array) -> None:
-        self._bar(instruction, active)
-
     def _fence(self, instruction: Instruction, active: Array) -> None:
         """Threads in lockstep see each other's writes in order."""
-
-    def _griddepcontrol(self, instruction: Instruction, active: Array) -> None:
-        """Launches do not overlap."""
 
     # Within warps
 
@@ -443,9 +434,6 @@ class Program:
         else:
             raise EmulationError("not known")
         self.put(target, self.get(source, "b32")[other], active)
-
-    def _elect(self, instruction: Instruction, active: Array) -> None:
-        self.put(instruction.operands[0].split("|")[1], self.lanes % WARP == 0, active)
 
     def _matrices(self, instruction: Instruction, address: Address) -> tuple[int, Array]:
         """How many matrices of 8 x 8, and the addresses of their rows, (warps, matrices, 8)."""

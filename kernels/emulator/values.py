@@ -122,7 +122,7 @@ ELEMENTWISE: dict[str, Callable[..., Any]] = {
 }  # fmt: skip
 # Those that are followed, or that make no difference here; of products they are looked at one by one.
 MODIFIERS = {
-    *KINDS, "rn", "rzi", "approx", "full", "ftz", "NaN", "lo", "hi", "wide", "uni", "sync", "aligned", "to",
+    *KINDS, "rn", "rzi", "approx", "full", "ftz", "NaN", "lo", "hi", "wide", "uni", "sync", "aligned",
     "eq", "ne", "lt", "le", "gt", "ge", "ls", "hs", "equ", "neu", "ltu", "leu", "gtu", "geu", "nan", "num",
     "global", "shared", "shared:cta", "param", "v2", "v4", "cg", "ca", "relaxed", "acq_rel", "gpu", "cta",
     "async", "commit_group", "wait_group", "wait_all", "proxy", "fence", "mma_async", "warp", "bfly", "idx",
@@ -130,10 +130,11 @@ MODIFIERS = {
     *(f"m64n{width}k16" for width in range(8, 257, 8)),
 }  # fmt: skip
 # What all threads of a warp, or of a program, do as one.
-TOGETHER = {"bar", "barrier", "elect", "ldmatrix", "mma", "shfl", "stmatrix", "wgmma"}
+TOGETHER = {"bar", "ldmatrix", "mma", "shfl", "stmatrix", "wgmma"}
 
 
-def pair(register: Array, kind: str) -> tuple[Array, Array]:
+def parted(register: Array, kind: str) -> tuple[Array, Array]:
+    """The two numbers of each thread's register, (threads,) each, the lower half first."""
     pairs = np.ascontiguousarray(register).view(np.uint16).reshape(-1, 2)
     lower, upper = np.ascontiguousarray(pairs[:, 0]), np.ascontiguousarray(pairs[:, 1])
     if kind == "bf16":

@@ -56,7 +56,7 @@ def test_a_sweep_writes_a_line_a_block_and_goes_on(tmp_path: Path) -> None:
     assert all(row["tilings"][0]["statics"]["registers"] <= 255 for row in rows)
 
 
-def test_what_was_compiled_is_also_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_compiled_is_also_run(tmp_path: Path) -> None:
     toml, out = tmp_path / "tiny.toml", tmp_path / "out.jsonl"
     toml.write_text(TINY_TOML)
     command = ["--space", str(toml), "--batch", "128", "--limit", "1", "--workers", "1", "--out", str(out)]
