@@ -25,7 +25,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.device_functions import activate, convolve, dot, round_to, size, start, store_tile, tap_zero, total_size
+from kernels.device_functions import (
+    activate,
+    convolve,
+    convolve_rows,
+    dot,
+    round_to,
+    size,
+    start,
+    store_tile,
+    tap_zero,
+    total_size,
+)
 from kernels.problem import COUNTERS, DENSE_MULTIPLE, MIN_DOT, WIDE_ELEMENTS, BlockProblem, Tiling, parts
 
 ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
@@ -158,53 +169,137 @@ def convfirst_kernel(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
     FORM: tl.constexpr, CONV_BLOCK: tl.constexpr, DENSE_ROWS: tl.constexpr, CONV_STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
-    PADDED_OUT: tl.constexpr, OUT_SPLITS: tl.constexpr,
+    PADDED_OUT: tl.constexpr, OUT_SPLITS: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BLOCK_M output pixels (axis 0), one split of the hidden channels (1) and of the output's (2)."""
+    """TILES tiles of BLOCK_M output pixels (axis 0), one split of the hidden channels (1) and of the output's (2)."""
     DTYPE: tl.constexpr = x.dtype.element_ty
     PADDED_IN: tl.constexpr = total_size(IN_PARTS)
-    tile, split = tl.program_id(0), tl.program_id(1)
-    first_out, counter = 0, tile
+    STEPS: tl.constexpr = (HIDDEN + BLOCK_E * SPLITS - 1) // (BLOCK_E * SPLITS)
+    split, first_out = tl.program_id(1), 0
     if OUT_SPLITS > 1:
         first_out = tl.program_id(2) * total_size(OUT_PARTS)
-        counter = tile * OUT_SPLITS + tl.program_id(2)
-    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    valid = row < pixels
-    if WIDE:
-        row = row.to(tl.int64)
-    pixel, top, left = tap_zero(row, height, width, out_height, out_width, KERNEL, STRIDE, WIDE)
+    # For several tiles the weights stay in shared memory, where the compiler puts what products in a loop read.
+    expands, projects = (), ()
+    if TILES > 1:
+        for step in tl.static_range(STEPS):
+            for i in tl.static_range(len(IN_PARTS)):
+                expands = expands + (expand_weights(expand, step * BLOCK_E, BLOCK_E, IN_PARTS, i),)
+            for i in tl.static_range(len(OUT_PARTS)):
+                projects = projects + (project_weights(project, step * BLOCK_E, BLOCK_E, 0, OUT_PARTS, i, PADDED_OUT),)
 
-    ys = ()
-    for i in tl.static_range(len(IN_PARTS)):
-        y = convolve(
-            x, conv, conv_bias, pixel, top, left, valid, height, width, taps,
-            start(IN_PARTS, i), size(IN_PARTS, i), IN, PADDED_IN, KERNEL,
-            FORM, CONV_BLOCK, DENSE_ROWS, BLOCK_M, CONV_STAGES,
-        )  # fmt: skip
-        ys = ys + (round_to(y, DTYPE),)
+    for each in tl.range(0, TILES, num_stages=1):
+        tile = tl.program_id(0) * TILES + each
+        counter = tile
+        if OUT_SPLITS > 1:
+            counter = tile * OUT_SPLITS + tl.program_id(2)
+        if ROWS > 1:
+            row, valid, pixel, top, left, column_valid = tile_of_rows(
+                tile, pixels, height, width, out_height, out_width, KERNEL, STRIDE, BLOCK_M // ROWS, ROWS, WIDE
+            )
+        else:
+            row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+            valid = row < pixels
+            if WIDE:
+                row = row.to(tl.int64)
+            pixel, top, left = tap_zero(row, height, width, out_height, out_width, KERNEL, STRIDE, WIDE)
 
-    totals = ()
-    for i in tl.static_range(len(OUT_PARTS)):
-        totals = totals + (tl.zeros([BLOCK_M, size(OUT_PARTS, i)], tl.float32),)
-    STEPS: tl.constexpr = (HIDDEN + BLOCK_E * SPLITS - 1) // (BLOCK_E * SPLITS)
-    for step in tl.range(0, STEPS, num_stages=STAGES):
-        # Past the last hidden channel the weights are padded: see `Tiling.fits`.
-        hidden = (split * STEPS + step) * BLOCK_E + tl.arange(0, BLOCK_E)
-        h = tl.zeros([BLOCK_M, BLOCK_E], tl.float32) + tl.load(expand_bias + hidden)[None, :]
+        ys = ()
         for i in tl.static_range(len(IN_PARTS)):
-            columns = start(IN_PARTS, i) + tl.arange(0, size(IN_PARTS, i))
-            h = dot(ys[i], tl.trans(tl.load(expand + hidden[:, None] * PADDED_IN + columns[None, :])), h)
-        h = round_to(activate(h, ACTIVATION, DTYPE == tl.float32), DTYPE)
-        sums = ()
-        for i in tl.static_range(len(OUT_PARTS)):
-            columns = first_out + start(OUT_PARTS, i) + tl.arange(0, size(OUT_PARTS, i))
-            sums = sums + (dot(h, tl.load(project + hidden[:, None] * PADDED_OUT + columns[None, :]), totals[i]),)
-        totals = sums
+            if ROWS > 1:
+                y = convolve_rows(
+                    x, conv, conv_bias, pixel, top, left, column_valid, height, width, taps,
+                    start(IN_PARTS, i), size(IN_PARTS, i), IN, PADDED_IN, KERNEL, STRIDE,
+                    FORM, CONV_BLOCK, BLOCK_M // ROWS, ROWS, CONV_STAGES, DTYPE,
+                )  # fmt: skip
+            else:
+                y = convolve(
+                    x, conv, conv_bias, pixel, top, left, valid, height, width, taps,
+                    start(IN_PARTS, i), size(IN_PARTS, i), IN, PADDED_IN, KERNEL,
+                    FORM, CONV_BLOCK, DENSE_ROWS, BLOCK_M, CONV_STAGES, DTYPE,
+                )  # fmt: skip
+            ys = ys + (y,)
 
-    store_tile(
-        out, totals, partial, counters, project_bias, x, row, valid, pixels, counter, split, first_out,
-        OUT_PARTS, OUT, PADDED_OUT, RESIDUAL, BLOCK_M, SPLITS,
-    )  # fmt: skip
+        totals = ()
+        for i in tl.static_range(len(OUT_PARTS)):
+            totals = totals + (tl.zeros([BLOCK_M, size(OUT_PARTS, i)], tl.float32),)
+        if TILES > 1:
+            for step in tl.static_range(STEPS):
+                h = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+                h += tl.load(expand_bias + step * BLOCK_E + tl.arange(0, BLOCK_E))[None, :]
+                for i in tl.static_range(len(IN_PARTS)):
+                    h = dot(ys[i], expands[step * len(IN_PARTS) + i], h)
+                h = round_to(activate(h, ACTIVATION, DTYPE == tl.float32), DTYPE)
+                sums = ()
+                for i in tl.static_range(len(OUT_PARTS)):
+                    sums = sums + (dot(h, projects[step * len(OUT_PARTS) + i], totals[i]),)
+                totals = sums
+        else:
+            for chunk in tl.range(0, STEPS, num_stages=STAGES):
+                # Past the last hidden channel the weights are padded: see `Tiling.fits`.
+                first = (split * STEPS + chunk) * BLOCK_E
+                h = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
+                h += tl.load(expand_bias + first + tl.arange(0, BLOCK_E))[None, :]
+                for i in tl.static_range(len(IN_PARTS)):
+                    h = dot(ys[i], expand_weights(expand, first, BLOCK_E, IN_PARTS, i), h)
+                h = round_to(activate(h, ACTIVATION, DTYPE == tl.float32), DTYPE)
+                sums = ()
+                for i in tl.static_range(len(OUT_PARTS)):
+                    weights = project_weights(project, first, BLOCK_E, first_out, OUT_PARTS, i, PADDED_OUT)
+                    sums = sums + (dot(h, weights, totals[i]),)
+                totals = sums
+
+        store_tile(
+            out, totals, partial, counters, project_bias, x, row, valid, pixels, counter, split, first_out,
+            OUT_PARTS, OUT, PADDED_OUT, RESIDUAL, BLOCK_M, SPLITS,
+        )  # fmt: skip
+
+
+@triton.jit
+def expand_weights(expand, first, BLOCK_E: tl.constexpr, PARTS: tl.constexpr, i: tl.constexpr):
+    """[part i of the input channels, BLOCK_E hidden ones from `first` on]."""
+    hidden = first + tl.arange(0, BLOCK_E)
+    columns = start(PARTS, i) + tl.arange(0, size(PARTS, i))
+    return tl.trans(tl.load(expand + hidden[:, None] * total_size(PARTS) + columns[None, :]))
+
+
+@triton.jit
+def project_weights(
+    project, first, BLOCK_E: tl.constexpr, first_out, PARTS: tl.constexpr, i: tl.constexpr, PADDED_OUT: tl.constexpr
+):  # fmt: skip
+    """[BLOCK_E hidden channels from `first` on, part i of the output's after `first_out`]."""
+    hidden = first + tl.arange(0, BLOCK_E)
+    columns = first_out + start(PARTS, i) + tl.arange(0, size(PARTS, i))
+    return tl.load(project + hidden[:, None] * PADDED_OUT + columns[None, :])
+
+
+@triton.jit
+def tile_of_rows(
+    tile, pixels, height, width, out_height, out_width, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Where a tile of ROWS rows and COLUMNS columns lies, columns running on from image to image.
+
+    Returns:
+        Index of the tile's output pixels, a column's rows side by side, and which there are; index of the tap (0, 0)
+        of each column's first pixel among all input pixels, its coordinates, and which columns there are.
+    """
+    tiles_down = (out_height + ROWS - 1) // ROWS
+    first = tile % tiles_down * ROWS
+    column = tile // tiles_down * COLUMNS + tl.arange(0, COLUMNS)
+    image, left = column // out_width, column % out_width * STRIDE - KERNEL // 2
+    top = first * STRIDE - KERNEL // 2
+    if WIDE:
+        image = image.to(tl.int64)
+    pixel = (image * height + top) * width + left
+    within = tl.arange(0, COLUMNS * ROWS)
+    own = tile // tiles_down * COLUMNS + within // ROWS
+    down = first + within % ROWS
+    of_image = own // out_width
+    if WIDE:
+        of_image = of_image.to(tl.int64)
+    row = (of_image * out_height + down) * out_width + own % out_width
+    columns = pixels // out_height
+    return row, (own < columns) & (down < out_height), pixel, top, left, column < columns
 
 
 # -- Launch ----------------------------------------------------------------------------------------------------------
@@ -228,7 +323,7 @@ def constants(problem: BlockProblem, tiling: Tiling) -> dict[str, object]:
         "CONV_BLOCK": tiling.dense_block if problem.is_dense else problem.conv_block,
         "DENSE_ROWS": ceil(problem.in_channels / DENSE_MULTIPLE) * DENSE_MULTIPLE, "CONV_STAGES": tiling.conv_stages,
         "BLOCK_M": tiling.block_m, "BLOCK_E": tiling.block_e, "SPLITS": tiling.splits, "STAGES": tiling.num_stages,
-        "WIDE": elements >= WIDE_ELEMENTS,
+        "WIDE": elements >= WIDE_ELEMENTS, "ROWS": tiling.rows, "TILES": tiling.tiles_each,
     }  # fmt: skip
 
 
@@ -246,11 +341,12 @@ def launch(x: Tensor, weights: BlockWeights, problem: BlockProblem, tiling: Tili
         (problem.batch, problem.out_channels, problem.out_height, problem.out_width),
         dtype=x.dtype, device=x.device, memory_format=torch.channels_last,
     )  # fmt: skip
-    convfirst_kernel[(tiling.tiles(problem), tiling.splits, tiling.out_splits)](
+    programs = ceil(tiling.tiles(problem) / tiling.tiles_each)
+    convfirst_kernel[(programs, tiling.splits, tiling.out_splits)](
         x, weights.conv, weights.conv_bias, weights.expand, weights.expand_bias, weights.project, weights.project_bias,
         out, scratch, weights.counters,
         problem.out_pixels, problem.height, problem.width, problem.out_height, problem.out_width,
-        problem.kernel_size**2,
+        problem.kernel_size if tiling.rows > 1 else problem.kernel_size**2,
         **constants(problem, tiling), num_warps=tiling.num_warps,
     )  # fmt: skip
     return out

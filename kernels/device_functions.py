@@ -112,14 +112,58 @@ def tap_zero(row, height, width, out_height, out_width, KERNEL: tl.constexpr, ST
 
 
 @triton.jit
+def as_blocks(tile, BLOCK: tl.constexpr):
+    """Rows of channels, [rows, channels], as [channels / BLOCK, rows, BLOCK].
+
+    Loaded as rows and turned round afterwards: loaded as blocks, a row's channels would go to as many places in shared
+    memory, all of them in the same banks.
+    """
+    return tl.permute(tl.reshape(tile, [tile.shape[0], tile.shape[1] // BLOCK, BLOCK]), (1, 0, 2))
+
+
+@triton.jit
+def tap_weights(
+    conv, tap, first, WIDTH: tl.constexpr, PADDED: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Dense blocks [WIDTH / BLOCK, BLOCK in, BLOCK out] of one tap of a grouped convolution, from channel first on."""
+    BLOCKS: tl.constexpr = WIDTH // BLOCK
+    lane = tl.arange(0, BLOCK)
+    if FORM == "diagonal":
+        # Depthwise: one weight a channel, put on the diagonal here, for the zeros would be most of the traffic.
+        own = tl.load(conv + tap * PADDED + first + tl.arange(0, BLOCKS)[:, None] * BLOCK + lane[None, :])
+        return tl.where(lane[None, :, None] == lane[None, None, :], own[:, None, :], 0.0)
+    # As rows, for the banks' sake: see `as_blocks`.
+    rows = tap * PADDED + first + tl.arange(0, WIDTH)
+    return tl.reshape(tl.load(conv + rows[:, None] * BLOCK + lane[None, :]), [BLOCKS, BLOCK, BLOCK])
+
+
+@triton.constexpr_function
+def levels(count):
+    """Of a binary tree over so many leaves, a power of two."""
+    return count.bit_length() - 1
+
+
+@triton.jit
+def joined(pieces):
+    """1, 2, 4 ... tensors of one shape as one, counted by new last dimensions of 2, the highest bit first."""
+    for _ in tl.static_range(levels(len(pieces))):
+        halves = ()
+        for i in tl.static_range(len(pieces) // 2):
+            halves = halves + (tl.join(pieces[i], pieces[i + len(pieces) // 2]),)
+        pieces = halves
+    return pieces[0]
+
+
+@triton.jit
 def convolve(
     x, conv, conv_bias, pixel, top, left, valid, height, width, taps,
     first, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr, KERNEL: tl.constexpr,
     FORM: tl.constexpr, BLOCK: tl.constexpr, DENSE_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
+    DTYPE: tl.constexpr,
 ):  # fmt: skip
-    """Channels first to first + WIDTH of the convolution and its bias, [BLOCK_M, WIDTH] in float32.
+    """Channels first to first + WIDTH of the convolution and its bias, [BLOCK_M, WIDTH] in DTYPE, a tap at a time.
 
-    `pixel` is the index of the tap (0, 0) of each output pixel, `top` and `left` its coordinates.
+    `pixel` is the index of the tap (0, 0) of each output pixel, `top` and `left` its coordinates, `taps` how many.
     """
     columns = first + tl.arange(0, WIDTH)
     # Were the compiler told how many taps there are, it would unroll them all, and spill for want of registers. The
@@ -134,27 +178,16 @@ def convolve(
             total += tile.to(tl.float32) * tl.load(conv + tap * PADDED + columns).to(tl.float32)[None, :]
     elif FORM == "mma" or FORM == "diagonal":
         BLOCKS: tl.constexpr = WIDTH // BLOCK
-        lane = tl.arange(0, BLOCK)
-        channel = first + tl.arange(0, BLOCKS)[:, None] * BLOCK + lane[None, :]
-        # [blocks, in, out] of one tap
-        weights = tl.arange(0, BLOCKS)[:, None, None] * BLOCK + lane[None, :, None]
-        weights = (first + weights) * BLOCK + lane[None, None, :]
         sums = tl.zeros([BLOCKS, BLOCK_M, BLOCK], tl.float32)
         for tap in tl.range(0, KERNEL * KERNEL if INTERPRET else taps, num_stages=STAGES):
             dy, dx = tap // KERNEL, tap % KERNEL
             inside = valid & (top + dy >= 0) & (top + dy < height) & (left + dx >= 0) & (left + dx < width)
             address = x + (pixel + dy * width + dx)[:, None] * CHANNELS + columns[None, :]
             tile = tl.load(address, mask=inside[:, None] & (columns < CHANNELS)[None, :], other=0.0)
-            # Loaded as rows of pixels and turned round afterwards: loaded as blocks, a pixel's channels would go to as
-            # many places in shared memory, all of them in the same banks.
-            tile = tl.permute(tl.reshape(tile, [BLOCK_M, BLOCKS, BLOCK]), (1, 0, 2))
-            if FORM == "diagonal":
-                # Depthwise: one weight a channel, put on the diagonal here, for the zeros would be most of the traffic.
-                own = tl.load(conv + tap * PADDED + channel)
-                sums = dot(tile, tl.where(lane[None, :, None] == lane[None, None, :], own[:, None, :], 0.0), sums)
-            else:
-                sums = dot(tile, tl.load(conv + tap * (PADDED * BLOCK) + weights), sums)
-        total = tl.reshape(tl.permute(sums, (1, 0, 2)), [BLOCK_M, WIDTH])
+            sums = dot(as_blocks(tile, BLOCK), tap_weights(conv, tap, first, WIDTH, PADDED, FORM, BLOCK), sums)
+        bias = tl.load(conv_bias + first + tl.arange(0, BLOCKS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :])
+        # Rounded before it is turned round, which goes through shared memory.
+        total = tl.reshape(tl.permute(round_to(sums + bias[:, None, :], DTYPE), (1, 0, 2)), [BLOCK_M, WIDTH])
     else:
         CHUNKS: tl.constexpr = (CHANNELS + BLOCK - 1) // BLOCK
         lane = tl.arange(0, BLOCK)
@@ -167,7 +200,66 @@ def convolve(
             tile = tl.load(address, mask=inside[:, None] & (channel < CHANNELS)[None, :], other=0.0)
             weights = tl.load(conv + (tap * DENSE_ROWS + channel)[:, None] * PADDED + columns[None, :])
             total = dot(tile, weights, total)
-    return total + tl.load(conv_bias + columns)[None, :]
+    if FORM == "fma" or FORM == "dense":
+        total = round_to(total + tl.load(conv_bias + columns)[None, :], DTYPE)
+    return total
+
+
+@triton.jit
+def convolve_rows(
+    x, conv, conv_bias, pixel, top, left, valid, height, width, taps,
+    first, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr, KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
+    STAGES: tl.constexpr, DTYPE: tl.constexpr,
+):  # fmt: skip
+    """As `convolve`, of ROWS output rows below one another: [COLUMNS * ROWS, WIDTH], a column's rows side by side.
+
+    A row of the input is loaded once for each column of taps and serves all rows of the output that it reaches.
+    `pixel` is the index of the tap (0, 0) of each column's first output pixel, `left` and the scalar `top` its
+    coordinates, `taps` the columns of taps.
+    """
+    INPUT_ROWS: tl.constexpr = (ROWS - 1) * STRIDE + KERNEL
+    columns = first + tl.arange(0, WIDTH)
+    sums = ()
+    for _ in tl.static_range(ROWS):
+        if FORM == "fma":
+            sums = sums + (tl.zeros([COLUMNS, WIDTH], tl.float32),)
+        else:
+            sums = sums + (tl.zeros([WIDTH // BLOCK, COLUMNS, BLOCK], tl.float32),)
+    for dx in tl.range(0, KERNEL if INTERPRET else taps, num_stages=STAGES):
+        inside = valid & (left + dx >= 0) & (left + dx < width)
+        tiles = ()
+        for i in tl.static_range(INPUT_ROWS):
+            mask = inside & (top + i >= 0) & (top + i < height)
+            address = x + (pixel + i * width + dx)[:, None] * CHANNELS + columns[None, :]
+            tile = tl.load(address, mask=mask[:, None] & (columns < CHANNELS)[None, :], other=0.0)
+            tiles = tiles + (tile.to(tl.float32) if FORM == "fma" else as_blocks(tile, BLOCK),)
+        for dy in tl.static_range(KERNEL):
+            tap = dy * KERNEL + dx
+            more = ()
+            if FORM == "fma":
+                weights = tl.load(conv + tap * PADDED + columns).to(tl.float32)[None, :]
+            else:
+                weights = tap_weights(conv, tap, first, WIDTH, PADDED, FORM, BLOCK)
+            for i in tl.static_range(ROWS):
+                if FORM == "fma":
+                    more = more + (sums[i] + tiles[i * STRIDE + dy] * weights,)
+                else:
+                    more = more + (dot(tiles[i * STRIDE + dy], weights, sums[i]),)
+            sums = more
+    if FORM == "fma":
+        bias = tl.load(conv_bias + columns)[None, :]
+    else:
+        block = tl.arange(0, WIDTH // BLOCK)[:, None, None] * BLOCK + tl.arange(0, BLOCK)[None, None, :]
+        bias = tl.load(conv_bias + first + block)
+    rows = ()
+    for i in tl.static_range(ROWS):
+        rows = rows + (round_to(sums[i] + bias, DTYPE),)
+    if FORM == "fma":
+        tile = tl.permute(tl.reshape(joined(rows), [COLUMNS, WIDTH, ROWS]), (0, 2, 1))
+    else:
+        tile = tl.permute(tl.reshape(joined(rows), [WIDTH // BLOCK, COLUMNS, BLOCK, ROWS]), (1, 3, 0, 2))
+    return tl.reshape(tile, [COLUMNS * ROWS, WIDTH])
 
 
 @triton.jit

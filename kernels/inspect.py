@@ -132,9 +132,11 @@ def compile_block(problem: BlockProblem, tiling: Tiling, capability: int) -> Any
 
 def shorthand(tiling: Tiling) -> str:
     """A tiling in a word, such as `m128 e64 mma w8 s2`."""
-    word = f"m{tiling.block_m} e{tiling.block_e} {tiling.conv}"
+    shape = f"{tiling.rows}x{tiling.block_m // tiling.rows}" if tiling.rows > 1 else f"m{tiling.block_m}"
+    word = f"{shape} e{tiling.block_e} {tiling.conv}"
     word += f" x{tiling.splits}" if tiling.splits > 1 else ""
     word += f" o{tiling.out_splits}" if tiling.out_splits > 1 else ""
+    word += f" t{tiling.tiles_each}" if tiling.tiles_each > 1 else ""
     word += f" w{tiling.num_warps} s{tiling.num_stages}"
     word += f" c{tiling.conv_stages}" if tiling.conv_stages > 1 else ""
     return word + (f" p{tiling.part}" if tiling.part != 128 else "")

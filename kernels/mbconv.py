@@ -179,7 +179,7 @@ def conv_project_kernel(
         first = (split * STEPS + step) * BLOCK_E
         y = convolve(
             h, conv, conv_bias, pixel, top, left, valid, height, width, taps,
-            first, BLOCK_E, HIDDEN, PADDED, KERNEL, FORM, CONV_BLOCK, 0, BLOCK_M, CONV_STAGES,
+            first, BLOCK_E, HIDDEN, PADDED, KERNEL, FORM, CONV_BLOCK, 0, BLOCK_M, CONV_STAGES, tl.float32,
         )  # fmt: skip
         y = round_to(activate(y, ACTIVATION, DTYPE == tl.float32), DTYPE)
         rows = (first + tl.arange(0, BLOCK_E))[:, None] * PADDED_OUT

@@ -176,6 +176,12 @@ class Tiled(Protocol):
     """What a tiling has to know of a problem."""
 
     @property
+    def batch(self) -> int: ...
+    @property
+    def out_height(self) -> int: ...
+    @property
+    def out_width(self) -> int: ...
+    @property
     def out_pixels(self) -> int: ...
     @property
     def hidden_channels(self) -> int: ...
@@ -204,6 +210,11 @@ class Tiling:
         part: the most channels of one tensor, 64 or 128.
         out_splits: programs that share a tile's output channels. Each computes the hidden ones for itself, which costs
             work and no memory.
+        rows: of the output in a tile, a power of two: block_m / rows columns, which run on from image to image, of so
+            many rows. Each row of the input is then loaded once for a column of taps. 1 for block_m pixels one after
+            the other, loaded for each tap. A "dense" convolution knows no rows.
+        tiles_each: tiles that a program computes one after the other. With more than one it keeps the weights of the
+            1x1 convolutions in shared memory, and nothing can be split.
     """
 
     block_m: int
@@ -216,6 +227,8 @@ class Tiling:
     dense_block: int = 32
     part: int = 128
     out_splits: int = 1
+    rows: int = 1
+    tiles_each: int = 1
 
     def fits(self, problem: Tiled) -> bool:
         """Whether the kernel can run it: no split lacks scratch or work, or reads past the padded weights."""
@@ -223,6 +236,10 @@ class Tiling:
         covered = steps * self.block_e * self.splits
         idle = steps * self.block_e * (self.splits - 1) >= problem.hidden_channels
         if self.splits > problem.max_splits:
+            return False
+        if self.rows > 1 and (self.conv == "dense" or self.block_m // self.rows < MIN_DOT):
+            return False
+        if self.tiles_each > 1 and self.splits * self.out_splits > 1:
             return False
         if self.splits > 1 and (idle or self.tiles(problem) * self.out_splits > COUNTERS):
             return False
@@ -233,10 +250,13 @@ class Tiling:
         return covered <= problem.padded_hidden
 
     def tiles(self, problem: Tiled) -> int:
-        return ceil(problem.out_pixels / self.block_m)
+        if self.rows == 1:
+            return ceil(problem.out_pixels / self.block_m)
+        columns = problem.batch * problem.out_width
+        return ceil(columns / (self.block_m // self.rows)) * ceil(problem.out_height / self.rows)
 
     def programs(self, problem: Tiled) -> int:
-        return self.tiles(problem) * self.splits * self.out_splits
+        return ceil(self.tiles(problem) / self.tiles_each) * self.splits * self.out_splits
 
     def partial_bytes(self, problem: Tiled) -> int:
         """Of the float32 partial sums that split tiles exchange."""

@@ -30,6 +30,7 @@ AXES: dict[str, tuple[object, ...]] = {
     "block_e": (16, 32),
     "splits": (1, 2),
     "form": (0, 1),
+    "rows": (1, 2, 4),
 }
 AT_LEAST = 80
 EACH_VALUE = 4
@@ -47,7 +48,7 @@ class BlockCase:
         return (
             f"{p.batch}x{p.height}x{p.width}-{p.in_channels}-{p.hidden_channels}-{p.out_channels}-k{p.kernel_size}"
             f"g{p.group_width}s{p.stride}-{p.activation}-{p.dtype}{'-residual' if p.residual else ''}"
-            f"-m{t.block_m}e{t.block_e}{t.conv}x{t.splits}"
+            f"-m{t.block_m}e{t.block_e}{t.conv}x{t.splits}r{t.rows}t{t.tiles_each}"
         )
 
 
@@ -69,7 +70,9 @@ def block_case(case: Case) -> BlockCase | None:
     forms = conv_forms(problem)
     if case["form"] and len(forms) == 1:
         return None
-    tiling = Tiling(case["block_m"], case["block_e"], forms[case["form"]], case["splits"])  # type: ignore[arg-type, index]
+    tiling = Tiling(
+        case["block_m"], case["block_e"], forms[case["form"]], case["splits"], rows=case["rows"]
+    )  # type: ignore[arg-type, index] # fmt: skip
     assert unsupported(problem) is None, unsupported(problem)
     return BlockCase(problem, tiling) if tiling.fits(problem) else None
 
@@ -144,6 +147,12 @@ WIDE_CASES = [
     BlockCase(replace(_square(64, 64, 16), out_channels=24, residual=False), Tiling(16, 32, "mma", 2, out_splits=2)),
     BlockCase(_square(24, 96, 24), Tiling(16, 32, "mma")),
     BlockCase(_square(40, 40, 4), Tiling(16, 32, "mma")),
+    BlockCase(replace(_square(96, 96, 8), batch=2), Tiling(32, 32, "mma", rows=2, tiles_each=2)),
+    BlockCase(replace(_square(24, 72, 1), height=7, kernel_size=5), Tiling(16, 16, "fma", tiles_each=3)),
+    BlockCase(replace(_square(40, 80, 1), batch=9), Tiling(32, 64, "diagonal", rows=2, tiles_each=2, part=64)),
+    BlockCase(
+        replace(_square(16, 32, 16), height=9, width=17, stride=2, residual=False), Tiling(128, 32, "mma", rows=8)
+    ),
 ]
 
 

@@ -44,6 +44,8 @@ def test_the_cases_cover_every_value_often_and_are_reproducible() -> None:
     forms = Counter(tiling.conv for tiling in tilings)
     assert all(forms[form] >= EACH_VALUE for form in ("mma", "diagonal", "fma", "dense")), forms
     assert Counter(tiling.splits for tiling in tilings)[2] >= EACH_VALUE
+    by_rows = Counter((tiling.rows > 1, tiling.conv) for tiling in tilings)
+    assert all(by_rows[True, form] >= EACH_VALUE for form in ("mma", "diagonal", "fma")), by_rows
     assert Counter(problem.residual for problem in problems)[True] >= EACH_VALUE
     # A sample of pairs, read from the problems themselves.
     for kernel_size, dtype in itertools.product(AXES["kernel_size"], AXES["dtype"]):
