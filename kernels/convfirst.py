@@ -169,7 +169,7 @@ def convfirst_kernel(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
     FORM: tl.constexpr, CONV_BLOCK: tl.constexpr, DENSE_ROWS: tl.constexpr, CONV_STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
-    PADDED_OUT: tl.constexpr, OUT_SPLITS: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+    PADDED_OUT: tl.constexpr, OUT_SPLITS: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """TILES tiles of BLOCK_M output pixels (axis 0), one split of the hidden channels (1) and of the output's (2)."""
     DTYPE: tl.constexpr = x.dtype.element_ty
@@ -209,13 +209,13 @@ def convfirst_kernel(
                 y = convolve_rows(
                     x, conv, conv_bias, pixel, top, left, column_valid, height, width, taps,
                     start(IN_PARTS, i), size(IN_PARTS, i), IN, PADDED_IN, KERNEL, STRIDE,
-                    FORM, CONV_BLOCK, BLOCK_M // ROWS, ROWS, CONV_STAGES, DTYPE,
+                    FORM, CONV_BLOCK, BLOCK_M // ROWS, ROWS, CONV_STAGES, DTYPE, WARPS,
                 )  # fmt: skip
             else:
                 y = convolve(
                     x, conv, conv_bias, pixel, top, left, valid, height, width, taps,
                     start(IN_PARTS, i), size(IN_PARTS, i), IN, PADDED_IN, KERNEL,
-                    FORM, CONV_BLOCK, DENSE_ROWS, BLOCK_M, CONV_STAGES, DTYPE,
+                    FORM, CONV_BLOCK, DENSE_ROWS, BLOCK_M, CONV_STAGES, DTYPE, WARPS,
                 )  # fmt: skip
             ys = ys + (y,)
 
@@ -324,6 +324,7 @@ def constants(problem: BlockProblem, tiling: Tiling) -> dict[str, object]:
         "DENSE_ROWS": ceil(problem.in_channels / DENSE_MULTIPLE) * DENSE_MULTIPLE, "CONV_STAGES": tiling.conv_stages,
         "BLOCK_M": tiling.block_m, "BLOCK_E": tiling.block_e, "SPLITS": tiling.splits, "STAGES": tiling.num_stages,
         "WIDE": elements >= WIDE_ELEMENTS, "ROWS": tiling.rows, "TILES": tiling.tiles_each,
+        "WARPS": tiling.num_warps,
     }  # fmt: skip
 
 

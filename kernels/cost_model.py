@@ -15,10 +15,14 @@ from math import ceil
 
 from kernels.problem import MAX_SPLITS, MIN_DOT, BlockProblem, Tiling, conv_forms, parts
 
-# Special-function results and issue slots per hidden element, estimated from the operations that
-# `device_functions.activate` writes down, bias and rounding included; not read from machine code.
+# Special-function results and issue slots per hidden element, bias and rounding included.
 SPECIAL_FUNCTIONS = {"silu": 1, "relu": 0, "gelu": 1, "hard_swish": 0}
 ISSUE_SLOTS = {"silu": 4.5, "relu": 2.5, "gelu": 9.5, "hard_swish": 6.5}
+# Issue slots of a thread's other work, beside moves, as the emulator counts PTX: for 16 bytes of pixels (address, mask,
+# copy and the way into products), a tap at a time or in rows, which share much of that; for 16 bytes of weights; for an
+# output element; for a multiply-add of a depthwise convolution without tensor cores, conversions included, and for an
+# element of a dense block that is put together from weights on its diagonal.
+PIXEL_SLOTS, ROW_PIXEL_SLOTS, WEIGHT_SLOTS, OUT_SLOTS, FMA_SLOTS, DIAGONAL_SLOTS = 20, 15, 18, 5, 1.5, 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +81,26 @@ def padded_conv_macs(problem: BlockProblem, tiling: Tiling) -> int:
     return tiling.tiles(problem) * tiling.block_m * problem.padded_in * problem.kernel_size**2 * inputs
 
 
+def loaded_pixels(problem: BlockProblem, tiling: Tiling) -> int:
+    """Input pixels that a tile loads for its convolution, each as often as it does."""
+    if tiling.rows == 1:
+        return problem.kernel_size**2 * tiling.block_m
+    return problem.kernel_size * ((tiling.rows - 1) * problem.stride + problem.kernel_size) * tiling.columns
+
+
+def distinct_pixels(problem: BlockProblem, tiling: Tiling) -> int:
+    """Input pixels that a tile needs, about: its own and a rim."""
+    rows, columns = tiling.rows, tiling.columns
+    if rows == 1:
+        rows, columns = ceil(columns / problem.out_width), min(columns, problem.out_width)
+    height, width = ((count - 1) * problem.stride + problem.kernel_size for count in (rows, columns))
+    return min(height * width, loaded_pixels(problem, tiling))
+
+
 def on_chip_bytes(problem: BlockProblem, tiling: Tiling, wgmma: bool) -> float:
     """Bytes that a program moves through shared memory and the first-level cache, which share one path.
 
-    It is 0.7 to 1.0 of what the emulator counts for compiled kernels of 16 bits (`test_emulator.py`).
+    It is 0.7 to 1.2 of what the emulator counts for compiled kernels of 16 bits (`test_emulator.py`).
 
     Args:
         wgmma: whether the chip has Hopper's products, which read their second operand from shared memory once for 64
@@ -88,29 +108,79 @@ def on_chip_bytes(problem: BlockProblem, tiling: Tiling, wgmma: bool) -> float:
     """
     size, taps, rows = problem.itemsize, problem.kernel_size**2, tiling.block_m
     into, out = problem.padded_in, problem.padded_out // tiling.out_splits
+    loaded = loaded_pixels(problem, tiling)
     warp_groups = wgmma and rows >= 64 and problem.itemsize == 2
     along_rows = min(tiling.num_warps, rows // MIN_DOT)
     weights_read = rows / 64 if warp_groups else along_rows
     tile_read = max(1.0, tiling.num_warps * MIN_DOT / rows)
     # A pipeline copies past its end, as zeros; without one what is stored comes through the cache first.
-    copied = (taps + tiling.conv_stages - 1) / taps if tiling.conv_stages > 1 else 2
+    conv_steps = problem.kernel_size if tiling.rows > 1 else taps
+    copied = (conv_steps + tiling.conv_stages - 1) / conv_steps if tiling.conv_stages > 1 else 2
     conv = 0.0
     for part in parts(problem.in_channels, problem.conv_block, tiling.part):
         if tiling.conv == "fma":
-            conv += taps * rows * part * size
+            conv += loaded * part * size
         elif tiling.conv == "dense":
             inputs = ceil(problem.in_channels / tiling.dense_block) * tiling.dense_block
-            conv += taps * inputs * size * (rows * (copied + tile_read) + part * (1 + weights_read))
+            conv += inputs * size * (loaded * (copied + tile_read) + taps * part * (1 + weights_read))
         else:
-            # Warps run along the blocks of channels first, and where these are few several read the same pixels.
-            again = max(1.0, tiling.num_warps * problem.conv_block / part)
-            conv += taps * part * size * (rows * (copied + again) + 2 * problem.conv_block)
+            # Warps run along the blocks of channels, then along the columns, and what are still more read the same.
+            warps = tiling.num_warps * problem.conv_block / part
+            again = max(1.0, warps / max(1, min(tiling.columns // MIN_DOT, int(warps))))
+            conv += part * size * (loaded * (copied + again) + taps * 2 * problem.conv_block)
     steps = ceil(problem.hidden_channels / (tiling.block_e * tiling.splits))
     weights = tiling.block_e * (into + out) * size
-    fetched = steps + tiling.num_stages - 1 if tiling.num_stages > 1 else 2 * steps
+    if tiling.tiles_each > 1:
+        fetched = 2 * steps / tiling.tiles_each
+    else:
+        fetched = steps + tiling.num_stages - 1 if tiling.num_stages > 1 else 2 * steps
     hidden = steps * (rows * into * size * tile_read + weights * weights_read) + weights * fetched
     # The convolution's result on its way to a product, and the output on its way out.
-    return conv + hidden + 4 * rows * into * size + 3 * rows * out * 4
+    return tiling.tiles_each * (conv + hidden + 3 * rows * into * size + 3 * rows * out * 4)
+
+
+def issue_slots(problem: BlockProblem, tiling: Tiling) -> float:
+    """Of all threads of all programs."""
+    size, rows = problem.itemsize, tiling.block_m
+    outputs = problem.padded_out // tiling.out_splits
+    steps = ceil(problem.hidden_channels / (tiling.block_e * tiling.splits))
+    weights = steps * tiling.block_e * (problem.padded_in + outputs) / tiling.tiles_each
+    pixels = loaded_pixels(problem, tiling) * problem.padded_in
+    a_tile = rows * steps * tiling.block_e * ISSUE_SLOTS[problem.activation] + rows * outputs * OUT_SLOTS
+    taps = problem.kernel_size**2 * problem.padded_in
+    if tiling.conv == "fma":
+        a_tile += rows * taps * FMA_SLOTS
+    elif tiling.conv == "diagonal":
+        a_tile += taps * problem.conv_block * DIAGONAL_SLOTS
+    elif tiling.conv == "dense":
+        inputs = ceil(problem.in_channels / tiling.dense_block) * tiling.dense_block
+        weights += taps * inputs
+        pixels = loaded_pixels(problem, tiling) * inputs * len(parts(problem.in_channels, MIN_DOT, tiling.part))
+    else:
+        weights += taps * problem.conv_block
+    a_tile += pixels * size / 16 * (PIXEL_SLOTS if tiling.rows == 1 else ROW_PIXEL_SLOTS)
+    a_tile += weights * size / 16 * WEIGHT_SLOTS
+    return tiling.tiles(problem) * tiling.splits * tiling.out_splits * a_tile
+
+
+def l2_bytes(problem: BlockProblem, tiling: Tiling, limits: Limits) -> float:
+    """Bytes that all programs read from and write to the second-level cache."""
+    size, programs = problem.itemsize, tiling.programs(problem)
+    outputs = problem.padded_out // tiling.out_splits
+    steps = ceil(problem.hidden_channels / (tiling.block_e * tiling.splits))
+    conv_weights = problem.kernel_size**2 * problem.padded_in
+    if tiling.conv not in ("fma", "diagonal"):
+        conv_weights = padded_conv_macs(problem, tiling) // (tiling.tiles(problem) * tiling.block_m)
+    weights = conv_weights + steps * tiling.block_e * (problem.padded_in + outputs)
+    # Asynchronous copies go past the first-level cache; what they loaded is not there for the residual either.
+    past = tiling.conv_stages > 1 and tiling.conv != "fma"
+    pixels = distinct_pixels(problem, tiling)
+    held = shared_bytes(problem, tiling) + pixels * problem.in_channels * size
+    if past or resident(problem, tiling, limits) * held > limits.shared_bytes + OTHER_CACHE_BYTES:
+        pixels = loaded_pixels(problem, tiling)
+    tiles = tiling.tiles(problem) * tiling.splits * tiling.out_splits
+    out = problem.out_pixels * problem.out_channels * (2 if past and problem.residual else 1)
+    return size * (programs * weights + tiles * pixels * problem.in_channels + out) + 2 * tiling.partial_bytes(problem)
 
 
 def terms(problem: BlockProblem, tiling: Tiling, limits: Limits = H200) -> dict[str, float]:
@@ -118,32 +188,23 @@ def terms(problem: BlockProblem, tiling: Tiling, limits: Limits = H200) -> dict[
 
     Tile waste is in all of them: rows past the last pixel and channels past the last real one are computed too.
     """
-    tiles, programs = tiling.tiles(problem), tiling.programs(problem)
-    rows = tiles * tiling.block_m
+    rows = tiling.tiles(problem) * tiling.block_m
     per_clock = limits.multiprocessors * limits.clock_hz
     steps = ceil(problem.hidden_channels / (tiling.block_e * tiling.splits)) * tiling.splits
-    hidden = rows * steps * tiling.block_e
-    matrix = (limits.wgmma_macs if tiling.block_m >= 64 else limits.mma_macs) / (4 if problem.itemsize == 4 else 1)
     # What each program computes of the convolution and of the hidden channels, those that share a tile compute, too.
+    hidden = rows * steps * tiling.block_e * tiling.out_splits
+    matrix = (limits.wgmma_macs if tiling.block_m >= 64 else limits.mma_macs) / (4 if problem.itemsize == 4 else 1)
     conv_macs = padded_conv_macs(problem, tiling) * tiling.splits * tiling.out_splits
     outputs = problem.padded_out // tiling.out_splits
-    hidden *= tiling.out_splits
-    on_lanes = tiling.conv == "fma"
-    conv_weights = problem.kernel_size**2 * problem.padded_in * problem.itemsize
-    if problem.group_width > 1:
-        conv_weights = conv_macs // (rows * tiling.splits * tiling.out_splits) * problem.itemsize
-    weights = conv_weights + steps // tiling.splits * tiling.block_e * (problem.padded_in + outputs) * problem.itemsize
-    shared = programs * on_chip_bytes(problem, tiling, limits.wgmma_macs > limits.mma_macs)
-    # Every multiply-add of a channel converts its operand first.
-    lane_work = hidden * ISSUE_SLOTS[problem.activation] + (2.5 * conv_macs if on_lanes else 0)
+    shared = tiling.programs(problem) * on_chip_bytes(problem, tiling, limits.wgmma_macs > limits.mma_macs)
     return {
         "dram": (problem.activation_bytes + 2 * tiling.partial_bytes(problem)) / limits.dram_bytes,
-        "l2": (programs * weights + problem.activation_bytes + 2 * tiling.partial_bytes(problem)) / limits.l2_bytes,
+        "l2": l2_bytes(problem, tiling, limits) / limits.l2_bytes,
         "shared": shared / (limits.l1_bytes * per_clock),
-        "tensor": (0 if on_lanes else conv_macs / min(matrix, limits.mma_macs))
+        "tensor": (0 if tiling.conv == "fma" else conv_macs / min(matrix, limits.mma_macs))
         + hidden * (problem.padded_in + outputs) / matrix,
         "special": hidden * SPECIAL_FUNCTIONS[problem.activation] / (limits.special_functions * per_clock),
-        "issue": lane_work / (limits.lanes * per_clock),
+        "issue": issue_slots(problem, tiling) / (limits.lanes * per_clock),
     }
 
 
@@ -178,13 +239,17 @@ def layer_roofline(problem: BlockProblem, limits: Limits = H200) -> float:
 def shared_bytes(problem: BlockProblem, tiling: Tiling) -> int:
     """Shared memory of a program, about: the weights' pipeline and the convolution's result on its way to a product."""
     channels = problem.padded_in + problem.padded_out // tiling.out_splits
-    weights = tiling.num_stages * channels * tiling.block_e * problem.itemsize
+    steps = ceil(problem.hidden_channels / (tiling.block_e * tiling.splits))
+    kept = tiling.tiles_each > 1
+    weights = (steps if kept else tiling.num_stages) * channels * tiling.block_e * problem.itemsize
     conv = 0
-    if tiling.conv_stages > 1 and tiling.conv != "fma":
+    if tiling.conv != "fma" and (tiling.conv_stages > 1 or kept):
         part = max(parts(problem.in_channels, problem.conv_block, tiling.part))
         inputs = tiling.dense_block if tiling.conv == "dense" else problem.conv_block
-        conv = tiling.conv_stages * part * (tiling.block_m + inputs) * problem.itemsize
-    return max(weights + tiling.block_m * problem.padded_in * problem.itemsize, conv)
+        pixels = loaded_pixels(problem, tiling) // problem.kernel_size ** (2 if tiling.rows == 1 else 1)
+        conv = tiling.conv_stages * part * (pixels + inputs) * problem.itemsize
+    result = tiling.block_m * problem.padded_in * problem.itemsize
+    return weights + max(result, conv) if kept else max(weights + result, conv)
 
 
 def live_registers(problem: BlockProblem, tiling: Tiling) -> float:
@@ -193,10 +258,16 @@ def live_registers(problem: BlockProblem, tiling: Tiling) -> float:
     outputs = problem.padded_out // tiling.out_splits
     elements = tiling.block_m * (outputs + problem.padded_in * words + tiling.block_e)
     steps = ceil(problem.hidden_channels / (tiling.block_e * tiling.splits))
-    if tiling.num_stages == 1 or steps <= tiling.num_stages:
+    if tiling.tiles_each == 1 and (tiling.num_stages == 1 or steps <= tiling.num_stages):
         # Where a pipeline does not get going the weights of a step come through registers.
         elements += tiling.block_e * (problem.padded_in + outputs) * words
     return elements / (32 * tiling.num_warps)
+
+
+def resident(problem: BlockProblem, tiling: Tiling, limits: Limits) -> int:
+    """Programs that a multiprocessor holds at once, about."""
+    registers = min(255, live_registers(problem, tiling) + OTHER_REGISTERS) * 32 * tiling.num_warps
+    return max(1, min(int(limits.registers / registers), limits.shared_bytes // (shared_bytes(problem, tiling) + 1024)))
 
 
 # Pixels and hidden channels of a step that are tried.
@@ -204,22 +275,26 @@ BLOCKS_M = (16, 32, 64, 128, 256)
 BLOCKS_E = (16, 32, 64, 128)
 SPLITS = (1, 2, 4, 8, 16, MAX_SPLITS)
 OUT_SPLITS = (1, 2, 4)
+ROWS = (1, 2, 4, 8)
 # Tilings of one family among the first to be tried.
 RELATIVES = 2
 # Live registers a thread beyond which the compiler spilled, with Hopper's products, which read shared memory, and with
 # the older ones, which read registers; found by compiling `test_inspect`'s blocks and samples of `nas.kernel_sweep`.
 MOST_LIVE_REGISTERS = {"wgmma": 204, "mma": 150}
 OTHER_REGISTERS = 44
+# The same where weights are kept, whose steps are written out one after the other, and the most of these.
+MOST_LIVE_KEPT, MOST_KEPT_STEPS = 116, 4
+# Of tiles of several rows and many channels.
+MOST_LIVE_ROWS = 126
+# Of the memory that the first-level cache shares with shared memory, what is the cache's alone.
+OTHER_CACHE_BYTES = 28 * 1024
 
 
 def estimate(problem: BlockProblem, tiling: Tiling, limits: Limits = H200) -> float:
     """Seconds of a launch: the binding resource, shared with its rivals for slots, in whole waves, plus latencies."""
     counted = terms(problem, tiling, limits)
-    registers = min(255, live_registers(problem, tiling) + OTHER_REGISTERS) * 32 * tiling.num_warps
-    resident = max(
-        1, min(int(limits.registers / registers), limits.shared_bytes // (shared_bytes(problem, tiling) + 1024))
-    )
-    slots = limits.multiprocessors * resident
+    together = resident(problem, tiling, limits)
+    slots = limits.multiprocessors * together
     programs = tiling.programs(problem)
     waves = ceil(programs / slots)
     # A part-filled wave takes as long as a full one, up to what fewer programs on a multiprocessor gain.
@@ -227,16 +302,18 @@ def estimate(problem: BlockProblem, tiling: Tiling, limits: Limits = H200) -> fl
     # Products, special functions and plain instructions overlap between warps, but never wholly.
     compute = [counted[name] for name in ("tensor", "special", "issue", "shared")]
     busy = max(max(compute) + 0.4 * (sum(compute) - max(compute)), counted["l2"]) * idle
-    tap_steps = problem.kernel_size**2 * len(parts(problem.in_channels, problem.conv_block, tiling.part))
+    tap_steps = problem.kernel_size ** (2 if tiling.rows == 1 else 1)
+    tap_steps *= len(parts(problem.in_channels, problem.conv_block, tiling.part))
     if tiling.conv == "dense":
         tap_steps *= ceil(problem.in_channels / tiling.dense_block)
     steps = ceil(problem.hidden_channels / (tiling.block_e * tiling.splits))
     # Copies in flight hide each other's latency; loads through L1 that a program issues one by one do not, but other
     # programs on the multiprocessor go on meanwhile.
-    hidden_by = max(tiling.conv_stages, resident, tiling.num_warps / 4)
-    latency = limits.latency_seconds * (tap_steps / hidden_by + steps / tiling.num_stages + 2)
+    hidden_by = max(tiling.conv_stages, together, tiling.num_warps / 4)
+    latency = limits.latency_seconds * (tap_steps / hidden_by + 2)
+    latency += limits.latency_seconds * steps / (tiling.num_stages * tiling.tiles_each)
     latency += 4 * limits.latency_seconds if tiling.splits > 1 else 0
-    return limits.launch_seconds + max(counted["dram"], busy) + latency * min(waves, 2)
+    return limits.launch_seconds + max(counted["dram"], busy) + latency * min(waves * tiling.tiles_each, 2)
 
 
 def candidates(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
@@ -244,8 +321,11 @@ def candidates(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
     found = []
     wgmma = limits.wgmma_macs > limits.mma_macs
     most_live = MOST_LIVE_REGISTERS["wgmma" if wgmma else "mma"]
-    for block_m, block_e, warps, stages in product(BLOCKS_M, BLOCKS_E, (4, 8), (1, 2, 3)):
+    shapes = [(block_m, rows) for block_m in BLOCKS_M for rows in ROWS if block_m // rows >= MIN_DOT]
+    for (block_m, rows), block_e, warps, stages in product(shapes, BLOCKS_E, (4, 8), (1, 2, 3)):
         if block_m > max(MIN_DOT, 2 * problem.out_pixels) or block_e > problem.padded_hidden:
+            continue
+        if rows >= 2 * problem.out_height:
             continue
         for form, conv_stages, part in product(conv_forms(problem), (1, 3), (64, 128)):
             if part == 64 and max(problem.padded_in, problem.padded_out) < 128:
@@ -254,7 +334,9 @@ def candidates(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
                 continue
             if form in ("fma", "diagonal") and warps == 4 and problem.padded_in > 256:
                 continue
-            one = Tiling(block_m, block_e, form, 1, warps, stages, conv_stages, part=part)
+            if rows > 1 and form == "dense":
+                continue
+            one = Tiling(block_m, block_e, form, 1, warps, stages, conv_stages, part=part, rows=rows)
             if shared_bytes(problem, one) > limits.shared_bytes - 2048:
                 continue
             # The compiler unrolls the taps of wide convolutions, whose loads four warps have no registers for.
@@ -273,13 +355,40 @@ def candidates(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
                 continue
             if not wgmma and problem.padded_in > 384 and block_m > MIN_DOT:
                 continue
+            if rows > 1 and not rows_fit(problem, one):
+                continue
             for splits, out_splits in product(SPLITS, OUT_SPLITS):
                 split = replace(one, splits=splits, out_splits=out_splits)
                 if splits * out_splits > 1 and split.programs(problem) > 2 * limits.multiprocessors:
                     continue
                 if split.fits(problem) and live_registers(problem, split) <= most_live:
                     found.append(split)
+            # A kept tiling has no pipeline over hidden channels: one number of stages stands for all.
+            if stages == 2 and (kept := keeping(problem, one, limits)):
+                found.append(kept)
     return found
+
+
+def rows_fit(problem: BlockProblem, tiling: Tiling) -> bool:
+    """Whether registers suffice for the convolution of a tile of several rows, as far as compiling has shown."""
+    if problem.conv_block > MIN_DOT and tiling.block_m > 64:
+        return False
+    if problem.padded_in > 256 and (problem.kernel_size > 3 or tiling.block_m > 32):
+        return False
+    return problem.padded_in <= 128 or live_registers(problem, tiling) <= MOST_LIVE_ROWS
+
+
+def keeping(problem: BlockProblem, tiling: Tiling, limits: Limits) -> Tiling | None:
+    """The tiling with as many tiles a program as fill the chip once, if there are several and the weights find room."""
+    steps = ceil(problem.hidden_channels / tiling.block_e)
+    several = replace(tiling, tiles_each=2)
+    fits = several.fits(problem) and shared_bytes(problem, several) <= limits.shared_bytes - 2048
+    if not fits or steps > MOST_KEPT_STEPS or live_registers(problem, several) > MOST_LIVE_KEPT:
+        return None
+    if limits.wgmma_macs == limits.mma_macs and tiling.block_e > 64:
+        return None
+    each = ceil(tiling.tiles(problem) / (limits.multiprocessors * resident(problem, several, limits)))
+    return replace(tiling, tiles_each=each) if each > 1 else None
 
 
 @lru_cache(maxsize=4096)
@@ -290,11 +399,11 @@ def ranked(problem: BlockProblem, limits: Limits = H200) -> tuple[Tiling, ...]:
     and the rest last: the estimate tells such relatives apart least.
     """
     by_estimate = sorted(candidates(problem, limits), key=lambda tiling: estimate(problem, tiling, limits))
-    seen: Counter[tuple[int, int, int, str]] = Counter()
+    seen: Counter[tuple[object, ...]] = Counter()
     early: list[Tiling] = []
     late: list[Tiling] = []
     for tiling in by_estimate:
-        family = tiling.block_m, tiling.splits, tiling.out_splits, tiling.conv
+        family = tiling.block_m, tiling.splits, tiling.out_splits, tiling.conv, tiling.rows > 1, tiling.tiles_each > 1
         seen[family] += 1
         (early if seen[family] <= RELATIVES else late).append(tiling)
     return (*early, *late)

@@ -111,30 +111,44 @@ def tap_zero(row, height, width, out_height, out_width, KERNEL: tl.constexpr, ST
     return (image * height + top) * width + left, top, left
 
 
+@triton.constexpr_function
+def shares(rows, width, block, warps):
+    """Into how many the rows of a product of blocks are divided, so that each warp has a block or more of its own."""
+    return max(1, min(rows // 16, warps * block // width))
+
+
 @triton.jit
-def as_blocks(tile, BLOCK: tl.constexpr):
-    """Rows of channels, [rows, channels], as [channels / BLOCK, rows, BLOCK].
+def as_blocks(tile, BLOCK: tl.constexpr, SHARES: tl.constexpr):
+    """Rows of channels, [rows, channels], as [channels / BLOCK * SHARES, rows / SHARES, BLOCK].
 
     Loaded as rows and turned round afterwards: loaded as blocks, a row's channels would go to as many places in shared
     memory, all of them in the same banks.
     """
-    return tl.permute(tl.reshape(tile, [tile.shape[0], tile.shape[1] // BLOCK, BLOCK]), (1, 0, 2))
+    ROWS: tl.constexpr = tile.shape[0] // SHARES
+    BLOCKS: tl.constexpr = tile.shape[1] // BLOCK
+    blocks = tl.permute(tl.reshape(tile, [SHARES, ROWS, BLOCKS, BLOCK]), (2, 0, 1, 3))
+    return tl.reshape(blocks, [BLOCKS * SHARES, ROWS, BLOCK])
 
 
 @triton.jit
 def tap_weights(
-    conv, tap, first, WIDTH: tl.constexpr, PADDED: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr
+    conv, tap, first, WIDTH: tl.constexpr, PADDED: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr,
+    SHARES: tl.constexpr,
 ):  # fmt: skip
-    """Dense blocks [WIDTH / BLOCK, BLOCK in, BLOCK out] of one tap of a grouped convolution, from channel first on."""
-    BLOCKS: tl.constexpr = WIDTH // BLOCK
+    """Dense blocks [WIDTH / BLOCK * SHARES, BLOCK in, BLOCK out] of a tap, each SHARES times, from channel first on."""
+    BLOCKS: tl.constexpr = WIDTH // BLOCK * SHARES
     lane = tl.arange(0, BLOCK)
     if FORM == "diagonal":
         # Depthwise: one weight a channel, put on the diagonal here, for the zeros would be most of the traffic.
-        own = tl.load(conv + tap * PADDED + first + tl.arange(0, BLOCKS)[:, None] * BLOCK + lane[None, :])
-        return tl.where(lane[None, :, None] == lane[None, None, :], own[:, None, :], 0.0)
-    # As rows, for the banks' sake: see `as_blocks`.
-    rows = tap * PADDED + first + tl.arange(0, WIDTH)
-    return tl.reshape(tl.load(conv + rows[:, None] * BLOCK + lane[None, :]), [BLOCKS, BLOCK, BLOCK])
+        channel = first + tl.arange(0, BLOCKS)[:, None] // SHARES * BLOCK + lane[None, :]
+        own = tl.load(conv + tap * PADDED + channel)
+        weights = tl.where(lane[None, :, None] == lane[None, None, :], own[:, None, :], 0.0)
+    else:
+        # As rows, for the banks' sake: see `as_blocks`.
+        row = tl.arange(0, BLOCKS * BLOCK)
+        row = tap * PADDED + first + row // (BLOCK * SHARES) * BLOCK + row % BLOCK
+        weights = tl.reshape(tl.load(conv + row[:, None] * BLOCK + lane[None, :]), [BLOCKS, BLOCK, BLOCK])
+    return weights
 
 
 @triton.constexpr_function
@@ -159,7 +173,7 @@ def convolve(
     x, conv, conv_bias, pixel, top, left, valid, height, width, taps,
     first, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr, KERNEL: tl.constexpr,
     FORM: tl.constexpr, BLOCK: tl.constexpr, DENSE_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
-    DTYPE: tl.constexpr,
+    DTYPE: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """Channels first to first + WIDTH of the convolution and its bias, [BLOCK_M, WIDTH] in DTYPE, a tap at a time.
 
@@ -177,17 +191,21 @@ def convolve(
             tile = tl.load(address, mask=inside[:, None] & (columns < CHANNELS)[None, :], other=0.0)
             total += tile.to(tl.float32) * tl.load(conv + tap * PADDED + columns).to(tl.float32)[None, :]
     elif FORM == "mma" or FORM == "diagonal":
+        SHARES: tl.constexpr = shares(BLOCK_M, WIDTH, BLOCK, WARPS)
         BLOCKS: tl.constexpr = WIDTH // BLOCK
-        sums = tl.zeros([BLOCKS, BLOCK_M, BLOCK], tl.float32)
+        sums = tl.zeros([BLOCKS * SHARES, BLOCK_M // SHARES, BLOCK], tl.float32)
         for tap in tl.range(0, KERNEL * KERNEL if INTERPRET else taps, num_stages=STAGES):
             dy, dx = tap // KERNEL, tap % KERNEL
             inside = valid & (top + dy >= 0) & (top + dy < height) & (left + dx >= 0) & (left + dx < width)
             address = x + (pixel + dy * width + dx)[:, None] * CHANNELS + columns[None, :]
             tile = tl.load(address, mask=inside[:, None] & (columns < CHANNELS)[None, :], other=0.0)
-            sums = dot(as_blocks(tile, BLOCK), tap_weights(conv, tap, first, WIDTH, PADDED, FORM, BLOCK), sums)
-        bias = tl.load(conv_bias + first + tl.arange(0, BLOCKS)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :])
+            weights = tap_weights(conv, tap, first, WIDTH, PADDED, FORM, BLOCK, SHARES)
+            sums = dot(as_blocks(tile, BLOCK, SHARES), weights, sums)
+        channel = tl.arange(0, BLOCKS * SHARES)[:, None] // SHARES * BLOCK + tl.arange(0, BLOCK)[None, :]
         # Rounded before it is turned round, which goes through shared memory.
-        total = tl.reshape(tl.permute(round_to(sums + bias[:, None, :], DTYPE), (1, 0, 2)), [BLOCK_M, WIDTH])
+        total = round_to(sums + tl.load(conv_bias + first + channel)[:, None, :], DTYPE)
+        total = tl.permute(tl.reshape(total, [BLOCKS, SHARES, BLOCK_M // SHARES, BLOCK]), (1, 2, 0, 3))
+        total = tl.reshape(total, [BLOCK_M, WIDTH])
     else:
         CHUNKS: tl.constexpr = (CHANNELS + BLOCK - 1) // BLOCK
         lane = tl.arange(0, BLOCK)
@@ -210,7 +228,7 @@ def convolve_rows(
     x, conv, conv_bias, pixel, top, left, valid, height, width, taps,
     first, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr, KERNEL: tl.constexpr,
     STRIDE: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
-    STAGES: tl.constexpr, DTYPE: tl.constexpr,
+    STAGES: tl.constexpr, DTYPE: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """As `convolve`, of ROWS output rows below one another: [COLUMNS * ROWS, WIDTH], a column's rows side by side.
 
@@ -219,13 +237,14 @@ def convolve_rows(
     coordinates, `taps` the columns of taps.
     """
     INPUT_ROWS: tl.constexpr = (ROWS - 1) * STRIDE + KERNEL
+    SHARES: tl.constexpr = shares(COLUMNS, WIDTH, BLOCK, WARPS)
     columns = first + tl.arange(0, WIDTH)
     sums = ()
     for _ in tl.static_range(ROWS):
         if FORM == "fma":
             sums = sums + (tl.zeros([COLUMNS, WIDTH], tl.float32),)
         else:
-            sums = sums + (tl.zeros([WIDTH // BLOCK, COLUMNS, BLOCK], tl.float32),)
+            sums = sums + (tl.zeros([WIDTH // BLOCK * SHARES, COLUMNS // SHARES, BLOCK], tl.float32),)
     for dx in tl.range(0, KERNEL if INTERPRET else taps, num_stages=STAGES):
         inside = valid & (left + dx >= 0) & (left + dx < width)
         tiles = ()
@@ -233,14 +252,14 @@ def convolve_rows(
             mask = inside & (top + i >= 0) & (top + i < height)
             address = x + (pixel + i * width + dx)[:, None] * CHANNELS + columns[None, :]
             tile = tl.load(address, mask=mask[:, None] & (columns < CHANNELS)[None, :], other=0.0)
-            tiles = tiles + (tile.to(tl.float32) if FORM == "fma" else as_blocks(tile, BLOCK),)
+            tiles = tiles + (tile.to(tl.float32) if FORM == "fma" else as_blocks(tile, BLOCK, SHARES),)
         for dy in tl.static_range(KERNEL):
             tap = dy * KERNEL + dx
             more = ()
             if FORM == "fma":
                 weights = tl.load(conv + tap * PADDED + columns).to(tl.float32)[None, :]
             else:
-                weights = tap_weights(conv, tap, first, WIDTH, PADDED, FORM, BLOCK)
+                weights = tap_weights(conv, tap, first, WIDTH, PADDED, FORM, BLOCK, SHARES)
             for i in tl.static_range(ROWS):
                 if FORM == "fma":
                     more = more + (sums[i] + tiles[i * STRIDE + dy] * weights,)
@@ -250,15 +269,17 @@ def convolve_rows(
     if FORM == "fma":
         bias = tl.load(conv_bias + columns)[None, :]
     else:
-        block = tl.arange(0, WIDTH // BLOCK)[:, None, None] * BLOCK + tl.arange(0, BLOCK)[None, None, :]
-        bias = tl.load(conv_bias + first + block)
+        channel = tl.arange(0, WIDTH // BLOCK * SHARES)[:, None] // SHARES * BLOCK + tl.arange(0, BLOCK)[None, :]
+        bias = tl.load(conv_bias + first + channel)[:, None, :]
     rows = ()
     for i in tl.static_range(ROWS):
         rows = rows + (round_to(sums[i] + bias, DTYPE),)
+    # A thread has a column's rows in registers: side by side it stores them at once, on their way to a product.
     if FORM == "fma":
         tile = tl.permute(tl.reshape(joined(rows), [COLUMNS, WIDTH, ROWS]), (0, 2, 1))
     else:
-        tile = tl.permute(tl.reshape(joined(rows), [WIDTH // BLOCK, COLUMNS, BLOCK, ROWS]), (1, 3, 0, 2))
+        tile = tl.reshape(joined(rows), [WIDTH // BLOCK, SHARES, COLUMNS // SHARES, BLOCK, ROWS])
+        tile = tl.permute(tile, (1, 2, 4, 0, 3))
     return tl.reshape(tile, [COLUMNS * ROWS, WIDTH])
 
 

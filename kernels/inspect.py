@@ -132,7 +132,7 @@ def compile_block(problem: BlockProblem, tiling: Tiling, capability: int) -> Any
 
 def shorthand(tiling: Tiling) -> str:
     """A tiling in a word, such as `m128 e64 mma w8 s2`."""
-    shape = f"{tiling.rows}x{tiling.block_m // tiling.rows}" if tiling.rows > 1 else f"m{tiling.block_m}"
+    shape = f"{tiling.rows}x{tiling.columns}" if tiling.rows > 1 else f"m{tiling.block_m}"
     word = f"{shape} e{tiling.block_e} {tiling.conv}"
     word += f" x{tiling.splits}" if tiling.splits > 1 else ""
     word += f" o{tiling.out_splits}" if tiling.out_splits > 1 else ""

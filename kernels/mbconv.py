@@ -161,6 +161,7 @@ def conv_project_kernel(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
     FORM: tl.constexpr, CONV_BLOCK: tl.constexpr, CONV_STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
+    WARPS: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M output pixels (axis 0) and one split of the hidden channels (axis 1)."""
     DTYPE: tl.constexpr = h.dtype.element_ty
@@ -179,7 +180,7 @@ def conv_project_kernel(
         first = (split * STEPS + step) * BLOCK_E
         y = convolve(
             h, conv, conv_bias, pixel, top, left, valid, height, width, taps,
-            first, BLOCK_E, HIDDEN, PADDED, KERNEL, FORM, CONV_BLOCK, 0, BLOCK_M, CONV_STAGES, tl.float32,
+            first, BLOCK_E, HIDDEN, PADDED, KERNEL, FORM, CONV_BLOCK, 0, BLOCK_M, CONV_STAGES, tl.float32, WARPS,
         )  # fmt: skip
         y = round_to(activate(y, ACTIVATION, DTYPE == tl.float32), DTYPE)
         rows = (first + tl.arange(0, BLOCK_E))[:, None] * PADDED_OUT
@@ -206,7 +207,7 @@ def constants(problem: MBConvProblem, tiling: Tiling) -> dict[str, object]:
         "STRIDE": problem.stride, "ACTIVATION": problem.activation, "RESIDUAL": problem.residual,
         "FORM": tiling.conv, "CONV_BLOCK": problem.conv_block, "CONV_STAGES": tiling.conv_stages,
         "BLOCK_M": tiling.block_m, "BLOCK_E": tiling.block_e, "SPLITS": tiling.splits, "STAGES": tiling.num_stages,
-        "WIDE": elements >= WIDE_ELEMENTS,
+        "WIDE": elements >= WIDE_ELEMENTS, "WARPS": tiling.num_warps,
     }  # fmt: skip
 
 

@@ -237,7 +237,7 @@ class Tiling:
         idle = steps * self.block_e * (self.splits - 1) >= problem.hidden_channels
         if self.splits > problem.max_splits:
             return False
-        if self.rows > 1 and (self.conv == "dense" or self.block_m // self.rows < MIN_DOT):
+        if self.rows > 1 and (self.conv == "dense" or self.columns < MIN_DOT):
             return False
         if self.tiles_each > 1 and self.splits * self.out_splits > 1:
             return False
@@ -249,11 +249,16 @@ class Tiling:
                 return False
         return covered <= problem.padded_hidden
 
+    @property
+    def columns(self) -> int:
+        """Of a tile: output pixels side by side."""
+        return self.block_m // self.rows
+
     def tiles(self, problem: Tiled) -> int:
         if self.rows == 1:
             return ceil(problem.out_pixels / self.block_m)
         columns = problem.batch * problem.out_width
-        return ceil(columns / (self.block_m // self.rows)) * ceil(problem.out_height / self.rows)
+        return ceil(columns / self.columns) * ceil(problem.out_height / self.rows)
 
     def programs(self, problem: Tiled) -> int:
         return ceil(self.tiles(problem) / self.tiles_each) * self.splits * self.out_splits

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import ceil
 
 import pytest
 
@@ -31,11 +32,47 @@ def test_terms_are_work_over_rate() -> None:
     # past the first-level cache, weights of both kinds once in, the hidden ones once out for 64 pixels.
     conv = 9 * 64 * 2 * (128 * (2 + 1) + 2 * 16)
     hidden = 4 * (128 * 64 * 2) + 64 * 128 * 2 * (4 * 2 + 5)
-    ends = 128 * 64 * (4 * 2 + 3 * 4)
+    ends = 128 * 64 * (3 * 2 + 3 * 4)
     assert found["shared"] == pytest.approx(PIXELS / 128 * (conv + hidden + ends) / (128 * clock))
     assert found["special"] == pytest.approx(PIXELS * 256 / (16 * clock))
-    weights = 2 * (9 * 64 * 16 + 2 * 64 * 256)
-    assert found["l2"] == pytest.approx((PIXELS / 128 * weights + 2 * PIXELS * 64 * 2) / 5.5e12)
+    weights = 9 * 64 * 16 + 2 * 64 * 256
+    slots = 256 * 4.5 + 64 * (5 + 9 * 2 / 16 * 20) + weights / 128 * 2 / 16 * 18
+    assert found["issue"] == pytest.approx(PIXELS * slots / (128 * clock))
+    # 128 pixels lie on three rows of 56; with a rim they need five of 58.
+    assert found["l2"] == pytest.approx((PIXELS / 128 * (weights + 5 * 58 * 64) + PIXELS * 64) * 2 / 5.5e12)
+
+
+def test_copies_past_the_first_level_cache_load_each_tap_from_the_second() -> None:
+    found = cost_model.terms(PROBLEM, replace(TILING, conv_stages=3))
+    weights = 9 * 64 * 16 + 2 * 64 * 256
+    # And the input once more, for the residual.
+    assert found["l2"] == pytest.approx((PIXELS / 128 * weights + (9 + 1 + 1) * PIXELS * 64) * 2 / 5.5e12)
+
+
+def test_a_tile_of_several_rows_loads_a_row_of_the_input_once_for_a_column_of_taps() -> None:
+    tiling = replace(TILING, rows=8, conv_stages=3)
+    # Ten rows of 16 columns, for each of three columns of taps, for 128 pixels.
+    assert cost_model.loaded_pixels(PROBLEM, tiling) == 3 * 10 * 16
+    assert cost_model.distinct_pixels(PROBLEM, tiling) == 10 * 18
+    plain, rows = (cost_model.terms(PROBLEM, each) for each in (replace(TILING, conv_stages=3), tiling))
+    for name in ("l2", "shared", "issue"):
+        assert rows[name] < plain[name]
+    assert rows["tensor"] == plain["tensor"]
+    strided = replace(PROBLEM, stride=2, residual=False)
+    assert cost_model.loaded_pixels(strided, tiling) == 3 * 17 * 16
+    # 56 rows in tiles of 8, columns of 128 images side by side.
+    assert tiling.tiles(PROBLEM) == 128 * 56 / 16 * 7
+    assert tiling.tiles(strided) == 128 * 28 / 16 * 4
+
+
+def test_weights_that_are_kept_are_fetched_once_a_program() -> None:
+    kept = replace(TILING, tiles_each=24)
+    weights = 9 * 64 * 16 + 2 * 64 * 256
+    programs = ceil(PIXELS / 128 / 24)
+    assert kept.programs(PROBLEM) == programs
+    found = cost_model.terms(PROBLEM, kept)["l2"] * 5.5e12 / 2
+    assert found == pytest.approx(programs * weights + PIXELS / 128 * 5 * 58 * 64 + PIXELS * 64)
+    assert cost_model.shared_bytes(PROBLEM, kept) > 2 * 2 * 64 * 256
 
 
 def test_waste_of_tiles_and_of_padded_channels_is_in_the_terms() -> None:
@@ -92,7 +129,16 @@ def test_what_is_ranked_fits(capability: int) -> None:
 
 def test_the_first_tilings_differ_in_more_than_pipelining() -> None:
     first = cost_model.ranked(PROBLEM)[:6]
-    assert len({(tiling.block_m, tiling.splits, tiling.conv) for tiling in first}) >= 3
+    assert len({(tiling.block_m, tiling.splits, tiling.conv, tiling.rows > 1) for tiling in first}) >= 3
+
+
+def test_tiles_a_program_fill_the_chip_once() -> None:
+    kept = [tiling for tiling in cost_model.ranked(PROBLEM) if tiling.tiles_each > 1]
+    assert kept
+    for tiling in kept:
+        slots = H200.multiprocessors * cost_model.resident(PROBLEM, tiling, H200)
+        assert slots * (tiling.tiles_each - 1) < tiling.tiles(PROBLEM) <= slots * tiling.tiles_each
+        assert cost_model.shared_bytes(PROBLEM, tiling) <= H200.shared_bytes
 
 
 def test_the_binding_term_is_named() -> None:

@@ -295,6 +295,10 @@ def test_the_likeliest_tiling_for_hopper_computes_right(row: tuple[object, ...],
         (replace(BLOCK, group_width=1), Tiling(128, 128, "fma", num_warps=8, num_stages=3)),
         (replace(BLOCK, group_width=1), Tiling(64, 64, "diagonal", num_stages=3, conv_stages=3)),
         (WIDER, Tiling(128, 128, "mma", num_warps=8, num_stages=3, conv_stages=3)),
+        (BLOCK, Tiling(64, 64, "mma", num_stages=2, rows=4)),
+        (BLOCK, Tiling(64, 64, "mma", num_stages=2, conv_stages=3, rows=4, tiles_each=2)),
+        (replace(BLOCK, group_width=1, kernel_size=5), Tiling(64, 64, "fma", num_stages=2, rows=4)),
+        (WIDER, Tiling(64, 128, "mma", num_warps=8, num_stages=2, conv_stages=3, rows=2)),
         (replace(WIDER, group_width=128), Tiling(64, 64, "dense", num_warps=8, num_stages=3, conv_stages=3)),
     ],
     ids=lambda value: shorthand(value) if isinstance(value, Tiling) else f"{value.in_channels}g{value.group_width}",
@@ -304,8 +308,9 @@ def test_shared_memory_is_used_without_conflicts_and_as_much_as_the_cost_model_c
 ) -> None:
     traffic = Traffic()
     assert error_share(BlockCase(problem, tiling), 90, traffic) <= 1
-    # What is left is weights of a convolution, copied 8 bytes a thread.
-    assert traffic.shared_wavefronts <= 1.2 * traffic.shared_least
+    # Without tensor cores a convolution's rows are joined in registers, and their channels lie in one bank then.
+    joined = tiling.conv == "fma" and tiling.rows > 1
+    assert traffic.shared_wavefronts <= (1.25 if joined else 1.02) * traffic.shared_least
     # A tile reads whole pixels; what splits exchange is read by halves of sectors.
     assert traffic.global_sectors <= (1.05 if tiling.splits == 1 else 1.1) * traffic.global_bytes / 32
     counted = traffic.on_chip_bytes / traffic.programs
