@@ -26,6 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.device_functions import (
+    INTERPRET,
+    INTERPRETED,
     activate,
     convolve,
     convolve_rows,
@@ -161,17 +163,20 @@ def pack(layers: Sequence[Tensor], problem: BlockProblem) -> BlockWeights:
 # -- Kernel ----------------------------------------------------------------------------------------------------------
 
 
-@triton.jit(do_not_specialize=["pixels", "height", "width", "out_height", "out_width", "taps"])
+@triton.jit(do_not_specialize=["pixels", "height", "width", "out_height", "out_width", "taps", "tiles"])
 def convfirst_kernel(
     x, conv, conv_bias, expand, expand_bias, project, project_bias, out, partial, counters,
-    pixels, height, width, out_height, out_width, taps,
+    pixels, height, width, out_height, out_width, taps, tiles,
     IN: tl.constexpr, HIDDEN: tl.constexpr, OUT: tl.constexpr, IN_PARTS: tl.constexpr, OUT_PARTS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
     FORM: tl.constexpr, CONV_BLOCK: tl.constexpr, DENSE_ROWS: tl.constexpr, CONV_STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
     PADDED_OUT: tl.constexpr, OUT_SPLITS: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """TILES tiles of BLOCK_M output pixels (axis 0), one split of the hidden channels (1) and of the output's (2)."""
+    """Tiles of BLOCK_M output pixels (axis 0), one split of the hidden channels (1) and of the output's (2).
+
+    With TILES 1 a program has one tile, otherwise `tiles`, which the compiler is not told, or it would unroll them.
+    """
     DTYPE: tl.constexpr = x.dtype.element_ty
     PADDED_IN: tl.constexpr = total_size(IN_PARTS)
     STEPS: tl.constexpr = (HIDDEN + BLOCK_E * SPLITS - 1) // (BLOCK_E * SPLITS)
@@ -187,8 +192,8 @@ def convfirst_kernel(
             for i in tl.static_range(len(OUT_PARTS)):
                 projects = projects + (project_weights(project, step * BLOCK_E, BLOCK_E, 0, OUT_PARTS, i, PADDED_OUT),)
 
-    for each in tl.range(0, TILES, num_stages=1):
-        tile = tl.program_id(0) * TILES + each
+    for each in tl.range(0, TILES if INTERPRET or TILES == 1 else tiles, num_stages=1):
+        tile = tl.program_id(0) * tiles + each
         counter = tile
         if OUT_SPLITS > 1:
             counter = tile * OUT_SPLITS + tl.program_id(2)
@@ -314,6 +319,8 @@ def constants(problem: BlockProblem, tiling: Tiling) -> dict[str, object]:
     out_parts = parts(problem.out_channels, MIN_DOT, tiling.part)
     if tiling.out_splits > 1:
         out_parts = (problem.padded_out // tiling.out_splits,)
+    # Compiled, all numbers of tiles above one are the same kernel.
+    tiles = tiling.tiles_each if INTERPRETED else min(tiling.tiles_each, 2)
     return {
         "IN": problem.in_channels, "HIDDEN": problem.hidden_channels, "OUT": problem.out_channels,
         "IN_PARTS": parts(problem.in_channels, problem.conv_block, tiling.part),
@@ -323,8 +330,7 @@ def constants(problem: BlockProblem, tiling: Tiling) -> dict[str, object]:
         "CONV_BLOCK": tiling.dense_block if problem.is_dense else problem.conv_block,
         "DENSE_ROWS": ceil(problem.in_channels / DENSE_MULTIPLE) * DENSE_MULTIPLE, "CONV_STAGES": tiling.conv_stages,
         "BLOCK_M": tiling.block_m, "BLOCK_E": tiling.block_e, "SPLITS": tiling.splits, "STAGES": tiling.num_stages,
-        "WIDE": elements >= WIDE_ELEMENTS, "ROWS": tiling.rows, "TILES": tiling.tiles_each,
-        "WARPS": tiling.num_warps,
+        "WIDE": elements >= WIDE_ELEMENTS, "ROWS": tiling.rows, "TILES": tiles, "WARPS": tiling.num_warps,
     }  # fmt: skip
 
 
@@ -347,7 +353,7 @@ def launch(x: Tensor, weights: BlockWeights, problem: BlockProblem, tiling: Tili
         x, weights.conv, weights.conv_bias, weights.expand, weights.expand_bias, weights.project, weights.project_bias,
         out, scratch, weights.counters,
         problem.out_pixels, problem.height, problem.width, problem.out_height, problem.out_width,
-        problem.kernel_size if tiling.rows > 1 else problem.kernel_size**2,
+        problem.kernel_size if tiling.rows > 1 else problem.kernel_size**2, tiling.tiles_each,
         **constants(problem, tiling), num_warps=tiling.num_warps,
     )  # fmt: skip
     return out

@@ -286,6 +286,8 @@ OTHER_REGISTERS = 44
 MOST_LIVE_KEPT, MOST_KEPT_STEPS = 116, 4
 # Of tiles of several rows and many channels.
 MOST_LIVE_ROWS = 126
+# And of any channels, with the older products.
+MOST_LIVE_ROWS_MMA = 110
 # Of the memory that the first-level cache shares with shared memory, what is the cache's alone.
 OTHER_CACHE_BYTES = 28 * 1024
 
@@ -355,7 +357,7 @@ def candidates(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
                 continue
             if not wgmma and problem.padded_in > 384 and block_m > MIN_DOT:
                 continue
-            if rows > 1 and not rows_fit(problem, one):
+            if rows > 1 and not rows_fit(problem, one, wgmma):
                 continue
             for splits, out_splits in product(SPLITS, OUT_SPLITS):
                 split = replace(one, splits=splits, out_splits=out_splits)
@@ -369,13 +371,16 @@ def candidates(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
     return found
 
 
-def rows_fit(problem: BlockProblem, tiling: Tiling) -> bool:
+def rows_fit(problem: BlockProblem, tiling: Tiling, wgmma: bool) -> bool:
     """Whether registers suffice for the convolution of a tile of several rows, as far as compiling has shown."""
+    live = live_registers(problem, tiling)
+    if not wgmma and (live > MOST_LIVE_ROWS_MMA or (problem.padded_in > 256 and tiling.num_warps == 4)):
+        return False
     if problem.conv_block > MIN_DOT and tiling.block_m > 64:
         return False
     if problem.padded_in > 256 and (problem.kernel_size > 3 or tiling.block_m > 32):
         return False
-    return problem.padded_in <= 128 or live_registers(problem, tiling) <= MOST_LIVE_ROWS
+    return problem.padded_in <= 128 or live <= MOST_LIVE_ROWS
 
 
 def keeping(problem: BlockProblem, tiling: Tiling, limits: Limits) -> Tiling | None:

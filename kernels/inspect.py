@@ -73,7 +73,7 @@ class Statics:
 # Arguments of the kernels, by name, that are not pointers to the dtype of the input.
 OTHER_ARGUMENTS = {
     **dict.fromkeys(("conv_bias", "expand_bias", "project_bias", "bias", "partial"), "*fp32"), "counters": "*i32",
-    **dict.fromkeys(("pixels", "height", "width", "out_height", "out_width", "taps", "rows"), "i32"),
+    **dict.fromkeys(("pixels", "height", "width", "out_height", "out_width", "taps", "tiles", "rows"), "i32"),
 }  # fmt: skip
 
 
