@@ -360,7 +360,18 @@ def candidates(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
             if rows > 1 and not rows_fit(problem, one, wgmma):
                 continue
             for splits, out_splits in product(SPLITS, OUT_SPLITS):
-                split = replace(one, splits=splits, out_splits=out_splits)
+                split = Tiling(
+                    block_m,
+                    block_e,
+                    form,
+                    splits,
+                    warps,
+                    stages,
+                    conv_stages,
+                    part=part,
+                    out_splits=out_splits,
+                    rows=rows,
+                )
                 if splits * out_splits > 1 and split.programs(problem) > 2 * limits.multiprocessors:
                     continue
                 if split.fits(problem) and live_registers(problem, split) <= most_live:

@@ -6,6 +6,7 @@ Values only, no tensor and no Triton: the predicate can be asked, and tilings co
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from math import ceil
 from typing import Protocol
 
@@ -39,6 +40,7 @@ def power_of_two(value: int) -> int:
     return 1 << (value - 1).bit_length()
 
 
+@lru_cache(maxsize=1024)
 def parts(channels: int, minimum: int = MIN_DOT, largest: int = LARGEST_PART) -> tuple[int, ...]:
     """Channels as a sum of powers of two: 96 -> (64, 32), 320 -> (128, 128, 64), 24 -> (16, 16).
 
@@ -100,7 +102,7 @@ class Splittable(Convolved):
         return self.max_splits * self.out_pixels * self.padded_out if self.max_splits > 1 else 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class BlockProblem(Splittable):
     """One ConvFirst block on one input: everything that decides what is computed.
 
@@ -152,7 +154,7 @@ class BlockProblem(Splittable):
         in_pixels = self.batch * self.height * self.width
         return self.itemsize * (in_pixels * self.in_channels + self.out_pixels * self.out_channels)
 
-    @property
+    @cached_property
     def conv_block(self) -> int:
         """Channels of one dense block of the grouped convolution's weights."""
         return MIN_DOT if self.is_dense else max(MIN_DOT, power_of_two(self.group_width))
@@ -166,7 +168,7 @@ class BlockProblem(Splittable):
     def padded_hidden(self) -> int:
         return ceil(self.hidden_channels / HIDDEN_MULTIPLE) * HIDDEN_MULTIPLE
 
-    @property
+    @cached_property
     def padded_in(self) -> int:
         """Input channels as they are computed, zero past the real ones."""
         return sum(parts(self.in_channels, self.conv_block))
