@@ -37,6 +37,7 @@ from kernels.device_functions import (
     start,
     store_tile,
     tap_zero,
+    tile_of_rows,
     total_size,
 )
 from kernels.problem import COUNTERS, DENSE_MULTIPLE, MIN_DOT, WIDE_ELEMENTS, BlockProblem, Tiling, parts
@@ -275,36 +276,6 @@ def project_weights(
     hidden = first + tl.arange(0, BLOCK_E)
     columns = first_out + start(PARTS, i) + tl.arange(0, size(PARTS, i))
     return tl.load(project + hidden[:, None] * PADDED_OUT + columns[None, :])
-
-
-@triton.jit
-def tile_of_rows(
-    tile, pixels, height, width, out_height, out_width, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
-):  # fmt: skip
-    """Where a tile of ROWS rows and COLUMNS columns lies, columns running on from image to image.
-
-    Returns:
-        Index of the tile's output pixels, a column's rows side by side, and which there are; index of the tap (0, 0)
-        of each column's first pixel among all input pixels, its coordinates, and which columns there are.
-    """
-    tiles_down = (out_height + ROWS - 1) // ROWS
-    first = tile % tiles_down * ROWS
-    column = tile // tiles_down * COLUMNS + tl.arange(0, COLUMNS)
-    image, left = column // out_width, column % out_width * STRIDE - KERNEL // 2
-    top = first * STRIDE - KERNEL // 2
-    if WIDE:
-        image = image.to(tl.int64)
-    pixel = (image * height + top) * width + left
-    within = tl.arange(0, COLUMNS * ROWS)
-    own = tile // tiles_down * COLUMNS + within // ROWS
-    down = first + within % ROWS
-    of_image = own // out_width
-    if WIDE:
-        of_image = of_image.to(tl.int64)
-    row = (of_image * out_height + down) * out_width + own % out_width
-    columns = pixels // out_height
-    return row, (own < columns) & (down < out_height), pixel, top, left, column < columns
 
 
 # -- Launch ----------------------------------------------------------------------------------------------------------

@@ -118,6 +118,36 @@ def shares(rows, width, block, warps):
 
 
 @triton.jit
+def tile_of_rows(
+    tile, pixels, height, width, out_height, out_width, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Where a tile of ROWS rows and COLUMNS columns lies, columns running on from image to image.
+
+    Returns:
+        Index of the tile's output pixels, a column's rows side by side, and which there are; index of the tap (0, 0)
+        of each column's first pixel among all input pixels, its coordinates, and which columns there are.
+    """
+    tiles_down = (out_height + ROWS - 1) // ROWS
+    first = tile % tiles_down * ROWS
+    column = tile // tiles_down * COLUMNS + tl.arange(0, COLUMNS)
+    image, left = column // out_width, column % out_width * STRIDE - KERNEL // 2
+    top = first * STRIDE - KERNEL // 2
+    if WIDE:
+        image = image.to(tl.int64)
+    pixel = (image * height + top) * width + left
+    within = tl.arange(0, COLUMNS * ROWS)
+    own = tile // tiles_down * COLUMNS + within // ROWS
+    down = first + within % ROWS
+    of_image = own // out_width
+    if WIDE:
+        of_image = of_image.to(tl.int64)
+    row = (of_image * out_height + down) * out_width + own % out_width
+    columns = pixels // out_height
+    return row, (own < columns) & (down < out_height), pixel, top, left, column < columns
+
+
+@triton.jit
 def as_blocks(tile, BLOCK: tl.constexpr, SHARES: tl.constexpr):
     """Rows of channels, [rows, channels], as [channels / BLOCK * SHARES, rows / SHARES, BLOCK].
 

@@ -22,7 +22,19 @@ from torch import Tensor
 
 from kernels.convfirst import grouped_weights, new_counters
 from kernels.cost_model import H200, Limits
-from kernels.device_functions import activate, convolve, dot, round_to, size, start, store_tile, tap_zero, total_size
+from kernels.device_functions import (
+    activate,
+    convolve,
+    convolve_rows,
+    dot,
+    round_to,
+    size,
+    start,
+    store_tile,
+    tap_zero,
+    tile_of_rows,
+    total_size,
+)
 from kernels.head import HeadTiling, linear
 from kernels.problem import (
     ACTIVATIONS,
@@ -113,11 +125,15 @@ def tilings(problem: MBConvProblem, limits: Limits = H200) -> list[Tiling]:
     while problem.out_pixels // block_m * wanted < limits.multiprocessors and wanted < most:
         wanted *= 2
     found: list[Tiling] = []
-    shapes = ((block_m, 32, forms[0]), (block_m, 64, forms[0]), (2 * block_m, 32, forms[0]), (block_m, 32, forms[-1]))
-    for pixels, hidden, form in shapes:
+    rows = min(4, block_m // MIN_DOT)
+    shapes = (
+        (block_m, 32, forms[0], rows), (block_m, 64, forms[0], rows), (2 * block_m, 32, forms[0], 2 * rows),
+        (block_m, 32, forms[-1], 1),
+    )  # fmt: skip
+    for pixels, hidden, form, rows in shapes:
         # Not every number of splits divides the hidden channels well; one always does.
         for splits in (wanted, wanted // 2, wanted // 4, 1):
-            tiling = Tiling(pixels, hidden, form, max(1, splits), 8 if wide else 4)
+            tiling = Tiling(pixels, hidden, form, max(1, splits), 8 if wide else 4, rows=rows)
             if tiling.fits(problem) and tiling not in found:
                 found.append(tiling)
                 break
@@ -161,27 +177,38 @@ def conv_project_kernel(
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, RESIDUAL: tl.constexpr,
     FORM: tl.constexpr, CONV_BLOCK: tl.constexpr, CONV_STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
-    WARPS: tl.constexpr,
+    ROWS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """One tile of BLOCK_M output pixels (axis 0) and one split of the hidden channels (axis 1)."""
     DTYPE: tl.constexpr = h.dtype.element_ty
     PADDED_OUT: tl.constexpr = total_size(OUT_PARTS)
     tile, split = tl.program_id(0), tl.program_id(1)
-    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    valid = row < pixels
-    if WIDE:
-        row = row.to(tl.int64)
-    pixel, top, left = tap_zero(row, height, width, out_height, out_width, KERNEL, STRIDE, WIDE)
+    if ROWS > 1:
+        row, valid, pixel, top, left, column_valid = tile_of_rows(
+            tile, pixels, height, width, out_height, out_width, KERNEL, STRIDE, BLOCK_M // ROWS, ROWS, WIDE
+        )
+    else:
+        row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        valid = row < pixels
+        if WIDE:
+            row = row.to(tl.int64)
+        pixel, top, left = tap_zero(row, height, width, out_height, out_width, KERNEL, STRIDE, WIDE)
     totals = ()
     for i in tl.static_range(len(OUT_PARTS)):
         totals = totals + (tl.zeros([BLOCK_M, size(OUT_PARTS, i)], tl.float32),)
     STEPS: tl.constexpr = (HIDDEN + BLOCK_E * SPLITS - 1) // (BLOCK_E * SPLITS)
     for step in tl.range(0, STEPS, num_stages=STAGES):
         first = (split * STEPS + step) * BLOCK_E
-        y = convolve(
-            h, conv, conv_bias, pixel, top, left, valid, height, width, taps,
-            first, BLOCK_E, HIDDEN, PADDED, KERNEL, FORM, CONV_BLOCK, 0, BLOCK_M, CONV_STAGES, tl.float32, WARPS,
-        )  # fmt: skip
+        if ROWS > 1:
+            y = convolve_rows(
+                h, conv, conv_bias, pixel, top, left, column_valid, height, width, taps, first, BLOCK_E, HIDDEN, PADDED,
+                KERNEL, STRIDE, FORM, CONV_BLOCK, BLOCK_M // ROWS, ROWS, CONV_STAGES, tl.float32, WARPS,
+            )  # fmt: skip
+        else:
+            y = convolve(
+                h, conv, conv_bias, pixel, top, left, valid, height, width, taps, first, BLOCK_E, HIDDEN, PADDED,
+                KERNEL, FORM, CONV_BLOCK, 0, BLOCK_M, CONV_STAGES, tl.float32, WARPS,
+            )  # fmt: skip
         y = round_to(activate(y, ACTIVATION, DTYPE == tl.float32), DTYPE)
         rows = (first + tl.arange(0, BLOCK_E))[:, None] * PADDED_OUT
         sums = ()
@@ -207,7 +234,7 @@ def constants(problem: MBConvProblem, tiling: Tiling) -> dict[str, object]:
         "STRIDE": problem.stride, "ACTIVATION": problem.activation, "RESIDUAL": problem.residual,
         "FORM": tiling.conv, "CONV_BLOCK": problem.conv_block, "CONV_STAGES": tiling.conv_stages,
         "BLOCK_M": tiling.block_m, "BLOCK_E": tiling.block_e, "SPLITS": tiling.splits, "STAGES": tiling.num_stages,
-        "WIDE": elements >= WIDE_ELEMENTS, "WARPS": tiling.num_warps,
+        "WIDE": elements >= WIDE_ELEMENTS, "ROWS": tiling.rows, "WARPS": tiling.num_warps,
     }  # fmt: skip
 
 
@@ -231,7 +258,7 @@ def launch(x: Tensor, weights: Sequence[Tensor], problem: MBConvProblem, tiling:
     conv_project_kernel[(tiling.tiles(problem), tiling.splits)](
         hidden, conv, conv_bias, project, project_bias, x, out, scratch, counters,
         problem.out_pixels, problem.height, problem.width, problem.out_height, problem.out_width,
-        problem.kernel_size**2,
+        problem.kernel_size if tiling.rows > 1 else problem.kernel_size**2,
         **constants(problem, tiling), num_warps=tiling.num_warps,
     )  # fmt: skip
     return out

@@ -108,6 +108,9 @@ MBCONV = MBConvProblem(2, 7, 9, 24, 96, 40, 3, 1, 1, "silu", True, False, "float
     ("problem", "tiling"),
     [
         (MBCONV, Tiling(32, 32, "fma")),
+        (MBCONV, Tiling(64, 32, "fma", rows=4)),
+        (replace(MBCONV, stride=2, kernel_size=5), Tiling(32, 16, "diagonal", rows=2)),
+        (replace(MBCONV, group_width=8), Tiling(64, 32, "mma", splits=2, rows=4)),
         (MBCONV, Tiling(16, 32, "diagonal", splits=2)),
         (replace(MBCONV, stride=2, kernel_size=5, activation="gelu", dtype="float32"), Tiling(16, 16, "fma")),
         (replace(MBCONV, stride=2, kernel_size=7, dtype="bfloat16", activation="relu"), Tiling(16, 16, "diagonal")),
