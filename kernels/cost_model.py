@@ -7,7 +7,6 @@ latencies within one.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -276,8 +275,6 @@ BLOCKS_E = (16, 32, 64, 128)
 SPLITS = (1, 2, 4, 8, 16, MAX_SPLITS)
 OUT_SPLITS = (1, 2, 4)
 ROWS = (1, 2, 4, 8)
-# Tilings of one family among the first to be tried.
-RELATIVES = 2
 # Live registers a thread beyond which the compiler spilled, with Hopper's products, which read shared memory, and with
 # the older ones, which read registers; found by compiling `test_inspect`'s blocks and samples of `nas.kernel_sweep`.
 MOST_LIVE_REGISTERS = {"wgmma": 204, "mma": 150}
@@ -411,15 +408,17 @@ def keeping(problem: BlockProblem, tiling: Tiling, limits: Limits) -> Tiling | N
 def ranked(problem: BlockProblem, limits: Limits = H200) -> tuple[Tiling, ...]:
     """The tilings that fit, by estimate, the fastest first; near relatives come after what differs more.
 
-    Of tilings that share tile, splits and form of convolution, which differ in pipelining and warps, a few come early
-    and the rest last: the estimate tells such relatives apart least.
+    Of tilings that share size, splits and form of convolution, which differ in pipelining and warps, two come early, the
+    likeliest with taps through the first-level cache and the likeliest with copies past it, and the rest last: the
+    estimate tells such relatives apart least.
     """
     by_estimate = sorted(candidates(problem, limits), key=lambda tiling: estimate(problem, tiling, limits))
-    seen: Counter[tuple[object, ...]] = Counter()
+    seen: set[tuple[object, ...]] = set()
     early: list[Tiling] = []
     late: list[Tiling] = []
     for tiling in by_estimate:
         family = tiling.block_m, tiling.splits, tiling.out_splits, tiling.conv, tiling.rows > 1, tiling.tiles_each > 1
-        seen[family] += 1
-        (early if seen[family] <= RELATIVES else late).append(tiling)
+        relative = *family, tiling.conv_stages
+        (late if relative in seen else early).append(tiling)
+        seen.add(relative)
     return (*early, *late)
