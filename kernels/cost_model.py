@@ -408,8 +408,8 @@ def keeping(problem: BlockProblem, tiling: Tiling, limits: Limits) -> Tiling | N
 def ranked(problem: BlockProblem, limits: Limits = H200) -> tuple[Tiling, ...]:
     """The tilings that fit, by estimate, the fastest first; near relatives come after what differs more.
 
-    Of tilings that share size, splits and form of convolution, which differ in pipelining and warps, two come early, the
-    likeliest with taps through the first-level cache and the likeliest with copies past it, and the rest last: the
+    Of tilings that share size, splits and form of convolution, which differ in pipelining and warps, two come early,
+    the likeliest with taps through the first-level cache and the likeliest with copies past it, and the rest last: the
     estimate tells such relatives apart least.
     """
     by_estimate = sorted(candidates(problem, limits), key=lambda tiling: estimate(problem, tiling, limits))
