@@ -29,15 +29,13 @@ from kernels.device_functions import (
     INTERPRET,
     INTERPRETED,
     activate,
-    convolve,
-    convolve_rows,
+    convolve_tile,
     dot,
+    place,
     round_to,
     size,
     start,
     store_tile,
-    tap_zero,
-    tile_of_rows,
     total_size,
 )
 from kernels.problem import COUNTERS, DENSE_MULTIPLE, MIN_DOT, WIDE_ELEMENTS, BlockProblem, Tiling, parts
@@ -198,31 +196,17 @@ def convfirst_kernel(
         counter = tile
         if OUT_SPLITS > 1:
             counter = tile * OUT_SPLITS + tl.program_id(2)
-        if ROWS > 1:
-            row, valid, pixel, top, left, column_valid = tile_of_rows(
-                tile, pixels, height, width, out_height, out_width, KERNEL, STRIDE, BLOCK_M // ROWS, ROWS, WIDE
-            )
-        else:
-            row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-            valid = row < pixels
-            if WIDE:
-                row = row.to(tl.int64)
-            pixel, top, left = tap_zero(row, height, width, out_height, out_width, KERNEL, STRIDE, WIDE)
+        row, valid, pixel, top, left, inside = place(
+            tile, pixels, height, width, out_height, out_width, KERNEL, STRIDE, BLOCK_M, ROWS, WIDE
+        )
 
         ys = ()
         for i in tl.static_range(len(IN_PARTS)):
-            if ROWS > 1:
-                y = convolve_rows(
-                    x, conv, conv_bias, pixel, top, left, column_valid, height, width, taps,
-                    start(IN_PARTS, i), size(IN_PARTS, i), IN, PADDED_IN, KERNEL, STRIDE,
-                    FORM, CONV_BLOCK, BLOCK_M // ROWS, ROWS, CONV_STAGES, DTYPE, WARPS,
-                )  # fmt: skip
-            else:
-                y = convolve(
-                    x, conv, conv_bias, pixel, top, left, valid, height, width, taps,
-                    start(IN_PARTS, i), size(IN_PARTS, i), IN, PADDED_IN, KERNEL,
-                    FORM, CONV_BLOCK, DENSE_ROWS, BLOCK_M, CONV_STAGES, DTYPE, WARPS,
-                )  # fmt: skip
+            y = convolve_tile(
+                x, conv, conv_bias, pixel, top, left, inside, height, width, taps,
+                start(IN_PARTS, i), size(IN_PARTS, i), IN, PADDED_IN, KERNEL, STRIDE,
+                FORM, CONV_BLOCK, DENSE_ROWS, BLOCK_M, ROWS, CONV_STAGES, DTYPE, WARPS,
+            )  # fmt: skip
             ys = ys + (y,)
 
         totals = ()
@@ -324,7 +308,7 @@ def launch(x: Tensor, weights: BlockWeights, problem: BlockProblem, tiling: Tili
         x, weights.conv, weights.conv_bias, weights.expand, weights.expand_bias, weights.project, weights.project_bias,
         out, scratch, weights.counters,
         problem.out_pixels, problem.height, problem.width, problem.out_height, problem.out_width,
-        problem.kernel_size if tiling.rows > 1 else problem.kernel_size**2, tiling.tiles_each,
+        tiling.tap_steps(problem.kernel_size), tiling.tiles_each,
         **constants(problem, tiling), num_warps=tiling.num_warps,
     )  # fmt: skip
     return out

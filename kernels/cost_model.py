@@ -12,7 +12,7 @@ from functools import lru_cache
 from itertools import product
 from math import ceil
 
-from kernels.problem import MAX_SPLITS, MIN_DOT, BlockProblem, Tiling, conv_forms, parts
+from kernels.problem import MAX_SPLITS, MIN_DOT, BlockProblem, Tiling, conv_forms, parts, shares
 
 # Special-function results and issue slots per hidden element, bias and rounding included.
 SPECIAL_FUNCTIONS = {"silu": 1, "relu": 0, "gelu": 1, "hard_swish": 0}
@@ -105,15 +105,14 @@ def on_chip_bytes(problem: BlockProblem, tiling: Tiling, wgmma: bool) -> float:
         wgmma: whether the chip has Hopper's products, which read their second operand from shared memory once for 64
             rows; the older ones' warps each read what they need.
     """
-    size, taps, rows = problem.itemsize, problem.kernel_size**2, tiling.block_m
+    size, taps, pixels = problem.itemsize, problem.kernel_size**2, tiling.block_m
     into, out = problem.padded_in, problem.padded_out // tiling.out_splits
     loaded = loaded_pixels(problem, tiling)
-    warp_groups = wgmma and rows >= 64 and problem.itemsize == 2
-    along_rows = min(tiling.num_warps, rows // MIN_DOT)
-    weights_read = rows / 64 if warp_groups else along_rows
-    tile_read = max(1.0, tiling.num_warps * MIN_DOT / rows)
+    warp_groups = wgmma and pixels >= 64 and problem.itemsize == 2
+    weights_read = pixels / 64 if warp_groups else min(tiling.num_warps, pixels // MIN_DOT)
+    tile_read = max(1.0, tiling.num_warps * MIN_DOT / pixels)
     # A pipeline copies past its end, as zeros; without one what is stored comes through the cache first.
-    conv_steps = problem.kernel_size if tiling.rows > 1 else taps
+    conv_steps = tiling.tap_steps(problem.kernel_size)
     copied = (conv_steps + tiling.conv_stages - 1) / conv_steps if tiling.conv_stages > 1 else 2
     conv = 0.0
     for part in parts(problem.in_channels, problem.conv_block, tiling.part):
@@ -123,32 +122,32 @@ def on_chip_bytes(problem: BlockProblem, tiling: Tiling, wgmma: bool) -> float:
             inputs = ceil(problem.in_channels / tiling.dense_block) * tiling.dense_block
             conv += inputs * size * (loaded * (copied + tile_read) + taps * part * (1 + weights_read))
         else:
-            # Warps run along the blocks of channels, then along the columns, and what are still more read the same.
-            warps = tiling.num_warps * problem.conv_block / part
-            again = max(1.0, warps / max(1, min(tiling.columns // MIN_DOT, int(warps))))
-            conv += part * size * (loaded * (copied + again) + taps * 2 * problem.conv_block)
-    steps = ceil(problem.hidden_channels / (tiling.block_e * tiling.splits))
+            # Warps that outnumber blocks and shares read the same.
+            each = shares(tiling.columns, part, problem.conv_block, tiling.num_warps)
+            again = max(1.0, tiling.num_warps * problem.conv_block / (part * each))
+            conv += part * size * (loaded * (copied + again) + taps * 2 * problem.conv_block * each)
+    steps = tiling.steps(problem)
     weights = tiling.block_e * (into + out) * size
     if tiling.tiles_each > 1:
         fetched = 2 * steps / tiling.tiles_each
     else:
         fetched = steps + tiling.num_stages - 1 if tiling.num_stages > 1 else 2 * steps
-    hidden = steps * (rows * into * size * tile_read + weights * weights_read) + weights * fetched
+    hidden = steps * (pixels * into * size * tile_read + weights * weights_read) + weights * fetched
     # The convolution's result on its way to a product, and the output on its way out.
-    return tiling.tiles_each * (conv + hidden + 3 * rows * into * size + 3 * rows * out * 4)
+    return tiling.tiles_each * (conv + hidden + 3 * pixels * into * size + 3 * pixels * out * 4)
 
 
 def issue_slots(problem: BlockProblem, tiling: Tiling) -> float:
-    """Of all threads of all programs."""
-    size, rows = problem.itemsize, tiling.block_m
+    """Of all threads of all programs; 0.75 to 1.25 of the PTX that the emulator counts (0.6 if "dense"), moves left out."""
+    size = problem.itemsize
     outputs = problem.padded_out // tiling.out_splits
-    steps = ceil(problem.hidden_channels / (tiling.block_e * tiling.splits))
+    steps = tiling.steps(problem)
     weights = steps * tiling.block_e * (problem.padded_in + outputs) / tiling.tiles_each
     pixels = loaded_pixels(problem, tiling) * problem.padded_in
-    a_tile = rows * steps * tiling.block_e * ISSUE_SLOTS[problem.activation] + rows * outputs * OUT_SLOTS
+    a_tile = tiling.block_m * (steps * tiling.block_e * ISSUE_SLOTS[problem.activation] + outputs * OUT_SLOTS)
     taps = problem.kernel_size**2 * problem.padded_in
     if tiling.conv == "fma":
-        a_tile += rows * taps * FMA_SLOTS
+        a_tile += tiling.block_m * taps * FMA_SLOTS
     elif tiling.conv == "diagonal":
         a_tile += taps * problem.conv_block * DIAGONAL_SLOTS
     elif tiling.conv == "dense":
@@ -156,7 +155,9 @@ def issue_slots(problem: BlockProblem, tiling: Tiling) -> float:
         weights += taps * inputs
         pixels = loaded_pixels(problem, tiling) * inputs * len(parts(problem.in_channels, MIN_DOT, tiling.part))
     else:
-        weights += taps * problem.conv_block
+        for part in parts(problem.in_channels, problem.conv_block, tiling.part):
+            each = shares(tiling.columns, part, problem.conv_block, tiling.num_warps)
+            weights += problem.kernel_size**2 * part * problem.conv_block * each
     a_tile += pixels * size / 16 * (PIXEL_SLOTS if tiling.rows == 1 else ROW_PIXEL_SLOTS)
     a_tile += weights * size / 16 * WEIGHT_SLOTS
     return tiling.tiles(problem) * tiling.splits * tiling.out_splits * a_tile
@@ -164,34 +165,51 @@ def issue_slots(problem: BlockProblem, tiling: Tiling) -> float:
 
 def l2_bytes(problem: BlockProblem, tiling: Tiling, limits: Limits) -> float:
     """Bytes that all programs read from and write to the second-level cache."""
-    size, programs = problem.itemsize, tiling.programs(problem)
+    size = problem.itemsize
     outputs = problem.padded_out // tiling.out_splits
-    steps = ceil(problem.hidden_channels / (tiling.block_e * tiling.splits))
+    widths = parts(problem.in_channels, problem.conv_block, tiling.part)
+    # Each program reads the weights of the 1x1 convolutions, each tile those of the other.
+    weights = tiling.steps(problem) * tiling.block_e * (problem.padded_in + outputs)
     conv_weights = problem.kernel_size**2 * problem.padded_in
     if tiling.conv not in ("fma", "diagonal"):
         conv_weights = padded_conv_macs(problem, tiling) // (tiling.tiles(problem) * tiling.block_m)
-    weights = conv_weights + steps * tiling.block_e * (problem.padded_in + outputs)
-    # Asynchronous copies go past the first-level cache; what they loaded is not there for the residual either.
+    # Asynchronous copies go past the first-level cache.
+    together, pixels = resident(problem, tiling, limits), distinct_pixels(problem, tiling)
     past = tiling.conv_stages > 1 and tiling.conv != "fma"
-    pixels = distinct_pixels(problem, tiling)
-    held = shared_bytes(problem, tiling) + pixels * problem.in_channels * size
-    if past or resident(problem, tiling, limits) * held > limits.shared_bytes + OTHER_CACHE_BYTES:
+    missed = past or together * pixels * max(widths) * size > cache_bytes(problem, tiling, limits)
+    if missed:
         pixels = loaded_pixels(problem, tiling)
+    # A full convolution reads all of its input for each part of its output.
+    channels = problem.in_channels * (len(widths) if tiling.conv == "dense" else 1)
     tiles = tiling.tiles(problem) * tiling.splits * tiling.out_splits
-    out = problem.out_pixels * problem.out_channels * (2 if past and problem.residual else 1)
-    return size * (programs * weights + tiles * pixels * problem.in_channels + out) + 2 * tiling.partial_bytes(problem)
+    # What was loaded is not there for the residual either.
+    out = problem.out_pixels * problem.out_channels * (2 if missed and problem.residual else 1)
+    elements = tiling.programs(problem) * weights + tiles * (conv_weights + pixels * channels) + out
+    return size * elements + 2 * tiling.partial_bytes(problem)
+
+
+def cache_bytes(problem: BlockProblem, tiling: Tiling, limits: Limits) -> int:
+    """What is left for a multiprocessor's first-level cache.
+
+    For kernels of more than 48 KiB of shared memory Triton asks for as much of it as there is (its driver.c:
+    `CU_FUNC_CACHE_PREFER_SHARED`), whatever they use.
+    """
+    shared = shared_bytes(problem, tiling)
+    if shared >= PREFER_SHARED_BYTES:
+        return OTHER_CACHE_BYTES
+    return limits.shared_bytes + OTHER_CACHE_BYTES - resident(problem, tiling, limits) * shared
 
 
 def terms(problem: BlockProblem, tiling: Tiling, limits: Limits = H200) -> dict[str, float]:
     """Seconds that each resource needs at least, by name.
 
-    Tile waste is in all of them: rows past the last pixel and channels past the last real one are computed too.
+    Tile waste is in all of them: places past the last pixel and channels past the last real one are computed too.
     """
-    rows = tiling.tiles(problem) * tiling.block_m
+    pixels = tiling.tiles(problem) * tiling.block_m
     per_clock = limits.multiprocessors * limits.clock_hz
-    steps = ceil(problem.hidden_channels / (tiling.block_e * tiling.splits)) * tiling.splits
+    steps = tiling.steps(problem) * tiling.splits
     # What each program computes of the convolution and of the hidden channels, those that share a tile compute, too.
-    hidden = rows * steps * tiling.block_e * tiling.out_splits
+    hidden = pixels * steps * tiling.block_e * tiling.out_splits
     matrix = (limits.wgmma_macs if tiling.block_m >= 64 else limits.mma_macs) / (4 if problem.itemsize == 4 else 1)
     conv_macs = padded_conv_macs(problem, tiling) * tiling.splits * tiling.out_splits
     outputs = problem.padded_out // tiling.out_splits
@@ -238,15 +256,20 @@ def layer_roofline(problem: BlockProblem, limits: Limits = H200) -> float:
 def shared_bytes(problem: BlockProblem, tiling: Tiling) -> int:
     """Shared memory of a program, about: the weights' pipeline and the convolution's result on its way to a product."""
     channels = problem.padded_in + problem.padded_out // tiling.out_splits
-    steps = ceil(problem.hidden_channels / (tiling.block_e * tiling.splits))
+    steps = tiling.steps(problem)
     kept = tiling.tiles_each > 1
     weights = (steps if kept else tiling.num_stages) * channels * tiling.block_e * problem.itemsize
     conv = 0
     if tiling.conv != "fma" and (tiling.conv_stages > 1 or kept):
         part = max(parts(problem.in_channels, problem.conv_block, tiling.part))
-        inputs = tiling.dense_block if tiling.conv == "dense" else problem.conv_block
-        pixels = loaded_pixels(problem, tiling) // problem.kernel_size ** (2 if tiling.rows == 1 else 1)
-        conv = tiling.conv_stages * part * (pixels + inputs) * problem.itemsize
+        pixels = loaded_pixels(problem, tiling) // tiling.tap_steps(problem.kernel_size)
+        # One copy of pixels is in use while the others arrive; weights come through registers but for a full one's.
+        copies = max(1, tiling.conv_stages - 1)
+        if tiling.conv == "dense":
+            conv = copies * tiling.dense_block * (pixels + part) * problem.itemsize
+        else:
+            each = shares(tiling.columns, part, problem.conv_block, tiling.num_warps)
+            conv = (copies * pixels + problem.conv_block * each) * part * problem.itemsize
     result = tiling.block_m * problem.padded_in * problem.itemsize
     return weights + max(result, conv) if kept else max(weights + result, conv)
 
@@ -256,7 +279,7 @@ def live_registers(problem: BlockProblem, tiling: Tiling) -> float:
     words = problem.itemsize / 4
     outputs = problem.padded_out // tiling.out_splits
     elements = tiling.block_m * (outputs + problem.padded_in * words + tiling.block_e)
-    steps = ceil(problem.hidden_channels / (tiling.block_e * tiling.splits))
+    steps = tiling.steps(problem)
     if tiling.tiles_each == 1 and (tiling.num_stages == 1 or steps <= tiling.num_stages):
         # Where a pipeline does not get going the weights of a step come through registers.
         elements += tiling.block_e * (problem.padded_in + outputs) * words
@@ -285,8 +308,12 @@ MOST_LIVE_KEPT, MOST_KEPT_STEPS = 116, 4
 MOST_LIVE_ROWS = 126
 # And of any channels, with the older products.
 MOST_LIVE_ROWS_MMA = 110
-# Of the memory that the first-level cache shares with shared memory, what is the cache's alone.
-OTHER_CACHE_BYTES = 28 * 1024
+# Of the memory that the first-level cache shares with shared memory, what is the cache's alone, and from how much on
+# the rest is shared memory.
+OTHER_CACHE_BYTES, PREFER_SHARED_BYTES = 28 * 1024, 48 * 1024
+# In how many turns the programs with several tiles come, about: were it one, a multiprocessor that holds fewer programs
+# than was counted would make all wait for a second.
+KEPT_WAVES = 2
 
 
 def estimate(problem: BlockProblem, tiling: Tiling, limits: Limits = H200) -> float:
@@ -301,18 +328,21 @@ def estimate(problem: BlockProblem, tiling: Tiling, limits: Limits = H200) -> fl
     # Products, special functions and plain instructions overlap between warps, but never wholly.
     compute = [counted[name] for name in ("tensor", "special", "issue", "shared")]
     busy = max(max(compute) + 0.4 * (sum(compute) - max(compute)), counted["l2"]) * idle
-    tap_steps = problem.kernel_size ** (2 if tiling.rows == 1 else 1)
+    tap_steps = tiling.tap_steps(problem.kernel_size)
     tap_steps *= len(parts(problem.in_channels, problem.conv_block, tiling.part))
     if tiling.conv == "dense":
         tap_steps *= ceil(problem.in_channels / tiling.dense_block)
-    steps = ceil(problem.hidden_channels / (tiling.block_e * tiling.splits))
+    steps = tiling.steps(problem)
     # Copies in flight hide each other's latency; loads through L1 that a program issues one by one do not, but other
     # programs on the multiprocessor go on meanwhile.
     hidden_by = max(tiling.conv_stages, together, tiling.num_warps / 4)
     latency = limits.latency_seconds * (tap_steps / hidden_by + 2)
     latency += limits.latency_seconds * steps / (tiling.num_stages * tiling.tiles_each)
     latency += 4 * limits.latency_seconds if tiling.splits > 1 else 0
-    return limits.launch_seconds + max(counted["dram"], busy) + latency * min(waves * tiling.tiles_each, 2)
+    # A tile's latencies are hidden by the other programs of the multiprocessor, if there are any.
+    rounds = waves * tiling.tiles_each
+    exposed = max(min(rounds, 2), rounds / together)
+    return limits.launch_seconds + max(counted["dram"], busy) + latency * exposed
 
 
 def candidates(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
@@ -386,21 +416,23 @@ def rows_fit(problem: BlockProblem, tiling: Tiling, wgmma: bool) -> bool:
         return False
     if problem.conv_block > MIN_DOT and tiling.block_m > 64:
         return False
+    if problem.kernel_size > 3 and tiling.rows > 4 and tiling.conv_stages > 1:
+        return False
     if problem.padded_in > 256 and (problem.kernel_size > 3 or tiling.block_m > 32):
         return False
     return problem.padded_in <= 128 or live <= MOST_LIVE_ROWS
 
 
 def keeping(problem: BlockProblem, tiling: Tiling, limits: Limits) -> Tiling | None:
-    """The tiling with as many tiles a program as fill the chip once, if there are several and the weights find room."""
-    steps = ceil(problem.hidden_channels / tiling.block_e)
+    """The tiling with as many tiles a program as fill the chip twice, if that is several and the weights find room."""
     several = replace(tiling, tiles_each=2)
     fits = several.fits(problem) and shared_bytes(problem, several) <= limits.shared_bytes - 2048
-    if not fits or steps > MOST_KEPT_STEPS or live_registers(problem, several) > MOST_LIVE_KEPT:
+    if not fits or tiling.steps(problem) > MOST_KEPT_STEPS or live_registers(problem, several) > MOST_LIVE_KEPT:
         return None
     if limits.wgmma_macs == limits.mma_macs and tiling.block_e > 64:
         return None
-    each = ceil(tiling.tiles(problem) / (limits.multiprocessors * resident(problem, several, limits)))
+    slots = limits.multiprocessors * resident(problem, several, limits)
+    each = ceil(tiling.tiles(problem) / (KEPT_WAVES * slots))
     return replace(tiling, tiles_each=each) if each > 1 else None
 
 
@@ -408,9 +440,9 @@ def keeping(problem: BlockProblem, tiling: Tiling, limits: Limits) -> Tiling | N
 def ranked(problem: BlockProblem, limits: Limits = H200) -> tuple[Tiling, ...]:
     """The tilings that fit, by estimate, the fastest first; near relatives come after what differs more.
 
-    Of tilings that share size, splits and form of convolution, which differ in pipelining and warps, two come early,
-    the likeliest with taps through the first-level cache and the likeliest with copies past it, and the rest last: the
-    estimate tells such relatives apart least.
+    Of tilings that share size, splits and form of convolution, which differ in pipelining and warps, the likeliest with
+    taps through the first-level cache and the likeliest with copies past it come early, and the rest last: the estimate
+    tells such relatives apart least.
     """
     by_estimate = sorted(candidates(problem, limits), key=lambda tiling: estimate(problem, tiling, limits))
     seen: set[tuple[object, ...]] = set()

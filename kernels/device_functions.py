@@ -14,6 +14,8 @@ from contextvars import ContextVar
 import triton
 import triton.language as tl
 
+from kernels import problem
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 INTERPRET = tl.constexpr(INTERPRETED)
 # Set within `kernels.emulator.emulated`.
@@ -111,10 +113,7 @@ def tap_zero(row, height, width, out_height, out_width, KERNEL: tl.constexpr, ST
     return (image * height + top) * width + left, top, left
 
 
-@triton.constexpr_function
-def shares(rows, width, block, warps):
-    """Into how many the rows of a product of blocks are divided, so that each warp has a block or more of its own."""
-    return max(1, min(rows // 16, warps * block // width))
+shares = triton.constexpr_function(problem.shares)
 
 
 @triton.jit
@@ -145,6 +144,26 @@ def tile_of_rows(
     row = (of_image * out_height + down) * out_width + own % out_width
     columns = pixels // out_height
     return row, (own < columns) & (down < out_height), pixel, top, left, column < columns
+
+
+@triton.jit
+def place(
+    tile, pixels, height, width, out_height, out_width, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """Where a tile lies, of one row of pixels or of several: what `tile_of_rows` returns."""
+    if ROWS > 1:
+        row, valid, pixel, top, left, inside = tile_of_rows(
+            tile, pixels, height, width, out_height, out_width, KERNEL, STRIDE, BLOCK_M // ROWS, ROWS, WIDE
+        )
+    else:
+        row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        valid = row < pixels
+        inside = valid
+        if WIDE:
+            row = row.to(tl.int64)
+        pixel, top, left = tap_zero(row, height, width, out_height, out_width, KERNEL, STRIDE, WIDE)
+    return row, valid, pixel, top, left, inside
 
 
 @triton.jit
@@ -311,6 +330,27 @@ def convolve_rows(
         tile = tl.reshape(joined(rows), [WIDTH // BLOCK, SHARES, COLUMNS // SHARES, BLOCK, ROWS])
         tile = tl.permute(tile, (1, 2, 4, 0, 3))
     return tl.reshape(tile, [COLUMNS * ROWS, WIDTH])
+
+
+@triton.jit
+def convolve_tile(
+    x, conv, conv_bias, pixel, top, left, inside, height, width, taps,
+    first, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr, KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr, DENSE_ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
+    ROWS: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """Channels first to first + WIDTH of the convolution of the tile that lies as `place` says, [BLOCK_M, WIDTH]."""
+    if ROWS > 1:
+        y = convolve_rows(
+            x, conv, conv_bias, pixel, top, left, inside, height, width, taps, first, WIDTH, CHANNELS, PADDED, KERNEL,
+            STRIDE, FORM, BLOCK, BLOCK_M // ROWS, ROWS, STAGES, DTYPE, WARPS,
+        )  # fmt: skip
+    else:
+        y = convolve(
+            x, conv, conv_bias, pixel, top, left, inside, height, width, taps, first, WIDTH, CHANNELS, PADDED, KERNEL,
+            FORM, BLOCK, DENSE_ROWS, BLOCK_M, STAGES, DTYPE, WARPS,
+        )  # fmt: skip
+    return y
 
 
 @triton.jit

@@ -24,15 +24,13 @@ from kernels.convfirst import grouped_weights, new_counters
 from kernels.cost_model import H200, Limits
 from kernels.device_functions import (
     activate,
-    convolve,
-    convolve_rows,
+    convolve_tile,
     dot,
+    place,
     round_to,
     size,
     start,
     store_tile,
-    tap_zero,
-    tile_of_rows,
     total_size,
 )
 from kernels.head import HeadTiling, linear
@@ -125,9 +123,11 @@ def tilings(problem: MBConvProblem, limits: Limits = H200) -> list[Tiling]:
     while problem.out_pixels // block_m * wanted < limits.multiprocessors and wanted < most:
         wanted *= 2
     found: list[Tiling] = []
-    rows = min(4, block_m // MIN_DOT)
+    # Of blocks of 32 channels the sums of several rows would spill.
+    rows = min(4, block_m // MIN_DOT) if problem.conv_block == MIN_DOT else 1
+    larger = 2 if rows == 1 and problem.conv_block == MIN_DOT else rows
     shapes = (
-        (block_m, 32, forms[0], rows), (block_m, 64, forms[0], rows), (2 * block_m, 32, forms[0], 2 * rows),
+        (block_m, 32, forms[0], rows), (block_m, 64, forms[0], rows), (2 * block_m, 32, forms[0], larger),
         (block_m, 32, forms[-1], 1),
     )  # fmt: skip
     for pixels, hidden, form, rows in shapes:
@@ -183,32 +183,19 @@ def conv_project_kernel(
     DTYPE: tl.constexpr = h.dtype.element_ty
     PADDED_OUT: tl.constexpr = total_size(OUT_PARTS)
     tile, split = tl.program_id(0), tl.program_id(1)
-    if ROWS > 1:
-        row, valid, pixel, top, left, column_valid = tile_of_rows(
-            tile, pixels, height, width, out_height, out_width, KERNEL, STRIDE, BLOCK_M // ROWS, ROWS, WIDE
-        )
-    else:
-        row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-        valid = row < pixels
-        if WIDE:
-            row = row.to(tl.int64)
-        pixel, top, left = tap_zero(row, height, width, out_height, out_width, KERNEL, STRIDE, WIDE)
+    row, valid, pixel, top, left, inside = place(
+        tile, pixels, height, width, out_height, out_width, KERNEL, STRIDE, BLOCK_M, ROWS, WIDE
+    )
     totals = ()
     for i in tl.static_range(len(OUT_PARTS)):
         totals = totals + (tl.zeros([BLOCK_M, size(OUT_PARTS, i)], tl.float32),)
     STEPS: tl.constexpr = (HIDDEN + BLOCK_E * SPLITS - 1) // (BLOCK_E * SPLITS)
     for step in tl.range(0, STEPS, num_stages=STAGES):
         first = (split * STEPS + step) * BLOCK_E
-        if ROWS > 1:
-            y = convolve_rows(
-                h, conv, conv_bias, pixel, top, left, column_valid, height, width, taps, first, BLOCK_E, HIDDEN, PADDED,
-                KERNEL, STRIDE, FORM, CONV_BLOCK, BLOCK_M // ROWS, ROWS, CONV_STAGES, tl.float32, WARPS,
-            )  # fmt: skip
-        else:
-            y = convolve(
-                h, conv, conv_bias, pixel, top, left, valid, height, width, taps, first, BLOCK_E, HIDDEN, PADDED,
-                KERNEL, FORM, CONV_BLOCK, 0, BLOCK_M, CONV_STAGES, tl.float32, WARPS,
-            )  # fmt: skip
+        y = convolve_tile(
+            h, conv, conv_bias, pixel, top, left, inside, height, width, taps, first, BLOCK_E, HIDDEN, PADDED,
+            KERNEL, STRIDE, FORM, CONV_BLOCK, 0, BLOCK_M, ROWS, CONV_STAGES, tl.float32, WARPS,
+        )  # fmt: skip
         y = round_to(activate(y, ACTIVATION, DTYPE == tl.float32), DTYPE)
         rows = (first + tl.arange(0, BLOCK_E))[:, None] * PADDED_OUT
         sums = ()
@@ -258,7 +245,7 @@ def launch(x: Tensor, weights: Sequence[Tensor], problem: MBConvProblem, tiling:
     conv_project_kernel[(tiling.tiles(problem), tiling.splits)](
         hidden, conv, conv_bias, project, project_bias, x, out, scratch, counters,
         problem.out_pixels, problem.height, problem.width, problem.out_height, problem.out_width,
-        problem.kernel_size if tiling.rows > 1 else problem.kernel_size**2,
+        tiling.tap_steps(problem.kernel_size),
         **constants(problem, tiling), num_warps=tiling.num_warps,
     )  # fmt: skip
     return out

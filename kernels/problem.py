@@ -61,6 +61,18 @@ def parts(channels: int, minimum: int = MIN_DOT, largest: int = LARGEST_PART) ->
     return tuple(piece for part in found for piece in [min(part, largest)] * max(1, part // largest))
 
 
+def shares(columns: int, width: int, block: int, warps: int) -> int:
+    """Into how many the columns of a product of blocks are divided, each with the blocks' weights once more.
+
+    So that warps which outnumber the blocks compute something of their own, as far as there are columns for it.
+
+    Args:
+        columns: of pixels, `MIN_DOT` or more for each share.
+        width, block: channels of the tensor and of one block.
+    """
+    return max(1, min(columns // MIN_DOT, warps * block // width))
+
+
 class Convolved:
     """Sizes that follow from a convolution's fields, for the dataclasses that have them."""
 
@@ -232,9 +244,17 @@ class Tiling:
     rows: int = 1
     tiles_each: int = 1
 
+    def steps(self, problem: Tiled) -> int:
+        """Of the loop over hidden channels."""
+        return ceil(problem.hidden_channels / (self.block_e * self.splits))
+
+    def tap_steps(self, kernel_size: int) -> int:
+        """Of the loop over the convolution's taps: all of them, or their columns."""
+        return kernel_size if self.rows > 1 else kernel_size**2
+
     def fits(self, problem: Tiled) -> bool:
         """Whether the kernel can run it: no split lacks scratch or work, or reads past the padded weights."""
-        steps = ceil(problem.hidden_channels / (self.block_e * self.splits))
+        steps = self.steps(problem)
         covered = steps * self.block_e * self.splits
         idle = steps * self.block_e * (self.splits - 1) >= problem.hidden_channels
         if self.splits > problem.max_splits:

@@ -38,15 +38,25 @@ def test_terms_are_work_over_rate() -> None:
     weights = 9 * 64 * 16 + 2 * 64 * 256
     slots = 256 * 4.5 + 64 * (5 + 9 * 2 / 16 * 20) + weights / 128 * 2 / 16 * 18
     assert found["issue"] == pytest.approx(PIXELS * slots / (128 * clock))
-    # 128 pixels lie on three rows of 56; with a rim they need five of 58.
-    assert found["l2"] == pytest.approx((PIXELS / 128 * (weights + 5 * 58 * 64) + PIXELS * 64) * 2 / 5.5e12)
-
-
-def test_copies_past_the_first_level_cache_load_each_tap_from_the_second() -> None:
-    found = cost_model.terms(PROBLEM, replace(TILING, conv_stages=3))
-    weights = 9 * 64 * 16 + 2 * 64 * 256
-    # And the input once more, for the residual.
+    # 48 KiB of shared memory leave the first-level cache too little for the taps, and for the residual.
     assert found["l2"] == pytest.approx((PIXELS / 128 * weights + (9 + 1 + 1) * PIXELS * 64) * 2 / 5.5e12)
+
+
+def test_taps_come_from_the_second_level_cache_where_the_first_does_not_hold_them() -> None:
+    smaller = replace(TILING, block_e=32)
+    weights = PIXELS / 128 * (9 * 64 * 16 + 2 * 64 * 256)
+    served = cost_model.l2_bytes(PROBLEM, smaller, H200)
+    # 128 pixels lie on three rows of 56; with a rim they need five of 58.
+    assert served == pytest.approx(2 * (weights + PIXELS / 128 * 5 * 58 * 64 + PIXELS * 64))
+    # Asynchronous copies pass it by, for the residual as well.
+    past = cost_model.l2_bytes(PROBLEM, replace(smaller, conv_stages=3), H200)
+    assert past == pytest.approx(2 * (weights + (9 + 1 + 1) * PIXELS * 64))
+    # A full convolution reads its whole input for each part of its output.
+    full = replace(PROBLEM, in_channels=128, out_channels=128, group_width=128, residual=False)
+    whole, halves = (
+        cost_model.l2_bytes(full, replace(smaller, conv="dense", conv_stages=3, part=part), H200) for part in (128, 64)
+    )
+    assert halves - whole == pytest.approx(2 * 9 * PIXELS * 128)
 
 
 def test_a_tile_of_several_rows_loads_a_row_of_the_input_once_for_a_column_of_taps() -> None:
@@ -67,11 +77,11 @@ def test_a_tile_of_several_rows_loads_a_row_of_the_input_once_for_a_column_of_ta
 
 def test_weights_that_are_kept_are_fetched_once_a_program() -> None:
     kept = replace(TILING, tiles_each=24)
-    weights = 9 * 64 * 16 + 2 * 64 * 256
     programs = ceil(PIXELS / 128 / 24)
     assert kept.programs(PROBLEM) == programs
-    found = cost_model.terms(PROBLEM, kept)["l2"] * 5.5e12 / 2
-    assert found == pytest.approx(programs * weights + PIXELS / 128 * 5 * 58 * 64 + PIXELS * 64)
+    found = cost_model.l2_bytes(PROBLEM, kept, H200) / 2
+    of_tiles = PIXELS / 128 * 9 * 64 * 16 + (9 + 1 + 1) * PIXELS * 64
+    assert found == pytest.approx(programs * 2 * 64 * 256 + of_tiles)
     assert cost_model.shared_bytes(PROBLEM, kept) > 2 * 2 * 64 * 256
 
 
@@ -129,16 +139,33 @@ def test_what_is_ranked_fits(capability: int) -> None:
 
 def test_the_first_tilings_differ_in_more_than_pipelining() -> None:
     first = cost_model.ranked(PROBLEM)[:6]
-    assert len({(tiling.block_m, tiling.splits, tiling.conv, tiling.rows > 1) for tiling in first}) >= 3
+    assert len({(tiling.block_m, tiling.splits, tiling.conv, tiling.tiles_each > 1) for tiling in first}) >= 3
 
 
-def test_tiles_a_program_fill_the_chip_once() -> None:
+def test_programs_of_several_tiles_fill_the_chip_twice() -> None:
     kept = [tiling for tiling in cost_model.ranked(PROBLEM) if tiling.tiles_each > 1]
     assert kept
     for tiling in kept:
-        slots = H200.multiprocessors * cost_model.resident(PROBLEM, tiling, H200)
+        slots = 2 * H200.multiprocessors * cost_model.resident(PROBLEM, tiling, H200)
         assert slots * (tiling.tiles_each - 1) < tiling.tiles(PROBLEM) <= slots * tiling.tiles_each
         assert cost_model.shared_bytes(PROBLEM, tiling) <= H200.shared_bytes
+
+
+def test_several_tiles_a_program_are_not_split() -> None:
+    lent = replace(PROBLEM, batch=1, max_splits=8)
+    several = replace(TILING, block_m=32, tiles_each=2)
+    assert several.fits(lent)
+    assert replace(several, tiles_each=1, splits=2).fits(lent)
+    assert not replace(several, splits=2).fits(lent)
+    assert not replace(several, out_splits=2).fits(lent)
+
+
+def test_rows_leave_sixteen_columns_or_more_and_are_not_for_full_convolutions() -> None:
+    assert replace(TILING, rows=8).fits(PROBLEM)
+    assert not replace(TILING, block_m=64, rows=8).fits(PROBLEM)
+    full = replace(PROBLEM, group_width=64)
+    assert replace(TILING, conv="dense").fits(full)
+    assert not replace(TILING, conv="dense", rows=2).fits(full)
 
 
 def test_the_binding_term_is_named() -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import cost_model, ops, stem, tune
+from kernels import convfirst, cost_model, ops, stem, tune
 from kernels.convfirst import launch, layer_by_layer, pack
 from kernels.cost_model import LIMITS
 from kernels.emulator import EmulationError, Traffic, emulated
@@ -315,6 +315,37 @@ def test_shared_memory_is_used_without_conflicts_and_as_much_as_the_cost_model_c
     assert traffic.global_sectors <= (1.05 if tiling.splits == 1 else 1.1) * traffic.global_bytes / 32
     counted = traffic.on_chip_bytes / traffic.programs
     assert 0.7 * counted <= cost_model.on_chip_bytes(problem, tiling, wgmma=True) <= 1.2 * counted
+    issued = sum(count for name, count in traffic.instructions.items() if name != "mov") * 32 * tiling.num_warps
+    assert (
+        (0.6 if tiling.conv == "dense" else 0.75) * issued <= cost_model.issue_slots(problem, tiling) <= 1.25 * issued
+    )
+
+
+@pytest.mark.parametrize(
+    ("problem", "tiling"),
+    [
+        # 45 columns in three tiles, each with rows that end in the second.
+        (BlockProblem(3, 6, 15, 40, 80, 24, 3, 8, 1, "gelu", False, "bfloat16"), Tiling(64, 32, "mma", rows=4)),
+        (
+            BlockProblem(3, 9, 15, 40, 80, 24, 5, 8, 2, "relu", False, "float32"),
+            Tiling(32, 32, "mma", rows=2, tiles_each=5),
+        ),
+        (
+            BlockProblem(2, 6, 15, 24, 48, 24, 3, 1, 1, "silu", True, "bfloat16"),
+            Tiling(64, 16, "diagonal", conv_stages=3, rows=4, tiles_each=3),
+        ),
+        (BlockProblem(2, 6, 15, 24, 48, 24, 3, 1, 1, "silu", True, "float16", 2), Tiling(32, 16, "fma", 2, rows=2)),
+    ],
+    ids=lambda value: shorthand(value) if isinstance(value, Tiling) else value.dtype,
+)
+@pytest.mark.parametrize("wide", [False, True], ids=["32 bits", "64 bits"])
+def test_tiles_of_rows_with_offsets_of_32_and_64_bits(
+    problem: BlockProblem, tiling: Tiling, wide: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if wide:
+        monkeypatch.setattr(convfirst, "WIDE_ELEMENTS", 0)
+    for capability in (80, 90):
+        assert error_share(BlockCase(problem, tiling), capability) <= 1
 
 
 def test_a_stem(poisoned: None) -> None:
