@@ -96,6 +96,12 @@ def distinct_pixels(problem: BlockProblem, tiling: Tiling) -> int:
     return min(height * width, loaded_pixels(problem, tiling))
 
 
+def repeated(problem: BlockProblem, tiling: Tiling, part: int) -> float:
+    """How many warps compute the same of the convolution: those that outnumber blocks and their shares."""
+    each = shares(tiling.columns, part, problem.conv_block, tiling.num_warps)
+    return max(1.0, tiling.num_warps * problem.conv_block / (part * each))
+
+
 def on_chip_bytes(problem: BlockProblem, tiling: Tiling, wgmma: bool) -> float:
     """Bytes that a program moves through shared memory and the first-level cache, which share one path.
 
@@ -122,9 +128,8 @@ def on_chip_bytes(problem: BlockProblem, tiling: Tiling, wgmma: bool) -> float:
             inputs = ceil(problem.in_channels / tiling.dense_block) * tiling.dense_block
             conv += inputs * size * (loaded * (copied + tile_read) + taps * part * (1 + weights_read))
         else:
-            # Warps that outnumber blocks and shares read the same.
             each = shares(tiling.columns, part, problem.conv_block, tiling.num_warps)
-            again = max(1.0, tiling.num_warps * problem.conv_block / (part * each))
+            again = repeated(problem, tiling, part)
             conv += part * size * (loaded * (copied + again) + taps * 2 * problem.conv_block * each)
     steps = tiling.steps(problem)
     weights = tiling.block_e * (into + out) * size
@@ -138,7 +143,7 @@ def on_chip_bytes(problem: BlockProblem, tiling: Tiling, wgmma: bool) -> float:
 
 
 def issue_slots(problem: BlockProblem, tiling: Tiling) -> float:
-    """Of all threads of all programs; 0.75 to 1.25 of the PTX that the emulator counts (0.6 if "dense"), moves left out."""
+    """Of all threads: 0.75 to 1.25 of the PTX that the emulator counts (0.6 if "dense"), moves left out."""
     size = problem.itemsize
     outputs = problem.padded_out // tiling.out_splits
     steps = tiling.steps(problem)
@@ -286,9 +291,21 @@ def live_registers(problem: BlockProblem, tiling: Tiling) -> float:
     return elements / (32 * tiling.num_warps)
 
 
+def conv_registers(problem: BlockProblem, tiling: Tiling) -> float:
+    """Registers a thread for a tile's convolution: its sums, and the pixels that a tap or a column of taps needs."""
+    if tiling.conv == "dense":
+        return 0.0
+    part = max(parts(problem.in_channels, problem.conv_block, tiling.part))
+    words = 1 if tiling.conv == "fma" else problem.itemsize / 4
+    pixels = loaded_pixels(problem, tiling) / tiling.tap_steps(problem.kernel_size)
+    times = 1.0 if tiling.conv == "fma" else repeated(problem, tiling, part)
+    return times * part * (tiling.block_m + pixels * words) / (32 * tiling.num_warps)
+
+
 def resident(problem: BlockProblem, tiling: Tiling, limits: Limits) -> int:
     """Programs that a multiprocessor holds at once, about."""
-    registers = min(255, live_registers(problem, tiling) + OTHER_REGISTERS) * 32 * tiling.num_warps
+    live = max(live_registers(problem, tiling), conv_registers(problem, tiling))
+    registers = min(255, live + OTHER_REGISTERS) * 32 * tiling.num_warps
     return max(1, min(int(limits.registers / registers), limits.shared_bytes // (shared_bytes(problem, tiling) + 1024)))
 
 
@@ -306,6 +323,8 @@ OTHER_REGISTERS = 44
 MOST_LIVE_KEPT, MOST_KEPT_STEPS = 116, 4
 # Of tiles of several rows and many channels.
 MOST_LIVE_ROWS = 126
+# With large kernels in a pipeline, whose weights wait in registers.
+MOST_LIVE_TAPS = 140
 # And of any channels, with the older products.
 MOST_LIVE_ROWS_MMA = 110
 # Of the memory that the first-level cache shares with shared memory, what is the cache's alone, and from how much on
@@ -416,7 +435,7 @@ def rows_fit(problem: BlockProblem, tiling: Tiling, wgmma: bool) -> bool:
         return False
     if problem.conv_block > MIN_DOT and tiling.block_m > 64:
         return False
-    if problem.kernel_size > 3 and tiling.rows > 4 and tiling.conv_stages > 1:
+    if problem.kernel_size > 3 and tiling.conv_stages > 1 and (tiling.rows > 4 or live > MOST_LIVE_TAPS):
         return False
     if problem.padded_in > 256 and (problem.kernel_size > 3 or tiling.block_m > 32):
         return False
