@@ -324,7 +324,7 @@ MOST_LIVE_KEPT, MOST_KEPT_STEPS = 116, 4
 # Of tiles of several rows and many channels.
 MOST_LIVE_ROWS = 126
 # With large kernels in a pipeline, whose weights wait in registers.
-MOST_LIVE_TAPS = 140
+MOST_LIVE_TAPS = 130
 # And of any channels, with the older products.
 MOST_LIVE_ROWS_MMA = 110
 # Of the memory that the first-level cache shares with shared memory, what is the cache's alone, and from how much on
