@@ -212,14 +212,14 @@ class Tiling:
     """How a fused block is cut up.
 
     Args:
-        block_m: output pixels of a program, over the flattened batch; a power of two from 16.
+        block_m: output pixels of a tile; a power of two from 16.
         block_e: hidden channels of one step of expansion and projection; a power of two from 16.
         conv: how the convolution is done. "mma" multiplies block-diagonal blocks of channels on tensor cores; a
             depthwise one takes "diagonal", the same with its weights on diagonals, or "fma", channel by channel without
             tensor cores; a full one of more than 32 channels takes "dense", over chunks of input channels.
         splits: programs that share a tile's hidden channels; more than one takes scratch, for float32 partial sums.
         num_warps, num_stages: of the program, and of the pipeline over hidden channels.
-        conv_stages: of the pipeline over the convolution's taps; 1 loads through L1.
+        conv_stages: of the pipeline over the convolution's taps, or columns of taps; 1 loads through L1.
         dense_block: input channels of one step of a "dense" convolution.
         part: the most channels of one tensor, 64 or 128.
         out_splits: programs that share a tile's output channels. Each computes the hidden ones for itself, which costs
