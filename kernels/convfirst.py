@@ -4,11 +4,12 @@
     h   = act(y @ expand^T + expand_bias)         [M, BE]   one block of hidden channels after the other
     out = sum over blocks (h @ project) + bias    [M, C']   float32, plus x, stored once
 
-A program computes a tile of M output pixels: consecutive ones of the flattened batch, or with `rows` > 1 so many rows of
-some columns, for which it loads each row of the input once for a column of taps. With `tiles_each` > 1 it computes so
-many tiles and keeps the weights of both 1x1 convolutions on chip. With `splits` > 1 that many programs share a tile, each
-a part of the hidden channels; whichever ends last adds up their float32 sums, always in the same order, from scratch
-memory that the caller lends. With `out_splits` > 1 they share its output channels, each computing y and h for itself.
+A program computes a tile of M output pixels: consecutive ones of the flattened batch, or with `rows` > 1 so many rows
+of some columns, for which it loads each row of the input once for a column of taps. With `tiles_each` > 1 it computes
+so many tiles and keeps the weights of both 1x1 convolutions on chip. With `splits` > 1 that many programs share a
+tile, each a part of the hidden channels; whichever ends last adds up their float32 sums, always in the same order,
+from scratch memory that the caller lends. With `out_splits` > 1 they share its output channels, each computing y and h
+for itself.
 
 Legend: N, H, W batch, height, width; P output pixels of the whole batch; C, E, C' input, hidden and output channels;
 K kernel size; D channels of a dense block of grouped weights. Channels run innermost (channels_last). A width is

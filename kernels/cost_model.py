@@ -268,13 +268,17 @@ def shared_bytes(problem: BlockProblem, tiling: Tiling) -> int:
     if tiling.conv != "fma" and (tiling.conv_stages > 1 or kept):
         part = max(parts(problem.in_channels, problem.conv_block, tiling.part))
         pixels = loaded_pixels(problem, tiling) // tiling.tap_steps(problem.kernel_size)
-        # One copy of pixels is in use while the others arrive; weights come through registers but for a full one's.
-        copies = max(1, tiling.conv_stages - 1)
+        # One copy of pixels is in use while the others arrive, and weights come through registers but for a full one's.
+        # Float32, whose products use plain registers, has a copy more, and copies of its weights.
+        plain = problem.itemsize == 4
+        copies = max(1, tiling.conv_stages - (0 if plain else 1))
         if tiling.conv == "dense":
             conv = copies * tiling.dense_block * (pixels + part) * problem.itemsize
         else:
             each = shares(tiling.columns, part, problem.conv_block, tiling.num_warps)
-            conv = (copies * pixels + problem.conv_block * each) * part * problem.itemsize
+            taps = problem.kernel_size**2 // tiling.tap_steps(problem.kernel_size)
+            held = 1 + taps * (tiling.conv_stages - 1) if plain else 1
+            conv = (copies * pixels + held * problem.conv_block * each) * part * problem.itemsize
     result = tiling.block_m * problem.padded_in * problem.itemsize
     return weights + max(result, conv) if kept else max(weights + result, conv)
 
@@ -385,7 +389,7 @@ def candidates(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
             if rows > 1 and form == "dense":
                 continue
             one = Tiling(block_m, block_e, form, 1, warps, stages, conv_stages, part=part, rows=rows)
-            if shared_bytes(problem, one) > limits.shared_bytes - 2048:
+            if shared_bytes(problem, one) > most_shared_bytes(problem, limits):
                 continue
             # The compiler unrolls the taps of wide convolutions, whose loads four warps have no registers for.
             if warps == 4 and problem.padded_in > 128 and (problem.kernel_size > 3 or problem.conv_block > MIN_DOT):
@@ -428,6 +432,11 @@ def candidates(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
     return found
 
 
+def most_shared_bytes(problem: BlockProblem, limits: Limits) -> int:
+    """What a program may be counted to take: of float32 the count is a quarter short at worst."""
+    return limits.shared_bytes * 3 // 4 if problem.itemsize == 4 else limits.shared_bytes - 2048
+
+
 def rows_fit(problem: BlockProblem, tiling: Tiling, wgmma: bool) -> bool:
     """Whether registers suffice for the convolution of a tile of several rows, as far as compiling has shown."""
     live = live_registers(problem, tiling)
@@ -445,7 +454,7 @@ def rows_fit(problem: BlockProblem, tiling: Tiling, wgmma: bool) -> bool:
 def keeping(problem: BlockProblem, tiling: Tiling, limits: Limits) -> Tiling | None:
     """The tiling with as many tiles a program as fill the chip twice, if that is several and the weights find room."""
     several = replace(tiling, tiles_each=2)
-    fits = several.fits(problem) and shared_bytes(problem, several) <= limits.shared_bytes - 2048
+    fits = several.fits(problem) and shared_bytes(problem, several) <= most_shared_bytes(problem, limits)
     if not fits or tiling.steps(problem) > MOST_KEPT_STEPS or live_registers(problem, several) > MOST_LIVE_KEPT:
         return None
     if limits.wgmma_macs == limits.mma_macs and tiling.block_e > 64:

@@ -124,13 +124,13 @@ def tilings(problem: MBConvProblem, limits: Limits = H200) -> list[Tiling]:
         wanted *= 2
     found: list[Tiling] = []
     # Of blocks of 32 channels the sums of several rows would spill.
-    rows = min(4, block_m // MIN_DOT) if problem.conv_block == MIN_DOT else 1
-    larger = 2 if rows == 1 and problem.conv_block == MIN_DOT else rows
+    most_rows = 4 if problem.conv_block == MIN_DOT else 1
     shapes = (
-        (block_m, 32, forms[0], rows), (block_m, 64, forms[0], rows), (2 * block_m, 32, forms[0], larger),
+        (block_m, 32, forms[0], most_rows), (block_m, 64, forms[0], most_rows), (2 * block_m, 32, forms[0], most_rows),
         (block_m, 32, forms[-1], 1),
     )  # fmt: skip
-    for pixels, hidden, form, rows in shapes:
+    for pixels, hidden, form, at_most in shapes:
+        rows = min(at_most, pixels // MIN_DOT)
         # Not every number of splits divides the hidden channels well; one always does.
         for splits in (wanted, wanted // 2, wanted // 4, 1):
             tiling = Tiling(pixels, hidden, form, max(1, splits), 8 if wide else 4, rows=rows)

@@ -106,10 +106,16 @@ def test_the_first_tiling_compiles_fits_does_not_spill_and_uses_tensor_cores(
 ROWS = Tiling(64, 64, "mma", conv_stages=3, rows=4)
 
 
+FLOAT32 = (*COVERING[0][:-2], "float32", 1)
+
+
 @pytest.mark.parametrize(
     ("row", "tiling"),
     [
         *((row, None) for row in COVERING[:5]),
+        (FLOAT32, replace(ROWS, block_m=128, rows=8)),
+        (FLOAT32, replace(ROWS, block_m=128, num_warps=8, conv_stages=1)),
+        (FLOAT32, Tiling(128, 64, "mma", num_warps=8, conv_stages=3)),
         (COVERING[0], ROWS),
         (COVERING[0], replace(ROWS, tiles_each=2)),
         (COVERING[0], replace(ROWS, block_m=128, num_warps=8, tiles_each=2)),
