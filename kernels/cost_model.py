@@ -325,12 +325,9 @@ MOST_LIVE_REGISTERS = {"wgmma": 204, "mma": 150}
 OTHER_REGISTERS = 44
 # The same where weights are kept, whose steps are written out one after the other, and the most of these.
 MOST_LIVE_KEPT, MOST_KEPT_STEPS = 116, 4
-# Of tiles of several rows and many channels.
-MOST_LIVE_ROWS = 126
-# With large kernels in a pipeline, whose weights wait in registers.
-MOST_LIVE_TAPS = 130
-# And of any channels, with the older products.
-MOST_LIVE_ROWS_MMA = 110
+# The same of tiles of several rows: of many channels; of any, with the older products; of large kernels in a pipeline,
+# whose weights wait in registers.
+MOST_LIVE_ROWS, MOST_LIVE_ROWS_MMA, MOST_LIVE_TAPS = 126, 110, 130
 # Of the memory that the first-level cache shares with shared memory, what is the cache's alone, and from how much on
 # the rest is shared memory.
 OTHER_CACHE_BYTES, PREFER_SHARED_BYTES = 28 * 1024, 48 * 1024
@@ -411,17 +408,9 @@ def candidates(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
                 continue
             for splits, out_splits in product(SPLITS, OUT_SPLITS):
                 split = Tiling(
-                    block_m,
-                    block_e,
-                    form,
-                    splits,
-                    warps,
-                    stages,
-                    conv_stages,
-                    part=part,
-                    out_splits=out_splits,
+                    block_m, block_e, form, splits, warps, stages, conv_stages, part=part, out_splits=out_splits,
                     rows=rows,
-                )
+                )  # fmt: skip
                 if splits * out_splits > 1 and split.programs(problem) > 2 * limits.multiprocessors:
                     continue
                 if split.fits(problem) and live_registers(problem, split) <= most_live:
