@@ -260,17 +260,21 @@ def layer_roofline(problem: BlockProblem, limits: Limits = H200) -> float:
 
 def shared_bytes(problem: BlockProblem, tiling: Tiling) -> int:
     """Shared memory of a program, about: the weights' pipeline and the convolution's result on its way to a product."""
-    channels = problem.padded_in + problem.padded_out // tiling.out_splits
+    # Products in float32 use plain registers, which all of their operands reach through shared memory.
+    plain = problem.itemsize == 4
+    widths = problem.padded_in, problem.padded_out // tiling.out_splits
     steps = tiling.steps(problem)
     kept = tiling.tiles_each > 1
-    weights = (steps if kept else tiling.num_stages) * channels * tiling.block_e * problem.itemsize
+    if plain and not kept and tiling.num_stages == 1:
+        weights = max(widths) * tiling.block_e * problem.itemsize
+    else:
+        weights = (steps if kept else tiling.num_stages) * sum(widths) * tiling.block_e * problem.itemsize
     conv = 0
-    if tiling.conv != "fma" and (tiling.conv_stages > 1 or kept):
+    if tiling.conv != "fma" and (plain or tiling.conv_stages > 1 or kept):
         part = max(parts(problem.in_channels, problem.conv_block, tiling.part))
         pixels = loaded_pixels(problem, tiling) // tiling.tap_steps(problem.kernel_size)
         # One copy of pixels is in use while the others arrive, and weights come through registers but for a full one's.
-        # Float32, whose products use plain registers, has a copy more, and copies of its weights.
-        plain = problem.itemsize == 4
+        # Float32 has a copy more, and copies of its weights.
         copies = max(1, tiling.conv_stages - (0 if plain else 1))
         if tiling.conv == "dense":
             conv = copies * tiling.dense_block * (pixels + part) * problem.itemsize

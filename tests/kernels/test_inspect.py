@@ -116,6 +116,8 @@ FLOAT32 = (*COVERING[0][:-2], "float32", 1)
         (FLOAT32, replace(ROWS, block_m=128, rows=8)),
         (FLOAT32, replace(ROWS, block_m=128, num_warps=8, conv_stages=1)),
         (FLOAT32, Tiling(128, 64, "mma", num_warps=8, conv_stages=3)),
+        (FLOAT32, Tiling(64, 16, "mma", num_warps=4, conv_stages=1, rows=2)),
+        ((1, 14, 320, 640, 320, 7, 320, 1, "silu", "float32", 1), Tiling(32, 16, "dense", num_warps=8, num_stages=1)),
         (COVERING[0], ROWS),
         (COVERING[0], replace(ROWS, tiles_each=2)),
         (COVERING[0], replace(ROWS, block_m=128, num_warps=8, tiles_each=2)),
