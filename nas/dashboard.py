@@ -66,11 +66,8 @@ class Server:
         return answer
 
     def run(self) -> None:
-        """Answer until `close`, or Ctrl-C."""
+        """Answer until Ctrl-C."""
         self.server.run()
-
-    def close(self) -> None:
-        self.server.close()
 
 
 def _serialize_once() -> None:

@@ -49,6 +49,12 @@ class Served:
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
 
+    def close(self) -> None:
+        """Ends it in its own thread, which would otherwise wait for sockets that are closed under it."""
+        self.server.server.trigger.pull_trigger(self.server.server.close)
+        self.thread.join(timeout=30)
+        assert not self.thread.is_alive()
+
     def get(self, path: str) -> bytes:
         with urllib.request.urlopen(self.server.url + path, timeout=30) as answer:
             body: bytes = answer.read()
@@ -79,7 +85,7 @@ def served(served_config: SearchConfig) -> Iterator[Served]:
     showcase.show(store, served_config.study, folder)
     made = Served(store, folder)
     yield made
-    made.server.close()
+    made.close()
     store.close()
 
 
@@ -184,7 +190,7 @@ def test_what_was_proposed_again_says_so(sqlite_url: str, tiny_space: SearchSpac
     for trial in again:
         assert f"proposed again what trial {attrs(trial)['duplicate_of']} is" in trial["note"]["body"]
         assert trial["state"] == "Pruned"
-    served.server.close()
+    served.close()
     store.close()
 
 
@@ -268,7 +274,7 @@ def test_studies_of_nothing_can_be_shown(config: SearchConfig) -> None:
     assert served.study()["trials"] == []
     assert len(served.study("one")["best_trials"]) == 1
     assert served.study("none")["best_trials"] == []
-    served.server.close()
+    served.close()
     store.close()
 
 
@@ -278,9 +284,9 @@ def test_studies_of_nothing_can_be_shown(config: SearchConfig) -> None:
 def test_an_address_that_is_taken_gets_one_line(config: SearchConfig, tmp_path: Path) -> None:
     store = Store.open(config.storage, create=True)
     assert store is not None
-    first = Server(store, tmp_path / "files", "127.0.0.1", 0)
-    with pytest.raises(UsageError, match=rf"--port {first.port}: cannot listen on 127\.0\.0\.1"):
-        Server(store, tmp_path / "files", "127.0.0.1", first.port)
+    first = Served(store, tmp_path / "files")
+    with pytest.raises(UsageError, match=rf"--port {first.server.port}: cannot listen on 127\.0\.0\.1"):
+        Server(store, tmp_path / "files", "127.0.0.1", first.server.port)
     with pytest.raises(UsageError, match=r"cannot listen on nosuch\.invalid"):
         Server(store, tmp_path / "files", "nosuch.invalid", 0)
     first.close()
@@ -326,5 +332,5 @@ def test_looking_does_not_disturb_a_running_search(config: SearchConfig, tmp_pat
     assert "Running" not in states
     failed = [trial for trial in served.study()["trials"] if trial["state"] == "Fail"]
     assert all("invented" in attrs(trial)["reason"] for trial in failed)
-    served.server.close()
+    served.close()
     store.close()
