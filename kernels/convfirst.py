@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from kernels import layered
 from kernels.device_functions import (
     INTERPRET,
     INTERPRETED,
@@ -293,7 +294,9 @@ def constants(problem: BlockProblem, tiling: Tiling) -> dict[str, object]:
 
 
 def launch(x: Tensor, weights: BlockWeights, problem: BlockProblem, tiling: Tiling, scratch: Tensor) -> Tensor:
-    """Run the block; operands are as the problem says, which nothing here checks. Only the output is allocated.
+    """Run the block; operands are as the problem says, which nothing here checks.
+
+    Only the output is allocated, unless the layers have launches of their own.
 
     Args:
         x: (N, C, H, W), channels_last.
@@ -306,6 +309,9 @@ def launch(x: Tensor, weights: BlockWeights, problem: BlockProblem, tiling: Tili
         (problem.batch, problem.out_channels, problem.out_height, problem.out_width),
         dtype=x.dtype, device=x.device, memory_format=torch.channels_last,
     )  # fmt: skip
+    if tiling.launches > 1:
+        layered.launch(x, weights, problem, tiling, out)
+        return out
     programs = ceil(tiling.tiles(problem) / tiling.tiles_each)
     convfirst_kernel[(programs, tiling.splits, tiling.out_splits)](
         x, weights.conv, weights.conv_bias, weights.expand, weights.expand_bias, weights.project, weights.project_bias,

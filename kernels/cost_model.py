@@ -12,7 +12,17 @@ from functools import lru_cache
 from itertools import product
 from math import ceil
 
-from kernels.problem import MAX_SPLITS, MIN_DOT, BlockProblem, Tiling, conv_forms, parts, shares
+from kernels.problem import (
+    MAX_SPLITS,
+    MIN_DOT,
+    BlockProblem,
+    ProductTiling,
+    Tiling,
+    conv_forms,
+    parts,
+    product_tilings,
+    shares,
+)
 
 # Special-function results and issue slots per hidden element, bias and rounding included.
 SPECIAL_FUNCTIONS = {"silu": 1, "relu": 0, "gelu": 1, "hard_swish": 0}
@@ -205,21 +215,82 @@ def cache_bytes(problem: BlockProblem, tiling: Tiling, limits: Limits) -> int:
     return limits.shared_bytes + OTHER_CACHE_BYTES - resident(problem, tiling, limits) * shared
 
 
-def terms(problem: BlockProblem, tiling: Tiling, limits: Limits = H200) -> dict[str, float]:
-    """Seconds that each resource needs at least, by name.
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What is counted of one launch.
 
-    Tile waste is in all of them: places past the last pixel and channels past the last real one are computed too.
+    Args:
+        terms: seconds that each resource needs at least, by name.
+        programs, together: in all, and as many as a multiprocessor holds at once.
+        latencies: of a tile, were it alone.
+        tiles_each: of a program.
     """
+
+    terms: dict[str, float]
+    programs: int
+    together: int
+    latencies: float
+    tiles_each: int = 1
+
+    def seconds(self, limits: Limits) -> float:
+        """The binding resource, shared with its rivals for slots, in whole waves, plus latencies."""
+        slots = limits.multiprocessors * self.together
+        waves = ceil(self.programs / slots)
+        # A part-filled wave takes as long as a full one, up to what fewer programs on a multiprocessor gain.
+        many = self.programs > slots
+        idle = waves * slots / self.programs if many else max(1.0, limits.multiprocessors / self.programs)
+        # Products, special functions and plain instructions overlap between warps, but never wholly.
+        compute = [self.terms[name] for name in ("tensor", "special", "issue", "shared")]
+        busy = max(max(compute) + 0.4 * (sum(compute) - max(compute)), self.terms["l2"]) * idle
+        # A tile's latencies are hidden by the other programs of the multiprocessor, if there are any.
+        rounds = waves * self.tiles_each
+        exposed = max(min(rounds, 2), rounds / self.together)
+        return limits.launch_seconds + max(self.terms["dram"], busy) + limits.latency_seconds * self.latencies * exposed
+
+
+def counted(problem: BlockProblem, tiling: Tiling, limits: Limits = H200) -> list[Launch]:
+    """The block's launch, or its layers'."""
+    if tiling.launches == 1:
+        return [_block_launch(problem, tiling, limits)]
+    # A slice of channels after the other, and what is stored of it.
+    one = conv_slice(problem, tiling)
+    conv = _block_launch(one, replace(tiling, launches=1), limits)
+    slices = problem.padded_in // tiling.part
+    stored = problem.out_pixels * problem.in_channels
+    terms = {name: slices * seconds for name, seconds in conv.terms.items()}
+    terms["dram"] += _dram_bytes(problem, stored) / limits.dram_bytes
+    terms["l2"] += problem.itemsize * stored / limits.l2_bytes
+    terms["issue"] += OUT_SLOTS * stored / (limits.lanes * limits.multiprocessors * limits.clock_hz)
+    expansion, projection = product_tilings(problem)
+    into, hidden, out = problem.in_channels, problem.hidden_channels, problem.out_channels
+    return [
+        replace(conv, terms=terms, programs=slices * conv.programs),
+        _product_launch(problem, expansion, into, hidden, SPECIAL_FUNCTIONS[problem.activation], limits),
+        _product_launch(problem, projection, hidden, out, 0, limits),
+    ]
+
+
+def conv_slice(problem: BlockProblem, tiling: Tiling) -> BlockProblem:
+    """What is left of a block for one program's channels of a convolution in a launch of its own."""
+    return replace(problem, in_channels=tiling.part, hidden_channels=0, out_channels=0, residual=False)
+
+
+def _dram_bytes(problem: BlockProblem, elements: int) -> int:
+    """Of a tensor between two launches, what does not stay in the second-level cache."""
+    return elements * problem.itemsize if elements * problem.itemsize > KEPT_IN_L2_BYTES else 0
+
+
+def _block_launch(problem: BlockProblem, tiling: Tiling, limits: Limits) -> Launch:
     pixels = tiling.tiles(problem) * tiling.block_m
     per_clock = limits.multiprocessors * limits.clock_hz
-    steps = tiling.steps(problem) * tiling.splits
+    steps = tiling.steps(problem)
     # What each program computes of the convolution and of the hidden channels, those that share a tile compute, too.
-    hidden = pixels * steps * tiling.block_e * tiling.out_splits
+    hidden = pixels * steps * tiling.splits * tiling.block_e * tiling.out_splits
     matrix = (limits.wgmma_macs if tiling.block_m >= 64 else limits.mma_macs) / (4 if problem.itemsize == 4 else 1)
     conv_macs = padded_conv_macs(problem, tiling) * tiling.splits * tiling.out_splits
     outputs = problem.padded_out // tiling.out_splits
     shared = tiling.programs(problem) * on_chip_bytes(problem, tiling, limits.wgmma_macs > limits.mma_macs)
-    return {
+    terms = {
         "dram": (problem.activation_bytes + 2 * tiling.partial_bytes(problem)) / limits.dram_bytes,
         "l2": l2_bytes(problem, tiling, limits) / limits.l2_bytes,
         "shared": shared / (limits.l1_bytes * per_clock),
@@ -228,6 +299,61 @@ def terms(problem: BlockProblem, tiling: Tiling, limits: Limits = H200) -> dict[
         "special": hidden * SPECIAL_FUNCTIONS[problem.activation] / (limits.special_functions * per_clock),
         "issue": issue_slots(problem, tiling) / (limits.lanes * per_clock),
     }
+    tap_steps = tiling.tap_steps(problem.kernel_size)
+    tap_steps *= len(parts(problem.in_channels, problem.conv_block, tiling.part))
+    if tiling.conv == "dense":
+        tap_steps *= ceil(problem.in_channels / tiling.dense_block)
+    together = resident(problem, tiling, limits)
+    # Copies in flight hide each other's latency; loads through L1 that a program issues one by one do not, but other
+    # programs on the multiprocessor go on meanwhile.
+    latencies = tap_steps / max(tiling.conv_stages, together, tiling.num_warps / 4) + 2
+    latencies += steps / (tiling.num_stages * tiling.tiles_each)
+    latencies += 4 if tiling.splits > 1 else 0
+    return Launch(terms, tiling.programs(problem), together, latencies, tiling.tiles_each)
+
+
+def _product_launch(
+    problem: BlockProblem, tiling: ProductTiling, into: int, outputs: int, special_functions: int, limits: Limits
+) -> Launch:
+    """A product of (pixels, into) and (into, outputs) in a launch of its own."""
+    size, m, n = problem.itemsize, tiling.block_m, tiling.block_n
+    programs = tiling.programs(problem.out_pixels, outputs)
+    inner = ceil(into / tiling.block_k) * tiling.block_k
+    loaded, found = programs * inner * (m + n) * size, programs * m * n
+    stored = problem.out_pixels * outputs
+    per_clock = limits.multiprocessors * limits.clock_hz
+    warp_groups = m >= 64 and size == 2 and limits.wgmma_macs > limits.mma_macs
+    matrix = (limits.wgmma_macs if m >= 64 else limits.mma_macs) / (4 if size == 4 else 1)
+    # Hopper's products read the second operand once for 64 rows; older warps, four of each, what they need of both.
+    read = m + n * m / 64 if warp_groups else 2 * m + min(4, m // MIN_DOT) * n
+    traffic = loaded + (programs * inner * read + 2 * found) * size
+    terms = {
+        "dram": (_dram_bytes(problem, problem.out_pixels * into) + _dram_bytes(problem, stored)) / limits.dram_bytes,
+        "l2": (loaded + stored * size) / limits.l2_bytes,
+        "shared": traffic / (limits.l1_bytes * per_clock),
+        "tensor": found * inner / matrix,
+        "special": found * special_functions / (limits.special_functions * per_clock),
+        "issue": (loaded / 16 * WEIGHT_SLOTS + found * OUT_SLOTS) / (limits.lanes * per_clock),
+    }
+    registers = 32 * tiling.num_warps * min(255, m * n / (32 * tiling.num_warps) + OTHER_REGISTERS)
+    together = min(
+        int(limits.registers / registers), limits.shared_bytes // (_product_shared_bytes(problem, tiling) + 1024)
+    )
+    together = max(1, together)
+    return Launch(terms, programs, together, inner / (tiling.block_k * tiling.num_stages) + 2)
+
+
+def _product_shared_bytes(problem: BlockProblem, tiling: ProductTiling) -> int:
+    return problem.itemsize * tiling.num_stages * (tiling.block_m + tiling.block_n) * tiling.block_k
+
+
+def terms(problem: BlockProblem, tiling: Tiling, limits: Limits = H200) -> dict[str, float]:
+    """Seconds that each resource needs at least, by name, for all launches together.
+
+    Tile waste is in all of them: places past the last pixel and channels past the last real one are computed too.
+    """
+    launches = counted(problem, tiling, limits)
+    return {name: sum(launch.terms[name] for launch in launches) for name in launches[0].terms}
 
 
 def bound(problem: BlockProblem, tiling: Tiling, limits: Limits = H200) -> tuple[str, float]:
@@ -259,7 +385,11 @@ def layer_roofline(problem: BlockProblem, limits: Limits = H200) -> float:
 
 
 def shared_bytes(problem: BlockProblem, tiling: Tiling) -> int:
-    """Shared memory of a program, about: the weights' pipeline and the convolution's result on its way to a product."""
+    """Shared memory of a program, about: the weights' pipeline and the convolution's result on its way to a product; of
+    several launches the most."""
+    if tiling.launches > 1:
+        products = [_product_shared_bytes(problem, each) for each in product_tilings(problem)]
+        return max(shared_bytes(conv_slice(problem, tiling), replace(tiling, launches=1)), *products)
     # Products in float32 use plain registers, which all of their operands reach through shared memory.
     plain = problem.itemsize == 4
     widths = problem.padded_in, problem.padded_out // tiling.out_splits
@@ -335,45 +465,27 @@ MOST_LIVE_ROWS, MOST_LIVE_ROWS_MMA, MOST_LIVE_TAPS = 126, 110, 130
 # Of the memory that the first-level cache shares with shared memory, what is the cache's alone, and from how much on
 # the rest is shared memory.
 OTHER_CACHE_BYTES, PREFER_SHARED_BYTES = 28 * 1024, 48 * 1024
+# Of a tensor between two launches: in half the second-level cache of the GPUs that are counted with it is still there
+# when it is read.
+KEPT_IN_L2_BYTES = 24 * 2**20
+# Channels of a program that does nothing but convolve.
+WIDEST_CONV = 64
+# Registers of a convolution beyond which the compiler spilled.
+MOST_CONV = 130
 # In how many turns the programs with several tiles come, about: were it one, a multiprocessor that holds fewer programs
 # than was counted would make all wait for a second.
 KEPT_WAVES = 2
 
 
 def estimate(problem: BlockProblem, tiling: Tiling, limits: Limits = H200) -> float:
-    """Seconds of a launch: the binding resource, shared with its rivals for slots, in whole waves, plus latencies."""
-    counted = terms(problem, tiling, limits)
-    together = resident(problem, tiling, limits)
-    slots = limits.multiprocessors * together
-    programs = tiling.programs(problem)
-    waves = ceil(programs / slots)
-    # A part-filled wave takes as long as a full one, up to what fewer programs on a multiprocessor gain.
-    idle = waves * slots / programs if programs > slots else max(1.0, limits.multiprocessors / programs)
-    # Products, special functions and plain instructions overlap between warps, but never wholly.
-    compute = [counted[name] for name in ("tensor", "special", "issue", "shared")]
-    busy = max(max(compute) + 0.4 * (sum(compute) - max(compute)), counted["l2"]) * idle
-    tap_steps = tiling.tap_steps(problem.kernel_size)
-    tap_steps *= len(parts(problem.in_channels, problem.conv_block, tiling.part))
-    if tiling.conv == "dense":
-        tap_steps *= ceil(problem.in_channels / tiling.dense_block)
-    steps = tiling.steps(problem)
-    # Copies in flight hide each other's latency; loads through L1 that a program issues one by one do not, but other
-    # programs on the multiprocessor go on meanwhile.
-    hidden_by = max(tiling.conv_stages, together, tiling.num_warps / 4)
-    latency = limits.latency_seconds * (tap_steps / hidden_by + 2)
-    latency += limits.latency_seconds * steps / (tiling.num_stages * tiling.tiles_each)
-    latency += 4 * limits.latency_seconds if tiling.splits > 1 else 0
-    # A tile's latencies are hidden by the other programs of the multiprocessor, if there are any.
-    rounds = waves * tiling.tiles_each
-    exposed = max(min(rounds, 2), rounds / together)
-    return limits.launch_seconds + max(counted["dram"], busy) + latency * exposed
+    """Seconds of the block's launch, or of its layers' one after the other."""
+    return sum(launch.seconds(limits) for launch in counted(problem, tiling, limits))
 
 
 def candidates(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
     """All tilings that fit the machine, without regard to speed."""
     found = []
-    wgmma = limits.wgmma_macs > limits.mma_macs
-    most_live = MOST_LIVE_REGISTERS["wgmma" if wgmma else "mma"]
+    most_live = MOST_LIVE_REGISTERS["wgmma" if limits.wgmma_macs > limits.mma_macs else "mma"]
     shapes = [(block_m, rows) for block_m in BLOCKS_M for rows in ROWS if block_m // rows >= MIN_DOT]
     for (block_m, rows), block_e, warps, stages in product(shapes, BLOCKS_E, (4, 8), (1, 2, 3)):
         if block_m > max(MIN_DOT, 2 * problem.out_pixels) or block_e > problem.padded_hidden:
@@ -385,36 +497,13 @@ def candidates(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
                 continue
             if form == "fma" and conv_stages > 1:
                 continue
-            if form in ("fma", "diagonal") and warps == 4 and problem.padded_in > 256:
-                continue
             if rows > 1 and form == "dense":
                 continue
             one = Tiling(block_m, block_e, form, 1, warps, stages, conv_stages, part=part, rows=rows)
-            if shared_bytes(problem, one) > most_shared_bytes(problem, limits):
-                continue
-            # The compiler unrolls the taps of wide convolutions, whose loads four warps have no registers for.
-            if warps == 4 and problem.padded_in > 128 and (problem.kernel_size > 3 or problem.conv_block > MIN_DOT):
-                continue
-            if warps == 4 and problem.padded_in > 128 and conv_stages > 1 and block_m >= 64 and not wgmma:
-                continue
-            # So it is with blocks of 32 channels, in a pipeline or of many pixels.
-            if problem.conv_block > MIN_DOT and (conv_stages > 1 or block_m > 128):
-                continue
-            # Older products read registers: 64 x 64 with blocks of 32 spilled 2 instructions on sm_80, 64 rows of 320
-            # channels spilled 8.
-            if not wgmma and problem.conv_block > MIN_DOT and block_m * block_e > 2048:
-                continue
-            if not wgmma and problem.padded_in > 256 and block_m >= 64:
-                continue
-            if not wgmma and problem.padded_in > 384 and block_m > MIN_DOT:
-                continue
-            if rows > 1 and not rows_fit(problem, one, wgmma):
+            if not compiles(problem, one, limits):
                 continue
             for splits, out_splits in product(SPLITS, OUT_SPLITS):
-                split = Tiling(
-                    block_m, block_e, form, splits, warps, stages, conv_stages, part=part, out_splits=out_splits,
-                    rows=rows,
-                )  # fmt: skip
+                split = replace(one, splits=splits, out_splits=out_splits)
                 if splits * out_splits > 1 and split.programs(problem) > 2 * limits.multiprocessors:
                     continue
                 if split.fits(problem) and live_registers(problem, split) <= most_live:
@@ -422,7 +511,56 @@ def candidates(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
             # A kept tiling has no pipeline over hidden channels: one number of stages stands for all.
             if stages == 2 and (kept := keeping(problem, one, limits)):
                 found.append(kept)
+    return found + layered_candidates(problem, limits)
+
+
+def layered_candidates(problem: BlockProblem, limits: Limits) -> list[Tiling]:
+    """Those that give each layer a launch of its own."""
+    if problem.is_dense:
+        return []
+    # What divides the channels evenly.
+    width = min(WIDEST_CONV, problem.padded_in & -problem.padded_in)
+    widths = [each for each in (width, width // 2) if each >= problem.conv_block]
+    found = []
+    for block_m, rows, form, warps, conv_stages, part in product(
+        BLOCKS_M, ROWS, conv_forms(problem), (4, 8), (1, 3), widths
+    ):
+        tiling = Tiling(block_m, MIN_DOT, form, 1, warps, 1, conv_stages, part=part, rows=rows, launches=3)
+        if block_m > max(MIN_DOT, 2 * problem.out_pixels) or rows >= 2 * problem.out_height:
+            continue
+        if tiling.columns < MIN_DOT or (form == "fma" and conv_stages > 1):
+            continue
+        one = conv_slice(problem, tiling)
+        if conv_registers(one, tiling) <= MOST_CONV and compiles(one, tiling, limits):
+            found.append(tiling)
     return found
+
+
+def compiles(problem: BlockProblem, tiling: Tiling, limits: Limits) -> bool:
+    """Whether shared memory and registers suffice for a tiling that splits nothing, as far as compiling has shown."""
+    wgmma = limits.wgmma_macs > limits.mma_macs
+    if shared_bytes(problem, tiling) > most_shared_bytes(problem, limits):
+        return False
+    if tiling.num_warps == 4:
+        if tiling.conv in ("fma", "diagonal") and problem.padded_in > 256:
+            return False
+        # The compiler unrolls the taps of wide convolutions, whose loads four warps have no registers for.
+        if problem.padded_in > 128 and (problem.kernel_size > 3 or problem.conv_block > MIN_DOT):
+            return False
+        if problem.padded_in > 128 and tiling.conv_stages > 1 and tiling.block_m >= 64 and not wgmma:
+            return False
+    # So it is with blocks of 32 channels, in a pipeline or of many pixels.
+    if problem.conv_block > MIN_DOT and (tiling.conv_stages > 1 or tiling.block_m > 128):
+        return False
+    # Older products read registers: 64 x 64 with blocks of 32 spilled 2 instructions on sm_80, 64 rows of 320 channels
+    # spilled 8.
+    if not wgmma and problem.conv_block > MIN_DOT and tiling.block_m * tiling.block_e > 2048:
+        return False
+    if not wgmma and problem.padded_in > 256 and tiling.block_m >= 64:
+        return False
+    if not wgmma and problem.padded_in > 384 and tiling.block_m > MIN_DOT:
+        return False
+    return tiling.rows == 1 or rows_fit(problem, tiling, wgmma)
 
 
 def most_shared_bytes(problem: BlockProblem, limits: Limits) -> int:
@@ -470,7 +608,10 @@ def ranked(problem: BlockProblem, limits: Limits = H200) -> tuple[Tiling, ...]:
     early: list[Tiling] = []
     late: list[Tiling] = []
     for tiling in by_estimate:
-        family = tiling.block_m, tiling.splits, tiling.out_splits, tiling.conv, tiling.rows > 1, tiling.tiles_each > 1
+        family = (
+            tiling.block_m, tiling.splits, tiling.out_splits, tiling.conv, tiling.rows > 1, tiling.tiles_each > 1,
+            tiling.launches,
+        )  # fmt: skip
         relative = *family, tiling.conv_stages
         (late if relative in seen else early).append(tiling)
         seen.add(relative)

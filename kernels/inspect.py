@@ -23,7 +23,7 @@ from rich.table import Table
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from kernels import cost_model
+from kernels import cost_model, layered
 from kernels.convfirst import constants, convfirst_kernel
 from kernels.device_functions import INTERPRETED
 from kernels.emulator import Traffic, rehearse
@@ -125,14 +125,39 @@ def _run(tool: str, *arguments: str) -> str:
     return subprocess.run([TOOLS / tool, *arguments], check=True, capture_output=True, text=True).stdout
 
 
-def compile_block(problem: BlockProblem, tiling: Tiling, capability: int) -> Any:
-    """The fused block's kernel, compiled for a compute capability such as 90."""
-    return compile_for(convfirst_kernel, constants(problem, tiling), problem.dtype, tiling.num_warps, capability)
+def compile_block(problem: BlockProblem, tiling: Tiling, capability: int) -> list[Any]:
+    """A block's kernel, or those of its three launches, compiled for a compute capability such as 90."""
+    if tiling.launches == 1:
+        fixed = constants(problem, tiling)
+        return [compile_for(convfirst_kernel, fixed, problem.dtype, tiling.num_warps, capability)]
+    fixed = layered.conv_constants(problem, tiling)
+    compiled = [compile_for(layered.conv_kernel, fixed, problem.dtype, tiling.num_warps, capability)]
+    for fixed, cut in layered.product_constants(problem):
+        compiled.append(compile_for(layered.product_kernel, fixed, problem.dtype, cut.num_warps, capability))
+    return compiled
+
+
+def block_statics(problem: BlockProblem, tiling: Tiling, capability: int) -> Statics:
+    """What the compiler makes of a block: of several launches the most that one takes, and all their instructions."""
+    found = [read_statics(each) for each in compile_block(problem, tiling, capability)]
+    loads: Counter[int] = sum((Counter(each.global_loads) for each in found), Counter())
+    return Statics(
+        registers=max(each.registers for each in found),
+        stack_bytes=max(each.stack_bytes for each in found),
+        spills=sum(each.spills for each in found),
+        shared_bytes=max(each.shared_bytes for each in found),
+        tensor_core={name: sum(each.tensor_core[name] for each in found) for name in found[0].tensor_core},
+        global_loads=dict(sorted(loads.items())),
+    )
 
 
 def shorthand(tiling: Tiling) -> str:
-    """A tiling in a word, such as `m128 e64 mma w8 s2`."""
+    """A tiling in a word, such as `m128 e64 mma w8 s2`; of three launches what the first one has of it."""
     shape = f"{tiling.rows}x{tiling.columns}" if tiling.rows > 1 else f"m{tiling.block_m}"
+    if tiling.launches > 1:
+        return (
+            f"{tiling.launches} launches {shape} {tiling.conv} w{tiling.num_warps} c{tiling.conv_stages} p{tiling.part}"
+        )
     word = f"{shape} e{tiling.block_e} {tiling.conv}"
     word += f" x{tiling.splits}" if tiling.splits > 1 else ""
     word += f" o{tiling.out_splits}" if tiling.out_splits > 1 else ""
@@ -180,19 +205,20 @@ def main(
         limits = cost_model.LIMITS[number]
         for tiling in cost_model.ranked(problem, limits)[:tilings]:
             begin = time.perf_counter()
-            statics = read_statics(compile_block(problem, tiling, number))
+            statics = block_statics(problem, tiling, number)
             seconds = time.perf_counter() - begin
             loads = " ".join(f"{bits}:{count}" for bits, count in statics.global_loads.items())
             ran: tuple[str, ...] = ()
             if run and statics.shared_bytes <= SHARED_LIMIT_BYTES[number]:
                 traffic = Traffic()
                 error = rehearse(problem, tiling, number, traffic)
-                # As many tiles as are rehearsed.
+                # As many tiles as are rehearsed; programs of several launches have no one figure.
                 two = replace(tiling, tiles_each=min(tiling.tiles_each, 2))
                 counted = cost_model.on_chip_bytes(problem, two, limits.wgmma_macs > limits.mma_macs)
                 ran = (
                     str(sum(traffic.instructions.values()) // traffic.programs),
-                    f"{traffic.on_chip_bytes / traffic.programs / 1024:.0f}", f"{counted / 1024:.0f}",
+                    f"{traffic.on_chip_bytes / traffic.programs / 1024:.0f}",
+                    f"{counted / 1024:.0f}" if tiling.launches == 1 else "",
                     f"{traffic.shared_wavefronts / traffic.shared_least:.2f}", f"{error:.1e}",
                 )  # fmt: skip
             table.add_row(

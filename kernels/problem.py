@@ -229,6 +229,8 @@ class Tiling:
             the other, loaded for each tap. A "dense" convolution knows no rows.
         tiles_each: tiles that a program computes one after the other. With more than one it keeps the weights of the
             1x1 convolutions in shared memory, and nothing can be split.
+        launches: 3 gives each layer a launch of its own (`kernels.layered`). The above then tells of the convolution's
+            alone, whose programs have `part` channels each; nothing is split, and block_e and num_stages mean nothing.
     """
 
     block_m: int
@@ -243,6 +245,7 @@ class Tiling:
     out_splits: int = 1
     rows: int = 1
     tiles_each: int = 1
+    launches: int = 1
 
     def steps(self, problem: Tiled) -> int:
         """Of the loop over hidden channels."""
@@ -263,6 +266,8 @@ class Tiling:
             return False
         if self.tiles_each > 1 and self.splits * self.out_splits > 1:
             return False
+        if self.launches > 1:
+            return self.splits * self.out_splits * self.tiles_each == 1
         if self.splits > 1 and (idle or self.tiles(problem) * self.out_splits > COUNTERS):
             return False
         if self.out_splits > 1:
@@ -288,6 +293,42 @@ class Tiling:
     def partial_bytes(self, problem: Tiled) -> int:
         """Of the float32 partial sums that split tiles exchange."""
         return 4 * self.splits * problem.out_pixels * problem.padded_out if self.splits > 1 else 0
+
+
+@dataclass(frozen=True, slots=True)
+class ProductTiling:
+    """How a product of matrices is cut up: pixels, outputs and inputs of a step."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int = 4
+    num_stages: int = 3
+
+    def programs(self, pixels: int, outputs: int) -> int:
+        return ceil(pixels / self.block_m) * ceil(outputs / self.block_n)
+
+
+# The largest first. Their pipelines fit the 99 KiB of shared memory of the smallest GPUs that are counted with, and are
+# the longer the less there is in each to hide a load's latency.
+PRODUCT_TILINGS = (
+    ProductTiling(128, 128, 64, num_warps=8), ProductTiling(128, 64, 64, num_stages=4),
+    ProductTiling(64, 64, 64, num_stages=4), ProductTiling(32, 32, 128, num_stages=5),
+    ProductTiling(16, 32, 128, num_stages=6), ProductTiling(16, 16, 128, num_stages=8),
+)  # fmt: skip
+# One on each multiprocessor of the GPUs that are counted with, nearly.
+ENOUGH_PROGRAMS = 108
+
+
+def product_tilings(problem: BlockProblem) -> list[ProductTiling]:
+    """Of expansion and projection in launches of their own: the largest that keep a GPU busy."""
+    if problem.itemsize == 4:
+        return [ProductTiling(32, 32, 32)] * 2
+    found = []
+    for outputs in (problem.hidden_channels, problem.out_channels):
+        enough = (each for each in PRODUCT_TILINGS if each.programs(problem.out_pixels, outputs) >= ENOUGH_PROGRAMS)
+        found.append(next(enough, PRODUCT_TILINGS[-1]))
+    return found
 
 
 def conv_forms(problem: BlockProblem) -> tuple[str, ...]:

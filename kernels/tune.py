@@ -44,7 +44,16 @@ MAX_CALLS = 16
 # some ten roundings of the dtype.
 WRONG = {torch.float16: 1e-2, torch.bfloat16: 8e-2, torch.float32: 1e-3}
 # Sources whose change makes remembered tilings void.
-SOURCES = ("cost_model.py", "device_functions.py", "convfirst.py", "mbconv.py", "stem.py", "head.py", "problem.py")
+SOURCES = (
+    "cost_model.py",
+    "device_functions.py",
+    "convfirst.py",
+    "layered.py",
+    "mbconv.py",
+    "stem.py",
+    "head.py",
+    "problem.py",
+)
 
 LAYER_BY_LAYER = "layer by layer"
 _REFUSALS = (

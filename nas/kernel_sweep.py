@@ -27,7 +27,7 @@ from rich.progress import Progress
 from kernels import cost_model, emulator, ops, tune
 from kernels.device_functions import INTERPRETED
 from kernels.emulator import EmulationError, rehearse
-from kernels.inspect import SHARED_LIMIT_BYTES, compile_block, read_statics
+from kernels.inspect import SHARED_LIMIT_BYTES, block_statics
 from kernels.problem import MAX_SPLITS, BlockProblem, Tiling, unsupported
 from search_spaces import SearchSpace, load_space
 from search_spaces.arch import STEM_STRIDE, BlockSpec
@@ -96,7 +96,7 @@ def sweep_tilings(problem: BlockProblem, capability: int, run: bool) -> dict[str
     for tiling in tune.tried(ops.BLOCK, problem, cost_model.LIMITS[capability]):
         row: dict[str, Any] = {"tiling": asdict(tiling), "statics": None}
         try:
-            statics = read_statics(compile_block(problem, tiling, capability))
+            statics = block_statics(problem, tiling, capability)
         except Exception as error:
             # Whatever the compiler raises is a finding.
             message = (str(error).strip() or type(error).__name__).splitlines()[0]

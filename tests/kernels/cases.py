@@ -45,10 +45,11 @@ class BlockCase:
 
     def __str__(self) -> str:
         p, t = self.problem, self.tiling
+        layered = "-layered" if t.launches > 1 else ""
         return (
             f"{p.batch}x{p.height}x{p.width}-{p.in_channels}-{p.hidden_channels}-{p.out_channels}-k{p.kernel_size}"
             f"g{p.group_width}s{p.stride}-{p.activation}-{p.dtype}{'-residual' if p.residual else ''}"
-            f"-m{t.block_m}e{t.block_e}{t.conv}x{t.splits}r{t.rows}t{t.tiles_each}"
+            f"-m{t.block_m}e{t.block_e}{t.conv}x{t.splits}r{t.rows}t{t.tiles_each}{layered}"
         )
 
 
@@ -153,6 +154,24 @@ WIDE_CASES = [
     BlockCase(
         replace(_square(16, 32, 16), height=9, width=17, stride=2, residual=False), Tiling(128, 32, "mma", rows=8)
     ),
+]
+
+
+# Each layer in a launch of its own: every form, awkward sizes, several slices of channels.
+LAYERED_CASES = [
+    BlockCase(problem, Tiling(block_m, 16, form, rows=rows, part=part, conv_stages=stages, launches=3))
+    for problem, block_m, form, rows, part, stages in (
+        (_WIDE, 16, "mma", 1, 32, 1),
+        (replace(_square(40, 80, 8), batch=2, height=7, width=5), 32, "mma", 2, 16, 3),
+        (replace(_square(24, 24, 1), height=13, activation="gelu"), 16, "fma", 1, 16, 1),
+        (replace(_square(64, 256, 1), width=17, dtype="bfloat16"), 64, "diagonal", 4, 64, 1),
+        (replace(_square(96, 144, 32), stride=2, residual=False, activation="relu"), 16, "mma", 1, 32, 1),
+        (replace(_square(72, 104, 1), height=9, kernel_size=5, activation="hard_swish"), 32, "fma", 2, 16, 1),
+        (replace(_square(32, 128, 16), out_channels=200, residual=False, kernel_size=7), 16, "mma", 1, 32, 1),
+        (replace(_square(64, 64, 8), dtype="float32", height=5, width=9), 16, "mma", 1, 64, 1),
+        # Enough pixels for the larger products.
+        (replace(_square(16, 128, 8), batch=3, height=48, width=48), 64, "mma", 4, 16, 1),
+    )
 ]
 
 

@@ -15,6 +15,7 @@ from tests.kernels.cases import (
     AT_LEAST,
     AXES,
     EACH_VALUE,
+    LAYERED_CASES,
     WIDE_CASES,
     BlockCase,
     covering_cases,
@@ -53,7 +54,7 @@ def test_the_cases_cover_every_value_often_and_are_reproducible() -> None:
 
 
 @pytest.mark.kernels
-@pytest.mark.parametrize("case", [*CASES, *WIDE_CASES], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *WIDE_CASES, *LAYERED_CASES], ids=str)
 def test_numerics(case: BlockCase, kernel_device: torch.device, poisoned: None) -> None:
     problem = case.problem
     x, layers = make_operands(problem, seed=1, device=kernel_device)

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import convfirst, cost_model, ops, stem, tune
+from kernels import convfirst, cost_model, layered, ops, stem, tune
 from kernels.convfirst import launch, layer_by_layer, pack
 from kernels.cost_model import LIMITS
 from kernels.emulator import EmulationError, Traffic, emulated
@@ -212,7 +212,7 @@ def test_a_kernel_that_is_spoilt_is_found_out(
     statement: str, instead: str, told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert error_share(PIPELINED, 90) <= 1
-    good = compile_block(PIPELINED.problem, PIPELINED.tiling, 90).asm["ptx"]
+    good = compile_block(PIPELINED.problem, PIPELINED.tiling, 90)[0].asm["ptx"]
     bad = re.sub(statement, instead, good)
     assert bad != good
     monkeypatch.setattr(emulated_launch, "Program", lambda code, *rest: Program(parse(bad), *rest))
@@ -335,6 +335,10 @@ def test_shared_memory_is_used_without_conflicts_and_as_much_as_the_cost_model_c
             Tiling(64, 16, "diagonal", conv_stages=3, rows=4, tiles_each=3),
         ),
         (BlockProblem(2, 6, 15, 24, 48, 24, 3, 1, 1, "silu", True, "float16", 2), Tiling(32, 16, "fma", 2, rows=2)),
+        (
+            BlockProblem(2, 9, 15, 48, 80, 24, 3, 8, 2, "gelu", False, "float16"),
+            Tiling(32, 16, "mma", rows=2, part=16, launches=3),
+        ),
     ],
     ids=lambda value: shorthand(value) if isinstance(value, Tiling) else value.dtype,
 )
@@ -344,6 +348,7 @@ def test_tiles_of_rows_with_offsets_of_32_and_64_bits(
 ) -> None:
     if wide:
         monkeypatch.setattr(convfirst, "WIDE_ELEMENTS", 0)
+        monkeypatch.setattr(layered, "WIDE_ELEMENTS", 0)
     for capability in (80, 90):
         assert error_share(BlockCase(problem, tiling), capability) <= 1
 

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from kernels import cost_model, head, inspect, mbconv, stem
 from kernels.head import HeadProblem
-from kernels.inspect import SHARED_LIMIT_BYTES, Statics, compile_block, compile_for, read_statics
+from kernels.inspect import SHARED_LIMIT_BYTES, Statics, block_statics, compile_for, read_statics
 from kernels.mbconv import MBConvProblem
 from kernels.problem import BlockProblem, Tiling
 from kernels.stem import StemProblem
@@ -93,7 +93,7 @@ def test_the_first_tiling_compiles_fits_does_not_spill_and_uses_tensor_cores(
 ) -> None:
     problem = problem_of(row)
     tiling = cost_model.ranked(problem, cost_model.LIMITS[capability])[0]
-    statics = read_statics(compile_block(problem, tiling, capability))
+    statics = block_statics(problem, tiling, capability)
     assert not statics.complaints(capability, problem.dtype), inspect.shorthand(tiling)
     if capability == 90 and tiling.block_m >= 64:
         assert statics.tensor_core["HGMMA"], "Hopper's own products are not used"
@@ -129,13 +129,13 @@ FLOAT32 = (*COVERING[0][:-2], "float32", 1)
 def test_shared_memory_is_counted_as_the_compiler_takes_it(row: tuple[object, ...], tiling: Tiling | None) -> None:
     problem = problem_of(row)
     tiling = tiling or cost_model.ranked(problem)[0]
-    compiled = read_statics(compile_block(problem, tiling, 90)).shared_bytes
+    compiled = block_statics(problem, tiling, 90).shared_bytes
     assert 0.9 * compiled <= cost_model.shared_bytes(problem, tiling) <= 1.2 * compiled
 
 
 def test_a_kernel_that_spills_or_does_not_fit_is_complained_of() -> None:
     problem = problem_of(COVERING[4])
-    statics = read_statics(compile_block(problem, Tiling(128, 64, "mma", num_stages=3), 90))
+    statics = block_statics(problem, Tiling(128, 64, "mma", num_stages=3), 90)
     told = statics.complaints(90, "float16")
     assert any("shared memory" in each for each in told)
     assert any("spill" in each for each in told)
