@@ -400,18 +400,18 @@ def shared_bytes(problem: BlockProblem, tiling: Tiling) -> int:
     else:
         weights = (steps if kept else tiling.num_stages) * sum(widths) * tiling.block_e * problem.itemsize
     conv = 0
-    if tiling.conv != "fma" and (plain or tiling.conv_stages > 1 or kept):
+    if tiling.conv != "fma":
         part = max(parts(problem.in_channels, problem.conv_block, tiling.part))
         pixels = loaded_pixels(problem, tiling) // tiling.tap_steps(problem.kernel_size)
         # One copy of pixels is in use while the others arrive, and weights come through registers but for a full one's.
-        # Float32 has a copy more, and copies of its weights.
+        # Float32 has a copy more, and copies of its weights. Without a pipeline all that a step loads is there at once.
         copies = max(1, tiling.conv_stages - (0 if plain else 1))
         if tiling.conv == "dense":
             conv = copies * tiling.dense_block * (pixels + part) * problem.itemsize
         else:
             each = shares(tiling.columns, part, problem.conv_block, tiling.num_warps)
             taps = problem.kernel_size**2 // tiling.tap_steps(problem.kernel_size)
-            held = 1 + taps * (tiling.conv_stages - 1) if plain else 1
+            held = taps if tiling.conv_stages == 1 else 1 + taps * (tiling.conv_stages - 1) if plain else 1
             conv = (copies * pixels + held * problem.conv_block * each) * part * problem.itemsize
     result = tiling.block_m * problem.padded_in * problem.itemsize
     return weights + max(result, conv) if kept else max(weights + result, conv)

@@ -218,6 +218,20 @@ def joined(pieces):
 
 
 @triton.jit
+def loaded(x, STAGES: tl.constexpr):
+    """x, as it was loaded, unless in a pipeline, whose loads are ahead anyway.
+
+    The compiler may not convert it before this place: it would move the conversion, which goes through shared memory
+    and waits, right behind each load, so that no two loads were ever in flight (seen in the machine code for sm_90).
+    """
+    if INTERPRET or STAGES > 1:
+        return x
+    if x.dtype.primitive_bitwidth == 16:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1)
+
+
+@triton.jit
 def convolve(
     x, conv, conv_bias, pixel, top, left, valid, height, width, taps,
     first, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr, KERNEL: tl.constexpr,
@@ -249,6 +263,7 @@ def convolve(
             address = x + (pixel + dy * width + dx)[:, None] * CHANNELS + columns[None, :]
             tile = tl.load(address, mask=inside[:, None] & (columns < CHANNELS)[None, :], other=0.0)
             weights = tap_weights(conv, tap, first, WIDTH, PADDED, FORM, BLOCK, SHARES)
+            tile, weights = loaded(tile, STAGES), loaded(weights, STAGES)
             sums = dot(as_blocks(tile, BLOCK, SHARES), weights, sums)
         channel = tl.arange(0, BLOCKS * SHARES)[:, None] // SHARES * BLOCK + tl.arange(0, BLOCK)[None, :]
         # Rounded before it is turned round, which goes through shared memory.
@@ -266,7 +281,7 @@ def convolve(
             address = x + (pixel + dy * width + dx)[:, None] * CHANNELS + channel[None, :]
             tile = tl.load(address, mask=inside[:, None] & (channel < CHANNELS)[None, :], other=0.0)
             weights = tl.load(conv + (tap * DENSE_ROWS + channel)[:, None] * PADDED + columns[None, :])
-            total = dot(tile, weights, total)
+            total = dot(loaded(tile, STAGES), loaded(weights, STAGES), total)
     if FORM == "fma" or FORM == "dense":
         total = round_to(total + tl.load(conv_bias + columns)[None, :], DTYPE)
     return total
@@ -296,24 +311,37 @@ def convolve_rows(
             sums = sums + (tl.zeros([WIDTH // BLOCK * SHARES, COLUMNS // SHARES, BLOCK], tl.float32),)
     for dx in tl.range(0, KERNEL if INTERPRET else taps, num_stages=STAGES):
         inside = valid & (left + dx >= 0) & (left + dx < width)
-        tiles = ()
+        # All loads of a column first, all of them in flight together.
+        rows = ()
         for i in tl.static_range(INPUT_ROWS):
             mask = inside & (top + i >= 0) & (top + i < height)
             address = x + (pixel + i * width + dx)[:, None] * CHANNELS + columns[None, :]
-            tile = tl.load(address, mask=mask[:, None] & (columns < CHANNELS)[None, :], other=0.0)
-            tiles = tiles + (tile.to(tl.float32) if FORM == "fma" else as_blocks(tile, BLOCK, SHARES),)
+            rows = rows + (tl.load(address, mask=mask[:, None] & (columns < CHANNELS)[None, :], other=0.0),)
+        weights = ()
         for dy in tl.static_range(KERNEL):
             tap = dy * KERNEL + dx
-            more = ()
             if FORM == "fma":
-                weights = tl.load(conv + tap * PADDED + columns).to(tl.float32)[None, :]
+                weights = weights + (tl.load(conv + tap * PADDED + columns),)
             else:
-                weights = tap_weights(conv, tap, first, WIDTH, PADDED, FORM, BLOCK, SHARES)
+                weights = weights + (tap_weights(conv, tap, first, WIDTH, PADDED, FORM, BLOCK, SHARES),)
+        tiles, taps_of = (), ()
+        for i in tl.static_range(INPUT_ROWS):
+            if FORM == "fma":
+                tiles = tiles + (rows[i].to(tl.float32),)
+            else:
+                tiles = tiles + (as_blocks(loaded(rows[i], STAGES), BLOCK, SHARES),)
+        for dy in tl.static_range(KERNEL):
+            if FORM == "fma":
+                taps_of = taps_of + (weights[dy].to(tl.float32)[None, :],)
+            else:
+                taps_of = taps_of + (loaded(weights[dy], STAGES),)
+        for dy in tl.static_range(KERNEL):
+            more = ()
             for i in tl.static_range(ROWS):
                 if FORM == "fma":
-                    more = more + (sums[i] + tiles[i * STRIDE + dy] * weights,)
+                    more = more + (sums[i] + tiles[i * STRIDE + dy] * taps_of[dy],)
                 else:
-                    more = more + (dot(tiles[i * STRIDE + dy], weights, sums[i]),)
+                    more = more + (dot(tiles[i * STRIDE + dy], taps_of[dy], sums[i]),)
             sums = more
     if FORM == "fma":
         bias = tl.load(conv_bias + columns)[None, :]
