@@ -145,7 +145,7 @@ def block_case(row: Block, dtype: torch.dtype, device: torch.device) -> Case:
         scratch = inputs[0].new_empty(problem.scratch_elements, dtype=torch.float32)
         (choice,) = tune.tune([tune.Task(ops.BLOCK, problem, inputs[0], [*weights, scratch], layers)])
         tiling = choice.tilings[0]
-        notes = {"tiling": asdict(tiling), "tuner": choice.describe()}
+        notes = {"tiling": asdict(tiling), "chosen": choice.tiling is not None, "tuner": choice.describe()}
 
         def forward(x: Tensor) -> Tensor:
             # In a network it is lent; here it counts as the block's.
@@ -480,7 +480,7 @@ def _checked_device(name: str) -> torch.device:
     return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
 
 
-def _folder(out: Path | None, device_name: str) -> Path:
+def new_folder(out: Path | None, device_name: str) -> Path:
     """Where results go, made if need be: by default a folder of the device's own under kernels/benchmarks."""
     slug = "-".join("".join(c if c.isalnum() else " " for c in device_name.lower()).split())
     folder = out or Path(__file__).parent / "benchmarks" / slug
@@ -586,7 +586,7 @@ def main(
         _fail(f"--only {only}: none of {', '.join(KINDS)}")
     where = _checked_device(device)
     identity = benchmark_machine.identity(where)
-    folder = _folder(out, identity["device"])
+    folder = new_folder(out, identity["device"])
     results = Results(folder / "results.jsonl", identity)
     wanted = rows(device, only)
     provenance: dict[str, Any] = {

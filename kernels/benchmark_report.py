@@ -109,7 +109,7 @@ def figures(records: Sequence[Record]) -> list[Figure]:
     ]
     # A block that is better unfused runs so.
     chosen = [
-        speed_up(record, "fused", "eager") if contender(record, "fused")["notes"]["tuner"] == "fused" else 1.0
+        speed_up(record, "fused", "eager") if contender(record, "fused")["notes"]["chosen"] else 1.0
         for record in blocks
         if median_ms(record, "fused")
     ]

@@ -308,7 +308,11 @@ def _block_launch(problem: BlockProblem, tiling: Tiling, limits: Limits) -> Laun
     # programs on the multiprocessor go on meanwhile.
     latencies = tap_steps / max(tiling.conv_stages, together, tiling.num_warps / 4) + 2
     latencies += steps / (tiling.num_stages * tiling.tiles_each)
-    latencies += 4 if tiling.splits > 1 else 0
+    if tiling.splits > 1:
+        # Whoever ends last reads all sums of the tile alone.
+        rows = min(tiling.block_m, problem.out_pixels)
+        alone = 4 * tiling.splits * rows * outputs / (ALONE_BYTES * limits.clock_hz)
+        latencies += 4 + alone / limits.latency_seconds
     return Launch(terms, tiling.programs(problem), together, latencies, tiling.tiles_each)
 
 
@@ -468,6 +472,9 @@ OTHER_CACHE_BYTES, PREFER_SHARED_BYTES = 28 * 1024, 48 * 1024
 # Of a tensor between two launches: in half the second-level cache of the GPUs that are counted with it is still there
 # when it is read.
 KEPT_IN_L2_BYTES = 24 * 2**20
+OF_EITHER_KIND, BY_FAR = 3, 1.5
+# A clock, that one multiprocessor reads from the second-level cache; assumed.
+ALONE_BYTES = 64
 # Channels of a program that does nothing but convolve.
 WIDEST_CONV = 64
 # Registers of a convolution beyond which the compiler spilled.
@@ -601,7 +608,8 @@ def ranked(problem: BlockProblem, limits: Limits = H200) -> tuple[Tiling, ...]:
 
     Of tilings that share size, splits and form of convolution, which differ in pipelining and warps, the likeliest with
     taps through the first-level cache and the likeliest with copies past it come early, and the rest last: the estimate
-    tells such relatives apart least.
+    tells such relatives apart least. Whether one launch is better than three it tells hardly better: the likeliest of
+    either kind is among the first `OF_EITHER_KIND`, unless it is by far the slower.
     """
     by_estimate = sorted(candidates(problem, limits), key=lambda tiling: estimate(problem, tiling, limits))
     seen: set[tuple[object, ...]] = set()
@@ -615,4 +623,10 @@ def ranked(problem: BlockProblem, limits: Limits = H200) -> tuple[Tiling, ...]:
         relative = *family, tiling.conv_stages
         (late if relative in seen else early).append(tiling)
         seen.add(relative)
+    best = by_estimate[0] if by_estimate else None
+    other = next((tiling for tiling in early if best and tiling.launches != best.launches), None)
+    if best and other and estimate(problem, other, limits) < BY_FAR * estimate(problem, best, limits):
+        place = min(early.index(other), OF_EITHER_KIND - 1)
+        early.remove(other)
+        early.insert(place, other)
     return (*early, *late)

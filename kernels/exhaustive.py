@@ -2,64 +2,153 @@
 
 For some blocks of the benchmark every tiling is timed that fits, or so many drawn at random beside those that tuning
 tries, and it is told at which rank the fastest stood and what the first few lose against it.
+
+All times are kept, a line a block, so that the same command goes on where it was stopped, and so that a change of the
+cost model can be held against them where there is no GPU: `python -m kernels.exhaustive --times tilings.jsonl`.
 """
 
 from __future__ import annotations
 
+import json
 import random
-from typing import Annotated
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from scipy.stats import spearmanr
 
-from kernels import convfirst, cost_model, ops, tune
-from kernels.benchmark import block_problem
+from kernels import benchmark_machine, convfirst, cost_model, ops, tune
+from kernels.benchmark import Results, block_problem, new_folder
 from kernels.benchmark_rows import BLOCKS, Block
+from kernels.cost_model import Limits
 from kernels.inspect import shorthand
+from kernels.problem import BlockProblem, Tiling
 from kernels.tune import Choice, Task
 
 # The goal: the best is among so many for 90 % of the shapes.
 FIRST = 3
+KIND = "tilings"
+COLUMNS = ("block", "tilings", "fastest", "ms", "counted", "its rank", f"best of first {FIRST} over it", "correlation")
 
 
-def ranks(choice: Choice, ranked: list[object]) -> tuple[int, float]:
+def ranks(choice: Choice, ranked: Sequence[object]) -> tuple[int, float]:
     """Rank of the fastest tiling in the cost model's order, from 1; and time of the best of the first over its time."""
     first = [time for tiling, time in zip(choice.tilings, choice.times_ms, strict=True) if tiling in ranked[:FIRST]]
     return ranked.index(choice.tilings[0]) + 1, min(first, default=float("inf")) / choice.times_ms[0]
 
 
-def time_all(row: Block, most: int, device: torch.device) -> tuple[Choice, list[object]]:
-    """What `most` tilings of a block take, and all of them as the cost model ranks them."""
+def time_all(row: Block, most: int, device: torch.device) -> tuple[BlockProblem, Choice]:
+    """What `most` tilings of a block take: those that tuning tries, and others drawn at random."""
     layers = row.layers(torch.float16, device)
     problem = block_problem(row, layers, torch.float16)
-    ranked: list[object] = list(cost_model.ranked(problem, tune.limits_of(device)))
-    chosen = ranked[: tune.TRIED] + random.Random(0).sample(ranked[tune.TRIED :], min(most, len(ranked)) - tune.TRIED)
+    ranked = cost_model.ranked(problem, tune.limits_of(device))
+    chosen, others = ranked[: tune.TRIED], ranked[tune.TRIED :]
+    drawn = random.Random(0).sample(others, max(0, min(most - len(chosen), len(others))))
     x = torch.randn(row.input_shape, dtype=torch.float16, device=device).to(memory_format=torch.channels_last)
     scratch = x.new_empty(problem.scratch_elements, dtype=torch.float32)
     task = Task(ops.BLOCK, problem, x, [*vars(convfirst.pack(layers, problem)).values(), scratch], layers)
-    tune.compile_together([(task, tiling) for tiling in chosen])
-    return tune.time_tilings(task, chosen), ranked
+    tune.compile_together([(task, tiling) for tiling in (*chosen, *drawn)])
+    return problem, tune.time_tilings(task, [*chosen, *drawn])
+
+
+def record_of(row: Block, problem: BlockProblem, choice: Choice, limits: Limits) -> dict[str, Any]:
+    """A line of the results."""
+    return {
+        "kind": KIND, "name": row.name, "date": benchmark_machine.now(), "commit": benchmark_machine.commit(),
+        "limits": asdict(limits), "problem": asdict(problem), "tilings": [asdict(each) for each in choice.tilings],
+        "times_ms": choice.times_ms, "layers_ms": choice.layers_ms,
+    }  # fmt: skip
+
+
+def compared(record: dict[str, Any]) -> tuple[tuple[str, ...], bool] | None:
+    """A row of the table, and whether the fastest is among the first, by the cost model as it is now; None where
+    nothing that was timed would be offered today."""
+    problem, limits = BlockProblem(**record["problem"]), Limits(**record["limits"])
+    ranked = cost_model.ranked(problem, limits)
+    known = set(ranked)
+    pairs = zip((Tiling(**each) for each in record["tilings"]), record["times_ms"], strict=True)
+    timed = {tiling: float(ms) for tiling, ms in pairs if tiling in known}
+    if not timed:
+        return None
+    choice = Choice(tuple(timed), "tuned", tuple(timed.values()), record["layers_ms"])
+    rank, loss = ranks(choice, ranked)
+    counted = [1e3 * cost_model.estimate(problem, tiling, limits) for tiling in timed]
+    cells = (
+        record["name"], str(len(timed)), shorthand(choice.tilings[0]), f"{choice.times_ms[0]:.4f}", f"{counted[0]:.4f}",
+        str(rank), f"{loss:.2f}", f"{spearmanr(counted, choice.times_ms).statistic:.2f}",
+    )  # fmt: skip
+    return cells, rank <= FIRST
+
+
+def report(records: Sequence[dict[str, Any]]) -> None:
+    """Print the table."""
+    table = Table(*COLUMNS)
+    rows = [row for row in map(compared, records) if row is not None]
+    for cells, _ in rows:
+        table.add_row(*cells)
+    Console(width=160).print(table)
+    hits = sum(hit for _, hit in rows)
+    typer.echo(f"the fastest was among the first {FIRST} for {hits} of {len(rows)} blocks; the goal is 90 %")
+
+
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file of times, the last of each block and device.
+
+    Raises:
+        ValueError: it holds none.
+    """
+    found = {}
+    for line in path.read_text().splitlines():
+        record = json.loads(line) if line.strip() else {}
+        if record.get("kind") == KIND:
+            found[record["identity"]["device"], record["name"]] = record
+    if not found:
+        raise ValueError("no times of tilings in it")
+    yield from found.values()
 
 
 def main(
     rows: Annotated[int, typer.Option(min=1, help="Blocks, the benchmark's first.")] = 8,
     most: Annotated[int, typer.Option(min=8, help="Tilings of each, all if there are no more.")] = 80,
+    minutes: Annotated[float, typer.Option(min=0.1, help="After so many no block is begun.")] = 8,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of tilings.jsonl; by default kernels/benchmarks/<device>.")
+    ] = None,
+    times: Annotated[Path | None, typer.Option(help="Time nothing: a tilings.jsonl of before, of any machine.")] = None,
 ) -> None:
     """Time many tilings of some blocks and print where the cost model had the fastest."""
+    if times is not None:
+        try:
+            records = list(read(times))
+            report(records)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise typer.BadParameter(f"{times}: {error}", param_hint="--times") from error
+        return
     if not torch.cuda.is_available():
         raise typer.BadParameter("torch finds no CUDA device here", param_hint="environment")
-    table = Table("block", "tilings", "fastest", "ms", "its rank", f"best of first {FIRST} over it")
-    hits = 0
+    deadline = time.monotonic() + 60 * minutes
+    device = torch.device("cuda", torch.cuda.current_device())
+    identity = benchmark_machine.identity(device)
+    results = Results(new_folder(out, identity["device"]) / "tilings.jsonl", identity)
     for row in BLOCKS[:rows]:
-        choice, ranked = time_all(row, most, torch.device("cuda", torch.cuda.current_device()))
-        rank, loss = ranks(choice, ranked)
-        hits += rank <= FIRST
-        best = shorthand(choice.tilings[0])
-        table.add_row(row.name, str(len(choice.tilings)), best, f"{choice.times_ms[0]:.4f}", str(rank), f"{loss:.2f}")
-    Console(width=120).print(table)
-    typer.echo(f"the fastest was among the first {FIRST} for {hits} of {len(BLOCKS[:rows])} blocks; the goal is 90 %")
+        if results.find(KIND, row.name) is not None:
+            continue
+        if time.monotonic() > deadline:
+            typer.echo(f"from {row.name} on blocks are left: the same command goes on with them")
+            break
+        problem, choice = time_all(row, most, device)
+        if not choice.tilings:
+            typer.echo(f"{row.name}: no tiling runs")
+            continue
+        results.add(record_of(row, problem, choice, tune.limits_of(device)))
+        typer.echo(f"{row.name}: {shorthand(choice.tilings[0])}, {choice.times_ms[0]:.4f} ms")
+    report([record for record in results.records if record["kind"] == KIND])
 
 
 if __name__ == "__main__":

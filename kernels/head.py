@@ -150,8 +150,9 @@ def pool_linear_kernel(
     total = tl.zeros([BLOCK_N], tl.float32)
     for k in range(0, IN, BLOCK_K):
         channel = k + tl.arange(0, BLOCK_K)
-        mean = image_mean(x, image, channel, pixels, IN, BLOCK_K, BLOCK_P, PIXEL_STEPS).to(tl.float32)
+        # Before the mean, which waits for its own loads and for all warps.
         rows = tl.load(weight + columns[:, None] * PADDED_IN + channel[None, :])
+        mean = image_mean(x, image, channel, pixels, IN, BLOCK_K, BLOCK_P, PIXEL_STEPS).to(tl.float32)
         total += tl.sum(rows.to(tl.float32) * mean[None, :], axis=1)
     _store_row(out, total, bias, image, columns, OUT, ACTIVATION)
 

@@ -26,6 +26,8 @@ WARMUP_CAP_SECONDS = 1.0
 WARMUP_WINDOW = 5
 WARMUP_TOLERANCE = 0.03
 CALLS_BEFORE_CAPTURE = 3
+# What tensors asked the allocator for; a block that it hands out may be larger by up to a MiB.
+REQUESTED = "requested_bytes.all"
 
 Output = TypeVar("Output")
 
@@ -300,11 +302,11 @@ def peak_memory_bytes(run: Callable[[], object], device: torch.device) -> int:
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_stats(device).get(f"{REQUESTED}.current", 0)
         run()
         torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        return int(torch.cuda.memory_stats(device).get(f"{REQUESTED}.peak", 0) - before)
     from torch.profiler import ProfilerActivity, profile
 
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:

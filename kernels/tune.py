@@ -40,6 +40,8 @@ WARMUP_SECONDS = 0.01
 # than the smallest kernels do.
 REPLAY_SECONDS = 2e-4
 MAX_CALLS = 16
+# Replays by which it is decided how many.
+CALLS_TO_COUNT = 4
 # Root mean square of the difference from torch's layers, over theirs, from which on a result is taken for wrong:
 # some ten roundings of the dtype.
 WRONG = {torch.float16: 1e-2, torch.bfloat16: 8e-2, torch.float32: 1e-3}
@@ -92,10 +94,12 @@ class Choice:
 
     def describe(self) -> str:
         """In a few words, such as `fused: 0.0810 ms fused, 0.2030 ms layer by layer`."""
-        word = LAYER_BY_LAYER if self.tiling is None else "fused"
+        launches = getattr(self.tilings[0], "launches", 1) if self.tilings else 1
+        own = "fused" if launches == 1 else f"in {launches} launches"
+        word = LAYER_BY_LAYER if self.tiling is None else own
         if not self.tilings or self.layers_ms is None:
             return f"{word}, not timed"
-        return f"{word}: {self.times_ms[0]:.4f} ms fused, {self.layers_ms:.4f} ms {LAYER_BY_LAYER}"
+        return f"{word}: {self.times_ms[0]:.4f} ms {own}, {self.layers_ms:.4f} ms {LAYER_BY_LAYER}"
 
 
 @dataclass(frozen=True)
@@ -157,7 +161,9 @@ def limits_of(device: torch.device) -> Limits:
 
 def _file(kernel: Kernel, problem: Any, device: torch.device) -> Path:
     """One small file a choice: processes that tune at once cannot lose each other's."""
-    key = json.dumps([kernel.name, asdict(problem), _machine(device), sources_digest()], sort_keys=True)
+    # Torch's layers take other times where cuDNN searches for its best algorithms.
+    searches = torch.backends.cudnn.benchmark
+    key = json.dumps([kernel.name, asdict(problem), _machine(device), searches, sources_digest()], sort_keys=True)
     return cache_folder() / "tilings" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
 
@@ -204,8 +210,7 @@ def choose(kernel: Kernel, problem: Any, device: torch.device) -> Choice:
     key = (kernel.name, problem, device)
     if key not in _chosen:
         remembered = _read(kernel, problem, device) if device.type == "cuda" else None
-        counted = tuple(tried(kernel, problem, limits_of(device)))
-        _chosen[key] = remembered or Choice(counted, "counted")
+        _chosen[key] = remembered or Choice(tuple(tried(kernel, problem, limits_of(device))), "counted")
     return _chosen[key]
 
 
@@ -329,12 +334,12 @@ def time_tilings(task: Task, tilings: Sequence[Any]) -> Choice:
     def add(name: Any, run: Callable[[], Tensor]) -> None:
         """Of a function that has run before."""
 
-        def once() -> None:
-            run()
-
-        seconds = max(clock(once, 1), 1e-9)
+        # Of the graph's replay: a call from Python takes the host many times as long as a small kernel.
+        replay = _graph(run, 1)
+        replay()
+        seconds = max(clock(replay, CALLS_TO_COUNT) / CALLS_TO_COUNT, 1e-9)
         count = max(1, min(MAX_CALLS, round(REPLAY_SECONDS / seconds)))
-        runs[name] = _graph(run, count)
+        runs[name] = replay if count == 1 else _graph(run, count)
         calls.append(count)
 
     with torch.inference_mode(), torch.cuda.device(device), exact(task.x.dtype):
@@ -353,6 +358,7 @@ def time_tilings(task: Task, tilings: Sequence[Any]) -> Choice:
                 add(tiling, launch)
             except Exception as error:
                 if not refuses(error):
+                    error.add_note(f"{task.kernel.name}: {tiling} of {task.problem}")
                     raise
         samples = timing.time_interleaved(
             list(runs.values()), clock, SECONDS_EACH * len(runs), REPLAY_SECONDS, WARMUP_SECONDS

@@ -210,7 +210,7 @@ class _Formats:
     def _package(self, name: str) -> Forwards:
         path = self.folder / name
         if name == FUSED:
-            import kernels  # noqa: F401  registers its operators
+            import kernels.ops  # noqa: F401  registers its operators
 
             module: nn.Module = torch.export.load(path).module()
         else:

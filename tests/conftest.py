@@ -89,6 +89,20 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             )
 
 
+@pytest.fixture(autouse=True)
+def _device_alive(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After a kernel's fault nothing runs on CUDA in this process: the run ends where the fault was, or, of several
+    workers, this one, so that the next test gets a new one."""
+    yield
+    if torch.cuda.is_initialized() and {"gpu", "kernels"} & {mark.name for mark in request.node.iter_markers()}:
+        try:
+            torch.cuda.synchronize()
+        except RuntimeError as error:
+            if "PYTEST_XDIST_WORKER" in os.environ:
+                os._exit(3)
+            pytest.exit(f"{request.node.nodeid}: the CUDA device was lost ({error})", returncode=3)
+
+
 def make_tiny_space(**changes: object) -> SearchSpace:
     """A space of a few hundred architectures that holds every kind of choice, an invalid combination included."""
     stage = StageChoices(

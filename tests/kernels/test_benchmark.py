@@ -315,7 +315,7 @@ def record_of(row: benchmark_rows.Row, tuner: str = "fused", **medians_ms: float
         for name, value in medians_ms.items()
     }
     if "fused" in contenders:
-        contenders["fused"]["notes"] = {"tuner": tuner}
+        contenders["fused"]["notes"] = {"tuner": tuner, "chosen": tuner == "fused"}
     fields = {name: getattr(row, name) for name in row.__dataclass_fields__}
     head = {"kind": row.kind, "name": row.name, "row": fields, "macs": 10**9, "seconds": 1.0}
     return {**head, "contenders": contenders, "bound_ms": 0.5, "bound_term": "l2", "roofline_ms": 0.25}

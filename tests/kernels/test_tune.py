@@ -112,7 +112,9 @@ def test_untuned_problems_run_the_cost_models_first_choice(timer: FakeTimer) -> 
     choice = tune.choose(ops.BLOCK, PROBLEM, CUDA)
     assert choice.source == "counted"
     assert choice.tiling == ops.BLOCK.tilings(PROBLEM, H200)[0]
-    assert choice.describe() == "fused, not timed"
+    one, three = (Choice((Tiling(16, 16, "mma", launches=launches),), "counted") for launches in (1, 3))
+    assert one.describe() == "fused, not timed"
+    assert three.describe() == "in 3 launches, not timed"
 
 
 def test_the_faster_of_fused_and_layer_by_layer_runs() -> None:

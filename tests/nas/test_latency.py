@@ -218,6 +218,23 @@ def test_what_throttles_after_every_rest_is_kept_and_says_so(times_sampled: list
     assert latency.median_ms > 0
 
 
+def test_where_rests_do_not_help_they_are_taken_once() -> None:
+    """Clocks that somebody holds down for good must not cost every measurement its rests."""
+    device = Heated(rests_needed=100)
+    meter = heated_meter(device)
+    for _ in range(3):
+        # Held down all the time, not only at the first reading.
+        device.readings = 0
+        assert meter.measure(TINY.build(10)).throttled is True
+    assert len(device.rests) == MAX_REPEATS
+    # Once it has been seen to run freely they are worth it again.
+    device.rests_needed = 0
+    assert meter.measure(TINY.build(10)).throttled is False
+    device.readings, device.rests_needed = 0, 100
+    meter.measure(TINY.build(10))
+    assert len(device.rests) == 2 * MAX_REPEATS
+
+
 def test_what_does_not_throttle_is_measured_once(times_sampled: list[int]) -> None:
     device = Heated(rests_needed=0)
     latency = heated_meter(device).measure(TINY.build(10))
