@@ -466,6 +466,9 @@ MOST_LIVE_KEPT, MOST_KEPT_STEPS = 116, 4
 # The same of tiles of several rows: of many channels; of any, with the older products; of large kernels in a pipeline,
 # whose weights wait in registers.
 MOST_LIVE_ROWS, MOST_LIVE_ROWS_MMA, MOST_LIVE_TAPS = 126, 110, 130
+# The same of large tiles of many channels with Hopper's products (`is_large`): live registers, and those of the
+# convolution of several rows, of which a pipeline leaves fewer, the weights of whose taps wait in registers.
+MOST_LIVE_LARGE, MOST_CONV_LARGE, MOST_CONV_PIPELINED = 226, 150, {3: 112, 5: 80, 7: 80}
 # Of the memory that the first-level cache shares with shared memory, what is the cache's alone, and from how much on
 # the rest is shared memory.
 OTHER_CACHE_BYTES, PREFER_SHARED_BYTES = 28 * 1024, 48 * 1024
@@ -492,7 +495,7 @@ def estimate(problem: BlockProblem, tiling: Tiling, limits: Limits = H200) -> fl
 def candidates(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
     """All tilings that fit the machine, without regard to speed."""
     found = []
-    most_live = MOST_LIVE_REGISTERS["wgmma" if limits.wgmma_macs > limits.mma_macs else "mma"]
+    wgmma = limits.wgmma_macs > limits.mma_macs
     shapes = [(block_m, rows) for block_m in BLOCKS_M for rows in ROWS if block_m // rows >= MIN_DOT]
     for (block_m, rows), block_e, warps, stages in product(shapes, BLOCKS_E, (4, 8), (1, 2, 3)):
         if block_m > max(MIN_DOT, 2 * problem.out_pixels) or block_e > problem.padded_hidden:
@@ -513,7 +516,7 @@ def candidates(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
                 split = replace(one, splits=splits, out_splits=out_splits)
                 if splits * out_splits > 1 and split.programs(problem) > 2 * limits.multiprocessors:
                     continue
-                if split.fits(problem) and live_registers(problem, split) <= most_live:
+                if split.fits(problem) and live_registers(problem, split) <= most_live_registers(problem, split, wgmma):
                     found.append(split)
             # A kept tiling has no pipeline over hidden channels: one number of stages stands for all.
             if stages == 2 and (kept := keeping(problem, one, limits)):
@@ -570,6 +573,18 @@ def compiles(problem: BlockProblem, tiling: Tiling, limits: Limits) -> bool:
     return tiling.rows == 1 or rows_fit(problem, tiling, wgmma)
 
 
+def is_large(problem: BlockProblem, tiling: Tiling, wgmma: bool) -> bool:
+    """Whether it is one of the large tiles of many channels of which more has been compiled than of others."""
+    of_hopper = wgmma and tiling.num_warps == 8 and tiling.block_m == 128 and tiling.block_e <= 64
+    return of_hopper and tiling.num_stages > 1 and 128 < problem.padded_in <= 256
+
+
+def most_live_registers(problem: BlockProblem, tiling: Tiling, wgmma: bool) -> int:
+    if is_large(problem, tiling, wgmma):
+        return MOST_LIVE_LARGE
+    return MOST_LIVE_REGISTERS["wgmma" if wgmma else "mma"]
+
+
 def most_shared_bytes(problem: BlockProblem, limits: Limits) -> int:
     """What a program may be counted to take: of float32 the count is a quarter short at worst."""
     return limits.shared_bytes * 3 // 4 if problem.itemsize == 4 else limits.shared_bytes - 2048
@@ -582,6 +597,9 @@ def rows_fit(problem: BlockProblem, tiling: Tiling, wgmma: bool) -> bool:
         return False
     if problem.conv_block > MIN_DOT and tiling.block_m > 64:
         return False
+    if is_large(problem, tiling, wgmma):
+        pipelined = MOST_CONV_PIPELINED[problem.kernel_size]
+        return conv_registers(problem, tiling) <= (pipelined if tiling.conv_stages > 1 else MOST_CONV_LARGE)
     if problem.kernel_size > 3 and tiling.conv_stages > 1 and (tiling.rows > 4 or live > MOST_LIVE_TAPS):
         return False
     if problem.padded_in > 256 and (problem.kernel_size > 3 or tiling.block_m > 32):
