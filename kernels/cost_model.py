@@ -407,15 +407,15 @@ def shared_bytes(problem: BlockProblem, tiling: Tiling) -> int:
     if tiling.conv != "fma":
         part = max(parts(problem.in_channels, problem.conv_block, tiling.part))
         pixels = loaded_pixels(problem, tiling) // tiling.tap_steps(problem.kernel_size)
-        # One copy of pixels is in use while the others arrive, and weights come through registers but for a full one's.
-        # Float32 has a copy more, and copies of its weights. Without a pipeline all that a step loads is there at once.
+        # One copy of pixels is in use while the others arrive; float32 has one more, and so have weights, as products
+        # read them. Those on diagonals come through registers.
         copies = max(1, tiling.conv_stages - (0 if plain else 1))
         if tiling.conv == "dense":
             conv = copies * tiling.dense_block * (pixels + part) * problem.itemsize
         else:
             each = shares(tiling.columns, part, problem.conv_block, tiling.num_warps)
             taps = problem.kernel_size**2 // tiling.tap_steps(problem.kernel_size)
-            held = taps if tiling.conv_stages == 1 else 1 + taps * (tiling.conv_stages - 1) if plain else 1
+            held = taps * (1 if tiling.conv == "diagonal" else tiling.conv_stages)
             conv = (copies * pixels + held * problem.conv_block * each) * part * problem.itemsize
     result = tiling.block_m * problem.padded_in * problem.itemsize
     return weights + max(result, conv) if kept else max(weights + result, conv)
@@ -464,11 +464,11 @@ OTHER_REGISTERS = 44
 # The same where weights are kept, whose steps are written out one after the other, and the most of these.
 MOST_LIVE_KEPT, MOST_KEPT_STEPS = 116, 4
 # The same of tiles of several rows: of many channels; of any, with the older products; of large kernels in a pipeline,
-# whose weights wait in registers.
-MOST_LIVE_ROWS, MOST_LIVE_ROWS_MMA, MOST_LIVE_TAPS = 126, 110, 130
+# by stride with the convolution's own registers, and with the older products.
+MOST_LIVE_ROWS, MOST_LIVE_ROWS_MMA, MOST_LIVE_TAPS, MOST_LIVE_TAPS_MMA = 126, 110, {1: 304, 2: 240}, 130
 # The same of large tiles of many channels with Hopper's products (`is_large`): live registers, and those of the
-# convolution of several rows, of which a pipeline leaves fewer, the weights of whose taps wait in registers.
-MOST_LIVE_LARGE, MOST_CONV_LARGE, MOST_CONV_PIPELINED = 226, 150, {3: 112, 5: 80, 7: 80}
+# convolution of several rows, for k 3 in a pipeline and else.
+MOST_LIVE_LARGE, MOST_CONV_PIPELINED, MOST_CONV_LARGE = 226, 112, 150
 # Of the memory that the first-level cache shares with shared memory, what is the cache's alone, and from how much on
 # the rest is shared memory.
 OTHER_CACHE_BYTES, PREFER_SHARED_BYTES = 28 * 1024, 48 * 1024
@@ -597,11 +597,14 @@ def rows_fit(problem: BlockProblem, tiling: Tiling, wgmma: bool) -> bool:
         return False
     if problem.conv_block > MIN_DOT and tiling.block_m > 64:
         return False
+    pipelined, conv = tiling.conv_stages > 1, conv_registers(problem, tiling)
+    if pipelined and problem.kernel_size > 3:
+        if wgmma and live + conv > MOST_LIVE_TAPS[problem.stride]:
+            return False
+        if not wgmma and (tiling.rows > 4 or live > MOST_LIVE_TAPS_MMA):
+            return False
     if is_large(problem, tiling, wgmma):
-        pipelined = MOST_CONV_PIPELINED[problem.kernel_size]
-        return conv_registers(problem, tiling) <= (pipelined if tiling.conv_stages > 1 else MOST_CONV_LARGE)
-    if problem.kernel_size > 3 and tiling.conv_stages > 1 and (tiling.rows > 4 or live > MOST_LIVE_TAPS):
-        return False
+        return conv <= (MOST_CONV_PIPELINED if pipelined and problem.kernel_size == 3 else MOST_CONV_LARGE)
     if problem.padded_in > 256 and (problem.kernel_size > 3 or tiling.block_m > 32):
         return False
     return problem.padded_in <= 128 or live <= MOST_LIVE_ROWS

@@ -263,7 +263,7 @@ def convolve(
             address = x + (pixel + dy * width + dx)[:, None] * CHANNELS + columns[None, :]
             tile = tl.load(address, mask=inside[:, None] & (columns < CHANNELS)[None, :], other=0.0)
             weights = tap_weights(conv, tap, first, WIDTH, PADDED, FORM, BLOCK, SHARES)
-            tile, weights = loaded(tile, STAGES), loaded(weights, STAGES)
+            tile, weights = loaded(tile, STAGES), loaded(weights, 1)
             sums = dot(as_blocks(tile, BLOCK, SHARES), weights, sums)
         channel = tl.arange(0, BLOCKS * SHARES)[:, None] // SHARES * BLOCK + tl.arange(0, BLOCK)[None, :]
         # Rounded before it is turned round, which goes through shared memory.
@@ -334,7 +334,7 @@ def convolve_rows(
             if FORM == "fma":
                 taps_of = taps_of + (weights[dy].to(tl.float32)[None, :],)
             else:
-                taps_of = taps_of + (loaded(weights[dy], STAGES),)
+                taps_of = taps_of + (loaded(weights[dy], 1),)
         for dy in tl.static_range(KERNEL):
             more = ()
             for i in tl.static_range(ROWS):
