@@ -26,6 +26,7 @@ from kernels.device_functions import (
     activate,
     convolve_tile,
     dot,
+    loaded,
     place,
     round_to,
     size,
@@ -49,6 +50,9 @@ from kernels.problem import (
     parts,
     power_of_two,
 )  # fmt: skip
+
+# Of a step's projection, a thread, that are loaded ahead.
+EARLY_WEIGHTS = tl.constexpr(32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,6 +186,7 @@ def conv_project_kernel(
     """One tile of BLOCK_M output pixels (axis 0) and one split of the hidden channels (axis 1)."""
     DTYPE: tl.constexpr = h.dtype.element_ty
     PADDED_OUT: tl.constexpr = total_size(OUT_PARTS)
+    EARLY: tl.constexpr = BLOCK_E * PADDED_OUT <= EARLY_WEIGHTS * 32 * WARPS
     tile, split = tl.program_id(0), tl.program_id(1)
     row, valid, pixel, top, left, inside = place(
         tile, pixels, height, width, out_height, out_width, KERNEL, STRIDE, BLOCK_M, ROWS, WIDE
@@ -192,16 +197,25 @@ def conv_project_kernel(
     STEPS: tl.constexpr = (HIDDEN + BLOCK_E * SPLITS - 1) // (BLOCK_E * SPLITS)
     for step in tl.range(0, STEPS, num_stages=STAGES):
         first = (split * STEPS + step) * BLOCK_E
+        rows = (first + tl.arange(0, BLOCK_E))[:, None] * PADDED_OUT
+        # What few registers hold arrives while the convolution is under way.
+        weights = ()
+        if EARLY:
+            for i in tl.static_range(len(OUT_PARTS)):
+                columns = start(OUT_PARTS, i) + tl.arange(0, size(OUT_PARTS, i))
+                weights = weights + (tl.load(project + rows + columns[None, :]),)
         y = convolve_tile(
             h, conv, conv_bias, pixel, top, left, inside, height, width, taps, first, BLOCK_E, HIDDEN, PADDED,
             KERNEL, STRIDE, FORM, CONV_BLOCK, 0, BLOCK_M, ROWS, CONV_STAGES, tl.float32, WARPS,
         )  # fmt: skip
         y = round_to(activate(y, ACTIVATION, DTYPE == tl.float32), DTYPE)
-        rows = (first + tl.arange(0, BLOCK_E))[:, None] * PADDED_OUT
         sums = ()
         for i in tl.static_range(len(OUT_PARTS)):
             columns = start(OUT_PARTS, i) + tl.arange(0, size(OUT_PARTS, i))
-            sums = sums + (dot(y, tl.load(project + rows + columns[None, :]), totals[i]),)
+            if EARLY:
+                sums = sums + (dot(y, loaded(weights[i], 1), totals[i]),)
+            else:
+                sums = sums + (dot(y, tl.load(project + rows + columns[None, :]), totals[i]),)
         totals = sums
     store_tile(
         out, totals, partial, counters, project_bias, shortcut, row, valid, pixels, tile, split, 0,
