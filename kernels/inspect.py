@@ -49,6 +49,7 @@ class Statics:
         tensor_core: instructions of Hopper's warp-group products (HGMMA) and of the older ones (HMMA), as written; a
             loop's body counts once.
         global_loads: instructions that load from global memory, by bits a thread, copies into shared memory included.
+        barriers: instructions at which all warps wait for one another.
     """
 
     registers: int
@@ -57,6 +58,7 @@ class Statics:
     shared_bytes: int
     tensor_core: Mapping[str, int]
     global_loads: Mapping[int, int]
+    barriers: int
 
     def complaints(self, capability: int, dtype: str) -> list[str]:
         """What keeps this from being a kernel one would want to run."""
@@ -112,6 +114,7 @@ def read_statics(compiled: Any) -> Statics:
         shared_bytes=compiled.metadata.shared,
         tensor_core={name: sum(parts[0] == name for parts in names) for name in ("HGMMA", "HMMA")},
         global_loads=dict(sorted(widths.items())),
+        barriers=sum(parts[0] == "BAR" for parts in names),
     )
 
 
@@ -148,6 +151,7 @@ def block_statics(problem: BlockProblem, tiling: Tiling, capability: int) -> Sta
         shared_bytes=max(each.shared_bytes for each in found),
         tensor_core={name: sum(each.tensor_core[name] for each in found) for name in found[0].tensor_core},
         global_loads=dict(sorted(loads.items())),
+        barriers=sum(each.barriers for each in found),
     )
 
 

@@ -133,6 +133,18 @@ def test_shared_memory_is_counted_as_the_compiler_takes_it(row: tuple[object, ..
     assert 0.9 * compiled <= cost_model.shared_bytes(problem, tiling) <= 1.2 * compiled
 
 
+@pytest.mark.parametrize("conv_stages", [1, 3])
+@pytest.mark.parametrize("rows", [1, 4])
+def test_what_a_step_of_the_convolution_loads_passes_one_barrier(rows: int, conv_stages: int) -> None:
+    """Left to itself the compiler waits behind each load before it begins the next: of seven taps, seven times."""
+    tiling = Tiling(128, 64, "mma", num_warps=8, conv_stages=conv_stages, rows=rows)
+    problem = problem_of(COVERING[0])
+    small, large = (block_statics(replace(problem, kernel_size=size), tiling, 90) for size in (3, 7))
+    assert large.barriers == small.barriers
+    if rows > 1:
+        assert sum(large.global_loads.values()) > sum(small.global_loads.values())
+
+
 def test_a_kernel_that_spills_or_does_not_fit_is_complained_of() -> None:
     problem = problem_of(COVERING[4])
     statics = block_statics(problem, Tiling(128, 64, "mma", num_stages=3), 90)
@@ -140,7 +152,7 @@ def test_a_kernel_that_spills_or_does_not_fit_is_complained_of() -> None:
     assert any("shared memory" in each for each in told)
     assert any("spill" in each for each in told)
     assert statics.registers == inspect.MAX_REGISTERS
-    bare = Statics(32, 0, 0, 0, {"HGMMA": 0, "HMMA": 0}, {})
+    bare = Statics(32, 0, 0, 0, {"HGMMA": 0, "HMMA": 0}, {}, 0)
     assert bare.complaints(90, "float16") == ["no tensor-core instruction"]
     assert bare.complaints(90, "float32") == []
 
