@@ -265,8 +265,8 @@ def counted(problem: BlockProblem, tiling: Tiling, limits: Limits = H200) -> lis
     into, hidden, out = problem.in_channels, problem.hidden_channels, problem.out_channels
     return [
         replace(conv, terms=terms, programs=slices * conv.programs),
-        _product_launch(problem, expansion, into, hidden, SPECIAL_FUNCTIONS[problem.activation], limits),
-        _product_launch(problem, projection, hidden, out, 0, limits),
+        _product_launch(problem, expansion, into, hidden, SPECIAL_FUNCTIONS[problem.activation], False, limits),
+        _product_launch(problem, projection, hidden, out, 0, problem.residual, limits),
     ]
 
 
@@ -317,8 +317,9 @@ def _block_launch(problem: BlockProblem, tiling: Tiling, limits: Limits) -> Laun
 
 
 def _product_launch(
-    problem: BlockProblem, tiling: ProductTiling, into: int, outputs: int, special_functions: int, limits: Limits
-) -> Launch:
+    problem: BlockProblem, tiling: ProductTiling, into: int, outputs: int, special_functions: int, residual: bool,
+    limits: Limits,
+) -> Launch:  # fmt: skip
     """A product of (pixels, into) and (into, outputs) in a launch of its own."""
     size, m, n = problem.itemsize, tiling.block_m, tiling.block_n
     programs = tiling.programs(problem.out_pixels, outputs)
@@ -333,17 +334,15 @@ def _product_launch(
     traffic = loaded + (programs * inner * read + 2 * found) * size
     terms = {
         "dram": (_dram_bytes(problem, problem.out_pixels * into) + _dram_bytes(problem, stored)) / limits.dram_bytes,
-        "l2": (loaded + stored * size) / limits.l2_bytes,
+        "l2": (loaded + stored * size * (2 if residual else 1)) / limits.l2_bytes,
         "shared": traffic / (limits.l1_bytes * per_clock),
         "tensor": found * inner / matrix,
         "special": found * special_functions / (limits.special_functions * per_clock),
         "issue": (loaded / 16 * WEIGHT_SLOTS + found * OUT_SLOTS) / (limits.lanes * per_clock),
     }
     registers = 32 * tiling.num_warps * min(255, m * n / (32 * tiling.num_warps) + OTHER_REGISTERS)
-    together = min(
-        int(limits.registers / registers), limits.shared_bytes // (_product_shared_bytes(problem, tiling) + 1024)
-    )
-    together = max(1, together)
+    room = limits.shared_bytes // (_product_shared_bytes(problem, tiling) + 1024)
+    together = max(1, min(int(limits.registers / registers), room))
     return Launch(terms, programs, together, inner / (tiling.block_k * tiling.num_stages) + 2)
 
 
@@ -475,6 +474,7 @@ OTHER_CACHE_BYTES, PREFER_SHARED_BYTES = 28 * 1024, 48 * 1024
 # Of a tensor between two launches: in half the second-level cache of the GPUs that are counted with it is still there
 # when it is read.
 KEPT_IN_L2_BYTES = 24 * 2**20
+# Among so many first tilings there are some of one launch and of three, unless either is by far the slower.
 OF_EITHER_KIND, BY_FAR = 3, 1.5
 # A clock, that one multiprocessor reads from the second-level cache; assumed.
 ALONE_BYTES = 64
