@@ -591,7 +591,13 @@ def most_shared_bytes(problem: BlockProblem, limits: Limits) -> int:
 
 
 def rows_fit(problem: BlockProblem, tiling: Tiling, wgmma: bool) -> bool:
-    """Whether registers suffice for the convolution of a tile of several rows, as far as compiling has shown."""
+    """Whether registers suffice for the convolution of a tile of several rows, as far as compiling has shown, and warps
+    for its blocks."""
+    if tiling.conv_stages == 1 and tiling.conv != "fma":
+        # Else blocks on their way into shared memory lie in the same banks: see `device_functions.load_blocks`.
+        widest = max(parts(problem.in_channels, problem.conv_block, tiling.part))
+        if widest > problem.conv_block * tiling.num_warps:
+            return False
     live = live_registers(problem, tiling)
     if not wgmma and (live > MOST_LIVE_ROWS_MMA or (problem.padded_in > 256 and tiling.num_warps == 4)):
         return False

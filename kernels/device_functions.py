@@ -180,24 +180,72 @@ def as_blocks(tile, BLOCK: tl.constexpr, SHARES: tl.constexpr):
 
 
 @triton.jit
+def load_blocks(
+    x, pixel, inside, first, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, SHARES: tl.constexpr
+):  # fmt: skip
+    """Channels first to first + WIDTH of pixels, zero where they are not inside, for `turned`.
+
+    What passes registers on its way into shared memory lies there as blocks of pixels. By this order of dimensions,
+    [TOGETHER pixels, blocks, groups of pixels by share, BLOCK], a warp loads and stores one block of as many pixels as
+    its threads are for, side by side; of whole pixels it would store many blocks of few, all of them in the same banks.
+    So it is as long as there are no more blocks than warps.
+    """
+    TOGETHER: tl.constexpr = 32 * 16 * 8 // (BLOCK * x.dtype.element_ty.primitive_bitwidth)
+    block = first + tl.arange(0, WIDTH // BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    pixel, inside = grouped(pixel, TOGETHER, SHARES), grouped(inside, TOGETHER, SHARES)
+    mask = inside[:, None, :, None] & (block < CHANNELS)[None, :, None, :]
+    return tl.load(x + pixel[:, None, :, None] * CHANNELS + block[None, :, None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def grouped(values, TOGETHER: tl.constexpr, SHARES: tl.constexpr):
+    """Of pixels, [TOGETHER, groups], the shares of a group side by side."""
+    EACH: tl.constexpr = values.shape[0] // (TOGETHER * SHARES)
+    values = tl.permute(tl.reshape(values, [SHARES, EACH, TOGETHER]), (2, 1, 0))
+    return tl.reshape(values, [TOGETHER, EACH * SHARES])
+
+
+@triton.jit
+def turned(tile, SHARES: tl.constexpr):
+    """What `load_blocks` loads as [blocks * SHARES, pixels / SHARES, BLOCK]."""
+    TOGETHER: tl.constexpr = tile.shape[0]
+    BLOCKS: tl.constexpr = tile.shape[1]
+    EACH: tl.constexpr = tile.shape[2] // SHARES
+    BLOCK: tl.constexpr = tile.shape[3]
+    tile = tl.permute(tl.reshape(tile, [TOGETHER, BLOCKS, EACH, SHARES, BLOCK]), (1, 3, 2, 0, 4))
+    return tl.reshape(tile, [BLOCKS * SHARES, EACH * TOGETHER, BLOCK])
+
+
+@triton.jit
 def tap_weights(
     conv, tap, first, WIDTH: tl.constexpr, PADDED: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr,
     SHARES: tl.constexpr,
 ):  # fmt: skip
-    """Dense blocks [WIDTH / BLOCK * SHARES, BLOCK in, BLOCK out] of a tap, each SHARES times, from channel first on."""
+    """Weights of a tap from channel first on, for `on_blocks`: rows of dense blocks, each block SHARES times, or if
+    "diagonal", one weight a channel."""
     BLOCKS: tl.constexpr = WIDTH // BLOCK * SHARES
     lane = tl.arange(0, BLOCK)
     if FORM == "diagonal":
-        # Depthwise: one weight a channel, put on the diagonal here, for the zeros would be most of the traffic.
         channel = first + tl.arange(0, BLOCKS)[:, None] // SHARES * BLOCK + lane[None, :]
-        own = tl.load(conv + tap * PADDED + channel)
-        weights = tl.where(lane[None, :, None] == lane[None, None, :], own[:, None, :], 0.0)
+        weights = tl.load(conv + tap * PADDED + channel)
     else:
-        # As rows, for the banks' sake: see `as_blocks`.
+        # As rows: of blocks a pipeline would copy pieces to as many places, all of them in the same banks.
         row = tl.arange(0, BLOCKS * BLOCK)
         row = tap * PADDED + first + row // (BLOCK * SHARES) * BLOCK + row % BLOCK
-        weights = tl.reshape(tl.load(conv + row[:, None] * BLOCK + lane[None, :]), [BLOCKS, BLOCK, BLOCK])
+        weights = tl.load(conv + row[:, None] * BLOCK + lane[None, :])
     return weights
+
+
+@triton.jit
+def on_blocks(weights, FORM: tl.constexpr, BLOCK: tl.constexpr):
+    """Dense blocks [blocks, BLOCK in, BLOCK out] of what `tap_weights` loads."""
+    if FORM == "diagonal":
+        # Put on the diagonal here: stored so, the zeros would be most of the traffic.
+        lane = tl.arange(0, BLOCK)
+        blocks = tl.where(lane[None, :, None] == lane[None, None, :], weights[:, None, :], 0.0)
+    else:
+        blocks = tl.reshape(weights, [weights.shape[0] // BLOCK, BLOCK, BLOCK])
+    return blocks
 
 
 @triton.constexpr_function
@@ -218,17 +266,20 @@ def joined(pieces):
 
 
 @triton.jit
-def loaded(x, STAGES: tl.constexpr):
-    """x, as it was loaded, unless in a pipeline, whose loads are ahead anyway.
+def loaded(x, FORM: tl.constexpr):
+    """x, as it was loaded.
 
     The compiler may not convert it before this place: it would move the conversion, which goes through shared memory
     and waits, right behind each load, so that no two loads were ever in flight (seen in the machine code for sm_90).
     """
-    if INTERPRET or STAGES > 1:
+    if INTERPRET:
         return x
-    if x.dtype.primitive_bitwidth == 16:
-        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
-    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1)
+    if x.dtype.primitive_bitwidth > 16:
+        return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1)
+    if FORM == "diagonal":
+        # Of one weight a channel a thread may have but one.
+        return tl.inline_asm_elementwise("mov.b16 $0, $1;", "=h,h", [x], dtype=x.dtype, is_pure=False, pack=1)
+    return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
 
 
 @triton.jit
@@ -260,11 +311,12 @@ def convolve(
         for tap in tl.range(0, KERNEL * KERNEL if INTERPRET else taps, num_stages=STAGES):
             dy, dx = tap // KERNEL, tap % KERNEL
             inside = valid & (top + dy >= 0) & (top + dy < height) & (left + dx >= 0) & (left + dx < width)
+            # First, to be under way while the pixels are waited for.
+            weights = tap_weights(conv, tap, first, WIDTH, PADDED, FORM, BLOCK, SHARES)
             address = x + (pixel + dy * width + dx)[:, None] * CHANNELS + columns[None, :]
             tile = tl.load(address, mask=inside[:, None] & (columns < CHANNELS)[None, :], other=0.0)
-            weights = tap_weights(conv, tap, first, WIDTH, PADDED, FORM, BLOCK, SHARES)
-            tile, weights = loaded(tile, STAGES), loaded(weights, 1)
-            sums = dot(as_blocks(tile, BLOCK, SHARES), weights, sums)
+            tile = as_blocks(tile, BLOCK, SHARES)
+            sums = dot(tile, on_blocks(loaded(weights, FORM), FORM, BLOCK), sums)
         channel = tl.arange(0, BLOCKS * SHARES)[:, None] // SHARES * BLOCK + tl.arange(0, BLOCK)[None, :]
         # Rounded before it is turned round, which goes through shared memory.
         total = round_to(sums + tl.load(conv_bias + first + channel)[:, None, :], DTYPE)
@@ -281,7 +333,9 @@ def convolve(
             address = x + (pixel + dy * width + dx)[:, None] * CHANNELS + channel[None, :]
             tile = tl.load(address, mask=inside[:, None] & (channel < CHANNELS)[None, :], other=0.0)
             weights = tl.load(conv + (tap * DENSE_ROWS + channel)[:, None] * PADDED + columns[None, :])
-            total = dot(loaded(tile, STAGES), loaded(weights, STAGES), total)
+            if STAGES == 1:
+                tile, weights = loaded(tile, FORM), loaded(weights, FORM)
+            total = dot(tile, weights, total)
     if FORM == "fma" or FORM == "dense":
         total = round_to(total + tl.load(conv_bias + columns)[None, :], DTYPE)
     return total
@@ -315,8 +369,12 @@ def convolve_rows(
         rows = ()
         for i in tl.static_range(INPUT_ROWS):
             mask = inside & (top + i >= 0) & (top + i < height)
-            address = x + (pixel + i * width + dx)[:, None] * CHANNELS + columns[None, :]
-            rows = rows + (tl.load(address, mask=mask[:, None] & (columns < CHANNELS)[None, :], other=0.0),)
+            if FORM == "fma" or STAGES > 1:
+                address = x + (pixel + i * width + dx)[:, None] * CHANNELS + columns[None, :]
+                rows = rows + (tl.load(address, mask=mask[:, None] & (columns < CHANNELS)[None, :], other=0.0),)
+            else:
+                row = load_blocks(x, pixel + i * width + dx, mask, first, WIDTH, CHANNELS, BLOCK, SHARES)
+                rows = rows + (row,)
         weights = ()
         for dy in tl.static_range(KERNEL):
             tap = dy * KERNEL + dx
@@ -328,13 +386,15 @@ def convolve_rows(
         for i in tl.static_range(INPUT_ROWS):
             if FORM == "fma":
                 tiles = tiles + (rows[i].to(tl.float32),)
+            elif STAGES > 1:
+                tiles = tiles + (as_blocks(rows[i], BLOCK, SHARES),)
             else:
-                tiles = tiles + (as_blocks(loaded(rows[i], STAGES), BLOCK, SHARES),)
+                tiles = tiles + (turned(loaded(rows[i], FORM), SHARES),)
         for dy in tl.static_range(KERNEL):
             if FORM == "fma":
                 taps_of = taps_of + (weights[dy].to(tl.float32)[None, :],)
             else:
-                taps_of = taps_of + (loaded(weights[dy], 1),)
+                taps_of = taps_of + (on_blocks(loaded(weights[dy], FORM), FORM, BLOCK),)
         for dy in tl.static_range(KERNEL):
             more = ()
             for i in tl.static_range(ROWS):
