@@ -139,7 +139,7 @@ def block_case(row: Block, dtype: torch.dtype, device: torch.device) -> Case:
     plain = LayerByLayer(layers, problem).eval()
 
     def fused() -> Contender:
-        """The fused kernel itself, also where the tuner would rather run layer by layer."""
+        """Our kernels, in one launch or three, also where the tuner would rather run torch's layer by layer."""
         _require_cuda(device)
         weights = list(vars(convfirst.pack(layers, problem)).values())
         scratch = inputs[0].new_empty(problem.scratch_elements, dtype=torch.float32)

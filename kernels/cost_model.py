@@ -265,8 +265,8 @@ def counted(problem: BlockProblem, tiling: Tiling, limits: Limits = H200) -> lis
     into, hidden, out = problem.in_channels, problem.hidden_channels, problem.out_channels
     return [
         replace(conv, terms=terms, programs=slices * conv.programs),
-        _product_launch(problem, expansion, into, hidden, SPECIAL_FUNCTIONS[problem.activation], False, limits),
-        _product_launch(problem, projection, hidden, out, 0, problem.residual, limits),
+        _product_launch(problem, expansion, into, hidden, problem.activation, False, limits),
+        _product_launch(problem, projection, hidden, out, "none", problem.residual, limits),
     ]
 
 
@@ -317,7 +317,7 @@ def _block_launch(problem: BlockProblem, tiling: Tiling, limits: Limits) -> Laun
 
 
 def _product_launch(
-    problem: BlockProblem, tiling: ProductTiling, into: int, outputs: int, special_functions: int, residual: bool,
+    problem: BlockProblem, tiling: ProductTiling, into: int, outputs: int, activation: str, residual: bool,
     limits: Limits,
 ) -> Launch:  # fmt: skip
     """A product of (pixels, into) and (into, outputs) in a launch of its own."""
@@ -337,8 +337,9 @@ def _product_launch(
         "l2": (loaded + stored * size * (2 if residual else 1)) / limits.l2_bytes,
         "shared": traffic / (limits.l1_bytes * per_clock),
         "tensor": found * inner / matrix,
-        "special": found * special_functions / (limits.special_functions * per_clock),
-        "issue": (loaded / 16 * WEIGHT_SLOTS + found * OUT_SLOTS) / (limits.lanes * per_clock),
+        "special": found * SPECIAL_FUNCTIONS.get(activation, 0) / (limits.special_functions * per_clock),
+        "issue": (loaded / 16 * WEIGHT_SLOTS + found * (OUT_SLOTS + ISSUE_SLOTS.get(activation, 0)))
+        / (limits.lanes * per_clock),
     }
     registers = 32 * tiling.num_warps * min(255, m * n / (32 * tiling.num_warps) + OTHER_REGISTERS)
     room = limits.shared_bytes // (_product_shared_bytes(problem, tiling) + 1024)
@@ -474,7 +475,7 @@ OTHER_CACHE_BYTES, PREFER_SHARED_BYTES = 28 * 1024, 48 * 1024
 # Of a tensor between two launches: in half the second-level cache of the GPUs that are counted with it is still there
 # when it is read.
 KEPT_IN_L2_BYTES = 24 * 2**20
-# Among so many first tilings there are some of one launch and of three, unless either is by far the slower.
+# Among so many first tilings there is one of a single launch, and one of three unless it is by far the slower.
 OF_EITHER_KIND, BY_FAR = 3, 1.5
 # A clock, that one multiprocessor reads from the second-level cache; assumed.
 ALONE_BYTES = 64
@@ -541,7 +542,8 @@ def layered_candidates(problem: BlockProblem, limits: Limits) -> list[Tiling]:
         if tiling.columns < MIN_DOT or (form == "fma" and conv_stages > 1):
             continue
         one = conv_slice(problem, tiling)
-        if conv_registers(one, tiling) <= MOST_CONV and compiles(one, tiling, limits):
+        fits = shared_bytes(problem, tiling) <= most_shared_bytes(problem, limits)
+        if fits and conv_registers(one, tiling) <= MOST_CONV and compiles(one, tiling, limits):
             found.append(tiling)
     return found
 
@@ -636,7 +638,7 @@ def ranked(problem: BlockProblem, limits: Limits = H200) -> tuple[Tiling, ...]:
     Of tilings that share size, splits and form of convolution, which differ in pipelining and warps, the likeliest with
     taps through the first-level cache and the likeliest with copies past it come early, and the rest last: the estimate
     tells such relatives apart least. Whether one launch is better than three it tells hardly better: the likeliest of
-    either kind is among the first `OF_EITHER_KIND`, unless it is by far the slower.
+    either kind is among the first `OF_EITHER_KIND`, unless three launches are by far the slower.
     """
     by_estimate = sorted(candidates(problem, limits), key=lambda tiling: estimate(problem, tiling, limits))
     seen: set[tuple[object, ...]] = set()
@@ -652,7 +654,8 @@ def ranked(problem: BlockProblem, limits: Limits = H200) -> tuple[Tiling, ...]:
         seen.add(relative)
     best = by_estimate[0] if by_estimate else None
     other = next((tiling for tiling in early if best and tiling.launches != best.launches), None)
-    if best and other and estimate(problem, other, limits) < BY_FAR * estimate(problem, best, limits):
+    near = best and other and estimate(problem, other, limits) < BY_FAR * estimate(problem, best, limits)
+    if other and (near or other.launches == 1):
         place = min(early.index(other), OF_EITHER_KIND - 1)
         early.remove(other)
         early.insert(place, other)

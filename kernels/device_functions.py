@@ -265,8 +265,16 @@ def joined(pieces):
     return pieces[0]
 
 
+@triton.constexpr_function
+def elements(shape):
+    count = 1
+    for size in shape:
+        count *= size
+    return count
+
+
 @triton.jit
-def loaded(x, FORM: tl.constexpr):
+def loaded(x, WARPS: tl.constexpr):
     """x, as it was loaded.
 
     The compiler may not convert it before this place: it would move the conversion, which goes through shared memory
@@ -276,8 +284,8 @@ def loaded(x, FORM: tl.constexpr):
         return x
     if x.dtype.primitive_bitwidth > 16:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1)
-    if FORM == "diagonal":
-        # Of one weight a channel a thread may have but one.
+    if elements(x.shape) < 64 * WARPS:
+        # A thread may have but one.
         return tl.inline_asm_elementwise("mov.b16 $0, $1;", "=h,h", [x], dtype=x.dtype, is_pure=False, pack=1)
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
 
@@ -316,7 +324,7 @@ def convolve(
             address = x + (pixel + dy * width + dx)[:, None] * CHANNELS + columns[None, :]
             tile = tl.load(address, mask=inside[:, None] & (columns < CHANNELS)[None, :], other=0.0)
             tile = as_blocks(tile, BLOCK, SHARES)
-            sums = dot(tile, on_blocks(loaded(weights, FORM), FORM, BLOCK), sums)
+            sums = dot(tile, on_blocks(loaded(weights, WARPS), FORM, BLOCK), sums)
         channel = tl.arange(0, BLOCKS * SHARES)[:, None] // SHARES * BLOCK + tl.arange(0, BLOCK)[None, :]
         # Rounded before it is turned round, which goes through shared memory.
         total = round_to(sums + tl.load(conv_bias + first + channel)[:, None, :], DTYPE)
@@ -334,7 +342,7 @@ def convolve(
             tile = tl.load(address, mask=inside[:, None] & (channel < CHANNELS)[None, :], other=0.0)
             weights = tl.load(conv + (tap * DENSE_ROWS + channel)[:, None] * PADDED + columns[None, :])
             if STAGES == 1:
-                tile, weights = loaded(tile, FORM), loaded(weights, FORM)
+                tile, weights = loaded(tile, WARPS), loaded(weights, WARPS)
             total = dot(tile, weights, total)
     if FORM == "fma" or FORM == "dense":
         total = round_to(total + tl.load(conv_bias + columns)[None, :], DTYPE)
@@ -389,12 +397,12 @@ def convolve_rows(
             elif STAGES > 1:
                 tiles = tiles + (as_blocks(rows[i], BLOCK, SHARES),)
             else:
-                tiles = tiles + (turned(loaded(rows[i], FORM), SHARES),)
+                tiles = tiles + (turned(loaded(rows[i], WARPS), SHARES),)
         for dy in tl.static_range(KERNEL):
             if FORM == "fma":
                 taps_of = taps_of + (weights[dy].to(tl.float32)[None, :],)
             else:
-                taps_of = taps_of + (on_blocks(loaded(weights[dy], FORM), FORM, BLOCK),)
+                taps_of = taps_of + (on_blocks(loaded(weights[dy], WARPS), FORM, BLOCK),)
         for dy in tl.static_range(KERNEL):
             more = ()
             for i in tl.static_range(ROWS):

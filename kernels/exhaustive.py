@@ -13,6 +13,7 @@ import json
 import random
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
@@ -37,10 +38,13 @@ KIND = "tilings"
 COLUMNS = ("block", "tilings", "fastest", "ms", "counted", "its rank", f"best of first {FIRST} over it", "correlation")
 
 
-def ranks(choice: Choice, ranked: Sequence[object]) -> tuple[int, float]:
-    """Rank of the fastest tiling in the cost model's order, from 1; and time of the best of the first over its time."""
+def ranks(choice: Choice, ranked: Sequence[object]) -> tuple[int | None, float]:
+    """Rank of the fastest tiling in the cost model's order, from 1, None if it is not there; and time of the best of
+    the first over its time."""
     first = [time for tiling, time in zip(choice.tilings, choice.times_ms, strict=True) if tiling in ranked[:FIRST]]
-    return ranked.index(choice.tilings[0]) + 1, min(first, default=float("inf")) / choice.times_ms[0]
+    fastest = choice.tilings[0]
+    rank = ranked.index(fastest) + 1 if fastest in ranked else None
+    return rank, min(first, default=float("inf")) / choice.times_ms[0]
 
 
 def time_all(row: Block, most: int, device: torch.device) -> tuple[BlockProblem, Choice]:
@@ -66,30 +70,25 @@ def record_of(row: Block, problem: BlockProblem, choice: Choice, limits: Limits)
     }  # fmt: skip
 
 
-def compared(record: dict[str, Any]) -> tuple[tuple[str, ...], bool] | None:
-    """A row of the table, and whether the fastest is among the first, by the cost model as it is now; None where
-    nothing that was timed would be offered today."""
+def compared(record: dict[str, Any]) -> tuple[tuple[str, ...], bool]:
+    """A row of the table, and whether the fastest is among the first, by the cost model as it is now."""
     problem, limits = BlockProblem(**record["problem"]), Limits(**record["limits"])
     ranked = cost_model.ranked(problem, limits)
-    known = set(ranked)
-    pairs = zip((Tiling(**each) for each in record["tilings"]), record["times_ms"], strict=True)
-    timed = {tiling: float(ms) for tiling, ms in pairs if tiling in known}
-    if not timed:
-        return None
-    choice = Choice(tuple(timed), "tuned", tuple(timed.values()), record["layers_ms"])
-    rank, loss = ranks(choice, ranked)
-    counted = [1e3 * cost_model.estimate(problem, tiling, limits) for tiling in timed]
+    tilings = tuple(Tiling(**each) for each in record["tilings"])
+    times_ms = tuple(map(float, record["times_ms"]))
+    rank, loss = ranks(Choice(tilings, "tuned", times_ms, record["layers_ms"]), ranked)
+    counted = [1e3 * cost_model.estimate(problem, tiling, limits) for tiling in tilings]
     cells = (
-        record["name"], str(len(timed)), shorthand(choice.tilings[0]), f"{choice.times_ms[0]:.4f}", f"{counted[0]:.4f}",
-        str(rank), f"{loss:.2f}", f"{spearmanr(counted, choice.times_ms).statistic:.2f}",
+        record["name"], str(len(tilings)), shorthand(tilings[0]), f"{times_ms[0]:.4f}", f"{counted[0]:.4f}",
+        str(rank or "not offered"), f"{loss:.2f}", f"{spearmanr(counted, times_ms).statistic:.2f}",
     )  # fmt: skip
-    return cells, rank <= FIRST
+    return cells, rank is not None and rank <= FIRST
 
 
 def report(records: Sequence[dict[str, Any]]) -> None:
     """Print the table."""
     table = Table(*COLUMNS)
-    rows = [row for row in map(compared, records) if row is not None]
+    rows = list(map(compared, records))
     for cells, _ in rows:
         table.add_row(*cells)
     Console(width=160).print(table)
@@ -105,9 +104,11 @@ def read(path: Path) -> Iterator[dict[str, Any]]:
     """
     found = {}
     for line in path.read_text().splitlines():
-        record = json.loads(line) if line.strip() else {}
-        if record.get("kind") == KIND:
-            found[record["identity"]["device"], record["name"]] = record
+        # A run that was killed leaves half a line.
+        with suppress(json.JSONDecodeError):
+            record = json.loads(line)
+            if isinstance(record, dict) and record.get("kind") == KIND:
+                found[record["identity"]["device"], record["name"]] = record
     if not found:
         raise ValueError("no times of tilings in it")
     yield from found.values()

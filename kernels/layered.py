@@ -121,6 +121,8 @@ def product_constants(problem: BlockProblem) -> list[tuple[dict[str, object], Pr
 
 def launch(x: Tensor, weights: BlockWeights, problem: BlockProblem, tiling: Tiling, out: Tensor) -> None:
     """Run the block into `out`; operands as `convfirst.launch` has them. y and h are allocated."""
+    assert problem.padded_in % tiling.part == 0
+    assert not problem.is_dense
     pixels = problem.out_pixels
     y, h = (x.new_empty((pixels, channels)) for channels in (problem.in_channels, problem.hidden_channels))
     conv_kernel[(tiling.tiles(problem), problem.padded_in // tiling.part)](

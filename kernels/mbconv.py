@@ -213,7 +213,7 @@ def conv_project_kernel(
         for i in tl.static_range(len(OUT_PARTS)):
             columns = start(OUT_PARTS, i) + tl.arange(0, size(OUT_PARTS, i))
             if EARLY:
-                sums = sums + (dot(y, loaded(weights[i], FORM), totals[i]),)
+                sums = sums + (dot(y, loaded(weights[i], WARPS), totals[i]),)
             else:
                 sums = sums + (dot(y, tl.load(project + rows + columns[None, :]), totals[i]),)
         totals = sums

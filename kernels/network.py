@@ -72,7 +72,8 @@ class _Fused(nn.Module):
 
 
 class _FusedBlock(_Fused):
-    """A fused block, which allocates its output; where the network lends it scratch it may also split its tiles."""
+    """A fused block, which allocates its output, in three launches also what is between them; where the network lends
+    it scratch it may split its tiles as well."""
 
     operator: Callable[..., Tensor]
     make_problem: Callable[..., Any]

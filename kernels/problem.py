@@ -221,7 +221,7 @@ class Tiling:
         num_warps, num_stages: of the program, and of the pipeline over hidden channels.
         conv_stages: of the pipeline over the convolution's taps, or columns of taps; 1 loads through L1.
         dense_block: input channels of one step of a "dense" convolution.
-        part: the most channels of one tensor, 64 or 128.
+        part: the most channels of one tensor, 64 or 128; with three launches the convolution's of each program.
         out_splits: programs that share a tile's output channels. Each computes the hidden ones for itself, which costs
             work and no memory.
         rows: of the output in a tile, a power of two: block_m / rows columns, which run on from image to image, of so
@@ -288,6 +288,7 @@ class Tiling:
         return ceil(columns / self.columns) * ceil(problem.out_height / self.rows)
 
     def programs(self, problem: Tiled) -> int:
+        """Of the block's one launch."""
         return ceil(self.tiles(problem) / self.tiles_each) * self.splits * self.out_splits
 
     def partial_bytes(self, problem: Tiled) -> int:

@@ -213,7 +213,7 @@ class LatencyMeter:
                 self.rest_helps = True
                 break
             if repeat == MAX_REPEATS:
-                # Still so after all rests, before anything ran, as where somebody holds the clocks down for good.
+                # Still so after all rests, at the first reading, as where somebody holds the clocks down for good.
                 self.rest_helps = states[0] is not None and not states[0].throttled
             if repeat == MAX_REPEATS or not self.rest_helps:
                 break

@@ -100,7 +100,9 @@ def _device_alive(request: pytest.FixtureRequest) -> Iterator[None]:
         except RuntimeError as error:
             if "PYTEST_XDIST_WORKER" in os.environ:
                 os._exit(3)
-            pytest.exit(f"{request.node.nodeid}: the CUDA device was lost ({error})", returncode=3)
+            # With another code pytest would not show what failed.
+            why = str(error).splitlines()[0]
+            pytest.exit(f"{request.node.nodeid}: the CUDA device was lost ({why})", returncode=1)
 
 
 def make_tiny_space(**changes: object) -> SearchSpace:

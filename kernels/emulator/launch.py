@@ -112,6 +112,8 @@ def emulated(capability: int, traffic: Traffic | None = None) -> Iterator[None]:
 def rehearse(problem: BlockProblem, tiling: Tiling, capability: int, traffic: Traffic | None = None) -> float:
     """Run a block's compiled kernel on a few of its pixels: with 32-bit offsets, and in a tile of 128 pixels or two.
 
+    Of three launches the products are cut up as few pixels want it (`tests/kernels/test_layered.py` runs all cuts).
+
     Returns:
         The root mean square of its error against float64, over that of the output.
 

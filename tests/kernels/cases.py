@@ -136,6 +136,8 @@ def _square(channels: int, hidden: int, group_width: int) -> BlockProblem:
 
 
 WIDE_CASES = [
+    BlockCase(_square(16, 32, 8), Tiling(16, 16, "mma", num_warps=8)),
+    BlockCase(_square(16, 32, 8), Tiling(32, 16, "mma", num_warps=8, rows=2)),
     BlockCase(_WIDE, Tiling(16, 32, "mma", 4)),
     BlockCase(_WIDE, Tiling(16, 64, "mma", part=64)),
     BlockCase(replace(_WIDE, in_channels=320, hidden_channels=320, residual=False), Tiling(16, 128, "mma")),

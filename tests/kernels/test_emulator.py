@@ -278,7 +278,7 @@ def test_the_likeliest_tiling_for_hopper_computes_right(row: tuple[object, ...],
     """Tilings of the real problems, products of warp groups among them, on a few of their pixels."""
     traffic = Traffic()
     problem = problem_of(row)
-    tiling = cost_model.ranked(problem, LIMITS[90])[0]
+    tiling = next(tiling for tiling in cost_model.ranked(problem, LIMITS[90]) if tiling.launches == 1)
     few = replace(problem, batch=min(problem.batch, 2), height=min(problem.height, 7), width=min(problem.width, 9))
     assert tiling.fits(few), shorthand(tiling)
     assert error_share(BlockCase(few, tiling), 90, traffic) <= 1, shorthand(tiling)

@@ -27,6 +27,7 @@ def test_ranks_are_the_cost_models() -> None:
     ranked: list[object] = list("abcdef")
     assert exhaustive.ranks(Choice(("b", "a", "e"), "tuned", (1.0, 2.0, 3.0), 9.0), ranked) == (2, 1.0)
     assert exhaustive.ranks(Choice(("e", "a", "b"), "tuned", (1.0, 1.5, 3.0), 9.0), ranked) == (5, 1.5)
+    assert exhaustive.ranks(Choice(("x", "a"), "tuned", (1.0, 2.0), 9.0), ranked) == (None, 2.0)
 
 
 def record(row: Block, factor: float) -> dict[str, Any]:
@@ -51,14 +52,16 @@ def test_times_of_another_machine_are_held_against_the_cost_model(tmp_path: Path
     first, second = (line.split("│") for line in output.splitlines() if line.startswith("│"))
     assert [cell.strip() for cell in first[6:9]] == ["1", "1.00", "1.00"]
     assert [cell.strip() for cell in second[6:8]] == ["3", "1.00"]
-    # Of a tiling that is offered no more nothing is said.
+    # A fastest tiling that is offered no more is a miss; half a line at the end, of a run that was killed, is nothing.
     lines[2]["tilings"][0]["block_e"] = 48
-    path.write_text(json.dumps(lines[2]))
-    assert "for 1 of 1 blocks" in invoke("--times", str(path))[1]
+    path.write_text(json.dumps(lines[2]) + "\n" + json.dumps(lines[2])[:50])
+    output = invoke("--times", str(path))[1]
+    assert "for 0 of 1 blocks" in output
+    assert "not offered" in output
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{}", "no json", '{"kind": "tilings", "name": "x", "identity": {"device": 1}}']
+    "content", ["", "{}", "no json", "[]", "3", '{"kind": "tilings", "name": "x", "identity": {"device": 1}}']
 )
 def test_a_file_of_something_else_is_refused_by_name(content: str, tmp_path: Path) -> None:
     path = tmp_path / "some.jsonl"
