@@ -8,7 +8,7 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Protocol, TypeVar
 
@@ -121,7 +121,7 @@ def captured(run: Callable[[], Output]) -> tuple[torch.cuda.CUDAGraph, Output]:
     """
     # Libraries set themselves up in the first calls, which capture does not allow; what they set up may belong to the
     # stream, so that it is captured on the very same.
-    side, before = torch.cuda.Stream(), torch.cuda.current_stream()
+    side, before = _side_stream(torch.cuda.current_device()), torch.cuda.current_stream()
     side.wait_stream(before)
     with torch.cuda.stream(side):
         for _ in range(CALLS_BEFORE_CAPTURE):
@@ -136,6 +136,12 @@ def captured(run: Callable[[], Output]) -> tuple[torch.cuda.CUDAGraph, Output]:
         torch.cuda.set_stream(before)
         raise
     return graph, output
+
+
+@cache
+def _side_stream(index: int) -> torch.cuda.Stream:
+    """The one stream of a device on which all is captured: cuBLAS keeps a workspace for each that it was used on."""
+    return torch.cuda.Stream(index)
 
 
 def time_interleaved(

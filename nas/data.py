@@ -8,7 +8,7 @@ import tempfile
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import IterableDataset
 
 from nas import clutter
 from nas.config import DataConfig
@@ -30,8 +31,14 @@ DATA_SEED = 0
 VAL_SHARE = 0.1  # held out of the training data where there is no validation split
 MAX_VAL_IMAGES = 5_000
 MAX_BYTES = 2 * 2**30  # of training images; a stratified subset of larger sets is used
+# Mean and deviation are taken of a sample, which becomes float32: all of a set of 2 GiB would take 16.
+MEAN_IMAGES, MEAN_VALUES = 10_000, 50_000_000
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"}
 VAL_FOLDERS = ("val", "validation", "valid")
+# Of timm's data set names; without one timm would take any word for a folder of images, and --data-dir for that folder.
+TIMM_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
+# Handwriting: a mirrored 2 is no 2.
+NEVER_MIRRORED = ("mnist", "svhn")
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +63,9 @@ class ImageData:
 
     @cached_property
     def mean_std(self) -> tuple[Tensor, Tensor]:
-        """Per channel (3,), in 0..1, of up to 10,000 training images."""
-        sample = self.train_images[:: max(1, len(self.train_images) // 10_000)].float() / 255
+        """Per channel (3,), in 0..1, of an even sample of the training images."""
+        stride = max(len(self.train_images) // MEAN_IMAGES, -(-self.train_images.numel() // MEAN_VALUES), 1)
+        sample = self.train_images[::stride].float() / 255
         return sample.mean(dim=(0, 2, 3)), sample.std(dim=(0, 2, 3)).clamp_min(1e-3)
 
     @cached_property
@@ -86,6 +94,11 @@ def load(config: DataConfig) -> ImageData:
         data = _folder(Path(name), config.resolution)
     elif name.startswith((".", "/", "~")):
         raise UsageError(f"--data {name}: no such folder")
+    elif not name.lower().startswith(TIMM_PREFIXES):
+        raise UsageError(
+            f"--data {name}: not digits, cifar10 or cifar100, no such folder, and not a data set of timm's, "
+            f"whose names begin with {', '.join(TIMM_PREFIXES)}"
+        )
     else:
         data = _timm(config)
     if len(data.classes) < 2 or len(data.train_labels.unique()) < 2:
@@ -112,7 +125,6 @@ def _digits(resolution: int) -> ImageData:
             train_images=train_images, train_labels=train_labels, val_images=val_images, val_labels=val_labels
         )
         _write_cache(path, tensors)
-    # A mirrored 2 is no 2.
     return ImageData(
         tensors["train_images"], tensors["train_labels"], tensors["val_images"], tensors["val_labels"],
         classes=tuple("0123456789"), flip=False,
@@ -164,7 +176,10 @@ def _folder(root: Path, resolution: int) -> ImageData:
         raise UsageError(f"--data {root}: class folder {empty[0]} holds no image")
     if val_root:
         val = _image_files(val_root, classes)
-        strangers = sorted({e.name for e in val_root.iterdir() if e.is_dir()} - set(classes))
+        strangers = sorted(
+            {entry.name for entry in val_root.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+            - set(classes)
+        )
         if strangers:
             raise UsageError(f"--data {root}: {val_root.name} has the class {strangers[0]}, which training has not")
         if not val:
@@ -177,11 +192,14 @@ def _folder(root: Path, resolution: int) -> ImageData:
 
 
 def _image_files(root: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
+    """Images with their labels. Hidden files are none: editors and systems keep copies in them, and leftovers."""
     return [
         (path, label)
         for label, name in enumerate(classes)
         for path in sorted((root / name).rglob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES and path.is_file()
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(root).parts)
+        and path.is_file()
     ]
 
 
@@ -251,21 +269,28 @@ def _timm(config: DataConfig) -> ImageData:
 
     try:
         dataset = open_split("train")
-        if not hasattr(dataset, "__getitem__"):
+        if isinstance(dataset, IterableDataset):
             raise TypeError("its images can only be streamed, and the proxy needs them in memory")
         # torchvision knows the labels; from others they come with the image.
         known = getattr(dataset, "targets", None)
-        targets = [int(label) for label in known or (dataset[index][1] for index in range(len(dataset)))]
+        labels = (dataset[index][1] for index in range(len(dataset))) if known is None else known
+        targets = [int(label) for label in labels]
         train, val = _split(range(len(dataset)), targets, config.source)
         classes = getattr(dataset, "classes", None) or [str(label) for label in range(max(targets) + 1)]
-        return _assemble(config.source, train, val, classes, read, config.resolution)
+        loaded = _assemble(config.source, train, val, classes, read, config.resolution)
+        return replace(loaded, flip=not _never_mirrored(config.source))
     except UsageError:
         raise
     except Exception as error:  # the readers behind these calls raise whatever their libraries raise
         raise UsageError(
-            f"--data {config.source}: not digits, cifar10 or cifar100, no such folder, and timm's create_dataset "
-            f"cannot open it in --data-dir {config.data_dir} ({type(error).__name__}: {_first_line(error)})"
+            f"--data {config.source}: timm's create_dataset cannot open it in --data-dir {config.data_dir} "
+            f"({type(error).__name__}: {_first_line(error)})"
         ) from error
+
+
+def _never_mirrored(name: str) -> bool:
+    name = name.lower()
+    return "fashion" not in name and any(word in name for word in NEVER_MIRRORED)
 
 
 def _first_line(error: BaseException) -> str:

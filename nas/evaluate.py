@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from nas import data as image_data
 from nas import profile, proxy
 from nas.block_table import BlockMeter, Figure
 from nas.config import LatencyConfig, Limits, SearchConfig
+from nas.determinism import measure_apart
 from nas.engines import ENGINES, runs_on
 from nas.errors import CandidateFailed, UsageError, memory_may_run_out
 from nas.isolation import ArchMeter, meter_for
@@ -79,6 +79,10 @@ class Evaluator(Protocol):
         """What the device can do in the deployment's dtype, measured now."""
         ...
 
+    def determinism(self) -> str | None:
+        """What deterministic trainings cost, measured now, in a line; None where all trainings are."""
+        ...
+
     def close(self) -> None:
         """The search is over."""
         ...
@@ -101,8 +105,7 @@ class RealEvaluator:
         self.note = note
         self.torch_device = check_device(config.latency)
         if config.proxy.deterministic:
-            # cuBLAS reads it when it is first used.
-            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+            proxy.prepare_determinism()
         data = image_data.load(config.data)
         self.device = DeviceInfo.of(self.torch_device)
         self.data_fingerprint = data.fingerprint
@@ -158,18 +161,28 @@ class RealEvaluator:
         except CandidateFailed as error:
             raise UsageError(f"--device {self.torch_device}: what it can do cannot be measured ({error})") from error
 
+    def determinism(self) -> str | None:
+        if self.torch_device.type != "cuda":
+            return None
+        config = self.config
+        try:
+            with self.lock.measuring(self._waiting):
+                anchor, resolution = config.space.anchor(), config.data.resolution
+                return str(measure_apart(anchor, config.proxy, config.latency.device, resolution))
+        except CandidateFailed as error:
+            if config.proxy.deterministic:
+                raise UsageError(f"--deterministic: not on {self.torch_device} ({error})") from error
+            return f"--deterministic would not work here ({error})"
+
     def train(self, arch: ArchSpec) -> ProxyResult:
         # Every candidate starts from the same seed and sees the same images in the same order.
         torch.manual_seed(self.config.seed)
         network = arch.build(len(self.images.classes))
         try:
-            # For the training only: the latency is that of the deployment, which asks for nothing of the kind.
-            torch.use_deterministic_algorithms(self.config.proxy.deterministic)
             with self.lock.training(self._waiting):
                 result = proxy.train(network, self.batches, self.config.proxy, self.config.seed)
             return replace(result, trained=Trained.of(network, self.images)) if self.config.keep_weights else result
         finally:
-            torch.use_deterministic_algorithms(False)
             trim_heap()
 
     def close(self) -> None:

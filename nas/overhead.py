@@ -92,6 +92,9 @@ class FakeEvaluator:
     def ceilings(self) -> Ceilings:
         return Ceilings(copy_bytes=2e10, product_macs=4e10, launch_seconds=4e-6)
 
+    def determinism(self) -> str | None:
+        return None
+
     def close(self) -> None:
         pass
 

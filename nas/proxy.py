@@ -10,8 +10,10 @@ the same accuracy; on CUDA that needs `deterministic`.
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -28,6 +30,9 @@ CURVE_POINTS = 20
 MAX_SHIFT = 1 / 16  # of the image's width, the random shift of training images
 # On a CPU small batches stay in its caches (125 took 0.7 of the time of 500); a GPU wants to be filled.
 EVAL_BATCH = {"cpu": 125, "cuda": 1000}
+# Of larger images fewer: 1,000 of 224 pixels would take some 13 GB in the largest networks.
+EVAL_RESOLUTION = 64
+MIN_EVAL_BATCH = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,9 +114,15 @@ class Batches:
         return padded.permute(0, 2, 3, 1)[index[0], index[1], index[2]].permute(0, 3, 1, 2)
 
     def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
-        size = EVAL_BATCH[self.device.type]
+        size = eval_batch(self.device.type, self.val_images.shape[-1])
         for images, labels in zip(self.val_images.split(size), self.val_labels.split(size), strict=True):
             yield self._normalised(images), labels.to(self.device)
+
+
+def eval_batch(kind: str, resolution: int) -> int:
+    """Validation images in a batch, on a kind of device."""
+    most = EVAL_BATCH[kind]
+    return max(MIN_EVAL_BATCH, min(most, most * EVAL_RESOLUTION**2 // resolution**2))
 
 
 # -- loop ----------------------------------------------------------------------------------------------------------
@@ -134,6 +145,28 @@ def make_optimizer(network: nn.Module, config: ProxyConfig) -> torch.optim.Optim
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
 
 
+@contextmanager
+def algorithms(deterministic: bool) -> Iterator[None]:
+    """Run the body, and no more than that, with deterministic algorithms only, or without asking for them.
+
+    On CUDA the environment variable CUBLAS_WORKSPACE_CONFIG has to be set before the process multiplies its first
+    matrices (`prepare_determinism`).
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(deterministic)
+    # Else torch fills each new tensor, too, for those who read what they never wrote.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+
+
+def prepare_determinism() -> None:
+    """Let cuBLAS be deterministic, before it is first used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 def train(network: nn.Module, batches: Batches, config: ProxyConfig, seed: int) -> ProxyResult:
     """Train `network` from its present weights, in place, and evaluate it.
 
@@ -142,6 +175,7 @@ def train(network: nn.Module, batches: Batches, config: ProxyConfig, seed: int) 
 
     Raises:
         CandidateFailed: the loss is no longer finite.
+        RuntimeError: with `config.deterministic`, an operation has no deterministic algorithm.
     """
     device = batches.device
     begin = time.perf_counter()
@@ -169,19 +203,20 @@ def train(network: nn.Module, batches: Batches, config: ProxyConfig, seed: int) 
     def first_step() -> None:
         pending.append(step(0))
 
-    # One step tells the memory, and the profiler that sees it on the CPU would slow the others.
-    train_memory_bytes = peak_memory_bytes(first_step, device)
-    for number in range(1, config.steps + 1):
-        if number % every == 0 or number == config.steps:
-            # Losses are looked at here only: reading one waits for the GPU.
-            loss, accuracy = torch.stack([torch.stack(pair) for pair in pending]).mean(dim=0).tolist()
-            if not math.isfinite(loss):
-                raise CandidateFailed(f"the loss diverged before step {number} of {config.steps}")
-            curve.append(CurvePoint(number, loss, accuracy, time.perf_counter() - begin))
-            pending.clear()
-        if number < config.steps:
-            pending.append(step(number))
-    accuracy, loss = evaluate(network, batches)
+    with algorithms(config.deterministic):
+        # One step tells the memory, and the profiler that sees it on the CPU would slow the others.
+        train_memory_bytes = peak_memory_bytes(first_step, device)
+        for number in range(1, config.steps + 1):
+            if number % every == 0 or number == config.steps:
+                # Losses are looked at here only: reading one waits for the GPU.
+                loss, accuracy = torch.stack([torch.stack(pair) for pair in pending]).mean(dim=0).tolist()
+                if not math.isfinite(loss):
+                    raise CandidateFailed(f"the loss diverged before step {number} of {config.steps}")
+                curve.append(CurvePoint(number, loss, accuracy, time.perf_counter() - begin))
+                pending.clear()
+            if number < config.steps:
+                pending.append(step(number))
+        accuracy, loss = evaluate(network, batches)
     return ProxyResult(accuracy, loss, tuple(curve), time.perf_counter() - begin, train_memory_bytes)
 
 

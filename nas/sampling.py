@@ -11,6 +11,8 @@ import random
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -37,12 +39,23 @@ def distribution(choices: Sequence[Choice]) -> BaseDistribution:
     """The distribution of one parameter: evenly spaced numbers are ordered ones to a sampler, all else categories."""
     numbers = [choice for choice in choices if isinstance(choice, int | float)]
     if len(numbers) == len(choices) > 1:
-        step = numbers[1] - numbers[0]
-        if np.allclose(np.diff(numbers), step):
+        # As decimals: 1.4 - 1.2 in binary is a little less than the 0.2 that was meant, and 1.6 would be out of reach.
+        decimals = [Decimal(str(number)) for number in numbers]
+        steps = {after - before for before, after in pairwise(decimals)}
+        if len(steps) == 1:
+            step = steps.pop()
             if all(isinstance(number, int) for number in numbers):
                 return IntDistribution(int(numbers[0]), int(numbers[-1]), step=int(step))
             return FloatDistribution(float(numbers[0]), float(numbers[-1]), step=float(step))
     return CategoricalDistribution(tuple(choices))
+
+
+def chosen(choices: Sequence[Choice], value: Any) -> Choice:
+    """The choice that a sampled value stands for: low + 2 * step need not be the number that was written."""
+    if value in choices:
+        found: Choice = value
+        return found
+    return min(choices, key=lambda choice: abs(float(choice) - value))
 
 
 class OrderedNSGAII(NSGAIISampler):
@@ -119,9 +132,8 @@ class Proposer:
         self.sampler = sampler
         self.seed = seed
         # A parameter with one choice is not a parameter: samplers would only carry it along.
-        self.distributions = {
-            name: distribution(choices) for name, choices in space.choices().items() if len(choices) > 1
-        }
+        self.choices = {name: choices for name, choices in space.choices().items() if len(choices) > 1}
+        self.distributions = {name: distribution(choices) for name, choices in self.choices.items()}
         self.fixed = {name: choices[0] for name, choices in space.choices().items() if len(choices) == 1}
         self.storage = InMemoryStorage()
         self.study = optuna.create_study(directions=list(directions), storage=self.storage)
@@ -131,7 +143,7 @@ class Proposer:
     def propose(self) -> Proposal:
         """The sampler's next architecture, which may be one it has seen. `tell` must follow."""
         trial = self._ask(self.sampler)
-        values = {name: trial.params[name] for name in self.distributions} | self.fixed
+        values = {name: chosen(choices, trial.params[name]) for name, choices in self.choices.items()} | self.fixed
         return self._proposal(trial, self.space.assemble(values))
 
     def propose_this(self, arch: ArchSpec) -> Proposal:

@@ -121,7 +121,7 @@ def run(config: SearchConfig, evaluator: Evaluator | None = None, progress: Prog
         evaluator = RealEvaluator(config, progress.note)
     for line in evaluator.notes:
         progress.note(line)
-    with closing(evaluator), open_study(config, evaluator, json.dumps(versions())) as study:
+    with closing(evaluator), open_study(config, evaluator, json.dumps(versions()), progress.note) as study:
         progress.begin(len(study.complete), config.budget)
         why, training, latency = _loop(config, study, evaluator, progress, begin)
         final_begin = time.perf_counter()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -349,8 +349,14 @@ def _values(row: Candidate) -> list[float] | None:
 
 
 @contextmanager
-def open_study(config: SearchConfig, evaluator: Evaluator, versions: str) -> Iterator[LiveStudy]:
+def open_study(
+    config: SearchConfig, evaluator: Evaluator, versions: str, note: Callable[[str], None]
+) -> Iterator[LiveStudy]:
     """The study that `config` names, made if it is new, held for this process while the block runs.
+
+    Args:
+        versions: of the libraries, as JSON.
+        note: told what is to be known when a study begins.
 
     Raises:
         UsageError: it was begun under another configuration, device or data; or the storage cannot be used.
@@ -363,6 +369,8 @@ def open_study(config: SearchConfig, evaluator: Evaluator, versions: str) -> Ite
         row = store.find_study(config.study)
         if row is None:
             # Measured before anything is made: a study is whole or is not there.
+            if cost := evaluator.determinism():
+                note(cost)
             profile = _profile(store, config, evaluator)
             anchor_ms = _anchor_ms(store, config, evaluator)
             evaluator.start(anchor_ms)

@@ -172,13 +172,11 @@ def train_one(trainee: Trainee, data_path: str, config: ProxyConfig, device: str
         CandidateFailed: the loss diverges, memory runs out, or a network that is not ours does not train.
     """
     if config.deterministic:
-        # cuBLAS reads it when it is first used.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        proxy.prepare_determinism()
     torch.set_num_threads(config.threads)
     batches, classes = _batches(data_path, device)
     # Everybody sees the same images in the same order.
     torch.manual_seed(seed)
-    torch.use_deterministic_algorithms(config.deterministic)
     with trainee.failing():
         return proxy.train(trainee.build(classes), batches, config, seed)
 

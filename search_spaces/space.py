@@ -314,6 +314,9 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 def _checked_choices(name: str, choices: tuple[Any, ...]) -> tuple[Any, ...]:
     if not isinstance(choices, tuple) or not choices:
         raise ValueError(f"{name}={choices!r} holds no choice")
+    for choice in choices:
+        if not isinstance(choice, int | float | str):
+            raise ValueError(f"{name}={choice!r} is neither a number nor a name")
     if len(set(choices)) < len(choices):
         raise ValueError(f"{name}={list(choices)} names a choice twice")
     return choices

@@ -6,7 +6,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from nas import comparison, determinism
+from nas import comparison
 from nas.config import SearchConfig
 from nas.overhead import FakeEvaluator
 from nas.pareto import hypervolume
@@ -48,17 +48,3 @@ def test_a_folder_that_exists_is_refused(tmp_path: Path) -> None:
     assert code == 2
     assert "--folder" in output
     assert not list(tmp_path.iterdir())
-
-
-def test_both_kinds_of_training_are_timed_side_by_side() -> None:
-    code, output = invoke(determinism.main, "--device", "cpu", "--steps", "2", "--rounds", "2")
-    assert code == 0, output
-    assert "deterministic / default" in output
-    assert output.count("1 different losses in 2") == 2
-
-
-@pytest.mark.gpu
-def test_deterministic_trainings_agree_on_cuda() -> None:
-    code, output = invoke(determinism.main, "--steps", "20", "--rounds", "2")
-    assert code == 0, output
-    assert "1 different losses" in output.splitlines()[-2]

@@ -117,6 +117,16 @@ def test_train_and_val_folders_are_used_as_they_are(tmp_path: Path) -> None:
     assert loaded.classes == ("cat", "dog")
 
 
+def test_hidden_files_and_folders_are_no_images(tmp_path: Path) -> None:
+    """Copies in them would stand on both sides of the split, and what a Mac leaves beside each file is no image."""
+    make_folder(tmp_path / "train", {"cat": 6, "dog": 6, "cat/.ipynb_checkpoints": 6, ".cache": 2})
+    make_folder(tmp_path / "val", {"cat": 3, "dog": 2, ".cache": 2})
+    (tmp_path / "train" / "cat" / "._000.png").write_bytes(b"no image")
+    loaded = load(tmp_path)
+    assert loaded.classes == ("cat", "dog")
+    assert (len(loaded.train_labels), len(loaded.val_labels)) == (12, 5)
+
+
 def test_images_are_resized_and_cropped_to_the_middle(tmp_path: Path) -> None:
     pixels = np.zeros((20, 60, 3), np.uint8)
     pixels[:, 20:40] = (200, 100, 50)
@@ -240,6 +250,29 @@ def test_any_name_of_timms_create_dataset(tmp_path: Path, monkeypatch: pytest.Mo
     assert len(loaded.classes) == 10
 
 
+def make_mnist(folder: Path, count: int = 40) -> None:
+    """A small MNIST in the layout of the official files: big-endian headers, then bytes."""
+    folder.mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    for name in ("train", "t10k"):
+        pixels, labels = rng.integers(0, 256, (count, 28, 28), dtype=np.uint8), np.arange(count, dtype=np.uint8) % 10
+        header = np.array([0x803, count, 28, 28], ">i4").tobytes()
+        (folder / f"{name}-images-idx3-ubyte").write_bytes(header + pixels.tobytes())
+        (folder / f"{name}-labels-idx1-ubyte").write_bytes(np.array([0x801, count], ">i4").tobytes() + labels.tobytes())
+
+
+@pytest.mark.parametrize(
+    ("name", "folder", "flip"), [("mnist", "MNIST", False), ("fashion_mnist", "FashionMNIST", True)]
+)
+def test_data_whose_labels_are_a_tensor(tmp_path: Path, name: str, folder: str, flip: bool) -> None:
+    """Of which `or` asks for one truth value; and a mirrored 2 is no 2, but a mirrored shirt is one."""
+    make_mnist(tmp_path / folder / "raw")
+    loaded = load(f"torch/{name}", resolution=28, data_dir=str(tmp_path))
+    assert loaded.train_images.shape == (30, 3, 28, 28)
+    assert sorted(loaded.val_labels.tolist()) == list(range(10))
+    assert loaded.flip == flip
+
+
 @pytest.mark.parametrize("name", ["torch/nosuch", "hfds/nosuch", "torch/cifar10"])
 def test_names_that_timm_cannot_open(tmp_path: Path, name: str) -> None:
     with pytest.raises(UsageError, match=f"--data {name}: .*timm's create_dataset cannot open it") as caught:
@@ -247,7 +280,26 @@ def test_names_that_timm_cannot_open(tmp_path: Path, name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", ["nosuch", "./nosuch/folder", "/nosuch/folder", "Digits"])
-def test_unknown_data(name: str) -> None:
+@pytest.mark.parametrize("name", ["nosuch", "nosuch/folder", "./nosuch/folder", "/nosuch/folder", "Digits"])
+def test_unknown_data(tmp_path: Path, name: str) -> None:
+    """Also where --data-dir holds images, which timm would open under any name."""
+    make_folder(tmp_path, {"cat": 6, "dog": 6})
     with pytest.raises(UsageError, match=f"--data {name}: (not digits|no such folder)"):
-        load(name)
+        load(name, data_dir=str(tmp_path))
+
+
+# -- what is derived -----------------------------------------------------------------------------------------------
+
+
+def test_mean_and_deviation_are_those_of_all_images_or_of_an_even_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = torch.randint(0, 256, (100, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    labels = torch.arange(100) % 2
+
+    def mean_std() -> tuple[torch.Tensor, torch.Tensor]:
+        return data.ImageData(images, labels, images, labels, ("a", "b"), False).mean_std
+
+    everything = images.float() / 255
+    torch.testing.assert_close(mean_std(), (everything.mean(dim=(0, 2, 3)), everything.std(dim=(0, 2, 3))))
+    monkeypatch.setattr(data, "MEAN_VALUES", 30 * 3 * 8 * 8)
+    sample = everything[::4]
+    torch.testing.assert_close(mean_std(), (sample.mean(dim=(0, 2, 3)), sample.std(dim=(0, 2, 3))))

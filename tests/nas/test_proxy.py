@@ -144,16 +144,36 @@ def test_evaluation_counts_every_validation_image() -> None:
     assert loss == pytest.approx(expected, rel=1e-5)
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_deterministic_algorithms_are_for_the_training_only(asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The latency is that of the deployment, which asks for nothing of the kind."""
+    seen = set()
+    evaluate = proxy.evaluate
+
+    def watched(network: nn.Module, batches: Batches) -> tuple[float, float]:
+        seen.add(torch.are_deterministic_algorithms_enabled())
+        return evaluate(network, batches)
+
+    monkeypatch.setattr(proxy, "evaluate", watched)
+    train(build(), Batches(easy_data(), CPU), replace(QUICK, steps=1, deterministic=asked), seed=0)
+    assert seen == {asked}
+    assert not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(CandidateFailed):
+        train(build(), Batches(easy_data(), CPU), replace(QUICK, learning_rate=1e30, deterministic=asked), seed=0)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_large_images_are_evaluated_in_smaller_batches() -> None:
+    assert [proxy.eval_batch("cuda", resolution) for resolution in (32, 64, 128, 224)] == [1000, 1000, 250, 81]
+    assert [proxy.eval_batch("cpu", resolution) for resolution in (32, 64, 224)] == [125, 125, 16]
+
+
 @pytest.mark.gpu
 def test_training_on_cuda_learns_and_is_reproducible_when_asked() -> None:
     device = torch.device("cuda")
-    torch.use_deterministic_algorithms(True)
-    try:
-        batches = Batches(easy_data(), device)
-        assert batches.train_images.is_cuda
-        one, two = (train(build(), batches, QUICK, seed=0) for _ in range(2))
-    finally:
-        torch.use_deterministic_algorithms(False)
+    batches = Batches(easy_data(), device)
+    assert batches.train_images.is_cuda
+    one, two = (train(build(), batches, replace(QUICK, deterministic=True), seed=0) for _ in range(2))
     assert one.accuracy > 0.95
     assert one.loss == two.loss
     assert one.train_memory_bytes > 0

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.study import StudyDirection
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from nas.config import SAMPLERS
 from nas.overhead import FakeEvaluator
@@ -105,6 +107,8 @@ def test_unseen_architectures_are_found_until_there_are_none() -> None:
         ((16, 24, 32), IntDistribution(16, 32, step=8)),
         ((3, 5, 7), IntDistribution(3, 7, step=2)),
         ((1.0, 1.5, 2.0), FloatDistribution(1.0, 2.0, step=0.5)),
+        ((1.2, 1.4, 1.6), FloatDistribution(1.2, 1.6, step=0.2)),
+        ((1.1, 1.2, 1.4), CategoricalDistribution((1.1, 1.2, 1.4))),
         ((1, 8, 16), CategoricalDistribution((1, 8, 16))),
         (("relu", "silu"), CategoricalDistribution(("relu", "silu"))),
     ],
@@ -113,3 +117,21 @@ def test_evenly_spaced_numbers_are_ordered_and_all_else_are_categories(
     choices: tuple[object, ...], expected: optuna.distributions.BaseDistribution
 ) -> None:
     assert distribution(choices) == expected  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("expansion", [(1.2, 1.4, 1.6), (1.4, 1.6), (1.1, 1.2, 1.3), (2.3, 3.4, 4.5, 5.6)])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_decimal_choices_are_proposed_as_they_are_written(sampler: str, expansion: tuple[float, ...]) -> None:
+    """1.2 + 2 * (1.4 - 1.2) is 1.5999999999999999: another architecture to us, and to Optuna no value of 1.2 to 1.6."""
+    from tests.conftest import make_tiny_space
+
+    stage = replace(make_tiny_space().stages[0], expansion=expansion)
+    into = Proposer(make_tiny_space(stages=(stage,)), sampler, 0, DIRECTIONS, [])
+    seen = set()
+    for number in range(60):
+        proposal = into.propose_unseen(set()) if number % 3 == 0 else into.propose()
+        assert proposal is not None
+        seen.add(proposal.arch.stages[0].expansion)
+        create_trial(state=TrialState.RUNNING, params=proposal.params, distributions=proposal.distributions)
+        into.tell([0.5, 1.0 + number], TrialState.COMPLETE, {})
+    assert seen == set(expansion)

@@ -116,6 +116,8 @@ def test_a_users_own_space(tmp_path: Path) -> None:
         ("stem_width = [8, 16]", "stem_width = [8, 12]", "stem_width=12"),
         ("stem_width = [8, 16]", "stem_width = []", "stem_width=.. holds no choice"),
         ("stem_width = [8, 16]", "stem_width = [8, 8]", "names a choice twice"),
+        ("stem_width = [8, 16]", "stem_width = {min = 8, max = 16}", "stem_width={.* is neither a number nor a name"),
+        ("kernel_size = [3, 5]", "kernel_size = [[3, 5]]", r"stage 1: kernel_size=\[3, 5\] is neither a number"),
         ('["relu", "silu"]', '["relu", "swoosh"]', "activation='swoosh'"),
         ("group_width = [1, 8, 16]", "group_width = [16]", "no group_width of .16. divides the 8 channels"),
         ("stride = [1, 2]", "stride = [1, 4]", "stride=4"),

@@ -1,0 +1,162 @@
+"""What deterministic trainings cost, and that a study says it when it begins."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import typer
+from rich.console import Console
+from torch import Tensor
+from typer.testing import CliRunner
+
+from nas import determinism, evaluate, proxy
+from nas.config import DataConfig, LatencyConfig, ProxyConfig, SearchConfig
+from nas.errors import CandidateFailed, UsageError
+from nas.evaluate import RealEvaluator
+from nas.overhead import FakeEvaluator
+from nas.progress import PlainProgress
+from nas.search import run
+from studies import Store
+from tests.conftest import make_tiny_space
+from tests.nas.test_proxy import easy_data
+
+QUICK = ProxyConfig(steps=2, batch_size=4, threads=1)
+
+
+def invoke(*arguments: str) -> tuple[int, str]:
+    app = typer.Typer()
+    app.command()(determinism.main)
+    result = CliRunner().invoke(app, list(arguments))
+    return result.exit_code, result.output
+
+
+def make_evaluator(monkeypatch: pytest.MonkeyPatch, deterministic: bool = False) -> RealEvaluator:
+    """One that takes its device for a GPU, once it is made."""
+    monkeypatch.setattr("nas.data.load", lambda config: easy_data())
+    config = SearchConfig(
+        space=make_tiny_space(), data=DataConfig(resolution=16), proxy=replace(QUICK, deterministic=deterministic),
+        latency=LatencyConfig(device="cpu"),
+    )  # fmt: skip
+    evaluator = RealEvaluator(config)
+    evaluator.torch_device = SimpleNamespace(type="cuda")  # type: ignore[assignment]
+    return evaluator
+
+
+def test_both_kinds_of_training_are_timed_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    train = proxy.train
+
+    def watched(*args: object, **kwargs: object) -> proxy.ProxyResult:
+        asked.append(args[2].deterministic)  # type: ignore[attr-defined]
+        return train(*args, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(proxy, "train", watched)
+    code, output = invoke("--device", "cpu", "--steps", "2", "--rounds", "2")
+    assert code == 0, output
+    assert "deterministic / default" in output
+    assert output.count("1 different losses in 2") == 2
+    # Warmed up both, then in turns.
+    assert asked == [False, True] * 3
+
+
+def test_an_operation_without_a_deterministic_algorithm_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("histc does not have a deterministic implementation, but you set ...\nand so on")
+
+    monkeypatch.setattr(proxy, "train", train)
+    code, output = invoke("--device", "cpu", "--steps", "2", "--rounds", "2")
+    assert code == 1
+    assert output == "--device cpu: histc does not have a deterministic implementation, but you set ...\n"
+
+
+def test_the_line_says_what_it_costs_and_what_it_gives() -> None:
+    found = determinism.Determinism(2.0, 3.0, default_losses=3, deterministic_losses=1, steps=40, rounds=3)
+    assert str(found) == (
+        "with --deterministic training takes 1.50 times as long here; equal trainings gave the same loss with it, "
+        "3 different losses without (the anchor, 40 steps, 3 of either kind in turns)"
+    )
+
+
+def test_it_is_measured_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    line = make_evaluator(monkeypatch).determinism()
+    assert line is not None
+    assert "the same loss with it, the same loss without (the anchor, 2 steps, 3 of either kind" in line
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
+
+
+def test_on_a_cpu_there_is_nothing_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluator = make_evaluator(monkeypatch)
+    evaluator.torch_device = torch.device("cpu")
+    assert evaluator.determinism() is None
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_where_it_does_not_work_a_search_that_asks_for_it_is_refused(
+    asked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object) -> None:
+        raise CandidateFailed("histc has none")
+
+    evaluator = make_evaluator(monkeypatch, deterministic=asked)
+    monkeypatch.setattr(evaluate, "measure_apart", fail)
+    if asked:
+        with pytest.raises(UsageError, match=r"--deterministic: not on .*histc has none"):
+            evaluator.determinism()
+    else:
+        assert evaluator.determinism() == "--deterministic would not work here (histc has none)"
+
+
+class Costly(FakeEvaluator):
+    def determinism(self) -> str:
+        return "it costs a lot"
+
+
+class Refusing(FakeEvaluator):
+    def determinism(self) -> str:
+        raise UsageError("--deterministic: not here")
+
+
+def test_a_study_says_it_when_it_begins_and_not_again(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path}/study.db"
+    for budget, said in ((2, 1), (3, 0)):
+        text = StringIO()
+        run(SearchConfig(budget=budget, storage=storage), Costly(), PlainProgress(Console(file=text)))
+        assert text.getvalue().count("it costs a lot") == said
+
+
+def test_a_refused_study_is_not_made(tmp_path: Path) -> None:
+    storage = f"sqlite:///{tmp_path}/study.db"
+    with pytest.raises(UsageError, match="not here"):
+        run(SearchConfig(budget=2, storage=storage), Refusing())
+    store = Store.open(storage, create=False)
+    assert store is None or not store.summaries()
+
+
+@pytest.mark.gpu
+def test_deterministic_trainings_agree_on_cuda() -> None:
+    code, output = invoke("--steps", "20", "--rounds", "2")
+    assert code == 0, output
+    assert "1 different losses" in output.splitlines()[-2]
+
+
+@pytest.mark.gpu
+def test_a_search_on_cuda_measures_it() -> None:
+    found = determinism.measure_apart(make_tiny_space().anchor(), ProxyConfig(steps=20), "cuda", 16)
+    assert found.deterministic_losses == 1
+    assert found.ratio > 0
+
+
+def test_random_images_are_the_same_each_time() -> None:
+    one, two = determinism._random_images(8), determinism._random_images(8)
+    tensors: list[tuple[Tensor, Tensor]] = [
+        (one.train_images, two.train_images), (one.train_labels, two.train_labels), (one.val_images, two.val_images),
+    ]  # fmt: skip
+    assert all(torch.equal(first, second) for first, second in tensors)
