@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import re
 import socket
 import threading
 from collections.abc import Callable, Mapping
@@ -40,7 +41,7 @@ class Server:
         folder.mkdir(parents=True, exist_ok=True)
         # One that remembers finished trials: reading 2,000 takes seconds, and a page asks for them several times over.
         storage = get_storage(store.optuna_storage)
-        app = optuna_dashboard.wsgi(storage, FileSystemArtifactStore(folder))
+        app = _keeping_names(optuna_dashboard.wsgi(storage, FileSystemArtifactStore(folder)))
         self.app = app
         try:
             server: Any = create_server(app, host=host, port=port, threads=THREADS)
@@ -68,6 +69,22 @@ class Server:
     def run(self) -> None:
         """Answer until Ctrl-C."""
         self.server.run()
+
+
+def _keeping_names(app: Any) -> Any:
+    """The dashboard's application, but for renaming a study: it copies the trials into a new one and deletes the old,
+    and all that is ours would go with that."""
+
+    def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        if not re.fullmatch(r"/api/studies/\d+/rename", environ["PATH_INFO"]):
+            return app(environ, start_response)
+        body = json.dumps(
+            {"reason": "Studies of this search keep their names: renaming one would delete its candidates."}
+        )
+        start_response("409 Conflict", [("Content-Type", "application/json")])
+        return [body.encode()]
+
+    return answer
 
 
 def _serialize_once() -> None:

@@ -129,7 +129,7 @@ def run(config: SearchConfig, evaluator: Evaluator | None = None, progress: Prog
         if config.keep_weights:
             _weights(study).keep_only({int(number) for number in study.front()["number"]})
         latency += time.perf_counter() - final_begin
-        show(study.store, config.study, artifact_folder(config.storage))
+        remarks += _show(config, study)
         return SearchResult(
             complete=len(study.complete),
             why=why,
@@ -168,6 +168,16 @@ def _finish(config: SearchConfig, study: LiveStudy, evaluator: Evaluator, progre
     anchor = table.median_ms(network_shape(str(config.space.anchor()), deployment))
     found = errors(table, archs, list(front["latency_ms"]), study.anchor_ms, anchor)
     return (*remarks, errors_line(found)) if found else tuple(remarks)
+
+
+def _show(config: SearchConfig, study: LiveStudy) -> tuple[str, ...]:
+    """Make the dashboard's files; where they cannot be written a remark says so, which is no reason to lose the rest."""
+    folder = artifact_folder(config.storage)
+    try:
+        show(study.store, config.study, folder)
+    except OSError as error:
+        return (f"the dashboard's files could not be written to {folder} ({error})",)
+    return ()
 
 
 def _measure_blocks(table: BlockTable, evaluator: Evaluator, archs: Sequence[ArchSpec], progress: Progress) -> None:

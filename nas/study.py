@@ -202,7 +202,7 @@ class LiveStudy:
     def recover(self) -> None:
         """Close every trial left running: as its row says if it has one, else as failed.
 
-        Only the one process that holds the claim calls this, so no owner of such a trial still lives.
+        Only the one process that holds the claim may call this: then no owner of such a trial still lives.
         """
         open_states = (TrialState.RUNNING, TrialState.WAITING)
         left = self.optuna.get_trials(deepcopy=False, states=open_states)
@@ -223,6 +223,7 @@ class LiveStudy:
         A known architecture that the sampler proposes is recorded as a pruned trial of its own: to the samplers a
         place where nothing is to be gained, and in the dashboard visibly not a result.
         """
+        self.store.require_owner(self.row.study_id, self.owner)
         duplicates = 0
         while len(self.known) < self.size:
             opener = next((arch for arch in self.openers if arch.arch_id not in self.known), None)
@@ -315,7 +316,7 @@ class LiveStudy:
     def _constraints_of(self, row: Candidate) -> dict[str, float]:
         limits = self.config.limits
         constraints = limits.excess(params=row.params, macs=row.macs)
-        if latency := self._own_latency(row):
+        if latency := _searched(row):
             memory_mb = (latency.weight_bytes + latency.workspace_bytes) / 1e6
             constraints |= limits.excess(latency_ms=latency.median_ms, memory_mb=memory_mb)
         return constraints
@@ -342,10 +343,16 @@ class LiveStudy:
         return row
 
 
+def _searched(row: Candidate) -> studies.Latency | None:
+    """The latency that the search measured, and judged the candidate by; it may have been measured again since."""
+    return row.latencies[0] if row.latencies else None
+
+
 def _values(row: Candidate) -> list[float] | None:
-    if row.state != CandidateState.COMPLETE or row.accuracy is None:
+    latency = _searched(row)
+    if row.state != CandidateState.COMPLETE or row.accuracy is None or latency is None:
         return None
-    return [row.accuracy, row.latencies[0].median_ms]
+    return [row.accuracy, latency.median_ms]
 
 
 @contextmanager
@@ -394,9 +401,9 @@ def open_study(
                 with guarded():
                     yield study
             finally:
-                # Deleted in the dashboard, say: then whatever went wrong went wrong for that reason.
-                if not store.has_study(row.study_id):
-                    raise StorageError("the study was deleted while it was searched")
+                # Deleted in the dashboard, say, or taken over: then whatever went wrong went wrong for that reason, and
+                # a trial that is running is another's.
+                store.require_owner(row.study_id, owner)
                 study.recover()
         finally:
             store.release(row.study_id, owner)

@@ -6,6 +6,8 @@ tests that it must bring up to date.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from alembic import command
@@ -13,6 +15,7 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Connection, Engine, create_engine, text
+from sqlalchemy.engine import URL
 
 VERSION_TABLE = "convfirst_alembic_version"
 
@@ -57,13 +60,32 @@ def upgrade(url: str, timeout_s: float) -> None:
                 connection.exec_driver_sql("COMMIT")
         else:
             with engine.begin() as connection:
-                if engine.dialect.name == "postgresql":
-                    connection.execute(text(f"SET LOCAL lock_timeout = {round(1000 * timeout_s)}"))
-                    # Any number: it only has to be the same for all of us.
-                    connection.execute(text("SELECT pg_advisory_xact_lock(5027401)"))
+                _wait_for_others(connection, timeout_s)
                 _upgrade(connection)
     finally:
         engine.dispose()
+
+
+@contextmanager
+def alone(url: URL, timeout_s: float) -> Iterator[None]:
+    """Of several processes that find a PostgreSQL database empty, one at a time runs its body: Optuna makes its tables
+    without asking who else does. SQLite's are made aside."""
+    if url.get_backend_name() != "postgresql":
+        yield
+        return
+    engine = create_engine(url)
+    try:
+        with engine.begin() as connection:
+            _wait_for_others(connection, timeout_s)
+            yield
+    finally:
+        engine.dispose()
+
+
+def _wait_for_others(connection: Connection, timeout_s: float) -> None:
+    connection.execute(text(f"SET LOCAL lock_timeout = {round(1000 * timeout_s)}"))
+    # Any number: it only has to be the same for all of us.
+    connection.execute(text("SELECT pg_advisory_xact_lock(5027401)"))
 
 
 def _upgrade(connection: Connection) -> None:

@@ -54,6 +54,7 @@ BUSY_TIMEOUT_S = 120
 
 # (direction, name) of the objectives, in Optuna's order of values.
 OBJECTIVES = ((StudyDirection.MAXIMIZE, "accuracy"), (StudyDirection.MINIMIZE, "latency_ms"))
+BACKENDS = ("sqlite", "postgresql")
 OPTUNAS_TABLES = {"studies", "trials", "version_info"}
 METRIC_NAMES_KEY = "study:metric_names"
 # Columns of the views that SQLite would hand over as 0 and 1.
@@ -141,6 +142,7 @@ class Store:
         """
         try:
             parsed = make_url(url)
+            _require_supported(parsed)
             if parsed.get_backend_name() == "sqlite" and not _is_sqlite_file(parsed):
                 raise StorageError("an in-memory database would be lost with the process; name a file")
             if not _sqlite_file_exists(parsed):
@@ -157,7 +159,8 @@ class Store:
             up_to_date = ours and _require_known_version(parsed)
             if ours and not up_to_date and not _is_writable(parsed):
                 raise StorageError("the file is read-only, and its tables are of an older version than this program's")
-            storage = _optuna_storage(parsed)
+            with contextlib.nullcontext() if up_to_date else schema.alone(parsed, OPEN_TIMEOUT_S):
+                storage = _optuna_storage(parsed)
             if not up_to_date:
                 schema.upgrade(url, OPEN_TIMEOUT_S)
             return cls(storage)
@@ -173,6 +176,7 @@ class Store:
             parsed = make_url(url)
         except ArgumentError as error:
             raise StorageError(_first_line(error)) from error
+        _require_supported(parsed)
         if _is_sqlite_file(parsed) and not _sqlite_file_exists(parsed):
             folder = Path(str(parsed.database)).absolute().parent
             existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
@@ -266,6 +270,11 @@ class Store:
         """Raises StorageError where `claim` would; changes nothing."""
         _require_dead(study.owner, owner)
 
+    def require_owner(self, study_id: int, owner: Owner) -> None:
+        """Raises StorageError where the study is no longer `owner`'s."""
+        with self._session() as session:
+            _require_owner(session, study_id, owner)
+
     def release(self, study_id: int, owner: Owner) -> None:
         with self._session() as session:
             session.execute(
@@ -282,7 +291,8 @@ class Store:
             held = session.scalar(select(Study.owner).where(Study.study_id == study_id))
             if held is not None and Owner.parse(held).host == socket.gethostname():
                 _require_dead(held, Owner.me())
-            session.execute(update(Study).where(Study.study_id == study_id).values(owner=None))
+            # Of that owner only: another process may have claimed the study since.
+            session.execute(update(Study).where(Study.study_id == study_id, Study.owner == held).values(owner=None))
 
     def summaries(self) -> list[StudySummary]:
         """All studies of ours, oldest first."""
@@ -436,9 +446,7 @@ class Store:
         """
         try:
             with self._session() as session:
-                held = session.scalar(select(Study.owner).where(Study.study_id == candidate.study_id))
-                if held != str(owner):
-                    raise StorageError("the study was deleted, or taken over by another process")
+                _require_owner(session, candidate.study_id, owner)
                 session.add(candidate)
         except IntegrityError as error:
             if self.has_study(candidate.study_id):
@@ -556,6 +564,17 @@ def _require_dead(held: str | None, owner: Owner) -> None:
         raise StorageError(f"its study is being searched by {_describe(Owner.parse(held))}")
 
 
+def _require_owner(session: Session, study_id: int, owner: Owner) -> None:
+    """Raises StorageError where the study is not `owner`'s; otherwise it stays so until the transaction ends."""
+    # An update, as that takes the lock that a reader would not.
+    kept = update(Study).where(Study.study_id == study_id, Study.owner == str(owner)).values(owner=str(owner))
+    if session.execute(kept).rowcount != 1:  # type: ignore[attr-defined]
+        why = (
+            "deleted while it was searched" if session.get(Study, study_id) is None else "taken over by another process"
+        )
+        raise StorageError(f"the study was {why}")
+
+
 def _describe(owner: Owner) -> str:
     if owner.host == socket.gethostname():
         return f"process {owner.pid}"
@@ -563,6 +582,12 @@ def _describe(owner: Owner) -> str:
 
 
 # -- opening -------------------------------------------------------------------------------------------------------
+
+
+def _require_supported(url: URL) -> None:
+    """The front is a view, and a row is replaced, in the words of these two."""
+    if url.get_backend_name() not in BACKENDS:
+        raise StorageError(f"{url.get_backend_name()} is not supported; use {' or '.join(BACKENDS)}")
 
 
 def _is_sqlite_file(url: URL) -> bool:
@@ -580,7 +605,7 @@ def _is_writable(url: URL) -> bool:
 def _probe_args(url: URL) -> dict[str, Any]:
     if url.get_backend_name() == "sqlite":
         return {"timeout": OPEN_TIMEOUT_S}
-    return {"connect_timeout": OPEN_TIMEOUT_S} if url.get_backend_name() in ("postgresql", "mysql") else {}
+    return {"connect_timeout": OPEN_TIMEOUT_S}
 
 
 def _make_sqlite_file(url: URL) -> None:

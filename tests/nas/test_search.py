@@ -27,8 +27,9 @@ from nas.pareto import front
 from nas.parts import arch_parts
 from nas.profile import Ceilings
 from nas.proxy import ProxyResult
+from nas.remeasure import latency_row
 from search_spaces import ArchSpec, SearchSpace
-from studies import Candidate, CandidateState, Owner, StorageError, Store, Study
+from studies import Candidate, CandidateState, LatencyStage, Owner, StorageError, Store, Study
 
 
 class Counting(FakeEvaluator):
@@ -623,20 +624,74 @@ def test_two_processes_that_begin_a_study_at_once(config: SearchConfig) -> None:
     assert search.run(config, FakeEvaluator()).complete == 12
 
 
-def test_a_study_taken_over_meanwhile_gets_no_more_rows(config: SearchConfig) -> None:
+@pytest.mark.parametrize("when", ["trained", "proposing"])
+def test_a_study_taken_over_meanwhile_is_left_alone(config: SearchConfig, when: str) -> None:
+    """The robbed process writes no rows, and a trial that is running is the new owner's: closing it as failed would end
+    that search, too."""
+    thief = replace(Owner.me(), host="elsewhere")
+    running: list[int] = []
+
+    def rob() -> None:
+        store = opened(config)
+        study = store.find_study(config.study)
+        assert study is not None
+        with store._session() as session:
+            session.get_one(Study, study.study_id).owner = str(thief)
+        running.append(store.optuna_storage.create_new_trial(study.study_id))
+        store.close()
+
     class Robbed(FakeEvaluator):
         def train(self, arch: ArchSpec) -> ProxyResult:
-            store = opened(config)
-            study = store.find_study(config.study)
-            assert study is not None
-            with store._session() as session:
-                session.get_one(Study, study.study_id).owner = str(replace(Owner.me(), host="elsewhere"))
-            store.close()
+            if when == "trained":
+                rob()
             return super().train(arch)
 
-    with pytest.raises(StorageError, match="taken over"):
-        search.run(config, Robbed())
-    assert candidates(config) == []
+    class Robber(search.Silent):
+        def candidate(self, event: search.Event) -> None:
+            if when == "proposing":
+                rob()
+
+    with pytest.raises(StorageError, match="taken over by another process"):
+        search.run(config, Robbed(), Robber())
+    assert len(candidates(config)) == {"trained": 0, "proposing": 1}[when]
+    store = opened(config)
+    trials = store.optuna_storage.get_all_trials(1)
+    assert next(trial for trial in trials if trial._trial_id == running[0]).state == TrialState.RUNNING
+    # And nothing was begun after that.
+    assert trials[-1]._trial_id == running[0]
+    study = store.find_study(config.study)
+    assert study is not None
+    assert study.owner == str(thief)
+    store.close()
+
+
+def test_a_killed_candidate_is_told_as_the_search_judged_it(
+    config: SearchConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Measured again before the study goes on, it may have turned out over the limit: it was feasible when it was
+    recorded, and is not told as complete with a broken constraint."""
+    config = replace(config, limits=Limits(latency_ms=10.0), budget=3)
+
+    def die(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nas.study.LiveStudy._tell", die)
+        with pytest.raises(KeyboardInterrupt):
+            search.run(config, FakeEvaluator())
+    (row,) = candidates(config)
+    store = opened(config)
+    again = latency_row(
+        row.trial_id, replace(FakeEvaluator().measure(ArchSpec.from_json(row.arch)), median_ms=14.0), config.latency,
+        row.latencies[0].device_id, LatencyStage.FINAL,
+    )  # fmt: skip
+    again.over_limit = True
+    store.add_latencies(row.study_id, [again])
+    store.close()
+    search.run(config, FakeEvaluator())
+    trial = trials(config)[0]
+    assert trial.state == TrialState.COMPLETE
+    assert trial.constraints["latency_ms"] < 0
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
@@ -279,6 +280,28 @@ def test_studies_of_nothing_can_be_shown(config: SearchConfig) -> None:
 
 
 # -- Serving ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_study_is_not_renamed(served: Served, served_config: SearchConfig) -> None:
+    """optuna-dashboard copies its trials to another study and deletes it, and all of our rows would go with it."""
+    before = served.study()
+    request = urllib.request.Request(
+        f"{served.server.url}api/studies/{before['study_id']}/rename", b'{"study_name": "mine"}',
+        {"Content-Type": "application/json"},
+    )  # fmt: skip
+    with pytest.raises(urllib.error.HTTPError, match="Conflict") as caught:
+        urllib.request.urlopen(request, timeout=30)
+    assert "keep their names" in json.loads(caught.value.read())["reason"]
+    assert [each["study_name"] for each in served.json("api/studies")["study_summaries"]] == ["convfirst"]
+    assert len([row for row in candidates(served_config) if row.accuracy is not None]) == 12
+
+
+def test_a_search_whose_files_cannot_be_written_ends_with_a_remark(config: SearchConfig, shown: None) -> None:
+    folder = artifact_folder(config.storage)
+    folder.write_text("in the way")
+    result = search.run(config, FakeEvaluator())
+    assert result.complete == 12
+    assert any(f"the dashboard's files could not be written to {folder}" in remark for remark in result.remarks)
 
 
 def test_an_address_that_is_taken_gets_one_line(config: SearchConfig, tmp_path: Path) -> None:

@@ -613,7 +613,8 @@ def test_a_locked_database_is_told_soon(sqlite_url: str, monkeypatch: pytest.Mon
     ("url", "message"),
     [
         ("nonsense", "Could not parse"),
-        ("nosuch://here", "nosuch"),
+        ("nosuch://here", "nosuch is not supported; use sqlite or postgresql"),
+        ("mysql+pymysql://a@127.0.0.1/x", "mysql is not supported"),
         ("sqlite://", "in-memory"),
         ("sqlite:////proc/nowhere/x.db", "No such file|unable|denied"),
         ("postgresql+psycopg://a@127.0.0.1:1/x", "refused"),
@@ -661,13 +662,42 @@ def test_a_dead_owners_study_is_taken_once(store: Store) -> None:
         store.claim(study.study_id, dead)
 
 
-def test_two_processes_may_make_a_database_at_once(sqlite_url: str) -> None:
-    code = f"from studies import Store; Store.open({sqlite_url!r}, create=True)"
+def test_a_study_that_was_claimed_meanwhile_is_not_disowned(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two that take over the same study at once, the second takes nothing away from the first."""
+    study = make_study(store)
+    me = Owner.me()
+    store.claim(study.study_id, replace(me, host="vanished"))
+
+    def claimed_now(text_: str) -> Owner:
+        monkeypatch.undo()
+        store.disown(study.study_id)
+        store.claim(study.study_id, me)
+        return Owner.parse(text_)
+
+    monkeypatch.setattr(Owner, "parse", claimed_now)
+    store.disown(study.study_id)
+    store.require_owner(study.study_id, me)
+
+
+def test_whoever_is_not_the_owner_is_told_why(store: Store) -> None:
+    study = make_study(store)
+    me = Owner.me()
+    store.claim(study.study_id, me)
+    store.require_owner(study.study_id, me)
+    with pytest.raises(StorageError, match="taken over by another process"):
+        store.require_owner(study.study_id, replace(me, pid=me.pid + 1))
+    optuna.delete_study(study_name="one", storage=store.optuna_storage)
+    with pytest.raises(StorageError, match="deleted while it was searched"):
+        store.require_owner(study.study_id, me)
+
+
+def test_three_processes_may_make_a_database_at_once(any_url: str) -> None:
+    code = f"from studies import Store; Store.open({any_url!r}, create=True)"
     processes = [subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True) for _ in range(3)]
     for process in processes:
         _, errors = process.communicate(timeout=60)
         assert process.returncode == 0, errors
-    assert Store.open(sqlite_url, create=False) is not None
+    assert Store.open(any_url, create=False) is not None
 
 
 def test_a_whole_search_runs_on_either(any_url: str) -> None:
