@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Iterator
@@ -25,8 +26,9 @@ if TYPE_CHECKING:
     from studies import Store
 
 app = typer.Typer(add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
-out = Console()
-err = Console(stderr=True)
+# Brackets and colons in names and paths are the user's own.
+out = Console(markup=False, emoji=False)
+err = Console(stderr=True, markup=False, emoji=False)
 
 
 class Format(StrEnum):
@@ -171,7 +173,8 @@ def search(
         if given := _given_options(context):
             _fail(f"{given[0]}: belongs after the command: run_search.py {context.invoked_subcommand} {given[0]} ...")
         return
-    with _reported(storage):
+    with _interruptible(), _reported(storage):
+        # Importing torch takes seconds, in which Ctrl-C may come, too.
         config = _config(**{name: value for name, value in context.params.items() if name != "take_over"})
         _run(config, take_over)
 
@@ -237,10 +240,10 @@ def dashboard(
             for summary in store.summaries():
                 try:
                     made = show(store, summary.name, folder)
-                    out.print(f"{summary.name}: {made} files of its front made", highlight=False, markup=False)
+                    out.print(f"{summary.name}: {made} files of its front made", highlight=False)
                 except StorageError as error:
                     # A file that is read-only, say: what is there can be looked at.
-                    err.print(f"{summary.name}: not brought up to date ({error})", highlight=False, markup=False)
+                    err.print(f"{summary.name}: not brought up to date ({error})", highlight=False)
             server.warm_up()
             out.print(f"dashboard: {server.url} (Ctrl-C ends it)", highlight=False, soft_wrap=True)
             # As Ctrl-C does.
@@ -263,7 +266,7 @@ def report(
 
             found = contenders(store, study)
             for path in write_report(store, study, storage, out_dir, found, verdict(found)):
-                out.print(f"made: {path}", highlight=False, soft_wrap=True, markup=False)
+                out.print(f"made: {path}", highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -306,7 +309,7 @@ def baselines(
         compared = known.contenders(store, study)
         out.print(known.table(compared, f"Baselines of {study}"))
         for line in (*known.training_lines(compared), *known.failures(store, study), *known.verdict(compared)):
-            out.print(line, highlight=False, soft_wrap=True, markup=False)
+            out.print(line, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -384,7 +387,7 @@ def export(
                     f"{networks[0].num_classes} classes: train.py takes another --num-classes"
                 )
         for path in written:
-            out.print(str(path), highlight=False, soft_wrap=True, markup=False)
+            out.print(str(path), highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -421,7 +424,7 @@ def bench(
             out.print(table)
             out.print()
         for line in benches.remarks(rows):
-            out.print(line, highlight=False, soft_wrap=True, markup=False)
+            out.print(line, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -449,12 +452,12 @@ def retrain(
             resolution=resolution, data_dir=data_dir, download=download,
         )  # fmt: skip
         found = retraining.retrain(store, study, config, _note)
-        out.print(found.set_up, highlight=False, soft_wrap=True, markup=False)
+        out.print(found.set_up, highlight=False, soft_wrap=True)
         for table in retraining.tables(found, f"Longer trainings of {study}"):
             out.print(table)
             out.print()
         for line in retraining.remarks(found):
-            out.print(line, highlight=False, soft_wrap=True, markup=False)
+            out.print(line, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -538,7 +541,7 @@ def remeasure(
 
         given = _given(context)
         flags = {name: (DEPLOYMENT_FLAGS[name], value) for name, value in given.items()}
-        note = partial(out.print, highlight=False, soft_wrap=True, markup=False)
+        note = partial(out.print, highlight=False, soft_wrap=True)
         # Only what the flags say is theirs to answer for.
         planned = _checked(again.plan, flags, store=store, name=study, changes=given)
         done = again.remeasure(store, study, planned, everything, note)
@@ -642,7 +645,7 @@ def latency(
                 except CandidateFailed as error:
                     raise UsageError(f"--arch {arch}: {error}") from error
             for line in table_lines(store, subject):
-                out.print(line, highlight=False, soft_wrap=True, markup=False)
+                out.print(line, highlight=False, soft_wrap=True)
 
 
 # -- helpers -------------------------------------------------------------------------------------------------------
@@ -689,7 +692,7 @@ def _interruptible() -> Iterator[None]:
 
 def _note(line: str) -> None:
     """Progress, beside what a command prints."""
-    err.print(line, highlight=False, soft_wrap=True, markup=False)
+    err.print(line, highlight=False, soft_wrap=True)
 
 
 def _require_folder(flag: str, folder: Path) -> None:
@@ -786,20 +789,18 @@ def _config(
 
 
 def _run(config: SearchConfig, take_over: bool) -> None:
-    with _interruptible():
-        # Importing torch takes seconds, in which Ctrl-C may come, too.
-        from nas import study
-        from nas.progress import LiveProgress, PlainProgress, shares_line
-        from nas.search import run
-        from studies import displayed
+    from nas import study
+    from nas.progress import LiveProgress, PlainProgress, shares_line
+    from nas.search import run
+    from studies import displayed
 
-        if take_over:
-            study.take_over(config)
-        if out.is_terminal:
-            with LiveProgress(out) as progress:
-                result = run(config, progress=progress)
-        else:
-            result = run(config, progress=PlainProgress(out))
+    if take_over:
+        study.take_over(config)
+    if out.is_terminal:
+        with LiveProgress(out) as progress:
+            result = run(config, progress=progress)
+    else:
+        result = run(config, progress=PlainProgress(out))
     _print_front(result.pareto_front, f"Pareto front of {config.study} ({result.complete} candidates)")
     shown = displayed(config.storage)
     for line in (
@@ -807,7 +808,7 @@ def _run(config: SearchConfig, take_over: bool) -> None:
         *result.remarks,
         shares_line(result),
         f"study {config.study!r} is in {shown}",
-        f"front again: python run_search.py pareto --storage {shown} --study {config.study}",
+        f"front again: python run_search.py pareto --storage {shlex.quote(shown)} --study {shlex.quote(config.study)}",
     ):
         out.print(line, highlight=False, soft_wrap=True)
 

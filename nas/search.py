@@ -171,7 +171,7 @@ def _finish(config: SearchConfig, study: LiveStudy, evaluator: Evaluator, progre
 
 
 def _show(config: SearchConfig, study: LiveStudy) -> tuple[str, ...]:
-    """Make the dashboard's files; where they cannot be written a remark says so, which is no reason to lose the rest."""
+    """Make the dashboard's files. Where they cannot be written a remark says so: no reason to lose the rest."""
     folder = artifact_folder(config.storage)
     try:
         show(study.store, config.study, folder)

@@ -66,11 +66,12 @@ class StorageError(Exception):
 
 
 def displayed(url: str) -> str:
-    """The URL with its password hidden, for people and logs."""
+    """The URL as it was typed, but for its password, which is hidden, for people and logs."""
     try:
-        return make_url(url).render_as_string()
+        parsed = make_url(url)
     except ArgumentError:
         return url
+    return url if parsed.password is None else parsed.render_as_string()
 
 
 @dataclass(frozen=True, slots=True)

@@ -133,6 +133,22 @@ def test_flags_become_the_configuration(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 @pytest.mark.usefixtures("fake")
+def test_names_are_printed_as_they_are() -> None:
+    """Brackets and colons mean something to the library that prints tables."""
+    name = "[/x] [v2] [red]b[/red] :smile:"
+    storage = "sqlite:///[v3]/a.db"
+    for command in ("--budget 2", "pareto", "studies"):
+        result = call(f"{command} --storage {storage}" + (f" --study '{name}'" if command != "studies" else ""))
+        assert result.exit_code == 0, result.output
+        assert name in result.stdout
+    ended = call(f"--budget 2 --storage {storage} --study '{name}'").stdout
+    assert f"study '{name}' is in {storage}\n" in ended
+    # What it says to type can be typed.
+    assert name in call(ended.splitlines()[-1].partition("run_search.py ")[2]).stdout
+    assert f"(there: {name})" in refused(f"pareto --storage {storage} --study other")
+
+
+@pytest.mark.usefixtures("fake")
 def test_the_command_line_and_the_library_agree_on_defaults() -> None:
     """A study begun by one is continued by the other."""
     assert call("--budget 2").exit_code == 0
