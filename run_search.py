@@ -113,6 +113,10 @@ def search(
     download: Annotated[
         bool, typer.Option(help="Fetch CIFAR or timm data.", rich_help_panel="Data and training")
     ] = False,
+    to_rgb: Annotated[
+        bool,
+        typer.Option(help="Convert a folder's images that are not RGB.", rich_help_panel="Data and training"),
+    ] = False,
     resolution: Annotated[
         int | None, typer.Option(help="Pixels; by default the space's.", rich_help_panel="Data and training")
     ] = None,
@@ -736,7 +740,7 @@ def _deployment(base: LatencyConfig | None = None, **given: Any) -> LatencyConfi
 
 def _config(
     *, budget: int, time_limit: float | None, sampler: Sampler, seed: int, space: str, storage: str, study: str,
-    data: str, data_dir: str, download: bool, resolution: int | None, proxy_steps: int, proxy_batch: int,
+    data: str, data_dir: str, download: bool, to_rgb: bool, resolution: int | None, proxy_steps: int, proxy_batch: int,
     proxy_lr: float, threads: int | None, deterministic: bool, device: str, engine: str, dtype: Dtype,
     latency_batch: int, latency_resolution: int | None, latency_classes: int | None, latency_threads: int,
     latency_precision: float | None, latency_seconds: float, block_table: bool, keep_weights: bool,
@@ -780,7 +784,9 @@ def _config(
     limits = dict(latency_ms=max_latency_ms, params=max_params, macs=max_macs, memory_mb=max_memory_mb)
     config: SearchConfig = _checked(
         SearchConfig, flags, budget=budget, time_limit_s=time_limit, storage=storage, study=study, space=loaded,
-        data=_checked(DataConfig, flags, source=data, resolution=pixels, data_dir=data_dir, download=download),
+        data=_checked(
+            DataConfig, flags, source=data, resolution=pixels, data_dir=data_dir, download=download, to_rgb=to_rgb
+        ),
         proxy=_checked(ProxyConfig, flags, **proxy), latency=_checked(LatencyConfig, latency_flags, **latency),
         limits=_checked(Limits, flags, **limits), sampler=sampler.value, seed=seed,
         block_table=block_table, keep_weights=keep_weights,

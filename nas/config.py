@@ -18,6 +18,7 @@ DEFAULT_DTYPE = {"cpu": "float32", "cuda": "float16"}
 # Share of the median that its confidence interval may be wide.
 DEFAULT_PRECISION = {"cpu": 0.05, "cuda": 0.02}
 AUTO = "auto"
+MAX_THREADS = 1024
 
 
 class Sampler(StrEnum):
@@ -47,6 +48,11 @@ def _require(condition: bool, name: str, value: object, expected: str) -> None:
         raise ValueError(f"{name}={value!r} is not {expected}")
 
 
+def _require_threads(threads: int) -> None:
+    # Torch would start as many as it is told to, and a machine drown in them.
+    _require(1 <= threads <= MAX_THREADS, "threads", threads, f"between 1 and {MAX_THREADS}")
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """Where images come from.
@@ -57,12 +63,14 @@ class DataConfig:
         resolution: pixels of the square training and validation images.
         data_dir: where CIFAR's and timm's files are.
         download: let torchvision or timm download them.
+        to_rgb: convert a folder's images that are not RGB (ImageNet has some) instead of refusing them.
     """
 
     source: str = "digits"
     resolution: int = 32
     data_dir: str = "data"
     download: bool = False
+    to_rgb: bool = False
 
     def __post_init__(self) -> None:
         _require(self.resolution >= 8, "resolution", self.resolution, "at least 8 pixels")
@@ -95,7 +103,7 @@ class ProxyConfig:
         # One image leaves batch norm nothing to normalise over once the map is a single pixel.
         _require(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2")
         _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "positive")
-        _require(self.threads >= 1, "threads", self.threads, "at least 1")
+        _require_threads(self.threads)
         object.__setattr__(self, "betas", tuple(self.betas))
 
 
@@ -140,7 +148,7 @@ class LatencyConfig:
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
         _require(self.resolution >= 8, "resolution", self.resolution, "at least 8 pixels")
         _require(self.num_classes >= 1, "num_classes", self.num_classes, "at least 1")
-        _require(self.threads >= 1, "threads", self.threads, "at least 1")
+        _require_threads(self.threads)
         assert self.precision is not None
         _require(0 < self.precision < 1, "precision", self.precision, "a share between 0 and 1")
         _require(self.seconds > 0, "seconds", self.seconds, "positive")
@@ -218,4 +226,7 @@ class SearchConfig:
         # Where files lie and how they came there does not change what they hold.
         for transient in ("data_dir", "download"):
             del fields["data"][transient]
+        # Studies that were begun before there was a choice do not have it.
+        if not self.data.to_rgb:
+            del fields["data"]["to_rgb"]
         return fields

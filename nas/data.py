@@ -91,7 +91,7 @@ def load(config: DataConfig) -> ImageData:
     elif name in ("cifar10", "cifar100"):
         data = _cifar(config)
     elif Path(name).is_dir():
-        data = _folder(Path(name), config.resolution)
+        data = _folder(Path(name), config)
     elif name.startswith((".", "/", "~")):
         raise UsageError(f"--data {name}: no such folder")
     elif not name.lower().startswith(TIMM_PREFIXES):
@@ -156,7 +156,7 @@ def _write_cache(path: Path, tensors: dict[str, Tensor]) -> None:
 # -- image files ---------------------------------------------------------------------------------------------------
 
 
-def _folder(root: Path, resolution: int) -> ImageData:
+def _folder(root: Path, config: DataConfig) -> ImageData:
     train_root = root / "train" if (root / "train").is_dir() else root
     val_root = next((root / name for name in VAL_FOLDERS if (root / name).is_dir()), None)
     held_out = {val_root.name} | {"test"} if val_root and train_root == root else set()
@@ -187,7 +187,7 @@ def _folder(root: Path, resolution: int) -> ImageData:
     else:
         train, val = _split(train, [label for _, label in train], str(root))
     return _assemble(
-        str(root), train, val, classes, lambda item: (_read_image(str(root), item[0], resolution), item[1]), resolution
+        str(root), train, val, classes, lambda item: (_read_image(config, item[0]), item[1]), config.resolution
     )
 
 
@@ -203,14 +203,17 @@ def _image_files(root: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
     ]
 
 
-def _read_image(data: str, path: Path, resolution: int) -> Tensor:
+def _read_image(config: DataConfig, path: Path) -> Tensor:
     from PIL import Image
 
+    data = config.source
     try:
         with Image.open(path) as image:
-            if image.mode != "RGB":
-                raise UsageError(f"--data {data}: {path} is not an RGB image (its mode is {image.mode})")
-            return _to_tensor(image, resolution)
+            if image.mode != "RGB" and not config.to_rgb:
+                raise UsageError(
+                    f"--data {data}: {path} is not an RGB image (its mode is {image.mode}); --to-rgb converts such"
+                )
+            return _to_tensor(image if image.mode == "RGB" else image.convert("RGB"), config.resolution)
     # A damaged chunk of a PNG is a SyntaxError to Pillow.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UsageError(f"--data {data}: {path} cannot be read as an image ({error})") from error

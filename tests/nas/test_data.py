@@ -176,8 +176,9 @@ def test_images_that_are_not_rgb_are_refused_by_name(tmp_path: Path, mode: str) 
     make_folder(tmp_path, {"cat": 3, "dog": 3})
     odd = tmp_path / "dog" / "odd.tif"
     Image.new(mode, (16, 16)).save(odd)
-    with pytest.raises(UsageError, match=f"odd.tif is not an RGB image .its mode is {mode}"):
+    with pytest.raises(UsageError, match=f"odd.tif is not an RGB image .its mode is {mode}.; --to-rgb converts"):
         load(tmp_path)
+    assert len(load(tmp_path, to_rgb=True).train_labels) == 5
 
 
 def test_unreadable_images_are_refused_by_name(tmp_path: Path) -> None:

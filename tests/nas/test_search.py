@@ -539,6 +539,13 @@ def test_a_study_remembers_its_whole_configuration(config: SearchConfig) -> None
     assert ArchSpec.from_json(study.anchor) == config.space.anchor()
 
 
+def test_studies_of_before_images_could_be_converted_go_on(config: SearchConfig) -> None:
+    assert "to_rgb" not in config.identity()["data"]
+    search.run(replace(config, data=replace(config.data, to_rgb=True)), FakeEvaluator())
+    with pytest.raises(UsageError, match=r"data\.to_rgb: study has True"):
+        search.run(config, FakeEvaluator())
+
+
 def test_a_study_that_another_process_searches_is_refused_until_that_process_is_gone(config: SearchConfig) -> None:
     search.run(replace(config, budget=2), FakeEvaluator())
     other = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
