@@ -26,8 +26,10 @@ if TYPE_CHECKING:
     from studies import Store
 
 app = typer.Typer(add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
+# In a pipe or a file there is no edge at which lines would have to be broken.
+WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
 # Brackets and colons in names and paths are the user's own.
-out = Console(markup=False, emoji=False)
+out = Console(markup=False, emoji=False, width=WIDTH)
 err = Console(stderr=True, markup=False, emoji=False)
 
 
@@ -748,6 +750,7 @@ def _config(
 ) -> SearchConfig:  # fmt: skip
     """The flags as one value, with what they leave open filled in."""
     from nas.config import DataConfig, LatencyConfig, Limits, ProxyConfig, SearchConfig, default_threads
+    from nas.data import class_count
     from nas.errors import UsageError
     from search_spaces import load_space
 
@@ -771,6 +774,11 @@ def _config(
     except ValueError as error:
         raise UsageError(f"--space {error}") from error
     pixels = loaded.resolution if resolution is None else resolution
+    images = _checked(
+        DataConfig, flags, source=data, resolution=pixels, data_dir=data_dir, download=download, to_rgb=to_rgb
+    )
+    # The embedded digits stand for whatever the network will be for.
+    classes = 1000 if space == "imagenet" and data == "digits" else class_count(images) or 10
     proxy = dict(
         steps=proxy_steps, batch_size=proxy_batch, learning_rate=proxy_lr, deterministic=deterministic,
         threads=default_threads() if threads is None else threads,
@@ -778,15 +786,13 @@ def _config(
     latency = dict(
         device=device, engine=engine, dtype=dtype.value,
         batch_size=latency_batch, resolution=pixels if latency_resolution is None else latency_resolution,
-        num_classes=(1000 if space == "imagenet" else 10) if latency_classes is None else latency_classes,
+        num_classes=classes if latency_classes is None else latency_classes,
         threads=latency_threads, precision=latency_precision, seconds=latency_seconds,
     )  # fmt: skip
     limits = dict(latency_ms=max_latency_ms, params=max_params, macs=max_macs, memory_mb=max_memory_mb)
     config: SearchConfig = _checked(
         SearchConfig, flags, budget=budget, time_limit_s=time_limit, storage=storage, study=study, space=loaded,
-        data=_checked(
-            DataConfig, flags, source=data, resolution=pixels, data_dir=data_dir, download=download, to_rgb=to_rgb
-        ),
+        data=images,
         proxy=_checked(ProxyConfig, flags, **proxy), latency=_checked(LatencyConfig, latency_flags, **latency),
         limits=_checked(Limits, flags, **limits), sampler=sampler.value, seed=seed,
         block_table=block_table, keep_weights=keep_weights,
@@ -829,8 +835,11 @@ def _plot_front(evaluations: pd.DataFrame, front: pd.DataFrame, study: str, path
 
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--plot {path}: not a .png, .svg or .pdf file")
-    if not path.absolute().parent.is_dir():
+    folder = path.absolute().parent
+    if not folder.is_dir():
         raise UsageError(f"--plot {path}: its folder does not exist")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise UsageError(f"--plot {path}: cannot be written")
     if front.empty:
         raise UsageError(f"--plot {path}: the front of {study} is empty")
     fronts = list(front.groupby(DEPLOYMENT, sort=False))
@@ -892,7 +901,7 @@ def _opened(storage: str, study: str | None = None, write: bool = False) -> Iter
         store.close()
         store = Store.open(storage, create=True)
     if store is None:
-        raise UsageError(f"--storage {displayed(storage)}: there is no study database of ours")
+        raise UsageError(f"--storage {displayed(storage)}: there is no study database of ours; a search makes one")
     try:
         if study is not None and store.find_study(study) is None:
             known = ", ".join(row.name for row in store.summaries()) or "none"

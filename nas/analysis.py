@@ -138,7 +138,7 @@ def doubtful_lines(rows: Sequence[BlockLatency]) -> list[str]:
     widest = max(row.interval_share for row in rows)
     throttled = " or measured on a throttling GPU" if any(row.throttled for row in rows) else ""
     return [
-        f"{len(rows)} of these figures were ended by the time cap{throttled}: known within {widest:.0%} at worst "
+        f"{len(rows)} of these figures ended at the time cap{throttled}: known within {widest:.0%} at worst "
         "(--again measures anew)"
     ]
 
@@ -279,11 +279,12 @@ def table_lines(store: Store, subject: Subject) -> list[str]:
         found.append(f"{added.total_ms:.4f} ms, the sum of {of_parts}, all of them measured")
     else:
         known = [ms for ms in added.part_ms if ms is not None]
-        found.append(f"{len(known)} of {of_parts} are measured, {sum(known):.4f} ms together; missing:")
-        found += [f"  {part.block.name}: {part.shape}" for part in added.missing]
-        found += ["  what a call costs"] if added.call_ms is None else []
-        found.append("--measure measures them")
-    found += doubtful_lines(table.doubtful(parts))
+        together = f"{len(known)} of {of_parts} are measured, {sum(known):.4f} ms together"
+        found.append(together if known else f"none of {of_parts} is measured")
+        missing = [part.block.name for part in added.missing] + ["a call's cost"] * (added.call_ms is None)
+        found.append(f"missing: {', '.join(missing)}; --measure measures them")
+    if added.total_ms is not None or any(ms is not None for ms in added.part_ms):
+        found += doubtful_lines(table.doubtful(parts))
     network_ms = table.median_ms(network_shape(subject.name, config))
     if network_ms is not None:
         found.append(f"{network_ms:.4f} ms measured as a whole")

@@ -4,6 +4,7 @@ precisely latencies are measured is part of the study's identity: a study is nev
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -19,6 +20,8 @@ DEFAULT_DTYPE = {"cpu": "float32", "cuda": "float16"}
 DEFAULT_PRECISION = {"cpu": 0.05, "cuda": 0.02}
 AUTO = "auto"
 MAX_THREADS = 1024
+MAX_RESOLUTION = 2048  # pixels
+MAX_BUDGET = 1_000_000
 
 
 class Sampler(StrEnum):
@@ -48,6 +51,10 @@ def _require(condition: bool, name: str, value: object, expected: str) -> None:
         raise ValueError(f"{name}={value!r} is not {expected}")
 
 
+def _require_resolution(resolution: int) -> None:
+    _require(8 <= resolution <= MAX_RESOLUTION, "resolution", resolution, f"between 8 and {MAX_RESOLUTION} pixels")
+
+
 def _require_threads(threads: int) -> None:
     # Torch would start as many as it is told to, and a machine drown in them.
     _require(1 <= threads <= MAX_THREADS, "threads", threads, f"between 1 and {MAX_THREADS}")
@@ -73,7 +80,7 @@ class DataConfig:
     to_rgb: bool = False
 
     def __post_init__(self) -> None:
-        _require(self.resolution >= 8, "resolution", self.resolution, "at least 8 pixels")
+        _require_resolution(self.resolution)
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,7 @@ class ProxyConfig:
         _require(self.steps >= 1, "steps", self.steps, "at least 1")
         # One image leaves batch norm nothing to normalise over once the map is a single pixel.
         _require(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2")
-        _require(self.learning_rate > 0, "learning_rate", self.learning_rate, "positive")
+        _require(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "positive and finite")
         _require_threads(self.threads)
         object.__setattr__(self, "betas", tuple(self.betas))
 
@@ -146,7 +153,7 @@ class LatencyConfig:
             object.__setattr__(self, "precision", DEFAULT_PRECISION.get(kind, 0.05))
         _require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
         _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        _require(self.resolution >= 8, "resolution", self.resolution, "at least 8 pixels")
+        _require_resolution(self.resolution)
         _require(self.num_classes >= 1, "num_classes", self.num_classes, "at least 1")
         _require_threads(self.threads)
         assert self.precision is not None
@@ -212,7 +219,7 @@ class SearchConfig:
     keep_weights: bool = False
 
     def __post_init__(self) -> None:
-        _require(self.budget >= 1, "budget", self.budget, "at least 1")
+        _require(1 <= self.budget <= MAX_BUDGET, "budget", self.budget, f"between 1 and {MAX_BUDGET:,}")
         _require(self.time_limit_s is None or self.time_limit_s > 0, "time_limit", self.time_limit_s, "positive")
         _require(self.sampler in SAMPLERS, "sampler", self.sampler, f"one of {', '.join(SAMPLERS)}")
         _require(bool(self.study), "study", self.study, "a name")

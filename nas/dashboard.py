@@ -46,7 +46,7 @@ class Server:
         try:
             server: Any = create_server(app, host=host, port=port, threads=THREADS)
         except (OSError, ValueError, socket.gaierror) as error:
-            raise UsageError(f"--port {port}: cannot listen on {host} ({error})") from error
+            raise UsageError(f"--host {host} --port {port}: cannot listen there ({error})") from error
         self.server, self.host, self.port = server, host, int(server.effective_port)
 
     @property

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from PIL import Image
 
 DIGITS_TRAIN, DIGITS_VAL = 16_000, 3_000
+COMPOSING_SECONDS = 5e-7  # a pixel, on one core of an EPYC
 # The data are the same whatever the search's seed, so that searches of different seeds can be compared.
 DATA_SEED = 0
 VAL_SHARE = 0.1  # held out of the training data where there is no validation split
@@ -34,7 +35,9 @@ MAX_BYTES = 2 * 2**30  # of training images; a stratified subset of larger sets 
 # Mean and deviation are taken of a sample, which becomes float32: all of a set of 2 GiB would take 16.
 MEAN_IMAGES, MEAN_VALUES = 10_000, 50_000_000
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"}
-VAL_FOLDERS = ("val", "validation", "valid")
+TRAIN_FOLDERS, VAL_FOLDERS, TEST_FOLDERS = ("train", "training"), ("val", "validation", "valid"), ("test", "testing")
+# Fewer images than that hardly tell one network from another.
+FEW_VAL_IMAGES = 200
 # Of timm's data set names; without one timm would take any word for a folder of images, and --data-dir for that folder.
 TIMM_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
 # Handwriting: a mirrored 2 is no 2.
@@ -68,6 +71,17 @@ class ImageData:
         sample = self.train_images[::stride].float() / 255
         return sample.mean(dim=(0, 2, 3)), sample.std(dim=(0, 2, 3)).clamp_min(1e-3)
 
+    @property
+    def summary(self) -> str:
+        """What was loaded, in a line."""
+        shown = ", ".join(self.classes) if len(self.classes) <= 5 else f"{self.classes[0]} to {self.classes[-1]}"
+        line = (
+            f"data: {len(self.classes)} classes ({shown}), {len(self.train_labels):,} training and "
+            f"{len(self.val_labels):,} validation images of {self.val_images.shape[-1]}x{self.val_images.shape[-1]}"
+        )
+        few = len(self.val_labels) < FEW_VAL_IMAGES
+        return f"{line}; so few to validate with tell networks apart only roughly" if few else line
+
     @cached_property
     def fingerprint(self) -> str:
         """Twelve hex digits of the labels and a sample of the pixels: other data under the same name shows."""
@@ -79,15 +93,18 @@ class ImageData:
         return digest.hexdigest()[:12]
 
 
-def load(config: DataConfig) -> ImageData:
+def load(config: DataConfig, note: Callable[[str], None] = lambda line: None) -> ImageData:
     """The data set that `config` names.
+
+    Args:
+        note: told of what takes long.
 
     Raises:
         UsageError: unknown data, missing files, an empty or single-class set, an unreadable or non-RGB image.
     """
     name = config.source
     if name == "digits":
-        data = _digits(config.resolution)
+        data = _digits(config.resolution, note)
     elif name in ("cifar10", "cifar100"):
         data = _cifar(config)
     elif Path(name).is_dir():
@@ -114,13 +131,17 @@ def cache_folder() -> Path:
 # -- the embedded digits -------------------------------------------------------------------------------------------
 
 
-def _digits(resolution: int) -> ImageData:
+def _digits(resolution: int, note: Callable[[str], None]) -> ImageData:
+    most = MAX_BYTES // (3 * resolution**2)
+    train_count, val_count = min(DIGITS_TRAIN, most), min(DIGITS_VAL, most)
     path = cache_folder() / f"digits_v{clutter.RECIPE_VERSION}_{resolution}px_seed{DATA_SEED}.pt"
     tensors = _read_cache(path)
     if tensors is None:
+        seconds = (train_count + val_count) * COMPOSING_SECONDS * resolution**2
+        note(f"composing {train_count + val_count:,} images of {resolution}x{resolution}, once: some {seconds:.0f} s")
         train_digits, val_digits = clutter.split_digits(DATA_SEED)
-        train_images, train_labels = clutter.compose(train_digits, DIGITS_TRAIN, resolution, seed=DATA_SEED)
-        val_images, val_labels = clutter.compose(val_digits, DIGITS_VAL, resolution, seed=DATA_SEED + 1)
+        train_images, train_labels = clutter.compose(train_digits, train_count, resolution, seed=DATA_SEED)
+        val_images, val_labels = clutter.compose(val_digits, val_count, resolution, seed=DATA_SEED + 1)
         tensors = dict(
             train_images=train_images, train_labels=train_labels, val_images=val_images, val_labels=val_labels
         )
@@ -157,14 +178,8 @@ def _write_cache(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _folder(root: Path, config: DataConfig) -> ImageData:
-    train_root = root / "train" if (root / "train").is_dir() else root
-    val_root = next((root / name for name in VAL_FOLDERS if (root / name).is_dir()), None)
-    held_out = {val_root.name} | {"test"} if val_root and train_root == root else set()
-    classes = sorted(
-        entry.name
-        for entry in train_root.iterdir()
-        if entry.is_dir() and not entry.name.startswith(".") and entry.name not in held_out
-    )
+    train_root, val_root = _subfolder(root, TRAIN_FOLDERS) or root, _subfolder(root, VAL_FOLDERS)
+    classes = _class_names(root, train_root)
     train = _image_files(train_root, classes)
     if not train:
         raise UsageError(f"--data {root}: no images in class subfolders of {train_root}")
@@ -185,10 +200,37 @@ def _folder(root: Path, config: DataConfig) -> ImageData:
         if not val:
             raise UsageError(f"--data {root}: no images in class subfolders of {val_root}")
     else:
-        train, val = _split(train, [label for _, label in train], str(root))
+        train, val = _split(train, [label for _, label in train], str(root), classes)
     return _assemble(
         str(root), train, val, classes, lambda item: (_read_image(config, item[0]), item[1]), config.resolution
     )
+
+
+def _subfolder(root: Path, names: Sequence[str]) -> Path | None:
+    """The folder of one of these names, in capitals or not."""
+    found = {entry.name.lower(): entry for entry in sorted(root.iterdir()) if entry.is_dir()}
+    return next((found[name] for name in names if name in found), None)
+
+
+def _class_names(root: Path, train_root: Path) -> list[str]:
+    """Folders of the training images. Beside classes, those of validation and test are none."""
+    names = sorted(entry.name for entry in train_root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if train_root != root:
+        return names
+    return [name for name in names if name.lower() not in (*VAL_FOLDERS, *TEST_FOLDERS)]
+
+
+def class_count(config: DataConfig) -> int | None:
+    """How many classes the data have, by a quick look; None where that does not tell."""
+    if config.source in ("digits", "cifar10"):
+        return 10
+    if config.source == "cifar100":
+        return 100
+    root = Path(config.source)
+    try:
+        return len(_class_names(root, _subfolder(root, TRAIN_FOLDERS) or root)) or None if root.is_dir() else None
+    except OSError:
+        return None
 
 
 def _image_files(root: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
@@ -303,7 +345,9 @@ def _first_line(error: BaseException) -> str:
 # -- shared --------------------------------------------------------------------------------------------------------
 
 
-def _split(items: Sequence[Any], labels: Sequence[int], data: str) -> tuple[list[Any], list[Any]]:
+def _split(
+    items: Sequence[Any], labels: Sequence[int], data: str, classes: Sequence[str] | None = None
+) -> tuple[list[Any], list[Any]]:
     """Items into training and validation, `VAL_SHARE` of every class (at least one image) for validation."""
     by_class = defaultdict(list)
     for index, label in enumerate(labels):
@@ -312,7 +356,8 @@ def _split(items: Sequence[Any], labels: Sequence[int], data: str) -> tuple[list
     held_out: set[int] = set()
     for label, indices in sorted(by_class.items()):
         if len(indices) < 2:
-            raise UsageError(f"--data {data}: class {label} has one image, and one is needed on each side of the split")
+            name = label if classes is None else classes[label]
+            raise UsageError(f"--data {data}: class {name} has one image, and one is needed on each side of the split")
         count = max(1, round(VAL_SHARE * len(indices)))
         held_out.update(rng.permutation(indices)[:count].tolist())
     train = [item for index, item in enumerate(items) if index not in held_out]
@@ -331,7 +376,8 @@ def _assemble(
     notes = []
     parts: list[Tensor] = []
     rng = np.random.default_rng(DATA_SEED)
-    most = {"training": MAX_BYTES // (3 * resolution**2), "validation": MAX_VAL_IMAGES}
+    fitting = MAX_BYTES // (3 * resolution**2)
+    most = {"training": fitting, "validation": min(MAX_VAL_IMAGES, fitting // 2)}
     for part, items in (("training", train), ("validation", val)):
         if len(items) > most[part]:
             notes.append(f"{data}: {most[part]:,} of {len(items):,} {part} images are used")

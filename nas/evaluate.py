@@ -106,10 +106,10 @@ class RealEvaluator:
         self.torch_device = check_device(config.latency)
         if config.proxy.deterministic:
             proxy.prepare_determinism()
-        data = image_data.load(config.data)
+        data = image_data.load(config.data, note)
         self.device = DeviceInfo.of(self.torch_device)
         self.data_fingerprint = data.fingerprint
-        self.notes = data.notes
+        self.notes = (*data.notes, data.summary)
         self.images = Images.of(data)
         torch.set_num_threads(config.proxy.threads)
         self.batches = proxy.Batches(data, self.torch_device)

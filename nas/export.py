@@ -67,6 +67,8 @@ class Selection:
             value = getattr(self, name)
             if value is not None and not value >= least:
                 raise ValueError(f"{name}={value!r} is not at least {least:g}")
+        if self.min_accuracy is not None and self.min_accuracy > 1:
+            raise ValueError(f"min_accuracy={self.min_accuracy!r} is not at most 1, which is 100 %")
 
 
 @dataclass(frozen=True, eq=False)

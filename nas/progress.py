@@ -45,6 +45,9 @@ def scored_briefly(event: Event) -> str:
     outcome = event.outcome
     if outcome.state == CandidateState.COMPLETE and outcome.proxy and outcome.latency:
         return f"{outcome.proxy.accuracy:.3f} at {outcome.latency.median_ms:.3f} ms"
+    if outcome.state == CandidateState.OVER_LIMIT and outcome.reason:
+        # One is enough, without the words that it stands in.
+        return outcome.reason.partition(",")[0].replace(" the limit", "")
     return outcome.state.value.replace("_", " ")
 
 
@@ -94,6 +97,9 @@ class LiveProgress:
 
     def note(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False)
+        if self.task is not None:
+            # What it does now, which no candidate's figures tell.
+            self.bar.update(self.task, description=line)
 
     def begin(self, complete: int, budget: int) -> None:
         self.bar.start()
@@ -101,8 +107,10 @@ class LiveProgress:
 
     def candidate(self, event: Event) -> None:
         assert self.task is not None, "begin comes first"
-        if ready := ready_in(event):
-            # The line has no room for it.
+        # The line has no room for it.
+        if event.outcome.state == CandidateState.FAILED:
+            self.note(f"{event.arch}: {scored(event)}")
+        elif ready := ready_in(event):
             self.note(f"{event.arch}: {ready}")
         self.bar.update(self.task, completed=event.complete, description=f"{scored_briefly(event)}  {standing(event)}")
 

@@ -58,8 +58,11 @@ class Changes:
     device_id: int
 
     def __str__(self) -> str:
-        moved = f"{min(self.ratios) - 1:+.1%} to {max(self.ratios) - 1:+.1%}, median {median(self.ratios) - 1:+.1%}"
-        words = [f"front measured again, {len(self.ratios)} networks in turns: latencies moved by {moved}"]
+        if len(self.ratios) == 1:
+            words = [f"front measured again, one network: its latency moved by {self.ratios[0] - 1:+.1%}"]
+        else:
+            moved = f"{min(self.ratios) - 1:+.1%} to {max(self.ratios) - 1:+.1%}, median {median(self.ratios) - 1:+.1%}"
+            words = [f"front measured again, {len(self.ratios)} networks in turns: latencies moved by {moved}"]
         words += [f"{_trials(self.left)} left it"] if self.left else []
         words += [f"{_trials(self.joined)} joined it"] if self.joined else []
         words += ["it stays as it was"] if not self.left and not self.joined else []

@@ -148,7 +148,8 @@ def _finish(config: SearchConfig, study: LiveStudy, evaluator: Evaluator, progre
     remarks = []
     front = study.front()
     if (front["latency_stage"] != LatencyStage.FINAL).any():
-        progress.note(f"measuring the {len(front)} networks of the front again, in turns")
+        members = "the one network" if len(front) == 1 else f"the {len(front)} networks"
+        progress.note(f"measuring {members} of the front again" + (", in turns" if len(front) > 1 else ""))
         try:
             changes = remeasure_front(
                 study.store, config.study, study.row.study_id, deployment, study.row.device_id,
@@ -184,7 +185,7 @@ def _measure_blocks(table: BlockTable, evaluator: Evaluator, archs: Sequence[Arc
     """Fill the table with what it lacks of these architectures."""
     lacking = [arch for arch in archs if table.lacks(arch_parts(arch, table.config))]
     if lacking:
-        progress.note(f"measuring the blocks of {len(lacking)} network(s)")
+        progress.note(f"measuring the blocks of {len(lacking)} network{'s' if len(lacking) > 1 else ''}")
     for arch in lacking:
         # One after the other: what was measured is kept if somebody interrupts.
         _add_blocks(table, evaluator, arch)

@@ -96,15 +96,30 @@ def _existing(config: SearchConfig) -> Iterator[tuple[Store | None, studies.Stud
 
 
 def refuse_early(config: SearchConfig) -> None:
-    """What can be refused before data are loaded: another configuration, another owner, an unusable storage.
+    """What can be refused before data are loaded: another configuration, another owner, an unusable storage, a limit
+    that nothing of the space keeps.
 
     Raises:
         UsageError, StorageError: with the reason.
     """
+    _require_possible(config)
     Store.check_writable(config.storage)
     with _existing(config) as (store, row):
         if store and row:
             store.check_claimable(row, Owner.me())
+
+
+def _require_possible(config: SearchConfig) -> None:
+    limits, latency = config.limits, config.latency
+    if limits.params is None and limits.macs is None:
+        return
+    least, _ = config.space.cost_range(latency.resolution, latency.num_classes)
+    for flag, limit, smallest in (
+        ("--max-params", limits.params, least.params),
+        ("--max-macs", limits.macs, least.macs),
+    ):
+        if limit is not None and limit < smallest:
+            raise UsageError(f"{flag} {limit}: the least of the space {config.space.name!r} is {smallest:,}")
 
 
 def take_over(config: SearchConfig) -> None:
@@ -376,6 +391,7 @@ def open_study(
         row = store.find_study(config.study)
         if row is None:
             # Measured before anything is made: a study is whole or is not there.
+            note(f"measuring {evaluator.device.name} and the anchor network, once")
             if cost := evaluator.determinism():
                 note(cost)
             profile = _profile(store, config, evaluator)

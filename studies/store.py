@@ -54,6 +54,7 @@ BUSY_TIMEOUT_S = 120
 
 # (direction, name) of the objectives, in Optuna's order of values.
 OBJECTIVES = ((StudyDirection.MAXIMIZE, "accuracy"), (StudyDirection.MINIMIZE, "latency_ms"))
+NO_URL = "is no database's URL, such as sqlite:///FILE.db or postgresql+psycopg://USER@HOST/NAME"
 BACKENDS = ("sqlite", "postgresql")
 OPTUNAS_TABLES = {"studies", "trials", "version_info"}
 METRIC_NAMES_KEY = "study:metric_names"
@@ -165,8 +166,11 @@ class Store:
             if not up_to_date:
                 schema.upgrade(url, OPEN_TIMEOUT_S)
             return cls(storage)
-        except (NoSuchModuleError, ImportError, ArgumentError, OSError) as error:
+        # The first is an ArgumentError, too.
+        except (NoSuchModuleError, ImportError, OSError) as error:
             raise StorageError(_first_line(error)) from error
+        except ArgumentError as error:
+            raise StorageError(NO_URL) from error
         except (SQLAlchemyError, StorageInternalError, RuntimeError) as error:
             raise StorageError(_reason(error)) from error
 
@@ -176,7 +180,7 @@ class Store:
         try:
             parsed = make_url(url)
         except ArgumentError as error:
-            raise StorageError(_first_line(error)) from error
+            raise StorageError(NO_URL) from error
         _require_supported(parsed)
         if _is_sqlite_file(parsed) and not _sqlite_file_exists(parsed):
             folder = Path(str(parsed.database)).absolute().parent

@@ -10,6 +10,10 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
+# Several workers share the cores: threads of torch's that spin while they wait for one another would stop each other.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import optuna
 import pytest
 import torch

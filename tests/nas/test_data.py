@@ -74,10 +74,13 @@ def test_digits_are_cached_whole_and_a_damaged_cache_is_made_again(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(data, "DIGITS_TRAIN", 60)
     monkeypatch.setattr(data, "DIGITS_VAL", 40)
-    first = load("digits")
+    said: list[str] = []
+    first = data.load(DataConfig(resolution=16), said.append)
+    assert said == ["composing 100 images of 16x16, once: some 0 s"]
     assert (len(first.train_labels), len(first.val_labels)) == (60, 40)
     (cached,) = (tmp_path / "convfirst-nas").iterdir()
-    again = load("digits")
+    again = data.load(DataConfig(resolution=16), said.append)
+    assert len(said) == 1
     assert again.fingerprint == first.fingerprint
     cached.write_bytes(cached.read_bytes()[:1000])
     with pytest.warns(UserWarning, match="made again"):
@@ -127,6 +130,26 @@ def test_hidden_files_and_folders_are_no_images(tmp_path: Path) -> None:
     assert (len(loaded.train_labels), len(loaded.val_labels)) == (12, 5)
 
 
+@pytest.mark.parametrize("names", [("Train", "Val"), ("training", "validation")])
+def test_folders_of_the_split_may_be_named_otherwise(tmp_path: Path, names: tuple[str, str]) -> None:
+    make_folder(tmp_path / names[0], {"cat": 6, "dog": 6})
+    make_folder(tmp_path / names[1], {"cat": 3, "dog": 2})
+    loaded = load(tmp_path)
+    assert loaded.classes == ("cat", "dog")
+    assert (len(loaded.train_labels), len(loaded.val_labels)) == (12, 5)
+
+
+def test_a_folder_of_test_images_is_no_class(tmp_path: Path) -> None:
+    make_folder(tmp_path, {"cat": 6, "dog": 6, "Test": 4})
+    assert load(tmp_path).classes == ("cat", "dog")
+    assert data.class_count(DataConfig(source=str(tmp_path))) == 2
+
+
+def test_what_was_loaded_is_said(tmp_path: Path) -> None:
+    loaded = load(make_folder(tmp_path, {"cat": 20, "dog": 30}))
+    assert loaded.summary.startswith("data: 2 classes (cat, dog), 45 training and 5 validation images of 16x16; so few")
+
+
 def test_images_are_resized_and_cropped_to_the_middle(tmp_path: Path) -> None:
     pixels = np.zeros((20, 60, 3), np.uint8)
     pixels[:, 20:40] = (200, 100, 50)
@@ -161,7 +184,7 @@ def test_other_images_have_another_fingerprint(tmp_path: Path) -> None:
         ({"cat": 0, "dog": 0}, "no images in class subfolders"),
         ({"cat": 5}, "at least 2 are needed"),
         ({"cat": 5, "dog": 0}, "class folder dog holds no image|at least 2"),
-        ({"cat": 5, "dog": 1}, "one image"),
+        ({"cat": 5, "dog": 1}, "class dog has one image"),
         ({"cat": 5, "dog": 5, "emu": 0}, "class folder emu holds no image"),
     ],
 )

@@ -476,7 +476,7 @@ def test_candidates_over_a_limit_cost_no_training_and_are_never_complete(
 
 
 def test_limits_that_nothing_meets_end_the_search(config: SearchConfig) -> None:
-    result = search.run(replace(config, limits=Limits(params=10)), FakeEvaluator())
+    result = search.run(replace(config, limits=Limits(latency_ms=1e-6)), FakeEvaluator())
     assert result.complete == 0
     assert result.why == "the last 200 candidates all failed or broke a limit"
 

@@ -266,7 +266,7 @@ def test_studies_of_nothing_can_be_shown(config: SearchConfig) -> None:
     """None complete; one; and failures only."""
     search.run(replace(config, time_limit_s=1e-6), FakeEvaluator())
     search.run(replace(config, study="one", budget=1), FakeEvaluator())
-    search.run(replace(config, study="none", budget=1, limits=Limits(params=1)), FakeEvaluator())
+    search.run(replace(config, study="none", budget=1, limits=Limits(latency_ms=1e-6)), FakeEvaluator())
     store, folder = opened(config), artifact_folder(config.storage)
     assert showcase.show(store, config.study, folder) == 0
     assert showcase.show(store, "one", folder) == 3
@@ -308,9 +308,9 @@ def test_an_address_that_is_taken_gets_one_line(config: SearchConfig, tmp_path: 
     store = Store.open(config.storage, create=True)
     assert store is not None
     first = Served(store, tmp_path / "files")
-    with pytest.raises(UsageError, match=rf"--port {first.server.port}: cannot listen on 127\.0\.0\.1"):
+    with pytest.raises(UsageError, match=rf"--host 127\.0\.0\.1 --port {first.server.port}: cannot listen"):
         Server(store, tmp_path / "files", "127.0.0.1", first.server.port)
-    with pytest.raises(UsageError, match=r"cannot listen on nosuch\.invalid"):
+    with pytest.raises(UsageError, match=r"--host nosuch\.invalid --port 0: cannot listen"):
         Server(store, tmp_path / "files", "nosuch.invalid", 0)
     first.close()
     store.close()

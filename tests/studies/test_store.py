@@ -612,7 +612,7 @@ def test_a_locked_database_is_told_soon(sqlite_url: str, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("url", "message"),
     [
-        ("nonsense", "Could not parse"),
+        ("nonsense", "no database's URL, such as sqlite:///FILE.db"),
         ("nosuch://here", "nosuch is not supported; use sqlite or postgresql"),
         ("mysql+pymysql://a@127.0.0.1/x", "mysql is not supported"),
         ("sqlite://", "in-memory"),
