@@ -79,102 +79,175 @@ SecondsOption = Annotated[
     typer.Option("--latency-seconds", help="Sampling ends then all the same; 3.", rich_help_panel="Deployment"),
 ]
 
-Storage = Annotated[str, typer.Option(help="Study database, any SQLAlchemy URL.", rich_help_panel="Study")]
-StudyName = Annotated[str, typer.Option("--study", help="Name of the study in it.", rich_help_panel="Study")]
+Storage = Annotated[
+    str,
+    typer.Option(
+        help="URL of the study database: SQLite or PostgreSQL, as SQLAlchemy writes it.", rich_help_panel="Study"
+    ),
+]
+StudyName = Annotated[str, typer.Option("--study", help="Name of the study in that database.", rich_help_panel="Study")]
 
 
 @app.callback(invoke_without_command=True)
 def search(
     context: typer.Context,
     budget: Annotated[
-        int, typer.Option(help="Distinct architectures fully evaluated in the study.", rich_help_panel="Search")
+        int,
+        typer.Option(
+            help="Stop when the study holds so many distinct architectures, trained and timed.",
+            rich_help_panel="Search",
+        ),
     ] = 200,
     time_limit: Annotated[
-        float | None, typer.Option(help="Seconds after which no candidate is begun.", rich_help_panel="Search")
+        float | None, typer.Option(help="Begin no candidate after so many seconds.", rich_help_panel="Search")
     ] = None,
-    sampler: Annotated[Sampler, typer.Option(help="Who proposes.", rich_help_panel="Search")] = Sampler.TPE,
-    seed: Annotated[int, typer.Option(help="Of proposals and training.", rich_help_panel="Search")] = 0,
+    sampler: Annotated[
+        Sampler, typer.Option(help="Which of Optuna's samplers proposes candidates.", rich_help_panel="Search")
+    ] = Sampler.TPE,
+    seed: Annotated[int, typer.Option(help="Seed of proposals and trainings.", rich_help_panel="Search")] = 0,
     space: Annotated[
-        str, typer.Option(help="small, imagenet, or a TOML file (see `space`).", rich_help_panel="Search")
+        str,
+        typer.Option(
+            help="Search space: small, imagenet, or a TOML file of your own (see `space`).", rich_help_panel="Search"
+        ),
     ] = "small",
     storage: Storage = DEFAULT_STORAGE,
     study: StudyName = DEFAULT_STUDY,
     take_over: Annotated[
-        bool, typer.Option(help="Search a study that a vanished machine left claimed.", rich_help_panel="Study")
+        bool,
+        typer.Option(
+            "--take-over", help="Go on with a study that a machine which is gone left claimed.", rich_help_panel="Study"
+        ),
     ] = False,
     data: Annotated[
         str,
         typer.Option(
-            help="digits, cifar10, cifar100, a folder of class subfolders, or a name of timm's create_dataset.",
+            help="Images: digits (embedded), cifar10, cifar100, a folder with a subfolder for each class, or timm's name "
+            "of a data set, such as torch/mnist.",
             rich_help_panel="Data and training",
         ),
     ] = "digits",
     data_dir: Annotated[
-        str, typer.Option(help="Where CIFAR's and timm's files are.", rich_help_panel="Data and training")
+        str, typer.Option(help="Folder of CIFAR's and timm's files.", rich_help_panel="Data and training")
     ] = "data",
     download: Annotated[
-        bool, typer.Option(help="Fetch CIFAR or timm data.", rich_help_panel="Data and training")
+        bool, typer.Option("--download", help="Download CIFAR or timm's data.", rich_help_panel="Data and training")
     ] = False,
     to_rgb: Annotated[
         bool,
-        typer.Option(help="Convert a folder's images that are not RGB.", rich_help_panel="Data and training"),
+        typer.Option(
+            "--to-rgb",
+            help="Convert images that are not RGB; else they are refused.",
+            rich_help_panel="Data and training",
+        ),
     ] = False,
     resolution: Annotated[
-        int | None, typer.Option(help="Pixels; by default the space's.", rich_help_panel="Data and training")
+        int | None,
+        typer.Option(
+            help="Train on images of so many pixels square; by default the space's.",
+            rich_help_panel="Data and training",
+        ),
     ] = None,
-    proxy_steps: Annotated[int, typer.Option(help="Training steps.", rich_help_panel="Data and training")] = 200,
-    proxy_batch: Annotated[int, typer.Option(help="Training batch.", rich_help_panel="Data and training")] = 32,
-    proxy_lr: Annotated[float, typer.Option(help="Peak learning rate.", rich_help_panel="Data and training")] = 8e-3,
+    proxy_steps: Annotated[
+        int, typer.Option(help="Steps of a candidate's training.", rich_help_panel="Data and training")
+    ] = 200,
+    proxy_batch: Annotated[
+        int, typer.Option(help="Batch of a candidate's training.", rich_help_panel="Data and training")
+    ] = 32,
+    proxy_lr: Annotated[
+        float, typer.Option(help="Peak of its learning rate.", rich_help_panel="Data and training")
+    ] = 8e-3,
     threads: Annotated[
         int | None,
-        typer.Option(help="CPU threads that train; by default all, up to 4.", rich_help_panel="Data and training"),
+        typer.Option(
+            help="Train with so many CPU threads; by default all, up to 4.", rich_help_panel="Data and training"
+        ),
     ] = None,
     deterministic: Annotated[
-        bool, typer.Option(help="Deterministic algorithms on CUDA.", rich_help_panel="Data and training")
+        bool,
+        typer.Option(
+            "--deterministic",
+            help="Make trainings on CUDA repeatable; a new study says what that costs.",
+            rich_help_panel="Data and training",
+        ),
     ] = False,
     device: Annotated[
-        str, typer.Option(help="auto, cpu, cuda or cuda:N; trains and is measured.", rich_help_panel="Latency")
+        str,
+        typer.Option(
+            help="Train and measure on cpu, cuda or cuda:N; auto is cuda where there is one.", rich_help_panel="Latency"
+        ),
     ] = AUTO,
     engine: Annotated[
-        str, typer.Option(help="auto, fused (CUDA), eager, torchscript (CPU) or compile.", rich_help_panel="Latency")
+        str,
+        typer.Option(
+            help="Deploy with fused, eager, torchscript or compile; auto is fused on CUDA, torchscript on a CPU.",
+            rich_help_panel="Latency",
+        ),
     ] = AUTO,
     dtype: Annotated[
-        Dtype, typer.Option(help="auto is float16 on CUDA, else float32.", rich_help_panel="Latency")
+        Dtype,
+        typer.Option(help="Deploy in this type; auto is float16 on CUDA, else float32.", rich_help_panel="Latency"),
     ] = Dtype.AUTO,
-    latency_batch: Annotated[int, typer.Option(help="Batch of the deployment.", rich_help_panel="Latency")] = 1,
+    latency_batch: Annotated[
+        int, typer.Option(help="Deploy with so many images a batch.", rich_help_panel="Latency")
+    ] = 1,
     latency_resolution: Annotated[
-        int | None, typer.Option(help="Its pixels; by default the training's.", rich_help_panel="Latency")
+        int | None,
+        typer.Option(
+            help="Deploy on images of so many pixels square; by default the training's.", rich_help_panel="Latency"
+        ),
     ] = None,
     latency_classes: Annotated[
         int | None,
-        typer.Option(help="Its classes; by default 10, with the imagenet space 1000.", rich_help_panel="Latency"),
+        typer.Option(
+            help="Deploy with so many classes; by default the data's (1000 for digits in the imagenet space).",
+            rich_help_panel="Latency",
+        ),
     ] = None,
-    latency_threads: Annotated[int, typer.Option(help="Its CPU threads.", rich_help_panel="Latency")] = 1,
+    latency_threads: Annotated[int, typer.Option(help="Deploy on so many CPU threads.", rich_help_panel="Latency")] = 1,
     latency_precision: Annotated[
         float | None,
         typer.Option(
-            help="Sample until the median's 95 % interval is no wider than this share; 0.05, on CUDA 0.02.",
+            help="Measure until the median's 95 % interval is no wider than this share of it; 0.05, on CUDA 0.02.",
             rich_help_panel="Latency",
         ),
     ] = None,
     latency_seconds: Annotated[
-        float, typer.Option(help="Or until so many seconds have passed.", rich_help_panel="Latency")
+        float, typer.Option(help="Measure for no longer than so many seconds.", rich_help_panel="Latency")
     ] = 3.0,
     block_table: Annotated[
         bool,
-        typer.Option(help="Measure every candidate's blocks alone, not the front's only.", rich_help_panel="Latency"),
+        typer.Option(
+            "--block-table",
+            help="Measure the blocks of every candidate by themselves, not only the front's.",
+            rich_help_panel="Latency",
+        ),
     ] = False,
     keep_weights: Annotated[
-        bool, typer.Option(help="Keep the front's trained weights, next to the database.", rich_help_panel="Study")
+        bool,
+        typer.Option(
+            "--keep-weights", help="Keep the front's weights as trained here, for `export`.", rich_help_panel="Study"
+        ),
     ] = False,
-    max_latency_ms: Annotated[float | None, typer.Option(rich_help_panel="Limits")] = None,
-    max_params: Annotated[int | None, typer.Option(rich_help_panel="Limits")] = None,
-    max_macs: Annotated[int | None, typer.Option(rich_help_panel="Limits")] = None,
+    max_latency_ms: Annotated[
+        float | None, typer.Option(help="Latency of a batch; what is slower is not trained.", rich_help_panel="Limits")
+    ] = None,
+    max_params: Annotated[int | None, typer.Option(help="Parameters.", rich_help_panel="Limits")] = None,
+    max_macs: Annotated[
+        int | None, typer.Option(help="Multiply-accumulates of one image.", rich_help_panel="Limits")
+    ] = None,
     max_memory_mb: Annotated[
-        float | None, typer.Option(help="Weights and peak workspace of inference.", rich_help_panel="Limits")
+        float | None, typer.Option(help="Memory of inference: weights and peak workspace.", rich_help_panel="Limits")
     ] = None,
 ) -> None:
-    """Search for the Pareto front of accuracy and latency; the same command goes on where it was stopped."""
+    """Search for the Pareto front of accuracy and latency; the same command goes on where it was stopped.
+
+    \b
+    Examples:
+      run_search.py --budget 200
+      run_search.py --data photos --resolution 64 --max-latency-ms 2 --study photos --keep-weights
+      run_search.py --space imagenet --data /data/imagenet --to-rgb --resolution 128 --latency-resolution 224
+    """
     if context.invoked_subcommand:
         if given := _given_options(context):
             _fail(f"{given[0]}: belongs after the command: run_search.py {context.invoked_subcommand} {given[0]} ...")
@@ -296,8 +369,8 @@ def baselines(
             help="Pixels across of the final map of networks that are not ours; the study's, on a CPU half of it.",
         ),
     ] = None,
-    data_dir: Annotated[str, typer.Option(help="Where CIFAR's and timm's files are.")] = "data",
-    download: Annotated[bool, typer.Option(help="Fetch CIFAR or timm data.")] = False,
+    data_dir: Annotated[str, typer.Option(help="Folder of CIFAR's and timm's files.")] = "data",
+    download: Annotated[bool, typer.Option("--download", help="Download CIFAR or timm's data.")] = False,
 ) -> None:
     """Train and measure known networks beside a study's own, and say what the found ones are worth."""
     with _interruptible(), _reported(storage), _opened(storage, study, write=True) as store:
@@ -332,20 +405,26 @@ def export(
     study: StudyName = DEFAULT_STUDY,
     trial: Annotated[
         list[int] | None,
-        typer.Option(help="This candidate, on the front or not; may be repeated.", rich_help_panel="Which networks"),
+        typer.Option(
+            help="This candidate instead of the front, on it or not; may be repeated.", rich_help_panel="Which networks"
+        ),
     ] = None,
     top: Annotated[
-        int | None, typer.Option(help="The so many most accurate.", rich_help_panel="Which networks")
+        int | None, typer.Option(help="Only so many, the most accurate.", rich_help_panel="Which networks")
     ] = None,
-    max_latency_ms: Annotated[float | None, typer.Option(rich_help_panel="Which networks")] = None,
-    min_accuracy: Annotated[float | None, typer.Option(help="0 to 1.", rich_help_panel="Which networks")] = None,
+    max_latency_ms: Annotated[
+        float | None, typer.Option(help="Only those that are as fast.", rich_help_panel="Which networks")
+    ] = None,
+    min_accuracy: Annotated[
+        float | None, typer.Option(help="Only those that are as accurate, 0 to 1.", rich_help_panel="Which networks")
+    ] = None,
     format: Annotated[
         list[str] | None, typer.Option(help="onnx or torch-export beside timm's; may be repeated.")
     ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Of timm's train.py: the weights that DIRECTORY is to hold.")
     ] = None,
-    force: Annotated[bool, typer.Option(help="Write into a folder that is not empty.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty.")] = False,
 ) -> None:
     """Write networks of the front as directories that timm builds, trains and publishes."""
     # Whatever ends it, what is half made is taken away.
@@ -442,8 +521,8 @@ def retrain(
     steps: Annotated[int | None, typer.Option(help="Of training; by default 4 times the study's.")] = None,
     data: Annotated[str | None, typer.Option(help="Other data than the study's, named as for the search.")] = None,
     resolution: Annotated[int | None, typer.Option(help="Pixels; by default the study's.")] = None,
-    data_dir: Annotated[str, typer.Option(help="Where CIFAR's and timm's files are.")] = "data",
-    download: Annotated[bool, typer.Option(help="Fetch CIFAR or timm data.")] = False,
+    data_dir: Annotated[str, typer.Option(help="Folder of CIFAR's and timm's files.")] = "data",
+    download: Annotated[bool, typer.Option("--download", help="Download CIFAR or timm's data.")] = False,
 ) -> None:
     """Train the front and some it left behind for longer, and say how well the search ranked them."""
     with _interruptible(), _reported(storage), _opened(storage, study, write=True) as store:
@@ -506,7 +585,7 @@ def device(
     device: DeviceOption = AUTO,
     dtype: DtypeOption = Dtype.AUTO,
     latency_threads: ThreadsOption = None,
-    again: Annotated[bool, typer.Option(help="Measure it also where it was measured before.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure it also where it was measured before.")] = False,
 ) -> None:
     """Measure what a device can do, once, and print it: bandwidth, matrix rate, launch overhead."""
     with _reported(storage):
@@ -573,8 +652,8 @@ def analyze(
     against: Annotated[
         str | None, typer.Option(help="Beside it another: a trial's number, an architecture or a timm model.")
     ] = None,
-    layers: Annotated[bool, typer.Option(help="The layers of each block, too.")] = False,
-    again: Annotated[bool, typer.Option(help="Measure all of it anew.")] = False,
+    layers: Annotated[bool, typer.Option("--layers", help="Show the layers of each block, too.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure all of it anew.")] = False,
     out_dir: Annotated[Path | None, typer.Option("--out", help="Folder for the plots, PNG and SVG.")] = None,
     device: DeviceOption = AUTO,
     engine: EngineOption = AUTO,
@@ -622,8 +701,10 @@ def analyze(
 def latency(
     context: typer.Context,
     arch: Annotated[str, typer.Option(help="An architecture's line, or its JSON.")],
-    measure: Annotated[bool, typer.Option(help="Measure what the block latency table lacks of it.")] = False,
-    again: Annotated[bool, typer.Option(help="Measure all of it anew.")] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Measure what the block latency table lacks of it.")
+    ] = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure all of it anew.")] = False,
     storage: Storage = DEFAULT_STORAGE,
     device: DeviceOption = AUTO,
     engine: EngineOption = AUTO,
