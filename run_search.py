@@ -122,7 +122,7 @@ def search(
     data: Annotated[
         str,
         typer.Option(
-            help="Images: digits (embedded), cifar10, cifar100, a folder with a subfolder for each class, or timm's name "
+            help="Images: digits (embedded), cifar10, cifar100, a folder with a subfolder a class, or timm's name "
             "of a data set, such as torch/mnist.",
             rich_help_panel="Data and training",
         ),
