@@ -92,7 +92,7 @@ class ProxyConfig:
         learning_rate: its peak.
         warmup: share of the steps spent warming up.
         threads: CPU threads that train (they change the rounding, so they are part of the identity).
-        deterministic: deterministic algorithms on CUDA too (see the README for what they cost).
+        deterministic: deterministic algorithms on CUDA too; `nas.determinism` measures what they cost.
     """
 
     steps: int = 200

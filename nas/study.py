@@ -104,6 +104,7 @@ def refuse_early(config: SearchConfig) -> None:
     """
     _require_possible(config)
     Store.check_writable(config.storage)
+    Store.check_free(config.storage, config.study)
     with _existing(config) as (store, row):
         if store and row:
             store.check_claimable(row, Owner.me())
@@ -210,7 +211,7 @@ class LiveStudy:
     def reference_latency_ms(self) -> float:
         """The hypervolume's: the latency limit, or else twice the anchor's latency.
 
-        A choice, and one that favours fast networks: the README shows how a comparison turns with it.
+        A choice, and one that favours fast networks: studies/measurements.md shows how a comparison turns with it.
         """
         return self.config.limits.latency_ms or 2 * self.anchor_ms
 

@@ -54,6 +54,7 @@ BUSY_TIMEOUT_S = 120
 
 # (direction, name) of the objectives, in Optuna's order of values.
 OBJECTIVES = ((StudyDirection.MAXIMIZE, "accuracy"), (StudyDirection.MINIMIZE, "latency_ms"))
+_ANOTHERS = "its study {!r} was made by another program; choose another --study"
 NO_URL = "is no database's URL, such as sqlite:///FILE.db or postgresql+psycopg://USER@HOST/NAME"
 BACKENDS = ("sqlite", "postgresql")
 OPTUNAS_TABLES = {"studies", "trials", "version_info"}
@@ -190,6 +191,28 @@ class Store:
             if not os.access(existing, os.W_OK):
                 raise StorageError(f"the folder {existing} is read-only")
 
+    @staticmethod
+    def check_free(url: str, name: str) -> None:
+        """Raises StorageError where another program has a study of that name, in a database that has nothing of ours
+        yet; makes nothing."""
+        parsed = make_url(url)
+        if not _sqlite_file_exists(parsed):
+            return
+        try:
+            names = _table_names(parsed, to_write=False)
+            if "convfirst_studies" in names or not names >= OPTUNAS_TABLES:
+                return
+            engine = create_engine(parsed, connect_args=_probe_args(parsed))
+            try:
+                with engine.connect() as connection:
+                    of_study = "SELECT COUNT(*) FROM trials JOIN studies USING (study_id) WHERE study_name = :name"
+                    if connection.execute(text(of_study), {"name": name}).scalar_one():
+                        raise StorageError(_ANOTHERS.format(name))
+            finally:
+                engine.dispose()
+        except (SQLAlchemyError, ImportError, OSError) as error:
+            raise StorageError(_reason(error)) from error
+
     def close(self) -> None:
         self.optuna_storage.remove_session()
         self.engine.dispose()
@@ -221,7 +244,7 @@ class Store:
                 self.optuna_storage.get_n_trials(study_id)
                 or self.optuna_storage.get_study_directions(study_id) != directions
             ):
-                raise StorageError(f"its study {name!r} was made by another program; choose another --study")
+                raise StorageError(_ANOTHERS.format(name))
             return study
 
     def create_study(

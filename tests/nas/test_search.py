@@ -571,6 +571,21 @@ def test_a_process_id_that_came_round_again_is_not_taken_for_the_owner() -> None
     assert Owner.parse(str(me)) == me
 
 
+def test_another_programs_study_is_refused_and_its_database_left_as_it_was(config: SearchConfig) -> None:
+    theirs = optuna.create_study(study_name=config.study, storage=config.storage)
+    theirs.add_trial(optuna.trial.create_trial(value=1.0))
+
+    def tables() -> list[str]:
+        with sqlite3.connect(config.storage.removeprefix("sqlite:///")) as connection:
+            return [row[0] for row in connection.execute("select name from sqlite_master order by name")]
+
+    before = tables()
+    with pytest.raises(StorageError, match="'convfirst' was made by another program; choose another --study"):
+        search.run(config, FakeEvaluator())
+    assert tables() == before
+    assert search.run(replace(config, study="ours", budget=2), FakeEvaluator()).complete == 2
+
+
 def test_trials_that_another_program_adds_end_the_search_with_a_line(config: SearchConfig) -> None:
     class Meddled(FakeEvaluator):
         def train(self, arch: ArchSpec) -> ProxyResult:
