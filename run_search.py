@@ -200,7 +200,7 @@ def search(
     latency_classes: Annotated[
         int | None,
         typer.Option(
-            help="Deploy with so many classes; by default the data's (1000 for digits in the imagenet space).",
+            help="Deploy with so many classes; by default a folder's or CIFAR's, else 10, in the imagenet space 1000.",
             rich_help_panel="Latency",
         ),
     ] = None,
@@ -523,6 +523,9 @@ def retrain(
     resolution: Annotated[int | None, typer.Option(help="Pixels; by default the study's.")] = None,
     data_dir: Annotated[str, typer.Option(help="Folder of CIFAR's and timm's files.")] = "data",
     download: Annotated[bool, typer.Option("--download", help="Download CIFAR or timm's data.")] = False,
+    to_rgb: Annotated[
+        bool, typer.Option("--to-rgb", help="Convert images that are not RGB; else they are refused.")
+    ] = False,
 ) -> None:
     """Train the front and some it left behind for longer, and say how well the search ranked them."""
     with _interruptible(), _reported(storage), _opened(storage, study, write=True) as store:
@@ -534,7 +537,7 @@ def retrain(
         }  # fmt: skip
         config = _checked(
             retraining.RetrainConfig, flags, top=top, dominated=dominated, steps=steps, data=data,
-            resolution=resolution, data_dir=data_dir, download=download,
+            resolution=resolution, data_dir=data_dir, download=download, to_rgb=to_rgb,
         )  # fmt: skip
         found = retraining.retrain(store, study, config, _note)
         out.print(found.set_up, highlight=False, soft_wrap=True)
@@ -859,7 +862,8 @@ def _config(
         DataConfig, flags, source=data, resolution=pixels, data_dir=data_dir, download=download, to_rgb=to_rgb
     )
     # The embedded digits stand for whatever the network will be for.
-    classes = 1000 if space == "imagenet" and data == "digits" else class_count(images) or 10
+    known = None if space == "imagenet" and data == "digits" else class_count(images)
+    classes = known or (1000 if space == "imagenet" else 10)
     proxy = dict(
         steps=proxy_steps, batch_size=proxy_batch, learning_rate=proxy_lr, deterministic=deterministic,
         threads=default_threads() if threads is None else threads,

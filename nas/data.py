@@ -36,6 +36,8 @@ MAX_BYTES = 2 * 2**30  # of training images; a stratified subset of larger sets 
 MEAN_IMAGES, MEAN_VALUES = 10_000, 50_000_000
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"}
 TRAIN_FOLDERS, VAL_FOLDERS, TEST_FOLDERS = ("train", "training"), ("val", "validation", "valid"), ("test", "testing")
+# What Pillow makes RGB of as one sees it; sixteen bits a channel it would cut off at 255.
+CONVERTIBLE = ("1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 # Fewer images than that hardly tell one network from another.
 FEW_VAL_IMAGES = 200
 # Of timm's data set names; without one timm would take any word for a folder of images, and --data-dir for that folder.
@@ -114,7 +116,7 @@ def load(config: DataConfig, note: Callable[[str], None] = lambda line: None) ->
     elif not name.lower().startswith(TIMM_PREFIXES):
         raise UsageError(
             f"--data {name}: not digits, cifar10 or cifar100, no such folder, and not a data set of timm's, "
-            f"whose names begin with {', '.join(TIMM_PREFIXES)}"
+            "whose names begin with torch/ or hfds/"
         )
     else:
         data = _timm(config)
@@ -134,7 +136,8 @@ def cache_folder() -> Path:
 def _digits(resolution: int, note: Callable[[str], None]) -> ImageData:
     most = MAX_BYTES // (3 * resolution**2)
     train_count, val_count = min(DIGITS_TRAIN, most), min(DIGITS_VAL, most)
-    path = cache_folder() / f"digits_v{clutter.RECIPE_VERSION}_{resolution}px_seed{DATA_SEED}.pt"
+    fewer = "" if train_count == DIGITS_TRAIN else f"_{train_count}"
+    path = cache_folder() / f"digits_v{clutter.RECIPE_VERSION}_{resolution}px{fewer}_seed{DATA_SEED}.pt"
     tensors = _read_cache(path)
     if tensors is None:
         seconds = (train_count + val_count) * COMPOSING_SECONDS * resolution**2
@@ -201,9 +204,11 @@ def _folder(root: Path, config: DataConfig) -> ImageData:
             raise UsageError(f"--data {root}: no images in class subfolders of {val_root}")
     else:
         train, val = _split(train, [label for _, label in train], str(root), classes)
-    return _assemble(
+    loaded = _assemble(
         str(root), train, val, classes, lambda item: (_read_image(config, item[0]), item[1]), config.resolution
     )
+    beside = _test_folders(root) if train_root == root else []
+    return replace(loaded, notes=(*loaded.notes, *(f"{root}: {name} is not taken for a class" for name in beside)))
 
 
 def _subfolder(root: Path, names: Sequence[str]) -> Path | None:
@@ -217,7 +222,11 @@ def _class_names(root: Path, train_root: Path) -> list[str]:
     names = sorted(entry.name for entry in train_root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if train_root != root:
         return names
-    return [name for name in names if name.lower() not in (*VAL_FOLDERS, *TEST_FOLDERS)]
+    return [name for name in names if name.lower() not in VAL_FOLDERS and name not in _test_folders(root)]
+
+
+def _test_folders(root: Path) -> list[str]:
+    return [entry.name for entry in sorted(root.iterdir()) if entry.is_dir() and entry.name.lower() in TEST_FOLDERS]
 
 
 def class_count(config: DataConfig) -> int | None:
@@ -251,10 +260,9 @@ def _read_image(config: DataConfig, path: Path) -> Tensor:
     data = config.source
     try:
         with Image.open(path) as image:
-            if image.mode != "RGB" and not config.to_rgb:
-                raise UsageError(
-                    f"--data {data}: {path} is not an RGB image (its mode is {image.mode}); --to-rgb converts such"
-                )
+            if image.mode != "RGB" and not (config.to_rgb and image.mode in CONVERTIBLE):
+                remedy = "; --to-rgb converts such" if image.mode in CONVERTIBLE else ", and cannot be made one"
+                raise UsageError(f"--data {data}: {path} is not an RGB image (its mode is {image.mode}){remedy}")
             return _to_tensor(image if image.mode == "RGB" else image.convert("RGB"), config.resolution)
     # A damaged chunk of a PNG is a SyntaxError to Pillow.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:

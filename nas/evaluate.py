@@ -173,6 +173,9 @@ class RealEvaluator:
             if config.proxy.deterministic:
                 raise UsageError(f"--deterministic: not on {self.torch_device} ({error})") from error
             return f"--deterministic would not work here ({error})"
+        except RuntimeError as error:
+            # Its process has printed why; a GPU may be for one process alone, say. To know it is no condition.
+            return f"what --deterministic costs here could not be measured ({error})"
 
     def train(self, arch: ArchSpec) -> ProxyResult:
         # Every candidate starts from the same seed and sees the same images in the same order.

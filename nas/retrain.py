@@ -39,7 +39,7 @@ class RetrainConfig:
         steps: None is `baselines.LONG` times the study's.
         data: a source as `DataConfig`'s; None is the study's.
         resolution: of the training images; None is the study's.
-        data_dir, download: as in `DataConfig`.
+        data_dir, download, to_rgb: as in `DataConfig`; a study that converts does so here, too.
 
     Raises:
         ValueError: naming the field and its value.
@@ -52,6 +52,7 @@ class RetrainConfig:
     resolution: int | None = None
     data_dir: str = "data"
     download: bool = False
+    to_rgb: bool = False
 
     def __post_init__(self) -> None:
         for name, least in (("top", 1), ("dominated", 0), ("steps", 1), ("resolution", 8)):
@@ -110,7 +111,10 @@ class _Run:
             proxy = ProxyConfig(**stored["proxy"])
             own = DataConfig(**stored["data"], data_dir=config.data_dir, download=config.download)
         self.proxy = replace(proxy, steps=config.steps or LONG * proxy.steps)
-        self.data = replace(own, source=config.data or own.source, resolution=config.resolution or own.resolution)
+        self.data = replace(
+            own, source=config.data or own.source, resolution=config.resolution or own.resolution,
+            to_rgb=own.to_rgb or config.to_rgb,
+        )  # fmt: skip
         self.is_own = (self.data.source, self.data.resolution) == (own.source, own.resolution)
         self.seed = int(stored["seed"])
         self.trainer = Trainer(self.data, self.proxy, check_device(self.deployment), self.seed, note, self._check)

@@ -205,8 +205,12 @@ class Store:
             engine = create_engine(parsed, connect_args=_probe_args(parsed))
             try:
                 with engine.connect() as connection:
-                    of_study = "SELECT COUNT(*) FROM trials JOIN studies USING (study_id) WHERE study_name = :name"
-                    if connection.execute(text(of_study), {"name": name}).scalar_one():
+                    of_study = "JOIN studies USING (study_id) WHERE study_name = :name"
+                    trials = text(f"SELECT COUNT(*) FROM trials {of_study}")
+                    directions = text(f"SELECT direction FROM study_directions {of_study} ORDER BY objective")
+                    found = [row[0] for row in connection.execute(directions, {"name": name})]
+                    ours = [direction.name for direction, _ in OBJECTIVES]
+                    if connection.execute(trials, {"name": name}).scalar_one() or (found and found != ours):
                         raise StorageError(_ANOTHERS.format(name))
             finally:
                 engine.dispose()
@@ -474,8 +478,10 @@ class Store:
         """
         try:
             with self._session() as session:
-                _require_owner(session, candidate.study_id, owner)
                 session.add(candidate)
+                # In the order in which deleting a study locks: its trials, then what is ours.
+                session.flush()
+                _require_owner(session, candidate.study_id, owner)
         except IntegrityError as error:
             if self.has_study(candidate.study_id):
                 raise

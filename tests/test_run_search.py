@@ -165,6 +165,7 @@ def test_the_deployments_classes_are_by_default_those_of_the_data(tmp_path: Path
     assert classes("--budget 1 --data pictures") == 3
     assert classes("--budget 1 --data pictures --space imagenet") == 3
     assert classes("--budget 1 --data pictures --latency-classes 7") == 7
+    assert classes("--budget 1 --data hfds/imagenet-1k --space imagenet") == 1000
     # The digits stand for whatever a network of that size is for.
     assert classes("--budget 1 --space imagenet") == 1000
 

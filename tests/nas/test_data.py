@@ -141,7 +141,9 @@ def test_folders_of_the_split_may_be_named_otherwise(tmp_path: Path, names: tupl
 
 def test_a_folder_of_test_images_is_no_class(tmp_path: Path) -> None:
     make_folder(tmp_path, {"cat": 6, "dog": 6, "Test": 4})
-    assert load(tmp_path).classes == ("cat", "dog")
+    loaded = load(tmp_path)
+    assert loaded.classes == ("cat", "dog")
+    assert loaded.notes == (f"{tmp_path}: Test is not taken for a class",)
     assert data.class_count(DataConfig(source=str(tmp_path))) == 2
 
 
@@ -202,6 +204,14 @@ def test_images_that_are_not_rgb_are_refused_by_name(tmp_path: Path, mode: str) 
     with pytest.raises(UsageError, match=f"odd.tif is not an RGB image .its mode is {mode}.; --to-rgb converts"):
         load(tmp_path)
     assert len(load(tmp_path, to_rgb=True).train_labels) == 5
+
+
+def test_sixteen_bits_a_channel_are_not_converted(tmp_path: Path) -> None:
+    """Pillow would make nearly all of it white."""
+    make_folder(tmp_path, {"cat": 3, "dog": 3})
+    Image.fromarray(np.full((16, 16), 4000, np.uint16)).save(tmp_path / "dog" / "deep.png")
+    with pytest.raises(UsageError, match=r"deep.png is not an RGB image .its mode is I.*cannot be made one"):
+        load(tmp_path, to_rgb=True)
 
 
 def test_unreadable_images_are_refused_by_name(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ def invoke(*arguments: str) -> tuple[int, str]:
 
 def make_evaluator(monkeypatch: pytest.MonkeyPatch, deterministic: bool = False) -> RealEvaluator:
     """One that takes its device for a GPU, once it is made."""
-    monkeypatch.setattr("nas.data.load", lambda config: easy_data())
+    monkeypatch.setattr("nas.data.load", lambda config, note: easy_data())
     config = SearchConfig(
         space=make_tiny_space(), data=DataConfig(resolution=16), proxy=replace(QUICK, deterministic=deterministic),
         latency=LatencyConfig(device="cpu"),
@@ -112,6 +112,18 @@ def test_where_it_does_not_work_a_search_that_asks_for_it_is_refused(
             evaluator.determinism()
     else:
         assert evaluator.determinism() == "--deterministic would not work here (histc has none)"
+
+
+def test_what_else_goes_wrong_stops_no_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second process may find no place on a GPU that is for one alone, say."""
+
+    def fail(*args: object) -> None:
+        raise RuntimeError("the working process ended with status 1")
+
+    for asked in (False, True):
+        evaluator = make_evaluator(monkeypatch, deterministic=asked)
+        monkeypatch.setattr(evaluate, "measure_apart", fail)
+        assert "could not be measured (the working process ended with status 1)" in str(evaluator.determinism())
 
 
 class Costly(FakeEvaluator):

@@ -571,9 +571,11 @@ def test_a_process_id_that_came_round_again_is_not_taken_for_the_owner() -> None
     assert Owner.parse(str(me)) == me
 
 
-def test_another_programs_study_is_refused_and_its_database_left_as_it_was(config: SearchConfig) -> None:
+@pytest.mark.parametrize("trials", [0, 1])
+def test_another_programs_study_is_refused_and_its_database_left_as_it_was(config: SearchConfig, trials: int) -> None:
     theirs = optuna.create_study(study_name=config.study, storage=config.storage)
-    theirs.add_trial(optuna.trial.create_trial(value=1.0))
+    if trials:
+        theirs.add_trial(optuna.trial.create_trial(value=1.0))
 
     def tables() -> list[str]:
         with sqlite3.connect(config.storage.removeprefix("sqlite:///")) as connection:
