@@ -83,6 +83,7 @@ class Batches:
         self.std = std.view(1, 3, 1, 1).to(device)
         resident = torch.device("cpu")
         if device.type == "cuda":
+            _take_workspaces(device)
             free, _ = torch.cuda.mem_get_info(device)
             if data.train_images.nbytes + data.val_images.nbytes < free // 2:
                 resident = device
@@ -117,6 +118,13 @@ class Batches:
         size = eval_batch(self.device.type, self.val_images.shape[-1])
         for images, labels in zip(self.val_images.split(size), self.val_labels.split(size), strict=True):
             yield self._normalised(images), labels.to(self.device)
+
+
+def _take_workspaces(device: torch.device) -> None:
+    """Multiply once, forward and backward: what cuBLAS keeps for good is not the memory of the first training."""
+    x = torch.zeros(8, 8, device=device, requires_grad=True)
+    with torch.autocast(device.type, torch.bfloat16):
+        functional.linear(x, x).sum().backward()
 
 
 def eval_batch(kind: str, resolution: int) -> int:
