@@ -23,7 +23,7 @@ from nas.overhead import FakeEvaluator
 from nas.progress import PlainProgress
 from nas.search import run
 from studies import Store
-from tests.conftest import make_tiny_space
+from tests.conftest import TINY_TOML, make_tiny_space
 from tests.nas.test_proxy import easy_data
 
 QUICK = ProxyConfig(steps=2, batch_size=4, threads=1)
@@ -48,7 +48,14 @@ def make_evaluator(monkeypatch: pytest.MonkeyPatch, deterministic: bool = False)
     return evaluator
 
 
-def test_both_kinds_of_training_are_timed_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def quick(tmp_path: Path) -> tuple[str, ...]:
+    """The command's arguments for small trainings."""
+    (tmp_path / "tiny.toml").write_text(TINY_TOML)
+    return ("--device", "cpu", "--space", str(tmp_path / "tiny.toml"), "--steps", "2", "--rounds", "2")
+
+
+def test_both_kinds_of_training_are_timed_side_by_side(quick: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     train = proxy.train
 
@@ -57,7 +64,7 @@ def test_both_kinds_of_training_are_timed_side_by_side(monkeypatch: pytest.Monke
         return train(*args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(proxy, "train", watched)
-    code, output = invoke("--device", "cpu", "--steps", "2", "--rounds", "2")
+    code, output = invoke(*quick)
     assert code == 0, output
     assert "deterministic / default" in output
     assert output.count("1 different losses in 2") == 2
@@ -65,12 +72,14 @@ def test_both_kinds_of_training_are_timed_side_by_side(monkeypatch: pytest.Monke
     assert asked == [False, True] * 3
 
 
-def test_an_operation_without_a_deterministic_algorithm_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_operation_without_a_deterministic_algorithm_is_told(
+    quick: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def train(*args: object, **kwargs: object) -> None:
         raise RuntimeError("histc does not have a deterministic implementation, but you set ...\nand so on")
 
     monkeypatch.setattr(proxy, "train", train)
-    code, output = invoke("--device", "cpu", "--steps", "2", "--rounds", "2")
+    code, output = invoke(*quick)
     assert code == 1
     assert output == "--device cpu: histc does not have a deterministic implementation, but you set ...\n"
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -52,7 +53,9 @@ class Served:
 
     def close(self) -> None:
         """Ends it in its own thread, which would otherwise wait for sockets that are closed under it."""
-        self.server.server.trigger.pull_trigger(self.server.server.close)
+        # A request that was just answered may have woken the thread, which then has closed all before it is called.
+        with contextlib.suppress(OSError):
+            self.server.server.trigger.pull_trigger(self.server.server.close)
         self.thread.join(timeout=30)
         assert not self.thread.is_alive()
 
