@@ -100,6 +100,9 @@ class Owner:
         """Whether the process still runs. Of another host's process nothing can be known: it may."""
         if self.host != socket.gethostname():
             return True
+        if self.pid == os.getpid():
+            # It is this process, or one before it: in a container that is started anew all begin with the same number.
+            return self.started == psutil.Process().create_time()
         try:
             process = psutil.Process(self.pid)
             if process.status() == psutil.STATUS_ZOMBIE:

@@ -568,6 +568,8 @@ def test_a_process_id_that_came_round_again_is_not_taken_for_the_owner() -> None
     me = Owner.me()
     assert me.may_live()
     assert not replace(me, started=me.started - 1000).may_live()
+    # A container that was killed and started anew at once.
+    assert not replace(me, started=me.started - 3).may_live()
     assert Owner.parse(str(me)) == me
 
 
