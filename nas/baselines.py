@@ -23,7 +23,7 @@ import studies
 from kernels.timing import DeviceInfo
 from nas import profile
 from nas.analysis import TIMM_ENGINE, Note, require_timm_model, timm_model
-from nas.config import DataConfig, LatencyConfig, ProxyConfig
+from nas.config import MAX_RESOLUTION, DataConfig, LatencyConfig, ProxyConfig
 from nas.contenders import Contender, ContenderKind
 from nas.data import ImageData
 from nas.engines import deploy
@@ -126,9 +126,10 @@ def suited_resolution(total_stride: int, map_size: int) -> int:
 
     A network of total stride 32 that is shown 32 pixels sees a final map of one: it starves. So all contenders that are
     not ours get one final map, by default that of the study's networks: 32 pixels and stride 8 make 4x4, hence stride
-    32 gets 128 pixels, stride 16 64; 224 pixels and stride 32 make 7x7, hence stride 32 gets 224. At least 8 pixels.
+    32 gets 128 pixels, stride 16 64; 224 pixels and stride 32 make 7x7, hence stride 32 gets 224. At least 8
+    pixels, at most `MAX_RESOLUTION`.
     """
-    return max(8, map_size * total_stride)
+    return min(max(8, map_size * total_stride), MAX_RESOLUTION)
 
 
 def own_map_size(anchor: ArchSpec, resolution: int) -> int:

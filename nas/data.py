@@ -207,8 +207,10 @@ def _folder(root: Path, config: DataConfig) -> ImageData:
     loaded = _assemble(
         str(root), train, val, classes, lambda item: (_read_image(config, item[0]), item[1]), config.resolution
     )
-    beside = _test_folders(root) if train_root == root else []
-    return replace(loaded, notes=(*loaded.notes, *(f"{root}: {name} is not taken for a class" for name in beside)))
+    left_out = _subfolder(root, TEST_FOLDERS) if train_root == root else None
+    if left_out is None:
+        return loaded
+    return replace(loaded, notes=(*loaded.notes, f"{root}: {left_out.name} is not taken for a class"))
 
 
 def _subfolder(root: Path, names: Sequence[str]) -> Path | None:
@@ -222,11 +224,7 @@ def _class_names(root: Path, train_root: Path) -> list[str]:
     names = sorted(entry.name for entry in train_root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if train_root != root:
         return names
-    return [name for name in names if name.lower() not in VAL_FOLDERS and name not in _test_folders(root)]
-
-
-def _test_folders(root: Path) -> list[str]:
-    return [entry.name for entry in sorted(root.iterdir()) if entry.is_dir() and entry.name.lower() in TEST_FOLDERS]
+    return [name for name in names if name.lower() not in (*VAL_FOLDERS, *TEST_FOLDERS)]
 
 
 def class_count(config: DataConfig) -> int | None:

@@ -27,7 +27,8 @@ ROUNDS = 3
 WARM_UP_STEPS = 10
 LEARNING_RATE = 1e-3
 CLASSES = 10
-TRAIN_IMAGES, VAL_IMAGES = 512, 32
+# Drawn with repetition, so that a batch may be larger.
+TRAIN_IMAGES, VAL_IMAGES = 64, 32
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,10 @@ def main(
     """Print seconds of either kind of training side by side, their ratio, and whether equal trainings agree."""
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise typer.BadParameter(f"{device}: no CUDA device here", param_hint="--device")
-    loaded = load_space(space)
+    try:
+        loaded = load_space(space)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--space") from None
     try:
         found = measure(loaded.anchor(), ProxyConfig(steps=steps), device, loaded.resolution, rounds)
     except CandidateFailed as error:

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -160,14 +161,17 @@ def algorithms(deterministic: bool) -> Iterator[None]:
     On CUDA the environment variable CUBLAS_WORKSPACE_CONFIG has to be set before the process multiplies its first
     matrices (`prepare_determinism`).
     """
-    before = torch.are_deterministic_algorithms_enabled()
+    # A module whose attribute is made at run time.
+    settings: Any = torch.utils.deterministic
+    before, filling = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(deterministic)
     # Else torch fills each new tensor, too, for those who read what they never wrote.
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    settings.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+        settings.fill_uninitialized_memory = filling
 
 
 def prepare_determinism() -> None:

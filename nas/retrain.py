@@ -14,7 +14,7 @@ from rich.table import Table
 from nas import pareto
 from nas.analysis import Note
 from nas.baselines import LONG, Entrant
-from nas.config import DataConfig, LatencyConfig, ProxyConfig
+from nas.config import MAX_RESOLUTION, DataConfig, LatencyConfig, ProxyConfig
 from nas.contenders import ContenderKind
 from nas.data import ImageData
 from nas.errors import CandidateFailed, UsageError, of_this_version
@@ -59,6 +59,8 @@ class RetrainConfig:
             value = getattr(self, name)
             if value is not None and value < least:
                 raise ValueError(f"{name}={value!r} is not at least {least}")
+        if self.resolution is not None and self.resolution > MAX_RESOLUTION:
+            raise ValueError(f"resolution={self.resolution!r} is not at most {MAX_RESOLUTION} pixels")
 
 
 @dataclass(frozen=True)

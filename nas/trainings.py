@@ -102,7 +102,7 @@ class Trainer:
         """The file of the data at a resolution, made if need be."""
         path = self.folder / f"{resolution}.pt"
         if not path.exists():
-            data = image_data.load(replace(self.data, resolution=resolution))
+            data = image_data.load(replace(self.data, resolution=resolution), self.note)
             self.check(data)
             self.note(f"data at {resolution}x{resolution}")
             for line in data.notes:

@@ -149,6 +149,20 @@ def test_names_are_printed_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     assert f"(there: {name})" in refused(f"pareto --storage {storage} --study other")
 
 
+def test_an_interrupt_while_torch_is_imported_ends_as_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    def leave(code: int) -> None:
+        raise SystemExit(code)
+
+    monkeypatch.setattr(run_search, "_config", interrupted)
+    monkeypatch.setattr("os._exit", leave)
+    result = call("--budget 1")
+    assert result.exit_code == 130
+    assert "the same command goes on from there" in result.stderr
+
+
 def test_the_deployments_classes_are_by_default_those_of_the_data(tmp_path: Path) -> None:
     for name in ("ant", "bee", "cat"):
         (tmp_path / "pictures" / "train" / name).mkdir(parents=True)
@@ -796,6 +810,7 @@ def test_the_front_is_exported_and_directories_are_given_weights(
         ("retrain --dominated -1", "--dominated -1: "),
         ("retrain --steps 0", "--steps 0: "),
         ("retrain --resolution 1", "--resolution 1: "),
+        ("retrain --resolution 3000", "--resolution 3000: is not at most 2048 pixels"),
         ("retrain --data ./nowhere", "--data ./nowhere: no such folder"),
     ):
         before = {path: path.stat().st_mtime_ns for path in (tmp_path / "exports").rglob("*")}

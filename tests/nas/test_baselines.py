@@ -53,7 +53,7 @@ def trained(store: Store, config: SearchConfig) -> list[tuple[str, int, float]]:
 
 
 @pytest.mark.parametrize(
-    ("stride", "map_size", "pixels"), [(8, 4, 32), (32, 4, 128), (16, 4, 64), (32, 7, 224), (2, 1, 8)]
+    ("stride", "map_size", "pixels"), [(8, 4, 32), (32, 4, 128), (16, 4, 64), (32, 7, 224), (2, 1, 8), (32, 128, 2048)]
 )
 def test_resolutions_that_suit(stride: int, map_size: int, pixels: int) -> None:
     """By hand: 4x4 at the end of stride 32 are 128 pixels at its beginning."""

@@ -84,6 +84,12 @@ def test_an_operation_without_a_deterministic_algorithm_is_told(
     assert output == "--device cpu: histc does not have a deterministic implementation, but you set ...\n"
 
 
+def test_an_unknown_space_gets_one_line() -> None:
+    code, output = invoke("--device", "cpu", "--space", "nosuch")
+    assert code == 2
+    assert "--space" in output
+
+
 def test_the_line_says_what_it_costs_and_what_it_gives() -> None:
     found = determinism.Determinism(2.0, 3.0, default_losses=3, deterministic_losses=1, steps=40, rounds=3)
     assert str(found) == (

@@ -157,6 +157,7 @@ def test_deterministic_algorithms_are_for_the_training_only(asked: bool, monkeyp
     monkeypatch.setattr(proxy, "evaluate", watched)
     train(build(), Batches(easy_data(), CPU), replace(QUICK, steps=1, deterministic=asked), seed=0)
     assert seen == {asked}
+    assert torch.utils.deterministic.fill_uninitialized_memory
     assert not torch.are_deterministic_algorithms_enabled()
     with pytest.raises(CandidateFailed):
         train(build(), Batches(easy_data(), CPU), replace(QUICK, learning_rate=1e30, deterministic=asked), seed=0)

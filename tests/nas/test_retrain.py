@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
+from PIL import Image
 
 from nas import trainings
 from nas.config import SearchConfig
@@ -94,6 +97,22 @@ def test_a_training_that_fails_is_told_and_ranks_nothing(
     assert lines[0] == "trial 1: the loss diverged"
     # All others ended alike.
     assert lines[-1] == "The accuracies do not vary: nothing can be said of the ranking."
+
+
+@pytest.mark.usefixtures("inline")
+def test_images_of_other_data_that_are_not_rgb_are_converted_if_asked(
+    store: Store, config: SearchConfig, images: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "grey"
+    shutil.copytree(images, other)
+    path = next(other.rglob("*.png"))
+    with Image.open(path) as image:
+        grey = image.convert("L")
+    grey.save(path)
+    asked = RetrainConfig(top=1, dominated=0, steps=2, data=str(other))
+    with pytest.raises(UsageError, match="--to-rgb converts such"):
+        retrain(store, config.study, asked)
+    assert len(retrain(store, config.study, replace(asked, to_rgb=True)).rows) == 1
 
 
 @pytest.mark.usefixtures("told")
