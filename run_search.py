@@ -307,8 +307,8 @@ def dashboard(
 ) -> None:
     """Open the Optuna dashboard on a study database, also while a search runs."""
     with _reported(storage):
-        from nas.dashboard import Server
-        from nas.showcase import show
+        from nas.display.showcase import show
+        from nas.report.dashboard import Server
         from studies import StorageError
         from studies.display import artifact_folder
 
@@ -340,8 +340,8 @@ def report(
     with _reported(storage):
         _require_folder("--out", out_dir)
         with _opened(storage, study) as store:
-            from nas.baselines import contenders, verdict
-            from nas.report import write_report
+            from nas.report.page import write_report
+            from nas.validation.baselines import contenders, verdict
 
             found = contenders(store, study)
             for path in write_report(store, study, storage, out_dir, found, verdict(found)):
@@ -374,7 +374,7 @@ def baselines(
 ) -> None:
     """Train and measure known networks beside a study's own, and say what the found ones are worth."""
     with _interruptible(), _reported(storage), _opened(storage, study, write=True) as store:
-        from nas import baselines as known
+        from nas.validation import baselines as known
 
         flags = {
             "models": ("--models", models), "found": ("--found", found), "steps": ("--steps", steps),
@@ -430,9 +430,9 @@ def export(
     # Whatever ends it, what is half made is taken away.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with _reported(storage):
-        from nas import export as exports
         from nas.errors import UsageError
-        from nas.formats import makers
+        from nas.export import directories as exports
+        from nas.export.formats import makers
 
         formats = makers(_formats(format), _note)
         if directory is not None:
@@ -493,9 +493,9 @@ def bench(
 ) -> None:
     """Measure exported networks on this machine, in every format that runs here."""
     with _reported(str(directories[0])):
-        from nas import bench as benches
         from nas.errors import CandidateFailed, UsageError
-        from nas.export import read
+        from nas.export import bench as benches
+        from nas.export.directories import read
 
         networks = [(folder, read(folder)) for folder in directories]
         told = networks[0][1].deployment
@@ -529,7 +529,7 @@ def retrain(
 ) -> None:
     """Train the front and some it left behind for longer, and say how well the search ranked them."""
     with _interruptible(), _reported(storage), _opened(storage, study, write=True) as store:
-        from nas import retrain as retraining
+        from nas.validation import retrain as retraining
 
         flags = {
             "top": ("--top", top), "dominated": ("--dominated", dominated), "steps": ("--steps", steps),
@@ -592,9 +592,9 @@ def device(
 ) -> None:
     """Measure what a device can do, once, and print it: bandwidth, matrix rate, launch overhead."""
     with _reported(storage):
-        from nas import profile
-        from nas.evaluate import check_device
+        from nas.latency import ceilings as profile
         from nas.locks import WAITING
+        from nas.search.evaluation import check_device
 
         # Any engine will do: none runs.
         config = _deployment(**{**_given(context), "engine": "eager"})
@@ -623,9 +623,9 @@ def remeasure(
 ) -> None:
     """Measure a study's front again, in turns; with other settings all candidates, as a second latency of theirs."""
     with _reported(storage), _opened(storage, study, write=True) as store:
-        from nas import remeasure as again
-        from nas.plots import deployment_line
-        from nas.progress import front_table
+        from nas.display.plots import deployment_line
+        from nas.search.progress import front_table
+        from nas.validation import remeasure as again
 
         given = _given(context)
         flags = {name: (DEPLOYMENT_FLAGS[name], value) for name, value in given.items()}
@@ -670,9 +670,9 @@ def analyze(
 ) -> None:
     """Show where a network's time goes: each part's operations, bytes, ideal and measured time, and efficiency."""
     with _reported(storage):
-        from nas.analysis import analyse, choose, draw
         from nas.errors import CandidateFailed, UsageError
-        from nas.evaluate import check_device
+        from nas.latency.analysis import analyse, choose, draw
+        from nas.search.evaluation import check_device
 
         given = _given(context)
         named = {"--trial": trial, "--arch": arch, "--timm": timm}
@@ -721,9 +721,9 @@ def latency(
 ) -> None:
     """An architecture's latency by the block latency table, at once: what it adds up to, and what is missing."""
     with _reported(storage):
-        from nas.analysis import analyse, choose, table_lines
         from nas.errors import CandidateFailed, UsageError
-        from nas.evaluate import check_device
+        from nas.latency.analysis import analyse, choose, table_lines
+        from nas.search.evaluation import check_device
 
         (subject,) = choose(None, DEFAULT_STUDY, ("--arch", arch), None, _given(context), _deployment)
         check_device(subject.config)
@@ -757,7 +757,7 @@ def _checked(make: Any, names: dict[str, tuple[str, Any]], /, **fields: Any) -> 
 def _formats(named: list[str] | None) -> list[Any]:
     """The formats that a user typed, of which several may stand in one word."""
     from nas.errors import UsageError
-    from nas.formats import Format
+    from nas.export.formats import Format
 
     words = [word.strip() for text in named or () for word in text.split(",") if word.strip()]
     for word in words:
@@ -834,8 +834,8 @@ def _config(
 ) -> SearchConfig:  # fmt: skip
     """The flags as one value, with what they leave open filled in."""
     from nas.config import DataConfig, LatencyConfig, Limits, ProxyConfig, SearchConfig, default_threads
-    from nas.data import class_count
     from nas.errors import UsageError
+    from nas.training.data import class_count
     from search_spaces import load_space
 
     flags = {
@@ -886,9 +886,9 @@ def _config(
 
 
 def _run(config: SearchConfig, take_over: bool) -> None:
-    from nas import study
-    from nas.progress import LiveProgress, PlainProgress, shares_line
-    from nas.search import run
+    from nas.search import live_study as study
+    from nas.search.loop import run
+    from nas.search.progress import LiveProgress, PlainProgress, shares_line
     from studies import displayed
 
     if take_over:
@@ -915,8 +915,8 @@ DEPLOYMENT = ["device_id", "engine", "dtype", "batch_size", "resolution", "threa
 
 
 def _plot_front(evaluations: pd.DataFrame, front: pd.DataFrame, study: str, path: Path) -> None:
+    from nas.display.plots import plot_front
     from nas.errors import UsageError
-    from nas.plots import plot_front
 
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--plot {path}: not a .png, .svg or .pdf file")
@@ -938,8 +938,8 @@ def _plot_front(evaluations: pd.DataFrame, front: pd.DataFrame, study: str, path
 
 
 def _print_front(front: pd.DataFrame, title: str) -> None:
-    from nas.plots import deployment_line
-    from nas.progress import front_table
+    from nas.display.plots import deployment_line
+    from nas.search.progress import front_table
 
     if front.empty:
         out.print("The front is empty: no candidate is complete, or all turned out over a limit.")

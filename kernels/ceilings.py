@@ -1,6 +1,6 @@
 """The runs by which a device's ceilings are measured: a large copy, a large product, the smallest operation.
 
-Apart from `kernels.benchmark_machine`, for these need torch alone.
+Apart from `kernels.lab.benchmark_machine`, for these need torch alone.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ PIXEL_SLOTS, ROW_PIXEL_SLOTS, WEIGHT_SLOTS, OUT_SLOTS, FMA_SLOTS, DIAGONAL_SLOTS
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a GPU can do. The defaults are an H200's, partly assumed: see `kernels/benchmarks/NOTES.md`.
+    """What a GPU can do. The defaults are an H200's, partly assumed: see `docs/kernels.md`.
 
     Args:
         multiprocessors, clock_hz, registers, shared_bytes: of the chip and of one multiprocessor.
@@ -458,7 +458,8 @@ SPLITS = (1, 2, 4, 8, 16, MAX_SPLITS)
 OUT_SPLITS = (1, 2, 4)
 ROWS = (1, 2, 4, 8)
 # Live registers a thread beyond which the compiler spilled, with Hopper's products, which read shared memory, and with
-# the older ones, which read registers; found by compiling `test_inspect`'s blocks and samples of `nas.kernel_sweep`.
+# the older ones, which read registers; found by compiling `test_inspect`'s blocks and samples of
+# `nas.lab.kernel_sweep`.
 MOST_LIVE_REGISTERS = {"wgmma": 204, "mma": 150}
 OTHER_REGISTERS = 44
 # The same where weights are kept, whose steps are written out one after the other, and the most of these.

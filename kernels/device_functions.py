@@ -18,7 +18,7 @@ from kernels import problem
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 INTERPRET = tl.constexpr(INTERPRETED)
-# Set within `kernels.emulator.emulated`.
+# Set within `kernels.lab.emulator.emulated`.
 EMULATED: ContextVar[bool] = ContextVar("EMULATED", default=False)
 
 

@@ -92,7 +92,7 @@ class ProxyConfig:
         learning_rate: its peak.
         warmup: share of the steps spent warming up.
         threads: CPU threads that train (they change the rounding, so they are part of the identity).
-        deterministic: deterministic algorithms on CUDA too; `nas.determinism` measures what they cost.
+        deterministic: deterministic algorithms on CUDA too; `nas.training.determinism` measures what they cost.
     """
 
     steps: int = 200
@@ -120,7 +120,7 @@ class LatencyConfig:
 
     Args:
         device: `cpu`, `cuda` or `cuda:N`; it trains, too. `auto` becomes `cuda` where there is a CUDA device.
-        engine: what runs the network; see `nas.engines.ENGINES`. `auto` becomes `DEFAULT_ENGINE`'s.
+        engine: what runs the network; see `nas.latency.engines.ENGINES`. `auto` becomes `DEFAULT_ENGINE`'s.
         dtype: of weights and activations. `auto` becomes `DEFAULT_DTYPE`'s.
         batch_size, resolution, num_classes: of the deployed network.
         threads: CPU threads; one by default, so that a figure does not depend on how many cores happen to be free.

@@ -17,7 +17,7 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 from nas.errors import CandidateFailed
-from nas.isolation import die_with_parent
+from nas.latency.isolation import die_with_parent
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")

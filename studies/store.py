@@ -283,7 +283,7 @@ class Store:
         return study
 
     def load_optuna_study(self, name: str) -> optuna.Study:
-        # The sampler is never asked: proposals are made in memory (nas.sampling).
+        # The sampler is never asked: proposals are made in memory (nas.search.sampling).
         return optuna.load_study(study_name=name, storage=self.optuna_storage, sampler=optuna.samplers.RandomSampler())
 
     def claim(self, study_id: int, owner: Owner) -> None:

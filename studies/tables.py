@@ -201,7 +201,7 @@ class Profile(Base):
     """What a device was measured to do at most in one dtype. No study's: it outlives them.
 
     Latencies of blocks were timed in turns with two yardsticks and are told as if these had taken the times that stand
-    here (`nas.yardsticks`).
+    here (`nas.latency.yardsticks`).
     """
 
     __tablename__ = "convfirst_profiles"
@@ -230,7 +230,7 @@ class BlockLatency(Base):
     Attributes:
         kernels: digest of the fused kernels' sources; empty where no kernel of ours runs.
         shape: its problem as canonical JSON, of which `shape_id` is a hash.
-        median_ms: of one run, without what a call of it costs beside (see `nas.block_table`).
+        median_ms: of one run, without what a call of it costs beside (see `nas.latency.block_table`).
     """
 
     __tablename__ = "convfirst_block_latencies"
@@ -264,7 +264,7 @@ class BaselineTraining(Base):
     Attributes:
         name: of a timm model; "ConvFirst anchor"; or "trial 12", one of the study's own.
         resolution: pixels of the training images.
-        kind: of `nas.contenders.ContenderKind`.
+        kind: of `nas.validation.contenders.ContenderKind`.
         trial: the number of a study's own.
         params, macs: as it is deployed, of one image.
         classes: of the data.

@@ -55,9 +55,9 @@ def _quick(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     if INTERPRETED:
         return
     monkeypatch.setattr("studies.display.SERVER_FOLDER", tmp_path)
-    monkeypatch.setattr("nas.profile.SECONDS", 0.02)
+    monkeypatch.setattr("nas.latency.ceilings.SECONDS", 0.02)
     if "shown" not in request.fixturenames:
-        monkeypatch.setattr("nas.search.show", lambda store, name, folder: 0)
+        monkeypatch.setattr("nas.search.loop.show", lambda store, name, folder: 0)
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -225,7 +225,7 @@ def kernel_device(request: pytest.FixtureRequest) -> Iterator[torch.device]:
     if capability is None:
         yield torch.device("cpu" if INTERPRETED else "cuda")
         return
-    from kernels.emulator import emulated
+    from kernels.lab.emulator import emulated
 
     with emulated(capability):
         yield torch.device("cpu")

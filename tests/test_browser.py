@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from nas import search, showcase
 from nas.config import LatencyConfig, SearchConfig
-from nas.overhead import FakeEvaluator
+from nas.display import showcase
+from nas.lab.overhead import FakeEvaluator
+from nas.search import loop as search
 from studies.display import artifact_folder
 from tests.nas.test_search import opened
 
@@ -33,9 +34,9 @@ PATIENCE_S = 60
 # A search that lasts until it is ended.
 SEARCHING = """
 import sys
-from nas import search
+from nas.search import loop as search
 from nas.config import LatencyConfig, SearchConfig
-from nas.overhead import FakeEvaluator
+from nas.lab.overhead import FakeEvaluator
 print("begun", flush=True)
 latency = LatencyConfig(device="cpu")
 search.run(SearchConfig(budget=5000, storage=sys.argv[1], study="live", latency=latency), FakeEvaluator())

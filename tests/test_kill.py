@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from kernels.timing import DeviceInfo
-from nas.profile import Ceilings, store_profile
+from nas.latency.ceilings import Ceilings, store_profile
 from studies import Store
 from tests.conftest import TINY_TOML
 

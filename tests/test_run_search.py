@@ -23,17 +23,17 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import run_search
-from nas import profile
-from nas.analysis import errors, errors_line
-from nas.block_table import BlockTable, Figure, network_shape, on_device
 from nas.config import LatencyConfig, SearchConfig
-from nas.engines import ENGINES
 from nas.errors import CandidateFailed
-from nas.latency import Latency
-from nas.overhead import FakeEvaluator
-from nas.parts import CALL, arch_parts
-from nas.profile import Ceilings
-from nas.search import run
+from nas.lab.overhead import FakeEvaluator
+from nas.latency import ceilings as profile
+from nas.latency.analysis import errors, errors_line
+from nas.latency.block_table import BlockTable, Figure, network_shape, on_device
+from nas.latency.ceilings import Ceilings
+from nas.latency.engines import ENGINES
+from nas.latency.meter import Latency
+from nas.latency.parts import CALL, arch_parts
+from nas.search.loop import run
 from search_spaces import ArchSpec, load_space
 from studies import Owner, Store
 from tests.conftest import TINY_TOML, make_tiny_space
@@ -44,7 +44,7 @@ ARCH = str(make_tiny_space().smallest())
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nas.search.RealEvaluator", lambda *_: FakeEvaluator())
+    monkeypatch.setattr("nas.search.loop.RealEvaluator", lambda *_: FakeEvaluator())
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +107,7 @@ def test_flags_become_the_configuration(monkeypatch: pytest.MonkeyPatch, tmp_pat
         configs.append(config)
         return real_run(config, **rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("nas.search.run", recorded)
+    monkeypatch.setattr("nas.search.loop.run", recorded)
     (tmp_path / "mine.toml").write_text(TINY_TOML)
     line = (
         "--budget 2 --time-limit 60 --sampler nsga2 --seed 7 --space mine.toml --storage sqlite:///other.db"
@@ -421,7 +421,7 @@ def test_typers_own_refusals_exit_with_2(line: str) -> None:
 
 
 def test_an_empty_study_has_an_empty_front(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nas.search.RealEvaluator", lambda *_: FakeEvaluator())
+    monkeypatch.setattr("nas.search.loop.RealEvaluator", lambda *_: FakeEvaluator())
     assert call("--budget 2 --time-limit 0.000001").exit_code == 0
     assert "empty" in call("pareto").stdout
     assert json.loads(call("pareto --format json").stdout) == []
@@ -455,7 +455,7 @@ def profiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         return Ceilings(copy_bytes=1e10 * len(asked), product_macs=5e10 * len(asked), launch_seconds=1e-6)
 
     monkeypatch.setattr(profile, "measure", measure)
-    monkeypatch.setattr("nas.remeasure._anchor_ms", lambda table, anchor: 1.0)
+    monkeypatch.setattr("nas.validation.remeasure._anchor_ms", lambda table, anchor: 1.0)
     return asked
 
 
@@ -670,8 +670,8 @@ def test_a_trial_is_analysed_in_the_deployment_of_its_study(monkeypatch: pytest.
         asked.append(subject.config)
         raise CandidateFailed("out of memory")
 
-    monkeypatch.setattr("nas.analysis.analyse", analyse)
-    monkeypatch.setattr("nas.evaluate.check_device", lambda config: torch.device("cpu"))
+    monkeypatch.setattr("nas.latency.analysis.analyse", analyse)
+    monkeypatch.setattr("nas.search.evaluation.check_device", lambda config: torch.device("cpu"))
     assert "analyze: out of memory" in refused("analyze --trial 0 --latency-threads 2")
     deployment = asked[-1]
     assert (deployment.engine, deployment.batch_size, deployment.num_classes, deployment.threads) == ("eager", 2, 3, 2)
@@ -719,7 +719,7 @@ def meters(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], list[LatencyCon
             made.append(config)
             return Meter(factor)
 
-        monkeypatch.setattr("nas.remeasure.meter_for", meter_for)
+        monkeypatch.setattr("nas.validation.remeasure.meter_for", meter_for)
         return made
 
     return make
@@ -826,7 +826,7 @@ def test_the_front_is_exported_and_directories_are_given_weights(
     number = front[0]["number"]
     assert "holds the weights of best.pth.tar" in refused(f"export --force --trial {number}")
     assert call(f"export --force --trial {front[-1]['number']}").exit_code == 0
-    monkeypatch.setattr("nas.bench.ENGINES", {name: ENGINES[name] for name in ("eager", "torchscript")})
+    monkeypatch.setattr("nas.export.bench.ENGINES", {name: ENGINES[name] for name in ("eager", "torchscript")})
     quickly = "--latency-seconds 0.1 --latency-precision 0.9"
     result = call(f"bench {made[0]} {quickly}")
     assert result.exit_code == 0, result.output

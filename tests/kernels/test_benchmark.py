@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner, Result
 
-from kernels import benchmark, benchmark_machine, benchmark_report, benchmark_rows, cost_model
-from kernels.benchmark import Case, Contender, DeviceLost, Results, Unavailable
-from kernels.benchmark_machine import MachineLimits
-from kernels.benchmark_rows import BLOCKS, CONVFIRST, NETWORKS, PEERS, Block, Network
+from kernels import cost_model
+from kernels.lab import benchmark, benchmark_machine, benchmark_report, benchmark_rows
+from kernels.lab.benchmark import Case, Contender, DeviceLost, Results, Unavailable
+from kernels.lab.benchmark_machine import MachineLimits
+from kernels.lab.benchmark_rows import BLOCKS, CONVFIRST, NETWORKS, PEERS, Block, Network
 
 CPU = torch.device("cpu")
 LIMITS = MachineLimits(copy_bytes=1e10, product_macs=1e10, launch_seconds=1e-6)

@@ -18,13 +18,13 @@ from torch import Tensor
 from kernels import convfirst, cost_model, layered, ops, stem, tune
 from kernels.convfirst import launch, layer_by_layer, pack
 from kernels.cost_model import LIMITS
-from kernels.emulator import EmulationError, Traffic, emulated
-from kernels.emulator import launch as emulated_launch
-from kernels.emulator.memory import GlobalMemory
-from kernels.emulator.program import Program
-from kernels.emulator.ptx import parse
-from kernels.emulator.values import described
-from kernels.inspect import compile_block, shorthand
+from kernels.lab.emulator import EmulationError, Traffic, emulated
+from kernels.lab.emulator import launch as emulated_launch
+from kernels.lab.emulator.memory import GlobalMemory
+from kernels.lab.emulator.program import Program
+from kernels.lab.emulator.ptx import parse
+from kernels.lab.emulator.values import described
+from kernels.lab.inspect import compile_block, shorthand
 from kernels.problem import BlockProblem, Tiling
 from tests.kernels.cases import BlockCase, covering_cases, error_bound, make_operands, new_scratch
 from tests.kernels.test_inspect import COVERING, problem_of

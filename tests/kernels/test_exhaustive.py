@@ -9,10 +9,11 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from kernels import cost_model, exhaustive
-from kernels.benchmark import block_problem
-from kernels.benchmark_rows import BLOCKS, Block
+from kernels import cost_model
 from kernels.cost_model import H200
+from kernels.lab import exhaustive
+from kernels.lab.benchmark import block_problem
+from kernels.lab.benchmark_rows import BLOCKS, Block
 from kernels.tune import Choice
 
 

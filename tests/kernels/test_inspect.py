@@ -12,9 +12,10 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from kernels import cost_model, head, inspect, mbconv, stem
+from kernels import cost_model, head, mbconv, stem
 from kernels.head import HeadProblem
-from kernels.inspect import SHARED_LIMIT_BYTES, Statics, block_statics, compile_for, read_statics
+from kernels.lab import inspect
+from kernels.lab.inspect import SHARED_LIMIT_BYTES, Statics, block_statics, compile_for, read_statics
 from kernels.mbconv import MBConvProblem
 from kernels.problem import BlockProblem, Tiling
 from kernels.stem import StemProblem
@@ -187,7 +188,7 @@ def test_bad_input_is_named(arguments: tuple[str, ...], told: str) -> None:
 
 def test_under_the_interpreter_it_is_said_why_not() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "kernels.inspect"], env={"TRITON_INTERPRET": "1", "PATH": ""},
+        [sys.executable, "-m", "kernels.lab.inspect"], env={"TRITON_INTERPRET": "1", "PATH": ""},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 2

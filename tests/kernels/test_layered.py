@@ -9,7 +9,7 @@ import torch
 
 from kernels import cost_model, problem
 from kernels.convfirst import launch, layer_by_layer, pack
-from kernels.inspect import block_statics
+from kernels.lab.inspect import block_statics
 from kernels.problem import PRODUCT_TILINGS, BlockProblem, ProductTiling, Tiling, product_tilings
 from tests.kernels.cases import error_bound, make_operands
 

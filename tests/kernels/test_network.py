@@ -14,8 +14,8 @@ from timm.models._efficientnet_builder import decode_arch_def
 from torch import Tensor, nn
 
 from kernels import cost_model, fuse, ops, tune
-from kernels.emulator import emulated
 from kernels.fold import fold_batch_norms
+from kernels.lab.emulator import emulated
 from kernels.network import FusedBlock, FusedNetwork, moved_bytes
 from kernels.problem import BlockProblem
 from kernels.timing import peak_memory_bytes

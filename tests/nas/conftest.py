@@ -14,9 +14,10 @@ import torch
 from PIL import Image
 
 from kernels.timing import DeviceInfo
-from nas import baselines, trainings
-from nas import data as image_data
 from nas.config import DataConfig, LatencyConfig, ProxyConfig, SearchConfig
+from nas.training import data as image_data
+from nas.training import pool as trainings
+from nas.validation import baselines
 from nas.worker import Worker
 from search_spaces import ArchSpec
 from studies import Candidate, CandidateState, Latency, Owner, Profile, Store

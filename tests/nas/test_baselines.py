@@ -11,8 +11,11 @@ import pytest
 import torch
 from torch import nn
 
-from nas import baselines, trainings
-from nas.baselines import (
+from nas.config import LatencyConfig, SearchConfig
+from nas.errors import CandidateFailed, UsageError
+from nas.training import pool as trainings
+from nas.validation import baselines
+from nas.validation.baselines import (
     BaselineConfig,
     compare,
     contenders,
@@ -27,9 +30,7 @@ from nas.baselines import (
     training_lines,
     verdict,
 )
-from nas.config import LatencyConfig, SearchConfig
-from nas.contenders import Contender, ContenderKind
-from nas.errors import CandidateFailed, UsageError
+from nas.validation.contenders import Contender, ContenderKind
 from nas.worker import Worker
 from search_spaces import load_space
 from studies import Store

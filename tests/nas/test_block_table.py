@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from kernels.timing import DeviceInfo
-from nas.analysis import timm_model
-from nas.block_table import GROUP, REPEATS, BlockMeter, BlockTable, Figure, _Made, network_shape, on_device
 from nas.config import LatencyConfig
-from nas.latency import threads
-from nas.parts import CALL, Part, arch_parts, layers, shape_id
-from nas.profile import Ceilings, store_profile
-from nas.yardsticks import Corrected, Timed
+from nas.latency.analysis import timm_model
+from nas.latency.block_table import GROUP, REPEATS, BlockMeter, BlockTable, Figure, _Made, network_shape, on_device
+from nas.latency.ceilings import Ceilings, store_profile
+from nas.latency.meter import threads
+from nas.latency.parts import CALL, Part, arch_parts, layers, shape_id
+from nas.latency.yardsticks import Corrected, Timed
 from search_spaces import ArchSpec, StageSpec
 from studies import Store
 from tests.conftest import make_tiny_space

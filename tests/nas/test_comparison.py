@@ -6,11 +6,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from nas import comparison
 from nas.config import SearchConfig
-from nas.overhead import FakeEvaluator
+from nas.lab import comparison
+from nas.lab.overhead import FakeEvaluator
 from nas.pareto import hypervolume
-from nas.search import run
+from nas.search.loop import run
 
 
 def invoke(main: object, *arguments: str) -> tuple[int, str]:

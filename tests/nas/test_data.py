@@ -9,9 +9,9 @@ import pytest
 import torch
 from PIL import Image
 
-from nas import clutter, data
 from nas.config import DataConfig
 from nas.errors import UsageError
+from nas.training import clutter, data
 
 
 def make_folder(root: Path, classes: dict[str, int], size: tuple[int, int] = (20, 16), mode: str = "RGB") -> Path:

@@ -15,13 +15,14 @@ from rich.console import Console
 from torch import Tensor
 from typer.testing import CliRunner
 
-from nas import determinism, evaluate, proxy
 from nas.config import DataConfig, LatencyConfig, ProxyConfig, SearchConfig
 from nas.errors import CandidateFailed, UsageError
-from nas.evaluate import RealEvaluator
-from nas.overhead import FakeEvaluator
-from nas.progress import PlainProgress
-from nas.search import run
+from nas.lab.overhead import FakeEvaluator
+from nas.search import evaluation as evaluate
+from nas.search.evaluation import RealEvaluator
+from nas.search.loop import run
+from nas.search.progress import PlainProgress
+from nas.training import determinism, proxy
 from studies import Store
 from tests.conftest import TINY_TOML, make_tiny_space
 from tests.nas.test_proxy import easy_data
@@ -38,7 +39,7 @@ def invoke(*arguments: str) -> tuple[int, str]:
 
 def make_evaluator(monkeypatch: pytest.MonkeyPatch, deterministic: bool = False) -> RealEvaluator:
     """One that takes its device for a GPU, once it is made."""
-    monkeypatch.setattr("nas.data.load", lambda config, note: easy_data())
+    monkeypatch.setattr("nas.training.data.load", lambda config, note: easy_data())
     config = SearchConfig(
         space=make_tiny_space(), data=DataConfig(resolution=16), proxy=replace(QUICK, deterministic=deterministic),
         latency=LatencyConfig(device="cpu"),

@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 import pytest
 
-from nas.efficiency import (
+from nas.latency.roofline import (
     Block,
     Efficiency,
     Layer,
@@ -282,5 +282,5 @@ def test_nonsense_is_refused_by_name_and_value(make: Callable[[], object], told:
 
 
 def test_it_costs_no_import_of_torch() -> None:
-    code = "import sys, nas.efficiency; print('torch' in sys.modules)"
+    code = "import sys, nas.latency.roofline; print('torch' in sys.modules)"
     assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"

@@ -15,11 +15,22 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from nas import export
 from nas.config import SearchConfig
 from nas.errors import UsageError
-from nas.export import Exported, Selection, chosen, directory_name, of_study, read, recipe, render, rewrite, write
-from nas.weights import Images, Trained, Weights, weight_folder
+from nas.export import directories as export
+from nas.export.directories import (
+    Exported,
+    Selection,
+    chosen,
+    directory_name,
+    of_study,
+    read,
+    recipe,
+    render,
+    rewrite,
+    write,
+)
+from nas.training.weights import Images, Trained, Weights, weight_folder
 from search_spaces import ArchSpec
 from studies import Candidate, CandidateState, Owner, Store
 from tests.nas.conftest import archs, study_id

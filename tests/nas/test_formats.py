@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from nas import bench as benches
-from nas import formats
-from nas.bench import bench, remarks, tables
 from nas.config import LatencyConfig
-from nas.engines import ENGINES
 from nas.errors import UsageError
-from nas.export import COMPILED, FUSED, ONNX, PROGRAM, Exported, read, write
-from nas.formats import Format, makers, write_onnx, write_programs
+from nas.export import bench as benches
+from nas.export import formats
+from nas.export.bench import bench, remarks, tables
+from nas.export.directories import COMPILED, FUSED, ONNX, PROGRAM, Exported, read, write
+from nas.export.formats import Format, makers, write_onnx, write_programs
+from nas.latency.engines import ENGINES
 from search_spaces.timm_config import timm_config
 from tests.conftest import make_tiny_space
 

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from kernels.device_functions import run_on_cpu
 from nas.config import LatencyConfig
-from nas.engines import deploy
+from nas.latency.engines import deploy
 from run_search import app
 from search_spaces import load_space
 from tests.conftest import INTERPRETED, TINY_TOML

@@ -11,13 +11,13 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nas import isolation
-from nas.block_table import network_shape
 from nas.config import LatencyConfig
 from nas.errors import CandidateFailed
-from nas.isolation import PARTS_WEIGHT, IsolatedMeter, LocalMeter, meter_for
-from nas.latency import Latency
-from nas.parts import CALL, arch_parts, shape_id
+from nas.latency import isolation
+from nas.latency.block_table import network_shape
+from nas.latency.isolation import PARTS_WEIGHT, IsolatedMeter, LocalMeter, meter_for
+from nas.latency.meter import Latency
+from nas.latency.parts import CALL, arch_parts, shape_id
 from search_spaces import ArchSpec, StageSpec
 from tests.conftest import make_tiny_space
 
@@ -133,7 +133,7 @@ def test_the_process_ends_with_its_parent_however_that_ends() -> None:
     code = """
 import sys, time
 from nas.config import LatencyConfig
-from nas.isolation import IsolatedMeter
+from nas.latency.isolation import IsolatedMeter
 from tests.conftest import make_tiny_space
 meter = IsolatedMeter(LatencyConfig(device="cpu", seconds=0.01, resolution=16), make_tiny_space().anchor(), 1.0)
 print(meter.child.pid, flush=True)

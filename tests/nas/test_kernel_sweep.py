@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from kernels import convfirst
 from kernels.problem import BlockProblem, Tiling
-from nas import kernel_sweep
+from nas.lab import kernel_sweep
 from search_spaces import load_space
 from tests.conftest import TINY_TOML
 

@@ -10,11 +10,11 @@ from triton.runtime.errors import OutOfResources
 
 from kernels.device_state import DeviceState
 from kernels.timing import DeviceInfo, Precision, Sampled
-from nas import latency as latency_module
 from nas.config import DEFAULT_ENGINE, LatencyConfig
-from nas.engines import ENGINES, deploy, runs_on
 from nas.errors import CandidateFailed
-from nas.latency import MAX_REPEATS, REST_SECONDS, LatencyMeter, corrected
+from nas.latency import meter as latency_module
+from nas.latency.engines import ENGINES, deploy, runs_on
+from nas.latency.meter import MAX_REPEATS, REST_SECONDS, LatencyMeter, corrected
 from search_spaces import load_space
 from tests.conftest import make_tiny_space
 

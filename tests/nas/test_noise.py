@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import typer
 
-from nas import noise
 from nas.config import LatencyConfig
-from nas.isolation import LocalMeter
-from nas.latency import Latency
-from nas.noise import exchanges, spread
+from nas.lab import noise
+from nas.lab.noise import exchanges, spread
+from nas.latency.isolation import LocalMeter
+from nas.latency.meter import Latency
 from search_spaces import ArchSpec
 
 

@@ -8,9 +8,9 @@ import torch
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
-from nas.analysis import timm_model
 from nas.config import LatencyConfig
-from nas.parts import Part, arch_modules, arch_parts, canonical, layer_part, layers, prepared, shape_id
+from nas.latency.analysis import timm_model
+from nas.latency.parts import Part, arch_modules, arch_parts, canonical, layer_part, layers, prepared, shape_id
 from search_spaces import ArchSpec, StageSpec, cost, load_space
 from tests.conftest import make_tiny_space
 

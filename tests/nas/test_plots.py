@@ -11,8 +11,9 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from nas import plots
-from nas.efficiency import (
+from nas.display import plots
+from nas.display.plots import plot_efficiency_gap, plot_waterline, stages
+from nas.latency.roofline import (
     Block,
     Efficiency,
     Machine,
@@ -24,7 +25,6 @@ from nas.efficiency import (
     linear_layer,
     single,
 )
-from nas.plots import plot_efficiency_gap, plot_waterline, stages
 from search_spaces import load_space
 
 H200 = Machine(macs_per_s=395e12, bytes_per_s=4.3e12)

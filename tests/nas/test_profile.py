@@ -9,14 +9,14 @@ import torch
 from torch import nn
 
 from kernels.timing import DeviceInfo
-from nas import profile
-from nas.block_table import BlockMeter
 from nas.config import LatencyConfig
-from nas.efficiency import Machine, computational_efficiency
 from nas.errors import UsageError
+from nas.latency import ceilings as profile
+from nas.latency.block_table import BlockMeter
+from nas.latency.ceilings import Ceilings
+from nas.latency.parts import CALL, layer_part, shape_id
+from nas.latency.roofline import Machine, computational_efficiency
 from nas.locks import device_lock
-from nas.parts import CALL, layer_part, shape_id
-from nas.profile import Ceilings
 from studies import Profile, Store
 
 CPU = torch.device("cpu")

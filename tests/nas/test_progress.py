@@ -7,10 +7,10 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from nas.evaluate import Outcome
-from nas.overhead import FakeEvaluator
-from nas.progress import LiveProgress, front_table, scored
-from nas.search import Event
+from nas.lab.overhead import FakeEvaluator
+from nas.search.evaluation import Outcome
+from nas.search.loop import Event
+from nas.search.progress import LiveProgress, front_table, scored
 from search_spaces import load_space
 from studies import CandidateState
 

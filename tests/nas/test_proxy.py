@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from nas import proxy
 from nas.config import ProxyConfig
-from nas.data import ImageData
 from nas.errors import CandidateFailed
-from nas.proxy import Batches, learning_rate, train
+from nas.training import proxy
+from nas.training.data import ImageData
+from nas.training.proxy import Batches, learning_rate, train
 from tests.conftest import make_tiny_space
 
 CPU = torch.device("cpu")

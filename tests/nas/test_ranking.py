@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from nas.ranking import bands, gain, rankings
+from nas.validation.ranking import bands, gain, rankings
 
 
 def test_kendall_and_spearman_by_hand() -> None:

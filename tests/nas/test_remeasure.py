@@ -14,15 +14,17 @@ import pytest
 import torch
 
 from kernels.timing import DeviceInfo
-from nas import profile, remeasure, search
-from nas.block_table import BlockTable, network_shape
 from nas.config import LatencyConfig, SearchConfig
 from nas.errors import CandidateFailed, UsageError
-from nas.latency import Latency
-from nas.overhead import FakeEvaluator
-from nas.profile import Ceilings
-from nas.proxy import ProxyResult
-from nas.remeasure import Changes, of_deployment, remeasure_front
+from nas.lab.overhead import FakeEvaluator
+from nas.latency import ceilings as profile
+from nas.latency.block_table import BlockTable, network_shape
+from nas.latency.ceilings import Ceilings
+from nas.latency.meter import Latency
+from nas.search import loop as search
+from nas.training.proxy import ProxyResult
+from nas.validation import remeasure
+from nas.validation.remeasure import Changes, of_deployment, remeasure_front
 from search_spaces import ArchSpec, load_space
 from studies import CandidateState, Owner, StorageError, Store, Study
 

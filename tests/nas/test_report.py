@@ -17,19 +17,19 @@ import pytest
 from optuna.trial import TrialState, create_trial
 from PIL import Image
 
-from nas import report
 from nas.config import LatencyConfig, Limits, SearchConfig
-from nas.contenders import Contender, ContenderKind
 from nas.errors import CandidateFailed, UsageError
-from nas.importance import FEWEST_TRIALS, importances
-from nas.overhead import FakeEvaluator
+from nas.lab.overhead import FakeEvaluator
 from nas.pareto import hypervolume, running_hypervolume
-from nas.proxy import ProxyResult
-from nas.remeasure import deployment_columns
-from nas.report import comparable, write_report
-from nas.report_data import Material, gather, set_up, troubles
-from nas.report_figures import MOST_COLUMNS, chosen_members
-from nas.search import run
+from nas.report import page as report
+from nas.report.data import Material, gather, set_up, troubles
+from nas.report.figures import MOST_COLUMNS, chosen_members
+from nas.report.importance import FEWEST_TRIALS, importances
+from nas.report.page import comparable, write_report
+from nas.search.loop import run
+from nas.training.proxy import ProxyResult
+from nas.validation.contenders import Contender, ContenderKind
+from nas.validation.remeasure import deployment_columns
 from search_spaces import ArchSpec
 from studies import Candidate, CandidateState, Latency, LatencyStage, Store
 
@@ -96,7 +96,7 @@ def searched(url: str, evaluator: FakeEvaluator | None = None, **changes: Any) -
     config = SearchConfig(**{"budget": 15, "storage": url, "latency": LatencyConfig(device="cpu"), **changes})
     with pytest.MonkeyPatch.context() as patch:
         # The dashboard's files of the front, which take half the time, are not asked for here.
-        patch.setattr("nas.search.show", lambda *_: 0)
+        patch.setattr("nas.search.loop.show", lambda *_: 0)
         run(config, evaluator or FakeEvaluator())
     store = Store.open(url, create=True)
     assert store is not None
@@ -222,7 +222,7 @@ def test_whoever_cannot_see_it_is_told(shown: tuple[Page, Path]) -> None:
 
 
 def test_texts_of_a_database_are_no_markup(sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nas.search.MAX_BARREN", 3)
+    monkeypatch.setattr("nas.search.loop.MAX_BARREN", 3)
     store = searched(sqlite_url, Failing(), study=HOSTILE)
     hostile = contender(HOSTILE, training=HOSTILE, summary=HOSTILE, engine=HOSTILE)
     page = made(store, tmp_path / "out", HOSTILE, [hostile], [HOSTILE], storage=f"sqlite:///{HOSTILE}.db")
@@ -311,7 +311,7 @@ def test_a_study_of_one_trial_has_a_page(sqlite_url: str, tmp_path: Path) -> Non
 
 
 def test_a_study_of_failures_has_a_page(sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nas.search.MAX_BARREN", 3)
+    monkeypatch.setattr("nas.search.loop.MAX_BARREN", 3)
     store = searched(sqlite_url, Failing())
     page = made(store, tmp_path / "out")
     assert "The front is empty" in page.text
@@ -397,7 +397,7 @@ def test_importances_of_what_optuna_refuses_are_a_sentence(monkeypatch: pytest.M
     def refuse(*_: object, **__: object) -> None:
         raise ValueError("no such thing")
 
-    monkeypatch.setattr("nas.importance.get_param_importances", refuse)
+    monkeypatch.setattr("nas.report.importance.get_param_importances", refuse)
     (found,) = importances(optuna_study(30, lambda n: (n, n)), ["accuracy"])
     assert found.why_not == "Optuna could not tell them (no such thing)."
 

@@ -11,11 +11,21 @@ import optuna
 import pytest
 from PIL import Image
 
-from nas import trainings
 from nas.config import SearchConfig
 from nas.errors import CandidateFailed, UsageError
-from nas.proxy import ProxyResult
-from nas.retrain import MACS, PARAMS, PROXY, RetrainConfig, remarks, retrain, spread_over, tables, undominated
+from nas.training import pool as trainings
+from nas.training.proxy import ProxyResult
+from nas.validation.retrain import (
+    MACS,
+    PARAMS,
+    PROXY,
+    RetrainConfig,
+    remarks,
+    retrain,
+    spread_over,
+    tables,
+    undominated,
+)
 from studies import Store
 from tests.nas.conftest import add_candidates, begun, study_id
 

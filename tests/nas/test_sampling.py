@@ -9,8 +9,8 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from nas.config import SAMPLERS
-from nas.overhead import FakeEvaluator
-from nas.sampling import Proposer, distribution
+from nas.lab.overhead import FakeEvaluator
+from nas.search.sampling import Proposer, distribution
 from search_spaces import load_space
 
 DIRECTIONS = (StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE)

@@ -17,17 +17,17 @@ import pytest
 import torch
 from optuna.trial import TrialState
 
-from nas import search
-from nas.block_table import BlockTable, Figure
 from nas.config import SAMPLERS, LatencyConfig, Limits, ProxyConfig, SearchConfig
 from nas.errors import CandidateFailed, UsageError
-from nas.latency import Latency
-from nas.overhead import FakeEvaluator
+from nas.lab.overhead import FakeEvaluator
+from nas.latency.block_table import BlockTable, Figure
+from nas.latency.ceilings import Ceilings
+from nas.latency.meter import Latency
+from nas.latency.parts import arch_parts
 from nas.pareto import front
-from nas.parts import arch_parts
-from nas.profile import Ceilings
-from nas.proxy import ProxyResult
-from nas.remeasure import latency_row
+from nas.search import loop as search
+from nas.training.proxy import ProxyResult
+from nas.validation.remeasure import latency_row
 from search_spaces import ArchSpec, SearchSpace
 from studies import Candidate, CandidateState, LatencyStage, Owner, StorageError, Store, Study
 
@@ -421,11 +421,11 @@ def test_a_candidate_whose_row_was_written_is_told_on_the_next_start(
     with monkeypatch.context() as patch:
         kill = KeyboardInterrupt
         if told.startswith("before"):
-            patch.setattr("nas.study.LiveStudy._tell", lambda *_: (_ for _ in ()).throw(kill()))
+            patch.setattr("nas.search.live_study.LiveStudy._tell", lambda *_: (_ for _ in ()).throw(kill()))
         else:
             # The constraint is set already, the state is not: setting it again would only warn.
             patch.setattr(optuna.Study, "tell", lambda *_: (_ for _ in ()).throw(kill()))
-        patch.setattr("nas.study.LiveStudy.recover", lambda _: None)
+        patch.setattr("nas.search.live_study.LiveStudy.recover", lambda _: None)
         with pytest.raises(KeyboardInterrupt):
             search.run(config, FakeEvaluator())
     (running,) = trials(config)
@@ -702,7 +702,7 @@ def test_a_killed_candidate_is_told_as_the_search_judged_it(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("nas.study.LiveStudy._tell", die)
+        patch.setattr("nas.search.live_study.LiveStudy._tell", die)
         with pytest.raises(KeyboardInterrupt):
             search.run(config, FakeEvaluator())
     (row,) = candidates(config)

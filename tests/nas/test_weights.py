@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from nas.config import DataConfig, LatencyConfig, ProxyConfig, SearchConfig
-from nas.search import run
-from nas.weights import Images, Trained, Weights, near_front, weight_folder
+from nas.search.loop import run
+from nas.training.weights import Images, Trained, Weights, near_front, weight_folder
 from search_spaces import ArchSpec
 from studies import Store
 from tests.conftest import make_tiny_space

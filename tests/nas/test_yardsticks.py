@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from nas.config import LatencyConfig
-from nas.yardsticks import Timed, Yardsticks
+from nas.latency.yardsticks import Timed, Yardsticks
 
 TINY = LatencyConfig(device="cpu", engine="eager", resolution=16, seconds=0.02)
 

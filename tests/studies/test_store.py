@@ -19,10 +19,10 @@ from sqlalchemy import create_engine, inspect, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from nas import search
 from nas.config import SearchConfig
-from nas.overhead import FakeEvaluator
+from nas.lab.overhead import FakeEvaluator
 from nas.pareto import front
+from nas.search import loop as search
 from studies import (
     BaselineLatency,
     BaselineTraining,

@@ -1,0 +1,237 @@
+"""What the compiler makes of a kernel, read from the machine code: `python -m kernels.lab.inspect --channels 64`.
+
+The GPU need not be here: Triton compiles for a named target without a driver, and brings the tools that read what comes
+of it. With `--run` the kernels also run, emulated (`kernels.lab.emulator`), which counts what they do.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import triton
+import typer
+from rich.console import Console
+from rich.table import Table
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from kernels import cost_model, layered
+from kernels.convfirst import constants, convfirst_kernel
+from kernels.device_functions import INTERPRETED
+from kernels.lab.emulator import Traffic, rehearse
+from kernels.problem import MAX_SPLITS, BlockProblem, Tiling, unsupported
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# Shared memory that one program may use, in bytes, by compute capability (CUDA C++ Programming Guide, table of
+# technical specifications: 163, 99 and 227 KiB).
+SHARED_LIMIT_BYTES = {80: 166_912, 89: 101_376, 90: 232_448}
+MAX_REGISTERS = 255
+POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
+
+
+@dataclass(frozen=True)
+class Statics:
+    """Of one compiled kernel.
+
+    Args:
+        registers: a thread.
+        stack_bytes: local memory a thread.
+        spills: instructions that load or store local memory.
+        shared_bytes: a program.
+        tensor_core: instructions of Hopper's warp-group products (HGMMA) and of the older ones (HMMA), as written; a
+            loop's body counts once.
+        global_loads: instructions that load from global memory, by bits a thread, copies into shared memory included.
+        barriers: instructions at which all warps wait for one another.
+    """
+
+    registers: int
+    stack_bytes: int
+    spills: int
+    shared_bytes: int
+    tensor_core: Mapping[str, int]
+    global_loads: Mapping[int, int]
+    barriers: int
+
+    def complaints(self, capability: int, dtype: str) -> list[str]:
+        """What keeps this from being a kernel one would want to run."""
+        found = []
+        if self.shared_bytes > SHARED_LIMIT_BYTES[capability]:
+            found.append(f"{self.shared_bytes} bytes of shared memory, the chip has {SHARED_LIMIT_BYTES[capability]}")
+        if self.spills:
+            found.append(f"{self.spills} instructions spill registers")
+        if dtype != "float32" and not sum(self.tensor_core.values()):
+            found.append("no tensor-core instruction")
+        return found
+
+
+# Arguments of the kernels, by name, that are not pointers to the dtype of the input.
+OTHER_ARGUMENTS = {
+    **dict.fromkeys(("conv_bias", "expand_bias", "project_bias", "bias", "partial"), "*fp32"), "counters": "*i32",
+    **dict.fromkeys(("pixels", "height", "width", "out_height", "out_width", "taps", "tiles", "rows"), "i32"),
+}  # fmt: skip
+
+
+def compile_for(kernel: Any, constexprs: Mapping[str, object], dtype: str, num_warps: int, capability: int) -> Any:
+    """Compile one of the kernels for a compute capability such as 90; pointers are taken to be 16-byte aligned.
+
+    Args:
+        constexprs: all of the kernel's compile-time arguments.
+    """
+    types = {
+        name: "constexpr" if name in constexprs else OTHER_ARGUMENTS.get(name, POINTERS[dtype])
+        for name in kernel.arg_names
+    }
+    attrs = {
+        (index,): [["tt.divisibility", 16]] for index, name in enumerate(kernel.arg_names) if types[name][0] == "*"
+    }
+    source = ASTSource(kernel, types, dict(constexprs), attrs)
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps})
+
+
+def read_statics(compiled: Any) -> Statics:
+    """Registers, spills, shared memory, tensor-core instructions and loads of a kernel from `compile_for`."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        usage = _run("cuobjdump", "-res-usage", file.name)
+        code = _run("nvdisasm", "-c", file.name)
+    registers, stack = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK"))  # type: ignore[union-attr]
+    operations = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code, re.MULTILINE)
+    names = [operation.split(".") for operation in operations]
+    widths = Counter(_bits(parts) for parts in names if parts[0] in ("LDG", "LDGSTS"))
+    return Statics(
+        registers=registers,
+        stack_bytes=stack,
+        spills=sum(parts[0] in ("LDL", "STL") for parts in names),
+        shared_bytes=compiled.metadata.shared,
+        tensor_core={name: sum(parts[0] == name for parts in names) for name in ("HGMMA", "HMMA")},
+        global_loads=dict(sorted(widths.items())),
+        barriers=sum(parts[0] == "BAR" for parts in names),
+    )
+
+
+def _bits(parts: list[str]) -> int:
+    return next(
+        (int(part) for part in parts[1:] if part in ("64", "128")), 8 if "U8" in parts else 16 if "U16" in parts else 32
+    )
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([TOOLS / tool, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def compile_block(problem: BlockProblem, tiling: Tiling, capability: int) -> list[Any]:
+    """A block's kernel, or those of its three launches, compiled for a compute capability such as 90."""
+    if tiling.launches == 1:
+        fixed = constants(problem, tiling)
+        return [compile_for(convfirst_kernel, fixed, problem.dtype, tiling.num_warps, capability)]
+    fixed = layered.conv_constants(problem, tiling)
+    compiled = [compile_for(layered.conv_kernel, fixed, problem.dtype, tiling.num_warps, capability)]
+    for fixed, cut in layered.product_constants(problem):
+        compiled.append(compile_for(layered.product_kernel, fixed, problem.dtype, cut.num_warps, capability))
+    return compiled
+
+
+def block_statics(problem: BlockProblem, tiling: Tiling, capability: int) -> Statics:
+    """What the compiler makes of a block: of several launches the most that one takes, and all their instructions."""
+    found = [read_statics(each) for each in compile_block(problem, tiling, capability)]
+    loads: Counter[int] = sum((Counter(each.global_loads) for each in found), Counter())
+    return Statics(
+        registers=max(each.registers for each in found),
+        stack_bytes=max(each.stack_bytes for each in found),
+        spills=sum(each.spills for each in found),
+        shared_bytes=max(each.shared_bytes for each in found),
+        tensor_core={name: sum(each.tensor_core[name] for each in found) for name in found[0].tensor_core},
+        global_loads=dict(sorted(loads.items())),
+        barriers=sum(each.barriers for each in found),
+    )
+
+
+def shorthand(tiling: Tiling) -> str:
+    """A tiling in a word, such as `m128 e64 mma w8 s2`; of three launches what the first one has of it."""
+    shape = f"{tiling.rows}x{tiling.columns}" if tiling.rows > 1 else f"m{tiling.block_m}"
+    if tiling.launches > 1:
+        return (
+            f"{tiling.launches} launches {shape} {tiling.conv} w{tiling.num_warps} c{tiling.conv_stages} p{tiling.part}"
+        )
+    word = f"{shape} e{tiling.block_e} {tiling.conv}"
+    word += f" x{tiling.splits}" if tiling.splits > 1 else ""
+    word += f" o{tiling.out_splits}" if tiling.out_splits > 1 else ""
+    word += f" t{tiling.tiles_each}" if tiling.tiles_each > 1 else ""
+    word += f" w{tiling.num_warps} s{tiling.num_stages}"
+    word += f" c{tiling.conv_stages}" if tiling.conv_stages > 1 else ""
+    return word + (f" p{tiling.part}" if tiling.part != 128 else "")
+
+
+def main(
+    channels: Annotated[int, typer.Option(help="Input channels.")] = 64,
+    out_channels: Annotated[int | None, typer.Option(help="Output channels; as many as come in by default.")] = None,
+    expansion: Annotated[float, typer.Option(help="Hidden over input channels.")] = 4.0,
+    kernel_size: Annotated[int, typer.Option(help="3, 5 or 7.")] = 3,
+    group_width: Annotated[int, typer.Option(help="Channels a group; 1 is depthwise.")] = 8,
+    stride: Annotated[int, typer.Option(help="1 or 2.")] = 1,
+    activation: Annotated[str, typer.Option(help="silu, relu, gelu or hard_swish.")] = "silu",
+    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
+    batch: Annotated[int, typer.Option(help="Images.")] = 128,
+    resolution: Annotated[int, typer.Option(help="Pixels of the square input map.")] = 56,
+    capability: Annotated[list[int] | None, typer.Option(help="80, 89 or 90; may be given several times.")] = None,
+    tilings: Annotated[int, typer.Option(min=1, help="How many, the likeliest first.")] = 3,
+    run: Annotated[bool, typer.Option("--run", help="Run them emulated, and count what they do.")] = False,
+) -> None:
+    """Compile a fused block for GPUs that need not be here, and show registers, spills, memory and instructions."""
+    if INTERPRETED:
+        raise typer.BadParameter("the compiler cannot run under TRITON_INTERPRET=1; unset it", param_hint="environment")
+    capabilities = capability or [80, 89, 90]
+    if unknown := set(capabilities) - set(SHARED_LIMIT_BYTES):
+        known = ", ".join(map(str, SHARED_LIMIT_BYTES))
+        raise typer.BadParameter(f"{unknown.pop()} is none of {known}", param_hint="--capability")
+    out = channels if out_channels is None else out_channels
+    hidden = max(8, round(channels * expansion / 8) * 8)
+    problem = BlockProblem(
+        batch, resolution, resolution, channels, hidden, out, kernel_size, group_width, stride, activation,
+        stride == 1 and out == channels, dtype, MAX_SPLITS,
+    )  # fmt: skip
+    if why := unsupported(problem):
+        raise typer.BadParameter(why)
+    columns = ["sm", "tiling", "counted us", "registers", "spills", "shared KiB", "HGMMA", "HMMA", "loads by bits", "s"]
+    if run:
+        columns += ["instr", "on-chip KiB", "predicted KiB", "conflicts", "error"]
+    table = Table(*columns, title=f"{channels} -> {hidden} -> {out}, k{kernel_size} g{group_width}, {dtype}")
+    for number in capabilities:
+        limits = cost_model.LIMITS[number]
+        for tiling in cost_model.ranked(problem, limits)[:tilings]:
+            begin = time.perf_counter()
+            statics = block_statics(problem, tiling, number)
+            seconds = time.perf_counter() - begin
+            loads = " ".join(f"{bits}:{count}" for bits, count in statics.global_loads.items())
+            ran: tuple[str, ...] = ()
+            if run and statics.shared_bytes <= SHARED_LIMIT_BYTES[number]:
+                traffic = Traffic()
+                error = rehearse(problem, tiling, number, traffic)
+                # As many tiles as are rehearsed; programs of several launches have no one figure.
+                two = replace(tiling, tiles_each=min(tiling.tiles_each, 2))
+                counted = cost_model.on_chip_bytes(problem, two, limits.wgmma_macs > limits.mma_macs)
+                ran = (
+                    str(sum(traffic.instructions.values()) // traffic.programs),
+                    f"{traffic.on_chip_bytes / traffic.programs / 1024:.0f}",
+                    f"{counted / 1024:.0f}" if tiling.launches == 1 else "",
+                    f"{traffic.shared_wavefronts / traffic.shared_least:.2f}", f"{error:.1e}",
+                )  # fmt: skip
+            table.add_row(
+                str(number), shorthand(tiling), f"{1e6 * cost_model.estimate(problem, tiling, limits):.1f}",
+                str(statics.registers), str(statics.spills), f"{statics.shared_bytes / 1024:.1f}",
+                *(str(statics.tensor_core[name]) for name in ("HGMMA", "HMMA")), loads, f"{seconds:.1f}", *ran,
+            )  # fmt: skip
+    Console(width=160 if run else 120).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,110 @@
+"""What the dashboard shows of a study beyond its figures: every trial's note, and the front members' files."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from kernels.timing import DeviceInfo
+from nas.config import LatencyConfig
+from nas.display import notes
+from nas.display.plots import plot_efficiency_gap, plot_learning_curve
+from nas.latency.analysis import from_table
+from nas.latency.block_table import BlockTable
+from nas.search.live_study import DUPLICATE_OF
+from nas.validation.remeasure import deployment_columns, of_deployment
+from search_spaces import ArchSpec
+from search_spaces.timm_config import timm_config
+from studies import Store, Study
+from studies.display import Artifact, Artifacts, update_notes
+
+# Of a front so many members carry files: drawing takes a good part of a second each.
+MOST_MEMBERS = 40
+
+
+def show(store: Store, name: str, folder: Path) -> int:
+    """Bring a study's notes and the files of its front's members up to date; returns how many files were made.
+
+    Nothing is measured. A user's own edits of notes are left alone.
+
+    Args:
+        folder: of the files.
+    """
+    study = store.find_study(name)
+    assert study is not None
+    _write_notes(store, study, name)
+    config = LatencyConfig(**json.loads(study.config)["latency"])
+    front = of_deployment(store.front(name), config, study.device_id)
+    if front.empty:
+        return 0
+    device = study.device
+    info = DeviceInfo(device.kind, device.name, device.driver, device.torch, device.triton)
+    table = BlockTable(store, info, config)
+    artifacts = Artifacts(store.optuna_storage, study.study_id, folder)
+    # Evenly spaced, both ends included.
+    front = front.iloc[np.unique(np.linspace(0, len(front) - 1, MOST_MEMBERS).round().astype(int))]
+    made = 0
+    for _, row in front.iterrows():
+        made += sum(artifacts.attach(int(row["trial_id"]), each) for each in _artifacts(store, row, table))
+    artifacts.keep_only({int(trial_id) for trial_id in front["trial_id"]})
+    return made
+
+
+def _write_notes(store: Store, study: Study, name: str) -> None:
+    config = json.loads(study.config)
+    here = deployment_columns(LatencyConfig(**config["latency"]), study.device_id)
+    bodies: dict[int | None, str] = {None: notes.study_note(study, name)}
+    for candidate in store.candidates(study.study_id):
+        bodies[candidate.trial_id] = notes.trial_note(candidate, candidate.latency_on(**here), config)
+    for trial in store.load_optuna_study(name).get_trials(deepcopy=False):
+        first = trial.user_attrs.get(DUPLICATE_OF)
+        if first is not None:
+            bodies[trial._trial_id] = notes.duplicate_note(ArchSpec.parse(trial.user_attrs["arch"]), first)
+    update_notes(store.optuna_storage, study.study_id, bodies)
+
+
+def _artifacts(store: Store, row: pd.Series, table: BlockTable) -> list[Artifact]:
+    """The files of a member of the front, a row of the view."""
+    config, arch, number = table.config, ArchSpec.from_json(row["arch"]), int(row["number"])
+    prefix = f"t{number:04d}"
+    ours = {"arch": str(arch), "arch_id": arch.arch_id}
+    as_json = json.dumps(timm_config(arch, config.num_classes, config.resolution, convfirst=ours), indent=2).encode()
+    found = [Artifact(f"{prefix}_config.json", _stamp(as_json.decode()), lambda: as_json)]
+    curve = store.learning_curve(int(row["trial_id"]))
+    accuracy = float(row["accuracy"])
+    title = f"trial {number}: {arch}"
+    if curve:
+        found.append(Artifact(
+            f"{prefix}_learning_curve.png", _stamp(len(curve), accuracy),
+            _drawn(lambda path: plot_learning_curve(curve, accuracy, title, path)),
+        ))  # fmt: skip
+    latency_ms = float(row["latency_ms"])
+    efficiency = from_table(table, arch, f"trial {number}", latency_ms)
+    if efficiency is not None:
+        found.append(Artifact(
+            f"{prefix}_efficiency_gap.png", _stamp(latency_ms, [part.seconds for part in efficiency.rows]),
+            _drawn(lambda path: plot_efficiency_gap([efficiency], path)),
+        ))  # fmt: skip
+    return found
+
+
+def _stamp(*values: object) -> str:
+    return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
+
+
+def _drawn(draw: Callable[[Path], None]) -> Callable[[], bytes]:
+    """The PNG that a plot makes."""
+
+    def make() -> bytes:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "figure.png"
+            draw(path)
+            return path.read_bytes()
+
+    return make

@@ -1,0 +1,277 @@
+"""Exported networks measured again on this machine: every format that runs here, in turns with one another."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from kernels.timing import DeviceInfo
+from nas.config import LatencyConfig
+from nas.errors import CandidateFailed, UsageError, memory_may_run_out
+from nas.export.directories import COMPILED, FUSED, ONNX, PROGRAM, SECTION, Exported
+from nas.export.formats import INPUT, onnx_file, program_file, quiet
+from nas.latency.analysis import Note
+from nas.latency.engines import ENGINES, deploy, runs_on
+from nas.latency.meter import threads
+from nas.latency.yardsticks import Corrected, Timed, Yardsticks
+from nas.locks import WAITING, device_lock
+from nas.search.evaluation import check_device
+from search_spaces import ArchSpec, cost
+
+# What runs a file that is there.
+PACKAGES = {COMPILED: "AOTInductor", FUSED: "torch.export, fused"}
+
+Forwards = list[Callable[[], object]]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A format of a network.
+
+    Args:
+        what: an engine, or what runs a file.
+        dtype: what it computes in.
+        latency: None where it does not run.
+        reason: why not.
+        recorded_ms: the latency that the directory tells, if it is of this very deployment.
+    """
+
+    network: str
+    what: str
+    dtype: str
+    latency: Corrected | None
+    reason: str | None = None
+    recorded_ms: float | None = None
+
+
+# With its forward passes, or none, and the MACs of each.
+Candidate = tuple[Row, Forwards | None, int]
+
+
+def bench(folders: Sequence[tuple[Path, Exported]], config: LatencyConfig, note: Note = lambda line: None) -> list[Row]:
+    """Latencies of all formats of some exported networks, sampled in turns with each other and the yardsticks.
+
+    On the device and in the deployment of the first one's search they are told as that told its own: as if its anchor
+    took as long now as then. Elsewhere they are those of now.
+
+    Formats that a directory lacks and that take seconds to make are made aside. Networks without weights get random
+    ones: latencies do not depend on them.
+
+    Args:
+        config: the deployment.
+
+    Raises:
+        UsageError: the device is not here.
+    """
+    device = check_device(config)
+    lock, waiting = device_lock(device), partial(note, WAITING)
+    with tempfile.TemporaryDirectory() as aside, lock.measuring(waiting), threads(config.threads):
+        yardsticks = Yardsticks(config)
+        candidates: list[Candidate] = []
+        for index, (folder, network) in enumerate(folders):
+            note(f"{network.name}: getting ready")
+            work = Path(aside) / str(index)
+            work.mkdir()
+            candidates += _Formats(folder, network, config, yardsticks, work).ready()
+        timed = [Timed(forwards, macs) for _, forwards, macs in candidates if forwards is not None]
+        anchor = _Anchor.of(folders[0][1], config, yardsticks)
+        note(f"measuring {len(timed)} in turns")
+        found = yardsticks.time([*timed, *([anchor.timed] if anchor else [])])
+    if anchor is None:
+        return _rows(candidates, found, 1.0)
+    factor = anchor.recorded_ms / found[-1].median_ms
+    return _rows(candidates, found[:-1], factor)
+
+
+def _rows(candidates: Sequence[Candidate], found: Sequence[Corrected], factor: float) -> list[Row]:
+    times = iter(found)
+    return [row if forwards is None else replace(row, latency=_scaled(next(times), factor))
+            for row, forwards, _ in candidates]  # fmt: skip
+
+
+def _scaled(latency: Corrected, factor: float) -> Corrected:
+    return replace(
+        latency, median_ms=factor * latency.median_ms, p20_ms=factor * latency.p20_ms, p80_ms=factor * latency.p80_ms
+    )
+
+
+@dataclass(frozen=True)
+class _Anchor:
+    """The network that latencies of the search were corrected by."""
+
+    timed: Timed
+    recorded_ms: float
+
+    @classmethod
+    def of(cls, network: Exported, config: LatencyConfig, yardsticks: Yardsticks) -> _Anchor | None:
+        """Where the search measured on this very device and deployment: so what is measured now compares with it."""
+        told = network.deployment
+        if not _same(config, told) or network.config[SECTION]["latency"]["device"] != asdict(
+            DeviceInfo.of(torch.device(config.device))
+        ):
+            return None
+        anchor = network.config[SECTION]["latency"]["anchor"]
+        arch = ArchSpec.from_json(json.dumps(anchor["arch_spec"]))
+        inputs = yardsticks.meter.random_inputs((told.batch_size, 3, told.resolution, told.resolution))
+        with quiet():
+            module = deploy(arch.build(told.num_classes), told, inputs[0])
+        macs = told.batch_size * cost(arch, told.resolution, told.num_classes).macs
+        return cls(Timed(yardsticks.meter.forwards(module, inputs), macs), float(anchor["median_ms"]))
+
+
+def _same(one: LatencyConfig, other: LatencyConfig) -> bool:
+    """But for the engine, and how precisely it is measured."""
+    return replace(one, engine=other.engine, precision=other.precision, seconds=other.seconds) == other
+
+
+def device_here(told: str) -> str:
+    """The device of an exported deployment, or what there is here instead of it."""
+    if told.partition(":")[0] != "cuda":
+        return told
+    if not torch.cuda.is_available():
+        return "cpu"
+    return told if (torch.device(told).index or 0) < torch.cuda.device_count() else "cuda"
+
+
+class _Formats:
+    """Those of one network, ready to be timed."""
+
+    def __init__(
+        self, folder: Path, network: Exported, config: LatencyConfig, yardsticks: Yardsticks, work: Path
+    ) -> None:
+        self.folder, self.network, self.config, self.work = folder, network, config, work
+        self.meter = yardsticks.meter
+        self.device = torch.device(config.device)
+        self.model = network.build()
+        size = config.resolution
+        self.inputs = self.meter.random_inputs((config.batch_size, 3, size, size))
+        self.macs = config.batch_size * cost(network.arch, size, network.num_classes).macs
+        # A file is for one resolution.
+        self.files_fit = size == network.resolution
+
+    def ready(self) -> list[Candidate]:
+        """A row for each, with its forward passes or the reason why there are none."""
+        found: list[Candidate] = []
+        engines = [name for name, engine in ENGINES.items() if runs_on(engine, self.device)]
+        attempts: list[tuple[str, str, Callable[[], Forwards]]] = [
+            (name, self.config.dtype, partial(self._engine, name)) for name in engines
+        ]
+        # As `formats.write_programs` compiles it.
+        self.compiled_dtype = self.config.dtype if self.device.type == "cuda" else "float32"
+        attempts.append(("torch.export", "float32", self._program))
+        if self.files_fit:
+            for name in (COMPILED, FUSED):
+                if (self.folder / name).exists():
+                    attempts.append((PACKAGES[name], self.compiled_dtype, partial(self._package, name)))
+        # On CUDA its sessions stand apart from torch's streams and graphs.
+        if self.device.type == "cpu":
+            attempts.append(("ONNX Runtime", "float32", self._onnx))
+        for what, dtype, make in attempts:
+            row = Row(self.network.name, what, dtype, None, recorded_ms=self._recorded_ms(what))
+            try:
+                with memory_may_run_out(), quiet():
+                    found.append((row, make(), self.macs))
+            except (CandidateFailed, UsageError) as error:
+                found.append((replace(row, reason=str(error)), None, 0))
+            except Exception as error:
+                # An engine of ours raises bugs only; a file may be damaged, or of another machine.
+                if what in ENGINES:
+                    raise
+                words = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+                found.append((replace(row, reason=words), None, 0))
+        return found
+
+    def _recorded_ms(self, what: str) -> float | None:
+        told = self.network.deployment
+        if what != told.engine or not _same(self.config, told):
+            return None
+        return float(self.network.config[SECTION]["latency"]["median_ms"])
+
+    def _engine(self, name: str) -> Forwards:
+        config = replace(self.config, engine=name, num_classes=self.network.num_classes)
+        return self.meter.forwards(deploy(self.model, config, self.inputs[0]), self.inputs)
+
+    def _program(self) -> Forwards:
+        path = self.folder / PROGRAM
+        if not (self.files_fit and path.exists()):
+            path = program_file(self.model, self.config.resolution, self.work / PROGRAM)
+        module = torch.export.load(path).module().to(self.device)
+        return self._checked(module, [x.float() for x in self.inputs])
+
+    def _package(self, name: str) -> Forwards:
+        path = self.folder / name
+        if name == FUSED:
+            import kernels.ops  # noqa: F401  registers its operators
+
+            module: nn.Module = torch.export.load(path).module()
+        else:
+            # Otherwise the package asks CUDA whether its last run has ended, which a graph's capture does not allow.
+            loaded: Any = torch._inductor.aoti_load_package(
+                str(path), run_single_threaded=self.device.type == "cuda"
+            )  # fmt: skip
+            module = _Called(loaded)
+        return self._checked(module, [x.to(getattr(torch, self.compiled_dtype)) for x in self.inputs])
+
+    def _checked(self, module: nn.Module, inputs: Sequence[Tensor]) -> Forwards:
+        with torch.inference_mode():
+            module(inputs[0])
+        return self.meter.forwards(module, inputs)
+
+    def _onnx(self) -> Forwards:
+        path = self.folder / ONNX
+        if not (self.files_fit and path.exists()):
+            path = onnx_file(self.model, self.config.resolution, self.work / ONNX)
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = self.config.threads
+        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        arrays = [x.float().contiguous().numpy() for x in self.inputs]
+        return [partial(session.run, None, {INPUT: array}) for array in arrays]
+
+
+class _Called(nn.Module):
+    """Something that is called, as a module."""
+
+    def __init__(self, called: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.called = called
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.called(x)
+
+
+def tables(rows: Sequence[Row], where: str) -> list[Table]:
+    """One for each network, the fastest format first; for a terminal of 80 columns."""
+    found = []
+    for network in dict.fromkeys(row.network for row in rows):
+        table = Table(title=f"{network}, {where}", title_justify="left", show_edge=False, padding=(0, 0, 0, 1))
+        for header in ("format", "dtype", "latency ms", "p20 to p80", "recorded ms"):
+            table.add_column(header, justify="left" if header in ("format", "dtype") else "right")
+        timed = [(row, row.latency) for row in rows if row.network == network and row.latency is not None]
+        for row, latency in sorted(timed, key=lambda pair: pair[1].median_ms):
+            table.add_row(
+                row.what, row.dtype, f"{latency.median_ms:.4f}", f"{latency.p20_ms:.4f} to {latency.p80_ms:.4f}",
+                "" if row.recorded_ms is None else f"{row.recorded_ms:.4f}",
+            )  # fmt: skip
+        found.append(table)
+    return found
+
+
+def remarks(rows: Sequence[Row]) -> list[str]:
+    """A line for each format that does not run here, and each whose figure is doubtful."""
+    found = [f"{row.network}, {row.what}: left out ({row.reason})" for row in rows if row.latency is None]
+    for row in rows:
+        if row.latency is not None and (row.latency.capped or row.latency.throttled):
+            why = "on a throttling GPU" if row.latency.throttled else "ended by the time cap"
+            found.append(f"{row.network}, {row.what}: {why}")
+    return found

@@ -1,0 +1,506 @@
+"""Winners leave the house: a directory for each, which timm builds, trains and publishes, and our kernels deploy.
+
+All that stands in a directory's files comes from its config.json: a study's figures are written there once, and the
+other files are made of it. Directories are written aside and then renamed, so that none is ever half there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from decimal import Decimal
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from kernels.timing import DeviceInfo
+from nas.config import LatencyConfig
+from nas.display.notes import stage_table
+from nas.errors import UsageError, of_this_version
+from nas.latency.analysis import Note, from_table
+from nas.latency.block_table import BlockTable
+from nas.training.weights import Trained, Weights, weight_folder
+from nas.validation.remeasure import of_deployment
+from search_spaces import ArchSpec, cost
+from search_spaces.timm_config import timm_config
+from search_spaces.timm_file import timm_file
+from studies import Store, Study, displayed
+
+CONFIG, WEIGHTS, RECIPE, CARD = "config.json", "model.safetensors", "train.yaml", "README.md"
+# What `nas.export.formats` makes of the weights.
+FILES = ONNX, PROGRAM, COMPILED, FUSED = "model.onnx", "model.pt2", "model_aoti.pt2", "model_fused.pt2"
+# Of config.json, what is ours.
+SECTION = "convfirst"
+PROXY_WEIGHTS = "proxy"
+
+Formats = Sequence[Callable[["Exported", Path], object]]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which candidates of a study: the front's members that pass, or trials by their numbers.
+
+    Args:
+        trials: numbers of complete trials, on the front or not; empty means the front.
+        top: the most accurate of them.
+    """
+
+    trials: tuple[int, ...] = ()
+    top: int | None = None
+    max_latency_ms: float | None = None
+    min_accuracy: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("top", 1), ("max_latency_ms", 0.0), ("min_accuracy", 0.0)):
+            value = getattr(self, name)
+            if value is not None and not value >= least:
+                raise ValueError(f"{name}={value!r} is not at least {least:g}")
+        if self.min_accuracy is not None and self.min_accuracy > 1:
+            raise ValueError(f"min_accuracy={self.min_accuracy!r} is not at most 1, which is 100 %")
+
+
+@dataclass(frozen=True, eq=False)
+class Exported:
+    """An exported network, as its directory has it.
+
+    Args:
+        config: the content of config.json.
+        weights: of model.safetensors, if there is one.
+    """
+
+    config: dict[str, Any]
+    weights: dict[str, Tensor] | None
+
+    @property
+    def name(self) -> str:
+        """A Python identifier; of the directory, as it was exported."""
+        return str(self.config[SECTION]["name"])
+
+    @cached_property
+    def arch(self) -> ArchSpec:
+        return ArchSpec.from_json(json.dumps(self.config[SECTION]["arch_spec"]))
+
+    @property
+    def num_classes(self) -> int:
+        return int(self.config["num_classes"])
+
+    @property
+    def resolution(self) -> int:
+        return int(self.config["pretrained_cfg"]["input_size"][-1])
+
+    @property
+    def deployment(self) -> LatencyConfig:
+        """In which its latency was measured."""
+        return LatencyConfig(**self.config[SECTION]["latency"]["deployment"])
+
+    def build(self) -> nn.Module:
+        """The network with its weights, or new random ones, in evaluation mode."""
+        network = self.arch.build(self.num_classes)
+        if self.weights is not None:
+            network.load_state_dict(self.weights)
+        return network.eval()
+
+
+# -- Of a study ------------------------------------------------------------------------------------------------------
+
+
+def chosen(store: Store, study: Study, name: str, selection: Selection) -> pd.DataFrame:
+    """The rows of a study's candidates that are to be exported, fastest first, in the study's own deployment.
+
+    Raises:
+        UsageError: a trial is not there or not complete, or nothing is left.
+    """
+    with of_this_version(name):
+        config = LatencyConfig(**json.loads(study.config)["latency"])
+    if selection.trials:
+        rows = of_deployment(store.evaluations(name), config, study.device_id)
+        rows = rows[rows["number"].isin(selection.trials)]
+        for number in selection.trials:
+            if number not in set(rows["number"]):
+                raise UsageError(f"--trial {number}: {_why_not(store, study, number)}")
+    else:
+        front = of_deployment(store.front(name), config, study.device_id)
+        rows = of_deployment(store.evaluations(name), config, study.device_id)
+        rows = rows[rows["trial_id"].isin(front["trial_id"])]
+        if rows.empty:
+            raise UsageError(f"--study {name}: its front is empty, there is nothing to export")
+    passing = rows
+    if selection.max_latency_ms is not None:
+        passing = passing[passing["latency_ms"] <= selection.max_latency_ms]
+        if passing.empty:
+            raise UsageError(f"--max-latency-ms {selection.max_latency_ms:g}: the fastest takes {_least(rows):.4g} ms")
+    if selection.min_accuracy is not None:
+        accurate = passing[passing["accuracy"] >= selection.min_accuracy]
+        if accurate.empty:
+            raise UsageError(f"--min-accuracy {selection.min_accuracy:g}: the best has {passing['accuracy'].max():.4f}")
+        passing = accurate
+    if selection.top is not None:
+        passing = passing.sort_values(["accuracy", "latency_ms"], ascending=[False, True]).head(selection.top)
+    return passing.sort_values(["latency_ms", "number"])
+
+
+def _least(rows: pd.DataFrame) -> float:
+    return float(rows["latency_ms"].min())
+
+
+def _why_not(store: Store, study: Study, number: int) -> str:
+    for candidate in store.candidates(study.study_id):
+        if candidate.number == number:
+            reason = f" ({candidate.reason})" if candidate.reason else ""
+            return f"is not complete but {candidate.state.replace('_', ' ')}{reason}"
+    return "there is no such candidate"
+
+
+def directory_name(latency_ms: float, number: int) -> str:
+    """Readable, and a Python identifier: 0.8 ms of trial 42 are `convfirst_0p8ms_t042`."""
+    # Two digits, and never an exponent.
+    shown = f"{Decimal(f'{latency_ms:.2g}'):f}".replace(".", "p")
+    return f"convfirst_{shown}ms_t{number:03d}"
+
+
+def of_study(store: Store, study: Study, name: str, storage: str, rows: pd.DataFrame) -> list[Exported]:
+    """What the directories of some candidates will hold.
+
+    Args:
+        rows: of `chosen`.
+        storage: URL of the study database.
+    """
+    stored = json.loads(study.config)
+    with of_this_version(name):
+        config = LatencyConfig(**stored["latency"])
+        archs = [ArchSpec.from_json(str(text)) for text in rows["arch"]]
+        # What is shown of them without being understood has at least to be there.
+        for part in ("space", "data", "proxy", "seed"):
+            stored[part]
+        ArchSpec.from_json(study.anchor)
+    device = study.device
+    info = DeviceInfo(device.kind, device.name, device.driver, device.torch, device.triton)
+    table = BlockTable(store, info, config)
+    anchor = {"arch_spec": json.loads(study.anchor), "median_ms": study.anchor_ms}
+    kept = Weights(weight_folder(storage), study.study_id)
+    found = []
+    for arch, (_, row) in zip(archs, rows.iterrows(), strict=True):
+        number, latency_ms = int(row["number"]), float(row["latency_ms"])
+        trained = kept.find(number, arch.arch_id)
+        section = {
+            "name": directory_name(latency_ms, number),
+            "arch": str(arch), "arch_id": arch.arch_id, "arch_spec": json.loads(arch.to_json()),
+            "study": _study_section(study, name, storage, number, stored),
+            "latency": _latency_section(row, config, info, table, arch) | {"anchor": anchor},
+            "accuracy": {
+                "proxy": float(row["accuracy"]), "data": stored["data"], "training": stored["proxy"],
+                "seed": stored["seed"],
+            },
+            "weights": None if trained is None else PROXY_WEIGHTS,
+        }  # fmt: skip
+        found.append(_exported(arch, section, config, trained))
+    return found
+
+
+def _study_section(study: Study, name: str, storage: str, number: int, stored: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "name": name, "trial": number, "storage": displayed(storage), "space": stored["space"]["name"],
+        "begun": f"{study.created_at:%Y-%m-%d %H:%M} UTC", "versions": json.loads(study.versions),
+    }  # fmt: skip
+
+
+def _latency_section(
+    row: pd.Series, config: LatencyConfig, device: DeviceInfo, table: BlockTable, arch: ArchSpec
+) -> dict[str, Any]:
+    latency_ms = float(row["latency_ms"])
+    efficiency = from_table(table, arch, "", latency_ms)
+    blocks = [
+        {
+            "name": part.block.name, "kind": part.block.kind, "macs": part.block.macs,
+            "latency_ms": None if part.seconds is None else 1e3 * part.seconds, "bound": part.bound,
+            "computational_efficiency": part.efficiency, "bound_by": part.bound_by,
+        }
+        for part in (efficiency.rows if efficiency else ())
+    ]  # fmt: skip
+    return {
+        "median_ms": latency_ms, "p20_ms": float(row["latency_p20_ms"]), "p80_ms": float(row["latency_p80_ms"]),
+        "interval_share": _number(row["latency_interval_share"]), "stage": row["latency_stage"],
+        "capped": bool(_number(row["latency_capped"])), "throttled": bool(_number(row["latency_throttled"])),
+        "computational_efficiency": _number(row["computational_efficiency"]),
+        "device": asdict(device), "deployment": asdict(config), "blocks": blocks,
+        "peak_macs_per_s": table.profile.macs_per_s if table.profile else None,
+    }  # fmt: skip
+
+
+def _number(value: Any) -> float | None:
+    return None if pd.isna(value) else float(value)
+
+
+def _exported(arch: ArchSpec, section: dict[str, Any], config: LatencyConfig, trained: Trained | None) -> Exported:
+    latency = section["latency"]
+    # timm keeps these through training and publishing; of the rest of our section it knows nothing.
+    notes = [
+        f"convfirst arch_id: {arch.arch_id}",
+        "convfirst study: " + json.dumps({key: section["study"][key] for key in ("name", "trial", "storage")}),
+        "convfirst latency: " + json.dumps({key: latency[key] for key in ("median_ms", "deployment", "device")}),
+    ]
+    fields: dict[str, Any] = {"notes": notes, SECTION: section}
+    if trained is None:
+        made = timm_config(arch, config.num_classes, config.resolution, **fields)
+        return Exported(made, None)
+    images = trained.images
+    made = timm_config(
+        arch, len(images.classes), images.resolution, mean=images.mean, std=images.std, whole_image=True,
+        label_names=list(images.classes), **fields,
+    )  # fmt: skip
+    return Exported(made, trained.weights)
+
+
+# -- A directory -----------------------------------------------------------------------------------------------------
+
+
+def render(exported: Exported) -> dict[str, str]:
+    """The text files of a directory: name -> content."""
+    name, config, arch = exported.name, exported.config, exported.arch
+    counted = cost(arch, exported.resolution, exported.num_classes)
+    section = config[SECTION]
+    values = {
+        "name": name, "arch": arch, "resolution": exported.resolution, "num_classes": exported.num_classes,
+        "params": counted.params, "macs": counted.macs, "proxy": section["weights"] == PROXY_WEIGHTS,
+        "stages": stage_table(arch, exported.resolution, exported.num_classes),
+        "recipe": recipe(counted.params, exported.resolution),
+        **{key: section[key] for key in ("weights", "latency", "accuracy", "study")},
+    }  # fmt: skip
+    templates = Environment(
+        loader=PackageLoader("nas.export"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )  # fmt: skip
+    return {
+        CONFIG: json.dumps(config, indent=2) + "\n",
+        f"{name}.py": timm_file(name, arch, config),
+        RECIPE: templates.get_template("train.yaml").render(values),
+        CARD: templates.get_template("model_card.md").render(values),
+    }
+
+
+def recipe(params: int, resolution: int) -> dict[str, Any]:
+    """Regularisation for an ImageNet-style training: the larger the network, the more of it.
+
+    Small networks underfit: strong augmentation costs them accuracy (Steiner et al., arXiv 2106.10270; Tan and Le,
+    arXiv 2104.00298, table 6). The strongest is that of ConvNeXt (arXiv 2201.03545), the schedule its, too.
+    """
+    # Millions of parameters at most; RandAugment's magnitude, mixup, cutmix, random erasing, stochastic depth.
+    steps = (
+        (3, 5, 0.0, 0.0, 0.0, 0.0), (12, 7, 0.2, 0.2, 0.1, 0.05), (30, 9, 0.8, 1.0, 0.25, 0.1),
+        (math.inf, 9, 0.8, 1.0, 0.25, 0.2),
+    )  # fmt: skip
+    _, magnitude, mixup, cutmix, reprob, drop_path = next(step for step in steps if params < 1e6 * step[0])
+    return {
+        "aa": f"rand-m{magnitude}-mstd0.5-inc1", "mixup": mixup, "cutmix": cutmix, "reprob": reprob,
+        "drop_path": drop_path,
+        # Of a small image a small part shows nothing.
+        "scale": [0.35 if resolution < 128 else 0.08, 1.0],
+    }  # fmt: skip
+
+
+def write(networks: Sequence[Exported], out_dir: Path, formats: Formats = (), force: bool = False) -> list[Path]:
+    """Write a directory for each network; all of them, or none.
+
+    Args:
+        formats: what else is to be made of each network, in its directory.
+        force: into a folder that is not empty, too. Of a directory that is there already ours is replaced, file by
+            file, and whatever else lies in it stays.
+
+    Raises:
+        UsageError: the folder is not empty, or cannot be written to, a format cannot be made, or a directory that is
+            there holds weights of a training.
+    """
+    places = [out_dir / network.name for network in networks]
+    try:
+        if out_dir.exists() and not force and any(not path.name.startswith(_ASIDE) for path in out_dir.iterdir()):
+            raise UsageError(f"--out {out_dir}: is not empty (--force writes into it all the same)")
+        for place in places:
+            _require_no_training(place)
+        made_folders = [folder for folder in (out_dir, *out_dir.absolute().parents) if not folder.exists()]
+        out_dir.mkdir(parents=True, exist_ok=True)
+        made: list[Path] = []
+        try:
+            with _aside(out_dir) as aside:
+                for network in networks:
+                    _fill(aside / network.name, network, formats)
+                for place in places:
+                    if place.exists():
+                        _merge(aside / place.name, place, stale=(WEIGHTS, *FILES))
+                    else:
+                        os.rename(aside / place.name, place)
+                        made.append(place)
+        except BaseException:
+            for place in made:
+                shutil.rmtree(place)
+            for folder in made_folders:
+                folder.rmdir()
+            raise
+    except OSError as error:
+        raise UsageError(f"--out {out_dir}: cannot be written ({error.strerror or error})") from error
+    return places
+
+
+def _require_no_training(place: Path) -> None:
+    """Raises UsageError where a directory holds more than a search gave it."""
+    if not (place / CONFIG).exists():
+        return
+    there = read(place)
+    named = there.config[SECTION]["weights"]
+    if there.weights is not None and named != PROXY_WEIGHTS:
+        raise UsageError(f"{place}: holds the weights of {named or 'a training'}; move it away first")
+
+
+def rewrite(folder: Path, network: Exported, formats: Formats = (), note: Note = lambda line: None) -> None:
+    """Write a network into the directory that it was read from, file by file.
+
+    What is not ours stays, and of ours what was edited: the recipe, and the card. Where the weights are others than
+    those that are there, formats that were made of these go.
+
+    Args:
+        note: told what stays.
+
+    Raises:
+        UsageError: the directory cannot be written to, or a format cannot be made.
+    """
+    try:
+        before = read(folder)
+        old = render(before)
+        with _aside(folder.absolute().parent) as aside:
+            made = aside / network.name
+            _fill(made, network, formats)
+            for name in (RECIPE, CARD):
+                if (folder / name).exists() and (folder / name).read_text(encoding="utf-8") != old[name]:
+                    (made / name).unlink()
+                    note(f"{folder / name}: stays as it was edited")
+            _merge(made, folder, stale=() if _same(before.weights, network.weights) else FILES)
+    except OSError as error:
+        raise UsageError(f"{folder}: cannot be written ({error.strerror or error})") from error
+
+
+def _same(one: Mapping[str, Tensor] | None, other: Mapping[str, Tensor] | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
+_ASIDE = ".export-"
+
+
+@contextlib.contextmanager
+def _aside(parent: Path) -> Iterator[Path]:
+    """A folder on the same file system, so that what is in it can be renamed; gone in the end."""
+    with tempfile.TemporaryDirectory(dir=parent, prefix=_ASIDE) as aside:
+        yield Path(aside)
+
+
+def _fill(folder: Path, network: Exported, formats: Formats) -> None:
+    folder.mkdir()
+    for name, text in render(network).items():
+        (folder / name).write_text(text, encoding="utf-8")
+    if network.weights is not None:
+        # Not `save_file`, whose files nobody else may read.
+        (folder / WEIGHTS).write_bytes(save(network.weights, metadata={"format": "pt"}))
+    for make in formats:
+        make(network, folder)
+
+
+def _merge(made: Path, place: Path, stale: Sequence[str]) -> None:
+    """Rename files into a directory that is there, the configuration last; `stale` ones that were not made go."""
+    for name in stale:
+        if not (made / name).exists():
+            (place / name).unlink(missing_ok=True)
+    for path in sorted(made.iterdir(), key=lambda path: path.name == CONFIG):
+        os.replace(path, place / path.name)
+
+
+def read(folder: Path) -> Exported:
+    """An exported directory.
+
+    Raises:
+        UsageError: it is none, or damaged.
+    """
+    if not folder.is_dir():
+        raise UsageError(f"{folder}: no such directory")
+    path = folder / CONFIG
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UsageError(f"{folder}: holds no {CONFIG}, so it is no exported network") from error
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read ({error})") from error
+    try:
+        weights = _read_weights(folder / WEIGHTS)
+        found = Exported(config, weights)
+        section = config[SECTION]
+        if found.arch.arch_id != section["arch_id"]:
+            raise ValueError("its arch_id is that of another architecture")
+        if not found.name.isidentifier():
+            raise ValueError(f"its name {found.name!r} is no Python identifier")
+        # All that is read of it anywhere.
+        _ = found.deployment, float(section["latency"]["median_ms"]), dict(section["latency"]["device"])
+        ArchSpec.from_json(json.dumps(section["latency"]["anchor"]["arch_spec"]))
+        render(found)
+        found.build()
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError, TemplateError) as error:
+        words = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise UsageError(f"{path}: damaged, or not one that `export` wrote ({words})") from error
+    return found
+
+
+def _read_weights(path: Path) -> dict[str, Tensor] | None:
+    from safetensors import SafetensorError
+
+    try:
+        return load_file(path) if path.exists() else None
+    except (SafetensorError, OSError) as error:
+        raise UsageError(f"{path}: cannot be read ({error})") from error
+
+
+def trained(network: Exported, checkpoint: Path) -> Exported:
+    """A network with the weights of a training by timm, whose checkpoint holds the averaged weights, too, if it kept
+    them; these are taken.
+
+    Raises:
+        UsageError: the file cannot be read, or is another network's.
+    """
+    from timm.models import load_state_dict
+
+    # timm says so, too, in words of its own.
+    if not checkpoint.is_file():
+        raise UsageError(f"--checkpoint {checkpoint}: no such file")
+    try:
+        loaded = dict(load_state_dict(str(checkpoint), use_ema=True))
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in loaded.items()}
+        classes = int(weights["classifier.weight"].shape[0])
+    except Exception as error:  # whatever a file that is none raises
+        raise UsageError(f"--checkpoint {checkpoint}: holds no weights of a network ({_first_line(error)})") from error
+    config: dict[str, Any] = json.loads(json.dumps(network.config))
+    for fields in (config, config["model_args"], config["pretrained_cfg"]):
+        fields["num_classes"] = classes
+    # The checkpoint does not tell what it was trained on.
+    config.pop("label_names", None)
+    config[SECTION]["weights"] = checkpoint.name
+    found = Exported(config, weights)
+    try:
+        found.build()
+    except RuntimeError as error:
+        words = _first_line(error, 1)
+        raise UsageError(f"--checkpoint {checkpoint}: holds another network's weights ({words})") from error
+    return found
+
+
+def _first_line(error: Exception, line: int = 0) -> str:
+    lines = [line.strip() for line in f"{type(error).__name__}: {error}".splitlines()]
+    return lines[min(line, len(lines) - 1)]

@@ -1,0 +1,133 @@
+"""How far latencies can be trusted: `python -m nas.lab.noise`, the same networks measured several times over.
+
+Random networks of a space are measured one after the other, as a search does, and then all of them again, and again.
+Printed is how far a network's figures are apart, raw and drift-corrected, how often two networks change places between
+rounds, and how many measurements were ended by the time cap. `--out` keeps the figures, and with `--reference-ms` of a
+run before, which prints it, those of several runs are compared.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from nas.config import LatencyConfig
+from nas.errors import UsageError
+from nas.latency.isolation import meter_for
+from nas.locks import WAITING, device_lock
+from nas.search.evaluation import check_device
+from search_spaces import load_space
+
+
+def spread(figures: np.ndarray) -> np.ndarray:
+    """(rounds, networks) ms -> (networks,): greatest over least, less 1."""
+    found: np.ndarray = figures.max(axis=0) / figures.min(axis=0) - 1
+    return found
+
+
+def exchanges(figures: np.ndarray) -> tuple[int, int]:
+    """(rounds, networks) -> pairs of networks that change places between two rounds, and pairs in all."""
+    changed = total = 0
+    for one, other in itertools.combinations(figures, 2):
+        for a, b in itertools.combinations(range(figures.shape[1]), 2):
+            changed += (one[a] < one[b]) != (other[a] < other[b])
+            total += 1
+    return changed, total
+
+
+def main(
+    networks: Annotated[int, typer.Option(min=2, help="Drawn at random from the space, always the same.")] = 10,
+    rounds: Annotated[int, typer.Option(min=2, help="How often each is measured.")] = 3,
+    space: Annotated[str, typer.Option(help="As run_search.py's.")] = "small",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    seconds: Annotated[float, typer.Option(help="Time cap of a measurement.")] = LatencyConfig.seconds,
+    reference_ms: Annotated[float | None, typer.Option(help="The anchor's, as an earlier run printed it.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="A JSON file: figures of an earlier run, to which these come.")
+    ] = None,
+) -> None:
+    """Print how far repeated measurements of the same networks are apart."""
+    try:
+        loaded = load_space(space)
+        config = LatencyConfig(device=device, seconds=seconds, resolution=loaded.resolution)
+        where = check_device(config)
+        runs = _earlier(out)
+    except (UsageError, ValueError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
+    rng = random.Random(0)
+    archs = [loaded.sample(rng) for _ in range(networks)]
+    lock = device_lock(where)
+    with lock.measuring(lambda: print(WAITING, file=sys.stderr)):
+        meter = meter_for(config, loaded.anchor(), reference_ms)
+    found: list[list[Any]] = []
+    for _ in track(range(rounds), "measuring"):
+        row = []
+        for arch in archs:
+            with lock.measuring():
+                row += meter.measure_together([arch])
+        found.append(row)
+    reference_ms = meter.reference_ms
+    meter.close()
+    runs.append({
+        "raw": [[latency.raw_median_ms for latency in row] for row in found],
+        "corrected": [[latency.median_ms for latency in row] for row in found],
+        "capped": sum(latency.capped for row in found for latency in row),
+    })  # fmt: skip
+    if out is not None:
+        out.write_text(json.dumps(runs))
+    console = Console(width=100)
+    shares = [latency.interval_share for row in found for latency in row]
+    counts = [latency.repeats for row in found for latency in row]
+    table = Table("", "spread: median", "greatest", "places changed", title=f"{networks} networks, {rounds} rounds")
+    for name in ("raw", "corrected"):
+        figures = np.asarray(runs[-1][name])
+        changed, total = exchanges(figures)
+        table.add_row(
+            name, f"{np.median(spread(figures)):.1%}", f"{spread(figures).max():.1%}", f"{changed} of {total} pairs"
+        )
+    if len(runs) > 1:
+        for name in ("raw", "corrected"):
+            medians = np.asarray([np.median(np.asarray(run[name]), axis=0) for run in runs])
+            changed, total = exchanges(medians)
+            table.add_row(
+                f"{name}, medians of {len(runs)} runs", f"{np.median(spread(medians)):.1%}",
+                f"{spread(medians).max():.1%}", f"{changed} of {total} pairs",
+            )  # fmt: skip
+    console.print(table)
+    print(
+        f"ended by the cap: {runs[-1]['capped']} of {networks * rounds}; interval {np.median(shares):.1%} of the "
+        f"median (greatest {max(shares):.1%}), {np.median(counts):.0f} samples; anchor {reference_ms:.4f} ms"
+    )
+
+
+def _earlier(path: Path | None) -> list[dict[str, Any]]:
+    """The runs that a file holds.
+
+    Raises:
+        UsageError: it is no such file, or cannot be made.
+    """
+    if path is None or not path.exists():
+        if path is not None and not path.absolute().parent.is_dir():
+            raise UsageError(f"--out {path}: its folder does not exist")
+        return []
+    try:
+        runs = json.loads(path.read_text())
+        [(run["raw"], run["corrected"]) for run in runs]
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UsageError(f"--out {path}: holds no figures of an earlier run") from error
+    return list(runs)
+
+
+if __name__ == "__main__":
+    typer.run(main)

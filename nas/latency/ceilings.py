@@ -1,0 +1,153 @@
+"""What a device can do in a dtype, measured: the figures that efficiencies are shares of.
+
+Measured once per device, versions, dtype and thread count, kept in the study database. No datasheet has a say: those
+name rates that no kernel reaches. The yardsticks' latencies are part of it, by which all that is timed later is told as
+of the same day (`nas.latency.yardsticks`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+
+import torch
+
+from kernels.ceilings import ceiling_runs, rate
+from kernels.timing import DeviceInfo
+from nas.config import LatencyConfig
+from nas.errors import CandidateFailed, UsageError, memory_may_run_out
+from nas.latency.roofline import Machine
+from nas.latency.yardsticks import Timed, Yardsticks
+from nas.locks import device_lock
+from studies import Profile, Store
+
+# Of sampling; the yardsticks' references have more, see `ANCHOR_FACTOR`.
+SECONDS = 2.0
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device does at most, as one measurement found it; None where it has no such thing.
+
+    Args:
+        copy_bytes: a second, read and written together, of a large copy.
+        product_macs: multiply-accumulates a second of a large square product.
+        launch_seconds: of the smallest operation, each launched from Python.
+        graph_launch_seconds: of one such kernel in a CUDA graph of many.
+        references_ms: of the yardsticks.
+        interval_share: width of the widest of the medians' 95 % confidence intervals, over the median.
+        throttled: whether the GPU throttled; None where nothing tells.
+    """
+
+    copy_bytes: float
+    product_macs: float
+    launch_seconds: float
+    graph_launch_seconds: float | None = None
+    references_ms: tuple[float, float] = (1.0, 1.0)
+    interval_share: float = 0.0
+    throttled: bool | None = None
+
+
+def measure(config: LatencyConfig) -> Ceilings:
+    """Copy bandwidth, matrix rate and launch overhead, in turns with each other and the yardsticks.
+
+    As precisely as is the default, however quickly the user's networks are to be measured: all that comes later is told
+    by it.
+
+    Args:
+        config: says device, dtype and threads.
+
+    Raises:
+        CandidateFailed: memory runs out.
+    """
+    config = replace(config, precision=None, seconds=SECONDS)
+    device = torch.device(config.device)
+    with memory_may_run_out():
+        yardsticks = Yardsticks(config)
+        runs = ceiling_runs(device, getattr(torch, config.dtype))
+        found = yardsticks.time([Timed([each.run], each.macs) for each in runs.values()])
+    network_ms, product_ms = yardsticks.references_ms
+    return Ceilings(
+        **{name: rate(name, each, of.median_ms / 1e3) for (name, each), of in zip(runs.items(), found, strict=True)},
+        references_ms=(network_ms, product_ms),
+        interval_share=max(yardsticks.interval_share, *(of.interval_share for of in found)),
+        throttled=None if found[0].throttled is None else bool(found[0].throttled or yardsticks.throttled),
+    )
+
+
+def store_profile(
+    store: Store, info: DeviceInfo, dtype: str, thread_count: int, found: Ceilings, again: bool = False
+) -> Profile:
+    """Write a profile down, unless another process was faster or it is measured again; returns the one that counts.
+
+    In the place of an older one it is another scale: what the block latency table had in the old one is deleted.
+    """
+    network_ms, product_ms = found.references_ms
+    profile = Profile(
+        dtype=dtype, threads=thread_count, copy_bytes_per_s=found.copy_bytes, macs_per_s=found.product_macs,
+        launch_seconds=found.launch_seconds, graph_launch_seconds=found.graph_launch_seconds,
+        network_yardstick_ms=network_ms, product_yardstick_ms=product_ms, interval_share=found.interval_share,
+        throttled=found.throttled, measured_at=datetime.now(UTC),
+    )  # fmt: skip
+    return store.add_profile(asdict(info), profile, replace=again)
+
+
+def find_or_measure(
+    store: Store, config: LatencyConfig, again: bool = False, waiting: Callable[[], None] = lambda: None
+) -> Profile:
+    """The profile of a deployment's device, dtype and threads, measured now if the database has none.
+
+    Args:
+        again: measure it anyway, see `store_profile`.
+        waiting: called once if another process measures or trains on the device.
+
+    Raises:
+        UsageError: memory runs out.
+    """
+    device = torch.device(config.device)
+    info = DeviceInfo.of(device)
+
+    def known() -> Profile | None:
+        return None if again else store.find_profile(asdict(info), config.dtype, config.threads)
+
+    if (found := known()) is not None:
+        return found
+    with device_lock(device).measuring(waiting):
+        # Somebody else may have measured it while we waited.
+        if (found := known()) is not None:
+            return found
+        try:
+            return store_profile(store, info, config.dtype, config.threads, measure(config), again)
+        except CandidateFailed as error:
+            raise UsageError(f"--device {config.device}: what it can do cannot be measured ({error})") from error
+
+
+def references_ms(profile: Profile) -> tuple[float, float]:
+    """The yardsticks' latencies, network and product."""
+    return profile.network_yardstick_ms, profile.product_yardstick_ms
+
+
+def machine(profile: Profile) -> Machine:
+    """What efficiencies are shares of."""
+    return Machine(profile.macs_per_s, profile.copy_bytes_per_s)
+
+
+def lines(profiles: Sequence[Profile]) -> list[str]:
+    """For a person, two lines a profile."""
+    found = []
+    for profile in profiles:
+        device = profile.device
+        launch = f"launch {1e6 * profile.launch_seconds:.2f} us"
+        if profile.graph_launch_seconds is not None:
+            launch += f", in a CUDA graph {1e6 * profile.graph_launch_seconds:.2f} us"
+        threads = f", {profile.threads} thread(s)" if device.kind == "cpu" else ""
+        measured = f"measured {profile.measured_at:%Y-%m-%d %H:%M} UTC to {profile.interval_share:.1%}"
+        if profile.throttled:
+            measured += ", while the GPU throttled"
+        found += [
+            str(DeviceInfo(device.kind, device.name, device.driver, device.torch, device.triton)),
+            f"  {profile.dtype}{threads}: copy {profile.copy_bytes_per_s / 1e9:,.1f} GB/s (read and written), matrix "
+            f"product {2 * profile.macs_per_s / 1e9:,.1f} GFLOP/s, {launch}; {measured}",
+        ]
+    return found

@@ -1,0 +1,126 @@
+"""What runs a network when its latency is measured: one function per engine, found by name.
+
+An engine takes a timm network in evaluation mode and returns the module that would be deployed, on the device and in
+the dtype asked for. The latency meter knows nothing else about it, so that a new engine is one entry of `ENGINES`.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from kernels.fold import fold_batch_norms
+from nas.config import LatencyConfig
+from nas.errors import CandidateFailed, is_out_of_memory
+
+Prepare = Callable[[nn.Module, Tensor], nn.Module]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One way to run a network.
+
+    Args:
+        prepare: makes the deployed module of a folded channels_last one, given an example input (N, C, H, W).
+        devices: kinds of device it runs on; "interpreter" is a CPU under TRITON_INTERPRET=1.
+        isolated: measure in a process of its own (see `nas.latency.isolation`).
+        refuses: tells errors by which its compiler refuses a network, that candidate's failure, from bugs.
+    """
+
+    prepare: Prepare
+    devices: tuple[str, ...]
+    isolated: bool = False
+    refuses: Callable[[Exception], bool] = lambda error: False
+
+
+def _eager(model: nn.Module, example: Tensor) -> nn.Module:
+    return model
+
+
+def _torchscript(model: nn.Module, example: Tensor) -> nn.Module:
+    """Traced and frozen: at batch 1 half of the eager time on a CPU is dispatch."""
+    with warnings.catch_warnings():
+        # Deprecated in torch 2.11, and still the fastest engine that needs no compiler.
+        warnings.simplefilter("ignore")
+        traced = torch.jit.trace(model, example, check_trace=False)
+        module: nn.Module = torch.jit.freeze(traced)
+        return module
+
+
+def _compile(model: nn.Module, example: Tensor) -> nn.Module:
+    # Compiled code is kept per code object, up to a limit past which torch falls back to eager without a word, and all
+    # networks share timm's forward. An exported one has a forward of its own.
+    return cast(nn.Module, torch.compile(torch.export.export(model, (example,)).module()))
+
+
+def _fused(model: nn.Module, example: Tensor) -> nn.Module:
+    """Block-fused Triton kernels; problems this machine has not met are tuned first."""
+    from kernels import fuse
+
+    fused = fuse(model, dtype=example.dtype)
+    fused.prepare(example.shape[0], example.shape[2])
+    return fused
+
+
+def _triton_refuses(error: Exception) -> bool:
+    from kernels.tune import refuses
+
+    return refuses(error)
+
+
+ENGINES = {
+    "eager": Engine(_eager, ("cpu", "cuda")),
+    "torchscript": Engine(_torchscript, ("cpu",), isolated=True),
+    # Compilers raise whatever their stages raise.
+    "compile": Engine(_compile, ("cpu", "cuda"), isolated=True, refuses=lambda error: True),
+    "fused": Engine(_fused, ("cuda", "interpreter"), refuses=_triton_refuses),
+}
+
+
+def runs_on(engine: Engine, device: torch.device) -> bool:
+    """Whether an engine runs on a device, in this process's environment."""
+    interpreted = device.type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"
+    return device.type in engine.devices or (interpreted and "interpreter" in engine.devices)
+
+
+def fold(network: nn.Module, config: LatencyConfig) -> nn.Module:
+    """A copy of a network with its batch norms folded, channels_last, in the deployment's dtype and on its device."""
+    folded: nn.Module = fold_batch_norms(network.eval()).to(  # type: ignore[call-overload]
+        torch.device(config.device), getattr(torch, config.dtype), memory_format=torch.channels_last
+    )
+    return folded.requires_grad_(False)
+
+
+def deploy(network: nn.Module, config: LatencyConfig, example: Tensor) -> nn.Module:
+    """The module that the engine of `config` runs: batch norms folded, channels_last, in the deployment's dtype.
+
+    Raises:
+        CandidateFailed: the engine cannot compile this network.
+    """
+    return ready(fold(network, config), config, example)
+
+
+def ready(folded: nn.Module, config: LatencyConfig, example: Tensor) -> nn.Module:
+    """A folded module as the engine runs it, after its first run, in which compilers work.
+
+    Raises:
+        CandidateFailed: the engine cannot compile it.
+    """
+    engine = ENGINES[config.engine]
+    try:
+        with torch.inference_mode():
+            module = engine.prepare(folded, example)
+            module(example)
+    except Exception as error:
+        # Running out of memory is told apart further out.
+        if is_out_of_memory(error) or not engine.refuses(error):
+            raise
+        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
+        raise CandidateFailed(f"engine {config.engine} does not compile it ({reason})") from error
+    return module

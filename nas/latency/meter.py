@@ -1,0 +1,290 @@
+"""Latency of a network on the target device, measured against one fixed anchor network.
+
+A machine's speed drifts. Every candidate is therefore timed in turns with the study's anchor, and its latency is the
+median ratio to the anchor times the anchor's reference latency, measured once when the study began. The raw figures
+are kept beside it. Sampling goes on until that median is known well enough, or a time cap is hit; a GPU that throttled
+meanwhile is given a rest and the measurement made again.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from kernels.device_state import DeviceState, read_state
+from kernels.timing import MIN_SAMPLE_SECONDS, Precision, Sampled, clock_for, peak_memory_bytes, sample_until
+from kernels.timing import captured as captured_graph
+from nas.config import LatencyConfig
+from nas.latency.engines import deploy
+
+# Inputs are rotated, so that a network never finds its own last input in a cache; past the size of an L2 more would
+# cost memory only.
+INPUT_SETS = 4
+# The anchor's reference latency scales all others: its interval is to be so much narrower than a candidate's, and its
+# time cap so much longer.
+ANCHOR_FACTOR = 3
+# A throttled measurement is made again so often, after a rest of so many seconds, the second time twice as many.
+MAX_REPEATS = 2
+REST_SECONDS = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Latency:
+    """One network's latency, per batch.
+
+    Args:
+        median_ms: drift-corrected: what searches, fronts and limits use.
+        p20_ms, p80_ms: of the same corrected samples.
+        repeats: forward passes are timed in this many samples.
+        raw_median_ms: as the clock told it.
+        anchor_median_ms: the anchor's, in the same minutes, as the clock told it.
+        weight_bytes: of the deployed module.
+        workspace_bytes: most tensor memory one forward pass holds beside weights and input.
+        interval_share: width of the 95 % confidence interval of the median, over the median.
+        capped: whether the time cap ended sampling before that was narrow enough.
+        throttled: whether the GPU throttled, also when it was measured again; None where nothing tells.
+        sm_clock_mhz, temperature_c: of the GPU, as it was last read while sampling.
+        ready_seconds: from the network to what can be timed: folding, compiling, tuning.
+    """
+
+    median_ms: float
+    p20_ms: float
+    p80_ms: float
+    repeats: int
+    raw_median_ms: float
+    anchor_median_ms: float
+    weight_bytes: int
+    workspace_bytes: int
+    interval_share: float = 0.0
+    capped: bool = False
+    throttled: bool | None = None
+    sm_clock_mhz: float | None = None
+    temperature_c: float | None = None
+    ready_seconds: float = 0.0
+
+    @property
+    def memory_mb(self) -> float:
+        """Weights and peak workspace, in units of 10^6 bytes."""
+        return (self.weight_bytes + self.workspace_bytes) / 1e6
+
+
+def corrected(samples_ms: np.ndarray, anchor_ms: np.ndarray, reference_ms: float) -> np.ndarray:
+    """Candidate samples as if the anchor had always run at its reference latency; all (rounds,) in ms."""
+    scaled: np.ndarray = samples_ms / anchor_ms * reference_ms
+    return scaled
+
+
+@dataclass(frozen=True)
+class Deployed:
+    """A network that can be timed: the module, its forward passes, and what was found on the way."""
+
+    module: nn.Module
+    forwards: list[Callable[[], object]]
+    weight_bytes: int
+    workspace_bytes: int
+    ready_seconds: float
+
+
+class LatencyMeter:
+    """Measures networks in one deployment, each in turns with the anchor.
+
+    Args:
+        config: the deployment.
+        anchor: the anchor network, as built by timm.
+        reference_ms: the anchor's reference latency; None measures it now.
+        state: reads the device's clocks and sensors.
+        rest: sleeps so many seconds.
+    """
+
+    def __init__(
+        self, config: LatencyConfig, anchor: nn.Module, reference_ms: float | None = None,
+        state: Callable[[torch.device], DeviceState | None] = read_state, rest: Callable[[float], None] = time.sleep,
+    ) -> None:  # fmt: skip
+        self.config = config
+        self.device = torch.device(config.device)
+        self.clock = clock_for(self.device)
+        self.state, self.rest = state, rest
+        self.rest_helps = True
+        self.inputs = self.random_inputs((config.batch_size, 3, config.resolution, config.resolution))
+        with threads(config.threads):
+            self.anchor_forwards = self.forwards(deploy(anchor, config, self.inputs[0]), self.inputs)
+            self.anchor_run = in_turn(self.anchor_forwards)
+            if reference_ms is None:
+                sampled, _ = self.sample(
+                    [self.anchor_run], lambda seconds: [seconds[:, 0]], ANCHOR_FACTOR, reference=True
+                )
+                reference_ms = float(np.median(sampled.seconds)) * 1e3
+        self.reference_ms = reference_ms
+
+    def random_inputs(self, shape: Sequence[int], count: int = INPUT_SETS) -> list[Tensor]:
+        """Inputs of a shape, in the deployment's dtype; of four dimensions channels_last."""
+        rng = torch.Generator().manual_seed(0)
+        made = [
+            torch.randn(tuple(shape), generator=rng).to(self.device, getattr(torch, self.config.dtype))
+            for _ in range(count)
+        ]
+        return [x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in made]
+
+    def measure(self, network: nn.Module) -> Latency:
+        """Latency and inference memory of a network; it is folded in a copy, and moved to evaluation mode.
+
+        Raises:
+            CandidateFailed: the engine cannot compile it.
+        """
+        return self.measure_together([network])[0]
+
+    def measure_together(self, networks: Sequence[nn.Module]) -> list[Latency]:
+        """Latencies of several networks, sampled in turns with each other and the anchor, hence in the same minutes.
+
+        Raises:
+            CandidateFailed: the engine cannot compile one of them.
+        """
+        with threads(self.config.threads):
+            deployed = [self.deploy(network) for network in networks]
+            return self.time_together(deployed)
+
+    def deploy(self, network: nn.Module) -> Deployed:
+        begin = time.perf_counter()
+        module = deploy(network, self.config, self.inputs[0])
+        ready_seconds = time.perf_counter() - begin
+        workspace = self._workspace_bytes(module)
+        forwards = self.forwards(module, self.inputs)
+        return Deployed(module, forwards, self._weight_bytes(network, module), workspace, ready_seconds)
+
+    def time_together(self, deployed: Sequence[Deployed]) -> list[Latency]:
+        """Latencies of what was deployed, sampled in turns with each other and the anchor."""
+
+        def ratios(seconds: np.ndarray) -> list[np.ndarray]:
+            return [seconds[:, index] / seconds[:, -1] for index in range(len(deployed))]
+
+        runs = [in_turn(each.forwards) for each in deployed]
+        sampled, state = self.sample([*runs, self.anchor_run], ratios, len(deployed))
+        anchor_ms = sampled.seconds[:, -1] * 1e3
+        found = []
+        for index, each in enumerate(deployed):
+            own_ms, share = sampled.seconds[:, index] * 1e3, sampled.interval_shares[index]
+            p20, median, p80 = np.percentile(corrected(own_ms, anchor_ms, self.reference_ms), [20, 50, 80])
+            found.append(Latency(
+                median_ms=float(median), p20_ms=float(p20), p80_ms=float(p80), repeats=len(own_ms),
+                raw_median_ms=float(np.median(own_ms)), anchor_median_ms=float(np.median(anchor_ms)),
+                weight_bytes=each.weight_bytes, workspace_bytes=each.workspace_bytes,
+                interval_share=share, capped=sampled.capped and share > self.precision.share,
+                ready_seconds=each.ready_seconds, **state,
+            ))  # fmt: skip
+        return found
+
+    @property
+    def precision(self) -> Precision:
+        assert self.config.precision is not None
+        return Precision(self.config.precision, self.config.seconds)
+
+    def sample(
+        self, runs: list[Callable[[], None]], checked: Callable[[np.ndarray], list[np.ndarray]], factor: float = 1,
+        min_sample_seconds: float | None = None, reference: bool = False,
+    ) -> tuple[Sampled, dict[str, Any]]:  # fmt: skip
+        """Sample to the precision asked for; again, after a rest, where the GPU throttled.
+
+        Args:
+            checked: see `sample_until`.
+            factor: of the time cap.
+            min_sample_seconds: by default `MIN_SAMPLE_SECONDS`'s.
+            reference: whether others are scaled by what is sampled.
+
+        Returns:
+            The samples, and what the sensors said, as `Latency` has it.
+        """
+        share = self.precision.share / (ANCHOR_FACTOR if reference else 1)
+        precision = Precision(share, factor * self.precision.cap_seconds)
+        for repeat in range(MAX_REPEATS + 1):
+            states: list[DeviceState | None] = []
+            sampled = sample_until(
+                runs, self.clock, min_sample_seconds or MIN_SAMPLE_SECONDS[self.device.type], precision, checked,
+                between=lambda states=states: states.append(self.state(self.device)),  # type: ignore[misc]
+            )  # fmt: skip
+            throttled = any(state is not None and state.throttled for state in states)
+            if not throttled:
+                self.rest_helps = True
+                break
+            if repeat == MAX_REPEATS:
+                # Still so after all rests, at the first reading, as where somebody holds the clocks down for good.
+                self.rest_helps = states[0] is not None and not states[0].throttled
+            if repeat == MAX_REPEATS or not self.rest_helps:
+                break
+            self.rest(REST_SECONDS * (repeat + 1))
+        last = states[-1]
+        if last is None:
+            return sampled, {}
+        return sampled, {
+            "throttled": throttled, "sm_clock_mhz": last.sm_clock_mhz, "temperature_c": last.temperature_c,
+        }  # fmt: skip
+
+    def _weight_bytes(self, network: nn.Module, module: nn.Module) -> int:
+        # Counted on the network too, as a frozen module hides its own: folded, a norm's four vectors become one bias.
+        size = getattr(torch, self.config.dtype).itemsize
+        norms = sum(m.num_features for m in network.modules() if isinstance(m, nn.BatchNorm2d))
+        counted = int(size) * (sum(p.numel() for p in network.parameters()) - norms)
+        return max(counted, sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers())))
+
+    @torch.inference_mode()
+    def _workspace_bytes(self, module: nn.Module) -> int:
+        return peak_memory_bytes(lambda: module(self.inputs[0]), self.device)
+
+    def forwards(self, module: nn.Module, inputs: Sequence[Tensor]) -> list[Callable[[], object]]:
+        """A forward pass on each of the inputs."""
+        return [(_captured if self.device.type == "cuda" else _forward)(module, x) for x in inputs]
+
+
+def in_turn(forwards: list[Callable[[], object]]) -> Callable[[], None]:
+    """A function that makes one forward pass, each time the next."""
+    endless = itertools.cycle(forwards)
+
+    def run() -> None:
+        next(endless)()
+
+    return run
+
+
+def _forward(module: nn.Module, x: Tensor) -> Callable[[], object]:
+    def forward() -> object:
+        with torch.inference_mode():
+            return module(x)
+
+    return forward
+
+
+def _captured(module: nn.Module, x: Tensor) -> Callable[[], object]:
+    """The replay of a CUDA graph of one forward pass on `x`.
+
+    A graph knows addresses only: the module's weights and the input must live as long as it is replayed.
+    """
+    with torch.cuda.device(x.device):
+        graph, output = captured_graph(_forward(module, x))
+
+    keep_alive = (module, x, output)
+
+    def replay() -> object:
+        graph.replay()
+        return keep_alive
+
+    return replay
+
+
+class threads:
+    """Runs its body with a fixed number of CPU threads."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __enter__(self) -> None:
+        self.before = torch.get_num_threads()
+        torch.set_num_threads(self.count)
+
+    def __exit__(self, *exc: object) -> None:
+        torch.set_num_threads(self.before)

@@ -1,0 +1,271 @@
+"""One candidate, scored: counted, timed, and, unless a limit forbids it, trained."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+
+from kernels.timing import DeviceInfo
+from nas.config import LatencyConfig, Limits, SearchConfig
+from nas.errors import CandidateFailed, UsageError, memory_may_run_out
+from nas.latency import ceilings as profile
+from nas.latency.block_table import BlockMeter, Figure
+from nas.latency.ceilings import Ceilings
+from nas.latency.engines import ENGINES, runs_on
+from nas.latency.isolation import ArchMeter, meter_for
+from nas.latency.meter import Latency
+from nas.locks import WAITING, device_lock
+from nas.training import data as image_data
+from nas.training import proxy
+from nas.training.determinism import measure_apart
+from nas.training.proxy import ProxyResult
+from nas.training.weights import Images, Trained
+from search_spaces import ArchSpec, Cost, cost
+from studies import CandidateState
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a candidate. `constraints` are shares over each limit, above 0 where it is broken."""
+
+    state: CandidateState
+    cost: Cost
+    total_seconds: float
+    reason: str | None = None
+    latency: Latency | None = None
+    latency_seconds: float | None = None
+    proxy: ProxyResult | None = None
+    constraints: dict[str, float] | None = None
+
+
+class Evaluator(Protocol):
+    """What the search needs to know of a candidate; the tests put a fast fake in its place."""
+
+    device: DeviceInfo
+    data_fingerprint: str
+    notes: tuple[str, ...]
+
+    def anchor(self, references_ms: Sequence[float]) -> Figure:
+        """The anchor network's latency, measured now on the scale of the yardsticks' references."""
+        ...
+
+    def start(self, anchor_ms: float) -> None:
+        """Get ready to measure against the anchor's reference latency."""
+        ...
+
+    def cost(self, arch: ArchSpec) -> Cost: ...
+
+    def measure(self, arch: ArchSpec) -> Latency: ...
+
+    def train(self, arch: ArchSpec) -> ProxyResult: ...
+
+    def measure_together(self, archs: Sequence[ArchSpec]) -> list[Latency]:
+        """Latencies of several networks, sampled in turns with each other."""
+        ...
+
+    def measure_blocks(
+        self, archs: Sequence[ArchSpec], known: Mapping[str, float], references_ms: Sequence[float]
+    ) -> list[Figure]:
+        """What the block latency table lacks of some architectures; see `BlockMeter.measure_archs`."""
+        ...
+
+    def ceilings(self) -> Ceilings:
+        """What the device can do in the deployment's dtype, measured now."""
+        ...
+
+    def determinism(self) -> str | None:
+        """What deterministic trainings cost, measured now, in a line; None where all trainings are."""
+        ...
+
+    def close(self) -> None:
+        """The search is over."""
+        ...
+
+
+class RealEvaluator:
+    """Trains and times for real, as `config` says.
+
+    While it trains, no process measures on the device, and while it measures none trains there or measures.
+
+    Args:
+        note: told, once, when it has to wait for another process.
+
+    Raises:
+        UsageError: the data cannot be loaded, or the device is not there.
+    """
+
+    def __init__(self, config: SearchConfig, note: Callable[[str], None] = lambda line: None) -> None:
+        self.config = config
+        self.note = note
+        self.torch_device = check_device(config.latency)
+        if config.proxy.deterministic:
+            proxy.prepare_determinism()
+        data = image_data.load(config.data, note)
+        self.device = DeviceInfo.of(self.torch_device)
+        self.data_fingerprint = data.fingerprint
+        self.notes = (*data.notes, data.summary)
+        self.images = Images.of(data)
+        torch.set_num_threads(config.proxy.threads)
+        self.batches = proxy.Batches(data, self.torch_device)
+        self.meter: ArchMeter | None = None
+        self.lock = device_lock(self.torch_device)
+
+    def _waiting(self) -> None:
+        self.note(WAITING)
+        self.note = lambda line: None
+
+    def anchor(self, references_ms: Sequence[float]) -> Figure:
+        with self._anchor_runs(), self.lock.measuring(self._waiting), memory_may_run_out():
+            return BlockMeter(self.config.latency, references_ms).measure_anchor(self.config.space.anchor())
+
+    def start(self, anchor_ms: float) -> None:
+        with self._anchor_runs(), self.lock.measuring(self._waiting):
+            self.meter = meter_for(self.config.latency, self.config.space.anchor(), anchor_ms)
+
+    @contextlib.contextmanager
+    def _anchor_runs(self) -> Iterator[None]:
+        try:
+            yield
+        except CandidateFailed as error:
+            engine = self.config.latency.engine
+            raise UsageError(f"--engine {engine}: does not run even the anchor network ({error})") from error
+
+    def cost(self, arch: ArchSpec) -> Cost:
+        return cost(arch, self.config.latency.resolution, self.config.latency.num_classes)
+
+    def measure(self, arch: ArchSpec) -> Latency:
+        return self.measure_together([arch])[0]
+
+    def measure_together(self, archs: Sequence[ArchSpec]) -> list[Latency]:
+        assert self.meter is not None, "start comes first"
+        with self.lock.measuring(self._waiting):
+            return self.meter.measure_together(archs)
+
+    def measure_blocks(
+        self, archs: Sequence[ArchSpec], known: Mapping[str, float], references_ms: Sequence[float]
+    ) -> list[Figure]:
+        assert self.meter is not None, "start comes first"
+        with self.lock.measuring(self._waiting):
+            return self.meter.measure_blocks(archs, known, references_ms)
+
+    def ceilings(self) -> Ceilings:
+        try:
+            with self.lock.measuring(self._waiting):
+                return profile.measure(self.config.latency)
+        except CandidateFailed as error:
+            raise UsageError(f"--device {self.torch_device}: what it can do cannot be measured ({error})") from error
+
+    def determinism(self) -> str | None:
+        if self.torch_device.type != "cuda":
+            return None
+        config = self.config
+        try:
+            with self.lock.measuring(self._waiting):
+                anchor, resolution = config.space.anchor(), config.data.resolution
+                return str(measure_apart(anchor, config.proxy, config.latency.device, resolution))
+        except CandidateFailed as error:
+            if config.proxy.deterministic:
+                raise UsageError(f"--deterministic: not on {self.torch_device} ({error})") from error
+            return f"--deterministic would not work here ({error})"
+        except RuntimeError as error:
+            # Its process has printed why; a GPU may be for one process alone, say. To know it is no condition.
+            return f"what --deterministic costs here could not be measured ({error})"
+
+    def train(self, arch: ArchSpec) -> ProxyResult:
+        # Every candidate starts from the same seed and sees the same images in the same order.
+        torch.manual_seed(self.config.seed)
+        network = arch.build(len(self.images.classes))
+        try:
+            with self.lock.training(self._waiting):
+                result = proxy.train(network, self.batches, self.config.proxy, self.config.seed)
+            return replace(result, trained=Trained.of(network, self.images)) if self.config.keep_weights else result
+        finally:
+            trim_heap()
+
+    def close(self) -> None:
+        """Let go of the device; `start` may follow again."""
+        if self.meter is not None:
+            self.meter.close()
+        self.meter = None
+
+
+def trim_heap() -> None:
+    """Give freed memory back to the system.
+
+    Each network has tensors of other sizes, and glibc keeps the holes: without this, training some twenty candidates
+    grows the process from 0.8 to 1.4 GB.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError, OSError):  # another libc than glibc
+            ctypes.CDLL(None).malloc_trim(0)
+
+
+def check_device(config: LatencyConfig) -> torch.device:
+    """The device of a deployment.
+
+    Raises:
+        UsageError: there is no such device here, or the engine or dtype does not run on it.
+    """
+    name, engine = config.device, config.engine
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name}: not a device (cpu, cuda or cuda:N)") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: not a device (cpu, cuda or cuda:N)")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError(f"--device {name}: no CUDA device here")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UsageError(f"--device {name}: there are only {torch.cuda.device_count()} CUDA devices here")
+    if engine not in ENGINES:
+        raise UsageError(f"--engine {engine}: none of {', '.join(ENGINES)}")
+    if not runs_on(ENGINES[engine], device):
+        hint = " (its Triton kernels run there with TRITON_INTERPRET=1, slowly)" if engine == "fused" else ""
+        raise UsageError(f"--engine {engine}: does not run on {device.type}{hint}")
+    if device.type == "cpu" and config.dtype == "float16":
+        raise UsageError("--dtype float16: not on the CPU, which takes float32 or bfloat16")
+    return device
+
+
+def evaluate(arch: ArchSpec, evaluator: Evaluator, limits: Limits) -> Outcome:
+    """Count, time and train one candidate, cheapest first, stopping at the first broken limit.
+
+    A candidate that cannot run is a result; anything else that goes wrong is a bug, and raised.
+    """
+    begin = time.perf_counter()
+    counted = evaluator.cost(arch)
+    latency, latency_seconds = None, None
+    constraints: dict[str, float] = {}
+
+    def outcome(state: CandidateState, reason: str | None = None, result: ProxyResult | None = None) -> Outcome:
+        seconds = time.perf_counter() - begin
+        return Outcome(state, counted, seconds, reason, latency, latency_seconds, result, constraints)
+
+    try:
+        constraints |= limits.excess(params=counted.params, macs=counted.macs)
+        if broken := _broken(constraints):
+            return outcome(CandidateState.OVER_LIMIT, broken)
+        latency_begin = time.perf_counter()
+        with memory_may_run_out():
+            latency = evaluator.measure(arch)
+        latency_seconds = time.perf_counter() - latency_begin
+        constraints |= limits.excess(latency_ms=latency.median_ms, memory_mb=latency.memory_mb)
+        if broken := _broken(constraints):
+            return outcome(CandidateState.OVER_LIMIT, broken)
+        with memory_may_run_out():
+            return outcome(CandidateState.COMPLETE, result=evaluator.train(arch))
+    except CandidateFailed as error:
+        return outcome(CandidateState.FAILED, str(error))
+
+
+def _broken(constraints: dict[str, float]) -> str | None:
+    parts = [f"{name} {excess:+.0%} over the limit" for name, excess in constraints.items() if excess > 0]
+    return ", ".join(parts) or None

@@ -1,0 +1,279 @@
+"""The search, from top to bottom: propose, evaluate, record, until the budget is met."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Protocol
+
+import pandas as pd
+
+from nas.config import SearchConfig
+from nas.display.showcase import show
+from nas.errors import CandidateFailed
+from nas.latency.analysis import errors, errors_line
+from nas.latency.block_table import BlockTable, network_shape
+from nas.latency.parts import arch_parts
+from nas.pareto import front, hypervolume
+from nas.search.evaluation import Evaluator, Outcome, RealEvaluator, evaluate
+from nas.search.live_study import LiveStudy, open_study, refuse_early
+from nas.search.sampling import Proposal
+from nas.training.weights import Weights, near_front, weight_folder
+from nas.validation.remeasure import remeasure_front
+from nas.versions import versions
+from search_spaces import ArchSpec
+from studies import CandidateState, LatencyStage
+from studies.display import artifact_folder
+
+# Candidates in a row that failed or broke a limit: past this the limits or the machine want a look.
+MAX_BARREN = 200
+
+
+@dataclass(frozen=True)
+class Event:
+    """A candidate has been recorded."""
+
+    arch: ArchSpec
+    outcome: Outcome
+    complete: int
+    budget: int
+    best_accuracy: float
+    front_size: int
+    hypervolume: float
+    seconds_left: float | None
+
+
+class Progress(Protocol):
+    """Who is told of a search's course."""
+
+    def note(self, line: str) -> None: ...
+
+    def begin(self, complete: int, budget: int) -> None: ...
+
+    def candidate(self, event: Event) -> None: ...
+
+
+class Silent:
+    """Progress that nobody looks at."""
+
+    def note(self, line: str) -> None:
+        pass
+
+    def begin(self, complete: int, budget: int) -> None:
+        pass
+
+    def candidate(self, event: Event) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Shares:
+    """Seconds that this run spent: on training, on latency, and in all."""
+
+    training: float
+    latency: float
+    total: float
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a run ends with.
+
+    Args:
+        complete: distinct architectures fully evaluated in the study, earlier runs counted in.
+        why: the line that says why the run ended.
+        pareto_front: the study's front as the view of that name shows it, fastest first.
+        hypervolume: of the front, in 0..1; see `LiveStudy.reference_latency_ms`.
+        shares: where this run's time went.
+        remarks: what measuring the front and its blocks at the end has shown, a line each.
+    """
+
+    complete: int
+    why: str
+    pareto_front: pd.DataFrame
+    hypervolume: float
+    shares: Shares
+    remarks: tuple[str, ...] = ()
+
+
+def run(config: SearchConfig, evaluator: Evaluator | None = None, progress: Progress | None = None) -> SearchResult:
+    """Search until the study holds `config.budget` complete candidates, going on where an earlier run stopped.
+
+    Args:
+        config: the whole search.
+        evaluator: scores candidates; by default trains and times them for real.
+        progress: told of every candidate.
+
+    Raises:
+        UsageError: what was asked for cannot be done; nothing was begun.
+        studies.StorageError: the database cannot be used, or no longer; what was finished is kept.
+        KeyboardInterrupt: after the running candidate was closed.
+    """
+    begin = time.perf_counter()
+    progress = progress or Silent()
+    refuse_early(config)
+    if evaluator is None:
+        progress.note("loading data")
+        evaluator = RealEvaluator(config, progress.note)
+    for line in evaluator.notes:
+        progress.note(line)
+    with closing(evaluator), open_study(config, evaluator, json.dumps(versions()), progress.note) as study:
+        progress.begin(len(study.complete), config.budget)
+        why, training, latency = _loop(config, study, evaluator, progress, begin)
+        final_begin = time.perf_counter()
+        remarks = _finish(config, study, evaluator, progress)
+        if config.keep_weights:
+            _weights(study).keep_only({int(number) for number in study.front()["number"]})
+        latency += time.perf_counter() - final_begin
+        remarks += _show(config, study)
+        return SearchResult(
+            complete=len(study.complete),
+            why=why,
+            pareto_front=study.store.front(config.study),
+            hypervolume=study_hypervolume(study),
+            shares=Shares(training, latency, time.perf_counter() - begin),
+            remarks=remarks,
+        )
+
+
+def _finish(config: SearchConfig, study: LiveStudy, evaluator: Evaluator, progress: Progress) -> tuple[str, ...]:
+    """Measure the front's members again in turns, then their blocks; returns what that has shown."""
+    if not study.complete:
+        return ()
+    deployment = config.latency
+    remarks = []
+    front = study.front()
+    if (front["latency_stage"] != LatencyStage.FINAL).any():
+        members = "the one network" if len(front) == 1 else f"the {len(front)} networks"
+        progress.note(f"measuring {members} of the front again" + (", in turns" if len(front) > 1 else ""))
+        try:
+            changes = remeasure_front(
+                study.store, config.study, study.row.study_id, deployment, study.row.device_id,
+                evaluator.measure_together, limit_ms=config.limits.latency_ms,
+            )  # fmt: skip
+            remarks += [] if changes is None else [str(changes)]
+        except CandidateFailed as error:
+            # Each ran before; now one does not.
+            remarks.append(f"the front could not be measured again ({error})")
+        study.reload()
+        front = study.front()
+    archs = [ArchSpec.from_json(text) for text in front["arch"]]
+    table = BlockTable(study.store, evaluator.device, deployment)
+    _measure_blocks(table, evaluator, archs, progress)
+    failed = sum(table.lacks(arch_parts(arch, deployment)) for arch in archs)
+    remarks += [f"blocks of {failed} of the front's networks could not be measured alone"] if failed else []
+    anchor = table.median_ms(network_shape(str(config.space.anchor()), deployment))
+    found = errors(table, archs, list(front["latency_ms"]), study.anchor_ms, anchor)
+    return (*remarks, errors_line(found)) if found else tuple(remarks)
+
+
+def _show(config: SearchConfig, study: LiveStudy) -> tuple[str, ...]:
+    """Make the dashboard's files. Where they cannot be written a remark says so: no reason to lose the rest."""
+    folder = artifact_folder(config.storage)
+    try:
+        show(study.store, config.study, folder)
+    except OSError as error:
+        return (f"the dashboard's files could not be written to {folder} ({error})",)
+    return ()
+
+
+def _measure_blocks(table: BlockTable, evaluator: Evaluator, archs: Sequence[ArchSpec], progress: Progress) -> None:
+    """Fill the table with what it lacks of these architectures."""
+    lacking = [arch for arch in archs if table.lacks(arch_parts(arch, table.config))]
+    if lacking:
+        progress.note(f"measuring the blocks of {len(lacking)} network{'s' if len(lacking) > 1 else ''}")
+    for arch in lacking:
+        # One after the other: what was measured is kept if somebody interrupts.
+        _add_blocks(table, evaluator, arch)
+
+
+def _add_blocks(table: BlockTable, evaluator: Evaluator, arch: ArchSpec) -> None:
+    if table.lacks(arch_parts(arch, table.config)):
+        # What fails as a block alone is missing from the table, and no reason to end a search.
+        with contextlib.suppress(CandidateFailed):
+            table.add(evaluator.measure_blocks([arch], table.known, table.references_ms))
+
+
+def _loop(
+    config: SearchConfig, study: LiveStudy, evaluator: Evaluator, progress: Progress, begin: float
+) -> tuple[str, float, float]:
+    """Returns why it ended, and the seconds spent training and measuring latency."""
+    training = latency = 0.0
+    barren = 0
+    table: BlockTable | None = None
+    if config.block_table:
+        blocks_begin = time.perf_counter()
+        table = BlockTable(study.store, evaluator.device, config.latency)
+        # Earlier runs need not have measured them.
+        _measure_blocks(table, evaluator, study.archs(), progress)
+        latency += time.perf_counter() - blocks_begin
+    loop_begin, complete_before = time.perf_counter(), len(study.complete)
+    while len(study.complete) < config.budget:
+        if config.time_limit_s is not None and time.perf_counter() - begin >= config.time_limit_s:
+            return f"time limit of {config.time_limit_s:g} s reached", training, latency
+        if barren >= MAX_BARREN:
+            return f"the last {barren} candidates all failed or broke a limit", training, latency
+        proposed = study.propose()
+        if proposed is None:
+            return f"the space {config.space.name!r} yields nothing new", training, latency
+        proposal, trial_id = proposed
+        outcome = evaluate(proposal.arch, evaluator, config.limits)
+        if config.keep_weights:
+            _keep_weights(study, proposal, outcome, progress)
+        study.record(proposal, trial_id, outcome)
+        if table is not None and outcome.latency is not None:
+            blocks_begin = time.perf_counter()
+            _add_blocks(table, evaluator, proposal.arch)
+            latency += time.perf_counter() - blocks_begin
+        barren = 0 if outcome.state == CandidateState.COMPLETE else barren + 1
+        training += outcome.proxy.seconds if outcome.proxy else 0.0
+        latency += outcome.latency_seconds or 0.0
+        done = len(study.complete) - complete_before
+        seconds_each = (time.perf_counter() - loop_begin) / done if done else None
+        left = config.budget - len(study.complete)
+        progress.candidate(_event(config, study, proposal.arch, outcome, seconds_each and seconds_each * left))
+    return "budget met", training, latency
+
+
+def _weights(study: LiveStudy) -> Weights:
+    return Weights(weight_folder(study.config.storage), study.row.study_id)
+
+
+def _keep_weights(study: LiveStudy, proposal: Proposal, outcome: Outcome, progress: Progress) -> None:
+    if not (outcome.proxy and outcome.proxy.trained and outcome.latency):
+        return
+    others = [(measured.accuracy, measured.latency_ms) for measured in study.complete]
+    if near_front(outcome.proxy.accuracy, outcome.latency.median_ms, others):
+        try:
+            _weights(study).keep(proposal.number, proposal.arch.arch_id, outcome.proxy.trained)
+        except OSError as error:
+            # No reason to lose the candidate.
+            progress.note(f"weights of trial {proposal.number} could not be kept ({error})")
+
+
+def _event(
+    config: SearchConfig, study: LiveStudy, arch: ArchSpec, outcome: Outcome, seconds_left: float | None
+) -> Event:
+    accuracy = [measured.accuracy for measured in study.complete]
+    latency_ms = [measured.latency_ms for measured in study.complete]
+    return Event(
+        arch=arch,
+        outcome=outcome,
+        complete=len(study.complete),
+        budget=config.budget,
+        best_accuracy=max(accuracy, default=0.0),
+        front_size=len(front(accuracy, latency_ms)),
+        hypervolume=study_hypervolume(study),
+        seconds_left=seconds_left,
+    )
+
+
+def study_hypervolume(study: LiveStudy) -> float:
+    """Hypervolume of the study's complete candidates, in 0..1."""
+    accuracy = [measured.accuracy for measured in study.complete]
+    latency_ms = [measured.latency_ms for measured in study.complete]
+    return hypervolume(accuracy, latency_ms, study.reference_latency_ms)

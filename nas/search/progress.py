@@ -1,0 +1,152 @@
+"""What a person sees while a search runs: a live line on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pandas as pd
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
+from rich.progress import Progress as RichProgress
+from rich.table import Table
+
+from nas.search.loop import Event, SearchResult
+from studies import CandidateState
+
+WIDE = 105  # columns
+# Seconds that compiling and tuning a candidate took before it could be timed, from which on they are shown.
+WORTH_SAYING = 0.5
+
+
+def duration(seconds: float) -> str:
+    """`0:00:42`."""
+    return str(timedelta(seconds=round(seconds)))
+
+
+def scored(event: Event) -> str:
+    """The last candidate in a few words."""
+    outcome = event.outcome
+    if outcome.state == CandidateState.COMPLETE and outcome.proxy and outcome.latency:
+        ready = f"  {text}" if (text := ready_in(event)) else ""
+        return f"accuracy {outcome.proxy.accuracy:.3f}  latency {outcome.latency.median_ms:.3f} ms{ready}"
+    return f"{outcome.state.value.replace('_', ' ')}: {outcome.reason}"
+
+
+def ready_in(event: Event) -> str:
+    """How long the candidate's network took to be ready to be timed, where that is worth saying."""
+    latency = event.outcome.latency
+    if latency is None or latency.ready_seconds < WORTH_SAYING:
+        return ""
+    return f"ready in {latency.ready_seconds:.1f} s"
+
+
+def scored_briefly(event: Event) -> str:
+    """The last candidate in fewer words: a live line has 80 columns."""
+    outcome = event.outcome
+    if outcome.state == CandidateState.COMPLETE and outcome.proxy and outcome.latency:
+        return f"{outcome.proxy.accuracy:.3f} at {outcome.latency.median_ms:.3f} ms"
+    if outcome.state == CandidateState.OVER_LIMIT and outcome.reason:
+        # One is enough, without the words that it stands in.
+        return outcome.reason.partition(",")[0].replace(" the limit", "")
+    return outcome.state.value.replace("_", " ")
+
+
+def standing(event: Event) -> str:
+    """Where the search stands."""
+    left = f"  {duration(event.seconds_left)} left" if event.seconds_left is not None else ""
+    return f"best {event.best_accuracy:.3f}  front {event.front_size}  hypervolume {event.hypervolume:.4f}{left}"
+
+
+class PlainProgress:
+    """One line a candidate: for logs and pipes."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def _print(self, line: str) -> None:
+        self.console.print(line, highlight=False, soft_wrap=True, markup=False)
+
+    def note(self, line: str) -> None:
+        self._print(line)
+
+    def begin(self, complete: int, budget: int) -> None:
+        if complete:
+            self._print(f"going on: {complete} of {budget} candidates are complete")
+
+    def candidate(self, event: Event) -> None:
+        self._print(f"{event.complete}/{event.budget}  {scored(event)}  {standing(event)}  [{event.arch}]")
+
+
+class LiveProgress:
+    """A bar that stays in place, with the last candidate and the standing beside it. A context manager."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        # On a narrow terminal the bar goes first, and never the figures.
+        bar = [BarColumn(bar_width=20)] if console.width >= WIDE else []
+        self.bar = RichProgress(
+            *bar, MofNCompleteColumn(), TextColumn("{task.description}", markup=False), console=console
+        )
+        self.task: TaskID | None = None
+
+    def __enter__(self) -> LiveProgress:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.bar.stop()
+
+    def note(self, line: str) -> None:
+        self.console.print(line, highlight=False, markup=False)
+        if self.task is not None:
+            # What it does now, which no candidate's figures tell.
+            self.bar.update(self.task, description=line)
+
+    def begin(self, complete: int, budget: int) -> None:
+        self.bar.start()
+        self.task = self.bar.add_task("first candidate", total=budget, completed=complete)
+
+    def candidate(self, event: Event) -> None:
+        assert self.task is not None, "begin comes first"
+        # The line has no room for it.
+        if event.outcome.state == CandidateState.FAILED:
+            self.note(f"{event.arch}: {scored(event)}")
+        elif ready := ready_in(event):
+            self.note(f"{event.arch}: {ready}")
+        self.bar.update(self.task, completed=event.complete, description=f"{scored_briefly(event)}  {standing(event)}")
+
+
+FRONT_COLUMNS = {
+    "number": ("trial", "{:d}"),
+    "accuracy": ("accuracy", "{:.4f}"),
+    "latency_ms": ("latency ms", "{:.4f}"),
+    "computational_efficiency": ("of peak", "{:.1%}"),
+    "params": ("params k", "{:,.0f}"),
+    "macs": ("MMACs", "{:,.2f}"),
+    "summary": ("architecture", "{}"),
+}
+
+
+def front_table(front: pd.DataFrame, title: str) -> Table:
+    """The rows of the view `pareto_front` as a table for a person, 80 columns wide if need be."""
+    front = front.assign(params=front["params"] / 1e3, macs=front["macs"] / 1e6)
+    table = Table(title=title, title_justify="left", padding=(0, 0, 0, 1), show_edge=False)
+    for name, (header, _) in FRONT_COLUMNS.items():
+        if name == "summary":
+            table.add_column(header, overflow="fold")
+        else:
+            table.add_column(header, justify="right", no_wrap=True)
+    for row in front.to_dict("records"):
+        # An efficiency is not known where the device was never profiled.
+        table.add_row(
+            *("" if pd.isna(row[name]) else form.format(row[name]) for name, (_, form) in FRONT_COLUMNS.items())
+        )
+    return table
+
+
+def shares_line(result: SearchResult) -> str:
+    """Where the time of this run went."""
+    shares = result.shares
+    rest = shares.total - shares.training - shares.latency
+    parts = {"training": shares.training, "latency": shares.latency, "all else": rest}
+    listed = ", ".join(f"{name} {duration(s)} ({s / shares.total:.0%})" for name, s in parts.items())
+    return f"{duration(shares.total)} in all: {listed}"

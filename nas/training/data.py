@@ -1,0 +1,399 @@
+"""Data sets as tensors in memory: the embedded digits in clutter, image folders, CIFAR, and what timm can open."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import tempfile
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from nas.config import DataConfig
+from nas.errors import UsageError
+from nas.training import clutter
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+DIGITS_TRAIN, DIGITS_VAL = 16_000, 3_000
+COMPOSING_SECONDS = 5e-7  # a pixel, on one core of an EPYC
+# The data are the same whatever the search's seed, so that searches of different seeds can be compared.
+DATA_SEED = 0
+VAL_SHARE = 0.1  # held out of the training data where there is no validation split
+MAX_VAL_IMAGES = 5_000
+MAX_BYTES = 2 * 2**30  # of training images; a stratified subset of larger sets is used
+# Mean and deviation are taken of a sample, which becomes float32: all of a set of 2 GiB would take 16.
+MEAN_IMAGES, MEAN_VALUES = 10_000, 50_000_000
+IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"}
+TRAIN_FOLDERS, VAL_FOLDERS, TEST_FOLDERS = ("train", "training"), ("val", "validation", "valid"), ("test", "testing")
+# What Pillow makes RGB of as one sees it; sixteen bits a channel it would cut off at 255.
+CONVERTIBLE = ("1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+# Fewer images than that hardly tell one network from another.
+FEW_VAL_IMAGES = 200
+# Of timm's data set names; without one timm would take any word for a folder of images, and --data-dir for that folder.
+TIMM_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
+# Handwriting: a mirrored 2 is no 2.
+NEVER_MIRRORED = ("mnist", "svhn")
+
+
+@dataclass(frozen=True, eq=False)
+class ImageData:
+    """A classification data set in memory.
+
+    Args:
+        train_images, val_images: (N, 3, H, W) uint8; the validation images are held out of training.
+        train_labels, val_labels: (N,) int64.
+        classes: a name per label.
+        flip: whether a mirrored image keeps its label.
+        notes: lines the user should see, such as that a subset is used.
+    """
+
+    train_images: Tensor
+    train_labels: Tensor
+    val_images: Tensor
+    val_labels: Tensor
+    classes: tuple[str, ...]
+    flip: bool
+    notes: tuple[str, ...] = ()
+
+    @cached_property
+    def mean_std(self) -> tuple[Tensor, Tensor]:
+        """Per channel (3,), in 0..1, of an even sample of the training images."""
+        stride = max(len(self.train_images) // MEAN_IMAGES, -(-self.train_images.numel() // MEAN_VALUES), 1)
+        sample = self.train_images[::stride].float() / 255
+        return sample.mean(dim=(0, 2, 3)), sample.std(dim=(0, 2, 3)).clamp_min(1e-3)
+
+    @property
+    def summary(self) -> str:
+        """What was loaded, in a line."""
+        shown = ", ".join(self.classes) if len(self.classes) <= 5 else f"{self.classes[0]} to {self.classes[-1]}"
+        line = (
+            f"data: {len(self.classes)} classes ({shown}), {len(self.train_labels):,} training and "
+            f"{len(self.val_labels):,} validation images of {self.val_images.shape[-1]}x{self.val_images.shape[-1]}"
+        )
+        few = len(self.val_labels) < FEW_VAL_IMAGES
+        return f"{line}; so few to validate with tell networks apart only roughly" if few else line
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Twelve hex digits of the labels and a sample of the pixels: other data under the same name shows."""
+        digest = hashlib.sha256()
+        for images, labels in ((self.train_images, self.train_labels), (self.val_images, self.val_labels)):
+            digest.update(repr(tuple(images.shape)).encode())
+            digest.update(labels.numpy().tobytes())
+            digest.update(images[:: max(1, len(images) // 100)].numpy().tobytes())
+        return digest.hexdigest()[:12]
+
+
+def load(config: DataConfig, note: Callable[[str], None] = lambda line: None) -> ImageData:
+    """The data set that `config` names.
+
+    Args:
+        note: told of what takes long.
+
+    Raises:
+        UsageError: unknown data, missing files, an empty or single-class set, an unreadable or non-RGB image.
+    """
+    name = config.source
+    if name == "digits":
+        data = _digits(config.resolution, note)
+    elif name in ("cifar10", "cifar100"):
+        data = _cifar(config)
+    elif Path(name).is_dir():
+        data = _folder(Path(name), config)
+    elif name.startswith((".", "/", "~")):
+        raise UsageError(f"--data {name}: no such folder")
+    elif not name.lower().startswith(TIMM_PREFIXES):
+        raise UsageError(
+            f"--data {name}: not digits, cifar10 or cifar100, no such folder, and not a data set of timm's, "
+            "whose names begin with torch/ or hfds/"
+        )
+    else:
+        data = _timm(config)
+    if len(data.classes) < 2 or len(data.train_labels.unique()) < 2:
+        raise UsageError(f"--data {name}: holds images of {len(data.classes)} class(es), at least 2 are needed")
+    return data
+
+
+def cache_folder() -> Path:
+    """Where made data is kept: `$XDG_CACHE_HOME/convfirst-nas`, by default under `~/.cache`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convfirst-nas"
+
+
+# -- the embedded digits -------------------------------------------------------------------------------------------
+
+
+def _digits(resolution: int, note: Callable[[str], None]) -> ImageData:
+    most = MAX_BYTES // (3 * resolution**2)
+    train_count, val_count = min(DIGITS_TRAIN, most), min(DIGITS_VAL, most)
+    fewer = "" if train_count == DIGITS_TRAIN else f"_{train_count}"
+    path = cache_folder() / f"digits_v{clutter.RECIPE_VERSION}_{resolution}px{fewer}_seed{DATA_SEED}.pt"
+    tensors = _read_cache(path)
+    if tensors is None:
+        seconds = (train_count + val_count) * COMPOSING_SECONDS * resolution**2
+        note(f"composing {train_count + val_count:,} images of {resolution}x{resolution}, once: some {seconds:.0f} s")
+        train_digits, val_digits = clutter.split_digits(DATA_SEED)
+        train_images, train_labels = clutter.compose(train_digits, train_count, resolution, seed=DATA_SEED)
+        val_images, val_labels = clutter.compose(val_digits, val_count, resolution, seed=DATA_SEED + 1)
+        tensors = dict(
+            train_images=train_images, train_labels=train_labels, val_images=val_images, val_labels=val_labels
+        )
+        _write_cache(path, tensors)
+    return ImageData(
+        tensors["train_images"], tensors["train_labels"], tensors["val_images"], tensors["val_labels"],
+        classes=tuple("0123456789"), flip=False,
+    )  # fmt: skip
+
+
+def _read_cache(path: Path) -> dict[str, Tensor] | None:
+    try:
+        tensors: dict[str, Tensor] = torch.load(path, weights_only=True)
+        return tensors
+    except FileNotFoundError:
+        return None
+    except Exception as error:  # whatever a damaged file makes torch.load raise: the cache can be made again
+        warnings.warn(f"{path}: made again, the cached copy cannot be read ({error})", stacklevel=2)
+        return None
+
+
+def _write_cache(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
+            torch.save(tensors, part)
+        # Two processes may make it at once; each renames a whole file.
+        os.replace(part.name, path)
+    except OSError as error:
+        warnings.warn(f"{path}: not cached ({error}); it is made anew each time", stacklevel=2)
+
+
+# -- image files ---------------------------------------------------------------------------------------------------
+
+
+def _folder(root: Path, config: DataConfig) -> ImageData:
+    train_root, val_root = _subfolder(root, TRAIN_FOLDERS) or root, _subfolder(root, VAL_FOLDERS)
+    classes = _class_names(root, train_root)
+    train = _image_files(train_root, classes)
+    if not train:
+        raise UsageError(f"--data {root}: no images in class subfolders of {train_root}")
+    present = sorted({label for _, label in train})
+    if len(present) < 2:
+        raise UsageError(f"--data {root}: all images are of one class ({classes[present[0]]}), at least 2 are needed")
+    empty = [name for label, name in enumerate(classes) if label not in present]
+    if empty:
+        raise UsageError(f"--data {root}: class folder {empty[0]} holds no image")
+    if val_root:
+        val = _image_files(val_root, classes)
+        strangers = sorted(
+            {entry.name for entry in val_root.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
+            - set(classes)
+        )
+        if strangers:
+            raise UsageError(f"--data {root}: {val_root.name} has the class {strangers[0]}, which training has not")
+        if not val:
+            raise UsageError(f"--data {root}: no images in class subfolders of {val_root}")
+    else:
+        train, val = _split(train, [label for _, label in train], str(root), classes)
+    loaded = _assemble(
+        str(root), train, val, classes, lambda item: (_read_image(config, item[0]), item[1]), config.resolution
+    )
+    left_out = _subfolder(root, TEST_FOLDERS) if train_root == root else None
+    if left_out is None:
+        return loaded
+    return replace(loaded, notes=(*loaded.notes, f"{root}: {left_out.name} is not taken for a class"))
+
+
+def _subfolder(root: Path, names: Sequence[str]) -> Path | None:
+    """The folder of one of these names, in capitals or not."""
+    found = {entry.name.lower(): entry for entry in sorted(root.iterdir()) if entry.is_dir()}
+    return next((found[name] for name in names if name in found), None)
+
+
+def _class_names(root: Path, train_root: Path) -> list[str]:
+    """Folders of the training images. Beside classes, those of validation and test are none."""
+    names = sorted(entry.name for entry in train_root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    if train_root != root:
+        return names
+    return [name for name in names if name.lower() not in (*VAL_FOLDERS, *TEST_FOLDERS)]
+
+
+def class_count(config: DataConfig) -> int | None:
+    """How many classes the data have, by a quick look; None where that does not tell."""
+    if config.source in ("digits", "cifar10"):
+        return 10
+    if config.source == "cifar100":
+        return 100
+    root = Path(config.source)
+    try:
+        return len(_class_names(root, _subfolder(root, TRAIN_FOLDERS) or root)) or None if root.is_dir() else None
+    except OSError:
+        return None
+
+
+def _image_files(root: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
+    """Images with their labels. Hidden files are none: editors and systems keep copies in them, and leftovers."""
+    return [
+        (path, label)
+        for label, name in enumerate(classes)
+        for path in sorted((root / name).rglob("*"))
+        if path.suffix.lower() in IMAGE_SUFFIXES
+        and not any(part.startswith(".") for part in path.relative_to(root).parts)
+        and path.is_file()
+    ]
+
+
+def _read_image(config: DataConfig, path: Path) -> Tensor:
+    from PIL import Image
+
+    data = config.source
+    try:
+        with Image.open(path) as image:
+            if image.mode != "RGB" and not (config.to_rgb and image.mode in CONVERTIBLE):
+                remedy = "; --to-rgb converts such" if image.mode in CONVERTIBLE else ", and cannot be made one"
+                raise UsageError(f"--data {data}: {path} is not an RGB image (its mode is {image.mode}){remedy}")
+            return _to_tensor(image if image.mode == "RGB" else image.convert("RGB"), config.resolution)
+    # A damaged chunk of a PNG is a SyntaxError to Pillow.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UsageError(f"--data {data}: {path} cannot be read as an image ({error})") from error
+
+
+def _to_tensor(image: Image.Image, resolution: int) -> Tensor:
+    """A PIL image as (3, resolution, resolution) uint8: shorter side resized, centre cropped."""
+    from PIL import Image, ImageOps
+
+    if image.size != (resolution, resolution):
+        image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)
+    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
+
+
+# -- torchvision and timm ------------------------------------------------------------------------------------------
+
+
+def _cifar(config: DataConfig) -> ImageData:
+    from torchvision import datasets
+
+    dataset_class = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[config.source]
+    try:
+        dataset = dataset_class(config.data_dir, train=True, download=config.download)
+    except (OSError, RuntimeError, EOFError, ValueError) as error:
+        hint = "" if config.download else "; --download fetches them"
+        raise UsageError(
+            f"--data {config.source}: its official files cannot be read in --data-dir {config.data_dir}"
+            f" ({_first_line(error)}){hint}"
+        ) from error
+    items = list(zip(dataset.data, dataset.targets, strict=True))
+    train, val = _split(items, dataset.targets, config.source)
+    return _assemble(
+        config.source, train, val, dataset.classes,
+        lambda item: (_array_to_tensor(item[0], config.resolution), item[1]), config.resolution,
+    )  # fmt: skip
+
+
+def _array_to_tensor(array: np.ndarray, resolution: int) -> Tensor:
+    from PIL import Image
+
+    return _to_tensor(Image.fromarray(array), resolution)
+
+
+def _timm(config: DataConfig) -> ImageData:
+    from timm.data import create_dataset
+
+    def open_split(split: str) -> Any:
+        return create_dataset(
+            config.source, root=config.data_dir, split=split, download=config.download, input_img_mode="RGB",
+            is_training=False,
+        )  # fmt: skip
+
+    def read(index: int) -> tuple[Tensor, int]:
+        image = dataset[index][0]
+        return _to_tensor(image.convert("RGB"), config.resolution), targets[index]
+
+    try:
+        dataset = open_split("train")
+        if isinstance(dataset, IterableDataset):
+            raise TypeError("its images can only be streamed, and the proxy needs them in memory")
+        # torchvision knows the labels; from others they come with the image.
+        known = getattr(dataset, "targets", None)
+        labels = (dataset[index][1] for index in range(len(dataset))) if known is None else known
+        targets = [int(label) for label in labels]
+        train, val = _split(range(len(dataset)), targets, config.source)
+        classes = getattr(dataset, "classes", None) or [str(label) for label in range(max(targets) + 1)]
+        loaded = _assemble(config.source, train, val, classes, read, config.resolution)
+        return replace(loaded, flip=not _never_mirrored(config.source))
+    except UsageError:
+        raise
+    except Exception as error:  # the readers behind these calls raise whatever their libraries raise
+        raise UsageError(
+            f"--data {config.source}: timm's create_dataset cannot open it in --data-dir {config.data_dir} "
+            f"({type(error).__name__}: {_first_line(error)})"
+        ) from error
+
+
+def _never_mirrored(name: str) -> bool:
+    name = name.lower()
+    return "fashion" not in name and any(word in name for word in NEVER_MIRRORED)
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+# -- shared --------------------------------------------------------------------------------------------------------
+
+
+def _split(
+    items: Sequence[Any], labels: Sequence[int], data: str, classes: Sequence[str] | None = None
+) -> tuple[list[Any], list[Any]]:
+    """Items into training and validation, `VAL_SHARE` of every class (at least one image) for validation."""
+    by_class = defaultdict(list)
+    for index, label in enumerate(labels):
+        by_class[label].append(index)
+    rng = np.random.default_rng(DATA_SEED)
+    held_out: set[int] = set()
+    for label, indices in sorted(by_class.items()):
+        if len(indices) < 2:
+            name = label if classes is None else classes[label]
+            raise UsageError(f"--data {data}: class {name} has one image, and one is needed on each side of the split")
+        count = max(1, round(VAL_SHARE * len(indices)))
+        held_out.update(rng.permutation(indices)[:count].tolist())
+    train = [item for index, item in enumerate(items) if index not in held_out]
+    return train, [items[index] for index in sorted(held_out)]
+
+
+def _assemble(
+    data: str,
+    train: Sequence[Any],
+    val: Sequence[Any],
+    classes: Sequence[str],
+    read: Callable[[Any], tuple[Tensor, int]],
+    resolution: int,
+) -> ImageData:
+    """Read the items into tensors; of more than fits `MAX_BYTES` or `MAX_VAL_IMAGES`, an even random subset."""
+    notes = []
+    parts: list[Tensor] = []
+    rng = np.random.default_rng(DATA_SEED)
+    fitting = MAX_BYTES // (3 * resolution**2)
+    most = {"training": fitting, "validation": min(MAX_VAL_IMAGES, fitting // 2)}
+    for part, items in (("training", train), ("validation", val)):
+        if len(items) > most[part]:
+            notes.append(f"{data}: {most[part]:,} of {len(items):,} {part} images are used")
+            items = [items[index] for index in sorted(rng.permutation(len(items))[: most[part]])]
+        images = torch.empty(len(items), 3, resolution, resolution, dtype=torch.uint8)
+        labels = torch.empty(len(items), dtype=torch.int64)
+        for index, item in enumerate(items):
+            images[index], labels[index] = read(item)
+        parts += [images, labels]
+    train_images, train_labels, val_images, val_labels = parts
+    return ImageData(
+        train_images, train_labels, val_images, val_labels, classes=tuple(classes), flip=True, notes=tuple(notes),
+    )  # fmt: skip

@@ -1,0 +1,188 @@
+"""Trainings side by side, in processes of their own, on data that all of them map from one file."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import AbstractContextManager
+from dataclasses import astuple, dataclass, fields, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from nas.config import DataConfig, ProxyConfig
+from nas.errors import CandidateFailed
+from nas.latency.analysis import Note
+from nas.locks import WAITING, device_lock
+from nas.training import data as image_data
+from nas.training import proxy
+from nas.training.data import ImageData
+from nas.training.proxy import ProxyResult
+from nas.worker import Worker
+from studies import BaselineTraining, Retraining
+
+
+class Trainee(Protocol):
+    """A network that is to be trained; it goes to another process.
+
+    Attributes:
+        ours: what it raises is a bug, and it leaves its process as it was.
+    """
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def resolution(self) -> int: ...
+
+    @property
+    def macs(self) -> int: ...
+
+    @property
+    def ours(self) -> bool: ...
+
+    def build(self, classes: int) -> nn.Module:
+        """The network with new random weights."""
+        ...
+
+    def failing(self) -> AbstractContextManager[None]:
+        """Turns what is the network's failure into a CandidateFailed."""
+        ...
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One training: what is kept, or made anew, as a whole."""
+
+    trainee: Trainee
+    steps: int
+    learning_rate: float
+
+
+class Trainer:
+    """Trains networks on one data set; it puts data down in a folder that goes with it.
+
+    Args:
+        data: its resolution is the trainees' own.
+        config: of the training, but for steps and learning rate.
+        seed: of weights, order and augmentation, the same for all.
+        note: told what is done.
+        check: told of the data at each resolution when they are loaded; may raise.
+    """
+
+    def __init__(
+        self, data: DataConfig, config: ProxyConfig, device: torch.device, seed: int, note: Note,
+        check: Callable[[ImageData], None] = lambda data: None,
+    ) -> None:  # fmt: skip
+        self.data, self.config, self.device, self.seed, self.note, self.check = data, config, device, seed, note, check
+        self.lock, self.waiting = device_lock(device), partial(note, WAITING)
+        # On a CPU processes side by side, which share the threads: they train more in the same time than one of all.
+        self.jobs = min(config.threads, os.cpu_count() or 1) if device.type == "cpu" else 1
+        self.classes = 0
+
+    def __enter__(self) -> Trainer:
+        with contextlib.ExitStack() as stack:
+            self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="convfirst-data-")))
+            self.trained_last: dict[Worker, str | None] = {}
+            self.workers = [stack.enter_context(Worker()) for _ in range(self.jobs)]
+            self.stack = stack.pop_all()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.stack.close()
+
+    def data_path(self, resolution: int) -> str:
+        """The file of the data at a resolution, made if need be."""
+        path = self.folder / f"{resolution}.pt"
+        if not path.exists():
+            data = image_data.load(replace(self.data, resolution=resolution), self.note)
+            self.check(data)
+            self.note(f"data at {resolution}x{resolution}")
+            for line in data.notes:
+                self.note(line)
+            self.classes = len(data.classes)
+            torch.save({field.name: getattr(data, field.name) for field in fields(data)}, path)
+        return str(path)
+
+    def train(self, units: Sequence[Unit], done: Callable[[Unit, ProxyResult | CandidateFailed], str]) -> None:
+        """Train all, the quickest first, so that those stand side by side that take alike long.
+
+        Args:
+            done: told of each as it ends; returns a line for the user.
+        """
+        units = sorted(units, key=lambda unit: (unit.trainee.macs, unit.trainee.name))
+        for begin in range(0, len(units), self.jobs):
+            group = units[begin : begin + self.jobs]
+            paths = [self.data_path(unit.trainee.resolution) for unit in group]
+            for worker, unit in zip(self.workers, group, strict=False):
+                self._make_ready(worker, unit.trainee)
+            with self.lock.training(self.waiting), ThreadPoolExecutor(len(group)) as pool:
+                futures = {
+                    pool.submit(self._one, worker, unit, path): unit
+                    for worker, unit, path in zip(self.workers, group, paths, strict=False)
+                }
+                try:
+                    for number, future in enumerate(as_completed(futures), start=begin + 1):
+                        self.note(f"{number}/{len(units)}  {done(futures[future], future.result())}")
+                except BaseException:
+                    # The pool waits for what it has begun.
+                    for worker in self.workers:
+                        worker.close()
+                    raise
+
+    def _make_ready(self, worker: Worker, trainee: Trainee) -> None:
+        """What a network that is not ours may have broken in its process must not be the next one's."""
+        if self.trained_last.get(worker) not in (None, trainee.name):
+            worker.close()
+        self.trained_last[worker] = None if trainee.ours else trainee.name
+        # Here, as a process ends with the thread that started it, which those of the pool soon do.
+        worker.start()
+
+    def _one(self, worker: Worker, unit: Unit, path: str) -> ProxyResult | CandidateFailed:
+        # The same for all, whoever trains beside: they change the rounding.
+        threads = self.config.threads // self.jobs
+        config = replace(self.config, steps=unit.steps, learning_rate=unit.learning_rate, threads=threads)
+        try:
+            return worker.call(train_one, unit.trainee, path, config, str(self.device), self.seed)
+        except CandidateFailed as error:
+            return error
+
+
+def fill(row: BaselineTraining | Retraining, result: ProxyResult | CandidateFailed) -> str:
+    """Write what came of a training into its row; returns it in words."""
+    if isinstance(result, CandidateFailed):
+        row.reason = str(result)
+        return f"failed ({row.reason})"
+    row.accuracy, row.loss, row.train_seconds = result.accuracy, result.loss, result.seconds
+    row.curve = json.dumps([astuple(point) for point in result.curve])
+    return f"{result.accuracy:.1%} in {result.seconds:.0f} s"
+
+
+def train_one(trainee: Trainee, data_path: str, config: ProxyConfig, device: str, seed: int) -> ProxyResult:
+    """One training, in the process that makes it.
+
+    Raises:
+        CandidateFailed: the loss diverges, memory runs out, or a network that is not ours does not train.
+    """
+    if config.deterministic:
+        proxy.prepare_determinism()
+    torch.set_num_threads(config.threads)
+    batches, classes = _batches(data_path, device)
+    # Everybody sees the same images in the same order.
+    torch.manual_seed(seed)
+    with trainee.failing():
+        return proxy.train(trainee.build(classes), batches, config, seed)
+
+
+@cache
+def _batches(path: str, device: str) -> tuple[proxy.Batches, int]:
+    """Data that were put down in a file, which all processes map, and how many classes they have."""
+    data = ImageData(**torch.load(path, mmap=True, weights_only=True))
+    return proxy.Batches(data, torch.device(device)), len(data.classes)

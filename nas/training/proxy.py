@@ -1,0 +1,258 @@
+"""The proxy: a short training of one network, and its accuracy on held-out images.
+
+Shapes: N batch, H W pixels. Read from top to bottom: data, network, loop, evaluation.
+
+The schedule is AdamW with linear warm-up, cosine to zero and label smoothing;
+channels_last throughout, and bfloat16 autocast on CUDA. On the CPU the same seed, architecture and thread count give
+the same accuracy; on CUDA that needs `deterministic`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from kernels.timing import peak_memory_bytes
+from nas.config import ProxyConfig
+from nas.errors import CandidateFailed
+from nas.training.data import ImageData
+from nas.training.weights import Trained
+
+CURVE_POINTS = 20
+MAX_SHIFT = 1 / 16  # of the image's width, the random shift of training images
+# On a CPU small batches stay in its caches (125 took 0.7 of the time of 500); a GPU wants to be filled.
+EVAL_BATCH = {"cpu": 125, "cuda": 1000}
+# Of larger images fewer: 1,000 of 224 pixels would take some 13 GB in the largest networks.
+EVAL_RESOLUTION = 64
+MIN_EVAL_BATCH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class CurvePoint:
+    """Training loss and accuracy averaged over the steps since the last point."""
+
+    step: int
+    train_loss: float
+    train_accuracy: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ProxyResult:
+    """What a training gave.
+
+    Args:
+        accuracy, loss: on the validation images; the loss is plain cross-entropy.
+        curve: the course of the training.
+        seconds: training and evaluation.
+        train_memory_bytes: most tensor memory that the first training step took beside the weights and the data set:
+            activations, gradients and the optimizer's state.
+        trained: the weights, if they are to be kept.
+    """
+
+    accuracy: float
+    loss: float
+    curve: tuple[CurvePoint, ...]
+    seconds: float
+    train_memory_bytes: int
+    trained: Trained | None = None
+
+
+# -- data ----------------------------------------------------------------------------------------------------------
+
+
+class Batches:
+    """Random training batches and ordered validation batches from tensors on the device.
+
+    The whole set moves to a CUDA device if it takes less than half of the free memory there.
+    """
+
+    def __init__(self, data: ImageData, device: torch.device) -> None:
+        self.device = device
+        self.flip = data.flip
+        mean, std = data.mean_std
+        self.mean = mean.view(1, 3, 1, 1).to(device)
+        self.std = std.view(1, 3, 1, 1).to(device)
+        resident = torch.device("cpu")
+        if device.type == "cuda":
+            _take_workspaces(device)
+            free, _ = torch.cuda.mem_get_info(device)
+            if data.train_images.nbytes + data.val_images.nbytes < free // 2:
+                resident = device
+        self.train_images, self.train_labels = data.train_images.to(resident), data.train_labels.to(resident)
+        self.val_images, self.val_labels = data.val_images.to(resident), data.val_labels.to(resident)
+
+    def _normalised(self, images: Tensor) -> Tensor:
+        images = (images.to(self.device, torch.float32) / 255 - self.mean) / self.std
+        return images.contiguous(memory_format=torch.channels_last)
+
+    def train(self, batch_size: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+        """A random batch: images (N, 3, H, W) float32, shifted and maybe mirrored, and labels (N,)."""
+        where = torch.randint(len(self.train_labels), (batch_size,), generator=rng).to(self.train_images.device)
+        images = self._augmented(self._normalised(self.train_images[where]), rng)
+        return images, self.train_labels[where].to(self.device)
+
+    def _augmented(self, images: Tensor, rng: torch.Generator) -> Tensor:
+        n, _, height, width = images.shape
+        reach = max(1, round(MAX_SHIFT * width))
+        padded = functional.pad(images, (reach,) * 4, mode="reflect")
+        down, right = torch.randint(2 * reach + 1, (2, n, 1), generator=rng)
+        rows, columns = down + torch.arange(height), right + torch.arange(width)
+        if self.flip:
+            mirrored = torch.randint(2, (n, 1), generator=rng).bool()
+            columns = torch.where(mirrored, columns.flip(1), columns)
+        which = torch.arange(n).view(n, 1, 1)
+        # Indexed as NHWC, so that the channels_last layout survives the gather.
+        index = [part.to(self.device) for part in (which, rows.view(n, height, 1), columns.view(n, 1, width))]
+        return padded.permute(0, 2, 3, 1)[index[0], index[1], index[2]].permute(0, 3, 1, 2)
+
+    def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
+        size = eval_batch(self.device.type, self.val_images.shape[-1])
+        for images, labels in zip(self.val_images.split(size), self.val_labels.split(size), strict=True):
+            yield self._normalised(images), labels.to(self.device)
+
+
+def _take_workspaces(device: torch.device) -> None:
+    """Multiply once, forward and backward: what cuBLAS keeps for good is not the memory of the first training."""
+    x = torch.zeros(8, 8, device=device, requires_grad=True)
+    with torch.autocast(device.type, torch.bfloat16):
+        functional.linear(x, x).sum().backward()
+
+
+def eval_batch(kind: str, resolution: int) -> int:
+    """Validation images in a batch, on a kind of device."""
+    most = EVAL_BATCH[kind]
+    return max(MIN_EVAL_BATCH, min(most, most * EVAL_RESOLUTION**2 // resolution**2))
+
+
+# -- loop ----------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, config: ProxyConfig) -> float:
+    """Rate of a step counted from 0: linear up to the peak, then a cosine that reaches zero after the last step."""
+    warmup_steps = config.warmup * config.steps
+    if step + 1 <= warmup_steps:
+        return config.learning_rate * (step + 1) / warmup_steps
+    done = (step + 1 - warmup_steps) / (config.steps + 1 - warmup_steps)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def make_optimizer(network: nn.Module, config: ProxyConfig) -> torch.optim.Optimizer:
+    """AdamW without weight decay on norms and biases."""
+    matrices = [p for p in network.parameters() if p.ndim > 1]
+    vectors = [p for p in network.parameters() if p.ndim <= 1]
+    groups = [dict(params=matrices, weight_decay=config.weight_decay), dict(params=vectors, weight_decay=0.0)]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, fused=True)
+
+
+@contextmanager
+def algorithms(deterministic: bool) -> Iterator[None]:
+    """Run the body, and no more than that, with deterministic algorithms only, or without asking for them.
+
+    On CUDA the environment variable CUBLAS_WORKSPACE_CONFIG has to be set before the process multiplies its first
+    matrices (`prepare_determinism`).
+    """
+    # A module whose attribute is made at run time.
+    settings: Any = torch.utils.deterministic
+    before, filling = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(deterministic)
+    # Else torch fills each new tensor, too, for those who read what they never wrote.
+    settings.fill_uninitialized_memory = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
+        settings.fill_uninitialized_memory = filling
+
+
+def prepare_determinism() -> None:
+    """Let cuBLAS be deterministic, before it is first used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def train(network: nn.Module, batches: Batches, config: ProxyConfig, seed: int) -> ProxyResult:
+    """Train `network` from its present weights, in place, and evaluate it.
+
+    Args:
+        seed: of the order and the augmentation of the images.
+
+    Raises:
+        CandidateFailed: the loss is no longer finite.
+        RuntimeError: with `config.deterministic`, an operation has no deterministic algorithm.
+    """
+    device = batches.device
+    begin = time.perf_counter()
+    rng = torch.Generator().manual_seed(seed)
+    network = network.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    optimizer = make_optimizer(network, config)
+    autocast = torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+    def step(number: int) -> tuple[Tensor, Tensor]:
+        images, labels = batches.train(config.batch_size, rng)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(number, config)
+        with autocast:
+            logits = network(images)
+            loss = functional.cross_entropy(logits, labels, label_smoothing=config.label_smoothing)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        optimizer.step()
+        return loss.detach(), (logits.detach().argmax(1) == labels).float().mean()
+
+    curve: list[CurvePoint] = []
+    pending: list[tuple[Tensor, Tensor]] = []
+    every = max(1, config.steps // CURVE_POINTS)
+
+    def first_step() -> None:
+        pending.append(step(0))
+
+    with algorithms(config.deterministic):
+        # One step tells the memory, and the profiler that sees it on the CPU would slow the others.
+        train_memory_bytes = peak_memory_bytes(first_step, device)
+        for number in range(1, config.steps + 1):
+            if number % every == 0 or number == config.steps:
+                # Losses are looked at here only: reading one waits for the GPU.
+                loss, accuracy = torch.stack([torch.stack(pair) for pair in pending]).mean(dim=0).tolist()
+                if not math.isfinite(loss):
+                    raise CandidateFailed(f"the loss diverged before step {number} of {config.steps}")
+                curve.append(CurvePoint(number, loss, accuracy, time.perf_counter() - begin))
+                pending.clear()
+            if number < config.steps:
+                pending.append(step(number))
+        accuracy, loss = evaluate(network, batches)
+    return ProxyResult(accuracy, loss, tuple(curve), time.perf_counter() - begin, train_memory_bytes)
+
+
+# -- evaluation ----------------------------------------------------------------------------------------------------
+
+
+@torch.inference_mode()
+def evaluate(network: nn.Module, batches: Batches) -> tuple[float, float]:
+    """Accuracy and mean cross-entropy on the validation images.
+
+    Raises:
+        CandidateFailed: the loss is not finite.
+    """
+    network.eval()
+    correct = torch.zeros((), device=batches.device)
+    total_loss = torch.zeros((), device=batches.device)
+    count = 0
+    for images, labels in batches.validation():
+        with torch.autocast(batches.device.type, torch.bfloat16, enabled=batches.device.type == "cuda"):
+            logits = network(images)
+        total_loss += functional.cross_entropy(logits.float(), labels, reduction="sum")
+        correct += (logits.argmax(1) == labels).sum()
+        count += len(labels)
+    loss = total_loss.item() / count
+    if not math.isfinite(loss):
+        raise CandidateFailed("the validation loss is not finite")
+    return correct.item() / count, loss

@@ -1,0 +1,127 @@
+"""Weights that a search keeps of its candidates (`--keep-weights`): a safetensors file each, next to the database."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import safetensors
+from safetensors.torch import save
+from torch import Tensor, nn
+
+from nas.errors import UsageError
+from nas.training.data import ImageData
+from studies.display import artifact_folder
+
+# While a search runs, weights are kept of those candidates, too, that no other beats with so much less latency: the
+# front is measured again at the end, and may take them in.
+NEAR_FRONT = 0.8
+
+
+@dataclass(frozen=True)
+class Images:
+    """What weights were trained for.
+
+    Args:
+        classes: a name per output.
+        resolution: pixels of the square images.
+        mean, std: of their channels, in 0..1, as the training normalised them.
+    """
+
+    classes: tuple[str, ...]
+    resolution: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, data: ImageData) -> Images:
+        mean, std = (tuple(float(value) for value in each) for each in data.mean_std)
+        return cls(data.classes, data.train_images.shape[-1], mean, std)
+
+    @classmethod
+    def from_json(cls, text: str) -> Images:
+        fields = json.loads(text)
+        return cls(tuple(fields["classes"]), int(fields["resolution"]), tuple(fields["mean"]), tuple(fields["std"]))
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A network's weights after its training, in main memory."""
+
+    weights: dict[str, Tensor]
+    images: Images
+
+    @classmethod
+    def of(cls, network: nn.Module, images: Images) -> Trained:
+        # Of their own and contiguous: channels_last tensors are not, which safetensors refuses.
+        weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
+        return cls(weights, images)
+
+
+def weight_folder(url: str) -> Path:
+    """Where the weights of a database's candidates lie."""
+    return artifact_folder(url).with_suffix(".weights")
+
+
+class Weights:
+    """Those of one study's candidates.
+
+    Args:
+        folder: made when something is kept.
+    """
+
+    def __init__(self, folder: Path, study_id: int) -> None:
+        self.folder, self.study_id = folder, study_id
+
+    def keep(self, number: int, arch_id: str, trained: Trained) -> None:
+        """Write down a candidate's weights."""
+        path = self._path(number)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(".part")
+        metadata = {"arch_id": arch_id, "images": json.dumps(asdict(trained.images))}
+        # Not `save_file`, whose files nobody else may read.
+        part.write_bytes(save(trained.weights, metadata=metadata))
+        os.replace(part, path)
+
+    def find(self, number: int, arch_id: str) -> Trained | None:
+        """A candidate's weights, if they were kept.
+
+        Args:
+            arch_id: weights of another architecture are of a study that was deleted since.
+
+        Raises:
+            UsageError: the file is damaged.
+        """
+        try:
+            with safetensors.safe_open(self._path(number), "pt") as file:
+                metadata = file.metadata()
+                if metadata["arch_id"] != arch_id:
+                    return None
+                images = Images.from_json(metadata["images"])
+                return Trained({name: file.get_tensor(name) for name in file.keys()}, images)  # noqa: SIM118
+        except FileNotFoundError:
+            return None
+        except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise UsageError(f"{self._path(number)}: cannot be read ({error})") from error
+
+    def keep_only(self, numbers: Collection[int]) -> None:
+        """Delete the others."""
+        kept = {self._path(number) for number in numbers}
+        for path in self.folder.glob(f"study{self.study_id}_t*.safetensors"):
+            if path not in kept:
+                path.unlink(missing_ok=True)
+
+    def _path(self, number: int) -> Path:
+        return self.folder / f"study{self.study_id}_t{number:04d}.safetensors"
+
+
+def near_front(accuracy: float, latency_ms: float, others: Sequence[tuple[float, float]]) -> bool:
+    """Whether a candidate may come on the front when that is measured again.
+
+    Args:
+        others: (accuracy, latency_ms) of each other candidate.
+    """
+    return not any(theirs >= accuracy and ms < NEAR_FRONT * latency_ms for theirs, ms in others)

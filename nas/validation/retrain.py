@@ -1,0 +1,283 @@
+"""Longer trainings of a study's front and of some it left behind: whether its ranking can be trusted."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from rich.table import Table
+
+from nas import pareto
+from nas.config import MAX_RESOLUTION, DataConfig, LatencyConfig, ProxyConfig
+from nas.errors import CandidateFailed, UsageError, of_this_version
+from nas.latency.analysis import Note
+from nas.search.evaluation import check_device
+from nas.training.data import ImageData
+from nas.training.pool import Trainer, Unit, fill
+from nas.training.proxy import ProxyResult
+from nas.validation.baselines import LONG, Entrant
+from nas.validation.contenders import ContenderKind
+from nas.validation.ranking import Coefficient, Ranking, gain, rankings
+from nas.validation.remeasure import of_deployment
+from search_spaces import ArchSpec
+from studies import Retraining, Store, Study
+
+PROXY, PARAMS, MACS = "proxy accuracy", "params", "MACs"
+
+
+@dataclass(frozen=True)
+class RetrainConfig:
+    """Which candidates are trained longer, on what, and how long.
+
+    Args:
+        top: the most accurate members of the front; None is all of it.
+        dominated: candidates that are not on the front, spread over the range of latencies.
+        steps: None is `baselines.LONG` times the study's.
+        data: a source as `DataConfig`'s; None is the study's.
+        resolution: of the training images; None is the study's.
+        data_dir, download, to_rgb: as in `DataConfig`; a study that converts does so here, too.
+
+    Raises:
+        ValueError: naming the field and its value.
+    """
+
+    top: int | None = None
+    dominated: int = 20
+    steps: int | None = None
+    data: str | None = None
+    resolution: int | None = None
+    data_dir: str = "data"
+    download: bool = False
+    to_rgb: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in (("top", 1), ("dominated", 0), ("steps", 1), ("resolution", 8)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise ValueError(f"{name}={value!r} is not at least {least}")
+        if self.resolution is not None and self.resolution > MAX_RESOLUTION:
+            raise ValueError(f"resolution={self.resolution!r} is not at most {MAX_RESOLUTION} pixels")
+
+
+@dataclass(frozen=True)
+class Retrained:
+    """What longer trainings of one kind have shown.
+
+    Args:
+        rows: of the view `convfirst_retrained`, one per candidate, fastest first, with `on_front` (by the proxy) and
+            `on_retrained_front`, both among these candidates only.
+        rankings: of the longer training's accuracy by the proxy's, and by what costs no training.
+        gains: rival -> by how much the proxy's tau is above its, over all networks.
+        failed: a line each.
+        set_up: of the trainings, in words.
+    """
+
+    rows: pd.DataFrame
+    rankings: list[Ranking]
+    gains: dict[str, Coefficient]
+    failed: list[str]
+    set_up: str
+
+
+def retrain(store: Store, name: str, config: RetrainConfig, note: Note = lambda line: None) -> Retrained:
+    """Train what is lacking of a study's candidates, write it down, and rank.
+
+    Raises:
+        UsageError: there are no candidates, the study's device is not here, or the data are not there or other ones.
+        studies.StorageError: the study was deleted meanwhile.
+    """
+    study = store.find_study(name)
+    assert study is not None
+    run = _Run(store, study, name, config, note)
+    with run.trainer as trainer:
+        trainer.data_path(run.data.resolution)
+        chosen, done = run.chosen(), run.done()
+        lacking = [unit for trial_id, unit in run.units(chosen).items() if trial_id not in done]
+        note(f"{len(chosen)} networks, {len(lacking)} to be trained: {run.set_up}")
+        trainer.train(lacking, run.write)
+        return run.result(set(chosen["trial_id"]))
+
+
+class _Run:
+    """What one call of `retrain` needs, checked."""
+
+    def __init__(self, store: Store, study: Study, name: str, config: RetrainConfig, note: Note) -> None:
+        self.store, self.study, self.name, self.config = store, study, name, config
+        stored = json.loads(study.config)
+        with of_this_version(name):
+            self.deployment = LatencyConfig(**stored["latency"])
+            proxy = ProxyConfig(**stored["proxy"])
+            own = DataConfig(**stored["data"], data_dir=config.data_dir, download=config.download)
+        self.proxy = replace(proxy, steps=config.steps or LONG * proxy.steps)
+        self.data = replace(
+            own, source=config.data or own.source, resolution=config.resolution or own.resolution,
+            to_rgb=own.to_rgb or config.to_rgb,
+        )  # fmt: skip
+        self.is_own = (self.data.source, self.data.resolution) == (own.source, own.resolution)
+        self.seed = int(stored["seed"])
+        self.trainer = Trainer(self.data, self.proxy, check_device(self.deployment), self.seed, note, self._check)
+        self.fingerprint = ""
+
+    def _check(self, data: ImageData) -> None:
+        self.fingerprint = data.fingerprint
+        if self.is_own and data.fingerprint != self.study.data_fingerprint:
+            reason = f"holds other images than when --study {self.name} was begun"
+            raise UsageError(f"--data {self.data.source}: {reason}")
+
+    @property
+    def set_up(self) -> str:
+        size = self.data.resolution
+        return (
+            f"{self.proxy.steps} steps of {self.proxy.batch_size} images of {self.data.source} at {size}x{size}, "
+            f"learning rate {self.proxy.learning_rate:g}"
+        )
+
+    def chosen(self) -> pd.DataFrame:
+        """Rows of the view `convfirst_evaluations`: the front's, and of the others some."""
+        rows = of_deployment(self.store.evaluations(self.name), self.deployment, self.study.device_id)
+        if rows.empty:
+            raise UsageError(f"--study {self.name}: has no complete candidate")
+        front = of_deployment(self.store.front(self.name), self.deployment, self.study.device_id)
+        on_front = rows["trial_id"].isin(front["trial_id"])
+        best = rows[on_front].sort_values("accuracy", ascending=False).head(self.config.top or len(rows))
+        others = rows[~on_front & ~rows["latency_over_limit"].astype(bool)]
+        picked = spread_over(list(others["latency_ms"]), self.config.dominated)
+        if len(picked) < self.config.dominated:
+            self.trainer.note(f"only {len(picked)} candidates are not on the front")
+        return pd.concat([best, others.iloc[picked]])
+
+    def units(self, chosen: pd.DataFrame) -> dict[int, Unit]:
+        """trial_id -> its training."""
+        with of_this_version(self.name):
+            return self._units(chosen)
+
+    def _units(self, chosen: pd.DataFrame) -> dict[int, Unit]:
+        self.trial_ids = {f"trial {row['number']}": int(row["trial_id"]) for _, row in chosen.iterrows()}
+        return {
+            int(row["trial_id"]): Unit(self._entrant(row), self.proxy.steps, self.proxy.learning_rate)
+            for _, row in chosen.iterrows()
+        }
+
+    def _entrant(self, row: pd.Series) -> Entrant:
+        return Entrant(
+            f"trial {row['number']}", ContenderKind.FOUND, int(row["number"]), ArchSpec.from_json(str(row["arch"])),
+            self.deployment.engine, self.data.resolution, int(row["params"]), int(row["macs"]),
+        )  # fmt: skip
+
+    def _kind(self) -> dict[str, Any]:
+        """What tells these trainings from others."""
+        return {
+            "data_fingerprint": self.fingerprint, "resolution": self.data.resolution, "steps": self.proxy.steps,
+            "batch_size": self.proxy.batch_size, "learning_rate": self.proxy.learning_rate, "seed": self.seed,
+        }  # fmt: skip
+
+    def _of_this_kind(self) -> list[Retraining]:
+        kind = self._kind()
+        return [
+            row
+            for row in self.store.retrainings(self.study.study_id)
+            if all(getattr(row, key) == value for key, value in kind.items())
+        ]
+
+    def done(self) -> set[int]:
+        """What failed is tried again: memory may have run out for another's sake."""
+        return {row.trial_id for row in self._of_this_kind() if row.accuracy is not None}
+
+    def write(self, unit: Unit, result: ProxyResult | CandidateFailed) -> str:
+        row = Retraining(trial_id=self.trial_ids[unit.trainee.name], data=self.data.source, **self._kind())
+        worth = fill(row, result)
+        self.store.add_retraining(row)
+        return f"{unit.trainee.name}: {worth}"
+
+    def result(self, trial_ids: set[int]) -> Retrained:
+        rows = self.store.retrained(self.name)
+        for key, value in self._kind().items():
+            column = "retrained_" + key.removeprefix("data_")
+            rows = rows[rows[column] == value]
+        rows = of_deployment(rows, self.deployment, self.study.device_id)
+        rows = rows[rows["trial_id"].isin(trial_ids)].sort_values(["latency_ms", "number"])
+        latency_ms, accuracy = list(rows["latency_ms"]), list(rows["retrained_accuracy"])
+        rows = rows.assign(
+            on_front=undominated(list(rows["accuracy"]), latency_ms),
+            on_retrained_front=undominated(accuracy, latency_ms),
+        )
+        predictors = {PROXY: list(rows["accuracy"]), PARAMS: list(rows["params"]), MACS: list(rows["macs"])}
+        names = {trial_id: name for name, trial_id in self.trial_ids.items()}
+        of_this_kind = [row for row in self._of_this_kind() if row.trial_id in trial_ids]
+        failed = [f"{names[row.trial_id]}: {row.reason}" for row in of_this_kind if row.reason is not None]
+        ranked = rankings(predictors, accuracy, latency_ms)
+        gains = {rival: gain(predictors[PROXY], predictors[rival], accuracy) for rival in (PARAMS, MACS)}
+        return Retrained(rows, ranked, gains, failed, self.set_up)
+
+
+def spread_over(latencies_ms: Sequence[float], count: int) -> list[int]:
+    """`count` indices of candidates, or all there are, spread over the range of latencies: of an even division of its
+    logarithm the nearest each."""
+    if count >= len(latencies_ms):
+        return list(range(len(latencies_ms)))
+    logs = np.log(np.asarray(latencies_ms, dtype=float))
+    left = list(range(len(logs)))
+    picked = []
+    for target in np.linspace(logs.min(), logs.max(), count):
+        nearest = min(left, key=lambda index: (abs(logs[index] - target), index))
+        picked.append(nearest)
+        left.remove(nearest)
+    return sorted(picked)
+
+
+def undominated(accuracy: Sequence[float], latency_ms: Sequence[float]) -> list[bool]:
+    """Which of some networks no other is better than, in one of both and in none worse."""
+    members = set(pareto.front(accuracy, latency_ms))
+    return [index in members for index in range(len(accuracy))]
+
+
+# -- For a person ----------------------------------------------------------------------------------------------------
+
+
+def tables(found: Retrained, title: str) -> list[Table]:
+    """The networks, and the rankings; for a terminal of 80 columns."""
+    networks = Table(title=title, title_justify="left", show_edge=False, padding=(0, 0, 0, 1))
+    for header in ("trial", "latency ms", "proxy", "longer", "front was", "front is", "params k", "MMACs"):
+        networks.add_column(header, justify="right")
+    for row in found.rows.to_dict("records"):
+        networks.add_row(
+            str(row["number"]), f"{row['latency_ms']:.4f}", f"{row['accuracy']:.1%}",
+            f"{row['retrained_accuracy']:.1%}", "yes" if row["on_front"] else "",
+            "yes" if row["on_retrained_front"] else "", f"{row['params'] / 1e3:,.0f}", f"{row['macs'] / 1e6:,.1f}",
+        )  # fmt: skip
+    ranks = Table(
+        title="How well they rank the longer trainings (95 % intervals)", title_justify="left", show_edge=False,
+        padding=(0, 0, 0, 1),
+    )  # fmt: skip
+    for header in ("networks", "count", "by", "Kendall's tau", "Spearman's rho"):
+        ranks.add_column(header, justify="right" if header == "count" else "left", overflow="fold")
+    for each in found.rankings:
+        ranks.add_row(each.band, str(each.count), each.predictor, str(each.kendall), str(each.spearman))
+    return [networks, ranks]
+
+
+def remarks(found: Retrained) -> list[str]:
+    """What to make of it."""
+    rows = found.rows
+    overall = {each.predictor: each.kendall for each in found.rankings if each.band == "all"}
+    lines = list(found.failed)
+    if rows.empty:
+        return [*lines, "No network was trained."]
+    left = [str(number) for number in rows[rows["on_front"] & ~rows["on_retrained_front"]]["number"]]
+    joined = [str(number) for number in rows[~rows["on_front"] & rows["on_retrained_front"]]["number"]]
+    moved = [f"{which} {'trial' if len(numbers) == 1 else 'trials'} {', '.join(numbers)}"
+             for which, numbers in (("left by", left), ("joined by", joined)) if numbers]  # fmt: skip
+    lines.append("The front among these " + (f"is {' and '.join(moved)}." if moved else "stays as it was."))
+    if np.isnan(overall[PROXY].value):
+        return [*lines, "The accuracies do not vary: nothing can be said of the ranking."]
+    for rival, gained in found.gains.items():
+        if np.isnan(gained.value):
+            continue
+        told = "better than" if gained.low > 0 else "worse than" if gained.high < 0 else "neither better nor worse than"
+        taus = f"{overall[PROXY].value:+.2f} to {overall[rival].value:+.2f}"
+        lines.append(f"The proxy ranks {told} {rival} alone: tau {taus}, a difference of {gained}.")
+    return lines
