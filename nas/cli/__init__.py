@@ -1,0 +1,1 @@
+"""The command line: one module a command. It imports from every other room, and none imports from it."""

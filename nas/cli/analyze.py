@@ -1,0 +1,82 @@
+"""`analyze`: where a network's time goes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nas.cli.console import err, note, out, reported
+from nas.cli.opening import require_folder, store_if_any, writable_store
+from nas.cli.options import (
+    BatchOption,
+    ClassesOption,
+    DeviceOption,
+    DtypeOption,
+    EngineOption,
+    PrecisionOption,
+    ResolutionOption,
+    SecondsOption,
+    Storage,
+    StudyName,
+    ThreadsOption,
+    deployment,
+    given_fields,
+)
+from nas.config import AUTO, DEFAULT_STORAGE, DEFAULT_STUDY, Dtype
+
+
+def analyze(
+    context: typer.Context,
+    storage: Storage = DEFAULT_STORAGE,
+    study: StudyName = DEFAULT_STUDY,
+    trial: Annotated[int | None, typer.Option(help="A candidate of the study.")] = None,
+    arch: Annotated[str | None, typer.Option(help="An architecture's line, or its JSON.")] = None,
+    timm: Annotated[str | None, typer.Option(help="A timm model, by its layers.")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Beside it another: a trial's number, an architecture or a timm model.")
+    ] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Show the layers of each block, too.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure all of it anew.")] = False,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Folder for the plots, PNG and SVG.")] = None,
+    device: DeviceOption = AUTO,
+    engine: EngineOption = AUTO,
+    dtype: DtypeOption = Dtype.AUTO,
+    latency_batch: BatchOption = None,
+    latency_resolution: ResolutionOption = None,
+    latency_classes: ClassesOption = None,
+    latency_threads: ThreadsOption = None,
+    latency_precision: PrecisionOption = None,
+    latency_seconds: SecondsOption = None,
+) -> None:
+    """Show where a network's time goes: each part's operations, bytes, ideal and measured time, and efficiency."""
+    with reported(storage):
+        from nas.errors import CandidateFailed, UsageError
+        from nas.latency.analysis import analyse, choose, draw
+        from nas.search.evaluation import check_device
+
+        given = given_fields(context)
+        named = {"--trial": trial, "--arch": arch, "--timm": timm}
+        chosen = [(flag, value) for flag, value in named.items() if value is not None]
+        if len(chosen) != 1:
+            raise UsageError(f"analyze: give one of {', '.join(named)}" + (", not several" if chosen else ""))
+        if out_dir is not None:
+            require_folder("--out", out_dir)
+        with store_if_any(storage) as found:
+            subjects = choose(found, study, chosen[0], against, given, deployment)
+        for subject in subjects:
+            check_device(subject.config)
+        with writable_store(storage) as store:
+            try:
+                analyses = [analyse(store, subject, note, again=again, by_layer=layers) for subject in subjects]
+            except CandidateFailed as error:
+                raise UsageError(f"analyze: {error}") from error
+        for analysis in analyses:
+            out.print(analysis.table(out.width))
+            for line in analysis.lines():
+                out.print(line, highlight=False, soft_wrap=True)
+            out.print()
+        if out_dir is not None:
+            for path in draw(analyses, out_dir):
+                err.print(f"drawn: {path}", highlight=False, soft_wrap=True)

@@ -1,0 +1,61 @@
+"""What commands print on, and how they end."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+from typing import NoReturn
+
+import typer
+from rich.console import Console
+
+# In a pipe or a file there is no edge at which lines would have to be broken.
+WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
+
+
+# Brackets and colons in names and paths are the user's own.
+out = Console(markup=False, emoji=False, width=WIDTH)
+
+
+err = Console(stderr=True, markup=False, emoji=False)
+
+
+def note(line: str) -> None:
+    """Progress, beside what a command prints."""
+    err.print(line, highlight=False, soft_wrap=True)
+
+
+def fail(message: str) -> NoReturn:
+    err.print(f"Error: {message}", highlight=False, markup=False, soft_wrap=True)
+    raise typer.Exit(2)
+
+
+@contextlib.contextmanager
+def reported(storage: str) -> Iterator[None]:
+    """Turns what a user can mend into one line and exit code 2; anything else is a bug and keeps its traceback."""
+    from nas.errors import UsageError
+    from studies import StorageError, displayed
+
+    try:
+        yield
+    except UsageError as error:
+        fail(str(error))
+    except StorageError as error:
+        fail(f"--storage {displayed(storage)}: {error}")
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """For work of which all that is finished is kept. A polite kill, as schedulers and containers send it, ends it as
+    Ctrl-C does."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    except KeyboardInterrupt:
+        err.print("Interrupted. What was finished is kept; the same command goes on from there.", highlight=False)
+        sys.stdout.flush()
+        # Not sys.exit: worker threads of torch and OpenMP may take seconds to be joined.
+        os._exit(130)

@@ -1,0 +1,51 @@
+"""`dashboard`: the Optuna dashboard on a database."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nas.cli.console import err, out, reported
+from nas.cli.opening import existing_store, require_folder
+from nas.cli.options import (
+    Storage,
+)
+from nas.config import DEFAULT_STORAGE
+
+
+def dashboard(
+    storage: Storage = DEFAULT_STORAGE,
+    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's own let others in.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="By default a free one.")] = 0,
+    artifacts: Annotated[
+        Path | None, typer.Option(help="Folder of the trials' files; by default next to the database.")
+    ] = None,
+) -> None:
+    """Open the Optuna dashboard on a study database, also while a search runs."""
+    with reported(storage):
+        from nas.display.showcase import show
+        from nas.report.dashboard import Server
+        from studies import StorageError
+        from studies.display import artifact_folder
+
+        folder = artifact_folder(storage) if artifacts is None else artifacts
+        require_folder("--artifacts", folder)
+        with existing_store(storage) as store:
+            server = Server(store, folder, host, port)
+            for summary in store.summaries():
+                try:
+                    made = show(store, summary.name, folder)
+                    out.print(f"{summary.name}: {made} files of its front made", highlight=False)
+                except StorageError as error:
+                    # A file that is read-only, say: what is there can be looked at.
+                    err.print(f"{summary.name}: not brought up to date ({error})", highlight=False)
+            server.warm_up()
+            out.print(f"dashboard: {server.url} (Ctrl-C ends it)", highlight=False, soft_wrap=True)
+            # As Ctrl-C does.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
+            server.run()

@@ -1,0 +1,43 @@
+"""`device`: what a device can do."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Annotated
+
+import typer
+
+from nas.cli.console import note, out, reported
+from nas.cli.opening import writable_store
+from nas.cli.options import (
+    DeviceOption,
+    DtypeOption,
+    Storage,
+    ThreadsOption,
+    deployment,
+    given_fields,
+)
+from nas.config import AUTO, DEFAULT_STORAGE, Dtype
+
+
+def device(
+    context: typer.Context,
+    storage: Storage = DEFAULT_STORAGE,
+    device: DeviceOption = AUTO,
+    dtype: DtypeOption = Dtype.AUTO,
+    latency_threads: ThreadsOption = None,
+    again: Annotated[bool, typer.Option("--again", help="Measure it also where it was measured before.")] = False,
+) -> None:
+    """Measure what a device can do, once, and print it: bandwidth, matrix rate, launch overhead."""
+    with reported(storage):
+        from nas.latency import ceilings as profile
+        from nas.locks import WAITING
+        from nas.search.evaluation import check_device
+
+        # Any engine will do: none runs.
+        config = deployment(**{**given_fields(context), "engine": "eager"})
+        check_device(config)
+        with writable_store(storage) as store:
+            profile.find_or_measure(store, config, again, partial(note, WAITING))
+            for line in profile.lines(store.profiles()):
+                out.print(line, highlight=False, soft_wrap=True)

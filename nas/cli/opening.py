@@ -1,0 +1,71 @@
+"""Databases and folders that commands work on."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from studies import Store
+
+
+@contextlib.contextmanager
+def writable_store(storage: str) -> Iterator[Store]:
+    """The database of a command that writes, made if there is none."""
+    from studies import Store
+
+    Store.check_writable(storage)
+    store = Store.open(storage, create=True)
+    assert store is not None
+    try:
+        yield store
+    finally:
+        store.close()
+
+
+@contextlib.contextmanager
+def store_if_any(storage: str) -> Iterator[Store | None]:
+    """A database to look something up in, if there is one."""
+    from studies import Store
+
+    store = Store.open(storage, create=False)
+    try:
+        yield store
+    finally:
+        if store is not None:
+            store.close()
+
+
+@contextlib.contextmanager
+def existing_store(storage: str, study: str | None = None, write: bool = False) -> Iterator[Store]:
+    """A database that is there, and holds the study."""
+    from nas.errors import UsageError
+    from studies import Store, displayed
+
+    store = Store.open(storage, create=False)
+    if store is not None and write:
+        store.close()
+        store = Store.open(storage, create=True)
+    if store is None:
+        raise UsageError(f"--storage {displayed(storage)}: there is no study database of ours; a search makes one")
+    try:
+        if study is not None and store.find_study(study) is None:
+            known = ", ".join(row.name for row in store.summaries()) or "none"
+            raise UsageError(f"--study {study}: not in {displayed(storage)} (there: {known})")
+        yield store
+    finally:
+        store.close()
+
+
+def require_folder(flag: str, folder: Path) -> None:
+    """Raises UsageError where a folder is none, or could not be made or written to; makes nothing."""
+    from nas.errors import UsageError
+
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        raise UsageError(f"{flag} {folder}: {existing} is not a folder")
+    if not os.access(existing, os.W_OK):
+        raise UsageError(f"{flag} {folder}: the folder {existing} is read-only")

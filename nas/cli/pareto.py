@@ -1,0 +1,71 @@
+"""`pareto`: a study's front."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nas.cli.console import err, reported
+from nas.cli.fronts import DEPLOYMENT, print_front
+from nas.cli.opening import existing_store
+from nas.cli.options import (
+    Storage,
+    StudyName,
+)
+from nas.config import DEFAULT_STORAGE, DEFAULT_STUDY
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+class Format(StrEnum):
+    TABLE = "table"
+    CSV = "csv"
+    JSON = "json"
+
+
+def pareto(
+    storage: Storage = DEFAULT_STORAGE,
+    study: StudyName = DEFAULT_STUDY,
+    format: Annotated[Format, typer.Option(help="How to print it.")] = Format.TABLE,
+    plot: Annotated[Path | None, typer.Option(help="Draw it, too: a PNG, SVG or PDF file.")] = None,
+) -> None:
+    """Print a study's Pareto front, now."""
+    with reported(storage), existing_store(storage, study) as store:
+        front = store.front(study)
+        if plot is not None:
+            _plot_front(store.evaluations(study), front, study, plot)
+        if format is Format.CSV:
+            sys.stdout.write(front.to_csv(index=False))
+        elif format is Format.JSON:
+            sys.stdout.write(front.to_json(orient="records", indent=2) + "\n")
+        else:
+            print_front(front, f"Pareto front of {study}")
+
+
+def _plot_front(evaluations: pd.DataFrame, front: pd.DataFrame, study: str, path: Path) -> None:
+    from nas.display.plots import plot_front
+    from nas.errors import UsageError
+
+    if path.suffix not in (".png", ".svg", ".pdf"):
+        raise UsageError(f"--plot {path}: not a .png, .svg or .pdf file")
+    folder = path.absolute().parent
+    if not folder.is_dir():
+        raise UsageError(f"--plot {path}: its folder does not exist")
+    if not os.access(path if path.exists() else folder, os.W_OK):
+        raise UsageError(f"--plot {path}: cannot be written")
+    if front.empty:
+        raise UsageError(f"--plot {path}: the front of {study} is empty")
+    fronts = list(front.groupby(DEPLOYMENT, sort=False))
+    for number, (deployment, members) in enumerate(fronts, start=1):
+        rows = evaluations
+        for column, value in zip(DEPLOYMENT, deployment, strict=True):
+            rows = rows[rows[column] == value]
+        target = path if len(fronts) == 1 else path.with_stem(f"{path.stem}_{number}")
+        plot_front(rows, members, f"{study}: {len(rows)} candidates", target)
+        err.print(f"drawn: {target}", highlight=False)
