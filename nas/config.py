@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
@@ -237,3 +238,36 @@ class SearchConfig:
         if not self.data.to_rgb:
             del fields["data"]["to_rgb"]
         return fields
+
+    @classmethod
+    def of_identity(cls, identity: Mapping[str, Any], **transient: Any) -> SearchConfig:
+        """The search that a study remembers: the inverse of `identity`, which went through JSON since.
+
+        Args:
+            transient: the fields that are no part of the identity (default: those of the class).
+
+        Raises:
+            ValueError: a field is missing, unknown or impossible; another version of the program wrote the study.
+        """
+        known = {**identity, "data": {**ABSENT_DATA, **identity["data"]}}
+        parts = {"data": DataConfig, "proxy": ProxyConfig, "latency": LatencyConfig, "limits": Limits}
+        made: dict[str, Any] = {name: _of_fields(part, known.pop(name)) for name, part in parts.items()}
+        made["space"] = SearchSpace.from_dict(known.pop("space"))
+        for name in ("sampler", "seed"):
+            made[name] = known.pop(name)
+        if known:
+            raise ValueError(f"{', '.join(known)}: unknown")
+        return cls(**made, **transient)
+
+
+# What studies mean by a field of `DataConfig` that they do not have.
+ABSENT_DATA = {"to_rgb": False}
+
+
+def _of_fields(part: type[Any], stored: Mapping[str, Any]) -> Any:
+    """A value of stored fields. All that are stored have to be there: a default may have changed since."""
+    unstored = {"data_dir", "download"}
+    wanted = {each.name for each in dataclasses.fields(part)} - unstored
+    if differing := wanted ^ set(stored):
+        raise ValueError(f"{', '.join(sorted(differing))}: unknown or missing")
+    return part(**stored)

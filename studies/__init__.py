@@ -1,5 +1,6 @@
 """Studies in an SQL database: Optuna's tables, ours beside them, and the Pareto front as a view."""
 
+from studies.deployment import Deployment
 from studies.store import Owner, StorageError, Store, StudySummary, displayed, guarded
 from studies.tables import (
     BaselineLatency,
@@ -23,6 +24,7 @@ __all__ = [
     "Candidate",
     "CandidateState",
     "CurvePoint",
+    "Deployment",
     "Device",
     "Latency",
     "LatencyStage",

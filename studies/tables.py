@@ -27,6 +27,8 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column, relationship
 
+from studies.deployment import Deployment
+
 
 class Base(DeclarativeBase):
     type_annotation_map: ClassVar = {str: Text, float: Double, datetime: DateTime(timezone=True)}
@@ -127,12 +129,9 @@ class Candidate(Base):
     )
     curve: Mapped[list[CurvePoint]] = relationship(cascade="all, delete-orphan", passive_deletes=True)
 
-    def latency_on(
-        self, device_id: int, engine: str, dtype: str, batch_size: int, resolution: int, threads: int
-    ) -> Latency | None:
+    def latency_in(self, deployment: Deployment) -> Latency | None:
         """The latency in one deployment: the final one if there is one, else the search's."""
-        deployment = (device_id, engine, dtype, batch_size, resolution, threads)
-        rows = [row for row in self.latencies if row.deployment == deployment]
+        rows = [row for row in self.latencies if Deployment.of(row) == deployment]
         return min(rows, key=lambda row: row.stage != LatencyStage.FINAL, default=None)
 
 
@@ -177,10 +176,6 @@ class Latency(Base):
     # As in `stage`, the default is for those who do not know it.
     over_limit: Mapped[bool] = mapped_column(default=False, server_default=false())
     measured_at: Mapped[datetime] = mapped_column(default=now)
-
-    @property
-    def deployment(self) -> tuple[int, str, str, int, int, int]:
-        return self.device_id, self.engine, self.dtype, self.batch_size, self.resolution, self.threads
 
 
 class CurvePoint(Base):

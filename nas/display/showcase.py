@@ -21,7 +21,7 @@ from nas.search.live_study import DUPLICATE_OF
 from nas.validation.remeasure import deployment_columns, of_deployment
 from search_spaces import ArchSpec
 from search_spaces.timm_config import timm_config
-from studies import Store, Study
+from studies import Deployment, Store, Study
 from studies.display import Artifact, Artifacts, update_notes
 
 # Of a front so many members carry files: drawing takes a good part of a second each.
@@ -61,7 +61,7 @@ def _write_notes(store: Store, study: Study, name: str) -> None:
     here = deployment_columns(LatencyConfig(**config["latency"]), study.device_id)
     bodies: dict[int | None, str] = {None: notes.study_note(study, name)}
     for candidate in store.candidates(study.study_id):
-        bodies[candidate.trial_id] = notes.trial_note(candidate, candidate.latency_on(**here), config)
+        bodies[candidate.trial_id] = notes.trial_note(candidate, candidate.latency_in(Deployment(**here)), config)
     for trial in store.load_optuna_study(name).get_trials(deepcopy=False):
         first = trial.user_attrs.get(DUPLICATE_OF)
         if first is not None:

@@ -20,7 +20,7 @@ from nas.report.importance import Importances, importances
 from nas.search.live_study import DUPLICATE_OF, REASON
 from nas.validation.remeasure import deployment_columns, of_deployment
 from search_spaces import ArchSpec
-from studies import Candidate, CandidateState, Owner, Store
+from studies import Candidate, CandidateState, Deployment, Owner, Store
 from studies.store import OBJECTIVES
 
 # Figures within a reason: losses, steps and excesses differ, and what went wrong is the same.
@@ -131,7 +131,7 @@ def _course(candidates: Sequence[Candidate], deployment: dict[str, Any], referen
     seconds = 0.0
     for candidate in candidates:
         seconds += candidate.total_seconds
-        latency = candidate.latency_on(**deployment)
+        latency = candidate.latency_in(Deployment(**deployment))
         if candidate.state == CandidateState.COMPLETE and candidate.accuracy is not None and latency is not None:
             rows.append((candidate.number, candidate.accuracy, latency.median_ms, seconds))
     found = pd.DataFrame(rows, columns=["number", "accuracy", "latency_ms", "seconds"])

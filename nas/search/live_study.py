@@ -22,7 +22,7 @@ from nas.search.evaluation import Evaluator, Outcome
 from nas.search.sampling import Proposal, Proposer
 from nas.validation.remeasure import deployment_columns, latency_row, of_deployment
 from search_spaces import ArchSpec
-from studies import Candidate, CandidateState, LatencyStage, Owner, StorageError, Store, guarded
+from studies import Candidate, CandidateState, Deployment, LatencyStage, Owner, StorageError, Store, guarded
 from studies.display import write_note
 
 # After this many known architectures in a row the sampler is helped out by a random draw. TPE proposes the known
@@ -188,7 +188,7 @@ class LiveStudy:
 
     def _own_latency(self, candidate: Candidate) -> studies.Latency | None:
         """In the deployment that is searched; of others, a study may hold more."""
-        return candidate.latency_on(**self._deployment)
+        return candidate.latency_in(Deployment(**self._deployment))
 
     @property
     def _deployment(self) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from nas.latency.meter import Latency
 from nas.locks import WAITING, device_lock
 from nas.search.evaluation import check_device
 from search_spaces import ArchSpec
-from studies import CandidateState, LatencyStage, Owner, Store
+from studies import CandidateState, Deployment, LatencyStage, Owner, Store
 
 Measure = Callable[[Sequence[ArchSpec]], list[Latency]]
 
@@ -234,7 +234,7 @@ def remeasure(
     here = deployment_columns(config, device_id)
     at_home = here == deployment_columns(planned.own, row.device_id)
     limit_ms = planned.limit_ms if at_home else None
-    lacking = [candidate for candidate in rows if everything or candidate.latency_on(**here) is None]
+    lacking = [candidate for candidate in rows if everything or candidate.latency_in(Deployment(**here)) is None]
     before = of_deployment(store.front(name), config, device_id)
     owner = Owner.me()
     store.claim(row.study_id, owner)
@@ -261,7 +261,7 @@ def remeasure(
                     note(f"{number}/{len(lacking)}  trial {candidate.number}: failed ({error})")
                     continue
                 # Measured a second time it is shown, also in the place of an older one that was measured in turns.
-                stage = LatencyStage.SEARCH if candidate.latency_on(**here) is None else LatencyStage.FINAL
+                stage = LatencyStage.SEARCH if candidate.latency_in(Deployment(**here)) is None else LatencyStage.FINAL
                 added = latency_row(candidate.trial_id, latency, config, device_id, stage, limit_ms)
                 store.add_latencies(row.study_id, [added])
                 note(f"{number}/{len(lacking)}  trial {candidate.number}: {latency.median_ms:.4f} ms")

@@ -30,6 +30,7 @@ from studies import (
     Candidate,
     CandidateState,
     CurvePoint,
+    Deployment,
     Latency,
     LatencyStage,
     Owner,
@@ -318,7 +319,7 @@ def test_the_latency_on_a_deployment(store: Store) -> None:
 
     def median_ms(**changes: Any) -> float | None:
         fields = dict(engine="eager", dtype="float32", batch_size=1, resolution=32, threads=1)
-        row = found.latency_on(study.device_id, **(fields | changes))  # type: ignore[arg-type]
+        row = found.latency_in(Deployment(study.device_id, **(fields | changes)))  # type: ignore[arg-type]
         return row.median_ms if row else None
 
     assert median_ms() == 2.0

@@ -1,0 +1,110 @@
+"""A study as the database holds it, with its configuration, deployment and device as typed values."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from kernels.timing import DeviceInfo
+from nas.config import LatencyConfig, SearchConfig
+from nas.errors import UsageError
+from search_spaces import ArchSpec
+from studies import Candidate, Deployment, Device, Store, Study, displayed
+
+
+def deployment_of(config: LatencyConfig, device_id: int) -> Deployment:
+    """The deployment that a configuration describes on a device of the database."""
+    return Deployment(
+        device_id, config.engine, config.dtype, config.batch_size, config.resolution, config.threads
+    )  # fmt: skip
+
+
+def device_info(row: Device) -> DeviceInfo:
+    """A device of the database."""
+    return DeviceInfo(row.kind, row.name, row.driver, row.torch, row.triton)
+
+
+@dataclass(frozen=True)
+class RecordedStudy:
+    """What a study remembers. `RecordedStudy.open` reads it, and refuses what this version does not know.
+
+    Args:
+        row: the study's own row; its texts are what the other fields are made of.
+        config: the search, with the defaults of what is no part of a study's identity.
+        deployment: the one that is searched; of others, a study may hold latencies too.
+    """
+
+    store: Store
+    name: str
+    row: Study
+    config: SearchConfig
+    anchor: ArchSpec
+    device: DeviceInfo
+    deployment: Deployment
+
+    @classmethod
+    def find(cls, store: Store, name: str) -> RecordedStudy | None:
+        """The study of that name; None where the database has none.
+
+        Raises:
+            UsageError: another version of the program wrote it, with fields that this one does not know.
+            studies.StorageError: another program made a study of that name.
+        """
+        row = store.find_study(name)
+        if row is None:
+            return None
+        try:
+            config = SearchConfig.of_identity(json.loads(row.config), study=name)
+            anchor = ArchSpec.from_json(row.anchor)
+        except (KeyError, TypeError, ValueError) as error:
+            words = str(error).splitlines()[0]
+            raise UsageError(f"--study {name}: holds what this version does not know ({words})") from error
+        return cls(
+            store, name, row, config, anchor, device_info(row.device), deployment_of(config.latency, row.device_id)
+        )
+
+    @classmethod
+    def open(cls, store: Store, name: str) -> RecordedStudy:
+        """The study of that name, as `find`.
+
+        Raises:
+            UsageError: as `find`, or the database has no such study.
+        """
+        found = cls.find(store, name)
+        if found is None:
+            known = ", ".join(row.name for row in store.summaries()) or "none"
+            raise UsageError(f"--study {name}: not in {displayed(str(store.engine.url))} (there: {known})")
+        return found
+
+    @property
+    def study_id(self) -> int:
+        return self.row.study_id
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The configuration as it is stored, in plain JSON values."""
+        found: dict[str, Any] = json.loads(self.row.config)
+        return found
+
+    @property
+    def reference_latency_ms(self) -> float:
+        """The hypervolume's reference: the latency limit, or else twice the anchor's latency.
+
+        A choice, and one that favours fast networks: docs/measurements.md shows how a comparison turns with it.
+        """
+        return self.config.limits.latency_ms or 2 * self.row.anchor_ms
+
+    def candidates(self) -> list[Candidate]:
+        """All evaluated candidates, in the order of their trials."""
+        return self.store.candidates(self.study_id)
+
+    def front(self) -> pd.DataFrame:
+        """The rows of the view `pareto_front` in the study's own deployment, fastest first."""
+        return self.deployment.rows_of(self.store.front(self.name))
+
+    def evaluations(self) -> pd.DataFrame:
+        """The complete rows of the view `convfirst_evaluations` in the study's own deployment, in order of trials."""
+        return self.deployment.rows_of(self.store.evaluations(self.name))
