@@ -10,7 +10,7 @@ import pandas as pd
 
 from kernels.timing import DeviceInfo
 from nas.config import LatencyConfig, SearchConfig
-from nas.errors import UsageError
+from nas.errors import UsageError, of_this_version
 from search_spaces import ArchSpec
 from studies import Candidate, Deployment, Device, Store, Study, displayed
 
@@ -56,12 +56,9 @@ class RecordedStudy:
         row = store.find_study(name)
         if row is None:
             return None
-        try:
+        with of_this_version(name):
             config = SearchConfig.of_identity(json.loads(row.config), study=name)
             anchor = ArchSpec.from_json(row.anchor)
-        except (KeyError, TypeError, ValueError) as error:
-            words = str(error).splitlines()[0]
-            raise UsageError(f"--study {name}: holds what this version does not know ({words})") from error
         return cls(
             store, name, row, config, anchor, device_info(row.device), deployment_of(config.latency, row.device_id)
         )

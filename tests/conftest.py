@@ -57,7 +57,7 @@ def _quick(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr("studies.display.SERVER_FOLDER", tmp_path)
     monkeypatch.setattr("nas.latency.ceilings.SECONDS", 0.02)
     if "shown" not in request.fixturenames:
-        monkeypatch.setattr("nas.search.loop.show", lambda store, name, folder: 0)
+        monkeypatch.setattr("nas.search.loop.show", lambda recorded, folder: 0)
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -16,6 +16,7 @@ import pytest
 from nas.config import LatencyConfig, SearchConfig
 from nas.display import showcase
 from nas.lab.overhead import FakeEvaluator
+from nas.recorded import RecordedStudy
 from nas.search import loop as search
 from studies.display import artifact_folder
 from tests.nas.test_search import opened
@@ -73,7 +74,7 @@ def url(sqlite_url: str, environment: dict[str, str]) -> Iterator[str]:
     finished = SearchConfig(budget=12, storage=sqlite_url, study="finished", latency=LatencyConfig(device="cpu"))
     search.run(finished, FakeEvaluator())
     store = opened(finished)
-    showcase.show(store, "finished", artifact_folder(sqlite_url))
+    showcase.show(RecordedStudy.open(store, "finished"), artifact_folder(sqlite_url))
     store.close()
     live = subprocess.Popen(
         [sys.executable, "-c", SEARCHING, sqlite_url], stdout=subprocess.PIPE, text=True, env=environment

@@ -60,6 +60,7 @@ def export(
         from nas.errors import UsageError
         from nas.export import directories as exports
         from nas.export.formats import makers
+        from nas.recorded import RecordedStudy
 
         formats = makers(_formats(format), note)
         if directory is not None:
@@ -88,10 +89,8 @@ def export(
             )  # fmt: skip
             require_folder("--out", out_dir)
             with existing_store(storage, study) as store:
-                row = store.find_study(study)
-                assert row is not None
-                rows = exports.chosen(store, row, study, selection)
-                networks = exports.of_study(store, row, study, storage, rows)
+                recorded = RecordedStudy.open(store, study)
+                networks = exports.of_study(recorded, storage, exports.chosen(recorded, selection))
             written = exports.write(networks, out_dir, formats, force)
             if all(network.weights is None for network in networks):
                 note(

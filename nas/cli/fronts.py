@@ -10,16 +10,14 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-# What makes one front: latencies of different deployments are not compared.
-DEPLOYMENT = ["device_id", "engine", "dtype", "batch_size", "resolution", "threads"]
-
-
 def print_front(front: pd.DataFrame, title: str) -> None:
     from nas.display.plots import deployment_line
     from nas.search.progress import front_table
+    from studies import Deployment
 
     if front.empty:
         out.print("The front is empty: no candidate is complete, or all turned out over a limit.")
         return
-    for _, members in front.groupby(DEPLOYMENT, sort=False):
+    # Latencies of different deployments are not compared.
+    for _, members in front.groupby(Deployment.columns(), sort=False):
         out.print(front_table(members, f"{title}\n{deployment_line(members.iloc[0])}"))

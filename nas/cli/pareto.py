@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nas.cli.console import err, reported
-from nas.cli.fronts import DEPLOYMENT, print_front
+from nas.cli.fronts import print_front
 from nas.cli.opening import existing_store
 from nas.cli.options import (
     Storage,
@@ -51,6 +51,7 @@ def pareto(
 def _plot_front(evaluations: pd.DataFrame, front: pd.DataFrame, study: str, path: Path) -> None:
     from nas.display.plots import plot_front
     from nas.errors import UsageError
+    from studies import Deployment
 
     if path.suffix not in (".png", ".svg", ".pdf"):
         raise UsageError(f"--plot {path}: not a .png, .svg or .pdf file")
@@ -61,11 +62,9 @@ def _plot_front(evaluations: pd.DataFrame, front: pd.DataFrame, study: str, path
         raise UsageError(f"--plot {path}: cannot be written")
     if front.empty:
         raise UsageError(f"--plot {path}: the front of {study} is empty")
-    fronts = list(front.groupby(DEPLOYMENT, sort=False))
-    for number, (deployment, members) in enumerate(fronts, start=1):
-        rows = evaluations
-        for column, value in zip(DEPLOYMENT, deployment, strict=True):
-            rows = rows[rows[column] == value]
+    fronts = list(front.groupby(Deployment.columns(), sort=False))
+    for number, (_, members) in enumerate(fronts, start=1):
+        rows = Deployment.of(members.iloc[0]).rows_of(evaluations)
         target = path if len(fronts) == 1 else path.with_stem(f"{path.stem}_{number}")
         plot_front(rows, members, f"{study}: {len(rows)} candidates", target)
         err.print(f"drawn: {target}", highlight=False)

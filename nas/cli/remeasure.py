@@ -10,14 +10,13 @@ import typer
 from nas.cli.console import out, reported
 from nas.cli.opening import existing_store
 from nas.cli.options import (
-    DEPLOYMENT_FLAGS,
     BatchOption,
     PrecisionOption,
     SecondsOption,
     Storage,
     StudyName,
     ThreadsOption,
-    checked,
+    deployment,
     given_fields,
 )
 from nas.config import DEFAULT_STORAGE, DEFAULT_STUDY, Dtype
@@ -41,19 +40,17 @@ def remeasure(
     """Measure a study's front again, in turns; with other settings all candidates, as a second latency of theirs."""
     with reported(storage), existing_store(storage, study, write=True) as store:
         from nas.display.plots import deployment_line
+        from nas.recorded import RecordedStudy
         from nas.search.progress import front_table
-        from nas.validation import remeasure as again
+        from nas.validation.remeasure import remeasure as measure_again
 
-        given = given_fields(context)
-        flags = {name: (DEPLOYMENT_FLAGS[name], value) for name, value in given.items()}
+        recorded = RecordedStudy.open(store, study)
         note = partial(out.print, highlight=False, soft_wrap=True)
-        # Only what the flags say is theirs to answer for.
-        planned = checked(again.plan, flags, store=store, name=study, changes=given)
-        done = again.remeasure(store, study, planned, everything, note)
+        done = measure_again(recorded, deployment(recorded.config.latency, **given_fields(context)), everything, note)
         if done is None:
             out.print("The front is empty: nothing was measured.")
             return
-        front = again.of_deployment(store.front(study), done.config, done.device_id)
+        front = done.deployment.rows_of(store.front(study))
         if front.empty:
             out.print("The front is empty now.")
         else:

@@ -32,6 +32,7 @@ def retrain(
 ) -> None:
     """Train the front and some it left behind for longer, and say how well the search ranked them."""
     with interruptible(), reported(storage), existing_store(storage, study, write=True) as store:
+        from nas.recorded import RecordedStudy
         from nas.validation import retrain as retraining
 
         flags = {
@@ -42,7 +43,7 @@ def retrain(
             retraining.RetrainConfig, flags, top=top, dominated=dominated, steps=steps, data=data,
             resolution=resolution, data_dir=data_dir, download=download, to_rgb=to_rgb,
         )  # fmt: skip
-        found = retraining.retrain(store, study, config, note)
+        found = retraining.retrain(RecordedStudy.open(store, study), config, note)
         out.print(found.set_up, highlight=False, soft_wrap=True)
         for table in retraining.tables(found, f"Longer trainings of {study}"):
             out.print(table)

@@ -11,6 +11,8 @@ from search_spaces.arch import STEM_STRIDE
 from search_spaces.cost import Cost, head_cost, stage_cost, stem_cost, strided
 from studies import Candidate, CandidateState, Latency, LatencyStage, Study
 
+# Attributes of trials: why one came to nothing, and the number of the trial that it proposed again.
+REASON, DUPLICATE_OF = "reason", "duplicate_of"
 HEADERS = ("stage", "blocks", "kernel", "group width", "expansion", "width", "stride", "output", "MMACs", "params k")
 STATES = {
     CandidateState.COMPLETE: "complete", CandidateState.OVER_LIMIT: "over a limit, not trained",

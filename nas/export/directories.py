@@ -25,18 +25,17 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from kernels.timing import DeviceInfo
 from nas.config import LatencyConfig
 from nas.display.notes import stage_table
 from nas.errors import UsageError, of_this_version
 from nas.latency.analysis import Note, from_table
 from nas.latency.block_table import BlockTable
+from nas.recorded import RecordedStudy
 from nas.training.weights import Trained, Weights, weight_folder
-from nas.validation.remeasure import of_deployment
 from search_spaces import ArchSpec, cost
 from search_spaces.timm_config import timm_config
 from search_spaces.timm_file import timm_file
-from studies import Store, Study, displayed
+from studies import displayed
 
 CONFIG, WEIGHTS, RECIPE, CARD = "config.json", "model.safetensors", "train.yaml", "README.md"
 # What `nas.export.formats` makes of the weights.
@@ -116,26 +115,22 @@ class Exported:
 # -- Of a study ------------------------------------------------------------------------------------------------------
 
 
-def chosen(store: Store, study: Study, name: str, selection: Selection) -> pd.DataFrame:
+def chosen(recorded: RecordedStudy, selection: Selection) -> pd.DataFrame:
     """The rows of a study's candidates that are to be exported, fastest first, in the study's own deployment.
 
     Raises:
         UsageError: a trial is not there or not complete, or nothing is left.
     """
-    with of_this_version(name):
-        config = LatencyConfig(**json.loads(study.config)["latency"])
+    rows = recorded.evaluations()
     if selection.trials:
-        rows = of_deployment(store.evaluations(name), config, study.device_id)
         rows = rows[rows["number"].isin(selection.trials)]
         for number in selection.trials:
             if number not in set(rows["number"]):
-                raise UsageError(f"--trial {number}: {_why_not(store, study, number)}")
+                raise UsageError(f"--trial {number}: {_why_not(recorded, number)}")
     else:
-        front = of_deployment(store.front(name), config, study.device_id)
-        rows = of_deployment(store.evaluations(name), config, study.device_id)
-        rows = rows[rows["trial_id"].isin(front["trial_id"])]
+        rows = rows[rows["trial_id"].isin(recorded.front()["trial_id"])]
         if rows.empty:
-            raise UsageError(f"--study {name}: its front is empty, there is nothing to export")
+            raise UsageError(f"--study {recorded.name}: its front is empty, there is nothing to export")
     passing = rows
     if selection.max_latency_ms is not None:
         passing = passing[passing["latency_ms"] <= selection.max_latency_ms]
@@ -155,8 +150,8 @@ def _least(rows: pd.DataFrame) -> float:
     return float(rows["latency_ms"].min())
 
 
-def _why_not(store: Store, study: Study, number: int) -> str:
-    for candidate in store.candidates(study.study_id):
+def _why_not(recorded: RecordedStudy, number: int) -> str:
+    for candidate in recorded.candidates():
         if candidate.number == number:
             reason = f" ({candidate.reason})" if candidate.reason else ""
             return f"is not complete but {candidate.state.replace('_', ' ')}{reason}"
@@ -170,24 +165,20 @@ def directory_name(latency_ms: float, number: int) -> str:
     return f"convfirst_{shown}ms_t{number:03d}"
 
 
-def of_study(store: Store, study: Study, name: str, storage: str, rows: pd.DataFrame) -> list[Exported]:
+def of_study(recorded: RecordedStudy, storage: str, rows: pd.DataFrame) -> list[Exported]:
     """What the directories of some candidates will hold.
 
     Args:
-        rows: of `chosen`.
         storage: URL of the study database.
+        rows: of `chosen`.
+
+    Raises:
+        UsageError: another version of the program wrote a candidate.
     """
-    stored = json.loads(study.config)
-    with of_this_version(name):
-        config = LatencyConfig(**stored["latency"])
+    study, config, identity = recorded.row, recorded.config.latency, recorded.identity
+    with of_this_version(recorded.name):
         archs = [ArchSpec.from_json(str(text)) for text in rows["arch"]]
-        # What is shown of them without being understood has at least to be there.
-        for part in ("space", "data", "proxy", "seed"):
-            stored[part]
-        ArchSpec.from_json(study.anchor)
-    device = study.device
-    info = DeviceInfo(device.kind, device.name, device.driver, device.torch, device.triton)
-    table = BlockTable(store, info, config)
+    table = BlockTable(recorded.store, recorded.device, config)
     anchor = {"arch_spec": json.loads(study.anchor), "median_ms": study.anchor_ms}
     kept = Weights(weight_folder(storage), study.study_id)
     found = []
@@ -197,11 +188,11 @@ def of_study(store: Store, study: Study, name: str, storage: str, rows: pd.DataF
         section = {
             "name": directory_name(latency_ms, number),
             "arch": str(arch), "arch_id": arch.arch_id, "arch_spec": json.loads(arch.to_json()),
-            "study": _study_section(study, name, storage, number, stored),
-            "latency": _latency_section(row, config, info, table, arch) | {"anchor": anchor},
+            "study": _study_section(recorded, storage, number),
+            "latency": _latency_section(row, config, table, arch) | {"anchor": anchor},
             "accuracy": {
-                "proxy": float(row["accuracy"]), "data": stored["data"], "training": stored["proxy"],
-                "seed": stored["seed"],
+                "proxy": float(row["accuracy"]), "data": identity["data"], "training": identity["proxy"],
+                "seed": identity["seed"],
             },
             "weights": None if trained is None else PROXY_WEIGHTS,
         }  # fmt: skip
@@ -209,16 +200,15 @@ def of_study(store: Store, study: Study, name: str, storage: str, rows: pd.DataF
     return found
 
 
-def _study_section(study: Study, name: str, storage: str, number: int, stored: Mapping[str, Any]) -> dict[str, Any]:
+def _study_section(recorded: RecordedStudy, storage: str, number: int) -> dict[str, Any]:
+    study = recorded.row
     return {
-        "name": name, "trial": number, "storage": displayed(storage), "space": stored["space"]["name"],
+        "name": recorded.name, "trial": number, "storage": displayed(storage), "space": recorded.config.space.name,
         "begun": f"{study.created_at:%Y-%m-%d %H:%M} UTC", "versions": json.loads(study.versions),
     }  # fmt: skip
 
 
-def _latency_section(
-    row: pd.Series, config: LatencyConfig, device: DeviceInfo, table: BlockTable, arch: ArchSpec
-) -> dict[str, Any]:
+def _latency_section(row: pd.Series, config: LatencyConfig, table: BlockTable, arch: ArchSpec) -> dict[str, Any]:
     latency_ms = float(row["latency_ms"])
     efficiency = from_table(table, arch, "", latency_ms)
     blocks = [
@@ -234,7 +224,7 @@ def _latency_section(
         "interval_share": _number(row["latency_interval_share"]), "stage": row["latency_stage"],
         "capped": bool(_number(row["latency_capped"])), "throttled": bool(_number(row["latency_throttled"])),
         "computational_efficiency": _number(row["computational_efficiency"]),
-        "device": asdict(device), "deployment": asdict(config), "blocks": blocks,
+        "device": asdict(table.device), "deployment": asdict(config), "blocks": blocks,
         "peak_macs_per_s": table.profile.macs_per_s if table.profile else None,
     }  # fmt: skip
 

@@ -14,11 +14,11 @@ from optuna.trial import FrozenTrial, TrialState
 
 import studies
 from nas.config import LatencyConfig
+from nas.display.notes import DUPLICATE_OF, REASON
 from nas.display.plots import deployment_line
 from nas.pareto import running_hypervolume
+from nas.recorded import deployment_of
 from nas.report.importance import Importances, importances
-from nas.search.live_study import DUPLICATE_OF, REASON
-from nas.validation.remeasure import deployment_columns, of_deployment
 from search_spaces import ArchSpec
 from studies import Candidate, CandidateState, Deployment, Owner, Store
 from studies.store import OBJECTIVES
@@ -99,11 +99,11 @@ def gather(store: Store, name: str) -> Material:
     row = store.find_study(name)
     assert row is not None
     config = json.loads(row.config)
-    deployment = LatencyConfig(**config["latency"])
+    deployment = deployment_of(LatencyConfig(**config["latency"]), row.device_id)
     reference_ms = config["limits"]["latency_ms"] or 2 * row.anchor_ms
     candidates = store.candidates(row.study_id)
     evaluations, front = store.evaluations(name), store.front(name)
-    own = of_deployment(front, deployment, row.device_id)
+    own = deployment.rows_of(front)
     others = front[~front.index.isin(own.index)]
     optuna_study = store.load_optuna_study(name)
     trials = optuna_study.get_trials(deepcopy=False)
@@ -112,13 +112,13 @@ def gather(store: Store, name: str) -> Material:
         row=row,
         config=config,
         candidates=candidates,
-        course=_course(candidates, deployment_columns(deployment, row.device_id), reference_ms),
+        course=_course(candidates, deployment, reference_ms),
         spent=_spent(candidates),
-        evaluations=of_deployment(evaluations, deployment, row.device_id),
+        evaluations=deployment.rows_of(evaluations),
         front=own.reset_index(drop=True),
         elsewhere=[
             (deployment_line(members.iloc[0]), members)
-            for _, members in others.groupby(list(deployment_columns(deployment, 0)), sort=False)
+            for _, members in others.groupby(Deployment.columns(), sort=False)
         ],
         reference_ms=reference_ms,
         importances=importances(optuna_study, [objective for _, objective in OBJECTIVES]),
@@ -126,12 +126,12 @@ def gather(store: Store, name: str) -> Material:
     )
 
 
-def _course(candidates: Sequence[Candidate], deployment: dict[str, Any], reference_ms: float) -> pd.DataFrame:
+def _course(candidates: Sequence[Candidate], deployment: Deployment, reference_ms: float) -> pd.DataFrame:
     rows: list[tuple[int, float, float, float]] = []
     seconds = 0.0
     for candidate in candidates:
         seconds += candidate.total_seconds
-        latency = candidate.latency_in(Deployment(**deployment))
+        latency = candidate.latency_in(deployment)
         if candidate.state == CandidateState.COMPLETE and candidate.accuracy is not None and latency is not None:
             rows.append((candidate.number, candidate.accuracy, latency.median_ms, seconds))
     found = pd.DataFrame(rows, columns=["number", "accuracy", "latency_ms", "seconds"])

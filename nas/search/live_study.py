@@ -9,8 +9,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import optuna
-import pandas as pd
-from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+from optuna.trial import TrialState
 
 import studies
 from nas.config import SearchConfig
@@ -18,23 +17,19 @@ from nas.display import notes
 from nas.errors import UsageError
 from nas.latency.block_table import BlockTable, network_shape
 from nas.latency.ceilings import store_profile
+from nas.pareto import hypervolume
+from nas.recorded import RecordedStudy
 from nas.search.evaluation import Evaluator, Outcome
+from nas.search.rows import candidate_row, constraints, objectives
 from nas.search.sampling import Proposal, Proposer
-from nas.validation.remeasure import deployment_columns, latency_row, of_deployment
+from nas.search.trials import TRIAL_STATES, Trials
 from search_spaces import ArchSpec
-from studies import Candidate, CandidateState, Deployment, LatencyStage, Owner, StorageError, Store, guarded
+from studies import Candidate, CandidateState, Owner, Store, guarded
 from studies.display import write_note
 
 # After this many known architectures in a row the sampler is helped out by a random draw. TPE proposes the known
 # the more often the longer a study is (after 1,950 candidates eight proposals for a new one), and so goes on exploring.
 MAX_DUPLICATES = 2
-TOLD = {
-    CandidateState.COMPLETE: TrialState.COMPLETE,
-    # Never COMPLETE: the dashboard does not read Optuna 5's constraints, and would draw it on the front.
-    CandidateState.OVER_LIMIT: TrialState.PRUNED,
-    CandidateState.FAILED: TrialState.FAIL,
-}
-REASON, DUPLICATE_OF = "reason", "duplicate_of"
 
 
 def differences(stored: Any, now: Any, path: str = "") -> list[str]:
@@ -153,24 +148,16 @@ class LiveStudy:
         known: arch_id -> trial number of every evaluated candidate, whatever its outcome.
     """
 
-    def __init__(
-        self, store: Store, row: studies.Study, config: SearchConfig, anchor_ms: float, peak_macs_per_s: float,
-        owner: Owner,
-    ) -> None:  # fmt: skip
-        self.store = store
-        self.owner = owner
-        self.row = row
-        self.config = config
-        self.anchor_ms = anchor_ms
-        self.peak_macs_per_s = peak_macs_per_s
-        self.identity = config.identity()
-        self.optuna = store.load_optuna_study(config.study)
+    def __init__(self, recorded: RecordedStudy, peak_macs_per_s: float, owner: Owner) -> None:
+        self.recorded, self.owner = recorded, owner
+        self.trials = Trials(recorded, peak_macs_per_s)
         self.recover()
-        candidates = store.candidates(row.study_id)
+        candidates = recorded.candidates()
         self.known = {candidate.arch_id: candidate.number for candidate in candidates}
         self.complete = self._objectives(candidates)
+        config, optuna_study = recorded.config, self.trials.study
         self.proposer = Proposer(
-            config.space, config.sampler, config.seed, self.optuna.directions, self.optuna.get_trials(deepcopy=False)
+            config.space, config.sampler, config.seed, optuna_study.directions, optuna_study.get_trials(deepcopy=False)
         )
         self.size = config.space.size()
         # The fast end of the front and its middle, so that a sampler has them to build on from the start. Random search
@@ -178,60 +165,45 @@ class LiveStudy:
         self.openers = () if config.sampler == "random" else (config.space.smallest(), config.space.anchor())
 
     def _objectives(self, candidates: Sequence[Candidate]) -> list[Measured]:
-        """Of the complete ones, with the latency of this deployment that was measured last."""
+        """Accuracy and latency of the complete candidates, with the latency that was measured last."""
         found = []
         for candidate in candidates:
-            latency = self._own_latency(candidate)
+            latency = candidate.latency_in(self.recorded.deployment)
             if candidate.state == CandidateState.COMPLETE and candidate.accuracy is not None and latency is not None:
                 found.append(Measured(candidate.accuracy, latency.median_ms))
         return found
 
-    def _own_latency(self, candidate: Candidate) -> studies.Latency | None:
-        """In the deployment that is searched; of others, a study may hold more."""
-        return candidate.latency_in(Deployment(**self._deployment))
-
-    @property
-    def _deployment(self) -> dict[str, Any]:
-        return deployment_columns(self.config.latency, self.row.device_id)
-
-    def archs(self) -> list[ArchSpec]:
-        """Of all candidates that were timed in the deployment that is searched."""
-        candidates = self.store.candidates(self.row.study_id)
-        return [ArchSpec.from_json(each.arch) for each in candidates if self._own_latency(each) is not None]
+    def timed_archs(self) -> list[ArchSpec]:
+        """The architectures of all candidates that were timed in the deployment that is searched."""
+        candidates, deployment = self.recorded.candidates(), self.recorded.deployment
+        return [ArchSpec.from_json(each.arch) for each in candidates if each.latency_in(deployment) is not None]
 
     def reload(self) -> None:
         """Read the candidates' latencies anew, of which some were measured again."""
-        self.complete = self._objectives(self.store.candidates(self.row.study_id))
-
-    def front(self) -> pd.DataFrame:
-        """The front in the deployment that is searched."""
-        return of_deployment(self.store.front(self.config.study), self.config.latency, self.row.device_id)
+        self.complete = self._objectives(self.recorded.candidates())
 
     @property
-    def reference_latency_ms(self) -> float:
-        """The hypervolume's: the latency limit, or else twice the anchor's latency.
-
-        A choice, and one that favours fast networks: docs/measurements.md shows how a comparison turns with it.
-        """
-        return self.config.limits.latency_ms or 2 * self.anchor_ms
+    def hypervolume(self) -> float:
+        """Hypervolume of the complete candidates, in 0..1; see `RecordedStudy.reference_latency_ms`."""
+        accuracy = [measured.accuracy for measured in self.complete]
+        latency_ms = [measured.latency_ms for measured in self.complete]
+        return hypervolume(accuracy, latency_ms, self.recorded.reference_latency_ms)
 
     def recover(self) -> None:
         """Close every trial left running: as its row says if it has one, else as failed.
 
         Only the one process that holds the claim may call this: then no owner of such a trial still lives.
         """
-        open_states = (TrialState.RUNNING, TrialState.WAITING)
-        left = self.optuna.get_trials(deepcopy=False, states=open_states)
+        left = self.trials.unfinished()
         if not left:
             return
-        rows = {candidate.trial_id: candidate for candidate in self.store.candidates(self.row.study_id)}
+        rows = {candidate.trial_id: candidate for candidate in self.recorded.candidates()}
         for trial in left:
             row = rows.get(trial._trial_id)
             if row is None:
-                self._set_attrs(trial._trial_id, {REASON: "interrupted"})
-                self.store.optuna_storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+                self.trials.interrupt(trial)
             else:
-                self._tell(trial, row, self._constraints_of(row))
+                self.trials.finish(row.trial_id, row, constraints(row, self.recorded.config.limits))
 
     def propose(self) -> tuple[Proposal, int] | None:
         """The next architecture that was never evaluated, and its trial's id; None where the space has no more.
@@ -239,7 +211,7 @@ class LiveStudy:
         A known architecture that the sampler proposes is recorded as a pruned trial of its own: to the samplers a
         place where nothing is to be gained, and in the dashboard visibly not a result.
         """
-        self.store.require_owner(self.row.study_id, self.owner)
+        self.recorded.store.require_owner(self.recorded.study_id, self.owner)
         duplicates = 0
         while len(self.known) < self.size:
             opener = next((arch for arch in self.openers if arch.arch_id not in self.known), None)
@@ -254,121 +226,22 @@ class LiveStudy:
                 proposal = unseen
             first = self.known.get(proposal.arch.arch_id)
             if first is None:
-                return proposal, self._add_trial(proposal, TrialState.RUNNING, self._first_attrs(proposal.arch))
+                return proposal, self.trials.begin(proposal)
             duplicates += 1
-            known_as = {DUPLICATE_OF: first, "arch": str(proposal.arch)}
-            trial_id = self._add_trial(proposal, TrialState.PRUNED, known_as)
-            self._note(trial_id, notes.duplicate_note(proposal.arch, first))
+            self.trials.add_duplicate(proposal, first)
             self.proposer.tell(None, TrialState.PRUNED, {})
         return None
 
     def record(self, proposal: Proposal, trial_id: int, outcome: Outcome) -> None:
         """Write a candidate's rows, then tell Optuna, then the sampler's copy."""
-        row = self._row(proposal, trial_id, outcome)
-        self.store.add_candidate(row, self.owner)
-        constraints = outcome.constraints or {}
-        trial = self.optuna._storage.get_trial(trial_id)
-        self._tell(trial, row, constraints)
-        self.proposer.tell(_values(row), TOLD[outcome.state], constraints)
+        row = candidate_row(self.recorded, proposal, trial_id, outcome)
+        self.recorded.store.add_candidate(row, self.owner)
+        broken = outcome.constraints or {}
+        self.trials.finish(trial_id, row, broken)
+        self.proposer.tell(objectives(row), TRIAL_STATES[outcome.state], broken)
         self.known[proposal.arch.arch_id] = proposal.number
         if outcome.state == CandidateState.COMPLETE and outcome.proxy and outcome.latency:
             self.complete.append(Measured(outcome.proxy.accuracy, outcome.latency.median_ms))
-
-    # -- Optuna's side ---------------------------------------------------------------------------------------------
-
-    def _add_trial(self, proposal: Proposal, state: TrialState, user_attrs: dict[str, Any]) -> int:
-        trial_id = self.store.optuna_storage.create_new_trial(
-            self.row.study_id,
-            create_trial(
-                state=state, params=proposal.params, distributions=proposal.distributions, user_attrs=user_attrs,
-                system_attrs=proposal.system_attrs,
-            ),
-        )  # fmt: skip
-        number = self.store.optuna_storage.get_trial_number_from_id(trial_id)
-        if number != proposal.number:
-            raise StorageError(f"another program adds trials to the study {self.config.study!r}")
-        return trial_id
-
-    def _first_attrs(self, arch: ArchSpec) -> dict[str, Any]:
-        return {
-            "arch": str(arch),
-            "arch_id": arch.arch_id,
-            "device": self.row.device.name,
-            "engine": self.config.latency.engine,
-        }
-
-    def _note(self, trial_id: int, body: str) -> None:
-        write_note(self.store.optuna_storage, self.row.study_id, trial_id, body)
-
-    def _set_attrs(self, trial_id: int, attrs: dict[str, Any]) -> None:
-        for key, value in attrs.items():
-            self.store.optuna_storage.set_trial_user_attr(trial_id, key, value)
-
-    def _tell(self, trial: FrozenTrial, row: Candidate, constraints: dict[str, float]) -> None:
-        self._set_attrs(trial._trial_id, self._last_attrs(row))
-        self._note(trial._trial_id, notes.trial_note(row, self._own_latency(row), self.identity))
-        # Some may be there already, if an earlier process was killed just here.
-        if missing := constraints.keys() - trial.constraints.keys():
-            live = Trial(self.optuna, trial._trial_id)
-            for key in sorted(missing):
-                live.set_constraint(key, constraints[key])
-        self.optuna.tell(trial.number, _values(row), TOLD[CandidateState(row.state)])
-
-    def _last_attrs(self, row: Candidate) -> dict[str, Any]:
-        """What the dashboard shows of a finished trial beside its objectives."""
-        attrs: dict[str, Any] = {"params": row.params, "macs": row.macs}
-        if row.reason:
-            attrs[REASON] = row.reason
-        if latency := self._own_latency(row):
-            attrs["latency_p20_p80_ms"] = f"{latency.p20_ms:.4g} to {latency.p80_ms:.4g}"
-            attrs["memory_mb"] = round((latency.weight_bytes + latency.workspace_bytes) / 1e6, 3)
-            macs_per_s = row.macs * latency.batch_size / latency.median_ms * 1e3
-            attrs["computational_efficiency"] = round(macs_per_s / self.peak_macs_per_s, 4)
-            if latency.capped or latency.throttled:
-                attrs["latency_doubtful"] = "throttled" if latency.throttled else "ended by the time cap"
-        attrs["seconds"] = round(row.total_seconds, 2)
-        return attrs
-
-    def _constraints_of(self, row: Candidate) -> dict[str, float]:
-        limits = self.config.limits
-        constraints = limits.excess(params=row.params, macs=row.macs)
-        if latency := _searched(row):
-            memory_mb = (latency.weight_bytes + latency.workspace_bytes) / 1e6
-            constraints |= limits.excess(latency_ms=latency.median_ms, memory_mb=memory_mb)
-        return constraints
-
-    # -- our side --------------------------------------------------------------------------------------------------
-
-    def _row(self, proposal: Proposal, trial_id: int, outcome: Outcome) -> Candidate:
-        row = Candidate(
-            trial_id=trial_id, study_id=self.row.study_id, number=proposal.number, arch_id=proposal.arch.arch_id,
-            arch=proposal.arch.to_json(), summary=str(proposal.arch), params=outcome.cost.params,
-            macs=outcome.cost.macs, state=outcome.state, reason=outcome.reason, seed=self.config.seed,
-            latency_seconds=outcome.latency_seconds, total_seconds=outcome.total_seconds,
-        )  # fmt: skip
-        row.latencies, row.curve = [], []
-        if outcome.latency:
-            deployment = self.config.latency
-            row.latencies = [
-                latency_row(trial_id, outcome.latency, deployment, self.row.device_id, LatencyStage.SEARCH)
-            ]
-        if outcome.proxy:
-            row.accuracy, row.loss = outcome.proxy.accuracy, outcome.proxy.loss
-            row.train_seconds, row.train_memory_bytes = outcome.proxy.seconds, outcome.proxy.train_memory_bytes
-            row.curve = [studies.CurvePoint(**asdict(point)) for point in outcome.proxy.curve]
-        return row
-
-
-def _searched(row: Candidate) -> studies.Latency | None:
-    """The latency that the search measured, and judged the candidate by; it may have been measured again since."""
-    return row.latencies[0] if row.latencies else None
-
-
-def _values(row: Candidate) -> list[float] | None:
-    latency = _searched(row)
-    if row.state != CandidateState.COMPLETE or row.accuracy is None or latency is None:
-        return None
-    return [row.accuracy, latency.median_ms]
 
 
 @contextmanager
@@ -410,10 +283,9 @@ def open_study(
             check_same_set_up(config, row, evaluator)
             store.claim(row.study_id, owner)
             profile = _profile(store, config, evaluator)
-            anchor_ms = row.anchor_ms
-            evaluator.start(anchor_ms)
+            evaluator.start(row.anchor_ms)
         try:
-            study = LiveStudy(store, row, config, anchor_ms, profile.macs_per_s, owner)
+            study = LiveStudy(RecordedStudy.open(store, config.study), profile.macs_per_s, owner)
             try:
                 with guarded():
                     yield study

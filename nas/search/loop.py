@@ -18,12 +18,12 @@ from nas.errors import CandidateFailed
 from nas.latency.analysis import errors, errors_line
 from nas.latency.block_table import BlockTable, network_shape
 from nas.latency.parts import arch_parts
-from nas.pareto import front, hypervolume
+from nas.pareto import front
 from nas.search.evaluation import Evaluator, Outcome, RealEvaluator, evaluate
+from nas.search.front_measurement import measure_front
 from nas.search.live_study import LiveStudy, open_study, refuse_early
 from nas.search.sampling import Proposal
 from nas.training.weights import Weights, near_front, weight_folder
-from nas.validation.remeasure import remeasure_front
 from nas.versions import versions
 from search_spaces import ArchSpec
 from studies import CandidateState, LatencyStage
@@ -87,7 +87,7 @@ class SearchResult:
         complete: distinct architectures fully evaluated in the study, earlier runs counted in.
         why: the line that says why the run ended.
         pareto_front: the study's front as the view of that name shows it, fastest first.
-        hypervolume: of the front, in 0..1; see `LiveStudy.reference_latency_ms`.
+        hypervolume: of the front, in 0..1; see `RecordedStudy.reference_latency_ms`.
         shares: where this run's time went.
         remarks: what measuring the front and its blocks at the end has shown, a line each.
     """
@@ -127,14 +127,14 @@ def run(config: SearchConfig, evaluator: Evaluator | None = None, progress: Prog
         final_begin = time.perf_counter()
         remarks = _finish(config, study, evaluator, progress)
         if config.keep_weights:
-            _weights(study).keep_only({int(number) for number in study.front()["number"]})
+            _weights(config, study).keep_only({int(number) for number in study.recorded.front()["number"]})
         latency += time.perf_counter() - final_begin
         remarks += _show(config, study)
         return SearchResult(
             complete=len(study.complete),
             why=why,
-            pareto_front=study.store.front(config.study),
-            hypervolume=study_hypervolume(study),
+            pareto_front=study.recorded.store.front(config.study),
+            hypervolume=study.hypervolume,
             shares=Shares(training, latency, time.perf_counter() - begin),
             remarks=remarks,
         )
@@ -144,30 +144,29 @@ def _finish(config: SearchConfig, study: LiveStudy, evaluator: Evaluator, progre
     """Measure the front's members again in turns, then their blocks; returns what that has shown."""
     if not study.complete:
         return ()
-    deployment = config.latency
+    deployment, recorded = config.latency, study.recorded
     remarks = []
-    front = study.front()
+    front = recorded.front()
     if (front["latency_stage"] != LatencyStage.FINAL).any():
         members = "the one network" if len(front) == 1 else f"the {len(front)} networks"
         progress.note(f"measuring {members} of the front again" + (", in turns" if len(front) > 1 else ""))
         try:
-            changes = remeasure_front(
-                study.store, config.study, study.row.study_id, deployment, study.row.device_id,
-                evaluator.measure_together, limit_ms=config.limits.latency_ms,
-            )  # fmt: skip
+            changes = measure_front(
+                recorded, recorded.deployment, evaluator.measure_together, limit_ms=config.limits.latency_ms
+            )
             remarks += [] if changes is None else [str(changes)]
         except CandidateFailed as error:
             # Each ran before; now one does not.
             remarks.append(f"the front could not be measured again ({error})")
         study.reload()
-        front = study.front()
+        front = recorded.front()
     archs = [ArchSpec.from_json(text) for text in front["arch"]]
-    table = BlockTable(study.store, evaluator.device, deployment)
+    table = BlockTable(study.recorded.store, evaluator.device, deployment)
     _measure_blocks(table, evaluator, archs, progress)
     failed = sum(table.lacks(arch_parts(arch, deployment)) for arch in archs)
     remarks += [f"blocks of {failed} of the front's networks could not be measured alone"] if failed else []
     anchor = table.median_ms(network_shape(str(config.space.anchor()), deployment))
-    found = errors(table, archs, list(front["latency_ms"]), study.anchor_ms, anchor)
+    found = errors(table, archs, list(front["latency_ms"]), recorded.row.anchor_ms, anchor)
     return (*remarks, errors_line(found)) if found else tuple(remarks)
 
 
@@ -175,7 +174,7 @@ def _show(config: SearchConfig, study: LiveStudy) -> tuple[str, ...]:
     """Make the dashboard's files. Where they cannot be written a remark says so: no reason to lose the rest."""
     folder = artifact_folder(config.storage)
     try:
-        show(study.store, config.study, folder)
+        show(study.recorded, folder)
     except OSError as error:
         return (f"the dashboard's files could not be written to {folder} ({error})",)
     return ()
@@ -207,9 +206,9 @@ def _loop(
     table: BlockTable | None = None
     if config.block_table:
         blocks_begin = time.perf_counter()
-        table = BlockTable(study.store, evaluator.device, config.latency)
+        table = BlockTable(study.recorded.store, evaluator.device, config.latency)
         # Earlier runs need not have measured them.
-        _measure_blocks(table, evaluator, study.archs(), progress)
+        _measure_blocks(table, evaluator, study.timed_archs(), progress)
         latency += time.perf_counter() - blocks_begin
     loop_begin, complete_before = time.perf_counter(), len(study.complete)
     while len(study.complete) < config.budget:
@@ -223,7 +222,7 @@ def _loop(
         proposal, trial_id = proposed
         outcome = evaluate(proposal.arch, evaluator, config.limits)
         if config.keep_weights:
-            _keep_weights(study, proposal, outcome, progress)
+            _keep_weights(config, study, proposal, outcome, progress)
         study.record(proposal, trial_id, outcome)
         if table is not None and outcome.latency is not None:
             blocks_begin = time.perf_counter()
@@ -239,17 +238,19 @@ def _loop(
     return "budget met", training, latency
 
 
-def _weights(study: LiveStudy) -> Weights:
-    return Weights(weight_folder(study.config.storage), study.row.study_id)
+def _weights(config: SearchConfig, study: LiveStudy) -> Weights:
+    return Weights(weight_folder(config.storage), study.recorded.study_id)
 
 
-def _keep_weights(study: LiveStudy, proposal: Proposal, outcome: Outcome, progress: Progress) -> None:
+def _keep_weights(
+    config: SearchConfig, study: LiveStudy, proposal: Proposal, outcome: Outcome, progress: Progress
+) -> None:
     if not (outcome.proxy and outcome.proxy.trained and outcome.latency):
         return
     others = [(measured.accuracy, measured.latency_ms) for measured in study.complete]
     if near_front(outcome.proxy.accuracy, outcome.latency.median_ms, others):
         try:
-            _weights(study).keep(proposal.number, proposal.arch.arch_id, outcome.proxy.trained)
+            _weights(config, study).keep(proposal.number, proposal.arch.arch_id, outcome.proxy.trained)
         except OSError as error:
             # No reason to lose the candidate.
             progress.note(f"weights of trial {proposal.number} could not be kept ({error})")
@@ -267,13 +268,6 @@ def _event(
         budget=config.budget,
         best_accuracy=max(accuracy, default=0.0),
         front_size=len(front(accuracy, latency_ms)),
-        hypervolume=study_hypervolume(study),
+        hypervolume=study.hypervolume,
         seconds_left=seconds_left,
     )
-
-
-def study_hypervolume(study: LiveStudy) -> float:
-    """Hypervolume of the study's complete candidates, in 0..1."""
-    accuracy = [measured.accuracy for measured in study.complete]
-    latency_ms = [measured.latency_ms for measured in study.complete]
-    return hypervolume(accuracy, latency_ms, study.reference_latency_ms)

@@ -29,12 +29,13 @@ from nas.latency.engines import deploy
 from nas.latency.meter import threads
 from nas.latency.parts import layers
 from nas.latency.yardsticks import Corrected, Timed, Yardsticks
+from nas.recorded import deployment_of
 from nas.search.evaluation import check_device
+from nas.search.front_measurement import TOGETHER
 from nas.training.data import ImageData
 from nas.training.pool import Trainer, Unit, fill
 from nas.training.proxy import ProxyResult
 from nas.validation.contenders import Contender, ContenderKind
-from nas.validation.remeasure import TOGETHER, of_deployment
 from nas.worker import Worker
 from search_spaces import ArchSpec, cost
 from search_spaces.cost import strided
@@ -323,7 +324,7 @@ class _Run:
             raise UsageError(f"--data {self.data.source}: {reason}")
 
     def _front(self, count: int) -> list[tuple[int, ArchSpec]]:
-        front = of_deployment(self.store.front(self.name), self.own, self.row.device_id)
+        front = deployment_of(self.own, self.row.device_id).rows_of(self.store.front(self.name))
         if front.empty:
             raise UsageError(f"--study {self.name}: has no complete candidate on its front")
         archs = [ArchSpec.from_json(text) for text in front["arch"]]

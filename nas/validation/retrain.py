@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,9 +11,10 @@ import pandas as pd
 from rich.table import Table
 
 from nas import pareto
-from nas.config import MAX_RESOLUTION, DataConfig, LatencyConfig, ProxyConfig
+from nas.config import MAX_RESOLUTION
 from nas.errors import CandidateFailed, UsageError, of_this_version
 from nas.latency.analysis import Note
+from nas.recorded import RecordedStudy
 from nas.search.evaluation import check_device
 from nas.training.data import ImageData
 from nas.training.pool import Trainer, Unit, fill
@@ -22,9 +22,8 @@ from nas.training.proxy import ProxyResult
 from nas.validation.baselines import LONG, Entrant
 from nas.validation.contenders import ContenderKind
 from nas.validation.ranking import Coefficient, Ranking, gain, rankings
-from nas.validation.remeasure import of_deployment
 from search_spaces import ArchSpec
-from studies import Retraining, Store, Study
+from studies import Retraining
 
 PROXY, PARAMS, MACS = "proxy accuracy", "params", "MACs"
 
@@ -83,16 +82,14 @@ class Retrained:
     set_up: str
 
 
-def retrain(store: Store, name: str, config: RetrainConfig, note: Note = lambda line: None) -> Retrained:
+def retrain(recorded: RecordedStudy, config: RetrainConfig, note: Note = lambda line: None) -> Retrained:
     """Train what is lacking of a study's candidates, write it down, and rank.
 
     Raises:
         UsageError: there are no candidates, the study's device is not here, or the data are not there or other ones.
         studies.StorageError: the study was deleted meanwhile.
     """
-    study = store.find_study(name)
-    assert study is not None
-    run = _Run(store, study, name, config, note)
+    run = _Run(recorded, config, note)
     with run.trainer as trainer:
         trainer.data_path(run.data.resolution)
         chosen, done = run.chosen(), run.done()
@@ -105,27 +102,25 @@ def retrain(store: Store, name: str, config: RetrainConfig, note: Note = lambda 
 class _Run:
     """What one call of `retrain` needs, checked."""
 
-    def __init__(self, store: Store, study: Study, name: str, config: RetrainConfig, note: Note) -> None:
-        self.store, self.study, self.name, self.config = store, study, name, config
-        stored = json.loads(study.config)
-        with of_this_version(name):
-            self.deployment = LatencyConfig(**stored["latency"])
-            proxy = ProxyConfig(**stored["proxy"])
-            own = DataConfig(**stored["data"], data_dir=config.data_dir, download=config.download)
+    def __init__(self, recorded: RecordedStudy, config: RetrainConfig, note: Note) -> None:
+        self.recorded, self.store, self.config = recorded, recorded.store, config
+        searched = recorded.config
+        proxy, self.seed = searched.proxy, searched.seed
+        own = replace(searched.data, data_dir=config.data_dir, download=config.download)
         self.proxy = replace(proxy, steps=config.steps or LONG * proxy.steps)
         self.data = replace(
             own, source=config.data or own.source, resolution=config.resolution or own.resolution,
             to_rgb=own.to_rgb or config.to_rgb,
         )  # fmt: skip
         self.is_own = (self.data.source, self.data.resolution) == (own.source, own.resolution)
-        self.seed = int(stored["seed"])
-        self.trainer = Trainer(self.data, self.proxy, check_device(self.deployment), self.seed, note, self._check)
+        device = check_device(searched.latency)
+        self.trainer = Trainer(self.data, self.proxy, device, self.seed, note, self._check)
         self.fingerprint = ""
 
     def _check(self, data: ImageData) -> None:
         self.fingerprint = data.fingerprint
-        if self.is_own and data.fingerprint != self.study.data_fingerprint:
-            reason = f"holds other images than when --study {self.name} was begun"
+        if self.is_own and data.fingerprint != self.recorded.row.data_fingerprint:
+            reason = f"holds other images than when --study {self.recorded.name} was begun"
             raise UsageError(f"--data {self.data.source}: {reason}")
 
     @property
@@ -138,11 +133,10 @@ class _Run:
 
     def chosen(self) -> pd.DataFrame:
         """Rows of the view `convfirst_evaluations`: the front's, and of the others some."""
-        rows = of_deployment(self.store.evaluations(self.name), self.deployment, self.study.device_id)
+        rows = self.recorded.evaluations()
         if rows.empty:
-            raise UsageError(f"--study {self.name}: has no complete candidate")
-        front = of_deployment(self.store.front(self.name), self.deployment, self.study.device_id)
-        on_front = rows["trial_id"].isin(front["trial_id"])
+            raise UsageError(f"--study {self.recorded.name}: has no complete candidate")
+        on_front = rows["trial_id"].isin(self.recorded.front()["trial_id"])
         best = rows[on_front].sort_values("accuracy", ascending=False).head(self.config.top or len(rows))
         others = rows[~on_front & ~rows["latency_over_limit"].astype(bool)]
         picked = spread_over(list(others["latency_ms"]), self.config.dominated)
@@ -152,20 +146,17 @@ class _Run:
 
     def units(self, chosen: pd.DataFrame) -> dict[int, Unit]:
         """trial_id -> its training."""
-        with of_this_version(self.name):
-            return self._units(chosen)
-
-    def _units(self, chosen: pd.DataFrame) -> dict[int, Unit]:
         self.trial_ids = {f"trial {row['number']}": int(row["trial_id"]) for _, row in chosen.iterrows()}
-        return {
-            int(row["trial_id"]): Unit(self._entrant(row), self.proxy.steps, self.proxy.learning_rate)
-            for _, row in chosen.iterrows()
-        }
+        with of_this_version(self.recorded.name):
+            return {
+                int(row["trial_id"]): Unit(self._entrant(row), self.proxy.steps, self.proxy.learning_rate)
+                for _, row in chosen.iterrows()
+            }
 
     def _entrant(self, row: pd.Series) -> Entrant:
         return Entrant(
             f"trial {row['number']}", ContenderKind.FOUND, int(row["number"]), ArchSpec.from_json(str(row["arch"])),
-            self.deployment.engine, self.data.resolution, int(row["params"]), int(row["macs"]),
+            self.recorded.config.latency.engine, self.data.resolution, int(row["params"]), int(row["macs"]),
         )  # fmt: skip
 
     def _kind(self) -> dict[str, Any]:
@@ -179,7 +170,7 @@ class _Run:
         kind = self._kind()
         return [
             row
-            for row in self.store.retrainings(self.study.study_id)
+            for row in self.store.retrainings(self.recorded.study_id)
             if all(getattr(row, key) == value for key, value in kind.items())
         ]
 
@@ -194,11 +185,11 @@ class _Run:
         return f"{unit.trainee.name}: {worth}"
 
     def result(self, trial_ids: set[int]) -> Retrained:
-        rows = self.store.retrained(self.name)
+        rows = self.store.retrained(self.recorded.name)
         for key, value in self._kind().items():
             column = "retrained_" + key.removeprefix("data_")
             rows = rows[rows[column] == value]
-        rows = of_deployment(rows, self.deployment, self.study.device_id)
+        rows = self.recorded.deployment.rows_of(rows)
         rows = rows[rows["trial_id"].isin(trial_ids)].sort_values(["latency_ms", "number"])
         latency_ms, accuracy = list(rows["latency_ms"]), list(rows["retrained_accuracy"])
         rows = rows.assign(

@@ -30,6 +30,7 @@ from nas.export.directories import (
     rewrite,
     write,
 )
+from nas.recorded import RecordedStudy
 from nas.training.weights import Images, Trained, Weights, weight_folder
 from search_spaces import ArchSpec
 from studies import Candidate, CandidateState, Owner, Store
@@ -51,10 +52,8 @@ TRAIN_OPTIONS = {
 
 
 def exported(store: Store, config: SearchConfig, **selection: Any) -> list[Exported]:
-    study = store.find_study(config.study)
-    assert study is not None
-    rows = chosen(store, study, config.study, Selection(**selection))
-    return of_study(store, study, config.study, config.storage, rows)
+    recorded = RecordedStudy.open(store, config.study)
+    return of_study(recorded, config.storage, chosen(recorded, Selection(**selection)))
 
 
 def keep_weights(store: Store, config: SearchConfig, number: int) -> dict[str, Tensor]:

@@ -14,17 +14,18 @@ import pytest
 import torch
 
 from kernels.timing import DeviceInfo
-from nas.config import LatencyConfig, SearchConfig
+from nas.config import LatencyConfig, SearchConfig, moved
 from nas.errors import CandidateFailed, UsageError
 from nas.lab.overhead import FakeEvaluator
 from nas.latency import ceilings as profile
 from nas.latency.block_table import BlockTable, network_shape
 from nas.latency.ceilings import Ceilings
 from nas.latency.meter import Latency
+from nas.recorded import RecordedStudy, deployment_of
 from nas.search import loop as search
+from nas.search.front_measurement import FrontChanges, measure_front
 from nas.training.proxy import ProxyResult
 from nas.validation import remeasure
-from nas.validation.remeasure import Changes, of_deployment, remeasure_front
 from search_spaces import ArchSpec, load_space
 from studies import CandidateState, Owner, StorageError, Store, Study
 
@@ -90,10 +91,11 @@ def searched(config: SearchConfig, monkeypatch: pytest.MonkeyPatch, evaluator: S
     return opened(config)
 
 
-def fronted(config: SearchConfig, store: Store, study: Study, evaluator: Scored, again: bool = False) -> Changes | None:
-    return remeasure_front(
-        store, config.study, study.study_id, config.latency, study.device_id, evaluator.measure_together, again
-    )
+def fronted(
+    config: SearchConfig, store: Store, study: Study, evaluator: Scored, again: bool = False
+) -> FrontChanges | None:
+    recorded = RecordedStudy.open(store, config.study)
+    return measure_front(recorded, recorded.deployment, evaluator.measure_together, again=again)
 
 
 def shown(store: Store, config: SearchConfig) -> dict[int, tuple[float, str]]:
@@ -118,7 +120,7 @@ def test_members_that_became_slower_leave_and_those_behind_them_join(
     assert changes is not None
     assert (changes.left, changes.joined, changes.size, changes.capped) == ((1,), (2,), 3, 0)
     assert changes.ratios == pytest.approx((1.0, 2.25, 0.95, 1.1))
-    assert (changes.config, changes.device_id) == (config.latency, study.device_id)
+    assert changes.deployment == deployment_of(config.latency, study.device_id)
     for words in (
         "4 networks in turns", "-5.0% to +125.0%", "median +5.0%", "trial 1 left it", "trial 2 joined it",
     ):  # fmt: skip
@@ -163,12 +165,13 @@ def test_where_nothing_moves_the_front_stays(config: SearchConfig, monkeypatch: 
 
 def test_what_was_capped_is_told(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluator = Scored()
-    store, study = searched(config, monkeypatch, evaluator)
+    store, _ = searched(config, monkeypatch, evaluator)
 
     def measure(archs: Sequence[ArchSpec]) -> list[Latency]:
         return [replace(latency, capped=True, throttled=True) for latency in evaluator.measure_together(archs)]
 
-    changes = remeasure_front(store, config.study, study.study_id, config.latency, study.device_id, measure)
+    recorded = RecordedStudy.open(store, config.study)
+    changes = measure_front(recorded, recorded.deployment, measure)
     assert changes is not None
     assert changes.capped == 3
     assert "3 were ended by the time cap" in str(changes)
@@ -288,13 +291,14 @@ def done(config: SearchConfig) -> tuple[SearchConfig, Scored]:
 
 def remeasured(
     config: SearchConfig, meter: Meter, monkeypatch: pytest.MonkeyPatch, everything: bool = False, **changes: Any
-) -> tuple[Changes | None, list[str]]:
+) -> tuple[FrontChanges | None, list[str]]:
     monkeypatch.setattr(remeasure, "meter_for", meter.make)
     notes: list[str] = []
     store, _ = opened(config)
     try:
-        planned = remeasure.plan(store, config.study, changes)
-        return remeasure.remeasure(store, config.study, planned, everything, notes.append), notes
+        recorded = RecordedStudy.open(store, config.study)
+        there = moved(recorded.config.latency, **changes)
+        return remeasure.remeasure(recorded, there, everything, notes.append), notes
     finally:
         store.close()
 
@@ -324,7 +328,8 @@ def test_elsewhere_all_candidates_get_a_second_latency(
     # Another deployment's anchor has another reference, that of the block latency table.
     assert meter.made == [(there, config.space.anchor(), 3.0)]
     assert changed is not None
-    assert (changed.config, changed.left, changed.joined) == (there, (), ())
+    assert (changed.left, changed.joined) == ((), ())
+    assert changed.deployment == deployment_of(there, changed.deployment.device_id)
     assert changed.ratios == pytest.approx((1.0, 1.0, 1.0))
     assert len([line for line in notes if " ms" in line]) == 5
     assert notes[0].startswith("1/5  trial 0: 2.0000 ms")
@@ -339,7 +344,7 @@ def test_elsewhere_all_candidates_get_a_second_latency(
     assert sorted(new[new["stage"] == "final"]["number"]) == [0, 1, 3]
     store, study = opened(config)
     for deployment, factor in ((config.latency, 1.0), (there, 2.0)):
-        front = of_deployment(store.front(config.study), deployment, study.device_id)
+        front = deployment_of(deployment, study.device_id).rows_of(store.front(config.study))
         assert list(front["number"]) == [0, 1, 3]
         assert list(front["latency_ms"]) == [factor * SCORES[number][1] for number in (0, 1, 3)]
         # The profile of the new deployment is measured if there is none: the view shows shares of it.
@@ -366,7 +371,7 @@ def test_a_second_time_elsewhere_only_the_front_is_measured_unless_all_are_asked
     assert third.measured == [[0], [1], [2], [3], [4], [0, 1, 3]]
     assert profiled == [("float32", 2)]
     store, study = opened(config)
-    rows = of_deployment(store.evaluations(config.study), replace(config.latency, threads=2), study.device_id)
+    rows = deployment_of(replace(config.latency, threads=2), study.device_id).rows_of(store.evaluations(config.study))
     assert list(rows["latency_ms"]) == [4.0 * latency_ms for _, latency_ms in SCORES]
     store.close()
 
@@ -386,7 +391,7 @@ def test_all_measured_again_elsewhere_are_shown_as_they_were_measured_last(
     remeasured(config, Moving(evaluator.numbers), monkeypatch, threads=2)
     remeasured(config, Meter(evaluator.numbers, factor=5.0), monkeypatch, everything=True, threads=2)
     store, study = opened(config)
-    rows = of_deployment(store.evaluations(config.study), replace(config.latency, threads=2), study.device_id)
+    rows = deployment_of(replace(config.latency, threads=2), study.device_id).rows_of(store.evaluations(config.study))
     assert list(rows["latency_ms"]) == [5.0 * latency_ms for _, latency_ms in SCORES]
     store.close()
 
@@ -421,7 +426,7 @@ def test_a_candidate_that_fails_elsewhere_is_noted_and_left_out(
     assert changed is not None
     assert meter.measured == [[0], [2], [3], [4], [0, 2, 3]]
     store, study = opened(config)
-    there = of_deployment(store.front(config.study), replace(config.latency, threads=2), study.device_id)
+    there = deployment_of(replace(config.latency, threads=2), study.device_id).rows_of(store.front(config.study))
     assert list(there["number"]) == [0, 2, 3]
     assert study.owner is None
     store.close()
@@ -468,7 +473,7 @@ def test_a_member_that_runs_no_more_is_told_and_what_was_measured_is_kept(
         remeasured(config, meter, monkeypatch, threads=2)
     assert meter.closed == 1
     store, study = opened(config)
-    there = of_deployment(store.front(config.study), replace(config.latency, threads=2), study.device_id)
+    there = deployment_of(replace(config.latency, threads=2), study.device_id).rows_of(store.front(config.study))
     assert list(there["number"]) == [0, 1, 3]
     assert set(there["latency_stage"]) == {"search"}
     assert study.owner is None

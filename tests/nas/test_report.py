@@ -21,6 +21,7 @@ from nas.config import LatencyConfig, Limits, SearchConfig
 from nas.errors import CandidateFailed, UsageError
 from nas.lab.overhead import FakeEvaluator
 from nas.pareto import hypervolume, running_hypervolume
+from nas.recorded import deployment_of
 from nas.report import page as report
 from nas.report.data import Material, gather, set_up, troubles
 from nas.report.figures import MOST_COLUMNS, chosen_members
@@ -29,7 +30,6 @@ from nas.report.page import comparable, write_report
 from nas.search.loop import run
 from nas.training.proxy import ProxyResult
 from nas.validation.contenders import Contender, ContenderKind
-from nas.validation.remeasure import deployment_columns
 from search_spaces import ArchSpec
 from studies import Candidate, CandidateState, Latency, LatencyStage, Store
 
@@ -265,7 +265,7 @@ def test_another_deployment_has_a_table_of_its_own_and_no_part_in_the_rest(sqlit
     config = LatencyConfig(device="cpu", engine="fused", batch_size=64)
     rows = [
         Latency(
-            trial_id=candidate.trial_id, stage=LatencyStage.SEARCH, **deployment_columns(config, device_id),
+            trial_id=candidate.trial_id, stage=LatencyStage.SEARCH, **deployment_of(config, device_id).as_columns(),
             median_ms=9.0, p20_ms=9.0, p80_ms=9.0, repeats=1, raw_median_ms=9.0, anchor_median_ms=1.0, weight_bytes=1,
             workspace_bytes=1,
         )

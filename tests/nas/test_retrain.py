@@ -13,6 +13,7 @@ from PIL import Image
 
 from nas.config import SearchConfig
 from nas.errors import CandidateFailed, UsageError
+from nas.recorded import RecordedStudy
 from nas.training import pool as trainings
 from nas.training.proxy import ProxyResult
 from nas.validation.retrain import (
@@ -61,7 +62,7 @@ def told(monkeypatch: pytest.MonkeyPatch, inline: None) -> dict[str, float | Can
 @pytest.mark.usefixtures("inline")
 def test_for_real(store: Store, config: SearchConfig) -> None:
     lines: list[str] = []
-    found = retrain(store, config.study, RetrainConfig(top=1, dominated=2, steps=3), lines.append)
+    found = retrain(RecordedStudy.open(store, config.study), RetrainConfig(top=1, dominated=2, steps=3), lines.append)
     assert list(found.rows["number"]) == [1, 3, 5]
     assert found.rows["retrained_accuracy"].between(0, 1).all()
     rows = store.retrainings(study_id(store, config))
@@ -70,10 +71,10 @@ def test_for_real(store: Store, config: SearchConfig) -> None:
     assert lines[-1].startswith("3/3  trial 5: ")
     # What was trained is not trained again.
     lines.clear()
-    retrain(store, config.study, RetrainConfig(top=1, dominated=3, steps=3), lines.append)
+    retrain(RecordedStudy.open(store, config.study), RetrainConfig(top=1, dominated=3, steps=3), lines.append)
     assert "4 networks, 1 to be trained" in lines[-2]
     # A schedule of its own, by default of four times the study's steps.
-    retrain(store, config.study, RetrainConfig(top=1, dominated=0), lines.append)
+    retrain(RecordedStudy.open(store, config.study), RetrainConfig(top=1, dominated=0), lines.append)
     assert {row.steps for row in store.retrainings(study_id(store, config))} == {3, 8}
 
 
@@ -81,7 +82,7 @@ def test_the_front_by_the_longer_trainings(
     store: Store, config: SearchConfig, told: dict[str, float | CandidateFailed]
 ) -> None:
     told |= {f"trial {number}": accuracy for number, accuracy in enumerate((0.6, 0.8, 0.7, 0.75, 0.9, 0.95))}
-    found = retrain(store, config.study, RetrainConfig())
+    found = retrain(RecordedStudy.open(store, config.study), RetrainConfig())
     assert list(found.rows["number"]) == [0, 1, 2, 3, 4, 5]
     assert list(found.rows["on_front"]) == [True, False, False, True, False, False]
     assert list(found.rows["on_retrained_front"]) == [True, True, False, False, True, True]
@@ -100,7 +101,7 @@ def test_a_training_that_fails_is_told_and_ranks_nothing(
     store: Store, config: SearchConfig, told: dict[str, float | CandidateFailed]
 ) -> None:
     told["trial 1"] = CandidateFailed("the loss diverged")
-    found = retrain(store, config.study, RetrainConfig())
+    found = retrain(RecordedStudy.open(store, config.study), RetrainConfig())
     assert 1 not in set(found.rows["number"])
     assert found.failed == ["trial 1: the loss diverged"]
     lines = remarks(found)
@@ -121,17 +122,17 @@ def test_images_of_other_data_that_are_not_rgb_are_converted_if_asked(
     grey.save(path)
     asked = RetrainConfig(top=1, dominated=0, steps=2, data=str(other))
     with pytest.raises(UsageError, match="--to-rgb converts such"):
-        retrain(store, config.study, asked)
-    assert len(retrain(store, config.study, replace(asked, to_rgb=True)).rows) == 1
+        retrain(RecordedStudy.open(store, config.study), asked)
+    assert len(retrain(RecordedStudy.open(store, config.study), replace(asked, to_rgb=True)).rows) == 1
 
 
 @pytest.mark.usefixtures("told")
 def test_other_data_are_another_kind(store: Store, config: SearchConfig, images: Path, tmp_path: Path) -> None:
-    retrain(store, config.study, RetrainConfig(dominated=0))
+    retrain(RecordedStudy.open(store, config.study), RetrainConfig(dominated=0))
     other = tmp_path / "other"
     images.rename(other)
     (other / "dark" / "0.png").unlink()
-    found = retrain(store, config.study, RetrainConfig(dominated=0, data=str(other), resolution=24))
+    found = retrain(RecordedStudy.open(store, config.study), RetrainConfig(dominated=0, data=str(other), resolution=24))
     assert len(found.rows) == 2
     assert set(found.rows["retrained_resolution"]) == {24}
     assert len(store.retrained(config.study)) == 4
@@ -141,19 +142,19 @@ def test_other_data_are_another_kind(store: Store, config: SearchConfig, images:
 def test_the_studys_own_data_may_not_have_changed(store: Store, config: SearchConfig, images: Path) -> None:
     (images / "dark" / "0.png").unlink()
     with pytest.raises(UsageError, match=r"--data .*holds other images"):
-        retrain(store, config.study, RetrainConfig())
+        retrain(RecordedStudy.open(store, config.study), RetrainConfig())
 
 
 def test_a_study_without_candidates_is_refused(config: SearchConfig) -> None:
     store = begun(config)
     with pytest.raises(UsageError, match="--study convfirst: has no complete candidate"):
-        retrain(store, config.study, RetrainConfig())
+        retrain(RecordedStudy.open(store, config.study), RetrainConfig())
     store.close()
 
 
 @pytest.mark.usefixtures("told")
 def test_they_go_with_their_study(store: Store, config: SearchConfig) -> None:
-    retrain(store, config.study, RetrainConfig())
+    retrain(RecordedStudy.open(store, config.study), RetrainConfig())
     number = study_id(store, config)
     assert len(store.retrainings(number)) == 6
     optuna.delete_study(study_name=config.study, storage=store.optuna_storage)

@@ -25,9 +25,10 @@ from nas.latency.ceilings import Ceilings
 from nas.latency.meter import Latency
 from nas.latency.parts import arch_parts
 from nas.pareto import front
+from nas.recorded import deployment_of
 from nas.search import loop as search
+from nas.search.rows import latency_row
 from nas.training.proxy import ProxyResult
-from nas.validation.remeasure import latency_row
 from search_spaces import ArchSpec, SearchSpace
 from studies import Candidate, CandidateState, LatencyStage, Owner, StorageError, Store, Study
 
@@ -421,7 +422,7 @@ def test_a_candidate_whose_row_was_written_is_told_on_the_next_start(
     with monkeypatch.context() as patch:
         kill = KeyboardInterrupt
         if told.startswith("before"):
-            patch.setattr("nas.search.live_study.LiveStudy._tell", lambda *_: (_ for _ in ()).throw(kill()))
+            patch.setattr("nas.search.trials.Trials.finish", lambda *_: (_ for _ in ()).throw(kill()))
         else:
             # The constraint is set already, the state is not: setting it again would only warn.
             patch.setattr(optuna.Study, "tell", lambda *_: (_ for _ in ()).throw(kill()))
@@ -702,14 +703,14 @@ def test_a_killed_candidate_is_told_as_the_search_judged_it(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("nas.search.live_study.LiveStudy._tell", die)
+        patch.setattr("nas.search.trials.Trials.finish", die)
         with pytest.raises(KeyboardInterrupt):
             search.run(config, FakeEvaluator())
     (row,) = candidates(config)
     store = opened(config)
     again = latency_row(
-        row.trial_id, replace(FakeEvaluator().measure(ArchSpec.from_json(row.arch)), median_ms=14.0), config.latency,
-        row.latencies[0].device_id, LatencyStage.FINAL,
+        row.trial_id, replace(FakeEvaluator().measure(ArchSpec.from_json(row.arch)), median_ms=14.0),
+        deployment_of(config.latency, row.latencies[0].device_id), LatencyStage.FINAL,
     )  # fmt: skip
     again.over_limit = True
     store.add_latencies(row.study_id, [again])

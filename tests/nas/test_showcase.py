@@ -24,6 +24,7 @@ from nas.config import LatencyConfig, Limits, SearchConfig
 from nas.display import showcase
 from nas.errors import UsageError
 from nas.lab.overhead import FakeEvaluator
+from nas.recorded import RecordedStudy
 from nas.report.dashboard import Server
 from nas.search import loop as search
 from search_spaces import ArchSpec, SearchSpace
@@ -87,7 +88,7 @@ def served(served_config: SearchConfig) -> Iterator[Served]:
     search.run(served_config, FakeEvaluator())
     folder = artifact_folder(served_config.storage)
     store = opened(served_config)
-    showcase.show(store, served_config.study, folder)
+    showcase.show(RecordedStudy.open(store, served_config.study), folder)
     made = Served(store, folder)
     yield made
     made.close()
@@ -206,19 +207,19 @@ def test_what_is_up_to_date_is_not_made_again(config: SearchConfig) -> None:
     search.run(config, FakeEvaluator())
     store, folder = opened(config), artifact_folder(config.storage)
     size = len(store.front(config.study))
-    assert showcase.show(store, config.study, folder) == 3 * size
+    assert showcase.show(RecordedStudy.open(store, config.study), folder) == 3 * size
     files = sorted(folder.iterdir())
     assert len(files) == 3 * size
-    assert showcase.show(store, config.study, folder) == 0
+    assert showcase.show(RecordedStudy.open(store, config.study), folder) == 0
     assert sorted(folder.iterdir()) == files
     # A file that is lost is made again.
     files[0].unlink()
-    assert showcase.show(store, config.study, folder) == 1
+    assert showcase.show(RecordedStudy.open(store, config.study), folder) == 1
     assert sorted(folder.iterdir()) == files
     # Who leaves the front loses its files.
     better = replace(config, budget=20)
     search.run(better, FakeEvaluator())
-    showcase.show(store, config.study, folder)
+    showcase.show(RecordedStudy.open(store, config.study), folder)
     assert len(list(folder.iterdir())) == 3 * len(store.front(config.study))
     store.close()
 
@@ -237,7 +238,7 @@ def test_notes_of_old_studies_are_made_and_those_that_users_wrote_stay(config: S
     # An old one of ours, longer than what takes its place.
     first = loaded.trials[0]
     write_note(store.optuna_storage, study.study_id, first._trial_id, "old " * 2000)
-    showcase.show(store, config.study, artifact_folder(config.storage))
+    showcase.show(RecordedStudy.open(store, config.study), artifact_folder(config.storage))
     assert get_note(loaded) == "what I think of it"
     trial = optuna.trial.Trial(loaded, first._trial_id)
     assert get_note(trial).startswith(f"`{first.user_attrs['arch']}`")
@@ -272,9 +273,9 @@ def test_studies_of_nothing_can_be_shown(config: SearchConfig) -> None:
     search.run(replace(config, study="one", budget=1), FakeEvaluator())
     search.run(replace(config, study="none", budget=1, limits=Limits(latency_ms=1e-6)), FakeEvaluator())
     store, folder = opened(config), artifact_folder(config.storage)
-    assert showcase.show(store, config.study, folder) == 0
-    assert showcase.show(store, "one", folder) == 3
-    assert showcase.show(store, "none", folder) == 0
+    assert showcase.show(RecordedStudy.open(store, config.study), folder) == 0
+    assert showcase.show(RecordedStudy.open(store, "one"), folder) == 3
+    assert showcase.show(RecordedStudy.open(store, "none"), folder) == 0
     served = Served(store, folder)
     assert served.study()["trials"] == []
     assert len(served.study("one")["best_trials"]) == 1

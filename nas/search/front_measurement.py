@@ -1,0 +1,131 @@
+"""The front's members measured again, in turns with one another: what a search ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import pandas as pd
+
+from nas.errors import CandidateFailed
+from nas.latency.meter import Latency
+from nas.recorded import RecordedStudy
+from nas.search.rows import latency_row
+from search_spaces import ArchSpec
+from studies import Deployment, LatencyStage
+
+Measure = Callable[[Sequence[ArchSpec]], list[Latency]]
+
+# Networks that are sampled in turns: all their weights and graphs are in memory together.
+TOGETHER = 24
+# A member that turns out slower may let others in, which are then measured too, and so on.
+MAX_ROUNDS = 5
+
+
+@dataclass(frozen=True)
+class FrontChanges:
+    """What measuring the front again has changed.
+
+    Args:
+        deployment: in which it was measured.
+        ratios: new over old latency of each candidate that was measured.
+        left, joined: numbers of the trials that are no longer, or newly, on the front.
+        capped: number of measurements that the time cap ended.
+        over_limit: numbers of the trials that turned out to break the study's limit on the latency.
+        size: number of the front's members now.
+        unmeasured: number of members that came on the front last, and were not measured again.
+    """
+
+    deployment: Deployment
+    ratios: tuple[float, ...]
+    left: tuple[int, ...]
+    joined: tuple[int, ...]
+    capped: int
+    over_limit: tuple[int, ...]
+    size: int
+    unmeasured: int
+
+    def __str__(self) -> str:
+        if len(self.ratios) == 1:
+            words = [f"front measured again, one network: its latency moved by {self.ratios[0] - 1:+.1%}"]
+        else:
+            moved = f"{min(self.ratios) - 1:+.1%} to {max(self.ratios) - 1:+.1%}, median {median(self.ratios) - 1:+.1%}"
+            words = [f"front measured again, {len(self.ratios)} networks in turns: latencies moved by {moved}"]
+        words += [f"{_trials(self.left)} left it"] if self.left else []
+        words += [f"{_trials(self.joined)} joined it"] if self.joined else []
+        words += ["it stays as it was"] if not self.left and not self.joined else []
+        words += [f"{_trials(self.over_limit)} broke the latency limit"] if self.over_limit else []
+        words += [f"{self.unmeasured} of the front were not measured again"] if self.unmeasured else []
+        words += [f"{self.capped} were ended by the time cap"] if self.capped else []
+        return "; ".join(words)
+
+
+def _trials(numbers: Sequence[int]) -> str:
+    return f"trial{'s' if len(numbers) > 1 else ''} {', '.join(map(str, numbers))}"
+
+
+def measure_front(
+    recorded: RecordedStudy, deployment: Deployment, measure: Measure, *, again: bool = False,
+    limit_ms: float | None = None, before: pd.DataFrame | None = None,
+) -> FrontChanges | None:  # fmt: skip
+    """Measure the members of a front again, until all its members were; None where all have been, or it is empty.
+
+    They are measured in turns with each other; those whom a slower one lets in, in turns among themselves.
+
+    Args:
+        deployment: whose front it is; of one study, there may be several.
+        measure: times several architectures in turns.
+        again: measure also where all members were measured already.
+        limit_ms: the study's limit in this deployment: slower candidates leave the front.
+        before: the front that changes are counted from (default: that of now).
+
+    Raises:
+        CandidateFailed: a member does not run, not even alone.
+    """
+    store, name = recorded.store, recorded.name
+    front = deployment.rows_of(store.front(name))
+    old = (front if before is None or before.empty else before).set_index("number")["latency_ms"]
+    if front.empty or (not again and (front["latency_stage"] == LatencyStage.FINAL).all()):
+        return None
+    latencies: dict[int, Latency] = {}
+    searched_ms: dict[int, float] = {}
+    lacking = front
+    for _ in range(MAX_ROUNDS):
+        rows = []
+        for begin in range(0, len(lacking), TOGETHER):
+            group = lacking.iloc[begin : begin + TOGETHER]
+            measured = _in_turns(measure, [ArchSpec.from_json(text) for text in group["arch"]])
+            for (_, row), latency in zip(group.iterrows(), measured, strict=True):
+                number = int(row["number"])
+                latencies[number], searched_ms[number] = latency, float(old.get(number, row["latency_ms"]))
+                rows.append(latency_row(int(row["trial_id"]), latency, deployment, LatencyStage.FINAL, limit_ms))
+        store.add_latencies(recorded.study_id, rows)
+        front = deployment.rows_of(store.front(name))
+        lacking = front[~front["number"].isin(latencies.keys())]
+        if lacking.empty:
+            break
+    now = set(front["number"])
+    return FrontChanges(
+        deployment=deployment,
+        ratios=tuple(latencies[number].median_ms / searched_ms[number] for number in latencies),
+        left=tuple(sorted(set(old.index) - now)),
+        joined=tuple(sorted(now - set(old.index))),
+        capped=sum(latency.capped for latency in latencies.values()),
+        over_limit=tuple(
+            sorted(number for number, latency in latencies.items() if limit_ms and latency.median_ms > limit_ms)
+        ),
+        size=len(front),
+        unmeasured=len(lacking),
+    )
+
+
+def _in_turns(measure: Measure, archs: Sequence[ArchSpec]) -> list[Latency]:
+    """As many at once as run together: all their weights and graphs are in memory."""
+    try:
+        return measure(archs)
+    except CandidateFailed:
+        if len(archs) == 1:
+            raise
+    half = len(archs) // 2
+    return _in_turns(measure, archs[:half]) + _in_turns(measure, archs[half:])

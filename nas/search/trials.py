@@ -1,0 +1,114 @@
+"""A study's trials in Optuna's tables, which samplers learn from and the dashboard shows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
+
+from nas.display import notes
+from nas.display.notes import DUPLICATE_OF, REASON
+from nas.recorded import RecordedStudy
+from nas.search.rows import memory_mb, objectives
+from nas.search.sampling import Proposal
+from studies import Candidate, CandidateState, StorageError
+from studies.display import write_note
+
+# Optuna's word for each of our outcomes.
+TRIAL_STATES = {
+    CandidateState.COMPLETE: TrialState.COMPLETE,
+    # Never COMPLETE: the dashboard does not read Optuna 5's constraints, and would draw it on the front.
+    CandidateState.OVER_LIMIT: TrialState.PRUNED,
+    CandidateState.FAILED: TrialState.FAIL,
+}
+
+
+class Trials:
+    """Writes the trials of a study that is searched.
+
+    Args:
+        peak_macs_per_s: rate of operations that efficiencies are shares of.
+    """
+
+    def __init__(self, recorded: RecordedStudy, peak_macs_per_s: float) -> None:
+        self.recorded, self.peak_macs_per_s = recorded, peak_macs_per_s
+        self.storage = recorded.store.optuna_storage
+        self.study = recorded.store.load_optuna_study(recorded.name)
+        self.identity = recorded.identity
+
+    def unfinished(self) -> list[FrozenTrial]:
+        """The trials that nobody has finished."""
+        return self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
+
+    def begin(self, proposal: Proposal) -> int:
+        """Add a trial that runs, and return its id.
+
+        Raises:
+            StorageError: another program adds trials, too.
+        """
+        arch, device, engine = proposal.arch, self.recorded.row.device.name, self.recorded.config.latency.engine
+        attrs = {"arch": str(arch), "arch_id": arch.arch_id, "device": device, "engine": engine}
+        return self._add(proposal, TrialState.RUNNING, attrs)
+
+    def add_duplicate(self, proposal: Proposal, first: int) -> None:
+        """Add a pruned trial that proposed again what trial number `first` is.
+
+        Raises:
+            StorageError: another program adds trials, too.
+        """
+        attrs = {DUPLICATE_OF: first, "arch": str(proposal.arch)}
+        trial_id = self._add(proposal, TrialState.PRUNED, attrs)
+        self._write_note(trial_id, notes.duplicate_note(proposal.arch, first))
+
+    def interrupt(self, trial: FrozenTrial) -> None:
+        """Close a trial that nobody goes on with."""
+        self._set_attrs(trial._trial_id, {REASON: "interrupted"})
+        self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+
+    def finish(self, trial_id: int, row: Candidate, constraints: dict[str, float]) -> None:
+        """Close a trial as the candidate's row says, with what the dashboard shows beside its objectives.
+
+        Args:
+            constraints: excess over each limit, as `Limits.excess` counts it.
+        """
+        self._set_attrs(trial_id, self._attributes(row))
+        latency = row.latency_in(self.recorded.deployment)
+        self._write_note(trial_id, notes.trial_note(row, latency, self.identity))
+        trial = self.storage.get_trial(trial_id)
+        # Some may be there already, if an earlier process was killed just here.
+        if missing := constraints.keys() - trial.constraints.keys():
+            live = Trial(self.study, trial_id)
+            for key in sorted(missing):
+                live.set_constraint(key, constraints[key])
+        self.study.tell(trial.number, objectives(row), TRIAL_STATES[CandidateState(row.state)])
+
+    def _add(self, proposal: Proposal, state: TrialState, attrs: dict[str, Any]) -> int:
+        trial = create_trial(
+            state=state, params=proposal.params, distributions=proposal.distributions, user_attrs=attrs,
+            system_attrs=proposal.system_attrs,
+        )  # fmt: skip
+        trial_id = self.storage.create_new_trial(self.recorded.study_id, trial)
+        if self.storage.get_trial_number_from_id(trial_id) != proposal.number:
+            raise StorageError(f"another program adds trials to the study {self.recorded.name!r}")
+        return trial_id
+
+    def _attributes(self, row: Candidate) -> dict[str, Any]:
+        attrs: dict[str, Any] = {"params": row.params, "macs": row.macs}
+        if row.reason:
+            attrs[REASON] = row.reason
+        if latency := row.latency_in(self.recorded.deployment):
+            attrs["latency_p20_p80_ms"] = f"{latency.p20_ms:.4g} to {latency.p80_ms:.4g}"
+            attrs["memory_mb"] = round(memory_mb(latency), 3)
+            macs_per_s = row.macs * latency.batch_size / latency.median_ms * 1e3
+            attrs["computational_efficiency"] = round(macs_per_s / self.peak_macs_per_s, 4)
+            if latency.capped or latency.throttled:
+                attrs["latency_doubtful"] = "throttled" if latency.throttled else "ended by the time cap"
+        attrs["seconds"] = round(row.total_seconds, 2)
+        return attrs
+
+    def _write_note(self, trial_id: int, body: str) -> None:
+        write_note(self.storage, self.recorded.study_id, trial_id, body)
+
+    def _set_attrs(self, trial_id: int, attrs: dict[str, Any]) -> None:
+        for key, value in attrs.items():
+            self.storage.set_trial_user_attr(trial_id, key, value)
