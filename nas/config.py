@@ -249,7 +249,8 @@ class SearchConfig:
         Raises:
             ValueError: a field is missing, unknown or impossible; another version of the program wrote the study.
         """
-        known = {**identity, "data": {**ABSENT_DATA, **identity["data"]}}
+        known = {name: {**ABSENT.get(name, {}), **value} if isinstance(value, dict) else value
+                 for name, value in identity.items()}  # fmt: skip
         parts = {"data": DataConfig, "proxy": ProxyConfig, "latency": LatencyConfig, "limits": Limits}
         made: dict[str, Any] = {name: _of_fields(part, known.pop(name)) for name, part in parts.items()}
         made["space"] = SearchSpace.from_dict(known.pop("space"))
@@ -260,8 +261,8 @@ class SearchConfig:
         return cls(**made, **transient)
 
 
-# What studies mean by a field of `DataConfig` that they do not have.
-ABSENT_DATA = {"to_rgb": False}
+# What studies mean by fields that they do not have, as they were begun before there was a choice.
+ABSENT: dict[str, dict[str, Any]] = {"data": {"to_rgb": False}, "latency": {"precision": None, "seconds": 3.0}}
 
 
 def _of_fields(part: type[Any], stored: Mapping[str, Any]) -> Any:

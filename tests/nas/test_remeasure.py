@@ -22,6 +22,7 @@ from nas.latency.block_table import BlockTable, network_shape
 from nas.latency.ceilings import Ceilings
 from nas.latency.meter import Latency
 from nas.recorded import RecordedStudy, deployment_of
+from nas.search import front_measurement
 from nas.search import loop as search
 from nas.search.front_measurement import FrontChanges, measure_front
 from nas.training.proxy import ProxyResult
@@ -183,7 +184,7 @@ def test_what_was_capped_is_told(config: SearchConfig, monkeypatch: pytest.Monke
 def test_a_large_front_is_measured_in_groups(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     evaluator = Scored()
     store, study = searched(config, monkeypatch, evaluator)
-    monkeypatch.setattr(remeasure, "TOGETHER", 2)
+    monkeypatch.setattr(front_measurement, "TOGETHER", 2)
     changes = fronted(config, store, study, evaluator)
     assert evaluator.together == [[0, 1], [3]]
     assert changes is not None
