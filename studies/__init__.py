@@ -1,6 +1,12 @@
-"""Studies in an SQL database: Optuna's tables, ours beside them, and the Pareto front as a view."""
+"""Studies in an SQL database: Optuna's tables, ours beside them, and Pareto fronts as views.
 
-from studies.store import Owner, StorageError, Store, StudySummary, displayed, guarded
+This room imports none of the others (nas, search_spaces, kernels), and only this room imports sqlalchemy and alembic.
+"""
+
+from studies.errors import StorageError, guarded
+from studies.opening import OBJECTIVES, check_free, check_writable, displayed
+from studies.ownership import Owner, check_claimable
+from studies.store import Store
 from studies.tables import (
     BaselineLatency,
     BaselineTraining,
@@ -8,7 +14,6 @@ from studies.tables import (
     Candidate,
     CandidateState,
     CurvePoint,
-    Device,
     Latency,
     LatencyStage,
     Profile,
@@ -17,13 +22,13 @@ from studies.tables import (
 )
 
 __all__ = [
+    "OBJECTIVES",
     "BaselineLatency",
     "BaselineTraining",
     "BlockLatency",
     "Candidate",
     "CandidateState",
     "CurvePoint",
-    "Device",
     "Latency",
     "LatencyStage",
     "Owner",
@@ -32,7 +37,9 @@ __all__ = [
     "StorageError",
     "Store",
     "Study",
-    "StudySummary",
+    "check_claimable",
+    "check_free",
+    "check_writable",
     "displayed",
     "guarded",
 ]

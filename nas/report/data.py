@@ -20,8 +20,7 @@ from nas.report.importance import Importances, importances
 from nas.search.live_study import DUPLICATE_OF, REASON
 from nas.validation.remeasure import deployment_columns, of_deployment
 from search_spaces import ArchSpec
-from studies import Candidate, CandidateState, Owner, Store
-from studies.store import OBJECTIVES
+from studies import OBJECTIVES, Candidate, CandidateState, Owner, Store
 
 # Figures within a reason: losses, steps and excesses differ, and what went wrong is the same.
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:[.,]\d+)*(?:e[-+]?\d+)?(?: ?%)?(?![\w])")

@@ -22,7 +22,18 @@ from nas.search.evaluation import Evaluator, Outcome
 from nas.search.sampling import Proposal, Proposer
 from nas.validation.remeasure import deployment_columns, latency_row, of_deployment
 from search_spaces import ArchSpec
-from studies import Candidate, CandidateState, LatencyStage, Owner, StorageError, Store, guarded
+from studies import (
+    Candidate,
+    CandidateState,
+    LatencyStage,
+    Owner,
+    StorageError,
+    Store,
+    check_claimable,
+    check_free,
+    check_writable,
+    guarded,
+)  # fmt: skip
 from studies.display import write_note
 
 # After this many known architectures in a row the sampler is helped out by a random draw. TPE proposes the known
@@ -103,11 +114,11 @@ def refuse_early(config: SearchConfig) -> None:
         UsageError, StorageError: with the reason.
     """
     _require_possible(config)
-    Store.check_writable(config.storage)
-    Store.check_free(config.storage, config.study)
+    check_writable(config.storage)
+    check_free(config.storage, config.study)
     with _existing(config) as (store, row):
         if store and row:
-            store.check_claimable(row, Owner.me())
+            check_claimable(row.owner, Owner.me())
 
 
 def _require_possible(config: SearchConfig) -> None:
@@ -131,7 +142,7 @@ def take_over(config: SearchConfig) -> None:
     """
     with _existing(config) as (store, row):
         if store and row:
-            store.disown(row.study_id)
+            store.ownership.disown(row.study_id)
 
 
 def check_same_set_up(config: SearchConfig, study: studies.Study, evaluator: Evaluator) -> None:
@@ -239,7 +250,7 @@ class LiveStudy:
         A known architecture that the sampler proposes is recorded as a pruned trial of its own: to the samplers a
         place where nothing is to be gained, and in the dashboard visibly not a result.
         """
-        self.store.require_owner(self.row.study_id, self.owner)
+        self.store.ownership.require(self.row.study_id, self.owner)
         duplicates = 0
         while len(self.known) < self.size:
             opener = next((arch for arch in self.openers if arch.arch_id not in self.known), None)
@@ -403,12 +414,12 @@ def open_study(
                 versions=versions, device=asdict(evaluator.device), anchor=config.space.anchor().to_json(),
                 anchor_ms=anchor_ms,
             )  # fmt: skip
-            store.claim(row.study_id, owner)
+            store.ownership.claim(row.study_id, owner)
             write_note(store.optuna_storage, row.study_id, None, notes.study_note(row, config.study))
         else:
             check_same_config(config, row)
             check_same_set_up(config, row, evaluator)
-            store.claim(row.study_id, owner)
+            store.ownership.claim(row.study_id, owner)
             profile = _profile(store, config, evaluator)
             anchor_ms = row.anchor_ms
             evaluator.start(anchor_ms)
@@ -420,10 +431,10 @@ def open_study(
             finally:
                 # Deleted in the dashboard, say, or taken over: then whatever went wrong went wrong for that reason, and
                 # a trial that is running is another's.
-                store.require_owner(row.study_id, owner)
+                store.ownership.require(row.study_id, owner)
                 study.recover()
         finally:
-            store.release(row.study_id, owner)
+            store.ownership.release(row.study_id, owner)
     finally:
         store.close()
 
@@ -431,7 +442,7 @@ def open_study(
 def _profile(store: Store, config: SearchConfig, evaluator: Evaluator) -> studies.Profile:
     """The device's, measured if the database has none."""
     deployment = config.latency
-    found = store.find_profile(asdict(evaluator.device), deployment.dtype, deployment.threads)
+    found = store.devices.find_profile(asdict(evaluator.device), deployment.dtype, deployment.threads)
     if found is not None:
         return found
     return store_profile(store, evaluator.device, deployment.dtype, deployment.threads, evaluator.ceilings())

@@ -230,14 +230,14 @@ def remeasure(
     if not rows:
         raise UsageError(f"--study {name}: has no complete candidate")
     info = DeviceInfo.of(device)
-    device_id = store.device_id(asdict(info))
+    device_id = store.devices.id_of(asdict(info))
     here = deployment_columns(config, device_id)
     at_home = here == deployment_columns(planned.own, row.device_id)
     limit_ms = planned.limit_ms if at_home else None
     lacking = [candidate for candidate in rows if everything or candidate.latency_on(**here) is None]
     before = of_deployment(store.front(name), config, device_id)
     owner = Owner.me()
-    store.claim(row.study_id, owner)
+    store.ownership.claim(row.study_id, owner)
     try:
         lock, waiting = device_lock(device), partial(note, WAITING)
         profile.find_or_measure(store, config, waiting=waiting)
@@ -274,7 +274,7 @@ def remeasure(
                 # Each ran before; now one does not.
                 raise UsageError(f"--study {name}: its front could not be measured in turns ({error})") from error
     finally:
-        store.release(row.study_id, owner)
+        store.ownership.release(row.study_id, owner)
 
 
 def _anchor_ms(table: BlockTable, anchor: ArchSpec) -> float:

@@ -40,6 +40,7 @@ from studies import (
     Study,
     schema,
 )
+from studies.sql import read_view
 
 DEVICE = dict(kind="cpu", name="a CPU", driver="d", torch="2.11.0", triton="3.6.0")
 OTHER_DEVICE = DEVICE | dict(name="a GPU", kind="cuda")
@@ -149,7 +150,7 @@ def add(store: Store, study: Study, accuracy: float | None, latency_ms: float | 
     number = store.optuna_storage.get_trial_number_from_id(trial_id)
     candidate = make_candidate(study, trial_id, number, accuracy, latency_ms, **changes)
     me = Owner.me()
-    store.claim(study.study_id, me)
+    store.ownership.claim(study.study_id, me)
     store.add_candidate(candidate, me)
     return candidate
 
@@ -170,7 +171,8 @@ def test_opening_twice_finds_the_same(any_url: str) -> None:
         assert {"pareto_front", "convfirst_evaluations", "convfirst_retrained", "retrained_front"} <= set(
             inspect(store.engine).get_view_names()
         )
-        assert schema.current(store.engine) == schema.head()
+        with store.engine.connect() as connection:
+            assert schema.current(connection) == schema.head()
         if store.find_study("one") is None:
             make_study(store)
         else:
@@ -280,9 +282,9 @@ def test_computational_efficiency_by_hand(store: Store) -> None:
     for device, profile in (
         (OTHER_DEVICE, make_profile()), (DEVICE, make_profile(dtype="float16")), (DEVICE, make_profile(threads=2)),
     ):  # fmt: skip
-        store.add_profile(device, profile)
+        store.devices.add_profile(device, profile)
     assert store.front("one")["computational_efficiency"].isna().all()
-    store.add_profile(DEVICE, make_profile(macs_per_s=4e15))
+    store.devices.add_profile(DEVICE, make_profile(macs_per_s=4e15))
     for shown in (store.front("one"), store.evaluations("one")):
         assert shown["computational_efficiency"].tolist() == pytest.approx([0.5])
 
@@ -352,25 +354,25 @@ def test_baselines_stand_beside_the_candidates(store: Store) -> None:
     """One row for each contender and schedule, one for each deployment, of each study; the newest counts."""
     one, two = make_study(store), make_study(store, "two")
     add(store, one, 0.5, 1.0)
-    store.add_baselines(one.study_id, [make_training("a", accuracy=0.1), make_training("a", learning_rate=0.1 + 0.2)])
-    store.add_baselines(one.study_id, [make_training("a", accuracy=None, loss=None, curve=None, reason="it diverged")])
+    store.baselines.add(one.study_id, [make_training("a", accuracy=0.1), make_training("a", learning_rate=0.1 + 0.2)])
+    store.baselines.add(one.study_id, [make_training("a", accuracy=None, loss=None, curve=None, reason="it diverged")])
     for changes in (dict(steps=400), dict(resolution=64), dict(batch_size=64), dict(name="trial 0", trial=0)):
-        store.add_baselines(one.study_id, [make_training(**({"name": "a"} | changes))])
-    store.add_baselines(two.study_id, [make_training("a", accuracy=0.9)])
-    first, *rest = store.baseline_trainings(one.study_id)
+        store.baselines.add(one.study_id, [make_training(**({"name": "a"} | changes))])
+    store.baselines.add(two.study_id, [make_training("a", accuracy=0.9)])
+    first, *rest = store.baselines.trainings(one.study_id)
     assert (first.accuracy, first.loss, first.curve, first.reason) == (None, None, None, "it diverged")
     assert (first.params, first.macs) == (10**10, 10**12)
     assert [row.learning_rate for row in rest] == [0.1 + 0.2, 1e-3, 1e-3, 1e-3, 1e-3]
     assert rest[-1].trial == 0
-    assert [row.accuracy for row in store.baseline_trainings(two.study_id)] == [0.9]
+    assert [row.accuracy for row in store.baselines.trainings(two.study_id)] == [0.9]
 
     device = one.device_id
-    store.add_baselines(one.study_id, [make_baseline_latency("a", 1.0, device_id=device)])
-    elsewhere = make_baseline_latency("a", 3.0, device_id=store.device_id(OTHER_DEVICE))
+    store.baselines.add(one.study_id, [make_baseline_latency("a", 1.0, device_id=device)])
+    elsewhere = make_baseline_latency("a", 3.0, device_id=store.devices.id_of(OTHER_DEVICE))
     failed = make_baseline_latency("a", None, device_id=device, reason="it does not compile")
-    store.add_baselines(one.study_id, [elsewhere, failed])
-    store.add_baselines(two.study_id, [make_baseline_latency("a", 4.0, device_id=device)])
-    rows = store.baseline_latencies(one.study_id)
+    store.baselines.add(one.study_id, [elsewhere, failed])
+    store.baselines.add(two.study_id, [make_baseline_latency("a", 4.0, device_id=device)])
+    rows = store.baselines.latencies(one.study_id)
     assert [(row.median_ms, row.reason) for row in rows] == [(None, "it does not compile"), (3.0, None)]
     # Neither the candidates nor the sampler's history know of them.
     assert len(store.candidates(one.study_id)) == len(store.load_optuna_study("one").trials) == 1
@@ -382,27 +384,27 @@ def test_longer_trainings_have_a_front_of_their_own(store: Store) -> None:
     study = make_study(store)
     rows = [add(store, study, accuracy, ms) for accuracy, ms in ((0.5, 1.0), (0.4, 2.0), (0.6, 3.0), (0.7, 4.0))]
     for row, accuracy in zip(rows, (0.1, 0.8, 0.9, 0.85), strict=True):
-        store.add_retraining(make_retraining(row, accuracy))
-    store.add_retraining(make_retraining(rows[0], 0.7))
-    store.add_retraining(make_retraining(rows[0], 0.2, steps=1600))
-    store.add_retraining(make_retraining(rows[1], 0.1, steps=1600))
-    store.add_retraining(make_retraining(rows[2], None, reason="the loss diverged", steps=1600))
+        store.retrainings.add(make_retraining(row, accuracy))
+    store.retrainings.add(make_retraining(rows[0], 0.7))
+    store.retrainings.add(make_retraining(rows[0], 0.2, steps=1600))
+    store.retrainings.add(make_retraining(rows[1], 0.1, steps=1600))
+    store.retrainings.add(make_retraining(rows[2], None, reason="the loss diverged", steps=1600))
     assert list(store.front("one")["number"]) == [0, 2, 3]
-    front = store.retrained_front("one")
+    front = read_view(store.engine, "SELECT * FROM retrained_front WHERE study_name = :name", "one")
     found = list(zip(front["number"], front["retrained_steps"], front["retrained_accuracy"], strict=True))
     assert sorted(found) == [(0, 800, 0.7), (0, 1600, 0.2), (1, 800, 0.8), (2, 800, 0.9)]
-    assert len(store.retrained("one")) == 6
+    assert len(store.retrainings.evaluations("one")) == 6
     # The proxy's stay beside them.
-    assert set(store.retrained("one")["accuracy"]) == {0.5, 0.4, 0.6, 0.7}
-    assert len(store.retrainings(study.study_id)) == 7
-    assert store.retrainings(make_study(store, "two").study_id) == []
+    assert set(store.retrainings.evaluations("one")["accuracy"]) == {0.5, 0.4, 0.6, 0.7}
+    assert len(store.retrainings.of_study(study.study_id)) == 7
+    assert store.retrainings.of_study(make_study(store, "two").study_id) == []
 
 
 def test_a_longer_training_of_a_candidate_that_is_gone_is_refused(store: Store) -> None:
     row = add(store, make_study(store), 0.5, 1.0)
     optuna.delete_study(study_name="one", storage=store.optuna_storage)
     with pytest.raises(StorageError, match="the study was deleted"):
-        store.add_retraining(make_retraining(row, 0.5))
+        store.retrainings.add(make_retraining(row, 0.5))
     assert counts(store)["convfirst_retrainings"] == 0
 
 
@@ -410,44 +412,51 @@ def test_baselines_of_a_study_that_is_gone_are_refused(store: Store) -> None:
     study = make_study(store)
     optuna.delete_study(study_name="one", storage=store.optuna_storage)
     with pytest.raises(StorageError, match="the study was deleted"):
-        store.add_baselines(study.study_id, [make_training("a")])
+        store.baselines.add(study.study_id, [make_training("a")])
     with pytest.raises(StorageError, match="the study was deleted"):
-        store.add_baselines(study.study_id, [make_baseline_latency("a", 1.0, device_id=study.device_id)])
+        store.baselines.add(study.study_id, [make_baseline_latency("a", 1.0, device_id=study.device_id)])
     assert counts(store)["convfirst_baseline_trainings"] == counts(store)["convfirst_baseline_latencies"] == 0
 
 
 def test_a_device_has_one_profile_per_dtype_and_threads(store: Store) -> None:
-    assert store.find_profile(DEVICE, "float32", 1) is None
+    assert store.devices.find_profile(DEVICE, "float32", 1) is None
     assert counts(store)["convfirst_devices"] == 0
-    first = store.add_profile(DEVICE, make_profile(graph_launch_seconds=1e-7))
+    first = store.devices.add_profile(DEVICE, make_profile(graph_launch_seconds=1e-7))
     assert first.device.name == "a CPU"
-    store.add_profile(DEVICE, make_profile(dtype="float16"))
+    store.devices.add_profile(DEVICE, make_profile(dtype="float16"))
     # Of two processes that measure it at once the first one's counts, unless it is measured anew.
-    assert store.add_profile(DEVICE, make_profile(macs_per_s=3e15)).macs_per_s == first.macs_per_s
+    assert store.devices.add_profile(DEVICE, make_profile(macs_per_s=3e15)).macs_per_s == first.macs_per_s
     # What was told on the older scale goes with it: no other device's, threads' or dtype's.
-    store.add_block_latencies(DEVICE, [make_block("a"), make_block("a", dtype="float16"), make_block("a", threads=2)])
-    store.add_block_latencies(OTHER_DEVICE, [make_block("a")])
-    again = store.add_profile(DEVICE, make_profile(macs_per_s=5e15), replace=True)
+    store.devices.add_block_latencies(
+        DEVICE, [make_block("a"), make_block("a", dtype="float16"), make_block("a", threads=2)]
+    )
+    store.devices.add_block_latencies(OTHER_DEVICE, [make_block("a")])
+    again = store.devices.add_profile(DEVICE, make_profile(macs_per_s=5e15), replace=True)
     assert counts(store)["convfirst_block_latencies"] == 3
-    assert store.block_latencies(DEVICE, engine="eager", dtype="float32", batch_size=1, threads=1) == {}
+    assert store.devices.block_latencies(DEVICE, engine="eager", dtype="float32", batch_size=1, threads=1) == {}
     assert again.profile_id == first.profile_id
     assert again.measured_at > first.measured_at
     assert (again.macs_per_s, again.graph_launch_seconds) == (5e15, None)
-    found = store.find_profile(DEVICE, "float32", 1)
+    found = store.devices.find_profile(DEVICE, "float32", 1)
     assert found is not None
     assert found.macs_per_s == 5e15
-    assert store.find_profile(OTHER_DEVICE, "float32", 1) is None
-    assert [(row.device.name, row.dtype) for row in store.profiles()] == [("a CPU", "float16"), ("a CPU", "float32")]
-    assert store.device_id(DEVICE) == found.device_id
-    assert store.device_id(OTHER_DEVICE) != found.device_id
+    assert store.devices.find_profile(OTHER_DEVICE, "float32", 1) is None
+    assert [(row.device.name, row.dtype) for row in store.devices.profiles()] == [
+        ("a CPU", "float16"),
+        ("a CPU", "float32"),
+    ]
+    assert store.devices.id_of(DEVICE) == found.device_id
+    assert store.devices.id_of(OTHER_DEVICE) != found.device_id
 
 
 def test_latencies_of_blocks_are_those_of_one_version_of_the_kernels(store: Store) -> None:
     fused = dict(engine="fused", dtype="float16", batch_size=1, threads=1)
     for kernels, median_ms in (("old", 2.0), ("new", 1.0)):
-        store.add_block_latencies(DEVICE, [make_block("a", median_ms, kernels=kernels, throttled=True, **fused)])
+        store.devices.add_block_latencies(
+            DEVICE, [make_block("a", median_ms, kernels=kernels, throttled=True, **fused)]
+        )
     for kernels, expected in (("old", [2.0]), ("new", [1.0]), ("", [])):
-        found = store.block_latencies(DEVICE, **fused, kernels=kernels)  # type: ignore[arg-type]
+        found = store.devices.block_latencies(DEVICE, **fused, kernels=kernels)  # type: ignore[arg-type]
         assert [row.median_ms for row in found.values()] == expected
         assert all(row.throttled for row in found.values())
 
@@ -468,14 +477,16 @@ def test_whoever_breaks_the_limit_measured_again_is_not_on_the_front(store: Stor
 
 def test_latencies_of_blocks_are_kept_per_deployment(store: Store) -> None:
     here = dict(engine="eager", dtype="float32", batch_size=1, threads=1)
-    assert store.block_latencies(DEVICE, **here) == {}  # type: ignore[arg-type]
+    assert store.devices.block_latencies(DEVICE, **here) == {}  # type: ignore[arg-type]
     assert counts(store)["convfirst_devices"] == 0
-    store.add_block_latencies(DEVICE, [make_block("b", 2.0), make_block("a", 1.0), make_block("a", engine="fused")])
-    store.add_block_latencies(DEVICE, [make_block("b", 3.0, capped=True), make_block("c", 4.0)])
-    store.add_block_latencies(OTHER_DEVICE, [make_block("a", 9.0)])
+    store.devices.add_block_latencies(
+        DEVICE, [make_block("b", 2.0), make_block("a", 1.0), make_block("a", engine="fused")]
+    )
+    store.devices.add_block_latencies(DEVICE, [make_block("b", 3.0, capped=True), make_block("c", 4.0)])
+    store.devices.add_block_latencies(OTHER_DEVICE, [make_block("a", 9.0)])
     with pytest.raises(IntegrityError):
-        store.add_block_latencies(DEVICE, [make_block("a", 7.0), make_block("d", shape=None)])
-    found = store.block_latencies(DEVICE, **here)  # type: ignore[arg-type]
+        store.devices.add_block_latencies(DEVICE, [make_block("a", 7.0), make_block("d", shape=None)])
+    found = store.devices.block_latencies(DEVICE, **here)  # type: ignore[arg-type]
     assert {name: row.median_ms for name, row in found.items()} == {"a": 1.0, "b": 3.0, "c": 4.0}
     assert found["b"].capped is True
     assert counts(store)["convfirst_block_latencies"] == 5
@@ -494,8 +505,8 @@ def test_processes_may_write_the_same_measurements_at_once(any_url: str, store: 
             barrier.wait()
             for turn in range(5):
                 device = DEVICE | dict(driver=str(turn))
-                mine.add_profile(device, make_profile())
-                mine.add_block_latencies(device, [make_block(name) for name in names[::order]])
+                mine.devices.add_profile(device, make_profile())
+                mine.devices.add_block_latencies(device, [make_block(name) for name in names[::order]])
             mine.close()
         except BaseException as error:
             errors.append(error)
@@ -525,12 +536,12 @@ def test_deleting_a_study_as_the_dashboard_does_leaves_nothing_of_ours(any_url: 
         add(store, doomed, accuracy, 1.0)
         add(store, kept, accuracy, 1.0)
     store.add_latencies(doomed.study_id, [measured_again(row, 1.0) for row in store.candidates(doomed.study_id)])
-    store.add_profile(DEVICE, make_profile())
-    store.add_block_latencies(DEVICE, [make_block("a")])
+    store.devices.add_profile(DEVICE, make_profile())
+    store.devices.add_block_latencies(DEVICE, [make_block("a")])
     for study in (doomed, kept):
-        store.add_baselines(study.study_id, [make_training("a")])
-        store.add_baselines(study.study_id, [make_baseline_latency("a", 1.0, device_id=study.device_id)])
-        store.add_retraining(make_retraining(store.candidates(study.study_id)[0], 0.5))
+        store.baselines.add(study.study_id, [make_training("a")])
+        store.baselines.add(study.study_id, [make_baseline_latency("a", 1.0, device_id=study.device_id)])
+        store.retrainings.add(make_retraining(store.candidates(study.study_id)[0], 0.5))
     # A storage of its own, which like the dashboard's asks SQLite for no foreign keys.
     optuna.delete_study(study_name="one", storage=optuna.storages.RDBStorage(any_url))
     assert store.find_study("one") is None
@@ -598,7 +609,7 @@ def test_a_database_that_is_not_there_is_not_made_for_readers(tmp_path: Path) ->
 
 
 def test_a_locked_database_is_told_soon(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("studies.store.OPEN_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("studies.opening.OPEN_TIMEOUT_S", 0.2)
     first = Store.open(sqlite_url, create=True)
     assert first is not None
     first.close()
@@ -638,57 +649,57 @@ def test_one_of_two_processes_gets_a_study(store: Store) -> None:
     study = make_study(store)
     me = Owner.me()
     stranger = replace(me, host="elsewhere")
-    store.claim(study.study_id, stranger)
+    store.ownership.claim(study.study_id, stranger)
     with pytest.raises(StorageError, match=f"process {me.pid} on elsewhere .*--take-over"):
-        store.claim(study.study_id, me)
-    store.release(study.study_id, me)
+        store.ownership.claim(study.study_id, me)
+    store.ownership.release(study.study_id, me)
     with pytest.raises(StorageError, match="elsewhere"):
-        store.claim(study.study_id, me)
-    store.disown(study.study_id)
-    store.claim(study.study_id, me)
-    store.disown(study.study_id)
-    store.claim(study.study_id, me)
-    store.release(study.study_id, me)
-    store.claim(study.study_id, stranger)
+        store.ownership.claim(study.study_id, me)
+    store.ownership.disown(study.study_id)
+    store.ownership.claim(study.study_id, me)
+    store.ownership.disown(study.study_id)
+    store.ownership.claim(study.study_id, me)
+    store.ownership.release(study.study_id, me)
+    store.ownership.claim(study.study_id, stranger)
 
 
 def test_a_dead_owners_study_is_taken_once(store: Store) -> None:
     study = make_study(store)
     me = Owner.me()
     dead = replace(me, started=me.started - 1000)
-    store.claim(study.study_id, dead)
-    store.claim(study.study_id, me)
+    store.ownership.claim(study.study_id, dead)
+    store.ownership.claim(study.study_id, me)
     with pytest.raises(StorageError, match="searched by process"):
-        store.claim(study.study_id, dead)
+        store.ownership.claim(study.study_id, dead)
 
 
 def test_a_study_that_was_claimed_meanwhile_is_not_disowned(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of two that take over the same study at once, the second takes nothing away from the first."""
     study = make_study(store)
     me = Owner.me()
-    store.claim(study.study_id, replace(me, host="vanished"))
+    store.ownership.claim(study.study_id, replace(me, host="vanished"))
 
     def claimed_now(text_: str) -> Owner:
         monkeypatch.undo()
-        store.disown(study.study_id)
-        store.claim(study.study_id, me)
+        store.ownership.disown(study.study_id)
+        store.ownership.claim(study.study_id, me)
         return Owner.parse(text_)
 
     monkeypatch.setattr(Owner, "parse", claimed_now)
-    store.disown(study.study_id)
-    store.require_owner(study.study_id, me)
+    store.ownership.disown(study.study_id)
+    store.ownership.require(study.study_id, me)
 
 
 def test_whoever_is_not_the_owner_is_told_why(store: Store) -> None:
     study = make_study(store)
     me = Owner.me()
-    store.claim(study.study_id, me)
-    store.require_owner(study.study_id, me)
+    store.ownership.claim(study.study_id, me)
+    store.ownership.require(study.study_id, me)
     with pytest.raises(StorageError, match="taken over by another process"):
-        store.require_owner(study.study_id, replace(me, pid=me.pid + 1))
+        store.ownership.require(study.study_id, replace(me, pid=me.pid + 1))
     optuna.delete_study(study_name="one", storage=store.optuna_storage)
     with pytest.raises(StorageError, match="deleted while it was searched"):
-        store.require_owner(study.study_id, me)
+        store.ownership.require(study.study_id, me)
 
 
 def test_three_processes_may_make_a_database_at_once(any_url: str) -> None:
@@ -739,7 +750,7 @@ def test_readers_neither_disturb_a_search_nor_wait_for_it(sqlite_url: str) -> No
 
 
 def test_readers_need_no_write_lock(sqlite_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("studies.store.OPEN_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("studies.opening.OPEN_TIMEOUT_S", 0.2)
     store = Store.open(sqlite_url, create=True)
     assert store is not None
     make_study(store)
