@@ -10,8 +10,6 @@ from alembic import op
 
 revision = "0004"
 down_revision = None
-branch_labels = None
-depends_on = None
 
 # One row per candidate and deployment: the final latency where there is one, with the search's beside it.
 EVALUATIONS = """
