@@ -28,8 +28,8 @@ class Owner:
         return cls(socket.gethostname(), os.getpid(), psutil.Process().create_time())
 
     @classmethod
-    def parse(cls, text_: str) -> Owner:
-        host, pid, started = text_.rsplit(" ", 2)
+    def parse(cls, text: str) -> Owner:
+        host, pid, started = text.rsplit(" ", 2)
         return cls(host, int(pid), float(started))
 
     def __str__(self) -> str:

@@ -22,18 +22,7 @@ from nas.search.evaluation import Evaluator, Outcome
 from nas.search.sampling import Proposal, Proposer
 from nas.validation.remeasure import deployment_columns, latency_row, of_deployment
 from search_spaces import ArchSpec
-from studies import (
-    Candidate,
-    CandidateState,
-    LatencyStage,
-    Owner,
-    StorageError,
-    Store,
-    check_claimable,
-    check_free,
-    check_writable,
-    guarded,
-)  # fmt: skip
+from studies import Candidate, CandidateState, LatencyStage, Owner, StorageError, Store, guarded
 from studies.display import write_note
 
 # After this many known architectures in a row the sampler is helped out by a random draw. TPE proposes the known
@@ -114,11 +103,11 @@ def refuse_early(config: SearchConfig) -> None:
         UsageError, StorageError: with the reason.
     """
     _require_possible(config)
-    check_writable(config.storage)
-    check_free(config.storage, config.study)
+    studies.check_writable(config.storage)
+    studies.check_free(config.storage, config.study)
     with _existing(config) as (store, row):
         if store and row:
-            check_claimable(row.owner, Owner.me())
+            studies.check_claimable(row.owner, Owner.me())
 
 
 def _require_possible(config: SearchConfig) -> None:

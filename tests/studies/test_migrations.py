@@ -16,7 +16,7 @@ from sqlalchemy import Engine, create_engine, inspect, text
 
 from studies import Latency, LatencyStage, Owner, Profile, StorageError, Store, schema
 from studies.tables import Base
-from tests.studies.test_store import make_baseline_latency, make_training
+from tests.studies.rows import make_baseline_latency, make_training
 
 WHEN = "2026-01-02 03:04:05.678901"
 DEVICE = dict(kind="cpu", name="a CPU", driver="d", torch="2.11.0", triton="3.6.0")
@@ -116,7 +116,7 @@ def opened(url: str, *, create: bool = True) -> Store:
 
 
 def differences(engine: Engine) -> list[Any]:
-    """Between the tables of a database and the classes."""
+    """The differences between the tables of a database and the classes."""
     with engine.connect() as connection:
         context = MigrationContext.configure(
             connection,

@@ -14,7 +14,7 @@ import pytest
 from nas.config import LatencyConfig, SearchConfig
 from studies import CandidateState, LatencyStage, Owner, Store, schema
 from studies.sql import read_view
-from tests.studies.test_store import OURS, make_baseline_latency, make_training, measured_again
+from tests.studies.rows import OURS, make_baseline_latency, make_training, measured_again
 
 FRONT = {0: 0.14180607225262515, 2: 0.3927642831727998, 3: 0.438256499420289, 1: 0.45320975802702385}
 DEVICE = dict(
