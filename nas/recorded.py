@@ -12,7 +12,8 @@ from kernels.timing import DeviceInfo
 from nas.config import LatencyConfig, SearchConfig
 from nas.errors import UsageError, of_this_version
 from search_spaces import ArchSpec
-from studies import Candidate, Deployment, Device, Store, Study, displayed
+from studies import Candidate, Deployment, Store, Study, displayed
+from studies.tables import Device
 
 
 def deployment_of(config: LatencyConfig, device_id: int) -> Deployment:

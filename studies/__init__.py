@@ -1,7 +1,13 @@
-"""Studies in an SQL database: Optuna's tables, ours beside them, and the Pareto front as a view."""
+"""Studies in an SQL database: Optuna's tables, ours beside them, and Pareto fronts as views.
+
+This room imports none of the others (nas, search_spaces, kernels), and only this room imports sqlalchemy and alembic.
+"""
 
 from studies.deployment import Deployment
-from studies.store import Owner, StorageError, Store, StudySummary, displayed, guarded
+from studies.errors import StorageError, guarded
+from studies.opening import OBJECTIVES, check_free, check_writable, displayed
+from studies.ownership import Owner, check_claimable
+from studies.store import Store
 from studies.tables import (
     BaselineLatency,
     BaselineTraining,
@@ -9,7 +15,6 @@ from studies.tables import (
     Candidate,
     CandidateState,
     CurvePoint,
-    Device,
     Latency,
     LatencyStage,
     Profile,
@@ -18,6 +23,7 @@ from studies.tables import (
 )
 
 __all__ = [
+    "OBJECTIVES",
     "BaselineLatency",
     "BaselineTraining",
     "BlockLatency",
@@ -25,7 +31,6 @@ __all__ = [
     "CandidateState",
     "CurvePoint",
     "Deployment",
-    "Device",
     "Latency",
     "LatencyStage",
     "Owner",
@@ -34,7 +39,9 @@ __all__ = [
     "StorageError",
     "Store",
     "Study",
-    "StudySummary",
+    "check_claimable",
+    "check_free",
+    "check_writable",
     "displayed",
     "guarded",
 ]

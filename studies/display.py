@@ -1,8 +1,8 @@
-"""What optuna-dashboard shows with a study and its trials beside figures: notes in Markdown, and files.
+"""Notes in Markdown and files, which optuna-dashboard shows with a study and its trials.
 
-Optuna takes no attributes of trials that are finished, so the dashboard keeps what belongs to these with the study,
-under keys of its own. Its `save_note` reads all of a study's attributes at every call, which 2,000 trials make slow:
-the keys are written here.
+Optuna takes no attributes of finished trials, so the dashboard keeps the notes and files of trials with the study,
+under keys of its own. Its `save_note` reads all of a study's attributes at every call, which is slow with 2,000 trials;
+therefore this module writes the keys itself.
 """
 
 from __future__ import annotations
@@ -21,14 +21,16 @@ from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.storages import RDBStorage
 from sqlalchemy.engine import make_url
 
-# What the dashboard makes of each edit is the next version. Ours is the first: a later one is the user's own.
+# The dashboard gives each edit of a note the next version. Ours is the first: a later one is the user's own.
 OUR_VERSION = 1
-# Of databases on a server, which have no folder of their own here.
+# The files of a database on a server lie here, as it has no folder of its own on this machine.
 SERVER_FOLDER = Path("studies")
+_PREFIX = "dashboard:artifacts:"
 
 
 def artifact_folder(url: str) -> Path:
-    """Where the files of a database's trials lie: next to it, or in studies/ of one on a server."""
+    """The folder for the files of a database's trials: next to the database's file, or in studies/ if it is on a
+    server."""
     parsed = make_url(url)
     if parsed.get_backend_name() == "sqlite":
         return Path(str(parsed.database)).with_suffix(".artifacts")
@@ -39,17 +41,17 @@ def artifact_folder(url: str) -> Path:
 
 
 def write_note(storage: RDBStorage, study_id: int, trial_id: int | None, body: str) -> None:
-    """Give a trial that has none a note, or the study itself."""
+    """Write the first note of a trial, or of the study if `trial_id` is None."""
     from optuna_dashboard._note import note_ver_key, split_body
 
-    # The version last: without it there is no note, however many of its pieces are.
+    # The version is written last: without it there is no note, however many of its pieces are there.
     for key, piece in split_body(body, trial_id).items():
         storage.set_study_system_attr(study_id, key, piece)
     storage.set_study_system_attr(study_id, note_ver_key(trial_id), OUR_VERSION)
 
 
 def update_notes(storage: RDBStorage, study_id: int, bodies: Mapping[int | None, str]) -> None:
-    """Bring notes up to date, of trials or (None) the study; those that a user has edited stay as they are."""
+    """Bring the notes of trials, or of the study (None), up to date. A note that a user has edited stays as it is."""
     from optuna_dashboard._note import get_note_from_system_attrs, note_str_key_prefix, note_ver_key, split_body
 
     attrs = storage.get_study_system_attrs(study_id)
@@ -64,14 +66,14 @@ def update_notes(storage: RDBStorage, study_id: int, bodies: Mapping[int | None,
             and get_note_from_system_attrs({**old, note_ver_key(trial_id): 1}, trial_id)["body"] == body
         ):
             continue
-        # Pieces that are left over are emptied, for attributes cannot be deleted.
+        # Pieces that are left over are emptied, because attributes cannot be deleted.
         for key in old.keys() - pieces.keys():
             storage.set_study_system_attr(study_id, key, "")
         write_note(storage, study_id, trial_id, body)
 
 
 def _numbered(prefix: str, attrs: Mapping[str, Any]) -> list[str]:
-    """The keys prefix0, prefix1, ... that are there."""
+    """The keys prefix0, prefix1, ... up to the first that is missing."""
     found: list[str] = []
     while (key := f"{prefix}{len(found)}") in attrs:
         found.append(key)
@@ -86,9 +88,9 @@ class Artifact:
     """A file to show with a trial.
 
     Args:
-        name: of the file, its suffix included.
-        stamp: changes when what it is made of does.
-        make: its content.
+        name: name of the file, with its suffix.
+        stamp: text that changes when the data change from which the file is made.
+        make: function that returns the file's content.
     """
 
     name: str
@@ -106,7 +108,11 @@ class Artifacts:
         self.attrs: dict[str, Any] = storage.get_study_system_attrs(study_id)
 
     def attach(self, trial_id: int, artifact: Artifact) -> bool:
-        """Show a file with a trial, in the place of an older one of that name; False where it is shown already."""
+        """Show a file with a trial, in the place of an older one of that name.
+
+        Returns:
+            False if the file was shown already.
+        """
         identity = f"{self.study_id} {trial_id} {artifact.name} {artifact.stamp}"
         artifact_id = hashlib.sha256(identity.encode()).hexdigest()[:32]
         known = artifact_id in self._shown(trial_id, artifact.name)
@@ -121,13 +127,13 @@ class Artifacts:
         return True
 
     def keep_only(self, trial_ids: set[int]) -> None:
-        """Take the files away from all other trials."""
+        """Remove the files of all other trials."""
         for trial_id, artifact_id, _ in self._all():
             if trial_id not in trial_ids:
                 self._remove(trial_id, artifact_id)
 
     def _all(self) -> list[tuple[int, str, str]]:
-        """Trial, artifact_id and name of each file."""
+        """(trial_id, artifact_id, name) of each file."""
         found = []
         for key, value in self.attrs.items():
             if key.startswith(_PREFIX) and (meta := json.loads(value)) is not None:
@@ -145,7 +151,7 @@ class Artifacts:
         return True
 
     def _remove(self, trial_id: int, artifact_id: str) -> None:
-        # As the dashboard deletes them.
+        # The dashboard deletes files in the same way.
         self._set(trial_id, artifact_id, json.dumps(None))
         if self._is_stored(artifact_id):
             self.store.remove(artifact_id)
@@ -154,6 +160,3 @@ class Artifacts:
         key = f"{_PREFIX}{trial_id}:{artifact_id}"
         self.storage.set_study_system_attr(self.study_id, key, value)
         self.attrs[key] = value
-
-
-_PREFIX = "dashboard:artifacts:"

@@ -1,4 +1,4 @@
-"""The version of our tables in a database, and how it is brought up to date.
+"""The version of our tables in a database, and the migrations that bring it up to date.
 
 A change of the schema is a new file in `studies/migrations/versions`, written by hand, and an old database in the
 tests that it must bring up to date.
@@ -14,78 +14,80 @@ from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Engine, create_engine, text
+from sqlalchemy import Connection, create_engine, text
 from sqlalchemy.engine import URL
 
+MIGRATIONS = Path(__file__).parent / "migrations"
 VERSION_TABLE = "convfirst_alembic_version"
 
 
 def _config() -> Config:
     config = Config()
-    config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
+    config.set_main_option("script_location", str(MIGRATIONS))
     return config
+
+
+def versions() -> list[str]:
+    """All schema versions that this code knows, oldest first."""
+    return [script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()][::-1]
 
 
 def head() -> str:
     """The schema version of this code."""
-    revision = ScriptDirectory.from_config(_config()).get_current_head()
-    assert revision is not None
-    return revision
+    return versions()[-1]
 
 
-def known_versions() -> set[str]:
-    return {script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()}
+def current(connection: Connection) -> str | None:
+    """The schema version of a database; None if it has no tables of ours."""
+    return MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).get_current_revision()
 
 
-def current(engine: Engine) -> str | None:
-    """The schema version of a database; None where our tables are not yet."""
-    with engine.connect() as connection:
-        return MigrationContext.configure(connection, opts={"version_table": VERSION_TABLE}).get_current_revision()
+def upgrade(url: URL, timeout_s: float) -> None:
+    """Bring our tables up to date in one transaction: if it is killed at any moment, nothing has changed.
 
-
-def upgrade(url: str, timeout_s: float) -> None:
-    """Bring our tables up to date, in one transaction: killed at any moment, all of it is there or nothing.
-
-    Python's sqlite3 would commit each CREATE on its own, hence a connection of our own that begins by hand; taking the
-    write lock at once, it also lets one of two processes that start together wait for the other. Whoever holds a lock
-    for longer than `timeout_s` makes it fail.
+    Python's sqlite3 would commit each CREATE on its own, so this makes a connection that begins by hand. It takes the
+    write lock at once, so one of two processes that start together waits for the other. If somebody holds a lock for
+    longer than `timeout_s`, this fails.
     """
-    connect_args = {"timeout": timeout_s, "isolation_level": None} if url.startswith("sqlite") else {}
-    engine = create_engine(url, connect_args=connect_args)
+    if url.get_backend_name() != "sqlite":
+        with _advisory_lock(url, timeout_s) as connection:
+            _upgrade(connection)
+        return
+    engine = create_engine(url, connect_args={"timeout": timeout_s, "isolation_level": None})
     try:
-        if engine.dialect.name == "sqlite":
-            with engine.connect() as connection:
-                connection.exec_driver_sql("BEGIN IMMEDIATE")
-                _upgrade(connection)
-                connection.exec_driver_sql("COMMIT")
-        else:
-            with engine.begin() as connection:
-                _wait_for_others(connection, timeout_s)
-                _upgrade(connection)
+        with engine.connect() as connection:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            _upgrade(connection)
+            connection.exec_driver_sql("COMMIT")
     finally:
         engine.dispose()
 
 
 @contextmanager
 def alone(url: URL, timeout_s: float) -> Iterator[None]:
-    """Of several processes that find a PostgreSQL database empty, one at a time runs its body: Optuna makes its tables
-    without asking who else does. SQLite's are made aside."""
-    if url.get_backend_name() != "postgresql":
+    """Let one process at a time run the body, of several that find a PostgreSQL database empty.
+
+    Optuna makes its tables without asking who else does. An SQLite file is made aside and needs no lock.
+    """
+    if url.get_backend_name() == "sqlite":
         yield
         return
+    with _advisory_lock(url, timeout_s):
+        yield
+
+
+@contextmanager
+def _advisory_lock(url: URL, timeout_s: float) -> Iterator[Connection]:
+    """A transaction on PostgreSQL during which no other process of ours has one."""
     engine = create_engine(url)
     try:
         with engine.begin() as connection:
-            _wait_for_others(connection, timeout_s)
-            yield
+            connection.execute(text(f"SET LOCAL lock_timeout = {round(1000 * timeout_s)}"))
+            # The number is arbitrary: it only has to be the same for all of us.
+            connection.execute(text("SELECT pg_advisory_xact_lock(5027401)"))
+            yield connection
     finally:
         engine.dispose()
-
-
-def _wait_for_others(connection: Connection, timeout_s: float) -> None:
-    connection.execute(text(f"SET LOCAL lock_timeout = {round(1000 * timeout_s)}"))
-    # Any number: it only has to be the same for all of us.
-    connection.execute(text("SELECT pg_advisory_xact_lock(5027401)"))
 
 
 def _upgrade(connection: Connection) -> None:

@@ -1,8 +1,8 @@
 """Our tables. They stand beside Optuna's in the same database, refer to its studies and trials, and never alter them.
 
-The migrations in `studies/migrations` make these tables, with some views and, on SQLite, the triggers that delete our
-rows with Optuna's (foreign keys do it elsewhere; SQLite enforces those only for connections that ask, and Optuna's
-dashboard does not). A test holds both descriptions together.
+The migrations in `studies/migrations` make these tables. They also make some views and, on SQLite, the triggers that
+delete our rows with Optuna's. (Elsewhere foreign keys do that; SQLite enforces them only for connections that ask for
+it, and Optuna's dashboard does not.) A test checks that classes and migrations agree.
 """
 
 from __future__ import annotations
@@ -44,20 +44,22 @@ def now() -> datetime:
 
 
 class CandidateState(enum.StrEnum):
+    """How the evaluation of a candidate ended."""
+
     COMPLETE = "complete"
     OVER_LIMIT = "over_limit"
     FAILED = "failed"
 
 
 class LatencyStage(enum.StrEnum):
-    """When a latency was measured: as its candidate was evaluated, or later, in turn with the rest of the front."""
+    """When a latency was measured: when its candidate was evaluated, or later, in turn with the rest of the front."""
 
     SEARCH = "search"
     FINAL = "final"
 
 
 class Device(Base):
-    """What latencies were measured on: one row per device and versions."""
+    """A device that latencies were measured on: one row for each combination of device and versions."""
 
     __tablename__ = "convfirst_devices"
     __table_args__ = (UniqueConstraint("kind", "name", "driver", "torch", "triton"),)
@@ -70,8 +72,55 @@ class Device(Base):
     triton: Mapped[str] = mapped_column(String(64))
 
 
+class OnDevice:
+    """Columns of every measurement on a device.
+
+    Attributes:
+        throttled: whether a CUDA device was throttled while it measured.
+    """
+
+    device_id: Mapped[int] = mapped_column(ForeignKey("convfirst_devices.device_id"))
+    dtype: Mapped[str] = mapped_column(String(16))
+    threads: Mapped[int]
+    throttled: Mapped[bool | None]
+    measured_at: Mapped[datetime] = mapped_column(default=now)
+
+
+class InDeployment(OnDevice):
+    """Columns of every latency: a measurement on a device, and the rest of the deployment that it holds for."""
+
+    engine: Mapped[str] = mapped_column(String(64))
+    batch_size: Mapped[int]
+
+
+class Training:
+    """Columns of every training after the search.
+
+    Attributes:
+        resolution: pixels of the training images.
+        reason: why the training failed.
+        curve: JSON, a list of [step, train_loss, train_accuracy, seconds], averages as in `CurvePoint`.
+    """
+
+    resolution: Mapped[int]
+    steps: Mapped[int]
+    batch_size: Mapped[int]
+    learning_rate: Mapped[float]
+    reason: Mapped[str | None]
+    accuracy: Mapped[float | None]
+    loss: Mapped[float | None]
+    curve: Mapped[str | None]
+    train_seconds: Mapped[float | None]
+    finished_at: Mapped[datetime] = mapped_column(default=now)
+
+
 class Study(Base):
-    """What a study remembers: its whole configuration, its anchor, and which process searches it now."""
+    """A study: its whole configuration, its anchor, and the process that searches it now.
+
+    Attributes:
+        study_id: the id of Optuna's study, which has the name.
+        owner: an `ownership.Owner` as text.
+    """
 
     __tablename__ = "convfirst_studies"
 
@@ -92,13 +141,13 @@ class Candidate(Base):
     """One evaluated architecture: trained and timed, over a limit, or failed with a reason.
 
     Attributes:
-        latency_seconds, train_seconds, total_seconds: what it cost; the first and the last with any waiting for another
-            process on the device.
+        latency_seconds, train_seconds, total_seconds: the time that the evaluation took; the first and the last include
+            any waiting for another process on the device.
     """
 
     __tablename__ = "convfirst_candidates"
     __table_args__ = (
-        # No architecture is completed twice in a study, whoever writes.
+        # No architecture is completed twice in a study, whichever process writes.
         Index(
             "convfirst_candidates_once", "study_id", "arch_id", unique=True,
             sqlite_where=Column("state") == "complete", postgresql_where=Column("state") == "complete",
@@ -135,14 +184,15 @@ class Candidate(Base):
         return min(rows, key=lambda row: row.stage != LatencyStage.FINAL, default=None)
 
 
-class Latency(Base):
+class Latency(InDeployment, Base):
     """A candidate's latency in one deployment. `median_ms` is drift-corrected; the raw figures stand beside it.
 
     Attributes:
-        interval_share: width of the 95 % confidence interval of the median, over the median.
-        capped: the time cap was hit before that interval was narrow enough.
-        throttled, sm_clock_mhz, temperature_c: of a CUDA device while it measured.
-        over_limit: measured again it breaks the study's limit on the latency: it is not on the front.
+        interval_share: width of the 95 % confidence interval of the median, divided by the median.
+        capped: whether the time cap was hit before that interval was narrow enough.
+        sm_clock_mhz, temperature_c: state of a CUDA device while it measured.
+        over_limit: whether the candidate, measured again, breaks the study's limit on the latency, and so is not on the
+            front.
     """
 
     __tablename__ = "convfirst_latencies"
@@ -152,13 +202,8 @@ class Latency(Base):
 
     latency_id: Mapped[int] = mapped_column(primary_key=True)
     trial_id: Mapped[int] = mapped_column(ForeignKey("convfirst_candidates.trial_id", ondelete="CASCADE"))
-    device_id: Mapped[int] = mapped_column(ForeignKey("convfirst_devices.device_id"))
-    engine: Mapped[str] = mapped_column(String(64))
-    dtype: Mapped[str] = mapped_column(String(16))
-    batch_size: Mapped[int]
     resolution: Mapped[int]
-    threads: Mapped[int]
-    # The database has the default too: a search begun before it was brought up to date goes on writing rows without.
+    # The database has this default and that of `over_limit` too, so plain SQL may write rows without them.
     stage: Mapped[str] = mapped_column(String(16), default=LatencyStage.SEARCH, server_default=LatencyStage.SEARCH)
     median_ms: Mapped[float]
     p20_ms: Mapped[float]
@@ -170,12 +215,9 @@ class Latency(Base):
     anchor_median_ms: Mapped[float]
     weight_bytes: Mapped[int] = mapped_column(BigInteger)
     workspace_bytes: Mapped[int] = mapped_column(BigInteger)
-    throttled: Mapped[bool | None]
     sm_clock_mhz: Mapped[float | None]
     temperature_c: Mapped[float | None]
-    # As in `stage`, the default is for those who do not know it.
     over_limit: Mapped[bool] = mapped_column(default=False, server_default=false())
-    measured_at: Mapped[datetime] = mapped_column(default=now)
 
 
 class CurvePoint(Base):
@@ -192,20 +234,17 @@ class CurvePoint(Base):
     seconds: Mapped[float]
 
 
-class Profile(Base):
-    """What a device was measured to do at most in one dtype. No study's: it outlives them.
+class Profile(OnDevice, Base):
+    """The measured limits of a device in one dtype. A profile belongs to no study, and outlives them.
 
-    Latencies of blocks were timed in turns with two yardsticks and are told as if these had taken the times that stand
-    here (`nas.latency.yardsticks`).
+    Blocks were timed in turns with two yardsticks, and their latencies are corrected as if the yardsticks had taken the
+    times that stand here (`nas.latency.yardsticks`).
     """
 
     __tablename__ = "convfirst_profiles"
     __table_args__ = (UniqueConstraint("device_id", "dtype", "threads"),)
 
     profile_id: Mapped[int] = mapped_column(primary_key=True)
-    device_id: Mapped[int] = mapped_column(ForeignKey("convfirst_devices.device_id"))
-    dtype: Mapped[str] = mapped_column(String(16))
-    threads: Mapped[int]
     copy_bytes_per_s: Mapped[float]
     macs_per_s: Mapped[float]
     launch_seconds: Mapped[float]
@@ -213,30 +252,23 @@ class Profile(Base):
     network_yardstick_ms: Mapped[float]
     product_yardstick_ms: Mapped[float]
     interval_share: Mapped[float]
-    throttled: Mapped[bool | None]
-    measured_at: Mapped[datetime] = mapped_column(default=now)
 
     device: Mapped[Device] = relationship(lazy="joined")
 
 
-class BlockLatency(Base):
+class BlockLatency(InDeployment, Base):
     """The latency of a block or layer measured by itself, for all studies of the database.
 
     Attributes:
         kernels: digest of the fused kernels' sources; empty where no kernel of ours runs.
-        shape: its problem as canonical JSON, of which `shape_id` is a hash.
-        median_ms: of one run, without what a call of it costs beside (see `nas.latency.block_table`).
+        shape: the block's problem as canonical JSON, of which `shape_id` is a hash.
+        median_ms: time of one run, without the overhead of a call (see `nas.latency.block_table`).
     """
 
     __tablename__ = "convfirst_block_latencies"
     __table_args__ = (UniqueConstraint("device_id", "engine", "dtype", "batch_size", "threads", "kernels", "shape_id"),)
 
     block_latency_id: Mapped[int] = mapped_column(primary_key=True)
-    device_id: Mapped[int] = mapped_column(ForeignKey("convfirst_devices.device_id"))
-    engine: Mapped[str] = mapped_column(String(64))
-    dtype: Mapped[str] = mapped_column(String(16))
-    batch_size: Mapped[int]
-    threads: Mapped[int]
     kernels: Mapped[str] = mapped_column(String(12), default="")
     shape_id: Mapped[str] = mapped_column(String(12))
     shape: Mapped[str]
@@ -246,25 +278,20 @@ class BlockLatency(Base):
     repeats: Mapped[int]
     interval_share: Mapped[float]
     capped: Mapped[bool]
-    throttled: Mapped[bool | None]
-    measured_at: Mapped[datetime] = mapped_column(default=now)
 
 
-class BaselineTraining(Base):
+class BaselineTraining(Training, Base):
     """A training of a network that a study's candidates are compared with, at one learning rate.
 
-    Trained on the study's data, with its schedule but for the fields here. None of the sampler's business: it is no
-    candidate, and has no trial of Optuna's.
+    The network is trained on the study's data and with its schedule, but for the columns here. It is no candidate and
+    has no trial of Optuna's, so the sampler does not learn of it.
 
     Attributes:
-        name: of a timm model; "ConvFirst anchor"; or "trial 12", one of the study's own.
-        resolution: pixels of the training images.
-        kind: of `nas.validation.contenders.ContenderKind`.
-        trial: the number of a study's own.
-        params, macs: as it is deployed, of one image.
-        classes: of the data.
-        reason: why it failed.
-        curve: JSON, a list of [step, train_loss, train_accuracy, seconds], averages as in `CurvePoint`.
+        name: name of a timm model; "ConvFirst anchor"; or "trial 12", one of the study's own.
+        kind: a value of `nas.validation.contenders.ContenderKind`.
+        trial: number of the trial, if the network is the study's own.
+        params, macs: size of the deployed network, for one image.
+        classes: number of the data's classes.
     """
 
     __tablename__ = "convfirst_baseline_trainings"
@@ -273,30 +300,20 @@ class BaselineTraining(Base):
     baseline_training_id: Mapped[int] = mapped_column(primary_key=True)
     study_id: Mapped[int] = mapped_column(ForeignKey("studies.study_id", ondelete="CASCADE"))
     name: Mapped[str] = mapped_column(String(128))
-    resolution: Mapped[int]
-    steps: Mapped[int]
-    batch_size: Mapped[int]
-    learning_rate: Mapped[float]
     kind: Mapped[str] = mapped_column(String(16))
     summary: Mapped[str]
     trial: Mapped[int | None]
     params: Mapped[int] = mapped_column(BigInteger)
     macs: Mapped[int] = mapped_column(BigInteger)
     classes: Mapped[int]
-    reason: Mapped[str | None]
-    accuracy: Mapped[float | None]
-    loss: Mapped[float | None]
-    curve: Mapped[str | None]
-    train_seconds: Mapped[float | None]
-    finished_at: Mapped[datetime] = mapped_column(default=now)
 
 
-class BaselineLatency(Base):
-    """A baseline's latency in one deployment, or why it has none; fields as `Latency`'s.
+class BaselineLatency(InDeployment, Base):
+    """A baseline's latency in one deployment, or the reason why it has none. The columns are like those of `Latency`.
 
     Attributes:
-        median_ms: corrected by the device's yardsticks, as `BlockLatency`'s.
-        measured_at: the same of all that were measured in turns with one another.
+        median_ms: corrected by the device's yardsticks, as in `BlockLatency`.
+        measured_at: the same time for all networks that were measured in turns with one another.
     """
 
     __tablename__ = "convfirst_baseline_latencies"
@@ -307,12 +324,7 @@ class BaselineLatency(Base):
     baseline_latency_id: Mapped[int] = mapped_column(primary_key=True)
     study_id: Mapped[int] = mapped_column(ForeignKey("studies.study_id", ondelete="CASCADE"))
     name: Mapped[str] = mapped_column(String(128))
-    device_id: Mapped[int] = mapped_column(ForeignKey("convfirst_devices.device_id"))
-    engine: Mapped[str] = mapped_column(String(64))
-    dtype: Mapped[str] = mapped_column(String(16))
-    batch_size: Mapped[int]
     resolution: Mapped[int]
-    threads: Mapped[int]
     reason: Mapped[str | None]
     median_ms: Mapped[float | None]
     p20_ms: Mapped[float | None]
@@ -320,18 +332,15 @@ class BaselineLatency(Base):
     repeats: Mapped[int | None]
     interval_share: Mapped[float | None]
     capped: Mapped[bool | None]
-    throttled: Mapped[bool | None]
-    measured_at: Mapped[datetime] = mapped_column(default=now)
 
 
-class Retraining(Base):
-    """A longer training of a candidate than the proxy's; the view `convfirst_retrained` has it beside the candidate.
+class Retraining(Training, Base):
+    """A training of a candidate that is longer than the proxy's.
+
+    The view `convfirst_retrained` shows it beside the candidate.
 
     Attributes:
-        data, data_fingerprint: what it was trained on, the study's own images or others.
-        resolution: pixels of the training images.
-        reason: why it failed.
-        curve: JSON, a list of [step, train_loss, train_accuracy, seconds], averages as in `CurvePoint`.
+        data, data_fingerprint: the images that it was trained on: the study's own or others.
     """
 
     __tablename__ = "convfirst_retrainings"
@@ -343,14 +352,4 @@ class Retraining(Base):
     trial_id: Mapped[int] = mapped_column(ForeignKey("convfirst_candidates.trial_id", ondelete="CASCADE"))
     data: Mapped[str]
     data_fingerprint: Mapped[str] = mapped_column(String(12))
-    resolution: Mapped[int]
-    steps: Mapped[int]
-    batch_size: Mapped[int]
-    learning_rate: Mapped[float]
     seed: Mapped[int] = mapped_column(BigInteger)
-    reason: Mapped[str | None]
-    accuracy: Mapped[float | None]
-    loss: Mapped[float | None]
-    curve: Mapped[str | None]
-    train_seconds: Mapped[float | None]
-    finished_at: Mapped[datetime] = mapped_column(default=now)

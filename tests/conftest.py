@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import pwd
 import shutil
 import socket
+import sqlite3
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,6 +148,14 @@ stride = [1, 2]
 @pytest.fixture
 def sqlite_url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'study.db'}"
+
+
+@pytest.fixture
+def stored_url(sqlite_url: str) -> str:
+    """A database that the code of 3c0a121 made; the file's first line says how."""
+    with contextlib.closing(sqlite3.connect(sqlite_url.removeprefix("sqlite:///"))) as connection:
+        connection.executescript((Path(__file__).parent / "data" / "study_3c0a121.sql").read_text())
+    return sqlite_url
 
 
 # -- PostgreSQL ----------------------------------------------------------------------------------------------------

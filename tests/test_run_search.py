@@ -232,7 +232,7 @@ def test_the_front_can_be_drawn(tmp_path: Path, suffix: str) -> None:
 
 @pytest.mark.usefixtures("fake")
 def test_a_locked_database_gets_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("studies.store.OPEN_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("studies.opening.OPEN_TIMEOUT_S", 0.2)
     assert call("--budget 2").exit_code == 0
     holder = sqlite3.connect("studies/convfirst.db", isolation_level=None)
     holder.execute("BEGIN EXCLUSIVE")

@@ -39,5 +39,5 @@ def device(
         check_device(config)
         with writable_store(storage) as store:
             profile.find_or_measure(store, config, again, partial(note, WAITING))
-            for line in profile.lines(store.profiles()):
+            for line in profile.lines(store.devices.profiles()):
                 out.print(line, highlight=False, soft_wrap=True)

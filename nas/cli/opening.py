@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 @contextlib.contextmanager
 def writable_store(storage: str) -> Iterator[Store]:
     """The database of a command that writes, made if there is none."""
-    from studies import Store
+    from studies import Store, check_writable
 
-    Store.check_writable(storage)
+    check_writable(storage)
     store = Store.open(storage, create=True)
     assert store is not None
     try:

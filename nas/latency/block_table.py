@@ -274,8 +274,8 @@ class BlockTable:
     def load(self) -> None:
         """Read the rows anew: other processes write some, too."""
         config, device = self.config, asdict(self.device)
-        self.profile = self.store.find_profile(device, config.dtype, config.threads)
-        self.rows = self.store.block_latencies(
+        self.profile = self.store.devices.find_profile(device, config.dtype, config.threads)
+        self.rows = self.store.devices.block_latencies(
             device, config.engine, config.dtype, config.batch_size, config.threads, self.kernels
         )
 
@@ -310,7 +310,7 @@ class BlockTable:
             for figure in figures
         ]  # fmt: skip
         if rows:
-            self.store.add_block_latencies(asdict(self.device), rows)
+            self.store.devices.add_block_latencies(asdict(self.device), rows)
             self.load()
 
     def add_up(self, parts: Sequence[Part]) -> Sum:

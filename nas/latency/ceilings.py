@@ -90,7 +90,7 @@ def store_profile(
         network_yardstick_ms=network_ms, product_yardstick_ms=product_ms, interval_share=found.interval_share,
         throttled=found.throttled, measured_at=datetime.now(UTC),
     )  # fmt: skip
-    return store.add_profile(asdict(info), profile, replace=again)
+    return store.devices.add_profile(asdict(info), profile, replace=again)
 
 
 def find_or_measure(
@@ -109,7 +109,7 @@ def find_or_measure(
     info = DeviceInfo.of(device)
 
     def known() -> Profile | None:
-        return None if again else store.find_profile(asdict(info), config.dtype, config.threads)
+        return None if again else store.devices.find_profile(asdict(info), config.dtype, config.threads)
 
     if (found := known()) is not None:
         return found

@@ -20,8 +20,7 @@ from nas.pareto import running_hypervolume
 from nas.recorded import deployment_of
 from nas.report.importance import Importances, importances
 from search_spaces import ArchSpec
-from studies import Candidate, CandidateState, Deployment, Owner, Store
-from studies.store import OBJECTIVES
+from studies import OBJECTIVES, Candidate, CandidateState, Deployment, Owner, Store
 
 # Figures within a reason: losses, steps and excesses differ, and what went wrong is the same.
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:[.,]\d+)*(?:e[-+]?\d+)?(?: ?%)?(?![\w])")

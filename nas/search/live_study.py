@@ -98,11 +98,11 @@ def refuse_early(config: SearchConfig) -> None:
         UsageError, StorageError: with the reason.
     """
     _require_possible(config)
-    Store.check_writable(config.storage)
-    Store.check_free(config.storage, config.study)
+    studies.check_writable(config.storage)
+    studies.check_free(config.storage, config.study)
     with _existing(config) as (store, row):
         if store and row:
-            store.check_claimable(row, Owner.me())
+            studies.check_claimable(row.owner, Owner.me())
 
 
 def _require_possible(config: SearchConfig) -> None:
@@ -126,7 +126,7 @@ def take_over(config: SearchConfig) -> None:
     """
     with _existing(config) as (store, row):
         if store and row:
-            store.disown(row.study_id)
+            store.ownership.disown(row.study_id)
 
 
 def check_same_set_up(config: SearchConfig, study: studies.Study, evaluator: Evaluator) -> None:
@@ -211,7 +211,7 @@ class LiveStudy:
         A known architecture that the sampler proposes is recorded as a pruned trial of its own: to the samplers a
         place where nothing is to be gained, and in the dashboard visibly not a result.
         """
-        self.recorded.store.require_owner(self.recorded.study_id, self.owner)
+        self.recorded.store.ownership.require(self.recorded.study_id, self.owner)
         duplicates = 0
         while len(self.known) < self.size:
             opener = next((arch for arch in self.openers if arch.arch_id not in self.known), None)
@@ -276,12 +276,12 @@ def open_study(
                 versions=versions, device=asdict(evaluator.device), anchor=config.space.anchor().to_json(),
                 anchor_ms=anchor_ms,
             )  # fmt: skip
-            store.claim(row.study_id, owner)
+            store.ownership.claim(row.study_id, owner)
             write_note(store.optuna_storage, row.study_id, None, notes.study_note(row, config.study))
         else:
             check_same_config(config, row)
             check_same_set_up(config, row, evaluator)
-            store.claim(row.study_id, owner)
+            store.ownership.claim(row.study_id, owner)
             profile = _profile(store, config, evaluator)
             evaluator.start(row.anchor_ms)
         try:
@@ -292,10 +292,10 @@ def open_study(
             finally:
                 # Deleted in the dashboard, say, or taken over: then whatever went wrong went wrong for that reason, and
                 # a trial that is running is another's.
-                store.require_owner(row.study_id, owner)
+                store.ownership.require(row.study_id, owner)
                 study.recover()
         finally:
-            store.release(row.study_id, owner)
+            store.ownership.release(row.study_id, owner)
     finally:
         store.close()
 
@@ -303,7 +303,7 @@ def open_study(
 def _profile(store: Store, config: SearchConfig, evaluator: Evaluator) -> studies.Profile:
     """The device's, measured if the database has none."""
     deployment = config.latency
-    found = store.find_profile(asdict(evaluator.device), deployment.dtype, deployment.threads)
+    found = store.devices.find_profile(asdict(evaluator.device), deployment.dtype, deployment.threads)
     if found is not None:
         return found
     return store_profile(store, evaluator.device, deployment.dtype, deployment.threads, evaluator.ceilings())

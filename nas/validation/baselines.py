@@ -364,7 +364,7 @@ class _Run:
     def _write_failure(self, model: str, reason: str) -> None:
         self.note(f"{model}: failed ({reason})")
         # Of no resolution: none suits it.
-        self.store.add_baselines(
+        self.store.baselines.add(
             self.row.study_id, [self._latency_row(model, self.timm_engine, 0, datetime.now(UTC), reason)]
         )
 
@@ -373,7 +373,7 @@ class _Run:
         here = {(entrant.name, entrant.resolution) for entrant in entrants}
         archs = {each.number: ArchSpec.from_json(each.arch) for each in self.store.candidates(self.row.study_id)}
         found: dict[tuple[str, int], Entrant] = {}
-        for row in self.store.baseline_trainings(self.row.study_id):
+        for row in self.store.baselines.trainings(self.row.study_id):
             key, kind = (row.name, row.resolution), ContenderKind(row.kind)
             if key in here or row.accuracy is None:
                 continue
@@ -405,7 +405,7 @@ class _Run:
                 self._latency_row(entrant.name, entrant.engine, entrant.resolution, now, figure)
                 for entrant, figure in zip(wanted, figures, strict=True)
             ]
-            self.store.add_baselines(self.row.study_id, rows)
+            self.store.baselines.add(self.row.study_id, rows)
             for row in rows:
                 worth = f"{row.median_ms:.4f} ms" if row.reason is None else f"failed ({row.reason})"
                 self.note(f"{row.name}: {worth}")
@@ -433,7 +433,7 @@ class _Run:
         here = (self._device_id, self.latency.dtype, self.latency.batch_size, self.latency.threads)
         return [
             row
-            for row in self.store.baseline_latencies(self.row.study_id)
+            for row in self.store.baselines.latencies(self.row.study_id)
             if (row.device_id, row.dtype, row.batch_size, row.threads) == here
         ]
 
@@ -454,7 +454,7 @@ class _Run:
 
     @property
     def _device_id(self) -> int:
-        return self.store.device_id(asdict(DeviceInfo.of(self.device)))
+        return self.store.devices.id_of(asdict(DeviceInfo.of(self.device)))
 
     # -- trainings ----
 
@@ -472,7 +472,7 @@ class _Run:
     def _trainings(self) -> dict[tuple[str, int, int, float], BaselineTraining]:
         return {
             (row.name, row.resolution, row.steps, row.learning_rate): row
-            for row in self.store.baseline_trainings(self.row.study_id)
+            for row in self.store.baselines.trainings(self.row.study_id)
             if row.batch_size == self.proxy.batch_size
         }
 
@@ -489,7 +489,7 @@ class _Run:
             params=entrant.params, macs=entrant.macs, classes=self.trainer.classes,
         )  # fmt: skip
         worth = fill(row, result)
-        self.store.add_baselines(self.row.study_id, [row])
+        self.store.baselines.add(self.row.study_id, [row])
         return f"{unit.trainee.name}, {unit.steps} steps at {unit.learning_rate:g}: {worth}"
 
 
@@ -566,7 +566,7 @@ def contenders(store: Store, study_name: str) -> list[Contender]:
     study = store.find_study(study_name)
     if study is None:
         return []
-    trainings = [row for row in store.baseline_trainings(study.study_id) if row.accuracy is not None]
+    trainings = [row for row in store.baselines.trainings(study.study_id) if row.accuracy is not None]
     steps = max((row.steps for row in trainings), default=0)
     by_contender: dict[tuple[str, int], list[BaselineTraining]] = {}
     for row in trainings:
@@ -581,7 +581,7 @@ def contenders(store: Store, study_name: str) -> list[Contender]:
 
 def _last_measured(store: Store, study_id: int) -> list[BaselineLatency]:
     """Those that were measured in turns with one another, the last time that was done."""
-    rows = [row for row in store.baseline_latencies(study_id) if row.resolution]
+    rows = [row for row in store.baselines.latencies(study_id) if row.resolution]
     last = max((row.measured_at for row in rows), default=None)
     return [row for row in rows if row.measured_at == last]
 
@@ -613,12 +613,12 @@ def failures(store: Store, study_name: str) -> list[str]:
     study = store.find_study(study_name)
     if study is None:
         return []
-    trainings = store.baseline_trainings(study.study_id)
+    trainings = store.baselines.trainings(study.study_id)
     trained = {(row.name, row.resolution) for row in trainings if row.accuracy is not None}
     names = {name for name, _ in trained}
     found = {
         row.name: f"{row.name}: {row.reason}"
-        for row in store.baseline_latencies(study.study_id)
+        for row in store.baselines.latencies(study.study_id)
         # Of no resolution: it may have run at another since.
         if row.reason and not (row.resolution == 0 and row.name in names)
     }

@@ -48,13 +48,13 @@ def remeasure(
     if not complete:
         raise UsageError(f"--study {name}: has no complete candidate")
     info = DeviceInfo.of(device)
-    here = deployment_of(config, store.device_id(asdict(info)))
+    here = deployment_of(config, store.devices.id_of(asdict(info)))
     at_home = here == recorded.deployment
     limit_ms = recorded.config.limits.latency_ms if at_home else None
     lacking = [candidate for candidate in complete if everything or candidate.latency_in(here) is None]
     before = here.rows_of(store.front(name))
     owner = Owner.me()
-    store.claim(study_id, owner)
+    store.ownership.claim(study_id, owner)
     try:
         lock, waiting = device_lock(device), partial(note, WAITING)
         profile.find_or_measure(store, config, waiting=waiting)
@@ -88,7 +88,7 @@ def remeasure(
                 # Each ran before; now one does not.
                 raise UsageError(f"--study {name}: its front could not be measured in turns ({error})") from error
     finally:
-        store.release(study_id, owner)
+        store.ownership.release(study_id, owner)
 
 
 def _anchor_ms(table: BlockTable, anchor: ArchSpec) -> float:

@@ -170,7 +170,7 @@ class _Run:
         kind = self._kind()
         return [
             row
-            for row in self.store.retrainings(self.recorded.study_id)
+            for row in self.store.retrainings.of_study(self.recorded.study_id)
             if all(getattr(row, key) == value for key, value in kind.items())
         ]
 
@@ -181,11 +181,11 @@ class _Run:
     def write(self, unit: Unit, result: ProxyResult | CandidateFailed) -> str:
         row = Retraining(trial_id=self.trial_ids[unit.trainee.name], data=self.data.source, **self._kind())
         worth = fill(row, result)
-        self.store.add_retraining(row)
+        self.store.retrainings.add(row)
         return f"{unit.trainee.name}: {worth}"
 
     def result(self, trial_ids: set[int]) -> Retrained:
-        rows = self.store.retrained(self.recorded.name)
+        rows = self.store.retrainings.evaluations(self.recorded.name)
         for key, value in self._kind().items():
             column = "retrained_" + key.removeprefix("data_")
             rows = rows[rows[column] == value]

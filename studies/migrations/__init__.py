@@ -1,1 +1,1 @@
-"""Alembic migrations of our own tables, under a version table of our own: `alembic_version` is Optuna's."""
+"""Alembic migrations of our own tables. They have a version table of their own: `alembic_version` is Optuna's."""

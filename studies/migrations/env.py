@@ -1,4 +1,4 @@
-"""Run by Alembic: migrates the connection that `studies.schema.upgrade` hands over, in that caller's transaction."""
+"""The script that Alembic runs: it migrates the connection of `studies.schema.upgrade`, in its caller's transaction."""
 
 from alembic import context
 

@@ -60,7 +60,7 @@ def add_candidates(
 ) -> None:
     """Complete ones of (accuracy, latency_ms), of one block and more."""
     me = Owner.me()
-    store.claim(study_id, me)
+    store.ownership.claim(study_id, me)
     deployment = config.latency
     for (accuracy, latency_ms), arch in zip(points, archs(config, len(points)), strict=True):
         trial_id = store.optuna_storage.create_new_trial(study_id)
@@ -75,7 +75,7 @@ def add_candidates(
             anchor_median_ms=1.0, weight_bytes=1, workspace_bytes=1,
         )]  # fmt: skip
         store.add_candidate(candidate, me)
-    store.release(study_id, me)
+    store.ownership.release(study_id, me)
 
 
 def begun(config: SearchConfig) -> Store:
@@ -86,7 +86,7 @@ def begun(config: SearchConfig) -> Store:
         config.study, config=json.dumps(config.identity()), data_fingerprint=image_data.load(config.data).fingerprint,
         versions="{}", device=HERE, anchor=config.space.anchor().to_json(), anchor_ms=1.0,
     )  # fmt: skip
-    store.add_profile(HERE, Profile(
+    store.devices.add_profile(HERE, Profile(
         dtype="float32", threads=1, copy_bytes_per_s=1e10, macs_per_s=1e10, launch_seconds=1e-6,
         network_yardstick_ms=1.0, product_yardstick_ms=1.0, interval_share=0.1,
     ))  # fmt: skip

@@ -46,7 +46,7 @@ def small(*models: str, **changes: Any) -> BaselineConfig:
 
 
 def trained(store: Store, config: SearchConfig) -> list[tuple[str, int, float]]:
-    rows = store.baseline_trainings(study_id(store, config))
+    rows = store.baselines.trainings(study_id(store, config))
     return [(row.name, row.steps, row.learning_rate) for row in rows]
 
 
@@ -212,7 +212,7 @@ def test_networks_side_by_side(store: Store, config: SearchConfig) -> None:
     assert len(verdict(list(found.values()))) >= 1
     assert table(list(found.values()), "title").row_count == 5
     assert any(line.startswith("test_resnet: 2 steps of 8") for line in training_lines(list(found.values())))
-    rows = store.baseline_latencies(study_id(store, config))
+    rows = store.baselines.latencies(study_id(store, config))
     assert len({row.measured_at for row in rows}) == 1
     # The sampler's history knows nothing of it.
     assert len(store.load_optuna_study(config.study).trials) == before
@@ -228,13 +228,13 @@ def test_a_run_makes_what_is_lacking(store: Store, config: SearchConfig, monkeyp
     assert sum(steps == 2 for _, steps, _ in first) == 6
     accuracies = {
         (row.name, row.steps, row.learning_rate): row.accuracy or 0.0
-        for row in store.baseline_trainings(study_id(store, config))
+        for row in store.baselines.trainings(study_id(store, config))
     }
     for name, steps, rate in first:
         if steps == 1:
             assert accuracies[name, 2, rate] == max(accuracies[name, 2, other] for other in RATES)
     assert "the best of 2" in contenders(store, config.study)[0].training
-    when = store.baseline_latencies(study_id(store, config))[0].measured_at
+    when = store.baselines.latencies(study_id(store, config))[0].measured_at
     with monkeypatch.context() as patch:
         patch.delattr(trainings, "train_one")
         patch.delattr(baselines, "_measured")
@@ -243,7 +243,7 @@ def test_a_run_makes_what_is_lacking(store: Store, config: SearchConfig, monkeyp
     # Another one is trained by itself, and measured with all.
     compare(store, config.study, small("test_efficientnet", learning_rates=RATES))
     assert {name for name, _, _ in trained(store, config)[len(first) :]} == {"test_efficientnet"}
-    rows = store.baseline_latencies(study_id(store, config))
+    rows = store.baselines.latencies(study_id(store, config))
     assert len(rows) == 4
     assert {row.measured_at for row in rows} != {when}
     assert len({row.measured_at for row in rows}) == 1
@@ -285,7 +285,7 @@ def test_what_fails_is_written_down_and_stops_nothing(store: Store, config: Sear
     assert all(each.learning_rate == 1e-3 for each in contenders(store, config.study))
     (line,) = failures(store, config.study)
     assert line.startswith("vit_tiny_patch16_224: does not run on images of 16x16 (")
-    reasons = [row.reason for row in store.baseline_trainings(study_id(store, config)) if row.learning_rate == 1e30]
+    reasons = [row.reason for row in store.baselines.trainings(study_id(store, config)) if row.learning_rate == 1e30]
     assert len(reasons) == 3
     assert all(reason and ("diverged" in reason or "not finite" in reason) for reason in reasons)
 
@@ -379,8 +379,8 @@ def test_nothing_is_left_behind_when_the_study_is_deleted(store: Store, config: 
     compare(store, config.study, small("test_resnet"))
     number = study_id(store, config)
     optuna.delete_study(study_name=config.study, storage=store.optuna_storage)
-    assert store.baseline_trainings(number) == []
-    assert store.baseline_latencies(number) == []
+    assert store.baselines.trainings(number) == []
+    assert store.baselines.latencies(number) == []
 
 
 # -- A process of its own ----------------------------------------------------------------------------------------------

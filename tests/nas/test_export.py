@@ -104,7 +104,7 @@ def test_a_selection(store: Store, config: SearchConfig, selection: dict[str, An
 
 def fail_a_candidate(store: Store, config: SearchConfig) -> int:
     me = Owner.me()
-    store.claim(study_id(store, config), me)
+    store.ownership.claim(study_id(store, config), me)
     arch = archs(config, 5)[4]
     trial_id = store.optuna_storage.create_new_trial(study_id(store, config))
     number = store.optuna_storage.get_trial_number_from_id(trial_id)
@@ -114,7 +114,7 @@ def fail_a_candidate(store: Store, config: SearchConfig) -> int:
         total_seconds=1.0, latencies=[],
     )  # fmt: skip
     store.add_candidate(candidate, me)
-    store.release(study_id(store, config), me)
+    store.ownership.release(study_id(store, config), me)
     return number
 
 

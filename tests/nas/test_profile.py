@@ -78,12 +78,12 @@ def test_a_device_is_measured_once_and_stored(store: Store, measured: list[tuple
     assert len(measured) == 2
     assert profile.references_ms(third) != profile.references_ms(first)
     assert figures(third) != figures(first)
-    assert [figures(each) for each in store.profiles()] == [figures(third)]
+    assert [figures(each) for each in store.devices.profiles()] == [figures(third)]
     # Another dtype or thread count is another limit.
     profile.find_or_measure(store, replace(QUICK, dtype="bfloat16"))
     profile.find_or_measure(store, replace(QUICK, threads=2))
     assert measured[2:] == [("bfloat16", 1), ("float32", 2)]
-    assert len(store.profiles()) == 3
+    assert len(store.devices.profiles()) == 3
 
 
 def test_what_another_process_measured_meanwhile_is_taken(
@@ -117,7 +117,7 @@ def test_profiles_are_told_in_common_units(store: Store) -> None:
     gpu = replace(info, kind="cuda", name="a GPU")
     faster = replace(found, product_macs=4e14, graph_launch_seconds=8e-7, throttled=True)
     profile.store_profile(store, gpu, "float16", 1, faster)
-    name, figures_line, gpu_name, gpu_line = profile.lines(store.profiles())
+    name, figures_line, gpu_name, gpu_line = profile.lines(store.devices.profiles())
     assert name == "a machine (Linux, 2 CPUs; torch 2.11, triton 3.6)"
     for words in ("float32, 2 thread(s)", "copy 12.5 GB/s", "product 100.0 GFLOP/s", "launch 1.50 us;", " UTC to 3.4%"):
         assert words in figures_line
@@ -140,7 +140,7 @@ def test_memory_that_runs_out_gets_one_line(store: Store, monkeypatch: pytest.Mo
     monkeypatch.setattr(profile, "SECONDS", 0.02)
     with pytest.raises(UsageError, match=r"--device cpu: what it can do cannot be measured \(out of memory\)"):
         profile.find_or_measure(store, QUICK)
-    assert store.profiles() == []
+    assert store.devices.profiles() == []
 
 
 def efficiency_of_a_large_convolution(config: LatencyConfig) -> float:

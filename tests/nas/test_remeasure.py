@@ -350,7 +350,7 @@ def test_elsewhere_all_candidates_get_a_second_latency(
         assert list(front["latency_ms"]) == [factor * SCORES[number][1] for number in (0, 1, 3)]
         # The profile of the new deployment is measured if there is none: the view shows shares of it.
         assert (front["computational_efficiency"] > 0).all()
-    assert store.find_profile(asdict(HERE), there.dtype, there.threads) is not None
+    assert store.devices.find_profile(asdict(HERE), there.dtype, there.threads) is not None
     # Nobody holds the study any longer.
     assert study.owner is None
     assert evaluator.together == [[0, 1, 3]]
@@ -558,7 +558,7 @@ def test_a_study_that_is_being_searched_is_refused(
     config, evaluator = done
     store, study = opened(config)
     other = Owner(Owner.me().host, os.getppid(), psutil.Process(os.getppid()).create_time())
-    store.claim(study.study_id, other)
+    store.ownership.claim(study.study_id, other)
     meter = Meter(evaluator.numbers)
     with pytest.raises(StorageError, match=f"is being searched by process {other.pid}"):
         remeasured(config, meter, monkeypatch, threads=2)

@@ -261,7 +261,7 @@ def test_another_deployment_has_a_table_of_its_own_and_no_part_in_the_rest(sqlit
     before = gather(store, "convfirst")
     row = store.find_study("convfirst")
     assert row is not None
-    device_id = store.device_id(dict(kind="cuda", name="elsewhere <i>", driver="1", torch="2", triton="3"))
+    device_id = store.devices.id_of(dict(kind="cuda", name="elsewhere <i>", driver="1", torch="2", triton="3"))
     config = LatencyConfig(device="cpu", engine="fused", batch_size=64)
     rows = [
         Latency(

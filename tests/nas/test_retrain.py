@@ -28,6 +28,7 @@ from nas.validation.retrain import (
     undominated,
 )
 from studies import Store
+from studies.sql import read_view
 from tests.nas.conftest import add_candidates, begun, study_id
 
 # Two on the front, (.7, 1) and (.9, 3), and four that are not.
@@ -65,7 +66,7 @@ def test_for_real(store: Store, config: SearchConfig) -> None:
     found = retrain(RecordedStudy.open(store, config.study), RetrainConfig(top=1, dominated=2, steps=3), lines.append)
     assert list(found.rows["number"]) == [1, 3, 5]
     assert found.rows["retrained_accuracy"].between(0, 1).all()
-    rows = store.retrainings(study_id(store, config))
+    rows = store.retrainings.of_study(study_id(store, config))
     assert {(row.steps, row.batch_size, row.resolution, row.data) for row in rows} == {(3, 8, 16, config.data.source)}
     assert "3 networks, 3 to be trained: 3 steps of 8 images" in lines[-4]
     assert lines[-1].startswith("3/3  trial 5: ")
@@ -75,7 +76,7 @@ def test_for_real(store: Store, config: SearchConfig) -> None:
     assert "4 networks, 1 to be trained" in lines[-2]
     # A schedule of its own, by default of four times the study's steps.
     retrain(RecordedStudy.open(store, config.study), RetrainConfig(top=1, dominated=0), lines.append)
-    assert {row.steps for row in store.retrainings(study_id(store, config))} == {3, 8}
+    assert {row.steps for row in store.retrainings.of_study(study_id(store, config))} == {3, 8}
 
 
 def test_the_front_by_the_longer_trainings(
@@ -87,7 +88,8 @@ def test_the_front_by_the_longer_trainings(
     assert list(found.rows["on_front"]) == [True, False, False, True, False, False]
     assert list(found.rows["on_retrained_front"]) == [True, True, False, False, True, True]
     # The database's own view agrees.
-    assert list(store.retrained_front(config.study)["number"]) == [0, 1, 4, 5]
+    view = "SELECT number FROM retrained_front WHERE study_name = :name ORDER BY latency_ms, number"
+    assert list(read_view(store.engine, view, config.study)["number"]) == [0, 1, 4, 5]
     assert list(store.front(config.study)["number"]) == [0, 3]
     lines = remarks(found)
     assert "The front among these is left by trial 3 and joined by trials 1, 4, 5." in lines
@@ -135,7 +137,7 @@ def test_other_data_are_another_kind(store: Store, config: SearchConfig, images:
     found = retrain(RecordedStudy.open(store, config.study), RetrainConfig(dominated=0, data=str(other), resolution=24))
     assert len(found.rows) == 2
     assert set(found.rows["retrained_resolution"]) == {24}
-    assert len(store.retrained(config.study)) == 4
+    assert len(store.retrainings.evaluations(config.study)) == 4
     assert str(other) in found.set_up
 
 
@@ -156,7 +158,7 @@ def test_a_study_without_candidates_is_refused(config: SearchConfig) -> None:
 def test_they_go_with_their_study(store: Store, config: SearchConfig) -> None:
     retrain(RecordedStudy.open(store, config.study), RetrainConfig())
     number = study_id(store, config)
-    assert len(store.retrainings(number)) == 6
+    assert len(store.retrainings.of_study(number)) == 6
     optuna.delete_study(study_name=config.study, storage=store.optuna_storage)
     with store.engine.connect() as connection:
         assert connection.exec_driver_sql("SELECT count(*) FROM convfirst_retrainings").scalar() == 0

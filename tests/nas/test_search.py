@@ -31,6 +31,7 @@ from nas.search.rows import latency_row
 from nas.training.proxy import ProxyResult
 from search_spaces import ArchSpec, SearchSpace
 from studies import Candidate, CandidateState, LatencyStage, Owner, StorageError, Store, Study
+from studies.sql import transaction
 
 
 class Counting(FakeEvaluator):
@@ -286,7 +287,7 @@ def test_the_devices_profile_is_measured_once_for_all_studies(on_cpu: SearchConf
     search.run(on_cpu, first)
     search.run(replace(on_cpu, study="another"), second)
     assert (first.profiles, second.profiles) == (1, 0)
-    profile = opened(on_cpu).find_profile(asdict(first.device), "float32", 1)
+    profile = opened(on_cpu).devices.find_profile(asdict(first.device), "float32", 1)
     assert profile is not None
     assert (profile.macs_per_s, profile.copy_bytes_per_s, profile.launch_seconds) == (4e10, 2e10, 4e-6)
 
@@ -554,7 +555,9 @@ def test_a_study_that_another_process_searches_is_refused_until_that_process_is_
         store = opened(config)
         study = store.find_study(config.study)
         assert study is not None
-        store.claim(study.study_id, Owner(socket.gethostname(), other.pid, psutil.Process(other.pid).create_time()))
+        store.ownership.claim(
+            study.study_id, Owner(socket.gethostname(), other.pid, psutil.Process(other.pid).create_time())
+        )
         store.close()
         with pytest.raises(StorageError, match=f"is being searched by process {other.pid}"):
             search.run(config, FakeEvaluator())
@@ -662,7 +665,7 @@ def test_a_study_taken_over_meanwhile_is_left_alone(config: SearchConfig, when: 
         store = opened(config)
         study = store.find_study(config.study)
         assert study is not None
-        with store._session() as session:
+        with transaction(store.engine) as session:
             session.get_one(Study, study.study_id).owner = str(thief)
         running.append(store.optuna_storage.create_new_trial(study.study_id))
         store.close()

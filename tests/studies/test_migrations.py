@@ -1,21 +1,22 @@
-"""Old databases are brought up to date, on SQLite and PostgreSQL alike."""
+"""Databases of older versions are brought up to date or refused, on SQLite and PostgreSQL alike."""
 
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import optuna
 import pytest
-from alembic import command
 from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Engine, create_engine, inspect, text
 
 from studies import Latency, LatencyStage, Owner, Profile, StorageError, Store, schema
 from studies.tables import Base
-from tests.studies.test_store import make_baseline_latency, make_training
+from tests.studies.rows import make_baseline_latency, make_training
 
 WHEN = "2026-01-02 03:04:05.678901"
 DEVICE = dict(kind="cpu", name="a CPU", driver="d", torch="2.11.0", triton="3.6.0")
@@ -37,14 +38,10 @@ def insert(database: Engine, table: str, /, **values: Any) -> None:
 
 @pytest.fixture
 def old_url(any_url: str) -> str:
-    """A database of version 0001, with a study of three candidates."""
-    storage = optuna.storages.RDBStorage(any_url)
+    """A database of the oldest version that is known, with a study of three candidates."""
+    store = opened(any_url)
+    storage, engine = store.optuna_storage, store.engine
     study_id = storage.create_new_study([optuna.study.StudyDirection.MAXIMIZE] * 2, "one")
-    engine = storage.engine
-    with engine.begin() as connection:
-        config = schema._config()
-        config.attributes["connection"] = connection
-        command.upgrade(config, "0001")
     insert(engine, "convfirst_devices", device_id=1, **DEVICE)
     insert(
         engine, "convfirst_studies", study_id=study_id, config='{"latency": {"engine": "eager"}}', versions="{}",
@@ -68,9 +65,31 @@ def old_url(any_url: str) -> str:
     if engine.dialect.name == "postgresql":
         with engine.begin() as connection:
             connection.execute(text("SELECT setval('convfirst_latencies_latency_id_seq', 7)"))
-    storage.remove_session()
-    engine.dispose()
+    store.close()
     return any_url
+
+
+NEXT = """
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0005"
+down_revision = "0004"
+
+
+def upgrade():
+    op.add_column("convfirst_devices", sa.Column("memory_bytes", sa.BigInteger))
+    op.create_table("convfirst_next", sa.Column("next_id", sa.Integer, primary_key=True))
+"""
+
+
+@pytest.fixture
+def next_version(old_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on this is a later program, with one more migration: the database of `old_url` is old."""
+    folder = tmp_path / "migrations"
+    shutil.copytree(schema.MIGRATIONS, folder)
+    (folder / "versions" / "0005_next.py").write_text(NEXT)
+    monkeypatch.setattr("studies.schema.MIGRATIONS", folder)
 
 
 @pytest.fixture
@@ -85,6 +104,11 @@ def rows(engine: Engine, query: str) -> list[dict[str, Any]]:
         return [dict(row) for row in connection.execute(text(query)).mappings()]
 
 
+def version(engine: Engine) -> str | None:
+    with engine.connect() as connection:
+        return schema.current(connection)
+
+
 def opened(url: str, *, create: bool = True) -> Store:
     store = Store.open(url, create=create)
     assert store is not None
@@ -92,7 +116,7 @@ def opened(url: str, *, create: bool = True) -> Store:
 
 
 def differences(engine: Engine) -> list[Any]:
-    """Between the tables of a database and the classes."""
+    """The differences between the tables of a database and the classes."""
     with engine.connect() as connection:
         context = MigrationContext.configure(
             connection,
@@ -117,34 +141,44 @@ def test_migrations_make_what_the_classes_say(any_url: str) -> None:
     store.close()
 
 
+def everything(engine: Engine) -> dict[str, list[dict[str, Any]]]:
+    """All rows of all tables and views."""
+    names = inspect(engine).get_table_names() + inspect(engine).get_view_names()
+    return {name: sorted(rows(engine, f"SELECT * FROM {name}"), key=str) for name in names}
+
+
+@pytest.mark.parametrize("create", [True, False], ids=["search", "reader"])
+@pytest.mark.parametrize("found", ["0001", "0002", "0003"])
+def test_a_database_from_before_the_first_release_is_refused(
+    old_url: str, engine: Engine, found: str, create: bool
+) -> None:
+    with engine.begin() as connection:
+        connection.execute(text("UPDATE convfirst_alembic_version SET version_num = :found"), {"found": found})
+    before = everything(engine)
+    message = rf"^its tables are of version {found}, from before the first release; make a new database$"
+    with pytest.raises(StorageError, match=message):
+        Store.open(old_url, create=create)
+    assert version(engine) == found
+    assert everything(engine) == before
+
+
+@pytest.mark.usefixtures("next_version")
 @pytest.mark.parametrize("create", [True, False], ids=["search", "reader"])
 def test_an_old_database_keeps_its_rows(old_url: str, engine: Engine, create: bool) -> None:
-    tables = [name for name in inspect(engine).get_table_names() if name.startswith("convfirst_")]
-    queries = {name: f"SELECT * FROM {name} ORDER BY 1" for name in tables if name != schema.VERSION_TABLE}
-    queries |= {view: f"SELECT * FROM {view} ORDER BY number" for view in ("convfirst_evaluations", "pareto_front")}
-    before = {name: rows(engine, query) for name, query in queries.items()}
+    before = everything(engine)
     assert [row["latency_id"] for row in before["convfirst_latencies"]] == [3, 5, 7]
-
     opened(old_url, create=create).close()
-    assert schema.current(engine) == schema.head()
-    assert differences(engine) == []
-    new = dict.fromkeys(("interval_share", "capped", "throttled", "sm_clock_mhz", "temperature_c")) | {
-        "stage": "search"
-    }
-    for name, query in queries.items():
-        after = rows(engine, query)
-        assert [{key: row[key] for key in kept} for row, kept in zip(after, before[name], strict=True)] == before[name]
-        # The columns that were there come first in the views, in their order.
-        if name in ("convfirst_evaluations", "pareto_front"):
-            assert list(after[0])[: len(before[name][0])] == list(before[name][0])
-        elif name == "convfirst_latencies":
-            assert all({key: row[key] for key in new} == new for row in after)
-    assert {name for name in inspect(engine).get_table_names() if name.startswith("convfirst_")} == {
-        *tables, "convfirst_profiles", "convfirst_block_latencies", "convfirst_baseline_trainings",
-        "convfirst_baseline_latencies", "convfirst_retrainings",
-    }  # fmt: skip
+    assert version(engine) == schema.head() == "0005"
+    after = everything(engine)
+    assert after.pop("convfirst_next") == []
+    assert [row.pop("memory_bytes") for row in after["convfirst_devices"]] == [None]
+    for name in before.keys() - {schema.VERSION_TABLE}:
+        assert after[name] == before[name], name
+    assert after.keys() == before.keys()
+    assert [difference[0] for difference in differences(engine)] == ["remove_table", "remove_column"]
 
 
+@pytest.mark.usefixtures("next_version")
 def test_an_old_study_is_gone_on_with(old_url: str, engine: Engine) -> None:
     store = opened(old_url)
     study = store.find_study("one")
@@ -157,50 +191,51 @@ def test_an_old_study_is_gone_on_with(old_url: str, engine: Engine) -> None:
     store.add_latencies(study.study_id, [final])
     assert [row.latency_id for row in store.candidates(study.study_id)[0].latencies] == [3, 8]
     assert list(store.front("one")["number"]) == [1, 0, 2]
-    store.claim(study.study_id, Owner.me())
-    store.add_profile(
+    store.ownership.claim(study.study_id, Owner.me())
+    store.devices.add_profile(
         DEVICE,
         Profile(
             dtype="float32", threads=1, copy_bytes_per_s=1.0, macs_per_s=1e3, launch_seconds=1,
             network_yardstick_ms=1.0, product_yardstick_ms=1.0, interval_share=0.1,
         ),
     )  # fmt: skip
-    store.add_baselines(study.study_id, [make_training("a")])
-    store.add_baselines(study.study_id, [make_baseline_latency("a", 1.0, device_id=1)])
+    store.baselines.add(study.study_id, [make_training("a")])
+    store.baselines.add(study.study_id, [make_baseline_latency("a", 1.0, device_id=1)])
     # 2 MACs in 4 ms at 1,000 MACs a second.
     assert store.front("one")["computational_efficiency"].iloc[-1] == pytest.approx(0.5)
     store.close()
-    # The triggers of 0001 and the foreign keys hold for the new tables.
+    # The triggers and the foreign keys hold for all tables.
     optuna.delete_study(study_name="one", storage=optuna.storages.RDBStorage(old_url))
     for table in ("studies", "candidates", "latencies", "learning_curves", "baseline_trainings", "baseline_latencies"):
         assert rows(engine, f"SELECT * FROM convfirst_{table}") == []
     assert len(rows(engine, "SELECT * FROM convfirst_profiles")) == 1
 
 
-def test_an_older_program_that_still_searches_can_write(old_url: str, engine: Engine) -> None:
-    """Begun before the database was brought up to date, it knows no stages."""
-    opened(old_url).close()
+def test_a_row_may_be_written_without_what_the_first_versions_did_not_know(old_url: str, engine: Engine) -> None:
     insert(engine, "convfirst_latencies", trial_id=1, median_ms=1.0, **(DEPLOYMENT | {"threads": 2}), **FIGURES)
-    assert rows(engine, "SELECT stage FROM convfirst_latencies WHERE threads = 2") == [{"stage": "search"}]
+    found = rows(engine, "SELECT stage, over_limit FROM convfirst_latencies WHERE threads = 2")
+    assert found == [{"stage": "search", "over_limit": False}]
 
 
+@pytest.mark.usefixtures("next_version")
 def test_a_migration_that_fails_changes_nothing(old_url: str, engine: Engine) -> None:
-    """What a killed one does too. Here it meets a table of the user's after it has remade the latencies."""
-    before = rows(engine, "SELECT * FROM convfirst_latencies ORDER BY 1")
+    """A killed one changes nothing either. This one meets a table of the user's after it has added a column."""
+    before = everything(engine)
     with engine.begin() as connection:
-        connection.execute(text("CREATE TABLE convfirst_profiles (name TEXT)"))
-    with pytest.raises(StorageError, match=r"convfirst_profiles.* already exists") as caught:
+        connection.execute(text("CREATE TABLE convfirst_next (name TEXT)"))
+    with pytest.raises(StorageError, match=r"convfirst_next.* already exists") as caught:
         Store.open(old_url, create=True)
     assert "\n" not in str(caught.value)
-    assert schema.current(engine) == "0001"
-    assert rows(engine, "SELECT * FROM convfirst_latencies ORDER BY 1") == before
-    assert len(rows(engine, "SELECT * FROM pareto_front")) == 2
+    assert version(engine) == "0004"
     with engine.begin() as connection:
-        connection.execute(text("DROP TABLE convfirst_profiles"))
+        connection.execute(text("DROP TABLE convfirst_next"))
+    assert everything(engine) == before
+    assert len(rows(engine, "SELECT * FROM pareto_front")) == 2
     opened(old_url).close()
-    assert schema.current(engine) == schema.head()
+    assert version(engine) == schema.head()
 
 
+@pytest.mark.usefixtures("next_version")
 @pytest.mark.parametrize("any_url", ["sqlite"], indirect=True)
 def test_an_old_database_that_is_read_only_is_refused(old_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.access", lambda path, mode: not mode & os.W_OK)
@@ -208,15 +243,16 @@ def test_an_old_database_that_is_read_only_is_refused(old_url: str, monkeypatch:
         Store.open(old_url, create=False)
 
 
+@pytest.mark.usefixtures("next_version")
 def test_an_old_database_that_somebody_holds_is_told_soon(
     old_url: str, engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("studies.store.OPEN_TIMEOUT_S", 0.2)
+    monkeypatch.setattr("studies.opening.OPEN_TIMEOUT_S", 0.2)
     with engine.connect() as holder:
         if engine.dialect.name == "sqlite":
             holder.exec_driver_sql("BEGIN IMMEDIATE")
         holder.execute(text("SELECT * FROM pareto_front"))
         with pytest.raises(StorageError, match=r"locked|lock timeout"):
             Store.open(old_url, create=False)
-    assert schema.current(engine) == "0001"
+    assert version(engine) == "0004"
     opened(old_url).close()

@@ -1,0 +1,35 @@
+"""The one error of this room, and the ways in which other libraries' errors become it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from optuna.exceptions import StorageInternalError
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+
+
+class StorageError(Exception):
+    """A database cannot be used; the message is one line that says why."""
+
+
+@contextmanager
+def guarded() -> Iterator[None]:
+    """Turn the errors of a database that is gone, full or locked for good into a StorageError.
+
+    An IntegrityError passes: whoever writes knows what it means.
+    """
+    try:
+        yield
+    except IntegrityError:
+        raise
+    except (SQLAlchemyError, StorageInternalError) as error:
+        raise StorageError(reason(error)) from error
+
+
+def reason(error: BaseException) -> str:
+    """The first line of an error's innermost cause: that has the database's own words, the wrappers add pages."""
+    while inner := getattr(error, "orig", None) or error.__cause__:
+        error = inner
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

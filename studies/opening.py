@@ -1,0 +1,236 @@
+"""The safe opening of a study database: what is refused, and how an SQLite file is made.
+
+Every refusal is a StorageError, and leaves the database as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.exceptions import StorageInternalError
+from optuna.storages import RDBStorage
+from optuna.study import StudyDirection
+from sqlalchemy import Connection, create_engine, event, inspect, text
+from sqlalchemy.engine import URL, make_url
+from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+
+from studies import schema
+from studies.errors import StorageError, reason
+
+# Opening fails soon if somebody holds a lock for good; a running search waits for a long time.
+OPEN_TIMEOUT_S = 10
+BUSY_TIMEOUT_S = 120
+
+# (direction, name) of the objectives, in Optuna's order of values. No other study is ours.
+OBJECTIVES = ((StudyDirection.MAXIMIZE, "accuracy"), (StudyDirection.MINIMIZE, "latency_ms"))
+# The front is a view, and a row is replaced, in SQL that only these two understand.
+BACKENDS = ("sqlite", "postgresql")
+OPTUNAS_TABLES = {"studies", "trials", "version_info"}
+
+
+def displayed(url: str) -> str:
+    """The URL as it was typed, but with its password hidden, for people and logs."""
+    try:
+        parsed = make_url(url)
+    except ArgumentError:
+        return url
+    return url if parsed.password is None else parsed.render_as_string()
+
+
+def open_storage(url: str, *, create: bool) -> RDBStorage | None:
+    """Open the database at `url`, with Optuna's tables and ours in their newest version.
+
+    Args:
+        url: for example `sqlite:///studies/convfirst.db` or `postgresql+psycopg://user@host/name`.
+        create: open the database to write, and make it and its tables if they are missing. Otherwise the database is
+            opened to read, and the result is None if it has no tables of ours. Tables of an older version are brought
+            up to date for readers too.
+
+    Raises:
+        StorageError: the database is unreachable, locked, not writable, not a database, not ours, or of a version
+            that this program does not know.
+    """
+    parsed = _parse(url)
+    if parsed.get_backend_name() == "sqlite" and not _is_sqlite_file(parsed):
+        raise StorageError("an in-memory database would be lost with the process; name a file")
+    try:
+        if not _exists(parsed):
+            if not create:
+                return None
+            _make_sqlite_file(parsed)
+        tables, version = _look_into(parsed, to_write=create)
+        ours = "convfirst_studies" in tables
+        if not ours and not create:
+            return None
+        if tables and not tables >= OPTUNAS_TABLES:
+            listed = ", ".join(sorted(tables)[:3])
+            raise StorageError(f"it holds other tables ({listed}) and no studies: it is not ours to write to")
+        if version is not None:
+            _require_known(version)
+        if version == schema.head():
+            return _optuna_storage(parsed)
+        if ours and not _is_writable(parsed):
+            raise StorageError("the file is read-only, and its tables are of an older version than this program's")
+        with schema.alone(parsed, OPEN_TIMEOUT_S):
+            storage = _optuna_storage(parsed)
+        schema.upgrade(parsed, OPEN_TIMEOUT_S)
+        return storage
+    # Optuna raises RuntimeError where its own tables are of another version.
+    except (SQLAlchemyError, StorageInternalError, RuntimeError, ImportError, OSError) as error:
+        raise StorageError(reason(error)) from error
+
+
+def check_writable(url: str) -> None:
+    """Check that an SQLite file that is not there yet could be made; make nothing.
+
+    Raises:
+        StorageError: the URL is of no database that is supported, or the file's folder cannot be written to.
+    """
+    parsed = _parse(url)
+    if not _exists(parsed):
+        folder = Path(str(parsed.database)).absolute().parent
+        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        if not existing.is_dir():
+            raise StorageError(f"{existing} is not a folder")
+        if not os.access(existing, os.W_OK):
+            raise StorageError(f"the folder {existing} is read-only")
+
+
+def check_free(url: str, name: str) -> None:
+    """Check that no other program has a study of that name, in a database without tables of ours; make nothing.
+
+    Raises:
+        StorageError: another program has such a study, or the database cannot be read.
+    """
+    parsed = _parse(url)
+    if not _exists(parsed):
+        return
+    try:
+        tables, _ = _look_into(parsed, to_write=False)
+        if "convfirst_studies" in tables or not tables >= OPTUNAS_TABLES:
+            return
+        with _probing(parsed) as connection:
+            of_study = "JOIN studies USING (study_id) WHERE study_name = :name"
+            trials = text(f"SELECT COUNT(*) FROM trials {of_study}")
+            directions = text(f"SELECT direction FROM study_directions {of_study} ORDER BY objective")
+            found = [StudyDirection[row[0]] for row in connection.execute(directions, {"name": name})]
+            if found:
+                require_ours(name, connection.execute(trials, {"name": name}).scalar_one(), found)
+    except (SQLAlchemyError, ImportError, OSError) as error:
+        raise StorageError(reason(error)) from error
+
+
+def require_ours(name: str, trials: int, directions: list[StudyDirection]) -> None:
+    """Check that an Optuna study without a row of ours is one whose making was interrupted: empty, with our directions.
+
+    Raises:
+        StorageError: another program made the study.
+    """
+    if trials or directions != [direction for direction, _ in OBJECTIVES]:
+        raise StorageError(f"its study {name!r} was made by another program; choose another --study")
+
+
+def _parse(url: str) -> URL:
+    try:
+        parsed = make_url(url)
+    except ArgumentError as error:
+        raise StorageError(
+            "is no database's URL, such as sqlite:///FILE.db or postgresql+psycopg://USER@HOST/NAME"
+        ) from error
+    if parsed.get_backend_name() not in BACKENDS:
+        raise StorageError(f"{parsed.get_backend_name()} is not supported; use {' or '.join(BACKENDS)}")
+    return parsed
+
+
+def _is_sqlite_file(url: URL) -> bool:
+    return url.get_backend_name() == "sqlite" and bool(url.database) and url.database != ":memory:"
+
+
+def _exists(url: URL) -> bool:
+    """Whether a database's file is there; a server's database is taken to be."""
+    return not _is_sqlite_file(url) or Path(str(url.database)).is_file()
+
+
+def _is_writable(url: URL) -> bool:
+    return not _is_sqlite_file(url) or os.access(str(url.database), os.W_OK)
+
+
+def _make_sqlite_file(url: URL) -> None:
+    """Make a database file with all tables, whole or not at all.
+
+    Optuna's tables are made one by one; a process killed in between would leave a file that looks like another
+    program's. Therefore the file is made aside, and linked to its name when it is done; of two processes one wins.
+    """
+    path = Path(str(url.database))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-study-") as folder:
+        aside = url.set(database=str(Path(folder) / "study.db"))
+        storage = _optuna_storage(aside)
+        storage.remove_session()
+        schema.upgrade(aside, OPEN_TIMEOUT_S)
+        storage.engine.dispose()
+        with contextlib.suppress(FileExistsError):
+            os.link(str(aside.database), path)
+
+
+@contextmanager
+def _probing(url: URL) -> Iterator[Connection]:
+    """A connection that is made and closed again, and waits for locks only as long as opening may."""
+    timeout = "timeout" if url.get_backend_name() == "sqlite" else "connect_timeout"
+    engine = create_engine(url, connect_args={timeout: OPEN_TIMEOUT_S})
+    try:
+        with engine.connect() as connection:
+            yield connection
+    finally:
+        engine.dispose()
+
+
+def _look_into(url: URL, *, to_write: bool) -> tuple[set[str], str | None]:
+    """The names of all tables in a database, and the version of ours.
+
+    With `to_write` this must get a write lock: the first write whose failure a user sees must not be the one after an
+    hour's training.
+    """
+    with _probing(url) as connection:
+        if to_write and url.get_backend_name() == "sqlite":
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+            if not _is_writable(url):
+                raise StorageError("the file is read-only")
+        return set(inspect(connection).get_table_names()), schema.current(connection)
+
+
+def _require_known(version: str) -> None:
+    known = schema.versions()
+    if version < known[0]:
+        raise StorageError(f"its tables are of version {version}, from before the first release; make a new database")
+    if version not in known:
+        raise StorageError(f"its tables are of version {version}, newer than this program's {known[-1]}")
+
+
+def _optuna_storage(url: URL) -> RDBStorage:
+    sqlite = url.get_backend_name() == "sqlite"
+    engine_kwargs: dict[str, Any] = {"connect_args": {"timeout": BUSY_TIMEOUT_S}} if sqlite else {"pool_pre_ping": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        storage = RDBStorage(url.render_as_string(hide_password=False), engine_kwargs=engine_kwargs)
+    if sqlite:
+        event.listen(storage.engine, "connect", _tune_sqlite)
+        # Connections made before the listener was there would not have been tuned.
+        storage.engine.dispose()
+    return storage
+
+
+def _tune_sqlite(connection: Any, _record: object) -> None:
+    # With WAL, readers (the dashboard) never block the search, nor does the search block them, and a write takes half
+    # the time. NORMAL then loses nothing that was committed when a process dies.
+    connection.execute("PRAGMA journal_mode=WAL")
+    connection.execute("PRAGMA synchronous=NORMAL")
+    connection.execute("PRAGMA foreign_keys=ON")
