@@ -15,7 +15,7 @@ DEPLOYMENT = ["device_id", "engine", "dtype", "batch_size", "resolution", "threa
 
 
 def print_front(front: pd.DataFrame, title: str) -> None:
-    from nas.display.plots import deployment_line
+    from nas.display.notes import deployment_line
     from nas.search.progress import front_table
 
     if front.empty:

@@ -8,47 +8,43 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from kernels.timing import DeviceInfo
-from nas.config import LatencyConfig
+from nas import pareto
 from nas.display import notes
-from nas.display.plots import plot_efficiency_gap, plot_learning_curve
+from nas.display.efficiency_plots import plot_efficiency_gap
+from nas.display.study_plots import plot_learning_curve
 from nas.latency.analysis import from_table
 from nas.latency.block_table import BlockTable
-from nas.search.live_study import DUPLICATE_OF
-from nas.validation.remeasure import deployment_columns, of_deployment
+from nas.recorded import RecordedStudy
 from search_spaces import ArchSpec
 from search_spaces.timm_config import timm_config
-from studies import Deployment, Store, Study
+from studies import Store
 from studies.display import Artifact, Artifacts, update_notes
 
-# Of a front so many members carry files: drawing takes a good part of a second each.
+# Members of a front that carry files, at most: drawing those of one takes a good part of a second.
 MOST_MEMBERS = 40
 
 
 def show(store: Store, name: str, folder: Path) -> int:
-    """Bring a study's notes and the files of its front's members up to date; returns how many files were made.
+    """Bring a study's notes and the files of its front's members up to date; return how many files were made.
 
     Nothing is measured. A user's own edits of notes are left alone.
 
     Args:
         folder: of the files.
+
+    Raises:
+        UsageError: the database has no such study, or another version wrote it.
     """
-    study = store.find_study(name)
-    assert study is not None
-    _write_notes(store, study, name)
-    config = LatencyConfig(**json.loads(study.config)["latency"])
-    front = of_deployment(store.front(name), config, study.device_id)
+    study = RecordedStudy.open(store, name)
+    _write_notes(study)
+    front = study.front()
     if front.empty:
         return 0
-    device = study.device
-    info = DeviceInfo(device.kind, device.name, device.driver, device.torch, device.triton)
-    table = BlockTable(store, info, config)
+    table = BlockTable(store, study.device, study.config.latency)
     artifacts = Artifacts(store.optuna_storage, study.study_id, folder)
-    # Evenly spaced, both ends included.
-    front = front.iloc[np.unique(np.linspace(0, len(front) - 1, MOST_MEMBERS).round().astype(int))]
+    front = front.iloc[pareto.evenly_spaced(len(front), MOST_MEMBERS)]
     made = 0
     for _, row in front.iterrows():
         made += sum(artifacts.attach(int(row["trial_id"]), each) for each in _artifacts(store, row, table))
@@ -56,17 +52,16 @@ def show(store: Store, name: str, folder: Path) -> int:
     return made
 
 
-def _write_notes(store: Store, study: Study, name: str) -> None:
-    config = json.loads(study.config)
-    here = deployment_columns(LatencyConfig(**config["latency"]), study.device_id)
-    bodies: dict[int | None, str] = {None: notes.study_note(study, name)}
-    for candidate in store.candidates(study.study_id):
-        bodies[candidate.trial_id] = notes.trial_note(candidate, candidate.latency_in(Deployment(**here)), config)
-    for trial in store.load_optuna_study(name).get_trials(deepcopy=False):
-        first = trial.user_attrs.get(DUPLICATE_OF)
+def _write_notes(study: RecordedStudy) -> None:
+    bodies: dict[int | None, str] = {None: notes.study_note(study)}
+    for candidate in study.candidates():
+        latency = candidate.latency_in(study.deployment)
+        bodies[candidate.trial_id] = notes.trial_note(candidate, latency, study.config)
+    for trial in study.store.load_optuna_study(study.name).get_trials(deepcopy=False):
+        first = trial.user_attrs.get(notes.DUPLICATE_OF)
         if first is not None:
             bodies[trial._trial_id] = notes.duplicate_note(ArchSpec.parse(trial.user_attrs["arch"]), first)
-    update_notes(store.optuna_storage, study.study_id, bodies)
+    update_notes(study.store.optuna_storage, study.study_id, bodies)
 
 
 def _artifacts(store: Store, row: pd.Series, table: BlockTable) -> list[Artifact]:

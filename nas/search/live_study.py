@@ -15,9 +15,11 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 import studies
 from nas.config import SearchConfig
 from nas.display import notes
+from nas.display.notes import DUPLICATE_OF, REASON
 from nas.errors import UsageError
 from nas.latency.block_table import BlockTable, network_shape
 from nas.latency.ceilings import store_profile
+from nas.recorded import RecordedStudy
 from nas.search.evaluation import Evaluator, Outcome
 from nas.search.sampling import Proposal, Proposer
 from nas.validation.remeasure import deployment_columns, latency_row, of_deployment
@@ -34,7 +36,6 @@ TOLD = {
     CandidateState.OVER_LIMIT: TrialState.PRUNED,
     CandidateState.FAILED: TrialState.FAIL,
 }
-REASON, DUPLICATE_OF = "reason", "duplicate_of"
 
 
 def differences(stored: Any, now: Any, path: str = "") -> list[str]:
@@ -163,7 +164,6 @@ class LiveStudy:
         self.config = config
         self.anchor_ms = anchor_ms
         self.peak_macs_per_s = peak_macs_per_s
-        self.identity = config.identity()
         self.optuna = store.load_optuna_study(config.study)
         self.recover()
         candidates = store.candidates(row.study_id)
@@ -306,7 +306,7 @@ class LiveStudy:
 
     def _tell(self, trial: FrozenTrial, row: Candidate, constraints: dict[str, float]) -> None:
         self._set_attrs(trial._trial_id, self._last_attrs(row))
-        self._note(trial._trial_id, notes.trial_note(row, self._own_latency(row), self.identity))
+        self._note(trial._trial_id, notes.trial_note(row, self._own_latency(row), self.config))
         # Some may be there already, if an earlier process was killed just here.
         if missing := constraints.keys() - trial.constraints.keys():
             live = Trial(self.optuna, trial._trial_id)
@@ -404,7 +404,8 @@ def open_study(
                 anchor_ms=anchor_ms,
             )  # fmt: skip
             store.claim(row.study_id, owner)
-            write_note(store.optuna_storage, row.study_id, None, notes.study_note(row, config.study))
+            note_of_study = notes.study_note(RecordedStudy.open(store, config.study))
+            write_note(store.optuna_storage, row.study_id, None, note_of_study)
         else:
             check_same_config(config, row)
             check_same_set_up(config, row, evaluator)
