@@ -102,7 +102,7 @@ def _draw(axes: Any, chart: Chart) -> None:
 
     for layer, each in enumerate(chart.series, start=2):
         axes.errorbar(
-            each.x, each.y, xerr=each.bar_lengths if each.low else None, fmt=each.marker or "none",
+            each.x, each.y, xerr=each.bar_lengths if each.low else None, marker=each.marker,
             ls="-" if each.stairs else "", drawstyle="steps-post", color=each.colour, ms=POINTS * each.size, lw=1.2,
             ecolor=(each.colour, BAR_OPACITY), label=each.name, zorder=layer,
         )  # fmt: skip

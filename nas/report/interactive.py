@@ -30,10 +30,15 @@ def plotly_figure(chart: Chart) -> PlotlyFigure:
         "margin": {"l": 55, "r": 15, "t": 30, "b": 95 if with_legend else 50},
         "legend": {"orientation": "h", "x": 0, "yref": "container", "y": 0, "yanchor": "bottom"},
         "hoverlabel": {"align": "left", "bgcolor": "white", "font": {"size": 12, "color": INK}},
-        "xaxis": {**axis, **(logarithmic if chart.log_x else {}), "title": {"text": chart.x_title}},
-        "yaxis": {**axis, "title": {"text": chart.y_title}},
+        "xaxis": {**axis, **(logarithmic if chart.log_x else {}), "title": _title(chart.x_title)},
+        "yaxis": {**axis, "title": _title(chart.y_title)},
     }  # fmt: skip
     return {"data": [_trace(each) for each in chart.series], "layout": layout}
+
+
+def _title(text: str) -> PlotlyFigure:
+    # Of Plotly's own size the longest would not fit the screen of a telephone.
+    return {"text": text, "font": {"size": 13}}
 
 
 def _trace(series: Series) -> PlotlyFigure:
