@@ -64,3 +64,12 @@ def running_hypervolume(accuracy: Vector, latency_ms: Vector, reference_latency_
             volume = hypervolume(accuracy[members], latency_ms[members], reference_latency_ms)
         volumes[index] = volume
     return volumes
+
+
+def evenly_spaced(size: int, count: int) -> list[int]:
+    """At most `count` indices of a front of `size` members, as even as may be, both ends included; of one the last."""
+    if count >= size:
+        return list(range(size))
+    if count == 1:
+        return [size - 1]
+    return [round(index * (size - 1) / (count - 1)) for index in range(count)]

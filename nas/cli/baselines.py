@@ -41,7 +41,10 @@ def baselines(
 ) -> None:
     """Train and measure known networks beside a study's own, and say what the found ones are worth."""
     with interruptible(), reported(storage), existing_store(storage, study, write=True) as store:
+        from nas.recorded import RecordedStudy
         from nas.validation import baselines as known
+        from nas.validation.contenders import contenders, failures
+        from nas.validation.verdict import table, training_lines, verdict
 
         flags = {
             "models": ("--models", models), "found": ("--found", found), "steps": ("--steps", steps),
@@ -51,8 +54,9 @@ def baselines(
             known.BaselineConfig, flags, models=known.names(models), found=found, steps=steps,
             learning_rates=known.rates(learning_rates), map_size=map_size, data_dir=data_dir, download=download,
         )  # fmt: skip
-        known.compare(store, study, config, note)
-        compared = known.contenders(store, study)
-        out.print(known.table(compared, f"Baselines of {study}"))
-        for line in (*known.training_lines(compared), *known.failures(store, study), *known.verdict(compared)):
+        recorded = RecordedStudy.open(store, study)
+        known.compare(recorded, config, note)
+        compared = contenders(recorded)
+        out.print(table(compared, f"Baselines of {study}"))
+        for line in (*training_lines(compared), *failures(recorded), *verdict(compared)):
             out.print(line, highlight=False, soft_wrap=True)

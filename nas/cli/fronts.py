@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def print_front(front: pd.DataFrame, title: str) -> None:
-    from nas.display.plots import deployment_line
+    from nas.display.notes import deployment_line
     from nas.search.progress import front_table
     from studies import Deployment
 

@@ -49,7 +49,7 @@ def pareto(
 
 
 def _plot_front(evaluations: pd.DataFrame, front: pd.DataFrame, study: str, path: Path) -> None:
-    from nas.display.plots import plot_front
+    from nas.display.study_plots import plot_front
     from nas.errors import UsageError
     from studies import Deployment
 

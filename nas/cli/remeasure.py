@@ -39,7 +39,7 @@ def remeasure(
 ) -> None:
     """Measure a study's front again, in turns; with other settings all candidates, as a second latency of theirs."""
     with reported(storage), existing_store(storage, study, write=True) as store:
-        from nas.display.plots import deployment_line
+        from nas.display.notes import deployment_line
         from nas.recorded import RecordedStudy
         from nas.search.progress import front_table
         from nas.validation.remeasure import remeasure as measure_again

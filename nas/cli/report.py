@@ -25,9 +25,12 @@ def report(
     with reported(storage):
         require_folder("--out", out_dir)
         with existing_store(storage, study) as store:
+            from nas.recorded import RecordedStudy
             from nas.report.page import write_report
-            from nas.validation.baselines import contenders, verdict
+            from nas.validation.contenders import contenders
+            from nas.validation.verdict import verdict
 
-            found = contenders(store, study)
-            for path in write_report(store, study, storage, out_dir, found, verdict(found)):
+            recorded = RecordedStudy.open(store, study)
+            compared = contenders(recorded)
+            for path in write_report(recorded, storage, out_dir, compared, verdict(compared)):
                 out.print(f"made: {path}", highlight=False, soft_wrap=True)

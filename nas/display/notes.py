@@ -1,23 +1,36 @@
-"""What a person reads of a study and its trials in the dashboard, in Markdown."""
+"""What a person reads of a study and its trials: words, names of attributes, and the dashboard's notes in Markdown."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
+import pandas as pd
+
+from nas.config import SearchConfig
+from nas.recorded import RecordedStudy
 from search_spaces import ArchSpec
 from search_spaces.arch import STEM_STRIDE
 from search_spaces.cost import Cost, head_cost, stage_cost, stem_cost, strided
-from studies import Candidate, CandidateState, Latency, LatencyStage, Study
+from studies import Candidate, CandidateState, Latency, LatencyStage
 
-# Attributes of trials: why one came to nothing, and the number of the trial that it proposed again.
+# Names of user attributes of trials: why a trial is not complete, and which trial it repeats.
 REASON, DUPLICATE_OF = "reason", "duplicate_of"
 HEADERS = ("stage", "blocks", "kernel", "group width", "expansion", "width", "stride", "output", "MMACs", "params k")
 STATES = {
     CandidateState.COMPLETE: "complete", CandidateState.OVER_LIMIT: "over a limit, not trained",
     CandidateState.FAILED: "failed",
 }  # fmt: skip
+
+
+def deployment_line(row: Mapping[str, Any] | pd.Series) -> str:
+    """What the latencies of a row of `pareto_front` were measured on, in words."""
+    return (
+        f"{row['device_name']}, {row['engine']}, {row['dtype']}, batch {row['batch_size']}, "
+        f"{row['resolution']}x{row['resolution']}, {row['threads']} thread(s)"
+    )
 
 
 def markdown_table(headers: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
@@ -49,27 +62,27 @@ def stage_table(arch: ArchSpec, resolution: int, num_classes: int) -> str:
     return markdown_table(HEADERS, rows)
 
 
-def trial_note(candidate: Candidate, latency: Latency | None, config: Mapping[str, Any]) -> str:
-    """What became of a candidate, and its stages as a table.
+def trial_note(candidate: Candidate, latency: Latency | None, config: SearchConfig) -> str:
+    """The outcome of a candidate, and its stages as a table.
 
     Args:
         latency: in the study's deployment; None where it was not measured.
-        config: of the study, as stored.
+        config: of the study.
     """
-    arch, deployment = ArchSpec.from_json(candidate.arch), config["latency"]
-    told = [f"**{STATES[CandidateState(candidate.state)]}**" + (f": {candidate.reason}" if candidate.reason else "")]
+    arch = ArchSpec.from_json(candidate.arch)
+    lines = [f"**{STATES[CandidateState(candidate.state)]}**" + (f": {candidate.reason}" if candidate.reason else "")]
     if candidate.accuracy is not None:
-        told.append(f"accuracy {candidate.accuracy:.2%} after {config['proxy']['steps']} steps")
+        lines.append(f"accuracy {candidate.accuracy:.2%} after {config.proxy.steps} steps")
     if latency is not None:
-        told.append(latency_words(latency))
+        lines.append(latency_words(latency))
     return "\n\n".join([
-        f"`{arch}`", "  \n".join(told), stage_table(arch, deployment["resolution"], deployment["num_classes"]),
+        f"`{arch}`", "  \n".join(lines), stage_table(arch, config.latency.resolution, config.latency.num_classes),
         "timm: " + " ".join(f"`{stage.arch_string}`" for stage in arch.stages),
     ])  # fmt: skip
 
 
 def latency_words(latency: Latency) -> str:
-    """A latency with what it is worth."""
+    """A latency, its spread, and reasons to doubt it."""
     words = f"latency {latency.median_ms:.4g} ms (p20 to p80: {latency.p20_ms:.4g} to {latency.p80_ms:.4g}"
     if latency.interval_share is not None:
         words += f"; 95 % interval of the median {latency.interval_share:.1%} wide"
@@ -84,40 +97,44 @@ def latency_words(latency: Latency) -> str:
 
 
 def duplicate_note(arch: ArchSpec, first: int) -> str:
-    """Of a trial that proposed what was known."""
+    """The note of a trial that proposed the architecture of an earlier one.
+
+    Args:
+        first: the number of that trial.
+    """
     return f"`{arch}`\n\n**known already**: proposed again what trial {first} is; nothing was measured"
 
 
-def study_note(study: Study, name: str) -> str:
+def study_note(study: RecordedStudy) -> str:
     """The set-up of a study."""
-    config: dict[str, Any] = json.loads(study.config)
-    data, proxy, deployment, device = config["data"], config["proxy"], config["latency"], study.device
-    limits = [f"{field} at most {value:g}" for field, value in config["limits"].items() if value is not None]
-    versions = json.loads(study.versions)
+    row, config = study.row, study.config
+    data, proxy, latency = config.data, config.proxy, config.latency
+    limits = [f"{name} at most {value:g}" for name, value in asdict(config.limits).items() if value is not None]
+    versions = json.loads(row.versions)
     rows: list[tuple[object, ...]] = [
         ("objectives", "accuracy of the proxy training (up), latency of the deployment in ms (down)"),
-        ("data", f"{data['source']}, {data['resolution']}x{data['resolution']}"),
+        ("data", f"{data.source}, {data.resolution}x{data.resolution}"),
         (
             "training",
-            f"{proxy['steps']} steps of {proxy['batch_size']}, AdamW, peak learning rate {proxy['learning_rate']:g}, "
-            f"{proxy['threads']} thread(s)",
+            f"{proxy.steps} steps of {proxy.batch_size}, AdamW, peak learning rate {proxy.learning_rate:g}, "
+            f"{proxy.threads} thread(s)",
         ),
         (
             "latency",
-            f"{deployment['engine']}, {deployment['dtype']}, batch {deployment['batch_size']}, "
-            f"{deployment['resolution']}x{deployment['resolution']}, {deployment['num_classes']} classes, "
-            f"{deployment['threads']} CPU thread(s); medians, corrected for drift by the anchor",
+            f"{latency.engine}, {latency.dtype}, batch {latency.batch_size}, "
+            f"{latency.resolution}x{latency.resolution}, {latency.num_classes} classes, "
+            f"{latency.threads} CPU thread(s); medians, corrected for drift by the anchor",
         ),
-        ("device", f"{device.name} ({device.driver})"),
-        ("anchor", f"`{ArchSpec.from_json(study.anchor)}`, {study.anchor_ms:.4g} ms".replace("|", "\\|")),
+        ("device", f"{study.device.name} ({study.device.driver})"),
+        ("anchor", f"`{study.anchor}`, {row.anchor_ms:.4g} ms".replace("|", "\\|")),
         ("limits", ", ".join(limits) or "none"),
-        ("sampler", f"{config['sampler']}, seed {config['seed']}"),
-        ("space", config["space"]["name"]),
+        ("sampler", f"{config.sampler}, seed {config.seed}"),
+        ("space", config.space.name),
         ("versions", ", ".join(f"{package} {version}" for package, version in versions.items())),
-        ("begun", f"{study.created_at:%Y-%m-%d %H:%M} UTC"),
+        ("begun", f"{row.created_at:%Y-%m-%d %H:%M} UTC"),
     ]
     return "\n\n".join([
-        f"Search for ConvFirst networks, study `{name}`.", markdown_table(("what", "how"), rows),
+        f"Search for ConvFirst networks, study `{study.name}`.", markdown_table(("what", "how"), rows),
         "Pruned trials broke a limit or proposed what was known already, failed ones could not run; user attributes "
         "and notes tell why. The front is also the view `pareto_front` of this database; its latencies were measured "
         "again at the end of the search, so that they may differ from the objective of the same trial.",

@@ -8,11 +8,12 @@ import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
+from nas import pareto
 from nas.display import notes
-from nas.display.plots import plot_efficiency_gap, plot_learning_curve
+from nas.display.efficiency_plots import plot_efficiency_gap
+from nas.display.study_plots import plot_learning_curve
 from nas.latency.analysis import from_table
 from nas.latency.block_table import BlockTable
 from nas.recorded import RecordedStudy
@@ -21,44 +22,42 @@ from search_spaces.timm_config import timm_config
 from studies import Store
 from studies.display import Artifact, Artifacts, update_notes
 
-# Of a front so many members carry files: drawing takes a good part of a second each.
+# Members of a front that carry files, at most: drawing those of one takes a good part of a second.
 MOST_MEMBERS = 40
 
 
-def show(recorded: RecordedStudy, folder: Path) -> int:
-    """Bring a study's notes and the files of its front's members up to date; returns how many files were made.
+def show(study: RecordedStudy, folder: Path) -> int:
+    """Bring a study's notes and the files of its front's members up to date; return how many files were made.
 
     Nothing is measured. A user's own edits of notes are left alone.
 
     Args:
         folder: of the files.
     """
-    _write_notes(recorded)
-    front = recorded.front()
+    _write_notes(study)
+    front = study.front()
     if front.empty:
         return 0
-    table = BlockTable(recorded.store, recorded.device, recorded.config.latency)
-    artifacts = Artifacts(recorded.store.optuna_storage, recorded.study_id, folder)
-    # Evenly spaced, both ends included.
-    front = front.iloc[np.unique(np.linspace(0, len(front) - 1, MOST_MEMBERS).round().astype(int))]
+    table = BlockTable(study.store, study.device, study.config.latency)
+    artifacts = Artifacts(study.store.optuna_storage, study.study_id, folder)
+    front = front.iloc[pareto.evenly_spaced(len(front), MOST_MEMBERS)]
     made = 0
     for _, row in front.iterrows():
-        made += sum(artifacts.attach(int(row["trial_id"]), each) for each in _artifacts(recorded.store, row, table))
+        made += sum(artifacts.attach(int(row["trial_id"]), each) for each in _artifacts(study.store, row, table))
     artifacts.keep_only({int(trial_id) for trial_id in front["trial_id"]})
     return made
 
 
-def _write_notes(recorded: RecordedStudy) -> None:
-    store, identity = recorded.store, recorded.identity
-    bodies: dict[int | None, str] = {None: notes.study_note(recorded.row, recorded.name)}
-    for candidate in recorded.candidates():
-        latency = candidate.latency_in(recorded.deployment)
-        bodies[candidate.trial_id] = notes.trial_note(candidate, latency, identity)
-    for trial in store.load_optuna_study(recorded.name).get_trials(deepcopy=False):
+def _write_notes(study: RecordedStudy) -> None:
+    bodies: dict[int | None, str] = {None: notes.study_note(study)}
+    for candidate in study.candidates():
+        latency = candidate.latency_in(study.deployment)
+        bodies[candidate.trial_id] = notes.trial_note(candidate, latency, study.config)
+    for trial in study.store.load_optuna_study(study.name).get_trials(deepcopy=False):
         first = trial.user_attrs.get(notes.DUPLICATE_OF)
         if first is not None:
             bodies[trial._trial_id] = notes.duplicate_note(ArchSpec.parse(trial.user_attrs["arch"]), first)
-    update_notes(store.optuna_storage, recorded.study_id, bodies)
+    update_notes(study.store.optuna_storage, study.study_id, bodies)
 
 
 def _artifacts(store: Store, row: pd.Series, table: BlockTable) -> list[Artifact]:

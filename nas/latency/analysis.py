@@ -16,7 +16,7 @@ from rich.table import Table
 from torch import nn
 
 from nas.config import LatencyConfig
-from nas.display.plots import plot_efficiency_gap, plot_waterline
+from nas.display.efficiency_plots import plot_efficiency_gap, plot_waterline
 from nas.errors import UsageError, is_out_of_memory, memory_may_run_out
 from nas.latency import ceilings as profile
 from nas.latency.block_table import BlockMeter, BlockTable, Sum, network_shape, on_device

@@ -7,7 +7,7 @@ import os
 import shlex
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -16,32 +16,29 @@ import numpy as np
 import pandas as pd
 from markupsafe import Markup, escape
 
-from nas.display.plots import plot_front
+from nas import pareto
+from nas.display.charts import Chart, save_charts
+from nas.display.notes import deployment_line
+from nas.display.study_plots import front_chart
 from nas.errors import UsageError
+from nas.recorded import RecordedStudy
+from nas.report.architectures import MOST_COLUMNS, chosen_members, figure_width, plot_architectures
 from nas.report.data import Material, gather, set_up
-from nas.report.figures import (
-    COLUMN,
-    MARGIN,
-    MOST_COLUMNS,
-    PARTS,
-    chosen_members,
-    plain,
-    plot_architectures,
-    plot_contenders,
-    plot_hypervolume,
-    plot_time,
-)
+from nas.report.figures import PARTS, contender_series, contenders_chart, hypervolume_charts, plot_time
 from nas.report.importance import EVALUATOR
-from nas.report.interactive import Figure, contenders_plot, front_plot, hypervolume_plots
+from nas.report.interactive import plotly_figure
 from nas.search.progress import duration
 from nas.validation.contenders import Contender
-from studies import Store, displayed
+from studies import displayed
 
 PAGE = "report.html"
-# Rows of a table: longer ones are no reading, and the database has them all.
+# Rows of a table at most: nobody reads longer ones, and the database has all rows.
 MOST_ROWS, MOST_ROWS_ELSEWHERE = 40, 10
-# Of the candidates at the end, over which it is told how much was still gained.
+# The share of the candidates, at the end, over which the page says how much was still gained.
 LAST_SHARE = 0.25
+
+# Name of a PNG -> the charts that stand in it side by side, each by its name in the page.
+Charts = dict[str, dict[str, Chart]]
 
 
 @dataclass(frozen=True)
@@ -54,29 +51,28 @@ class Picture:
 
 
 def write_report(
-    store: Store, name: str, storage: str, folder: Path, contenders: Sequence[Contender] = (),
-    verdict: Sequence[str] = (),
+    study: RecordedStudy, storage: str, folder: Path, contenders: Sequence[Contender] = (), verdict: Sequence[str] = (),
 ) -> list[Path]:  # fmt: skip
-    """Make `report.html` and PNGs in a folder, which is made if need be; returns their paths, the page first.
+    """Make `report.html` and PNGs in a folder, which is made if need be; return their paths, the page first.
 
     Each file is whole or is what it was before.
 
     Args:
-        name: of a study that is in the store.
-        storage: its URL, for the commands that the page shows.
+        storage: the database's URL, for the commands that the page shows.
         contenders: networks that were trained alike, to compare with.
-        verdict: sentences that tell what they show.
+        verdict: sentences that say what they show.
 
     Raises:
         UsageError: the folder cannot be written to.
     """
-    material = gather(store, name)
+    material = gather(study)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".report-") as made_in:
             aside = Path(made_in)
-            pictures = draw(material, contenders, aside)
-            (aside / PAGE).write_text(page(material, storage, pictures, contenders, verdict), encoding="utf-8")
+            charts = charts_of(material, contenders)
+            pictures = draw(material, charts, contenders, aside)
+            (aside / PAGE).write_text(page(material, storage, charts, pictures, contenders, verdict), encoding="utf-8")
             names = [PAGE, *(picture.file for picture in pictures.values())]
             # The page last: who finds it new finds the pictures, too.
             for made in reversed(names):
@@ -86,35 +82,49 @@ def write_report(
     return [folder / made for made in names]
 
 
-# -- Pictures --------------------------------------------------------------------------------------------------------
+# -- Figures ---------------------------------------------------------------------------------------------------------
 
 
-def draw(material: Material, contenders: Sequence[Contender], folder: Path) -> dict[str, Picture]:
-    """Those figures that there is something to show in."""
+def charts_of(material: Material, contenders: Sequence[Contender]) -> Charts:
+    """The charts that there is something to show in."""
+    charts: Charts = {}
+    if len(material.front):
+        chart = front_chart(material.evaluations, material.front)
+        alike = [contender for contender in contenders if comparable(material.study, contender)]
+        charts["front"] = {"front": replace(chart, series=[*chart.series, *contender_series(alike)])}
+    if len(material.history):
+        charts["hypervolume"] = hypervolume_charts(material.history, material.study.reference_latency_ms)
+    if contenders:
+        charts["contenders"] = {"contenders": contenders_chart(contenders)}
+    return charts
+
+
+def draw(material: Material, charts: Charts, contenders: Sequence[Contender], folder: Path) -> dict[str, Picture]:
+    """Draw the charts, the architectures and the time into PNGs."""
     pictures = {}
 
     def add(key: str, alt: str) -> None:
         path = folder / f"{key}.png"
         pictures[key] = Picture(path.name, base64.b64encode(path.read_bytes()).decode(), alt)
 
-    front, course = material.front, material.course
-    if len(front):
-        title = f"{plain(material.name)}: {material.complete} candidates"
-        plot_front(material.evaluations, front, title, folder / "front.png")
+    front = material.front
+    if "front" in charts:
+        title = f"{material.study.name}: {material.complete} candidates\n{deployment_line(front.iloc[0])}"
+        save_charts(charts["front"].values(), folder / "front.png", title=title)
         add("front", f"Accuracy against latency of {material.complete} candidates. {front_words(front)}")
         drawn = chosen_members(front)
         plot_architectures(drawn, folder / "architectures.png")
         columns = "; ".join(f"{row['latency_ms']:.3g} ms: {row['summary']}" for row in drawn.to_dict("records"))
         add("architectures", f"Networks of the front as stacks of stages, from the fastest. {columns}")
-    if len(course):
-        plot_hypervolume(course, material.reference_ms, folder / "hypervolume.png")
-        add("hypervolume", f"Hypervolume over candidates and over time. {course_words(material)}")
-    if len(material.spent):
-        plot_time(material.spent, folder / "time.png")
+    if "hypervolume" in charts:
+        save_charts(charts["hypervolume"].values(), folder / "hypervolume.png", 9, 3.4)
+        add("hypervolume", f"Hypervolume over candidates and over time. {history_words(material)}")
+    if len(material.time_spent):
+        plot_time(material.time_spent, folder / "time.png")
         shares = ", ".join(f"{part['name']} {part['time']} ({part['share']:.0%})" for part in parts_of_time(material))
         add("time", f"Time by part, piled up over the candidates: {shares}.")
-    if contenders:
-        plot_contenders(contenders, folder / "contenders.png")
+    if "contenders" in charts:
+        save_charts(charts["contenders"].values(), folder / "contenders.png")
         listed = "; ".join(f"{each.name} {each.accuracy:.1%} at {each.latency_ms:.3g} ms" for each in contenders)
         add("contenders", f"Accuracy against latency of networks trained alike: {listed}.")
     return pictures
@@ -124,6 +134,7 @@ def draw(material: Material, contenders: Sequence[Contender], folder: Path) -> d
 
 
 def front_words(front: pd.DataFrame) -> str:
+    """The front in a sentence."""
     first, last = front.iloc[0], front.iloc[-1]
     if len(front) == 1:
         return f"The front is one network: {first['accuracy']:.1%} at {first['latency_ms']:.3g} ms."
@@ -133,9 +144,9 @@ def front_words(front: pd.DataFrame) -> str:
     )
 
 
-def course_words(material: Material) -> str:
+def history_words(material: Material) -> str:
     """Whether the search was still improving."""
-    volumes = material.course["hypervolume"].to_numpy()
+    volumes = material.history["hypervolume"].to_numpy()
     reached = f"It came to {volumes[-1]:.4f} after {len(volumes)} candidate{'s' if len(volumes) > 1 else ''}."
     recent = round(LAST_SHARE * len(volumes))
     if not volumes[-1] or not recent:
@@ -149,8 +160,9 @@ def course_words(material: Material) -> str:
 
 
 def parts_of_time(material: Material) -> list[dict[str, Any]]:
-    total = float(material.spent.to_numpy().sum())
-    sums = {part: float(material.spent[part].sum()) for part in PARTS}
+    """The rows of the table of time."""
+    total = float(material.time_spent.to_numpy().sum())
+    sums = {part: float(material.time_spent[part].sum()) for part in PARTS}
     return [
         {"name": part, "time": duration(seconds), "share": seconds / total if total else 0.0, "colour": PARTS[part]}
         for part, seconds in sums.items()
@@ -158,33 +170,33 @@ def parts_of_time(material: Material) -> list[dict[str, Any]]:
 
 
 def tiles(material: Material) -> list[tuple[str, str]]:
-    """The figures that one looks for first, each with what it is."""
-    front, course = material.front, material.course
-    found = [
+    """The numbers that a reader looks for first, each with its meaning."""
+    front, history = material.front, material.history
+    shown = [
         (str(material.complete), f"complete of {len(material.candidates)} candidates"),
         (str(len(front)), "on the front"),
     ]
     if len(front):
-        found += [
+        shown += [
             (f"{front['accuracy'].max():.1%}", "most accurate"),
             (f"{front['latency_ms'].min():.3g} ms", "fastest of the front"),
         ]
-    if len(course):
-        found.append((f"{course['hypervolume'].iloc[-1]:.4f}", f"hypervolume up to {material.reference_ms:.3g} ms"))
-    return [*found, (duration(float(material.spent.to_numpy().sum())), "spent on candidates")]
+    if len(history):
+        reference = f"hypervolume up to {material.study.reference_latency_ms:.3g} ms"
+        shown.append((f"{history['hypervolume'].iloc[-1]:.4f}", reference))
+    return [*shown, (duration(float(material.time_spent.to_numpy().sum())), "spent on candidates")]
 
 
 def some_rows(rows: pd.DataFrame, most: int) -> list[dict[str, Any]]:
-    """Of too many, as many as that, evenly, with both ends; what is not known is None."""
-    if len(rows) > most:
-        rows = rows.iloc[np.unique(np.linspace(0, len(rows) - 1, most).round().astype(int))]
+    """Rows of a front, at most so many, evenly spaced, as dictionaries; what is not known is None."""
+    rows = rows.iloc[pareto.evenly_spaced(len(rows), most)]
     return [
         {str(key): None if pd.isna(value) else value for key, value in row.items()} for row in rows.to_dict("records")
     ]
 
 
 def importance_rows(material: Material) -> list[dict[str, Any]]:
-    """A row a parameter, with its share of each objective; what matters most to any of them first."""
+    """A row for each parameter, with its share of each objective; the greatest share of any objective first."""
     shares = [each.shares for each in material.importances]
     names = sorted({name for each in shares for name in each}, key=lambda name: -max(e.get(name, 0) for e in shares))
     return [
@@ -193,12 +205,14 @@ def importance_rows(material: Material) -> list[dict[str, Any]]:
     ]
 
 
-def comparable(material: Material, contender: Contender) -> bool:
+def comparable(study: RecordedStudy, contender: Contender) -> bool:
     """Whether a contender was trained and measured as the search's candidates were."""
-    training, latency = material.config["proxy"], material.config["latency"]
-    return (contender.resolution, contender.steps, contender.batch_size) == (
-        latency["resolution"], training["steps"], training["batch_size"],
-    ) and contender.resolution == material.config["data"]["resolution"]  # fmt: skip
+    config = study.config
+    own = (config.latency.resolution, config.proxy.steps, config.proxy.batch_size)
+    return (
+        own == (contender.resolution, contender.steps, contender.batch_size)
+        and contender.resolution == config.data.resolution
+    )
 
 
 def command(line: str) -> Markup:
@@ -211,8 +225,8 @@ def command(line: str) -> Markup:
 
 
 def page(
-    material: Material, storage: str, pictures: dict[str, Picture], contenders: Sequence[Contender],
-    verdict: Sequence[str],
+    material: Material, storage: str, charts: Charts, pictures: dict[str, Picture],
+    contenders: Sequence[Contender], verdict: Sequence[str],
 ) -> str:  # fmt: skip
     """The page's HTML. All that comes from the database or a user is escaped by the template."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -226,21 +240,15 @@ def page(
         lstrip_blocks=True,
     )
     environment.filters["command"] = command
-    plots: dict[str, Figure] = {}
-    if len(material.front):
-        marks = [contender for contender in contenders if comparable(material, contender)]
-        plots["front"] = front_plot(material.evaluations, material.front, marks)
-    if len(material.course):
-        plots["hypervolume_trials"], plots["hypervolume_seconds"] = hypervolume_plots(material.course)
-    if contenders:
-        plots["contenders"] = contenders_plot(contenders)
-    of_study = f"--study {shlex.quote(material.name)} --storage {shlex.quote(displayed(storage))}"
+    plots = {name: plotly_figure(chart) for members in charts.values() for name, chart in members.items()}
+    of_study = f"--study {shlex.quote(material.study.name)} --storage {shlex.quote(displayed(storage))}"
     return environment.get_template(PAGE).render(
         material=material,
+        study=material.study,
         made_at=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         set_up=set_up(material),
         tiles=tiles(material),
-        # Without contenders it says that there are none, which the page says in their place.
+        # Without contenders the verdict says that there are none, which the page says in their place.
         verdict=list(verdict) if contenders else [],
         pictures=pictures,
         plots=plots,
@@ -249,9 +257,9 @@ def page(
         front_words=front_words(material.front) if len(material.front) else "",
         front_rows=some_rows(material.front, MOST_ROWS),
         columns_drawn=min(len(material.front), MOST_COLUMNS),
-        architectures_px=round(100 * max(MARGIN + COLUMN * min(len(material.front), MOST_COLUMNS), 5.5)),
+        architectures_px=round(100 * figure_width(min(len(material.front), MOST_COLUMNS))),
         contenders=sorted(contenders, key=lambda contender: contender.latency_ms),
-        course_words=course_words(material) if len(material.course) else "",
+        history_words=history_words(material) if len(material.history) else "",
         importance_rows=importance_rows(material),
         evaluator=EVALUATOR,
         time_rows=parts_of_time(material),

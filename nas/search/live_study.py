@@ -277,7 +277,8 @@ def open_study(
                 anchor_ms=anchor_ms,
             )  # fmt: skip
             store.ownership.claim(row.study_id, owner)
-            write_note(store.optuna_storage, row.study_id, None, notes.study_note(row, config.study))
+            recorded = RecordedStudy.open(store, config.study)
+            write_note(store.optuna_storage, row.study_id, None, notes.study_note(recorded))
         else:
             check_same_config(config, row)
             check_same_set_up(config, row, evaluator)

@@ -34,7 +34,6 @@ class Trials:
         self.recorded, self.peak_macs_per_s = recorded, peak_macs_per_s
         self.storage = recorded.store.optuna_storage
         self.study = recorded.store.load_optuna_study(recorded.name)
-        self.identity = recorded.identity
 
     def unfinished(self) -> list[FrozenTrial]:
         """The trials that nobody has finished."""
@@ -73,7 +72,7 @@ class Trials:
         """
         self._set_attrs(trial_id, self._attributes(row))
         latency = row.latency_in(self.recorded.deployment)
-        self._write_note(trial_id, notes.trial_note(row, latency, self.identity))
+        self._write_note(trial_id, notes.trial_note(row, latency, self.recorded.config))
         trial = self.storage.get_trial(trial_id)
         # Some may be there already, if an earlier process was killed just here.
         if missing := constraints.keys() - trial.constraints.keys():

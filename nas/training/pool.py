@@ -28,12 +28,16 @@ from nas.training.proxy import ProxyResult
 from nas.worker import Worker
 from studies import BaselineTraining, Retraining
 
+# Steps of a long training, in those of a study's proxy training.
+LONG = 4
 
-class Trainee(Protocol):
+
+class Trainable(Protocol):
     """A network that is to be trained; it goes to another process.
 
     Attributes:
-        ours: what it raises is a bug, and it leaves its process as it was.
+        resolution: pixels of the training images.
+        ours: whether what it raises is a bug of this program, and it leaves its process as it was.
     """
 
     @property
@@ -58,23 +62,26 @@ class Trainee(Protocol):
 
 
 @dataclass(frozen=True)
-class Unit:
-    """One training: what is kept, or made anew, as a whole."""
+class TrainingJob:
+    """One training, which is kept or made anew as a whole."""
 
-    trainee: Trainee
+    network: Trainable
     steps: int
     learning_rate: float
 
 
 class Trainer:
-    """Trains networks on one data set; it puts data down in a folder that goes with it.
+    """Trains networks on one data set, which it keeps in files of a temporary folder.
 
     Args:
-        data: its resolution is the trainees' own.
+        data: the data set; each network says its own resolution.
         config: of the training, but for steps and learning rate.
         seed: of weights, order and augmentation, the same for all.
-        note: told what is done.
-        check: told of the data at each resolution when they are loaded; may raise.
+        note: receives a line for each step of the work.
+        check: receives the data at each resolution when they are loaded; may raise.
+
+    Attributes:
+        classes: how many classes the data have; 0 until they are loaded.
     """
 
     def __init__(
@@ -83,15 +90,15 @@ class Trainer:
     ) -> None:  # fmt: skip
         self.data, self.config, self.device, self.seed, self.note, self.check = data, config, device, seed, note, check
         self.lock, self.waiting = device_lock(device), partial(note, WAITING)
-        # On a CPU processes side by side, which share the threads: they train more in the same time than one of all.
-        self.jobs = min(config.threads, os.cpu_count() or 1) if device.type == "cpu" else 1
+        # On a CPU processes side by side share the threads: they train more in the same time than one process with all.
+        self.processes = min(config.threads, os.cpu_count() or 1) if device.type == "cpu" else 1
         self.classes = 0
 
     def __enter__(self) -> Trainer:
         with contextlib.ExitStack() as stack:
             self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="convfirst-data-")))
             self.trained_last: dict[Worker, str | None] = {}
-            self.workers = [stack.enter_context(Worker()) for _ in range(self.jobs)]
+            self.workers = [stack.enter_context(Worker()) for _ in range(self.processes)]
             self.stack = stack.pop_all()
         return self
 
@@ -99,7 +106,7 @@ class Trainer:
         self.stack.close()
 
     def data_path(self, resolution: int) -> str:
-        """The file of the data at a resolution, made if need be."""
+        """Path of the file that holds the data at a resolution, which is made if need be."""
         path = self.folder / f"{resolution}.pt"
         if not path.exists():
             data = image_data.load(replace(self.data, resolution=resolution), self.note)
@@ -111,52 +118,54 @@ class Trainer:
             torch.save({field.name: getattr(data, field.name) for field in fields(data)}, path)
         return str(path)
 
-    def train(self, units: Sequence[Unit], done: Callable[[Unit, ProxyResult | CandidateFailed], str]) -> None:
-        """Train all, the quickest first, so that those stand side by side that take alike long.
+    def train(
+        self, jobs: Sequence[TrainingJob], done: Callable[[TrainingJob, ProxyResult | CandidateFailed], str]
+    ) -> None:
+        """Train all, the quickest first, so that trainings side by side take about as long as each other.
 
         Args:
-            done: told of each as it ends; returns a line for the user.
+            done: receives each result as its training ends; returns a line for the user.
         """
-        units = sorted(units, key=lambda unit: (unit.trainee.macs, unit.trainee.name))
-        for begin in range(0, len(units), self.jobs):
-            group = units[begin : begin + self.jobs]
-            paths = [self.data_path(unit.trainee.resolution) for unit in group]
-            for worker, unit in zip(self.workers, group, strict=False):
-                self._make_ready(worker, unit.trainee)
+        jobs = sorted(jobs, key=lambda job: (job.network.macs, job.network.name))
+        for begin in range(0, len(jobs), self.processes):
+            group = jobs[begin : begin + self.processes]
+            paths = [self.data_path(job.network.resolution) for job in group]
+            for worker, job in zip(self.workers, group, strict=False):
+                self._make_ready(worker, job.network)
             with self.lock.training(self.waiting), ThreadPoolExecutor(len(group)) as pool:
                 futures = {
-                    pool.submit(self._one, worker, unit, path): unit
-                    for worker, unit, path in zip(self.workers, group, paths, strict=False)
+                    pool.submit(self._one, worker, job, path): job
+                    for worker, job, path in zip(self.workers, group, paths, strict=False)
                 }
                 try:
                     for number, future in enumerate(as_completed(futures), start=begin + 1):
-                        self.note(f"{number}/{len(units)}  {done(futures[future], future.result())}")
+                        self.note(f"{number}/{len(jobs)}  {done(futures[future], future.result())}")
                 except BaseException:
-                    # The pool waits for what it has begun.
+                    # The pool would wait for the trainings that have begun.
                     for worker in self.workers:
                         worker.close()
                     raise
 
-    def _make_ready(self, worker: Worker, trainee: Trainee) -> None:
-        """What a network that is not ours may have broken in its process must not be the next one's."""
-        if self.trained_last.get(worker) not in (None, trainee.name):
+    def _make_ready(self, worker: Worker, network: Trainable) -> None:
+        """Start a worker's process, anew after a network that is not ours and may have broken it."""
+        if self.trained_last.get(worker) not in (None, network.name):
             worker.close()
-        self.trained_last[worker] = None if trainee.ours else trainee.name
-        # Here, as a process ends with the thread that started it, which those of the pool soon do.
+        self.trained_last[worker] = None if network.ours else network.name
+        # In this thread: a process ends with the thread that started it, and the threads of the pool end soon.
         worker.start()
 
-    def _one(self, worker: Worker, unit: Unit, path: str) -> ProxyResult | CandidateFailed:
-        # The same for all, whoever trains beside: they change the rounding.
-        threads = self.config.threads // self.jobs
-        config = replace(self.config, steps=unit.steps, learning_rate=unit.learning_rate, threads=threads)
+    def _one(self, worker: Worker, job: TrainingJob, path: str) -> ProxyResult | CandidateFailed:
+        # The same number for all, however many train at once: it changes the rounding.
+        threads = self.config.threads // self.processes
+        config = replace(self.config, steps=job.steps, learning_rate=job.learning_rate, threads=threads)
         try:
-            return worker.call(train_one, unit.trainee, path, config, str(self.device), self.seed)
+            return worker.call(train_one, job.network, path, config, str(self.device), self.seed)
         except CandidateFailed as error:
             return error
 
 
 def fill(row: BaselineTraining | Retraining, result: ProxyResult | CandidateFailed) -> str:
-    """Write what came of a training into its row; returns it in words."""
+    """Write the result of a training into its row; return it in words."""
     if isinstance(result, CandidateFailed):
         row.reason = str(result)
         return f"failed ({row.reason})"
@@ -165,8 +174,8 @@ def fill(row: BaselineTraining | Retraining, result: ProxyResult | CandidateFail
     return f"{result.accuracy:.1%} in {result.seconds:.0f} s"
 
 
-def train_one(trainee: Trainee, data_path: str, config: ProxyConfig, device: str, seed: int) -> ProxyResult:
-    """One training, in the process that makes it.
+def train_one(network: Trainable, data_path: str, config: ProxyConfig, device: str, seed: int) -> ProxyResult:
+    """Train a network from new weights, in this process.
 
     Raises:
         CandidateFailed: the loss diverges, memory runs out, or a network that is not ours does not train.
@@ -175,14 +184,14 @@ def train_one(trainee: Trainee, data_path: str, config: ProxyConfig, device: str
         proxy.prepare_determinism()
     torch.set_num_threads(config.threads)
     batches, classes = _batches(data_path, device)
-    # Everybody sees the same images in the same order.
+    # Every network sees the same images in the same order.
     torch.manual_seed(seed)
-    with trainee.failing():
-        return proxy.train(trainee.build(classes), batches, config, seed)
+    with network.failing():
+        return proxy.train(network.build(classes), batches, config, seed)
 
 
 @cache
 def _batches(path: str, device: str) -> tuple[proxy.Batches, int]:
-    """Data that were put down in a file, which all processes map, and how many classes they have."""
+    """The data in a file, which all processes map, and how many classes they have."""
     data = ImageData(**torch.load(path, mmap=True, weights_only=True))
     return proxy.Batches(data, torch.device(device)), len(data.classes)

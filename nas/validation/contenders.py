@@ -1,12 +1,20 @@
 """Networks that were put through one and the same data, schedule and measurement: baselines, and a study's own.
 
-The values that `nas.validation.baselines` makes and the report shows.
+`nas.validation.baselines` writes their trainings and latencies down; here they are read and judged.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+
+from nas.recorded import RecordedStudy
+from studies import BaselineLatency, BaselineTraining
+
+# What counts as converged, see `convergence`: shares of accuracy.
+MOST_GAIN = 0.02
+ABOVE_CHANCE = 0.25
 
 
 class ContenderKind(StrEnum):
@@ -18,18 +26,18 @@ class ContenderKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Contender:
-    """One network with the best of its trainings.
+    """A network with the best of its trainings, and its latency.
 
     Args:
-        name: a timm model's, "ConvFirst anchor", or "trial 12".
-        summary: for people, what it is: an architecture's line, or the model's name once more.
-        trial: the number of a study's own; None of others.
-        accuracy: of the best of its learning rates, on held-out images.
+        name: of a timm model, "ConvFirst anchor", or "trial 12".
+        summary: the architecture's line, or the model's name once more.
+        trial: the number of one of the study's own networks; None for others.
+        accuracy: with the best of its learning rates, on held-out images.
         latency_ms, latency_p20_ms, latency_p80_ms: drift-corrected, in the study's deployment but for resolution and
             engine.
-        engine: the best standard one for networks that are not ours.
+        engine: that of the study, or the best standard one for networks that are not ours.
         resolution: pixels of the images it was trained on, and of its deployment.
-        learning_rate, steps, batch_size: of that training.
+        learning_rate, steps, batch_size: of the best training.
         converged: whether the training had come to an end of its improvement; see `training`.
         training: the state of the training, in words.
     """
@@ -51,3 +59,107 @@ class Contender:
     batch_size: int
     converged: bool
     training: str
+
+
+def convergence(
+    accuracies: Mapping[float, float], learning_rate: float, half: float | None, chance: float
+) -> tuple[bool, str]:
+    """Whether a training came to an end of its improvement, and the reason in words.
+
+    It has converged where doubling the steps gained at most `MOST_GAIN`, which is what another seed may give; where
+    the accuracy is past `ABOVE_CHANCE` of the way from chance to 1, as a network that has learnt nothing gains nothing
+    either; and where no learning rate that was not tried looks better: the best one lies between others, or is ahead
+    of its neighbour by no more than `MOST_GAIN`. A loss that flattens tells nothing here: the schedule ends at a rate
+    of 0.
+
+    Args:
+        accuracies: learning rate -> accuracy at the end of the whole schedule, for the trainings that did not fail.
+        learning_rate: the best of them.
+        half: accuracy at the end of half the schedule at that rate, if that was trained.
+        chance: the accuracy of guessing.
+    """
+    accuracy = accuracies[learning_rate]
+    if accuracy < chance + ABOVE_CHANCE * (1 - chance):
+        return False, f"it is hardly above chance ({chance:.0%})"
+    if half is None:
+        return False, "there is no shorter training to hold it against"
+    gain = accuracy - half
+    if gain > MOST_GAIN:
+        return False, f"doubling the steps still gained {100 * gain:.1f} points"
+    rates = sorted(accuracies)
+    if len(rates) > 1 and learning_rate in (rates[0], rates[-1]):
+        lowest = learning_rate == rates[0]
+        ahead = accuracy - accuracies[rates[1] if lowest else rates[-2]]
+        if ahead > MOST_GAIN:
+            return False, f"a {'lower' if lowest else 'higher'} learning rate than those tried may do better"
+    return True, f"doubling the steps gained {100 * gain:+.1f} points"
+
+
+def contenders(study: RecordedStudy) -> list[Contender]:
+    """The baselines of a study and its own networks beside them, fastest first; empty if nothing was compared.
+
+    Each has the best of its trainings on the longest schedule that any of them was trained on, and the latency that
+    was measured last: so all that are listed compare.
+    """
+    trainings = [row for row in study.store.baselines.trainings(study.study_id) if row.accuracy is not None]
+    steps = max((row.steps for row in trainings), default=0)
+    by_network: dict[tuple[str, int], list[BaselineTraining]] = {}
+    for row in trainings:
+        by_network.setdefault((row.name, row.resolution), []).append(row)
+    compared = []
+    for latency in _last_measured(study):
+        rows = by_network.get((latency.name, latency.resolution), [])
+        if latency.median_ms is not None and any(row.steps == steps for row in rows):
+            compared.append(_contender(rows, steps, latency))
+    return sorted(compared, key=lambda each: (each.latency_ms, each.name))
+
+
+def _last_measured(study: RecordedStudy) -> list[BaselineLatency]:
+    """The latencies that were measured in turns with one another, the last time that was done."""
+    rows = [row for row in study.store.baselines.latencies(study.study_id) if row.resolution]
+    last = max((row.measured_at for row in rows), default=None)
+    return [row for row in rows if row.measured_at == last]
+
+
+def _contender(rows: Sequence[BaselineTraining], steps: int, latency: BaselineLatency) -> Contender:
+    accuracies = {(row.steps, row.learning_rate): row.accuracy for row in rows if row.accuracy is not None}
+    best = best_training([row for row in rows if row.steps == steps])
+    wholes = {rate: accuracy for (count, rate), accuracy in accuracies.items() if count == steps}
+    half = accuracies.get((steps // 2, best.learning_rate))
+    converged, reason = convergence(wholes, best.learning_rate, half, 1 / best.classes)
+    of_rates = f"the best of {len(wholes)}" if len(wholes) > 1 else "the only one"
+    assert latency.median_ms is not None
+    assert latency.p20_ms is not None
+    assert latency.p80_ms is not None
+    return Contender(
+        name=best.name, kind=ContenderKind(best.kind), summary=best.summary, trial=best.trial, params=best.params,
+        macs=best.macs, accuracy=wholes[best.learning_rate], latency_ms=latency.median_ms,
+        latency_p20_ms=latency.p20_ms, latency_p80_ms=latency.p80_ms, engine=latency.engine, resolution=best.resolution,
+        learning_rate=best.learning_rate, steps=steps, batch_size=best.batch_size, converged=converged,
+        training=(
+            f"{steps} steps of {best.batch_size} images at learning rate {best.learning_rate:g}, {of_rates}; "
+            f"{'converged' if converged else 'not converged'}: {reason}"
+        ),
+    )  # fmt: skip
+
+
+def failures(study: RecordedStudy) -> list[str]:
+    """A line for each baseline that has no accuracy or no latency, with the reason."""
+    trainings = study.store.baselines.trainings(study.study_id)
+    trained = {(row.name, row.resolution) for row in trainings if row.accuracy is not None}
+    names = {name for name, _ in trained}
+    lines = {
+        row.name: f"{row.name}: {row.reason}"
+        for row in study.store.baselines.latencies(study.study_id)
+        # A row without a resolution says that none suited, but the network may have run at another since.
+        if row.reason and not (row.resolution == 0 and row.name in names)
+    }
+    for row in trainings:
+        if row.reason is not None and (row.name, row.resolution) not in trained:
+            lines[row.name] = f"{row.name}, trained at {row.learning_rate:g}: {row.reason}"
+    return list(lines.values())
+
+
+def best_training(rows: Sequence[BaselineTraining]) -> BaselineTraining:
+    """The most accurate training; of equally accurate ones that of the lowest learning rate."""
+    return max(rows, key=lambda row: (-1.0 if row.accuracy is None else row.accuracy, -row.learning_rate))

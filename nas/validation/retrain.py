@@ -17,10 +17,10 @@ from nas.latency.analysis import Note
 from nas.recorded import RecordedStudy
 from nas.search.evaluation import check_device
 from nas.training.data import ImageData
-from nas.training.pool import Trainer, Unit, fill
+from nas.training.pool import LONG, Trainer, TrainingJob, fill
 from nas.training.proxy import ProxyResult
-from nas.validation.baselines import LONG, Entrant
 from nas.validation.contenders import ContenderKind
+from nas.validation.networks import NetworkSpec
 from nas.validation.ranking import Coefficient, Ranking, gain, rankings
 from search_spaces import ArchSpec
 from studies import Retraining
@@ -35,7 +35,7 @@ class RetrainConfig:
     Args:
         top: the most accurate members of the front; None is all of it.
         dominated: candidates that are not on the front, spread over the range of latencies.
-        steps: None is `baselines.LONG` times the study's.
+        steps: None is `LONG` times the study's.
         data: a source as `DataConfig`'s; None is the study's.
         resolution: of the training images; None is the study's.
         data_dir, download, to_rgb: as in `DataConfig`; a study that converts does so here, too.
@@ -144,17 +144,17 @@ class _Run:
             self.trainer.note(f"only {len(picked)} candidates are not on the front")
         return pd.concat([best, others.iloc[picked]])
 
-    def units(self, chosen: pd.DataFrame) -> dict[int, Unit]:
+    def units(self, chosen: pd.DataFrame) -> dict[int, TrainingJob]:
         """trial_id -> its training."""
         self.trial_ids = {f"trial {row['number']}": int(row["trial_id"]) for _, row in chosen.iterrows()}
         with of_this_version(self.recorded.name):
             return {
-                int(row["trial_id"]): Unit(self._entrant(row), self.proxy.steps, self.proxy.learning_rate)
+                int(row["trial_id"]): TrainingJob(self._network(row), self.proxy.steps, self.proxy.learning_rate)
                 for _, row in chosen.iterrows()
             }
 
-    def _entrant(self, row: pd.Series) -> Entrant:
-        return Entrant(
+    def _network(self, row: pd.Series) -> NetworkSpec:
+        return NetworkSpec(
             f"trial {row['number']}", ContenderKind.FOUND, int(row["number"]), ArchSpec.from_json(str(row["arch"])),
             self.recorded.config.latency.engine, self.data.resolution, int(row["params"]), int(row["macs"]),
         )  # fmt: skip
@@ -178,11 +178,11 @@ class _Run:
         """What failed is tried again: memory may have run out for another's sake."""
         return {row.trial_id for row in self._of_this_kind() if row.accuracy is not None}
 
-    def write(self, unit: Unit, result: ProxyResult | CandidateFailed) -> str:
-        row = Retraining(trial_id=self.trial_ids[unit.trainee.name], data=self.data.source, **self._kind())
+    def write(self, unit: TrainingJob, result: ProxyResult | CandidateFailed) -> str:
+        row = Retraining(trial_id=self.trial_ids[unit.network.name], data=self.data.source, **self._kind())
         worth = fill(row, result)
         self.store.retrainings.add(row)
-        return f"{unit.trainee.name}: {worth}"
+        return f"{unit.network.name}: {worth}"
 
     def result(self, trial_ids: set[int]) -> Retrained:
         rows = self.store.retrainings.evaluations(self.recorded.name)

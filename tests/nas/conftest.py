@@ -17,7 +17,7 @@ from kernels.timing import DeviceInfo
 from nas.config import DataConfig, LatencyConfig, ProxyConfig, SearchConfig
 from nas.training import data as image_data
 from nas.training import pool as trainings
-from nas.validation import baselines
+from nas.validation import baseline_latencies
 from nas.worker import Worker
 from search_spaces import ArchSpec
 from studies import Candidate, CandidateState, Latency, Owner, Profile, Store
@@ -122,5 +122,5 @@ class Inline(Worker):
 
 @pytest.fixture
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(baselines, "Worker", Inline)
+    monkeypatch.setattr(baseline_latencies, "Worker", Inline)
     monkeypatch.setattr(trainings, "Worker", Inline)

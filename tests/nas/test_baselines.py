@@ -13,24 +13,21 @@ from torch import nn
 
 from nas.config import LatencyConfig, SearchConfig
 from nas.errors import CandidateFailed, UsageError
+from nas.pareto import evenly_spaced
+from nas.recorded import RecordedStudy
 from nas.training import pool as trainings
-from nas.validation import baselines
-from nas.validation.baselines import (
-    BaselineConfig,
-    compare,
-    contenders,
-    convergence,
+from nas.validation import baseline_latencies
+from nas.validation.baselines import BaselineConfig, compare
+from nas.validation.contenders import Contender, ContenderKind, contenders, convergence, failures
+from nas.validation.networks import (
+    NetworkSpec,
     default_map_size,
-    failures,
     own_map_size,
-    spread,
     suited_resolution,
-    table,
+    timm_model,
     total_stride,
-    training_lines,
-    verdict,
 )
-from nas.validation.contenders import Contender, ContenderKind
+from nas.validation.verdict import table, training_lines, verdict
 from nas.worker import Worker
 from search_spaces import load_space
 from studies import Store
@@ -48,6 +45,10 @@ def small(*models: str, **changes: Any) -> BaselineConfig:
 def trained(store: Store, config: SearchConfig) -> list[tuple[str, int, float]]:
     rows = store.baselines.trainings(study_id(store, config))
     return [(row.name, row.steps, row.learning_rate) for row in rows]
+
+
+def recorded(store: Store, config: SearchConfig) -> RecordedStudy:
+    return RecordedStudy.open(store, config.study)
 
 
 # -- Which resolution suits ------------------------------------------------------------------------------------------
@@ -72,7 +73,7 @@ def test_the_map_is_that_of_the_studys_own_networks() -> None:
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_efficientnet", "test_convnext"])
 def test_the_stride_that_timm_tells_is_the_one_that_shows(name: str) -> None:
-    model = baselines.timm_model(name, 10)
+    model = timm_model(name, 10)
     assert total_stride(model) == 32
     model.feature_info = None  # type: ignore[assignment]
     assert total_stride(model) == 32
@@ -88,10 +89,10 @@ def test_features_that_are_no_map_have_no_stride() -> None:
 
 
 def test_members_of_the_front_from_one_end_to_the_other() -> None:
-    assert spread(9, 3) == [0, 4, 8]
-    assert spread(4, 3) == [0, 2, 3]
-    assert spread(2, 3) == [0, 1]
-    assert spread(5, 1) == [4]
+    assert evenly_spaced(9, 3) == [0, 4, 8]
+    assert evenly_spaced(4, 3) == [0, 2, 3]
+    assert evenly_spaced(2, 3) == [0, 1]
+    assert evenly_spaced(5, 1) == [4]
 
 
 # -- What converged is ---------------------------------------------------------------------------------------------
@@ -195,8 +196,8 @@ def test_no_verdict_says_why(given: list[Contender], words: str) -> None:
 def test_networks_side_by_side(store: Store, config: SearchConfig) -> None:
     """In processes of their own, from images in a folder to the table."""
     before = len(store.load_optuna_study(config.study).trials)
-    compare(store, config.study, small("test_resnet", found=3))
-    found = {each.name: each for each in contenders(store, config.study)}
+    compare(recorded(store, config), small("test_resnet", found=3))
+    found = {each.name: each for each in contenders(recorded(store, config))}
     assert set(found) == {"ConvFirst anchor", "trial 0", "trial 2", "trial 3", "test_resnet"}
     ours, theirs = found["trial 3"], found["test_resnet"]
     assert (ours.kind, ours.trial, ours.resolution, ours.engine) == (ContenderKind.FOUND, 3, 16, "torchscript")
@@ -204,10 +205,10 @@ def test_networks_side_by_side(store: Store, config: SearchConfig) -> None:
     assert (theirs.kind, theirs.trial, theirs.resolution) == (ContenderKind.TIMM, None, 32)
     assert (theirs.steps, theirs.batch_size, theirs.learning_rate) == (2, 8, 1e-3)
     assert theirs.training.startswith("2 steps of 8 images at learning rate 0.001, the only one; ")
-    assert theirs.params == sum(p.numel() for p in baselines.timm_model("test_resnet", 2).parameters())
+    assert theirs.params == sum(p.numel() for p in timm_model("test_resnet", 2).parameters())
     assert theirs.macs > 1e5
     assert all(0 < each.latency_p20_ms <= each.latency_ms <= each.latency_p80_ms for each in found.values())
-    latencies = [each.latency_ms for each in contenders(store, config.study)]
+    latencies = [each.latency_ms for each in contenders(recorded(store, config))]
     assert latencies == sorted(latencies)
     assert len(verdict(list(found.values()))) >= 1
     assert table(list(found.values()), "title").row_count == 5
@@ -221,7 +222,7 @@ def test_networks_side_by_side(store: Store, config: SearchConfig) -> None:
 
 @pytest.mark.usefixtures("inline")
 def test_a_run_makes_what_is_lacking(store: Store, config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    compare(store, config.study, small("test_resnet", learning_rates=RATES))
+    compare(recorded(store, config), small("test_resnet", learning_rates=RATES))
     first = trained(store, config)
     # Each on the whole schedule at every rate, then at the best of them on half of it.
     assert sorted(name for name, steps, _ in first if steps == 1) == ["ConvFirst anchor", "test_resnet", "trial 3"]
@@ -233,23 +234,23 @@ def test_a_run_makes_what_is_lacking(store: Store, config: SearchConfig, monkeyp
     for name, steps, rate in first:
         if steps == 1:
             assert accuracies[name, 2, rate] == max(accuracies[name, 2, other] for other in RATES)
-    assert "the best of 2" in contenders(store, config.study)[0].training
+    assert "the best of 2" in contenders(recorded(store, config))[0].training
     when = store.baselines.latencies(study_id(store, config))[0].measured_at
     with monkeypatch.context() as patch:
         patch.delattr(trainings, "train_one")
-        patch.delattr(baselines, "_measured")
-        compare(store, config.study, small("test_resnet", learning_rates=RATES))
+        patch.delattr(baseline_latencies, "time_in_turns")
+        compare(recorded(store, config), small("test_resnet", learning_rates=RATES))
     assert trained(store, config) == first
     # Another one is trained by itself, and measured with all.
-    compare(store, config.study, small("test_efficientnet", learning_rates=RATES))
+    compare(recorded(store, config), small("test_efficientnet", learning_rates=RATES))
     assert {name for name, _, _ in trained(store, config)[len(first) :]} == {"test_efficientnet"}
     rows = store.baselines.latencies(study_id(store, config))
     assert len(rows) == 4
     assert {row.measured_at for row in rows} != {when}
     assert len({row.measured_at for row in rows}) == 1
     # Another schedule, and another resolution, are rows of their own; of schedules the longest is shown.
-    compare(store, config.study, small("test_resnet", steps=4, map_size=2))
-    shown = {(each.name, each.resolution, each.steps) for each in contenders(store, config.study)}
+    compare(recorded(store, config), small("test_resnet", steps=4, map_size=2))
+    shown = {(each.name, each.resolution, each.steps) for each in contenders(recorded(store, config))}
     assert shown == {("ConvFirst anchor", 16, 4), ("trial 3", 16, 4), ("test_resnet", 64, 4)}
 
 
@@ -263,27 +264,27 @@ def test_interrupted_it_keeps_what_was_finished(store: Store, config: SearchConf
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        compare(store, config.study, small("test_resnet"), interrupting)
+        compare(recorded(store, config), small("test_resnet"), interrupting)
     kept = trained(store, config)
     assert len(kept) == 2
     lines.clear()
-    compare(store, config.study, small("test_resnet"), lines.append)
+    compare(recorded(store, config), small("test_resnet"), lines.append)
     assert trained(store, config)[:2] == kept
     assert next(line for line in lines if "/1 " in line).startswith("1/1")
     assert not any("in turns" in line for line in lines)
-    assert len(contenders(store, config.study)) == 3
+    assert len(contenders(recorded(store, config))) == 3
 
 
 @pytest.mark.usefixtures("inline")
 def test_what_fails_is_written_down_and_stops_nothing(store: Store, config: SearchConfig) -> None:
     """A network for images of another size; one that does not compile; a learning rate at which all diverge."""
     compare(
-        store, config.study,
+        recorded(store, config),
         small("vit_tiny_patch16_224", "test_resnet", steps=4, learning_rates=(1e-3, 1e30)),
     )  # fmt: skip
-    assert {each.name for each in contenders(store, config.study)} == {"ConvFirst anchor", "trial 3", "test_resnet"}
-    assert all(each.learning_rate == 1e-3 for each in contenders(store, config.study))
-    (line,) = failures(store, config.study)
+    assert {each.name for each in contenders(recorded(store, config))} == {"ConvFirst anchor", "trial 3", "test_resnet"}
+    assert all(each.learning_rate == 1e-3 for each in contenders(recorded(store, config)))
+    (line,) = failures(recorded(store, config))
     assert line.startswith("vit_tiny_patch16_224: does not run on images of 16x16 (")
     reasons = [row.reason for row in store.baselines.trainings(study_id(store, config)) if row.learning_rate == 1e30]
     assert len(reasons) == 3
@@ -299,10 +300,10 @@ def test_what_cannot_be_measured_is_not_trained(
             raise CandidateFailed("engine x does not compile it")
         return network.eval()
 
-    monkeypatch.setattr(baselines, "deploy", deploy)
-    compare(store, config.study, small("test_resnet"))
-    assert {each.name for each in contenders(store, config.study)} == {"ConvFirst anchor", "trial 3"}
-    assert failures(store, config.study) == ["test_resnet: engine x does not compile it"]
+    monkeypatch.setattr(baseline_latencies, "deploy", deploy)
+    compare(recorded(store, config), small("test_resnet"))
+    assert {each.name for each in contenders(recorded(store, config))} == {"ConvFirst anchor", "trial 3"}
+    assert failures(recorded(store, config)) == ["test_resnet: engine x does not compile it"]
     assert "test_resnet" not in {name for name, _, _ in trained(store, config)}
 
 
@@ -311,23 +312,23 @@ def test_one_that_kills_its_process_is_found_out(
     store: Store, config: SearchConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Measured together all would fall with it; trained it is the only one that does."""
-    measured, train = baselines._measured, trainings.train_one
+    measured, train = baseline_latencies.time_in_turns, trainings.train_one
 
-    def fatal(entrants: list[baselines.Entrant], *rest: Any) -> list[Any]:
-        if any(each.name == "test_efficientnet" for each in entrants):
+    def fatal(networks: list[NetworkSpec], *rest: Any) -> list[Any]:
+        if any(each.name == "test_efficientnet" for each in networks):
             raise CandidateFailed("its process was killed by SIGSEGV")
-        return measured(entrants, *rest)
+        return measured(networks, *rest)
 
-    def crashing(entrant: baselines.Entrant, *rest: Any) -> Any:
-        if entrant.name == "test_resnet":
+    def crashing(network: NetworkSpec, *rest: Any) -> Any:
+        if network.name == "test_resnet":
             raise CandidateFailed("its process was killed by SIGABRT")
-        return train(entrant, *rest)
+        return train(network, *rest)
 
-    monkeypatch.setattr(baselines, "_measured", fatal)
+    monkeypatch.setattr(baseline_latencies, "time_in_turns", fatal)
     monkeypatch.setattr(trainings, "train_one", crashing)
-    compare(store, config.study, small("test_resnet", "test_efficientnet"))
-    assert {each.name for each in contenders(store, config.study)} == {"ConvFirst anchor", "trial 3"}
-    assert sorted(failures(store, config.study)) == [
+    compare(recorded(store, config), small("test_resnet", "test_efficientnet"))
+    assert {each.name for each in contenders(recorded(store, config))} == {"ConvFirst anchor", "trial 3"}
+    assert sorted(failures(recorded(store, config))) == [
         "test_efficientnet: its process was killed by SIGSEGV",
         "test_resnet, trained at 0.001: its process was killed by SIGABRT",
     ]
@@ -356,27 +357,28 @@ def test_impossible_settings(fields: dict[str, Any], words: str) -> None:
 
 def test_an_unknown_model_is_refused(store: Store, config: SearchConfig) -> None:
     with pytest.raises(UsageError, match=r"--models resnet19: timm has no such model \(did you mean"):
-        compare(store, config.study, small("resnet19"))
+        compare(recorded(store, config), small("resnet19"))
 
 
 def test_a_study_without_candidates_is_refused(config: SearchConfig) -> None:
     store = begun(config)
     with pytest.raises(UsageError, match="--study convfirst: has no complete candidate"):
-        compare(store, config.study, small("test_resnet"))
-    assert contenders(store, config.study) == []
-    assert contenders(store, "another") == []
+        compare(recorded(store, config), small("test_resnet"))
+    assert contenders(recorded(store, config)) == []
+    with pytest.raises(UsageError, match="--study another: not in"):
+        RecordedStudy.open(store, "another")
     store.close()
 
 
 def test_other_data_are_refused(store: Store, config: SearchConfig, images: Path) -> None:
     (images / "dark" / "0.png").unlink()
     with pytest.raises(UsageError, match=r"--data .*holds other images"):
-        compare(store, config.study, small("test_resnet"))
+        compare(recorded(store, config), small("test_resnet"))
 
 
 @pytest.mark.usefixtures("inline")
 def test_nothing_is_left_behind_when_the_study_is_deleted(store: Store, config: SearchConfig) -> None:
-    compare(store, config.study, small("test_resnet"))
+    compare(recorded(store, config), small("test_resnet"))
     number = study_id(store, config)
     optuna.delete_study(study_name=config.study, storage=store.optuna_storage)
     assert store.baselines.trainings(number) == []

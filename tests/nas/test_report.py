@@ -21,10 +21,10 @@ from nas.config import LatencyConfig, Limits, SearchConfig
 from nas.errors import CandidateFailed, UsageError
 from nas.lab.overhead import FakeEvaluator
 from nas.pareto import hypervolume, running_hypervolume
-from nas.recorded import deployment_of
+from nas.recorded import RecordedStudy, deployment_of
 from nas.report import page as report
-from nas.report.data import Material, gather, set_up, troubles
-from nas.report.figures import MOST_COLUMNS, chosen_members
+from nas.report.architectures import MOST_COLUMNS, chosen_members
+from nas.report.data import Material, gather, incomplete_trials, set_up
 from nas.report.importance import FEWEST_TRIALS, importances
 from nas.report.page import comparable, write_report
 from nas.search.loop import run
@@ -125,7 +125,7 @@ def made(
     store: Store, folder: Path, name: str = "convfirst", contenders: Sequence[Contender] = (),
     verdict: Sequence[str] = (), storage: str = "sqlite:///s.db",
 ) -> Page:  # fmt: skip
-    paths = write_report(store, name, storage, folder, contenders, verdict)
+    paths = write_report(RecordedStudy.open(store, name), storage, folder, contenders, verdict)
     assert sorted(paths) == sorted(folder.iterdir())
     for path in paths[1:]:
         with Image.open(path) as image:
@@ -142,7 +142,7 @@ def shown(study: tuple[Store, str], tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture(scope="module")
 def material(study: tuple[Store, str]) -> Material:
-    return gather(study[0], "convfirst")
+    return gather(RecordedStudy.open(study[0], "convfirst"))
 
 
 # -- What it says ----------------------------------------------------------------------------------------------------
@@ -241,9 +241,9 @@ def test_baselines_get_a_plot_of_their_own_unless_they_were_trained_alike(
     store, _ = study
     alike = contender("a twin", ContenderKind.DEFAULT, resolution=32, steps=200, latency_ms=0.5)
     longer = contender("resnet18", converged=False, training="still rising", latency_ms=6.0)
-    assert comparable(material, alike)
-    assert not comparable(material, longer)
-    assert not comparable(material, replace(alike, resolution=64))
+    assert comparable(material.study, alike)
+    assert not comparable(material.study, longer)
+    assert not comparable(material.study, replace(alike, resolution=64))
     page = made(store, tmp_path, contenders=[longer, alike], verdict=["Twice as fast, it says."])
     named = [name for trace in page.plots["front"]["data"] for name in trace.get("text", ())]
     assert "a twin" in named
@@ -258,7 +258,7 @@ def test_baselines_get_a_plot_of_their_own_unless_they_were_trained_alike(
 
 def test_another_deployment_has_a_table_of_its_own_and_no_part_in_the_rest(sqlite_url: str, tmp_path: Path) -> None:
     store = searched(sqlite_url, budget=15)
-    before = gather(store, "convfirst")
+    before = gather(RecordedStudy.open(store, "convfirst"))
     row = store.find_study("convfirst")
     assert row is not None
     device_id = store.devices.id_of(dict(kind="cuda", name="elsewhere <i>", driver="1", torch="2", triton="3"))
@@ -272,8 +272,8 @@ def test_another_deployment_has_a_table_of_its_own_and_no_part_in_the_rest(sqlit
         for candidate in before.candidates if candidate.state == CandidateState.COMPLETE
     ]  # fmt: skip
     store.add_latencies(row.study_id, rows)
-    after = gather(store, "convfirst")
-    assert after.course.equals(before.course)
+    after = gather(RecordedStudy.open(store, "convfirst"))
+    assert after.history.equals(before.history)
     assert list(after.front["number"]) == list(before.front["number"])
     assert [len(members) for _, members in after.elsewhere] == [1]
     page = made(store, tmp_path / "out")
@@ -341,7 +341,7 @@ def test_running_hypervolume_is_that_of_each_beginning() -> None:
         assert running[count - 1] == pytest.approx(hypervolume(accuracy[:count], latency_ms[:count], 1.5))
 
 
-def test_troubles_are_grouped_by_what_went_wrong() -> None:
+def test_incomplete_trials_are_grouped_by_what_went_wrong() -> None:
     def candidate(number: int, state: CandidateState, reason: str | None) -> Candidate:
         return Candidate(number=number, state=state, reason=reason)
 
@@ -358,7 +358,7 @@ def test_troubles_are_grouped_by_what_went_wrong() -> None:
         trial = create_trial(state=state, user_attrs=attrs)
         trial.number = number
         trials.append(trial)
-    assert [(trouble.what, trouble.reason, trouble.numbers) for trouble in troubles(candidates, trials)] == [
+    assert [(group.outcome, group.reason, group.numbers) for group in incomplete_trials(candidates, trials)] == [
         ("over a limit", "latency_ms … over the limit", (1, 3)),
         ("failed", "out of memory", (0,)),
         ("failed", "not told", (4,)),
@@ -419,7 +419,7 @@ def test_what_was_there_stays_whole_if_the_making_fails(
 ) -> None:
     store, _ = study
     (tmp_path / "notes.txt").write_text("somebody's")
-    write_report(store, "convfirst", "sqlite:///s.db", tmp_path)
+    write_report(RecordedStudy.open(store, "convfirst"), "sqlite:///s.db", tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
     def fail(*_: object) -> str:
@@ -427,7 +427,7 @@ def test_what_was_there_stays_whole_if_the_making_fails(
 
     monkeypatch.setattr(report, "page", fail)
     with pytest.raises(KeyboardInterrupt):
-        write_report(store, "convfirst", "sqlite:///s.db", tmp_path)
+        write_report(RecordedStudy.open(store, "convfirst"), "sqlite:///s.db", tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
@@ -436,7 +436,7 @@ def test_a_folder_that_cannot_be_written_to_gets_one_line(study: tuple[Store, st
     (tmp_path / "taken" / "report.html").mkdir(parents=True)
     for folder in (tmp_path / "file", tmp_path / "file" / "below", tmp_path / "taken"):
         with pytest.raises(UsageError, match=r"^--out .*: [^\n]+$"):
-            write_report(study[0], "convfirst", "sqlite:///s.db", folder)
+            write_report(RecordedStudy.open(study[0], "convfirst"), "sqlite:///s.db", folder)
 
 
 def test_passwords_do_not_reach_the_page(shown: tuple[Page, Path]) -> None:

@@ -50,8 +50,8 @@ def told(monkeypatch: pytest.MonkeyPatch, inline: None) -> dict[str, float | Can
     """Trainings that end as a test says, at once; by name, else with an accuracy of .5."""
     results: dict[str, float | CandidateFailed] = {}
 
-    def train_one(trainee: trainings.Trainee, *_: object) -> ProxyResult:
-        found = results.get(trainee.name, 0.5)
+    def train_one(network: trainings.Trainable, *_: object) -> ProxyResult:
+        found = results.get(network.name, 0.5)
         if isinstance(found, CandidateFailed):
             raise found
         return ProxyResult(found, 1.0, (), 2.0, 0)

@@ -1,4 +1,4 @@
-"""Figures: of a study, drawn from its tables; of networks' efficiency, drawn from `nas.latency.roofline`'s values."""
+"""Figures of where a network's time goes, drawn from the values of `nas.latency.roofline`."""
 
 from __future__ import annotations
 
@@ -12,86 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
+from nas.display.charts import BLUE, GREY, ORANGE, new_figure
 from nas.latency.roofline import Efficiency, NetworkEfficiency
-from studies import CurvePoint
 
-FRONT_COLOUR, OTHERS_COLOUR = "#d1495b", "#9aa5b1"
-
-
-def deployment_line(row: pd.Series) -> str:
-    """What a row of `pareto_front` was measured on, in words."""
-    return (
-        f"{row['device_name']}, {row['engine']}, {row['dtype']}, batch {row['batch_size']}, "
-        f"{row['resolution']}x{row['resolution']}, {row['threads']} thread(s)"
-    )
-
-
-def plot_front(evaluations: pd.DataFrame, front: pd.DataFrame, title: str, path: Path) -> None:
-    """Accuracy against latency, the front as a staircase with the spread of each latency; PNG, SVG or PDF by suffix.
-
-    Args:
-        evaluations: complete candidates of one deployment, as the view `convfirst_evaluations` has them.
-        front: the rows of `pareto_front` for the same deployment.
-
-    Raises:
-        ValueError: the suffix is none that matplotlib writes.
-    """
-    # Without a display and without the state of pyplot.
-    from matplotlib.figure import Figure
-
-    front = front.sort_values("latency_ms")
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.scatter(
-        evaluations["latency_ms"], 100 * evaluations["accuracy"], s=14, color=OTHERS_COLOUR,
-        label=f"all {len(evaluations)} candidates", zorder=2,
-    )  # fmt: skip
-    axes.step(front["latency_ms"], 100 * front["accuracy"], where="post", color=FRONT_COLOUR, lw=1.2, zorder=3)
-    spread = [front["latency_ms"] - front["latency_p20_ms"], front["latency_p80_ms"] - front["latency_ms"]]
-    axes.errorbar(
-        front["latency_ms"], 100 * front["accuracy"], xerr=spread, fmt="o", ms=5, lw=1, color=FRONT_COLOUR,
-        label=f"Pareto front ({len(front)}), bars from p20 to p80", zorder=4,
-    )  # fmt: skip
-    axes.set_xlabel("latency of one batch in ms, drift-corrected median")
-    axes.set_ylabel("accuracy of the proxy training in %")
-    axes.set_title(f"{title}\n{deployment_line(front.iloc[0])}", fontsize=10)
-    axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", frameon=False)
-    figure.savefig(path, dpi=120)
-
-
-def plot_learning_curve(curve: Sequence[CurvePoint], validation_accuracy: float | None, title: str, path: Path) -> None:
-    """Loss and accuracy over the steps of a training, and the accuracy on held-out images it came to; by suffix."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    axes = figure.add_subplot()
-    steps = [point.step for point in curve]
-    axes.plot(steps, [100 * point.train_accuracy for point in curve], color=BOUND_COLOUR, label="training accuracy")
-    if validation_accuracy is not None:
-        axes.axhline(
-            100 * validation_accuracy, color=FRONT_COLOUR, ls="--", lw=1.2,
-            label=f"held-out images, at the end: {100 * validation_accuracy:.1f} %",
-        )  # fmt: skip
-    axes.set_ylim(0, 100)
-    axes.set_xlabel("step")
-    axes.set_ylabel("accuracy in %")
-    axes.grid(alpha=0.3)
-    losses = axes.twinx()
-    losses.plot(steps, [point.train_loss for point in curve], color=GAP_COLOUR, label="training loss")
-    losses.set_ylim(bottom=0)
-    losses.set_ylabel("loss (label smoothing included)")
-    axes.set_title(title, fontsize=10, loc="left")
-    handles = [handle for each in (axes, losses) for handle in each.get_legend_handles_labels()[0]]
-    axes.legend(handles=handles, loc="center right", frameon=False)
-    figure.savefig(path, dpi=110)
-
-
-# -- Efficiency ------------------------------------------------------------------------------------------------------
-
-BOUND_COLOUR, GAP_COLOUR, REST_COLOUR = "#3d6f9e", "#f0a35e", "#9aa5b1"
+BOUND_COLOUR, GAP_COLOUR, REST_COLOUR = BLUE, ORANGE, GREY
 # Of Okabe and Ito's palette, which most kinds of colour blindness tell apart.
 KIND_COLOURS = {
     "stem": "#56b4e9", "convfirst": "#0072b2", "mbconv": "#009e73", "head": "#cc79a7", "conv": "#e69f00",
@@ -217,10 +142,7 @@ def _percent(share: float) -> str:
 
 def _panels(networks: Sequence[NetworkEfficiency], height: float) -> tuple[Any, Any]:
     """A figure, and axes for each network."""
-    # Without a display and without the state of pyplot.
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10 if len(networks) == 1 else 16, height), layout="constrained")
+    figure = new_figure(10 if len(networks) == 1 else 16, height)
     return figure, figure.subplots(1, len(networks), sharex=True, sharey=True, squeeze=False)[0]
 
 

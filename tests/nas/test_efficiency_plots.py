@@ -11,8 +11,8 @@ import pytest
 from matplotlib.colors import to_hex
 from PIL import Image
 
-from nas.display import plots
-from nas.display.plots import plot_efficiency_gap, plot_waterline, stages
+from nas.display import efficiency_plots as plots
+from nas.display.efficiency_plots import plot_efficiency_gap, plot_waterline, stages
 from nas.latency.roofline import (
     Block,
     Efficiency,

@@ -1,0 +1,128 @@
+"""Charts as values, of which Matplotlib makes files here, and the report's Plotly interactive figures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+RED, BLUE, ORANGE, GREY, DARK_GREY, INK = "#d1495b", "#3d6f9e", "#f0a35e", "#9aa5b1", "#8a949f", "#1b1f24"
+DPI = 150
+# Matplotlib's points for a pixel of the interactive figures, whose markers are larger on a screen.
+POINTS = 0.6
+# Opacity of the bars: those of close points lie one over the other.
+BAR_OPACITY = 0.5
+
+
+@dataclass(frozen=True)
+class Series:
+    """Points of one kind in a chart.
+
+    Args:
+        name: in the legend.
+        x, y: (n,) each.
+        colour: as #rrggbb.
+        marker: "o", "s", "D" or "x"; "" draws none.
+        size: of a marker, in pixels of an interactive figure.
+        stairs: whether a line joins the points, which keeps its height up to the next point.
+        low, high: (n,) each, the ends of a horizontal bar through each point; empty draws none.
+        labels: (n,) words beside the points; empty draws none.
+        details: (n,) texts of several lines, which an interactive figure shows of the point under the pointer.
+    """
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+    colour: str
+    marker: str = "o"
+    size: int = 6
+    stairs: bool = False
+    low: Sequence[float] = ()
+    high: Sequence[float] = ()
+    labels: Sequence[str] = ()
+    details: Sequence[str] = ()
+
+    @property
+    def bar_lengths(self) -> tuple[list[float], list[float]]:
+        """How far each bar reaches to the left and to the right of its point."""
+        return (
+            [max(0.0, x - low) for x, low in zip(self.x, self.low, strict=False)],
+            [max(0.0, high - x) for x, high in zip(self.x, self.high, strict=False)],
+        )
+
+
+@dataclass(frozen=True)
+class Chart:
+    """Series over common axes.
+
+    Args:
+        log_x: whether equal ratios of x are equally wide.
+        from_zero: whether both axes begin at 0.
+    """
+
+    x_title: str
+    y_title: str
+    series: Sequence[Series]
+    log_x: bool = False
+    from_zero: bool = False
+
+
+def new_figure(width: float, height: float) -> Any:
+    """A Matplotlib figure of that size in inches, which needs no display and leaves the state of pyplot alone."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_charts(charts: Iterable[Chart], path: Path, width: float = 8, height: float = 5, title: str = "") -> None:
+    """Draw charts side by side, whose y axes are one, into a PNG, SVG or PDF file by its suffix.
+
+    Args:
+        width, height: of the figure, in inches.
+
+    Raises:
+        ValueError: Matplotlib does not write files of this suffix.
+    """
+    charts = list(charts)
+    figure = new_figure(width, height)
+    panels = figure.subplots(1, len(charts), sharey=True, squeeze=False)[0]
+    for axes, chart in zip(panels, charts, strict=True):
+        _draw(axes, chart)
+    panels[0].set_ylabel(charts[0].y_title)
+    panels[0].set_title(plain(title), fontsize=10)
+    if len(charts[0].series) > 1:
+        # Below the axes, where it hides nothing.
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
+    figure.savefig(path, dpi=DPI)
+
+
+def _draw(axes: Any, chart: Chart) -> None:
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    for layer, each in enumerate(chart.series, start=2):
+        axes.errorbar(
+            each.x, each.y, xerr=each.bar_lengths if each.low else None, marker=each.marker,
+            ls="-" if each.stairs else "", drawstyle="steps-post", color=each.colour, ms=POINTS * each.size, lw=1.2,
+            ecolor=(each.colour, BAR_OPACITY), label=each.name, zorder=layer,
+        )  # fmt: skip
+        # Above and to the left of a staircase there is no line.
+        offset, align = ((-2, 3), "right") if each.stairs else ((0, 5), "center")
+        for x, y, label in zip(each.x, each.y, each.labels, strict=False):
+            axes.annotate(plain(label), (x, y), offset, textcoords="offset points", ha=align, va="bottom", fontsize=8)
+    if chart.log_x:
+        axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.xaxis.set_major_formatter("{x:g}")
+    if chart.from_zero:
+        axes.set(xlim=(0, None), ylim=(0, None))
+    else:
+        axes.margins(x=0.1, y=0.1)
+    axes.set_xlabel(chart.x_title)
+    axes.grid(alpha=0.3)
+
+
+def plain(text: str) -> str:
+    """A text in which Matplotlib finds no formulas."""
+    return text.replace("$", r"\$")

@@ -1,0 +1,91 @@
+"""Figures of a study: its front, and the learning curves of its candidates."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from nas.display.charts import BLUE, DARK_GREY, ORANGE, RED, Chart, Series, new_figure, plain, save_charts
+from nas.display.notes import deployment_line
+from studies import CurvePoint
+
+LATENCY_TITLE = "drift-corrected latency of one batch in ms"
+# More trial numbers than this would lie one over the other.
+MOST_LABELS = 12
+
+
+def front_chart(evaluations: pd.DataFrame, front: pd.DataFrame) -> Chart:
+    """Accuracy against latency: the front as a staircase with the spread of each latency, all else in grey.
+
+    Args:
+        evaluations: complete candidates of one deployment, rows of the view `convfirst_evaluations`.
+        front: the rows of `pareto_front` for the same deployment.
+    """
+    front = front.sort_values("latency_ms")
+    over = evaluations["latency_over_limit"].fillna(False).astype(bool)
+    dominated = evaluations[~over & ~evaluations["number"].isin(front["number"])]
+    series = [_points(dominated, f"dominated ({len(dominated)})", colour=DARK_GREY)]
+    if over.any():
+        series.append(_points(
+            evaluations[over], f"over the limit, measured again ({over.sum()})", colour="#555d66", marker="x", size=7,
+        ))  # fmt: skip
+    series.append(_points(
+        front, f"front ({len(front)}), bars from p20 to p80", colour=RED, size=9, stairs=True,
+        low=list(front["latency_p20_ms"]), high=list(front["latency_p80_ms"]),
+        labels=[str(number) for number in front["number"]] if len(front) <= MOST_LABELS else (),
+    ))  # fmt: skip
+    return Chart(LATENCY_TITLE, "accuracy of the proxy training in %", series)
+
+
+def _points(rows: pd.DataFrame, name: str, **style: Any) -> Series:
+    return Series(
+        name, list(rows["latency_ms"]), [100 * value for value in rows["accuracy"]],
+        details=[_details(row) for row in rows.to_dict("records")], **style,
+    )  # fmt: skip
+
+
+def _details(row: Mapping[Hashable, Any]) -> str:
+    """A candidate, with its architecture a stage a line."""
+    stages = row["summary"].replace(" | ", "\n")
+    return (
+        f"trial {row['number']}\n{100 * row['accuracy']:.2f} % at {row['latency_ms']:.4g} ms\n"
+        f"p20 to p80: {row['latency_p20_ms']:.4g} to {row['latency_p80_ms']:.4g} ms\n"
+        f"{row['params'] / 1e3:,.0f} k parameters, {row['macs'] / 1e6:,.2f} MMACs\n{stages}"
+    )
+
+
+def plot_front(evaluations: pd.DataFrame, front: pd.DataFrame, title: str, path: Path) -> None:
+    """Draw `front_chart` under a title and the deployment, into a PNG, SVG or PDF file by its suffix.
+
+    Raises:
+        ValueError: Matplotlib does not write files of this suffix.
+    """
+    save_charts([front_chart(evaluations, front)], path, title=f"{title}\n{deployment_line(front.iloc[0])}")
+
+
+def plot_learning_curve(curve: Sequence[CurvePoint], validation_accuracy: float | None, title: str, path: Path) -> None:
+    """Draw loss and accuracy over the steps of a training, and its accuracy on held-out images at the end."""
+    figure = new_figure(7, 4)
+    axes = figure.add_subplot()
+    steps = [point.step for point in curve]
+    axes.plot(steps, [100 * point.train_accuracy for point in curve], color=BLUE, label="training accuracy")
+    if validation_accuracy is not None:
+        axes.axhline(
+            100 * validation_accuracy, color=RED, ls="--", lw=1.2,
+            label=f"held-out images, at the end: {100 * validation_accuracy:.1f} %",
+        )  # fmt: skip
+    axes.set_ylim(0, 100)
+    axes.set_xlabel("step")
+    axes.set_ylabel("accuracy in %")
+    axes.grid(alpha=0.3)
+    losses = axes.twinx()
+    losses.plot(steps, [point.train_loss for point in curve], color=ORANGE, label="training loss")
+    losses.set_ylim(bottom=0)
+    losses.set_ylabel("loss (label smoothing included)")
+    axes.set_title(plain(title), fontsize=10, loc="left")
+    handles = [handle for each in (axes, losses) for handle in each.get_legend_handles_labels()[0]]
+    axes.legend(handles=handles, loc="center right", frameon=False)
+    figure.savefig(path, dpi=110)
