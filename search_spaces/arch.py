@@ -28,7 +28,7 @@ ACTIVATIONS = ("silu", "relu", "hard_swish", "gelu")
 # timm rounds widths to multiples of 8; a width that it would change is refused instead.
 CHANNEL_MULTIPLE = 8
 
-STEM_STRIDE = 2
+STEM_KERNEL_SIZE, STEM_STRIDE = 3, 2
 
 # timm's builder turns strides past this one into dilations, which would be another network.
 MAX_TOTAL_STRIDE = 32
@@ -177,6 +177,43 @@ class BlockSpec:
         return self.stride == 1 and self.in_channels == self.out_channels
 
 
+@dataclass(frozen=True)
+class StemSpec:
+    """The stem inside a network. Derived; see `ArchSpec.walk`."""
+
+    in_channels: int
+    out_channels: int
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """The head inside a network, without its classes. Derived; see `ArchSpec.walk`."""
+
+    in_channels: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One part of a network on square images of one resolution.
+
+    Args:
+        name: "stem", "stage1.0", "stage1.1", ..., "head".
+        spec: what the part is.
+        in_size, out_size: pixels, height or width, of what enters and leaves it.
+    """
+
+    name: str
+    spec: StemSpec | BlockSpec | HeadSpec
+    in_size: int
+    out_size: int
+
+
+def strided(size: int, stride: int) -> int:
+    """Output height or width of a convolution padded by half its (odd) kernel."""
+    return (size + stride - 1) // stride
+
+
 def stage_blocks(in_channels: int, stage: StageSpec) -> tuple[BlockSpec, ...]:
     """The blocks of a stage that `in_channels` channels enter: only the first changes width and resolution."""
     first = BlockSpec(in_channels, stage.width, stage.kernel_size, stage.group_width, stage.expansion, stage.stride)
@@ -240,6 +277,16 @@ class ArchSpec:
             blocks += stage_blocks(in_channels, stage)
             in_channels = stage.width
         return blocks
+
+    def walk(self, resolution: int, in_chans: int = 3) -> tuple[Step, ...]:
+        """Stem, blocks and head in order, for images (N, in_chans, resolution, resolution)."""
+        size = strided(resolution, STEM_STRIDE)
+        steps = [Step("stem", StemSpec(in_chans, self.stem_width), resolution, size)]
+        names = (f"stage{number}.{index}" for number, s in enumerate(self.stages, 1) for index in range(s.blocks))
+        for name, block in zip(names, self.blocks, strict=True):
+            in_size, size = size, strided(size, block.stride)
+            steps.append(Step(name, block, in_size, size))
+        return (*steps, Step("head", HeadSpec(self.stages[-1].width, self.head_width), size, 1))
 
     @cached_property
     def arch_id(self) -> str:

@@ -35,8 +35,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from search_spaces.arch import CHANNEL_MULTIPLE, MAX_TOTAL_STRIDE, STEM_STRIDE, ArchSpec, StageSpec
-from search_spaces.cost import Cost, head_cost, stage_cost, stem_cost, strided
+from search_spaces.arch import CHANNEL_MULTIPLE, MAX_TOTAL_STRIDE, STEM_STRIDE, ArchSpec, StageSpec, strided
+from search_spaces.cost import Cost, head_cost, stage_cost, stem_cost
 
 Choice = int | float | str
 BUILTIN = resources.files("search_spaces") / "spaces"

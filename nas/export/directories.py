@@ -29,8 +29,9 @@ from kernels.timing import DeviceInfo
 from nas.config import LatencyConfig
 from nas.display.notes import stage_table
 from nas.errors import UsageError, of_this_version
-from nas.latency.analysis import Note, from_table
+from nas.latency.analysis import from_table
 from nas.latency.block_table import BlockTable
+from nas.reporting import Note
 from nas.training.weights import Trained, Weights, weight_folder
 from nas.validation.remeasure import of_deployment
 from search_spaces import ArchSpec, cost

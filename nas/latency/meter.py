@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from kernels.timing import MIN_SAMPLE_SECONDS, Precision, Sampled, clock_for, pe
 from kernels.timing import captured as captured_graph
 from nas.config import LatencyConfig
 from nas.latency.engines import deploy
+from nas.latency.values import Latency, Measurement
 
 # Inputs are rotated, so that a network never finds its own last input in a cache; past the size of an L2 more would
 # cost memory only.
@@ -35,55 +36,24 @@ MAX_REPEATS = 2
 REST_SECONDS = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class Latency:
-    """One network's latency, per batch.
-
-    Args:
-        median_ms: drift-corrected: what searches, fronts and limits use.
-        p20_ms, p80_ms: of the same corrected samples.
-        repeats: forward passes are timed in this many samples.
-        raw_median_ms: as the clock told it.
-        anchor_median_ms: the anchor's, in the same minutes, as the clock told it.
-        weight_bytes: of the deployed module.
-        workspace_bytes: most tensor memory one forward pass holds beside weights and input.
-        interval_share: width of the 95 % confidence interval of the median, over the median.
-        capped: whether the time cap ended sampling before that was narrow enough.
-        throttled: whether the GPU throttled, also when it was measured again; None where nothing tells.
-        sm_clock_mhz, temperature_c: of the GPU, as it was last read while sampling.
-        ready_seconds: from the network to what can be timed: folding, compiling, tuning.
-    """
-
-    median_ms: float
-    p20_ms: float
-    p80_ms: float
-    repeats: int
-    raw_median_ms: float
-    anchor_median_ms: float
-    weight_bytes: int
-    workspace_bytes: int
-    interval_share: float = 0.0
-    capped: bool = False
-    throttled: bool | None = None
-    sm_clock_mhz: float | None = None
-    temperature_c: float | None = None
-    ready_seconds: float = 0.0
-
-    @property
-    def memory_mb(self) -> float:
-        """Weights and peak workspace, in units of 10^6 bytes."""
-        return (self.weight_bytes + self.workspace_bytes) / 1e6
-
-
 def corrected(samples_ms: np.ndarray, anchor_ms: np.ndarray, reference_ms: float) -> np.ndarray:
     """Candidate samples as if the anchor had always run at its reference latency; all (rounds,) in ms."""
     scaled: np.ndarray = samples_ms / anchor_ms * reference_ms
     return scaled
 
 
+@dataclass(frozen=True, slots=True)
+class Sensors:
+    """Readings of the GPU's sensors while samples were taken; fields as in `nas.latency.values`."""
+
+    throttled: bool | None = None
+    sm_clock_mhz: float | None = None
+    temperature_c: float | None = None
+
+
 @dataclass(frozen=True)
 class Deployed:
-    """A network that can be timed: the module, its forward passes, and what was found on the way."""
+    """A network that can be timed: the module, its forward passes, and what getting it ready has told."""
 
     module: nn.Module
     forwards: list[Callable[[], object]]
@@ -113,7 +83,7 @@ class LatencyMeter:
         self.state, self.rest = state, rest
         self.rest_helps = True
         self.inputs = self.random_inputs((config.batch_size, 3, config.resolution, config.resolution))
-        with threads(config.threads):
+        with cpu_threads(config.threads):
             self.anchor_forwards = self.forwards(deploy(anchor, config, self.inputs[0]), self.inputs)
             self.anchor_run = in_turn(self.anchor_forwards)
             if reference_ms is None:
@@ -132,7 +102,7 @@ class LatencyMeter:
         ]
         return [x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in made]
 
-    def measure(self, network: nn.Module) -> Latency:
+    def measure(self, network: nn.Module) -> Measurement:
         """Latency and inference memory of a network; it is folded in a copy, and moved to evaluation mode.
 
         Raises:
@@ -140,13 +110,13 @@ class LatencyMeter:
         """
         return self.measure_together([network])[0]
 
-    def measure_together(self, networks: Sequence[nn.Module]) -> list[Latency]:
-        """Latencies of several networks, sampled in turns with each other and the anchor, hence in the same minutes.
+    def measure_together(self, networks: Sequence[nn.Module]) -> list[Measurement]:
+        """Measurements of several networks, sampled in turns with each other and the anchor, hence in the same minutes.
 
         Raises:
             CandidateFailed: the engine cannot compile one of them.
         """
-        with threads(self.config.threads):
+        with cpu_threads(self.config.threads):
             deployed = [self.deploy(network) for network in networks]
             return self.time_together(deployed)
 
@@ -158,27 +128,32 @@ class LatencyMeter:
         forwards = self.forwards(module, self.inputs)
         return Deployed(module, forwards, self._weight_bytes(network, module), workspace, ready_seconds)
 
-    def time_together(self, deployed: Sequence[Deployed]) -> list[Latency]:
-        """Latencies of what was deployed, sampled in turns with each other and the anchor."""
+    def time_together(self, deployed: Sequence[Deployed]) -> list[Measurement]:
+        """Measurements of what was deployed, sampled in turns with each other and the anchor."""
 
         def ratios(seconds: np.ndarray) -> list[np.ndarray]:
             return [seconds[:, index] / seconds[:, -1] for index in range(len(deployed))]
 
         runs = [in_turn(each.forwards) for each in deployed]
-        sampled, state = self.sample([*runs, self.anchor_run], ratios, len(deployed))
+        sampled, sensors = self.sample([*runs, self.anchor_run], ratios, len(deployed))
         anchor_ms = sampled.seconds[:, -1] * 1e3
-        found = []
+        measured = []
         for index, each in enumerate(deployed):
             own_ms, share = sampled.seconds[:, index] * 1e3, sampled.interval_shares[index]
-            p20, median, p80 = np.percentile(corrected(own_ms, anchor_ms, self.reference_ms), [20, 50, 80])
-            found.append(Latency(
-                median_ms=float(median), p20_ms=float(p20), p80_ms=float(p80), repeats=len(own_ms),
+            measured.append(Measurement(
+                self.latency(corrected(own_ms, anchor_ms, self.reference_ms), share, sampled, sensors),
                 raw_median_ms=float(np.median(own_ms)), anchor_median_ms=float(np.median(anchor_ms)),
                 weight_bytes=each.weight_bytes, workspace_bytes=each.workspace_bytes,
-                interval_share=share, capped=sampled.capped and share > self.precision.share,
-                ready_seconds=each.ready_seconds, **state,
+                sm_clock_mhz=sensors.sm_clock_mhz, temperature_c=sensors.temperature_c,
+                ready_seconds=each.ready_seconds,
             ))  # fmt: skip
-        return found
+        return measured
+
+    def latency(self, samples_ms: np.ndarray, interval_share: float, sampled: Sampled, sensors: Sensors) -> Latency:
+        """The latency that (repeats,) corrected samples of one of several things sampled together show."""
+        # The cap may have ended all of them while this one was known well enough.
+        capped = sampled.capped and interval_share > self.precision.share
+        return Latency.of(samples_ms, interval_share, capped, sensors.throttled)
 
     @property
     def precision(self) -> Precision:
@@ -188,7 +163,7 @@ class LatencyMeter:
     def sample(
         self, runs: list[Callable[[], None]], checked: Callable[[np.ndarray], list[np.ndarray]], factor: float = 1,
         min_sample_seconds: float | None = None, reference: bool = False,
-    ) -> tuple[Sampled, dict[str, Any]]:  # fmt: skip
+    ) -> tuple[Sampled, Sensors]:  # fmt: skip
         """Sample to the precision asked for; again, after a rest, where the GPU throttled.
 
         Args:
@@ -198,7 +173,7 @@ class LatencyMeter:
             reference: whether others are scaled by what is sampled.
 
         Returns:
-            The samples, and what the sensors said, as `Latency` has it.
+            The samples, and the sensors' readings meanwhile.
         """
         share = self.precision.share / (ANCHOR_FACTOR if reference else 1)
         precision = Precision(share, factor * self.precision.cap_seconds)
@@ -219,11 +194,7 @@ class LatencyMeter:
                 break
             self.rest(REST_SECONDS * (repeat + 1))
         last = states[-1]
-        if last is None:
-            return sampled, {}
-        return sampled, {
-            "throttled": throttled, "sm_clock_mhz": last.sm_clock_mhz, "temperature_c": last.temperature_c,
-        }  # fmt: skip
+        return sampled, Sensors() if last is None else Sensors(throttled, last.sm_clock_mhz, last.temperature_c)
 
     def _weight_bytes(self, network: nn.Module, module: nn.Module) -> int:
         # Counted on the network too, as a frozen module hides its own: folded, a norm's four vectors become one bias.
@@ -276,15 +247,12 @@ def _captured(module: nn.Module, x: Tensor) -> Callable[[], object]:
     return replay
 
 
-class threads:
-    """Runs its body with a fixed number of CPU threads."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __enter__(self) -> None:
-        self.before = torch.get_num_threads()
-        torch.set_num_threads(self.count)
-
-    def __exit__(self, *exc: object) -> None:
-        torch.set_num_threads(self.before)
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Runs the body with a fixed number of CPU threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

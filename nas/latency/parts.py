@@ -20,8 +20,7 @@ from nas.config import LatencyConfig
 from nas.latency.engines import deploy, fold, ready
 from nas.latency.roofline import Block, Layer, arch_blocks, single
 from search_spaces import ArchSpec
-from search_spaces.arch import STEM_STRIDE
-from search_spaces.cost import strided
+from search_spaces.arch import BlockSpec, StemSpec, Step
 
 
 @dataclass(frozen=True)
@@ -57,6 +56,12 @@ def shape_id(shape: str) -> str:
 
 # Not a part of any network: what a call costs beside what is in it.
 CALL = canonical(kind="call")
+CALL_ID = shape_id(CALL)
+
+
+def network_shape(name: str, config: LatencyConfig) -> str:
+    """The shape of a whole network, known by an architecture's line or a timm model's name."""
+    return canonical(kind="network", name=name, size=config.resolution, classes=config.num_classes)
 
 
 def itemsize(config: LatencyConfig) -> int:
@@ -69,36 +74,30 @@ def itemsize(config: LatencyConfig) -> int:
 
 def arch_parts(arch: ArchSpec, config: LatencyConfig) -> list[Part]:
     """Stem, blocks and head of an architecture, in order. Nothing is built, unless the engine is `fused`."""
-    batch, classes = config.batch_size, config.num_classes
-    counted = arch_blocks(arch, batch, config.resolution, classes, itemsize(config))
+    batch = config.batch_size
+    blocks = arch_blocks(arch, batch, config.resolution, config.num_classes, itemsize(config))
     fused, splits = _fused_parts(arch, config) if config.engine == "fused" else (set[str](), dict[str, int]())
-    size = strided(config.resolution, STEM_STRIDE)
-    shapes: list[dict[str, Any]] = [
-        dict(kind="stem", out=arch.stem_width, size=config.resolution, activation=arch.activation)
-    ]
-    inputs: list[tuple[int, ...]] = [(batch, 3, config.resolution, config.resolution)]
-    for spec in arch.blocks:
-        shapes.append(dict(
+    parts = []
+    for step, block in zip(arch.walk(config.resolution), blocks, strict=True):
+        shape = _shape(step, config.num_classes) | {"activation": arch.activation, "size": step.in_size}
+        if step.name in splits:
+            shape["splits"] = splits[step.name]
+        input_shape = (batch, step.spec.in_channels, step.in_size, step.in_size)
+        parts.append(Part(block, canonical(**shape), input_shape, step.name in fused))
+    return parts
+
+
+def _shape(step: Step, num_classes: int) -> dict[str, Any]:
+    """The fields that tell a step's shape from those of other steps on inputs of the same size."""
+    spec = step.spec
+    if isinstance(spec, StemSpec):
+        return dict(kind="stem", out=spec.out_channels)
+    if isinstance(spec, BlockSpec):
+        return dict(
             kind="convfirst", into=spec.in_channels, hidden=spec.expanded_channels, out=spec.out_channels,
-            kernel_size=spec.kernel_size, group_width=spec.group_width, stride=spec.stride, size=size,
-            activation=arch.activation,
-        ))  # fmt: skip
-        inputs.append((batch, spec.in_channels, size, size))
-        size = strided(size, spec.stride)
-    width = arch.stages[-1].width
-    shapes.append(
-        dict(kind="head", into=width, hidden=arch.head_width, out=classes, size=size, activation=arch.activation)
-    )
-    inputs.append((batch, width, size, size))
-    return [
-        Part(
-            block,
-            canonical(**shape, **({"splits": splits[block.name]} if block.name in splits else {})),
-            into,
-            block.name in fused,
-        )
-        for block, shape, into in zip(counted, shapes, inputs, strict=True)
-    ]
+            kernel_size=spec.kernel_size, group_width=spec.group_width, stride=spec.stride,
+        )  # fmt: skip
+    return dict(kind="head", into=spec.in_channels, hidden=spec.width, out=num_classes)
 
 
 def _fused_parts(arch: ArchSpec, config: LatencyConfig) -> tuple[set[str], dict[str, int]]:
@@ -163,7 +162,7 @@ def prepared(module: nn.Module, example: Tensor, config: LatencyConfig) -> nn.Mo
 # -- Layers of any network -------------------------------------------------------------------------------------------
 
 
-def layers(network: nn.Module, config: LatencyConfig) -> list[tuple[Part, nn.Module]]:
+def layer_parts(network: nn.Module, config: LatencyConfig) -> list[tuple[Part, nn.Module]]:
     """The convolutions and linear layers of a network in the order they run, with the folded layers.
 
     Attention's products, norms, activations and poolings are not among them.

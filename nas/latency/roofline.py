@@ -22,8 +22,7 @@ from itertools import pairwise
 from typing import Literal
 
 from search_spaces import ArchSpec
-from search_spaces.arch import STEM_STRIDE, stage_blocks
-from search_spaces.cost import STEM_KERNEL_SIZE, strided
+from search_spaces.arch import STEM_KERNEL_SIZE, STEM_STRIDE, BlockSpec, StemSpec, Step, strided
 
 
 def _require_whole(minimum: int, **values: object) -> None:
@@ -288,21 +287,19 @@ def arch_blocks(
 
     Batch norms are folded into the convolutions as biases. MACs sum to `batch` times those of `search_spaces.cost`.
     """
-    blocks = [stem_block("stem", batch, resolution, resolution, in_chans, arch.stem_width, itemsize)]
-    size = strided(resolution, STEM_STRIDE)
-    in_channels = arch.stem_width
-    for number, stage in enumerate(arch.stages, start=1):
-        for index, spec in enumerate(stage_blocks(in_channels, stage)):
-            blocks.append(
-                convfirst_block(
-                    f"stage{number}.{index}", batch, size, size, spec.in_channels, spec.expanded_channels,
-                    spec.out_channels, spec.kernel_size, spec.group_width, spec.stride, spec.residual, itemsize,
-                )
+
+    def block(step: Step) -> Block:
+        spec, size = step.spec, step.in_size
+        if isinstance(spec, StemSpec):
+            return stem_block(step.name, batch, size, size, spec.in_channels, spec.out_channels, itemsize)
+        if isinstance(spec, BlockSpec):
+            return convfirst_block(
+                step.name, batch, size, size, spec.in_channels, spec.expanded_channels, spec.out_channels,
+                spec.kernel_size, spec.group_width, spec.stride, spec.residual, itemsize,
             )  # fmt: skip
-            size = strided(size, spec.stride)
-        in_channels = stage.width
-    blocks.append(head_block("head", batch, size, size, in_channels, arch.head_width, num_classes, itemsize))
-    return tuple(blocks)
+        return head_block(step.name, batch, size, size, spec.in_channels, spec.width, num_classes, itemsize)
+
+    return tuple(block(step) for step in arch.walk(resolution, in_chans))
 
 
 # -- Time ------------------------------------------------------------------------------------------------------------

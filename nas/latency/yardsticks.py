@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from kernels.ceilings import tensor_float32
 from nas.config import LatencyConfig
-from nas.latency.meter import ANCHOR_FACTOR, LatencyMeter, in_turn, threads
+from nas.latency.meter import ANCHOR_FACTOR, LatencyMeter, cpu_threads, in_turn
+from nas.latency.values import Latency
 from search_spaces import load_space
 
 # They measure the machine and not the deployment: in one dtype and so many threads they serve all.
@@ -39,19 +40,6 @@ class Timed:
     macs: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Corrected:
-    """The latency of a call; fields as `nas.latency.meter.Latency`'s."""
-
-    median_ms: float
-    p20_ms: float
-    p80_ms: float
-    repeats: int
-    interval_share: float
-    capped: bool
-    throttled: bool | None
-
-
 class Yardsticks:
     """Times things in one dtype and so many threads on one device.
 
@@ -60,7 +48,7 @@ class Yardsticks:
         references_ms: latencies of the network and the product; None measures them now.
 
     Attributes:
-        interval_share, throttled: of the references, if they were measured now; see `nas.latency.meter.Latency`.
+        interval_share, throttled: of the references, if they were measured now; see `nas.latency.values.Latency`.
     """
 
     def __init__(self, config: LatencyConfig, references_ms: Sequence[float] | None = None) -> None:
@@ -71,15 +59,16 @@ class Yardsticks:
         anchor = load_space("small").anchor().build(self.config.num_classes)
         # Its own correction is not used.
         self.meter = LatencyMeter(self.config, anchor, reference_ms=1.0)
-        with threads(config.threads):
+        with cpu_threads(config.threads):
             self.runs = [self.meter.anchor_run, in_turn(self._product())]
-            self.interval_share, self.throttled = 0.0, None
+            self.interval_share = 0.0
+            self.throttled: bool | None = None
             if references_ms is None:
-                sampled, state = self.meter.sample(
+                sampled, sensors = self.meter.sample(
                     self.runs, lambda seconds: list(seconds.T), ANCHOR_FACTOR, reference=True
                 )
                 references_ms = (1e3 * np.median(sampled.seconds, axis=0)).tolist()
-                self.interval_share, self.throttled = max(sampled.interval_shares), state.get("throttled")
+                self.interval_share, self.throttled = max(sampled.interval_shares), sensors.throttled
         self.references_ms = tuple(references_ms)
 
     @property
@@ -91,7 +80,7 @@ class Yardsticks:
         with tensor_float32():
             return self.meter.forwards(_Product(right), [left])
 
-    def time(self, group: Sequence[Timed], reference: bool = False) -> list[Corrected]:
+    def time(self, group: Sequence[Timed], reference: bool = False) -> list[Latency]:
         """Latencies of several things, sampled in turns with each other and the yardsticks.
 
         Args:
@@ -104,14 +93,12 @@ class Yardsticks:
 
         runs = [*(in_turn(each.forwards) for each in group), *self.runs]
         factor = max(float(ANCHOR_FACTOR) if reference else 1.0, CAP_FACTOR * len(group))
-        with threads(self.config.threads):
-            sampled, state = self.meter.sample(runs, corrected_ms, factor, MIN_SAMPLE_SECONDS, reference)
-        found = []
-        for own_ms, share in zip(corrected_ms(sampled.seconds), sampled.interval_shares, strict=True):
-            p20, median, p80 = map(float, np.percentile(own_ms, [20, 50, 80]))
-            capped = sampled.capped and share > self.meter.precision.share
-            found.append(Corrected(median, p20, p80, len(own_ms), share, capped, state.get("throttled")))
-        return found
+        with cpu_threads(self.config.threads):
+            sampled, sensors = self.meter.sample(runs, corrected_ms, factor, MIN_SAMPLE_SECONDS, reference)
+        return [
+            self.meter.latency(own_ms, share, sampled, sensors)
+            for own_ms, share in zip(corrected_ms(sampled.seconds), sampled.interval_shares, strict=True)
+        ]
 
     def corrected_ms(self, own: np.ndarray, yardsticks: np.ndarray, macs: int) -> np.ndarray:
         """Samples as if the yardsticks had run at their reference latencies.

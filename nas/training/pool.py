@@ -17,15 +17,15 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from nas.child_process import ChildProcess
 from nas.config import DataConfig, ProxyConfig
 from nas.errors import CandidateFailed
-from nas.latency.analysis import Note
 from nas.locks import WAITING, device_lock
+from nas.reporting import Note
 from nas.training import data as image_data
 from nas.training import proxy
 from nas.training.data import ImageData
 from nas.training.proxy import ProxyResult
-from nas.worker import Worker
 from studies import BaselineTraining, Retraining
 
 
@@ -90,8 +90,8 @@ class Trainer:
     def __enter__(self) -> Trainer:
         with contextlib.ExitStack() as stack:
             self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="convfirst-data-")))
-            self.trained_last: dict[Worker, str | None] = {}
-            self.workers = [stack.enter_context(Worker()) for _ in range(self.jobs)]
+            self.trained_last: dict[ChildProcess, str | None] = {}
+            self.workers = [stack.enter_context(ChildProcess()) for _ in range(self.jobs)]
             self.stack = stack.pop_all()
         return self
 
@@ -137,7 +137,7 @@ class Trainer:
                         worker.close()
                     raise
 
-    def _make_ready(self, worker: Worker, trainee: Trainee) -> None:
+    def _make_ready(self, worker: ChildProcess, trainee: Trainee) -> None:
         """What a network that is not ours may have broken in its process must not be the next one's."""
         if self.trained_last.get(worker) not in (None, trainee.name):
             worker.close()
@@ -145,7 +145,7 @@ class Trainer:
         # Here, as a process ends with the thread that started it, which those of the pool soon do.
         worker.start()
 
-    def _one(self, worker: Worker, unit: Unit, path: str) -> ProxyResult | CandidateFailed:
+    def _one(self, worker: ChildProcess, unit: Unit, path: str) -> ProxyResult | CandidateFailed:
         # The same for all, whoever trains beside: they change the rounding.
         threads = self.config.threads // self.jobs
         config = replace(self.config, steps=unit.steps, learning_rate=unit.learning_rate, threads=threads)

@@ -21,23 +21,25 @@ from torch import nn
 
 import studies
 from kernels.timing import DeviceInfo
+from nas.child_process import ChildProcess
 from nas.config import MAX_RESOLUTION, DataConfig, LatencyConfig, ProxyConfig
 from nas.errors import CandidateFailed, UsageError, memory_may_run_out
-from nas.latency import ceilings as profile
-from nas.latency.analysis import TIMM_ENGINE, Note, require_timm_model, timm_model
+from nas.latency import device_profile
+from nas.latency.devices import check_device
 from nas.latency.engines import deploy
-from nas.latency.meter import threads
-from nas.latency.parts import layers
-from nas.latency.yardsticks import Corrected, Timed, Yardsticks
-from nas.search.evaluation import check_device
+from nas.latency.meter import cpu_threads
+from nas.latency.parts import layer_parts
+from nas.latency.timm_networks import TIMM_ENGINE, require_timm_model, timm_model
+from nas.latency.values import Latency
+from nas.latency.yardsticks import Timed, Yardsticks
+from nas.reporting import Note
 from nas.training.data import ImageData
 from nas.training.pool import Trainer, Unit, fill
 from nas.training.proxy import ProxyResult
 from nas.validation.contenders import Contender, ContenderKind
 from nas.validation.remeasure import TOGETHER, of_deployment
-from nas.worker import Worker
 from search_spaces import ArchSpec, cost
-from search_spaces.cost import strided
+from search_spaces.arch import strided
 from studies import BaselineLatency, BaselineTraining, Store
 
 MODELS = (
@@ -222,7 +224,7 @@ def _looked_at(name: str, engine: str, map_size: int, classes: int) -> Entrant:
         # Counted wherever it will run.
         config = LatencyConfig(device="cpu", engine="eager", resolution=resolution, num_classes=classes)
         try:
-            macs = sum(part.block.macs for part, _ in layers(model, config))
+            macs = sum(part.block.macs for part, _ in layer_parts(model, config))
         except (RuntimeError, ValueError, AssertionError, TypeError) as error:
             reason = f"does not run on images of {resolution}x{resolution} ({_words(error)})"
             raise CandidateFailed(reason) from error
@@ -234,9 +236,9 @@ def _looked_at(name: str, engine: str, map_size: int, classes: int) -> Entrant:
 
 
 def _measured(entrants: Sequence[Entrant], config: LatencyConfig, references_ms: Sequence[float]) -> list[Any]:
-    """Latencies of contenders, timed in turns with each other and the yardsticks: a `Corrected` each, or why not."""
+    """Latencies of contenders, timed in turns with each other and the yardsticks: a `Latency` each, or why not."""
     meter = Yardsticks(config, references_ms)
-    with threads(config.threads):
+    with cpu_threads(config.threads):
         deployed = [_deployed(entrant, config, meter) for entrant in entrants]
         times = iter(meter.time([each for each in deployed if isinstance(each, Timed)]))
     return [next(times) if isinstance(each, Timed) else each for each in deployed]
@@ -393,8 +395,8 @@ class _Run:
         """Those of them that have a latency, measured now together with all of earlier runs unless that was done."""
         wanted = [*entrants, *self._earlier(entrants)]
         if not self._measured_together(wanted):
-            references_ms = profile.references_ms(
-                profile.find_or_measure(self.store, self.latency, waiting=self.waiting)
+            references_ms = device_profile.references_ms(
+                device_profile.find_or_measure_profile(self.store, self.latency, waiting=self.waiting)
             )
             self.note(f"measuring {len(wanted)} networks in turns")
             with self.lock.measuring(self.waiting):
@@ -418,7 +420,7 @@ class _Run:
                 entrants[TOGETHER:], references_ms
             )
         # Compilers never give their memory back, so in a process that ends.
-        with Worker() as worker:
+        with ChildProcess() as worker:
             try:
                 return worker.call(_measured, entrants, self.latency, references_ms)
             except CandidateFailed as error:
@@ -442,7 +444,7 @@ class _Run:
         return len(times) == 1 and None not in times
 
     def _latency_row(
-        self, name: str, engine: str, resolution: int, when: datetime, figure: Corrected | str
+        self, name: str, engine: str, resolution: int, when: datetime, figure: Latency | str
     ) -> BaselineLatency:
         config = self.latency
         found: dict[str, Any] = {"reason": figure} if isinstance(figure, str) else asdict(figure)

@@ -16,16 +16,18 @@ import studies
 from kernels.timing import DeviceInfo
 from nas.config import LatencyConfig, moved
 from nas.errors import CandidateFailed, UsageError, memory_may_run_out
-from nas.latency import ceilings as profile
-from nas.latency.block_table import BlockMeter, BlockTable, network_shape
+from nas.latency.block_meter import BlockMeter
+from nas.latency.block_table import BlockTable
+from nas.latency.device_profile import find_or_measure_profile
+from nas.latency.devices import check_device
 from nas.latency.isolation import meter_for
-from nas.latency.meter import Latency
+from nas.latency.parts import network_shape
+from nas.latency.values import Measurement
 from nas.locks import WAITING, device_lock
-from nas.search.evaluation import check_device
 from search_spaces import ArchSpec
 from studies import CandidateState, LatencyStage, Owner, Store
 
-Measure = Callable[[Sequence[ArchSpec]], list[Latency]]
+Measure = Callable[[Sequence[ArchSpec]], list[Measurement]]
 
 # Networks that are sampled in turns: all their weights and graphs are in memory together.
 TOGETHER = 24
@@ -92,18 +94,16 @@ def of_deployment(rows: pd.DataFrame, config: LatencyConfig, device_id: int) -> 
 
 
 def latency_row(
-    trial_id: int, latency: Latency, config: LatencyConfig, device_id: int, stage: LatencyStage,
+    trial_id: int, measured: Measurement, config: LatencyConfig, device_id: int, stage: LatencyStage,
     limit_ms: float | None = None,
 ) -> studies.Latency:  # fmt: skip
     """A measurement as the database has it. How long a compiler took is shown, and no property of the network."""
     return studies.Latency(
         trial_id=trial_id, stage=stage, **deployment_columns(config, device_id),
-        median_ms=latency.median_ms, p20_ms=latency.p20_ms, p80_ms=latency.p80_ms, repeats=latency.repeats,
-        raw_median_ms=latency.raw_median_ms, anchor_median_ms=latency.anchor_median_ms,
-        weight_bytes=latency.weight_bytes, workspace_bytes=latency.workspace_bytes,
-        interval_share=latency.interval_share, capped=latency.capped, throttled=latency.throttled,
-        sm_clock_mhz=latency.sm_clock_mhz, temperature_c=latency.temperature_c,
-        over_limit=limit_ms is not None and latency.median_ms > limit_ms,
+        **asdict(measured.latency), raw_median_ms=measured.raw_median_ms, anchor_median_ms=measured.anchor_median_ms,
+        weight_bytes=measured.weight_bytes, workspace_bytes=measured.workspace_bytes,
+        sm_clock_mhz=measured.sm_clock_mhz, temperature_c=measured.temperature_c,
+        over_limit=limit_ms is not None and measured.median_ms > limit_ms,
     )  # fmt: skip
 
 
@@ -130,7 +130,7 @@ def remeasure_front(
     old = (front if before is None or before.empty else before).set_index("number")["latency_ms"]
     if front.empty or (not again and (front["latency_stage"] == LatencyStage.FINAL).all()):
         return None
-    found: dict[int, Latency] = {}
+    found: dict[int, Measurement] = {}
     searched: dict[int, float] = {}
     lacking = front
     for _ in range(MAX_ROUNDS):
@@ -153,7 +153,7 @@ def remeasure_front(
         ratios=tuple(found[number].median_ms / searched[number] for number in found),
         left=tuple(sorted(set(old.index) - now)),
         joined=tuple(sorted(now - set(old.index))),
-        capped=sum(latency.capped for latency in found.values()),
+        capped=sum(measured.latency.capped for measured in found.values()),
         over_limit=tuple(
             sorted(number for number, latency in found.items() if limit_ms and latency.median_ms > limit_ms)
         ),
@@ -164,7 +164,7 @@ def remeasure_front(
     )
 
 
-def _in_turns(measure: Measure, archs: Sequence[ArchSpec]) -> list[Latency]:
+def _in_turns(measure: Measure, archs: Sequence[ArchSpec]) -> list[Measurement]:
     """As many at once as run together: all their weights and graphs are in memory."""
     try:
         return measure(archs)
@@ -240,7 +240,7 @@ def remeasure(
     store.claim(row.study_id, owner)
     try:
         lock, waiting = device_lock(device), partial(note, WAITING)
-        profile.find_or_measure(store, config, waiting=waiting)
+        find_or_measure_profile(store, config, waiting=waiting)
         anchor = ArchSpec.from_json(row.anchor)
         try:
             with lock.measuring(waiting), memory_may_run_out():
@@ -249,7 +249,7 @@ def remeasure(
         except CandidateFailed as error:
             raise UsageError(f"--engine {config.engine}: does not run even the anchor network ({error})") from error
 
-        def measure(archs: Sequence[ArchSpec]) -> list[Latency]:
+        def measure(archs: Sequence[ArchSpec]) -> list[Measurement]:
             with lock.measuring(waiting):
                 return meter.measure_together(archs)
 
@@ -282,6 +282,6 @@ def _anchor_ms(table: BlockTable, anchor: ArchSpec) -> float:
     known = table.median_ms(network_shape(str(anchor), table.config))
     if known is not None:
         return known
-    figure = BlockMeter(table.config, table.references_ms).measure_anchor(anchor)
-    table.add([figure])
-    return figure.median_ms
+    measured = BlockMeter(table.config, table.references_ms).measure_anchor(anchor)
+    table.add([measured])
+    return measured.latency.median_ms

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +30,6 @@ from nas.validation.baselines import (
     verdict,
 )
 from nas.validation.contenders import Contender, ContenderKind
-from nas.worker import Worker
 from search_spaces import load_space
 from studies import Store
 from tests.nas.conftest import archs, begun, study_id
@@ -381,18 +379,3 @@ def test_nothing_is_left_behind_when_the_study_is_deleted(store: Store, config: 
     optuna.delete_study(study_name=config.study, storage=store.optuna_storage)
     assert store.baseline_trainings(number) == []
     assert store.baseline_latencies(number) == []
-
-
-# -- A process of its own ----------------------------------------------------------------------------------------------
-
-
-def test_a_worker_that_dies_is_followed_by_another() -> None:
-    with Worker() as worker:
-        first = worker.call(os.getpid)
-        assert first != os.getpid()
-        assert worker.call(os.getpid) == first
-        with pytest.raises(CandidateFailed, match="killed by SIGABRT"):
-            worker.call(os.abort)
-        with pytest.raises(RuntimeError, match="ended with status 1"):
-            worker.call(int, "no number")
-        assert worker.call(os.getpid) not in (first, os.getpid())

@@ -1,8 +1,8 @@
-"""What a device can do in a dtype, measured: the figures that efficiencies are shares of.
+"""The profile of a device: what it does at most in a dtype, measured. Efficiencies are shares of it.
 
-Measured once per device, versions, dtype and thread count, kept in the study database. No datasheet has a say: those
-name rates that no kernel reaches. The yardsticks' latencies are part of it, by which all that is timed later is told as
-of the same day (`nas.latency.yardsticks`).
+A profile is measured once per device, versions, dtype and thread count, and kept in the study database
+(`studies.Profile`). Datasheets are not asked: they name rates that no kernel reaches. The yardsticks' latencies are
+part of a profile: all that is timed later is corrected to the day when they were measured (`nas.latency.yardsticks`).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SECONDS = 2.0
 
 
 @dataclass(frozen=True)
-class Ceilings:
+class DeviceProfile:
     """What a device does at most, as one measurement found it; None where it has no such thing.
 
     Args:
@@ -49,7 +49,7 @@ class Ceilings:
     throttled: bool | None = None
 
 
-def measure(config: LatencyConfig) -> Ceilings:
+def measure_profile(config: LatencyConfig) -> DeviceProfile:
     """Copy bandwidth, matrix rate and launch overhead, in turns with each other and the yardsticks.
 
     As precisely as is the default, however quickly the user's networks are to be measured: all that comes later is told
@@ -68,7 +68,7 @@ def measure(config: LatencyConfig) -> Ceilings:
         runs = ceiling_runs(device, getattr(torch, config.dtype))
         found = yardsticks.time([Timed([each.run], each.macs) for each in runs.values()])
     network_ms, product_ms = yardsticks.references_ms
-    return Ceilings(
+    return DeviceProfile(
         **{name: rate(name, each, of.median_ms / 1e3) for (name, each), of in zip(runs.items(), found, strict=True)},
         references_ms=(network_ms, product_ms),
         interval_share=max(yardsticks.interval_share, *(of.interval_share for of in found)),
@@ -77,7 +77,7 @@ def measure(config: LatencyConfig) -> Ceilings:
 
 
 def store_profile(
-    store: Store, info: DeviceInfo, dtype: str, thread_count: int, found: Ceilings, again: bool = False
+    store: Store, info: DeviceInfo, dtype: str, thread_count: int, found: DeviceProfile, again: bool = False
 ) -> Profile:
     """Write a profile down, unless another process was faster or it is measured again; returns the one that counts.
 
@@ -93,7 +93,7 @@ def store_profile(
     return store.add_profile(asdict(info), profile, replace=again)
 
 
-def find_or_measure(
+def find_or_measure_profile(
     store: Store, config: LatencyConfig, again: bool = False, waiting: Callable[[], None] = lambda: None
 ) -> Profile:
     """The profile of a deployment's device, dtype and threads, measured now if the database has none.
@@ -118,7 +118,7 @@ def find_or_measure(
         if (found := known()) is not None:
             return found
         try:
-            return store_profile(store, info, config.dtype, config.threads, measure(config), again)
+            return store_profile(store, info, config.dtype, config.threads, measure_profile(config), again)
         except CandidateFailed as error:
             raise UsageError(f"--device {config.device}: what it can do cannot be measured ({error})") from error
 
@@ -133,7 +133,7 @@ def machine(profile: Profile) -> Machine:
     return Machine(profile.macs_per_s, profile.copy_bytes_per_s)
 
 
-def lines(profiles: Sequence[Profile]) -> list[str]:
+def profile_lines(profiles: Sequence[Profile]) -> list[str]:
     """For a person, two lines a profile."""
     found = []
     for profile in profiles:
