@@ -1,4 +1,4 @@
-"""A child process that calls functions: for what may crash a process, or never gives its memory back.
+"""A child process that calls functions, for what may crash a process or never gives its memory back.
 
 Training repvgg_a0 at 128 pixels on a CPU ends torch 2.11 with "double free or corruption"; TorchScript keeps every
 network that it traced. Parent and child speak pickle, one message each way per call; the child ends when its input
@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 
 class ChildProcess:
-    """Calls functions in a child process, which is started when it is needed, and anew when it has died.
+    """Calls functions in a child process, which is started when it is needed, and again when it has died.
 
     Attributes:
         process: the child; None while there is none.
@@ -120,7 +120,7 @@ def main() -> None:
     """The child: calls what it is asked to."""
     die_with_parent()
     if os.getppid() != int(sys.argv[1]):
-        # The parent was gone before that was set.
+        # The parent ended before that was set.
         return
     # Whatever a library prints must not come between the answers.
     answers = os.fdopen(os.dup(1), "wb")

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-# The names timm's `get_act_layer` knows them by.
+# By timm's names, which `get_act_layer` takes.
 ACTIVATIONS = ("silu", "relu", "hard_swish", "gelu")
 
 # timm rounds widths to multiples of 8; a width that it would change is refused instead.
@@ -33,14 +33,14 @@ STEM_KERNEL_SIZE, STEM_STRIDE = 3, 2
 # timm's builder turns strides past this one into dilations, which would be another network.
 MAX_TOTAL_STRIDE = 32
 
-# The pieces of `str(arch)`, and how a message names what was expected; spaces are single when these are asked.
+# The pieces of `str(arch)`, in which spaces are single, and how a message names what was expected.
 _STEM = (re.compile(r"(\S+) stem ([0-9]+)"), "a stem, such as 'silu stem 16'")
 _STAGE = (
     re.compile(r"([0-9]+)x([0-9]+)(?:/([0-9]+))? k([0-9]+) g([0-9]+) e([0-9]*\.?[0-9]+(?:e[-+]?[0-9]+)?)"),
     "a stage, such as '2x32/2 k3 g8 e4' (blocks x width / stride, kernel size, group width, expansion)",
 )
 _HEAD = (re.compile(r"head ([0-9]+)"), "a head, such as 'head 128'")
-# Of a text that is quoted in a message.
+# A message quotes at most so many characters of a text.
 _QUOTED_LENGTH = 200
 
 
@@ -55,7 +55,7 @@ def expanded_channels(channels: int, expansion: float) -> int:
 
 
 def _shortest(value: float) -> str:
-    """4.0 as "4", and all digits of any other, so that it comes back equal."""
+    """The text "4" for 4.0, and all digits of other numbers, so that reading it gives the same number."""
     return repr(value).removesuffix(".0")
 
 
@@ -64,7 +64,7 @@ def _quoted(text: str) -> str:
 
 
 def _parsed(piece: str, form: tuple[re.Pattern[str], str]) -> tuple[str, ...]:
-    """The groups of the form's pattern; of one that is left out, which only a stride of 1 can be, "1"."""
+    """The groups of the form's pattern; "1" for one that is left out, which only a stride can be."""
     pattern, expected = form
     piece = " ".join(piece.split())
     match = pattern.fullmatch(piece)
@@ -95,14 +95,14 @@ class StageSpec:
 
     Args:
         width: output channels, a multiple of 8.
-        kernel_size: of the grouped convolution, odd.
+        kernel_size: kernel size of the grouped convolution, odd.
         group_width: channels per group of the grouped convolution; 1 is depthwise.
         expansion: expanded channels over input channels of the block.
         blocks: how many blocks.
-        stride: 1 or 2, of the first block's grouped convolution.
+        stride: stride of the first block's grouped convolution, 1 or 2.
 
     Raises:
-        ValueError: naming the field and its value.
+        ValueError: the message names the field and its value.
     """
 
     width: int
@@ -119,7 +119,7 @@ class StageSpec:
             raise ValueError(f"kernel_size={self.kernel_size} is not odd")
         _require_whole("group_width", self.group_width)
         _require_whole("blocks", self.blocks)
-        # 2.0 would be equal, and yet another arch_id.
+        # 2.0 would be equal, but give another arch_id.
         _require_whole("stride", self.stride)
         if self.stride not in (1, 2):
             raise ValueError(f"stride={self.stride!r} is neither 1 nor 2")
@@ -159,7 +159,7 @@ class StageSpec:
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """One ConvFirst block inside a network, with the channels that enter it. Derived; see `ArchSpec.blocks`."""
+    """One ConvFirst block inside a network, with the channels that enter it; `ArchSpec.blocks` derives it."""
 
     in_channels: int
     out_channels: int
@@ -179,7 +179,7 @@ class BlockSpec:
 
 @dataclass(frozen=True)
 class StemSpec:
-    """The stem inside a network. Derived; see `ArchSpec.walk`."""
+    """The stem inside a network; `ArchSpec.walk` derives it."""
 
     in_channels: int
     out_channels: int
@@ -187,7 +187,7 @@ class StemSpec:
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """The head inside a network, without its classes. Derived; see `ArchSpec.walk`."""
+    """The head inside a network, without its classifier's size; `ArchSpec.walk` derives it."""
 
     in_channels: int
     width: int
@@ -232,8 +232,8 @@ class ArchSpec:
         head_width: channels of the 1x1 convolution after the pool, a multiple of 8.
 
     Raises:
-        ValueError: naming the field and its value; so also where a group width does not divide the width it is
-            applied to (in a stage's first block the previous stage's), which timm would report as an empty
+        ValueError: the message names the field and its value. Also raised where a group width does not divide the width
+            it is applied to (in a stage's first block the previous stage's), which timm would report as an empty
             AssertionError.
     """
 

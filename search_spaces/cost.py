@@ -1,7 +1,7 @@
 """Parameters and multiply-accumulates of an architecture in closed form. 1 MAC = 2 FLOPs.
 
-Counted are the convolutions, the classifier and, as parameters, the scale and shift of each batch norm. The tests hold
-both figures equal to what hooks count on the built network.
+The convolutions and the classifier are counted, and among the parameters the scale and shift of each batch norm. Tests
+compare both numbers with what hooks count on the built network.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ def block_cost(block: BlockSpec, size: int) -> Cost:
 
 
 def stem_cost(stem_width: int, resolution: int, in_chans: int = 3) -> Cost:
+    """The 3x3 stride-2 stem on (in_chans, resolution, resolution) images."""
     return conv_norm_cost(in_chans, stem_width, STEM_KERNEL_SIZE, in_chans, strided(resolution, STEM_STRIDE))
 
 

@@ -24,7 +24,7 @@ from nas.reporting import Note
 from search_spaces import ArchSpec
 from studies import BlockLatency, Store
 
-# Of what the parts leave unexplained, less than this share of the network's time is noise.
+# What the parts leave unexplained is noise below this share of the network's time.
 NOISE = 0.01
 
 
@@ -34,10 +34,10 @@ class Analysis:
 
     Args:
         efficiency: the rows, and the network's own latency.
-        sum_ms: what the parts add up to.
+        sum_ms: latency that the parts add up to.
         network_ms: the network's own latency.
-        layers: name of a part -> its layers, where they were asked for.
-        doubtful: what was measured less precisely than asked for, of parts, call and network.
+        layers: name of a part -> its layers, if they were asked for.
+        doubtful: rows of parts, call and network that were measured less precisely than asked for.
     """
 
     efficiency: NetworkEfficiency
@@ -48,14 +48,15 @@ class Analysis:
 
     @property
     def error(self) -> float:
-        """Of the sum, as a share of the network's latency."""
+        """Error of the sum, as a share of the network's latency."""
         return self.sum_ms / self.network_ms - 1
 
 
 def from_table(table: BlockTable, arch: ArchSpec, title: str, network_ms: float) -> NetworkEfficiency | None:
-    """What is known of an architecture without measuring anything; None where a part of it is not in the table.
+    """The efficiency of an architecture by the table alone, without measuring; None where a part is not in it.
 
     Args:
+        title: of its figures.
         network_ms: its own latency.
     """
     parts = arch_parts(arch, table.config)
@@ -89,12 +90,13 @@ def _network(config: LatencyConfig, title: str, rows: list[Efficiency], network_
 def analyse(
     store: Store, subject: Subject, note: Note = lambda line: None, *, again: bool = False, by_layer: bool = False
 ) -> Analysis:
-    """Measure what the table lacks of a network, and hold all of it against the device's profile.
+    """Measure what the table lacks of a network, and compare all of it with the device's profile.
 
     Args:
-        note: told what is measured.
-        again: measure all of the network anew.
-        by_layer: tell the layers of an architecture's blocks, too; measured where the engine runs them one by one.
+        note: receives a line about each thing that is measured.
+        again: measure all of the network again.
+        by_layer: analyse the layers of an architecture's blocks, too. They are measured where the engine runs them one
+            by one, and else only counted.
 
     Raises:
         UsageError: the device is not here, or the engine cannot run the network.
@@ -119,7 +121,7 @@ def _analyse_arch(subject: Subject, arch: ArchSpec, table: BlockTable, filler: T
     if not by_layer:
         return analysis
     if subject.config.engine == "fused":
-        # Within a fused kernel no layer can be timed: they are counted only.
+        # Within a fused kernel no layer can be timed.
         counted = {part.block.name: [single(layer, "layer") for layer in part.block.layers] for part in parts}
         by_part = {
             name: tuple(Efficiency(layer, table.machine, False, None) for layer in layers)
@@ -163,7 +165,7 @@ def _measured_layers(
         # A layer compiled alone calls the same library as it does uncompiled.
         table = BlockTable(table.store, table.device, replace(config, engine="eager"))
     try:
-        # Nobody measures during the forward pass that tells the layers' inputs.
+        # Nobody measures during the forward pass that shows the layers' inputs.
         with filler.lock.training(filler.waiting):
             layers = layer_parts(network, table.config)
     except (AssertionError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""An analysis, and what the block latency table knows of a network, for a person at a terminal."""
+"""Tables and lines for a terminal: of an analysis, and of what the block latency table holds of a network."""
 
 from __future__ import annotations
 
@@ -19,12 +19,16 @@ COLUMNS = (
     "part", "kind", "MMACs", "KB fused", "KB by layer", "FLOP/B", "t* us", "t us", "of peak", "gap us", "bound by",
     "workspace KB",
 )  # fmt: skip
-# What is left out below so many columns.
+# Columns of the table that a terminal of fewer characters than `WIDE` does not show.
 WIDE, WIDE_ONLY = 120, ("kind", "KB fused", "KB by layer", "workspace KB")
 
 
 def analysis_table(analysis: Analysis, width: int) -> Table:
-    """The rows for a person, times in microseconds; on a narrow terminal not all columns."""
+    """The rows of an analysis, times in microseconds; on a narrow terminal not all columns.
+
+    Args:
+        width: of the terminal, in characters.
+    """
     efficiency = analysis.efficiency
     columns = [name for name in COLUMNS if width >= WIDE or name not in WIDE_ONLY]
     title = f"{efficiency.title}\n{efficiency.subtitle}"
@@ -42,7 +46,7 @@ def analysis_table(analysis: Analysis, width: int) -> Table:
 
 
 def cells(row: Efficiency) -> tuple[str, ...]:
-    """A row of the table, in the order of `COLUMNS`; what was not measured is left empty."""
+    """A row of the table, in the order of `COLUMNS`; what was not measured is empty."""
     block = row.block
     taken = "" if row.seconds is None else f"{1e6 * row.seconds:,.1f}"
     if not block.macs:
@@ -58,7 +62,7 @@ def cells(row: Efficiency) -> tuple[str, ...]:
 
 
 def analysis_lines(analysis: Analysis) -> list[str]:
-    """The totals of the rows."""
+    """The totals of an analysis, and a warning if some of it is doubtful."""
     efficiency = analysis.efficiency
     macs = sum(row.block.macs for row in efficiency.rows)
     assert efficiency.achieved is not None
@@ -76,7 +80,7 @@ def analysis_lines(analysis: Analysis) -> list[str]:
 
 
 def doubtful_lines(rows: Sequence[BlockLatency]) -> list[str]:
-    """A line, if there are such rows."""
+    """A warning about doubtful rows, if there are any."""
     if not rows:
         return []
     widest = max(row.interval_share for row in rows)
@@ -88,7 +92,7 @@ def doubtful_lines(rows: Sequence[BlockLatency]) -> list[str]:
 
 
 def table_lines(store: Store, subject: Subject) -> list[str]:
-    """What the block latency table knows of an architecture; nothing is measured."""
+    """The latency of an architecture by the block latency table, and what is missing there; nothing is measured."""
     config = subject.config
     assert subject.arch is not None
     table = BlockTable(store, device_info(config), config)

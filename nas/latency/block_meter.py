@@ -1,19 +1,19 @@
-"""Measures blocks and layers alone.
+"""Measurement of blocks and layers alone.
 
-A part is measured in calls that run it R times over, on as many inputs, and take T; c is what a call costs beside what
-is in it, the launch of a CUDA graph, say. Then
+A part is measured in calls that run it R times over, on as many inputs, and take T; c is what a call costs besides what
+it runs, such as the launch of a CUDA graph. Then
 
     t_i = (T_i - c) / R         of a part on CUDA, where c is a launch
     t_i = T_i / R               of a part on a CPU
     t   = c + sum(t_i)          of a network of such parts
 
-with c = T - (T_R - T) / (R - 1) of one block that is called once in a call, and R times. (Calling nothing would tell
-too little: on a CPU the first grouped convolution of a call costs some 30 us more than those after it.) On a CPU c is
-above all the price of coming to code and data that are not at hand, which in a network every part pays, and of R
-repeats the first: there c / R is left in.
+with c = T - (T_R - T) / (R - 1) of one block that runs once in a call, and R times. (An empty call would cost too
+little: on a CPU the first grouped convolution of a call costs some 30 us more than those after it.) On a CPU c is above
+all the price of code and data that are not in the caches yet. In a network every part pays it, and of R repeats the
+first one does: there c / R is left in.
 
-Everything is measured in turns with the device's yardsticks, see `nas.latency.yardsticks`: so parts of different days
-add up, see `nas.latency.block_table`.
+Everything is measured in turns with the device's yardsticks (`nas.latency.yardsticks`), so that parts of different days
+add up (`nas.latency.block_table`).
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from nas.latency.values import Latency, ShapeLatency
 from nas.latency.yardsticks import YARDSTICK_CLASSES, YARDSTICK_RESOLUTION, Timed, Yardsticks
 from search_spaces import ArchSpec, cost, load_space
 
-# Parts that are sampled in turns: more share the yardsticks' time, fewer end sooner.
+# Parts that are sampled in turns: with more of them the yardsticks take a smaller share of the time, fewer end sooner.
 GROUP = 6
-# R above. On CUDA a launch is so large a part of a small block's call that what is left of it must not matter.
+# R above. On CUDA a launch is a large part of a small block's call, and what is left of it must not matter.
 REPEATS = {"cpu": 4, "cuda": 16}
-# Of the yardstick network's blocks the one that tells what a call costs.
+# The block of the yardstick network from which it is known what a call costs.
 REFERENCE_BLOCK = "stage2.1"
 
 
 @dataclass(frozen=True)
 class _Made:
-    """What is timed under its shape: a call, how often that runs it, and whether a launch is to be taken off."""
+    """A call to time: the shape of what it runs, how often it runs that, and whether a launch is subtracted."""
 
     shape: str
     timed: Timed
@@ -53,7 +53,8 @@ class _Made:
 
 
 class _Repeated(nn.Module):
-    """Runs a module on each of several inputs, (repeats, N, ...); all outputs are wanted, lest some be left out."""
+    """Runs a module on each of several inputs, (repeats, N, ...), and returns all outputs, so that no run is optimised
+    away."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -68,7 +69,7 @@ class BlockMeter:
 
     Args:
         config: the deployment.
-        references_ms: the yardsticks' latencies, as the device's profile has them; None measures them now.
+        references_ms: the yardsticks' latencies in the device's profile; None measures them now.
     """
 
     def __init__(self, config: LatencyConfig, references_ms: Sequence[float] | None = None) -> None:
@@ -80,12 +81,12 @@ class BlockMeter:
     def measure_archs(
         self, archs: Iterable[ArchSpec], known: Mapping[str, float], whole: Iterable[ArchSpec] = ()
     ) -> list[ShapeLatency]:
-        """What the table lacks to add up these architectures.
+        """Measure the shapes that are not known yet and are needed to add up these architectures.
 
         Args:
-            archs: those whose parts are wanted.
+            archs: the architectures whose parts are measured.
             known: shape_id -> latency in ms of what needs no measuring.
-            whole: those that are wanted as networks, too.
+            whole: the architectures that are measured as networks, too.
 
         Raises:
             CandidateFailed: the engine cannot compile one.
@@ -112,7 +113,7 @@ class BlockMeter:
     def measure_layers(
         self, layers: Iterable[tuple[Part, nn.Module]], known: Mapping[str, float]
     ) -> list[ShapeLatency]:
-        """What the table lacks of deployed layers."""
+        """Measure the deployed layers that are not known yet."""
         with cpu_threads(self.config.threads):
             found = self._call(known)
             lacking = {part.shape_id: (part, module) for part, module in layers if part.shape_id not in known}
@@ -120,10 +121,12 @@ class BlockMeter:
             return found + self._time(makers, self._call_ms(known, found))
 
     def measure_network(self, name: str, network: nn.Module, macs: int, reference: bool = False) -> ShapeLatency:
-        """A network of whatever kind and so many MACs, under this name.
+        """Measure a network of any kind as a whole.
 
         Args:
-            reference: whether others are scaled by it.
+            name: an architecture's line or a timm model's name.
+            macs: of a batch.
+            reference: whether other latencies are scaled by this one.
 
         Raises:
             CandidateFailed: the engine cannot compile it, or memory runs out.
@@ -134,7 +137,7 @@ class BlockMeter:
         return measured
 
     def measure_anchor(self, anchor: ArchSpec) -> ShapeLatency:
-        """The network whose latency is the reference of a study's."""
+        """Measure the network whose latency is the reference of a study's latencies."""
         network = anchor.build(self.config.num_classes)
         return self.measure_network(str(anchor), network, self._macs(anchor), reference=True)
 
@@ -142,7 +145,7 @@ class BlockMeter:
         return self.config.batch_size * cost(arch, self.config.resolution, self.config.num_classes).macs
 
     def _call(self, known: Mapping[str, float]) -> list[ShapeLatency]:
-        """What a call costs, unless that is known."""
+        """Measure what a call costs, unless that is known."""
         if CALL_ID in known:
             return []
         block, part = self._reference_block()
@@ -173,7 +176,7 @@ class BlockMeter:
         meter, repeats = self.yardsticks.meter, repeats or self.repeats
         x = torch.stack([each.contiguous() for each in meter.random_inputs(part.input_shape, repeats)])
         if len(part.input_shape) == 4 and part.block.kind != "linear":
-            # Each of them channels_last, as x is made anew by stacking. A linear layer's channels are last as it is.
+            # Stacking makes a new tensor, whose parts must be channels_last again. A linear layer's are last already.
             x = x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
         forwards = meter.forwards(prepared(_Repeated(module), x, self.config), [x])
         launched = launched and self.kind == "cuda"
@@ -187,7 +190,7 @@ class BlockMeter:
     def _time(
         self, makers: Sequence[Callable[[], _Made]], call_ms: float, reference: bool = False
     ) -> list[ShapeLatency]:
-        """Time what these make, of which only a group at a time is in memory."""
+        """Time what these make; only a group of them is in memory at a time."""
         found: list[ShapeLatency] = []
         for begin in range(0, len(makers), GROUP):
             group = [make() for make in makers[begin : begin + GROUP]]

@@ -22,8 +22,8 @@ class Sum:
 
     Args:
         parts: of the network, in order.
-        part_ms: what each adds to the network, t_i above; None where it was not measured.
-        call_ms: what a call costs beside, c; None if not measured.
+        part_ms: what each adds to the network, t_i of `nas.latency.block_meter`; None where it was not measured.
+        call_ms: what a call costs besides, c; None if it was not measured.
     """
 
     parts: tuple[Part, ...]
@@ -48,12 +48,12 @@ class BlockTable:
 
     Args:
         store: the database.
-        device: what the figures are of.
-        config: the deployment; of its resolution and classes the table's rows know by themselves.
+        device: the device that the latencies were measured on.
+        config: the deployment; its resolution and classes do not matter, as they are part of the rows' shapes.
 
     Attributes:
         rows: shape_id -> row.
-        profile: of the device; None before it was measured.
+        profile: the device's profile; None before it was measured.
     """
 
     def __init__(self, store: Store, device: DeviceInfo, config: LatencyConfig) -> None:
@@ -64,7 +64,7 @@ class BlockTable:
         self.load()
 
     def load(self) -> None:
-        """Read the rows anew: other processes write some, too."""
+        """Read the rows again, as other processes write some, too."""
         config, device = self.config, asdict(self.device)
         self.profile = self.store.find_profile(device, config.dtype, config.threads)
         self.rows = self.store.block_latencies(
@@ -77,6 +77,7 @@ class BlockTable:
         return {key: row.median_ms for key, row in self.rows.items()}
 
     def median_ms(self, shape: str) -> float | None:
+        """The latency of a shape; None where it was not measured."""
         row = self.rows.get(shape_id(shape))
         return None if row is None else row.median_ms
 
@@ -88,11 +89,12 @@ class BlockTable:
 
     @property
     def machine(self) -> Machine:
-        """What efficiencies are shares of; the profile must have been measured."""
+        """The limits that efficiencies are shares of; the profile must have been measured."""
         assert self.profile is not None
         return device_profile.machine(self.profile)
 
     def add(self, latencies: Sequence[ShapeLatency]) -> None:
+        """Store latencies, each in the place of an older one of its shape."""
         config = self.config
         rows = [
             BlockLatency(
@@ -106,27 +108,29 @@ class BlockTable:
             self.load()
 
     def add_up(self, parts: Sequence[Part]) -> Sum:
+        """What the parts of a network add up to."""
         return Sum(tuple(parts), tuple(self.median_ms(part.shape) for part in parts), self.median_ms(CALL))
 
     def doubtful(self, parts: Sequence[Part]) -> list[BlockLatency]:
-        """Rows of these parts, and of what a call costs, that the time cap ended or a throttling GPU."""
+        """Rows of these parts, and of a call, that ended at the time cap or were measured on a throttling GPU."""
         return self.doubtful_rows([CALL_ID, *(part.shape_id for part in parts)])
 
     def doubtful_rows(self, ids: Iterable[str]) -> list[BlockLatency]:
-        """Likewise, of rows by their ids."""
+        """The same of the rows with these ids."""
         rows = [self.rows[key] for key in dict.fromkeys(ids) if key in self.rows]
         return [row for row in rows if row.capped or row.throttled]
 
     def lacks(self, parts: Sequence[Part]) -> bool:
-        """Whether something must be measured before these parts add up."""
+        """Whether a part, or what a call costs, is not in the table."""
         return self.add_up(parts).total_ms is None
 
     def add_up_arch(self, arch: ArchSpec) -> Sum:
+        """What the parts of an architecture add up to."""
         return self.add_up(arch_parts(arch, self.config))
 
 
 def _kernels(config: LatencyConfig) -> str:
-    """Which kernels of ours ran: a digest of their sources; empty of engines that have none of ours."""
+    """A digest of the sources of the kernels that ran; empty for engines that use none of ours."""
     if config.engine != "fused":
         return ""
     from kernels.tune import sources_digest
@@ -138,10 +142,15 @@ def sum_errors(
     table: BlockTable, archs: Sequence[ArchSpec], latencies_ms: Sequence[float], anchor_ms: float,
     anchor_in_table_ms: float | None,
 ) -> list[float]:  # fmt: skip
-    """How far the sums of parts are from networks' own latencies, as shares of these.
+    """Errors of the sums of parts against the networks' own latencies, as shares of these; one for each known sum.
 
-    A study's latencies are corrected to the day when its anchor was measured, the table's to that of its yardstick. The
-    anchor, which is in the table too, tells how these compare; where it is not, nothing does.
+    A study's latencies are corrected to the day when its anchor was measured, the table's to that of its yardsticks.
+    The anchor is in the table too, so that the two scales can be compared.
+
+    Args:
+        latencies_ms: the networks' own latencies.
+        anchor_ms: the anchor's latency in the study.
+        anchor_in_table_ms: its latency in the table; without it there are no errors.
     """
     if anchor_in_table_ms is None:
         return []

@@ -22,20 +22,20 @@ from nas.latency.yardsticks import Timed, Yardsticks
 from nas.locks import device_lock
 from studies import Profile, Store
 
-# Of sampling; the yardsticks' references have more, see `ANCHOR_FACTOR`.
+# Time cap of the sampling; that of the yardsticks' references is `ANCHOR_FACTOR` times as long.
 SECONDS = 2.0
 
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """What a device does at most, as one measurement found it; None where it has no such thing.
+    """What a device does at most, measured once.
 
     Args:
-        copy_bytes: a second, read and written together, of a large copy.
+        copy_bytes: bytes a second of a large copy, read and written together.
         product_macs: multiply-accumulates a second of a large square product.
-        launch_seconds: of the smallest operation, each launched from Python.
-        graph_launch_seconds: of one such kernel in a CUDA graph of many.
-        references_ms: of the yardsticks.
+        launch_seconds: time of the smallest operation launched from Python.
+        graph_launch_seconds: time of the same operation in a CUDA graph of many; None on a CPU.
+        references_ms: latencies of the yardsticks, network and product.
         interval_share: width of the widest of the medians' 95 % confidence intervals, over the median.
         throttled: whether the GPU throttled; None where nothing tells.
     """
@@ -50,13 +50,13 @@ class DeviceProfile:
 
 
 def measure_profile(config: LatencyConfig) -> DeviceProfile:
-    """Copy bandwidth, matrix rate and launch overhead, in turns with each other and the yardsticks.
+    """Measure copy bandwidth, matrix rate and launch overhead, in turns with each other and the yardsticks.
 
-    As precisely as is the default, however quickly the user's networks are to be measured: all that comes later is told
-    by it.
+    The precision is the default one, however quickly the user's networks are to be measured, as all later measurements
+    depend on it.
 
     Args:
-        config: says device, dtype and threads.
+        config: gives device, dtype and threads.
 
     Raises:
         CandidateFailed: memory runs out.
@@ -79,9 +79,10 @@ def measure_profile(config: LatencyConfig) -> DeviceProfile:
 def store_profile(
     store: Store, info: DeviceInfo, dtype: str, thread_count: int, found: DeviceProfile, again: bool = False
 ) -> Profile:
-    """Write a profile down, unless another process was faster or it is measured again; returns the one that counts.
+    """Store a profile, unless another process was faster; returns the stored one.
 
-    In the place of an older one it is another scale: what the block latency table had in the old one is deleted.
+    With `again` it takes the place of the older one. That changes the scale: what the block latency table holds in the
+    older profile's scale is deleted.
     """
     network_ms, product_ms = found.references_ms
     profile = Profile(
@@ -96,10 +97,10 @@ def store_profile(
 def find_or_measure_profile(
     store: Store, config: LatencyConfig, again: bool = False, waiting: Callable[[], None] = lambda: None
 ) -> Profile:
-    """The profile of a deployment's device, dtype and threads, measured now if the database has none.
+    """The stored profile of a deployment's device, dtype and threads, measured now if there is none.
 
     Args:
-        again: measure it anyway, see `store_profile`.
+        again: measure it in any case, see `store_profile`.
         waiting: called once if another process measures or trains on the device.
 
     Raises:
@@ -129,12 +130,12 @@ def references_ms(profile: Profile) -> tuple[float, float]:
 
 
 def machine(profile: Profile) -> Machine:
-    """What efficiencies are shares of."""
+    """The limits that efficiencies are shares of."""
     return Machine(profile.macs_per_s, profile.copy_bytes_per_s)
 
 
 def profile_lines(profiles: Sequence[Profile]) -> list[str]:
-    """For a person, two lines a profile."""
+    """Profiles in words, two lines each."""
     found = []
     for profile in profiles:
         device = profile.device

@@ -18,7 +18,7 @@ from nas.latency.meter import LatencyMeter
 from nas.latency.values import Measurement, ShapeLatency
 from search_spaces import ArchSpec
 
-# Candidates that one child measures: starting the next costs some 5 seconds, keeping it 6 MB a candidate.
+# Candidates that one child measures: starting another costs some 5 seconds, keeping it 6 MB a candidate.
 LIFETIME = 50
 # A network's parts, each traced four times over, weigh as much as so many networks.
 PARTS_WEIGHT = 4
@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 
 class ArchMeter(Protocol):
-    """Measures architectures in one deployment. `meter_for` makes one.
+    """Measures architectures in one deployment; `meter_for` makes the right one.
 
     Attributes:
         reference_ms: the anchor's reference latency.
@@ -47,16 +47,16 @@ class ArchMeter(Protocol):
     def measure_blocks(
         self, archs: Sequence[ArchSpec], known: Mapping[str, float], references_ms: Sequence[float]
     ) -> list[ShapeLatency]:
-        """What the block latency table lacks of them, and of the anchor as a whole; see `BlockMeter.measure_archs`."""
+        """Measure what the block latency table lacks of them, and the anchor; see `BlockMeter.measure_archs`."""
         ...
 
     def close(self) -> None:
-        """Let go of the device; the next measurement takes it again."""
+        """Free the device; the next measurement takes it again."""
         ...
 
 
 def meter_for(config: LatencyConfig, anchor: ArchSpec, reference_ms: float | None) -> ArchMeter:
-    """The meter that the deployment's engine wants.
+    """The meter that the deployment's engine needs.
 
     Args:
         reference_ms: the anchor's reference latency; None measures it now.
@@ -69,7 +69,7 @@ def meter_for(config: LatencyConfig, anchor: ArchSpec, reference_ms: float | Non
 
 
 class LocalMeter:
-    """An `ArchMeter` in this process."""
+    """An `ArchMeter` that measures in this process."""
 
     def __init__(self, config: LatencyConfig, anchor: ArchSpec, reference_ms: float | None) -> None:
         self.config, self.anchor = config, anchor
@@ -95,7 +95,7 @@ class LocalMeter:
 
 
 class IsolatedMeter:
-    """An `ArchMeter` whose measuring is done by a child process."""
+    """An `ArchMeter` that measures in a child process, which is replaced after `LIFETIME` candidates."""
 
     def __init__(self, config: LatencyConfig, anchor: ArchSpec, reference_ms: float | None) -> None:
         self.config, self.anchor = config, anchor

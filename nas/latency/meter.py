@@ -1,9 +1,9 @@
 """Latency of a network on the target device, measured against one fixed anchor network.
 
 A machine's speed drifts. Every candidate is therefore timed in turns with the study's anchor, and its latency is the
-median ratio to the anchor times the anchor's reference latency, measured once when the study began. The raw figures
-are kept beside it. Sampling goes on until that median is known well enough, or a time cap is hit; a GPU that throttled
-meanwhile is given a rest and the measurement made again.
+median ratio to the anchor times the anchor's reference latency, measured once when the study began. The raw medians
+are kept beside it. Sampling goes on until that median is known well enough, or a time cap is reached; if the GPU
+throttled meanwhile, it is given a rest and the measurement is repeated.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from nas.config import LatencyConfig
 from nas.latency.engines import deploy
 from nas.latency.values import Latency, Measurement
 
-# Inputs are rotated, so that a network never finds its own last input in a cache; past the size of an L2 more would
-# cost memory only.
+# Inputs are rotated, so that a network never finds its own last input in a cache; more of them than fit an L2 cache
+# would only cost memory.
 INPUT_SETS = 4
-# The anchor's reference latency scales all others: its interval is to be so much narrower than a candidate's, and its
-# time cap so much longer.
+# The anchor's reference latency scales all others: by this factor its interval must be narrower than a candidate's, and
+# its time cap is longer.
 ANCHOR_FACTOR = 3
-# A throttled measurement is made again so often, after a rest of so many seconds, the second time twice as many.
-MAX_REPEATS = 2
+# A throttled measurement is repeated at most so often, after a rest of so many seconds, then of twice as many.
+MAX_RETRIES = 2
 REST_SECONDS = 5.0
 
 
 def corrected(samples_ms: np.ndarray, anchor_ms: np.ndarray, reference_ms: float) -> np.ndarray:
-    """Candidate samples as if the anchor had always run at its reference latency; all (rounds,) in ms."""
+    """Samples of a candidate as if the anchor had always run at its reference latency; all (rounds,), in ms."""
     scaled: np.ndarray = samples_ms / anchor_ms * reference_ms
     return scaled
 
@@ -53,7 +53,7 @@ class Sensors:
 
 @dataclass(frozen=True)
 class Deployed:
-    """A network that can be timed: the module, its forward passes, and what getting it ready has told."""
+    """A network that is ready to be timed: the module, its forward passes, and what is known before any timing."""
 
     module: nn.Module
     forwards: list[Callable[[], object]]
@@ -70,7 +70,11 @@ class LatencyMeter:
         anchor: the anchor network, as built by timm.
         reference_ms: the anchor's reference latency; None measures it now.
         state: reads the device's clocks and sensors.
-        rest: sleeps so many seconds.
+        rest: sleeps for a number of seconds.
+
+    Attributes:
+        reference_ms: the anchor's reference latency.
+        rest_helps: whether the GPU ran freely again after the last rests.
     """
 
     def __init__(
@@ -94,7 +98,8 @@ class LatencyMeter:
         self.reference_ms = reference_ms
 
     def random_inputs(self, shape: Sequence[int], count: int = INPUT_SETS) -> list[Tensor]:
-        """Inputs of a shape, in the deployment's dtype; of four dimensions channels_last."""
+        """Normally distributed inputs of a shape, always the same, in the deployment's dtype; (N, C, H, W) ones are
+        channels_last."""
         rng = torch.Generator().manual_seed(0)
         made = [
             torch.randn(tuple(shape), generator=rng).to(self.device, getattr(torch, self.config.dtype))
@@ -102,40 +107,22 @@ class LatencyMeter:
         ]
         return [x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in made]
 
-    def measure(self, network: nn.Module) -> Measurement:
-        """Latency and inference memory of a network; it is folded in a copy, and moved to evaluation mode.
-
-        Raises:
-            CandidateFailed: the engine cannot compile it.
-        """
-        return self.measure_together([network])[0]
-
     def measure_together(self, networks: Sequence[nn.Module]) -> list[Measurement]:
-        """Measurements of several networks, sampled in turns with each other and the anchor, hence in the same minutes.
+        """Latency and inference memory of several networks, sampled in turns with each other and the anchor.
+
+        The networks are moved to evaluation mode; batch norms are folded in a copy.
 
         Raises:
             CandidateFailed: the engine cannot compile one of them.
         """
-        with cpu_threads(self.config.threads):
-            deployed = [self.deploy(network) for network in networks]
-            return self.time_together(deployed)
-
-    def deploy(self, network: nn.Module) -> Deployed:
-        begin = time.perf_counter()
-        module = deploy(network, self.config, self.inputs[0])
-        ready_seconds = time.perf_counter() - begin
-        workspace = self._workspace_bytes(module)
-        forwards = self.forwards(module, self.inputs)
-        return Deployed(module, forwards, self._weight_bytes(network, module), workspace, ready_seconds)
-
-    def time_together(self, deployed: Sequence[Deployed]) -> list[Measurement]:
-        """Measurements of what was deployed, sampled in turns with each other and the anchor."""
 
         def ratios(seconds: np.ndarray) -> list[np.ndarray]:
-            return [seconds[:, index] / seconds[:, -1] for index in range(len(deployed))]
+            return [seconds[:, index] / seconds[:, -1] for index in range(len(networks))]
 
-        runs = [in_turn(each.forwards) for each in deployed]
-        sampled, sensors = self.sample([*runs, self.anchor_run], ratios, len(deployed))
+        with cpu_threads(self.config.threads):
+            deployed = [self._deploy(network) for network in networks]
+            runs = [in_turn(each.forwards) for each in deployed]
+            sampled, sensors = self.sample([*runs, self.anchor_run], ratios, len(deployed))
         anchor_ms = sampled.seconds[:, -1] * 1e3
         measured = []
         for index, each in enumerate(deployed):
@@ -148,6 +135,14 @@ class LatencyMeter:
                 ready_seconds=each.ready_seconds,
             ))  # fmt: skip
         return measured
+
+    def _deploy(self, network: nn.Module) -> Deployed:
+        begin = time.perf_counter()
+        module = deploy(network, self.config, self.inputs[0])
+        ready_seconds = time.perf_counter() - begin
+        workspace = self._workspace_bytes(module)
+        forwards = self.forwards(module, self.inputs)
+        return Deployed(module, forwards, self._weight_bytes(network, module), workspace, ready_seconds)
 
     def latency(self, samples_ms: np.ndarray, interval_share: float, sampled: Sampled, sensors: Sensors) -> Latency:
         """The latency that (repeats,) corrected samples of one of several things sampled together show."""
@@ -164,20 +159,20 @@ class LatencyMeter:
         self, runs: list[Callable[[], None]], checked: Callable[[np.ndarray], list[np.ndarray]], factor: float = 1,
         min_sample_seconds: float | None = None, reference: bool = False,
     ) -> tuple[Sampled, Sensors]:  # fmt: skip
-        """Sample to the precision asked for; again, after a rest, where the GPU throttled.
+        """Sample to the precision asked for; where the GPU throttled, again after a rest, at most `MAX_RETRIES` times.
 
         Args:
             checked: see `sample_until`.
-            factor: of the time cap.
-            min_sample_seconds: by default `MIN_SAMPLE_SECONDS`'s.
-            reference: whether others are scaled by what is sampled.
+            factor: multiplies the time cap.
+            min_sample_seconds: a sample lasts at least so long (default: `MIN_SAMPLE_SECONDS`).
+            reference: whether other latencies are scaled by this one, which then has to be known more precisely.
 
         Returns:
             The samples, and the sensors' readings meanwhile.
         """
         share = self.precision.share / (ANCHOR_FACTOR if reference else 1)
         precision = Precision(share, factor * self.precision.cap_seconds)
-        for repeat in range(MAX_REPEATS + 1):
+        for retry in range(MAX_RETRIES + 1):
             states: list[DeviceState | None] = []
             sampled = sample_until(
                 runs, self.clock, min_sample_seconds or MIN_SAMPLE_SECONDS[self.device.type], precision, checked,
@@ -187,17 +182,17 @@ class LatencyMeter:
             if not throttled:
                 self.rest_helps = True
                 break
-            if repeat == MAX_REPEATS:
-                # Still so after all rests, at the first reading, as where somebody holds the clocks down for good.
+            if retry == MAX_RETRIES:
+                # At the first reading after all rests it still throttles where somebody holds the clocks down for good.
                 self.rest_helps = states[0] is not None and not states[0].throttled
-            if repeat == MAX_REPEATS or not self.rest_helps:
+            if retry == MAX_RETRIES or not self.rest_helps:
                 break
-            self.rest(REST_SECONDS * (repeat + 1))
+            self.rest(REST_SECONDS * (retry + 1))
         last = states[-1]
         return sampled, Sensors() if last is None else Sensors(throttled, last.sm_clock_mhz, last.temperature_c)
 
     def _weight_bytes(self, network: nn.Module, module: nn.Module) -> int:
-        # Counted on the network too, as a frozen module hides its own: folded, a norm's four vectors become one bias.
+        # Counted on the network too, as a frozen module hides its own. Of a folded norm's vectors only a bias is left.
         size = getattr(torch, self.config.dtype).itemsize
         norms = sum(m.num_features for m in network.modules() if isinstance(m, nn.BatchNorm2d))
         counted = int(size) * (sum(p.numel() for p in network.parameters()) - norms)
@@ -213,7 +208,7 @@ class LatencyMeter:
 
 
 def in_turn(forwards: list[Callable[[], object]]) -> Callable[[], None]:
-    """A function that makes one forward pass, each time the next."""
+    """A function that makes the next of these forward passes at each call."""
     endless = itertools.cycle(forwards)
 
     def run() -> None:

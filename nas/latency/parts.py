@@ -1,8 +1,8 @@
 """A network cut into the parts that are measured alone: a ConvFirst network into stem, blocks and head, any other into
 its convolutions and linear layers.
 
-A part is known by its shape, a canonical JSON text: two parts of one shape, in whatever networks, are one row of the
-block latency table.
+A part is identified by its shape, a canonical JSON text: parts of one shape share one row of the block latency table,
+whatever networks they are in.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Part:
     """One part of a network in one deployment.
 
     Args:
-        block: its name and what it computes and moves.
-        shape: everything that decides what is run but device, engine, dtype and batch, as canonical JSON.
-        input_shape: of the tensor that enters it, batch included.
-        fused: whether fused kernels can run it: then it is bounded as one kernel, also where it is two or the tuner has
-            found torch's layers faster.
+        block: its name, and what it computes and moves.
+        shape: canonical JSON of everything that decides what is run, except device, engine, dtype and batch.
+        input_shape: shape of the tensor that enters it, batch included.
+        fused: whether fused kernels can run it. Then its ideal time is that of one kernel, also where it runs as two or
+            the tuner chose torch's layers because they were faster.
     """
 
     block: Block
@@ -46,6 +46,7 @@ class Part:
 
 
 def canonical(**fields: Any) -> str:
+    """The JSON text of some fields: equal fields give equal text."""
     return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
 
@@ -54,7 +55,7 @@ def shape_id(shape: str) -> str:
     return hashlib.sha256(shape.encode()).hexdigest()[:12]
 
 
-# Not a part of any network: what a call costs beside what is in it.
+# The shape of what a call costs besides what it runs, which is no part of any network.
 CALL = canonical(kind="call")
 CALL_ID = shape_id(CALL)
 
@@ -65,6 +66,7 @@ def network_shape(name: str, config: LatencyConfig) -> str:
 
 
 def itemsize(config: LatencyConfig) -> int:
+    """Bytes of one element of weights and activations."""
     size: int = getattr(torch, config.dtype).itemsize
     return size
 
@@ -88,7 +90,7 @@ def arch_parts(arch: ArchSpec, config: LatencyConfig) -> list[Part]:
 
 
 def _shape(step: Step, num_classes: int) -> dict[str, Any]:
-    """The fields that tell a step's shape from those of other steps on inputs of the same size."""
+    """The fields of a step's shape, without its input size and activation."""
     spec = step.spec
     if isinstance(spec, StemSpec):
         return dict(kind="stem", out=spec.out_channels)
@@ -133,7 +135,7 @@ def _cut(network: Any) -> dict[str, nn.Module]:
 
 
 def arch_modules(arch: ArchSpec, config: LatencyConfig) -> dict[str, nn.Module]:
-    """The folded modules of an architecture's parts, by name; of the engine `fused` those of the fused network.
+    """The folded modules of an architecture's parts, by name; with the engine `fused`, those of the fused network.
 
     Raises:
         CandidateFailed: the engine cannot compile it.
@@ -151,7 +153,7 @@ def _example(shape: Sequence[int], config: LatencyConfig) -> Tensor:
 
 
 def prepared(module: nn.Module, example: Tensor, config: LatencyConfig) -> nn.Module:
-    """A module of folded parts as the engine runs it; those of a fused network are ready.
+    """A module of folded parts as the engine runs it; parts of a fused network are ready as they are.
 
     Raises:
         CandidateFailed: the engine cannot compile it.
@@ -163,9 +165,9 @@ def prepared(module: nn.Module, example: Tensor, config: LatencyConfig) -> nn.Mo
 
 
 def layer_parts(network: nn.Module, config: LatencyConfig) -> list[tuple[Part, nn.Module]]:
-    """The convolutions and linear layers of a network in the order they run, with the folded layers.
+    """The convolutions and linear layers of a network, each with its folded module, in the order in which they run.
 
-    Attention's products, norms, activations and poolings are not among them.
+    The products of attention, norms, activations and poolings are not among them.
     """
     folded = fold(network, config)
     found: list[tuple[Part, nn.Module]] = []
@@ -192,7 +194,12 @@ def layer_parts(network: nn.Module, config: LatencyConfig) -> list[tuple[Part, n
 def layer_part(
     name: str, layer: nn.Conv2d | nn.Linear, input_shape: tuple[int, ...], output_shape: tuple[int, ...], itemsize: int
 ) -> Part:
-    """A layer on an input (N, C, H, W), or (..., features), batch included."""
+    """A layer as a part of its own.
+
+    Args:
+        input_shape, output_shape: (N, C, H, W), or (N, ..., features).
+        itemsize: bytes of one element.
+    """
     weights = layer.weight.numel()
     outputs = torch.Size(output_shape).numel()
     counted = Layer(

@@ -1,4 +1,4 @@
-"""Measures what the block latency table lacks of a network, while nobody else measures or trains on the device."""
+"""Filling the block latency table with what it lacks of a network, while nobody else uses the device."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class TableFiller:
     Args:
         title: of the network, for people.
         device: as torch names it.
-        note: told what is measured.
-        again: measure anew what is in a table already.
+        note: receives a line about what is measured.
+        again: measure also what is in a table already.
     """
 
     def __init__(self, title: str, device: str, note: Note, again: bool) -> None:

@@ -1,4 +1,4 @@
-"""Networks of timm that are measured beside ConvFirst ones, by their names."""
+"""Networks of timm, by name, which are measured besides ConvFirst networks."""
 
 from __future__ import annotations
 

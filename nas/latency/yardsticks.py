@@ -1,10 +1,10 @@
 """Latencies that hold for another day: timed in turns with two fixed yardsticks, and corrected by them.
 
 The yardsticks are a network of many small layers and a product. Their latencies, measured once for a device, are the
-references of all that is timed with them: figures are told as if the yardsticks always took so long. So figures of
-different days add up, and are shares of the same peak. A busy machine slows the one yardstick down more than the other:
-what would be computed at the product's rate in a share e of the time is corrected by e parts of the product and 1 - e
-of the network.
+references of all that is timed with them: latencies are corrected to what they would be if the yardsticks took exactly
+so long. So latencies of different days add up, and are shares of the same peak. A busy machine slows one yardstick down
+more than the other: a call that would take a share e of its time at the product's rate is corrected by e parts of the
+product and 1 - e of the network.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from nas.latency.meter import ANCHOR_FACTOR, LatencyMeter, cpu_threads, in_turn
 from nas.latency.values import Latency
 from search_spaces import load_space
 
-# They measure the machine and not the deployment: in one dtype and so many threads they serve all.
+# The yardsticks measure the machine and not the deployment: all deployments of one dtype and thread count share them.
 YARDSTICK_ENGINE, YARDSTICK_RESOLUTION, YARDSTICK_CLASSES = "eager", 32, 10
-# Large enough that a CUDA graph's launch is a small part of it.
+# Rows of the square product: large enough that a CUDA graph's launch is a small part of its time.
 YARDSTICK_SIDE = {"cpu": 384, "cuda": 4096}
-# Share of a network's time cap that each of several things timed in turns has.
+# Each of several things timed in turns has this share of a network's time cap.
 CAP_FACTOR = 0.5
-# Samples are shorter than a network's alone, so that more fit in the time.
+# Samples are shorter than those of a network alone, so that more of them fit in the time.
 MIN_SAMPLE_SECONDS = 1e-3
 
 
 @dataclass(frozen=True)
 class Timed:
-    """What is timed: calls to make in turn, and the MACs of each."""
+    """Something to time: calls to make in turn, and the MACs of each."""
 
     forwards: list[Callable[[], object]]
     macs: int = 0
 
 
 class Yardsticks:
-    """Times things in one dtype and so many threads on one device.
+    """Times things in one dtype with a number of CPU threads on one device.
 
     Args:
-        config: says device, dtype, threads and the precision.
+        config: gives device, dtype, threads and the precision.
         references_ms: latencies of the network and the product; None measures them now.
 
     Attributes:
@@ -84,7 +84,7 @@ class Yardsticks:
         """Latencies of several things, sampled in turns with each other and the yardsticks.
 
         Args:
-            reference: whether others are scaled by them, so that they are to be known so much better.
+            reference: whether other latencies are scaled by these, which then have to be known more precisely.
         """
 
         def corrected_ms(seconds: np.ndarray) -> list[np.ndarray]:
@@ -104,8 +104,9 @@ class Yardsticks:
         """Samples as if the yardsticks had run at their reference latencies.
 
         Args:
-            own: (rounds,) seconds of a call of so many MACs.
+            own: (rounds,) seconds of a call.
             yardsticks: (rounds, 2) seconds, of the network and of the product.
+            macs: of the call.
         """
         by_network, by_product = (
             own / yardsticks[:, k] * reference_ms for k, reference_ms in enumerate(self.references_ms)

@@ -14,12 +14,18 @@ from nas.config import DEFAULT_ENGINE, LatencyConfig
 from nas.errors import CandidateFailed
 from nas.latency import meter as latency_module
 from nas.latency.engines import ENGINES, deploy, runs_on
-from nas.latency.meter import MAX_REPEATS, REST_SECONDS, LatencyMeter, Sensors, corrected
+from nas.latency.meter import MAX_RETRIES, REST_SECONDS, LatencyMeter, Sensors, corrected
+from nas.latency.values import Measurement
 from search_spaces import load_space
 from tests.conftest import make_tiny_space
 
 SPACE = load_space("small")
 QUICK = LatencyConfig(device="cpu", seconds=0.05)
+
+
+def measure(meter: LatencyMeter, network: nn.Module) -> Measurement:
+    (measured,) = meter.measure_together([network])
+    return measured
 
 
 def test_drift_is_taken_out_round_by_round() -> None:
@@ -41,7 +47,7 @@ def test_a_measurement_is_whole_and_consistent() -> None:
     meter = LatencyMeter(QUICK, SPACE.anchor().build(10))
     assert meter.reference_ms > 0
     network = SPACE.smallest().build(10)
-    measured = meter.measure(network)
+    measured = measure(meter, network)
     assert 0 < measured.latency.p20_ms <= measured.median_ms <= measured.latency.p80_ms
     assert measured.latency.repeats >= 10
     assert measured.raw_median_ms > 0
@@ -59,16 +65,16 @@ def test_a_measurement_is_whole_and_consistent() -> None:
 def test_workspace_holds_at_least_the_largest_input_and_output_of_a_layer() -> None:
     arch = SPACE.anchor()
     meter = LatencyMeter(QUICK, SPACE.smallest().build(10))
-    measured = meter.measure(arch.build(10))
+    measured = measure(meter, arch.build(10))
     # In the first block 24 channels of 16x16 pixels become 72, the 24 being kept for the residual.
     assert measured.workspace_bytes >= 4 * 16 * 16 * (24 + 24 + 72)
     double = LatencyMeter(LatencyConfig(device="cpu", seconds=0.05, batch_size=2), SPACE.smallest().build(10))
-    assert double.measure(arch.build(10)).workspace_bytes > 1.2 * measured.workspace_bytes
+    assert measure(double, arch.build(10)).workspace_bytes > 1.2 * measured.workspace_bytes
 
 
 def test_a_given_reference_scales_the_result() -> None:
     network = SPACE.anchor().build(10)
-    measured = LatencyMeter(QUICK, network, reference_ms=100.0).measure(network)
+    measured = measure(LatencyMeter(QUICK, network, reference_ms=100.0), network)
     # The anchor against itself: noise aside, its latency is the reference, whatever this machine's speed.
     assert measured.median_ms == pytest.approx(100.0, rel=0.5)
     assert measured.raw_median_ms < 50
@@ -87,7 +93,7 @@ def test_what_scales_all_others_is_to_be_known_better_than_they_are(monkeypatch:
     monkeypatch.setattr(latency_module, "sample_until", spy)
     config = replace(QUICK, precision=0.06)
     meter = LatencyMeter(config, SPACE.smallest().build(10))
-    meter.measure(SPACE.smallest().build(10))
+    measure(meter, SPACE.smallest().build(10))
     assert asked == [(pytest.approx(0.02), pytest.approx(0.15)), (0.06, 0.05)]
 
 
@@ -200,7 +206,7 @@ def heated_meter(device: Heated) -> LatencyMeter:
 @pytest.mark.parametrize("at", [0, 1], ids=["at the first reading", "at a later one"])
 def test_a_throttled_measurement_is_made_again_after_a_rest(times_sampled: list[int], at: int) -> None:
     device = Heated(rests_needed=2, at=at)
-    measured = heated_meter(device).measure(TINY.build(10))
+    measured = measure(heated_meter(device), TINY.build(10))
     assert device.rests == [REST_SECONDS, 2 * REST_SECONDS]
     assert len(times_sampled) == 3
     # What counts is the last of them, which did not throttle.
@@ -211,9 +217,9 @@ def test_a_throttled_measurement_is_made_again_after_a_rest(times_sampled: list[
 
 def test_what_throttles_after_every_rest_is_kept_and_says_so(times_sampled: list[int]) -> None:
     device = Heated(rests_needed=100)
-    measured = heated_meter(device).measure(TINY.build(10))
-    assert len(device.rests) == MAX_REPEATS
-    assert len(times_sampled) == MAX_REPEATS + 1
+    measured = measure(heated_meter(device), TINY.build(10))
+    assert len(device.rests) == MAX_RETRIES
+    assert len(times_sampled) == MAX_RETRIES + 1
     assert measured.latency.throttled is True
     assert measured.median_ms > 0
 
@@ -225,19 +231,19 @@ def test_where_rests_do_not_help_they_are_taken_once() -> None:
     for _ in range(3):
         # Held down all the time, not only at the first reading.
         device.readings = 0
-        assert meter.measure(TINY.build(10)).latency.throttled is True
-    assert len(device.rests) == MAX_REPEATS
+        assert measure(meter, TINY.build(10)).latency.throttled is True
+    assert len(device.rests) == MAX_RETRIES
     # Once it has been seen to run freely they are worth it again.
     device.rests_needed = 0
-    assert meter.measure(TINY.build(10)).latency.throttled is False
+    assert measure(meter, TINY.build(10)).latency.throttled is False
     device.readings, device.rests_needed = 0, 100
-    meter.measure(TINY.build(10))
-    assert len(device.rests) == 2 * MAX_REPEATS
+    measure(meter, TINY.build(10))
+    assert len(device.rests) == 2 * MAX_RETRIES
 
 
 def test_what_does_not_throttle_is_measured_once(times_sampled: list[int]) -> None:
     device = Heated(rests_needed=0)
-    measured = heated_meter(device).measure(TINY.build(10))
+    measured = measure(heated_meter(device), TINY.build(10))
     assert device.rests == []
     assert len(times_sampled) == 1
     # Read before the first round, and after the last.
@@ -253,7 +259,7 @@ def test_the_reference_is_not_taken_from_a_throttled_device(times_sampled: list[
 
 
 def test_a_cpu_has_no_sensors() -> None:
-    measured = LatencyMeter(TINY_CONFIG, TINY.build(10), reference_ms=1.0).measure(TINY.build(10))
+    measured = measure(LatencyMeter(TINY_CONFIG, TINY.build(10), reference_ms=1.0), TINY.build(10))
     assert (measured.latency.throttled, measured.sm_clock_mhz, measured.temperature_c) == (None, None, None)
 
 
@@ -297,7 +303,7 @@ def test_every_device_has_a_default_engine_that_runs_there() -> None:
 def test_cuda_graphs_are_timed(engine: str, dtype: str) -> None:
     config = LatencyConfig(device="cuda", engine=engine, dtype=dtype, batch_size=8, seconds=0.1)
     meter = LatencyMeter(config, SPACE.anchor().build(10))
-    measured = meter.measure(SPACE.anchor().build(10))
+    measured = measure(meter, SPACE.anchor().build(10))
     assert measured.median_ms == pytest.approx(meter.reference_ms, rel=0.2)
     assert measured.workspace_bytes > 0
     assert DeviceInfo.of(torch.device("cuda")).kind == "cuda"
@@ -310,7 +316,7 @@ def test_the_anchors_graph_still_computes_after_other_networks_were_measured() -
     anchor = SPACE.anchor().build(10)
     meter = LatencyMeter(config, anchor)
     for arch in (SPACE.smallest(), SPACE.anchor(), SPACE.smallest()):
-        meter.measure(arch.build(10))
+        measure(meter, arch.build(10))
     _module, x, output = meter.anchor_forwards[0]()  # type: ignore[misc]
     torch.cuda.synchronize()
     expected = deploy(anchor, config, x)(x)
