@@ -230,7 +230,7 @@ class BlockLatency(Base):
     Attributes:
         kernels: digest of the fused kernels' sources; empty where no kernel of ours runs.
         shape: its problem as canonical JSON, of which `shape_id` is a hash.
-        median_ms: of one run, without what a call of it costs beside (see `nas.latency.block_table`).
+        median_ms: of one run, without what a call of it costs beside (see `nas.latency.block_meter`).
     """
 
     __tablename__ = "convfirst_block_latencies"

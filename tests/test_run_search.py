@@ -452,7 +452,7 @@ def profiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
     def measure(config: LatencyConfig) -> DeviceProfile:
         asked.append((config.dtype, config.threads))
-        return DeviceProfile(copy_bytes=1e10 * len(asked), product_macs=5e10 * len(asked), launch_seconds=1e-6)
+        return DeviceProfile(copy_bytes_per_s=1e10 * len(asked), macs_per_s=5e10 * len(asked), launch_seconds=1e-6)
 
     monkeypatch.setattr(device_profile, "measure_profile", measure)
     monkeypatch.setattr("nas.validation.remeasure._anchor_ms", lambda table, anchor: 1.0)

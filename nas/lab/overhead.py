@@ -90,7 +90,7 @@ class FakeEvaluator:
         ]
 
     def profile(self) -> DeviceProfile:
-        return DeviceProfile(copy_bytes=2e10, product_macs=4e10, launch_seconds=4e-6)
+        return DeviceProfile(copy_bytes_per_s=2e10, macs_per_s=4e10, launch_seconds=4e-6)
 
     def determinism(self) -> str | None:
         return None

@@ -14,7 +14,7 @@ from nas.errors import UsageError, is_out_of_memory, memory_may_run_out
 from nas.latency.block_table import BlockTable
 from nas.latency.device_profile import find_or_measure_profile
 from nas.latency.devices import check_device, device_info
-from nas.latency.parts import CALL_ID, Part, arch_parts, block_name, layer_parts, network_shape, shape_id
+from nas.latency.parts import CALL_ID, Part, arch_parts, block_name, layer_parts, shape_id
 from nas.latency.roofline import Efficiency, NetworkEfficiency, everything_else, single
 from nas.latency.subjects import Subject
 from nas.latency.table_filler import TableFiller
@@ -115,7 +115,7 @@ def analyse(
 
 def _analyse_arch(subject: Subject, arch: ArchSpec, table: BlockTable, filler: TableFiller, by_layer: bool) -> Analysis:
     parts = arch_parts(arch, subject.config)
-    ids = {CALL_ID, shape_id(_shape(subject)), *(part.shape_id for part in parts)}
+    ids = {CALL_ID, shape_id(subject.shape), *(part.shape_id for part in parts)}
     filler.fill(table, ids, lambda meter, known: meter.measure_archs([arch], known, [arch]), f"{len(parts)} parts")
     analysis = _analysis(subject, table, table, parts)
     if not by_layer:
@@ -150,7 +150,7 @@ def _analyse_timm(subject: Subject, table: BlockTable, filler: TableFiller) -> A
     layer_table, layers = _measured_layers(subject, model, table, filler)
     macs = sum(part.block.macs for part in layers)
     filler.fill(
-        table, {shape_id(_shape(subject))}, lambda meter, _: [meter.measure_network(subject.name, model, macs)],
+        table, {shape_id(subject.shape)}, lambda meter, _: [meter.measure_network(subject.name, model, macs)],
         "the whole",
     )  # fmt: skip
     return _analysis(subject, table, layer_table, layers)
@@ -183,8 +183,7 @@ def _measured_layers(
 
 def _analysis(subject: Subject, table: BlockTable, part_table: BlockTable, parts: Sequence[Part]) -> Analysis:
     """The analysis of a network whose own latency is in one table, and whose parts' are in the same or another."""
-    network = _shape(subject)
-    network_ms, sum_ms = table.median_ms(network), part_table.add_up(parts).total_ms
+    network_ms, sum_ms = table.median_ms(subject.shape), part_table.add_up(parts).total_ms
     assert network_ms is not None
     assert sum_ms is not None
     efficiency = _network(subject.config, subject.title, _rows(part_table, parts), network_ms)
@@ -192,9 +191,5 @@ def _analysis(subject: Subject, table: BlockTable, part_table: BlockTable, parts
         subtitle = f"{efficiency.subtitle}; layers alone in {part_table.config.engine}"
         efficiency = replace(efficiency, subtitle=subtitle)
     doubtful = part_table.doubtful(parts)
-    doubtful += [row for row in table.doubtful_rows([shape_id(network)]) if row not in doubtful]
+    doubtful += [row for row in table.doubtful_rows([shape_id(subject.shape)]) if row not in doubtful]
     return Analysis(efficiency, sum_ms, network_ms, {}, tuple(doubtful))
-
-
-def _shape(subject: Subject) -> str:
-    return network_shape(subject.name, subject.config)

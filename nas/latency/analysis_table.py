@@ -10,7 +10,7 @@ from rich.table import Table
 from nas.latency.analysis import Analysis
 from nas.latency.block_table import BlockTable
 from nas.latency.devices import device_info
-from nas.latency.parts import arch_parts, network_shape
+from nas.latency.parts import arch_parts
 from nas.latency.roofline import Efficiency, waterline
 from nas.latency.subjects import Subject
 from studies import BlockLatency, Store
@@ -114,7 +114,7 @@ def table_lines(store: Store, subject: Subject) -> list[str]:
         found.append(f"missing: {', '.join(missing)}; --measure measures them")
     if added.total_ms is not None or any(ms is not None for ms in added.part_ms):
         found += doubtful_lines(table.doubtful(parts))
-    network_ms = table.median_ms(network_shape(subject.name, config))
+    network_ms = table.median_ms(subject.shape)
     if network_ms is not None:
         found.append(f"{network_ms:.4f} ms measured as a whole")
     return found

@@ -28,23 +28,24 @@ SECONDS = 2.0
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """What a device does at most, measured once.
+    """What a device does at most, measured once; `studies.Profile` is its row in the database.
 
     Args:
-        copy_bytes: bytes a second of a large copy, read and written together.
-        product_macs: multiply-accumulates a second of a large square product.
+        copy_bytes_per_s: of a large copy, read and written together.
+        macs_per_s: of a large square product.
         launch_seconds: time of the smallest operation launched from Python.
         graph_launch_seconds: time of the same operation in a CUDA graph of many; None on a CPU.
-        references_ms: latencies of the yardsticks, network and product.
+        network_yardstick_ms, product_yardstick_ms: latencies of the yardsticks.
         interval_share: width of the widest of the medians' 95 % confidence intervals, over the median.
         throttled: whether the GPU throttled; None where nothing tells.
     """
 
-    copy_bytes: float
-    product_macs: float
+    copy_bytes_per_s: float
+    macs_per_s: float
     launch_seconds: float
     graph_launch_seconds: float | None = None
-    references_ms: tuple[float, float] = (1.0, 1.0)
+    network_yardstick_ms: float = 1.0
+    product_yardstick_ms: float = 1.0
     interval_share: float = 0.0
     throttled: bool | None = None
 
@@ -66,31 +67,26 @@ def measure_profile(config: LatencyConfig) -> DeviceProfile:
     with memory_may_run_out():
         yardsticks = Yardsticks(config)
         runs = ceiling_runs(device, getattr(torch, config.dtype))
-        found = yardsticks.time([Timed([each.run], each.macs) for each in runs.values()])
+        latencies = yardsticks.time([Timed([each.run], each.macs) for each in runs.values()])
+    rates = {name: rate(name, runs[name], of.median_ms / 1e3) for name, of in zip(runs, latencies, strict=True)}
     network_ms, product_ms = yardsticks.references_ms
+    throttled = latencies[0].throttled
     return DeviceProfile(
-        **{name: rate(name, each, of.median_ms / 1e3) for (name, each), of in zip(runs.items(), found, strict=True)},
-        references_ms=(network_ms, product_ms),
-        interval_share=max(yardsticks.interval_share, *(of.interval_share for of in found)),
-        throttled=None if found[0].throttled is None else bool(found[0].throttled or yardsticks.throttled),
-    )
+        rates["copy_bytes"], rates["product_macs"], rates["launch_seconds"], rates.get("graph_launch_seconds"),
+        network_ms, product_ms, max(yardsticks.interval_share, *(each.interval_share for each in latencies)),
+        None if throttled is None else bool(throttled or yardsticks.throttled),
+    )  # fmt: skip
 
 
 def store_profile(
-    store: Store, info: DeviceInfo, dtype: str, thread_count: int, found: DeviceProfile, again: bool = False
+    store: Store, info: DeviceInfo, dtype: str, thread_count: int, measured: DeviceProfile, again: bool = False
 ) -> Profile:
     """Store a profile, unless another process was faster; returns the stored one.
 
     With `again` it takes the place of the older one. That changes the scale: what the block latency table holds in the
     older profile's scale is deleted.
     """
-    network_ms, product_ms = found.references_ms
-    profile = Profile(
-        dtype=dtype, threads=thread_count, copy_bytes_per_s=found.copy_bytes, macs_per_s=found.product_macs,
-        launch_seconds=found.launch_seconds, graph_launch_seconds=found.graph_launch_seconds,
-        network_yardstick_ms=network_ms, product_yardstick_ms=product_ms, interval_share=found.interval_share,
-        throttled=found.throttled, measured_at=datetime.now(UTC),
-    )  # fmt: skip
+    profile = Profile(dtype=dtype, threads=thread_count, measured_at=datetime.now(UTC), **asdict(measured))
     return store.add_profile(asdict(info), profile, replace=again)
 
 
@@ -124,12 +120,12 @@ def find_or_measure_profile(
             raise UsageError(f"--device {config.device}: what it can do cannot be measured ({error})") from error
 
 
-def references_ms(profile: Profile) -> tuple[float, float]:
+def references_ms(profile: Profile | DeviceProfile) -> tuple[float, float]:
     """The yardsticks' latencies, network and product."""
     return profile.network_yardstick_ms, profile.product_yardstick_ms
 
 
-def machine(profile: Profile) -> Machine:
+def machine(profile: Profile | DeviceProfile) -> Machine:
     """The limits that efficiencies are shares of."""
     return Machine(profile.macs_per_s, profile.copy_bytes_per_s)
 

@@ -7,7 +7,7 @@ with more than a gigabyte of them. The meter therefore lives in a child process 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import ParamSpec, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 from nas.child_process import ChildProcess
 from nas.config import LatencyConfig
@@ -23,7 +23,6 @@ LIFETIME = 50
 # A network's parts, each traced four times over, weigh as much as so many networks.
 PARTS_WEIGHT = 4
 
-Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
@@ -104,14 +103,14 @@ class IsolatedMeter:
         self.reference_ms = self._start(reference_ms)
 
     def measure_together(self, archs: Sequence[ArchSpec]) -> list[Measurement]:
-        measurements = self._call(_measure_together, archs)
+        measurements = self._call(LocalMeter.measure_together, archs)
         self._count(len(archs))
         return measurements
 
     def measure_blocks(
         self, archs: Sequence[ArchSpec], known: Mapping[str, float], references_ms: Sequence[float]
     ) -> list[ShapeLatency]:
-        latencies = self._call(_measure_blocks, archs, known, references_ms)
+        latencies = self._call(LocalMeter.measure_blocks, archs, known, references_ms)
         # Each part was traced, and is held as long as the child lives; together they are some four networks.
         self._count(PARTS_WEIGHT * len(archs) if latencies else 0)
         return latencies
@@ -120,14 +119,12 @@ class IsolatedMeter:
         """End the child process; the next measurement starts another."""
         self.child.close()
 
-    def _call(
-        self, function: Callable[Arguments, Result], /, *args: Arguments.args, **kwargs: Arguments.kwargs
-    ) -> Result:
-        """Call a function in a child that has a meter, started if need be."""
+    def _call(self, method: Callable[..., Result], *args: object) -> Result:
+        """Call a method of the child's meter; a child is started if need be."""
         if self.child.process is None:
             self._start(self.reference_ms)
         try:
-            return self.child.call(function, *args, **kwargs)
+            return self.child.call(_call_meter, method, *args)
         except CandidateFailed:
             self._count(1)
             raise
@@ -136,7 +133,7 @@ class IsolatedMeter:
         """Start a child with a meter; returns the anchor's reference latency."""
         self.measured = 0
         try:
-            return self.child.call(_set_up, self.config, self.anchor, reference_ms)
+            return self.child.call(_make_meter, self.config, self.anchor, reference_ms)
         except BaseException:
             self.close()
             raise
@@ -147,25 +144,16 @@ class IsolatedMeter:
             self.close()
 
 
-# -- In the child ------------------------------------------------------------------------------------------------------
-
 # The meter of this process, if it is such a child.
 _meter: LocalMeter | None = None
 
 
-def _set_up(config: LatencyConfig, anchor: ArchSpec, reference_ms: float | None) -> float:
+def _make_meter(config: LatencyConfig, anchor: ArchSpec, reference_ms: float | None) -> float:
     global _meter
     _meter = LocalMeter(config, anchor, reference_ms)
     return _meter.reference_ms
 
 
-def _measure_together(archs: Sequence[ArchSpec]) -> list[Measurement]:
+def _call_meter(method: Callable[..., Result], *args: object) -> Result:
     assert _meter is not None
-    return _meter.measure_together(archs)
-
-
-def _measure_blocks(
-    archs: Sequence[ArchSpec], known: Mapping[str, float], references_ms: Sequence[float]
-) -> list[ShapeLatency]:
-    assert _meter is not None
-    return _meter.measure_blocks(archs, known, references_ms)
+    return method(_meter, *args)

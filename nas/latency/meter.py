@@ -12,7 +12,7 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -40,15 +40,6 @@ def corrected(samples_ms: np.ndarray, anchor_ms: np.ndarray, reference_ms: float
     """Samples of a candidate as if the anchor had always run at its reference latency; all (rounds,), in ms."""
     scaled: np.ndarray = samples_ms / anchor_ms * reference_ms
     return scaled
-
-
-@dataclass(frozen=True, slots=True)
-class Sensors:
-    """Readings of the GPU's sensors while samples were taken; fields as in `nas.latency.values`."""
-
-    throttled: bool | None = None
-    sm_clock_mhz: float | None = None
-    temperature_c: float | None = None
 
 
 @dataclass(frozen=True)
@@ -122,17 +113,17 @@ class LatencyMeter:
         with cpu_threads(self.config.threads):
             deployed = [self._deploy(network) for network in networks]
             runs = [in_turn(each.forwards) for each in deployed]
-            sampled, sensors = self.sample([*runs, self.anchor_run], ratios, len(deployed))
+            sampled, state = self.sample([*runs, self.anchor_run], ratios, len(deployed))
         anchor_ms = sampled.seconds[:, -1] * 1e3
+        clock_mhz, temperature_c = (None, None) if state is None else (state.sm_clock_mhz, state.temperature_c)
         measured = []
         for index, each in enumerate(deployed):
             own_ms, share = sampled.seconds[:, index] * 1e3, sampled.interval_shares[index]
             measured.append(Measurement(
-                self.latency(corrected(own_ms, anchor_ms, self.reference_ms), share, sampled, sensors),
+                self.latency(corrected(own_ms, anchor_ms, self.reference_ms), share, sampled, state),
                 raw_median_ms=float(np.median(own_ms)), anchor_median_ms=float(np.median(anchor_ms)),
                 weight_bytes=each.weight_bytes, workspace_bytes=each.workspace_bytes,
-                sm_clock_mhz=sensors.sm_clock_mhz, temperature_c=sensors.temperature_c,
-                ready_seconds=each.ready_seconds,
+                sm_clock_mhz=clock_mhz, temperature_c=temperature_c, ready_seconds=each.ready_seconds,
             ))  # fmt: skip
         return measured
 
@@ -144,11 +135,13 @@ class LatencyMeter:
         forwards = self.forwards(module, self.inputs)
         return Deployed(module, forwards, self._weight_bytes(network, module), workspace, ready_seconds)
 
-    def latency(self, samples_ms: np.ndarray, interval_share: float, sampled: Sampled, sensors: Sensors) -> Latency:
+    def latency(
+        self, samples_ms: np.ndarray, interval_share: float, sampled: Sampled, state: DeviceState | None
+    ) -> Latency:
         """The latency that (repeats,) corrected samples of one of several things sampled together show."""
         # The cap may have ended all of them while this one was known well enough.
         capped = sampled.capped and interval_share > self.precision.share
-        return Latency.of(samples_ms, interval_share, capped, sensors.throttled)
+        return Latency.of(samples_ms, interval_share, capped, None if state is None else state.throttled)
 
     @property
     def precision(self) -> Precision:
@@ -158,7 +151,7 @@ class LatencyMeter:
     def sample(
         self, runs: list[Callable[[], None]], checked: Callable[[np.ndarray], list[np.ndarray]], factor: float = 1,
         min_sample_seconds: float | None = None, reference: bool = False,
-    ) -> tuple[Sampled, Sensors]:  # fmt: skip
+    ) -> tuple[Sampled, DeviceState | None]:  # fmt: skip
         """Sample to the precision asked for; where the GPU throttled, again after a rest, at most `MAX_RETRIES` times.
 
         Args:
@@ -168,7 +161,8 @@ class LatencyMeter:
             reference: whether other latencies are scaled by this one, which then has to be known more precisely.
 
         Returns:
-            The samples, and the sensors' readings meanwhile.
+            The samples, and the device's last state, with the reasons of all throttling meanwhile; None where nothing
+            can be read.
         """
         share = self.precision.share / (ANCHOR_FACTOR if reference else 1)
         precision = Precision(share, factor * self.precision.cap_seconds)
@@ -178,8 +172,8 @@ class LatencyMeter:
                 runs, self.clock, min_sample_seconds or MIN_SAMPLE_SECONDS[self.device.type], precision, checked,
                 between=lambda states=states: states.append(self.state(self.device)),  # type: ignore[misc]
             )  # fmt: skip
-            throttled = any(state is not None and state.throttled for state in states)
-            if not throttled:
+            throttled_by = {reason for state in states if state is not None for reason in state.throttled_by}
+            if not throttled_by:
                 self.rest_helps = True
                 break
             if retry == MAX_RETRIES:
@@ -189,7 +183,7 @@ class LatencyMeter:
                 break
             self.rest(REST_SECONDS * (retry + 1))
         last = states[-1]
-        return sampled, Sensors() if last is None else Sensors(throttled, last.sm_clock_mhz, last.temperature_c)
+        return sampled, None if last is None else replace(last, throttled_by=tuple(throttled_by))
 
     def _weight_bytes(self, network: nn.Module, module: nn.Module) -> int:
         # Counted on the network too, as a frozen module hides its own. Of a folded norm's vectors only a bias is left.

@@ -9,6 +9,7 @@ from typing import Any
 
 from nas.config import LatencyConfig
 from nas.errors import UsageError
+from nas.latency.parts import network_shape
 from nas.latency.timm_networks import TIMM_ENGINE, require_timm_model, timm_resolution
 from search_spaces import ArchSpec
 from studies import Store
@@ -20,8 +21,8 @@ class Subject:
 
     Args:
         title: for people.
-        name: by which the table knows it: an architecture's line, or a timm model's name.
-        arch: None of a timm model.
+        name: its name in the table: an architecture's line, or a timm model's name.
+        arch: None for a timm model.
         config: the deployment.
     """
 
@@ -29,6 +30,11 @@ class Subject:
     name: str
     arch: ArchSpec | None
     config: LatencyConfig
+
+    @property
+    def shape(self) -> str:
+        """The shape of the network as a whole."""
+        return network_shape(self.name, self.config)
 
 
 # Of a ConvFirst network, by its total stride, where nobody says: pixels and classes.

@@ -64,11 +64,12 @@ class Yardsticks:
             self.interval_share = 0.0
             self.throttled: bool | None = None
             if references_ms is None:
-                sampled, sensors = self.meter.sample(
+                sampled, state = self.meter.sample(
                     self.runs, lambda seconds: list(seconds.T), ANCHOR_FACTOR, reference=True
                 )
                 references_ms = (1e3 * np.median(sampled.seconds, axis=0)).tolist()
-                self.interval_share, self.throttled = max(sampled.interval_shares), sensors.throttled
+                self.interval_share = max(sampled.interval_shares)
+                self.throttled = None if state is None else state.throttled
         self.references_ms = tuple(references_ms)
 
     @property
@@ -94,9 +95,9 @@ class Yardsticks:
         runs = [*(in_turn(each.forwards) for each in group), *self.runs]
         factor = max(float(ANCHOR_FACTOR) if reference else 1.0, CAP_FACTOR * len(group))
         with cpu_threads(self.config.threads):
-            sampled, sensors = self.meter.sample(runs, corrected_ms, factor, MIN_SAMPLE_SECONDS, reference)
+            sampled, state = self.meter.sample(runs, corrected_ms, factor, MIN_SAMPLE_SECONDS, reference)
         return [
-            self.meter.latency(own_ms, share, sampled, sensors)
+            self.meter.latency(own_ms, share, sampled, state)
             for own_ms, share in zip(corrected_ms(sampled.seconds), sampled.interval_shares, strict=True)
         ]
 

@@ -14,7 +14,7 @@ from nas.config import DEFAULT_ENGINE, LatencyConfig
 from nas.errors import CandidateFailed
 from nas.latency import meter as latency_module
 from nas.latency.engines import ENGINES, deploy, runs_on
-from nas.latency.meter import MAX_RETRIES, REST_SECONDS, LatencyMeter, Sensors, corrected
+from nas.latency.meter import MAX_RETRIES, REST_SECONDS, LatencyMeter, corrected
 from nas.latency.values import Measurement
 from search_spaces import load_space
 from tests.conftest import make_tiny_space
@@ -134,12 +134,12 @@ def test_of_several_only_those_that_are_not_known_well_were_capped(monkeypatch: 
     seconds = np.array([[0.002, 0.004, 0.001], [0.002, 0.006, 0.001], [0.004, 0.010, 0.002]])
     factors: list[float] = []
 
-    def sample(runs: object, checked: object, factor: float) -> tuple[Sampled, Sensors]:
+    def sample(runs: object, checked: object, factor: float) -> tuple[Sampled, None]:
         factors.append(factor)
         (one, other) = checked(seconds)  # type: ignore[operator]
         assert one.tolist() == [2.0, 2.0, 2.0]
         assert other.tolist() == [4.0, 6.0, 5.0]
-        return Sampled(seconds, (0.01, 0.5), capped=True), Sensors()
+        return Sampled(seconds, (0.01, 0.5), capped=True), None
 
     monkeypatch.setattr(meter, "sample", sample)
     one, other = meter.measure_together([SPACE.smallest().build(10)] * 2)

@@ -15,7 +15,7 @@ from nas.latency import device_profile
 from nas.latency.block_meter import BlockMeter
 from nas.latency.device_profile import DeviceProfile, find_or_measure_profile, store_profile
 from nas.latency.parts import CALL, layer_part, shape_id
-from nas.latency.roofline import Machine, computational_efficiency
+from nas.latency.roofline import computational_efficiency
 from nas.locks import device_lock
 from studies import Profile, Store
 
@@ -96,7 +96,7 @@ def test_what_another_process_measured_meanwhile_is_taken(
         @contextmanager
         def measuring(self, waiting: Callable[[], None]) -> Iterator[None]:
             waiting()
-            store_profile(store, info, "float32", 1, DeviceProfile(1.0, 2.0, 3.0, references_ms=(4.0, 5.0)))
+            store_profile(store, info, "float32", 1, DeviceProfile(1.0, 2.0, 3.0, None, 4.0, 5.0))
             yield
 
     monkeypatch.setattr(device_profile, "device_lock", lambda device: Lock())
@@ -105,17 +105,17 @@ def test_what_another_process_measured_meanwhile_is_taken(
     assert figures(found) == (1.0, 2.0, 3.0, None)
     assert (measured, waited) == ([], ["yes"])
     # Of two that have measured, the first one's counts.
-    late = store_profile(store, info, "float32", 1, DeviceProfile(9.0, 9.0, 9.0, references_ms=(9.0, 9.0)))
+    late = store_profile(store, info, "float32", 1, DeviceProfile(9.0, 9.0, 9.0, None, 9.0, 9.0))
     assert device_profile.references_ms(late) == (4.0, 5.0)
 
 
 def test_profiles_are_told_in_common_units(store: Store) -> None:
     """1 MAC = 2 FLOP; bytes of a copy are read and written."""
     info = DeviceInfo("cpu", "a machine", "Linux, 2 CPUs", "2.11", "3.6")
-    found = DeviceProfile(copy_bytes=1.25e10, product_macs=5e10, launch_seconds=1.5e-6, interval_share=0.034)
+    found = DeviceProfile(copy_bytes_per_s=1.25e10, macs_per_s=5e10, launch_seconds=1.5e-6, interval_share=0.034)
     store_profile(store, info, "float32", 2, found)
     gpu = replace(info, kind="cuda", name="a GPU")
-    faster = replace(found, product_macs=4e14, graph_launch_seconds=8e-7, throttled=True)
+    faster = replace(found, macs_per_s=4e14, graph_launch_seconds=8e-7, throttled=True)
     store_profile(store, gpu, "float16", 1, faster)
     name, figures_line, gpu_name, gpu_line = device_profile.profile_lines(store.profiles())
     assert name == "a machine (Linux, 2 CPUs; torch 2.11, triton 3.6)"
@@ -153,9 +153,11 @@ def efficiency_of_a_large_convolution(config: LatencyConfig) -> float:
     )  # type: ignore[call-overload]
     shape = (config.batch_size, channels, pixels, pixels)
     part = layer_part("large", convolution, shape, shape, 4)
-    found = BlockMeter(config, profile.references_ms).measure_layers([(part, convolution)], {shape_id(CALL): 0.0})
-    machine = Machine(profile.product_macs, profile.copy_bytes)
-    return computational_efficiency(part.block.macs, found[0].latency.median_ms / 1e3, machine)
+    found = BlockMeter(config, device_profile.references_ms(profile)).measure_layers(
+        [(part, convolution)], {shape_id(CALL): 0.0}
+    )
+    seconds = found[0].latency.median_ms / 1e3
+    return computational_efficiency(part.block.macs, seconds, device_profile.machine(profile))
 
 
 def test_a_large_convolution_comes_near_the_peak_and_not_past_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -272,7 +272,7 @@ def profiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
 
     def measure(config: LatencyConfig) -> DeviceProfile:
         asked.append((config.dtype, config.threads))
-        return DeviceProfile(copy_bytes=1e10, product_macs=1e11, launch_seconds=1e-6)
+        return DeviceProfile(copy_bytes_per_s=1e10, macs_per_s=1e11, launch_seconds=1e-6)
 
     monkeypatch.setattr(device_profile, "measure_profile", measure)
     monkeypatch.setattr(remeasure, "_anchor_ms", lambda table, anchor: 3.0)
