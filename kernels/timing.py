@@ -1,4 +1,4 @@
-"""The one place that times and measures memory, and what it was measured on."""
+"""The one place that measures time and memory, and describes the device on which that was done."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WARMUP_CAP_SECONDS = 1.0
 WARMUP_WINDOW = 5
 WARMUP_TOLERANCE = 0.03
 CALLS_BEFORE_CAPTURE = 3
-# What tensors asked the allocator for; a block that it hands out may be larger by up to a MiB.
+# The allocator's statistic of what tensors asked for; a block that it hands out may be larger by up to a MiB.
 REQUESTED = "requested_bytes.all"
 
 Output = TypeVar("Output")
@@ -38,7 +38,7 @@ _Device = torch.device
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
-    """What a figure was measured on: the device, its driver and the libraries that ran there."""
+    """The device of a measurement, its driver and the libraries that ran there."""
 
     kind: str
     name: str
@@ -119,8 +119,8 @@ def captured(run: Callable[[], Output]) -> tuple[torch.cuda.CUDAGraph, Output]:
 
     A graph knows addresses only: what the call reads must live as long as it is replayed.
     """
-    # Libraries set themselves up in the first calls, which capture does not allow; what they set up may belong to the
-    # stream, so that it is captured on the very same.
+    # Libraries set themselves up in the first calls, which capture does not allow. What they set up may belong to a
+    # stream, so that the capture is on the same one.
     side, before = _side_stream(torch.cuda.current_device()), torch.cuda.current_stream()
     side.wait_stream(before)
     with torch.cuda.stream(side):
@@ -132,7 +132,7 @@ def captured(run: Callable[[], Output]) -> tuple[torch.cuda.CUDAGraph, Output]:
         with torch.cuda.graph(graph, stream=side):
             output = run()
     except BaseException:
-        # Where a capture cannot be ended torch leaves its stream the current one.
+        # Where a capture fails torch leaves its stream the current one.
         torch.cuda.set_stream(before)
         raise
     return graph, output
@@ -140,7 +140,7 @@ def captured(run: Callable[[], Output]) -> tuple[torch.cuda.CUDAGraph, Output]:
 
 @cache
 def _side_stream(index: int) -> torch.cuda.Stream:
-    """The one stream of a device on which all is captured: cuBLAS keeps a workspace for each that it was used on."""
+    """The one stream of a device for all captures: cuBLAS keeps a workspace for each stream that it was used on."""
     return torch.cuda.Stream(index)
 
 
@@ -148,14 +148,14 @@ def time_interleaved(
     runs: Sequence[Callable[[], None]], clock: Clock, seconds: float, min_sample_seconds: float,
     warmup_seconds: float | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """Time the runs in turn, round after round, so that each sees the same weather.
+    """Time the runs in turn, round after round, so that the machine's drift affects all of them alike.
 
     Args:
         runs: each enqueues (CUDA) or does (CPU) one forward pass.
-        clock: measures a number of calls.
-        seconds: of sampling, warm-up excluded; at least `MIN_ROUNDS` rounds are made.
+        clock: times a number of calls.
+        seconds: duration of the sampling, warm-up excluded; at least `MIN_ROUNDS` rounds are made.
         min_sample_seconds: calls are repeated until a sample lasts this long.
-        warmup_seconds: of each run, at least; `WARMUP_SECONDS` by default.
+        warmup_seconds: least warm-up of each run (default: `WARMUP_SECONDS`).
 
     Returns:
         Seconds per call, (rounds, len(runs)). Row by row the samples are neighbours in time; every other round runs in
@@ -177,24 +177,23 @@ def _rounds(runs: Sequence[Callable[[], None]], calls: Sequence[int], clock: Clo
         row = [0.0] * len(runs)
         order = range(len(runs)) if number % 2 == 0 else reversed(range(len(runs)))
         for index in order:
-            # One call unmeasured: it refills the caches that the neighbour has emptied.
+            # One call is not measured: it refills the caches that the neighbour has emptied.
             runs[index]()
             row[index] = clock(runs[index], calls[index]) / calls[index]
         yield row
 
 
-def warm_up(
-    run: Callable[[], None], clock: Clock, min_sample_seconds: float, seconds: float | None = None
-) -> int:  # fmt: skip
-    """Run until it gets no faster, for `WARMUP_SECONDS` at least; returns the calls that make a sample long enough.
+def warm_up(run: Callable[[], None], clock: Clock, min_sample_seconds: float, seconds: float | None = None) -> int:
+    """Run until it gets no faster; returns the number of calls that make a sample long enough.
 
-    Faster is a median of `WARMUP_WINDOW` samples that is lower than the one before by more than `WARMUP_TOLERANCE`.
+    It gets faster while the median of `WARMUP_WINDOW` samples is lower than the one before by more than
+    `WARMUP_TOLERANCE`.
 
     Args:
-        seconds: instead of `WARMUP_SECONDS`.
+        seconds: least duration (default: `WARMUP_SECONDS`).
     """
     at_least = WARMUP_SECONDS if seconds is None else seconds
-    # Once unmeasured: what a first call loads or compiles says nothing of how many make a sample.
+    # The first call is not measured: what it loads or compiles says nothing of how many calls make a sample.
     run()
     begin = time.perf_counter()
     calls, window, before = 1, list[float](), float("inf")
@@ -223,8 +222,8 @@ class Precision:
     """When sampling ends: once the median is known well enough, or at a cap.
 
     Args:
-        share: of the median, below which its 95 % confidence interval must be wide.
-        cap_seconds: after which sampling ends all the same.
+        share: greatest width of the median's 95 % confidence interval, over the median.
+        cap_seconds: time after which sampling ends in any case.
     """
 
     share: float
@@ -233,12 +232,12 @@ class Precision:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """What sampling found.
+    """The result of sampling.
 
     Args:
         seconds: per call, (rounds, runs).
         interval_shares: width of each checked median's confidence interval, over the median.
-        capped: whether the cap ended it.
+        capped: whether the time cap ended it.
     """
 
     seconds: np.ndarray
@@ -249,8 +248,8 @@ class Sampled:
 def median_interval(values: np.ndarray) -> tuple[float, float]:
     """The 95 % confidence interval of the median of independent samples, whatever their distribution.
 
-    Between two order statistics, by the normal approximation to the binomial: below six samples none is wide enough,
-    and it is from the least to the greatest. (W. J. Conover, Practical Nonparametric Statistics, 3.2.)
+    It lies between two order statistics, by the normal approximation to the binomial. Below six samples none is wide
+    enough, and it lies between the least and the greatest. (W. J. Conover, Practical Nonparametric Statistics, 3.2.)
 
     Args:
         values: (n,), n at least 1.
@@ -271,15 +270,15 @@ def sample_until(
     checked: Callable[[np.ndarray], Sequence[np.ndarray]], between: Callable[[], None] = lambda: None,
     now: Callable[[], float] = time.perf_counter,
 ) -> Sampled:  # fmt: skip
-    """Like `time_interleaved`, until the medians that matter are known to the precision asked for.
+    """Time the runs in turn, like `time_interleaved`, until some medians are known to the precision asked for.
 
-    Neighbouring samples are not quite independent, and looking often makes stopping by luck likelier: the interval is
+    Neighbouring samples are not quite independent, and checking often makes stopping by luck likelier: the interval is
     a stopping rule and a measure of noise, and covers somewhat less than 95 %.
 
     Args:
         checked: (rounds, runs) seconds per call -> the quantities, (rounds,) each, whose medians are wanted.
         between: called at every check, also at the first and the last.
-        now: seconds by which the cap is kept.
+        now: the clock of the time cap, in seconds.
     """
     calls = [warm_up(run, clock, min_sample_seconds) for run in runs]
     rounds: list[list[float]] = []
@@ -304,7 +303,7 @@ def sample_until(
 def peak_memory_bytes(run: Callable[[], object], device: torch.device) -> int:
     """Most tensor memory that `run` holds at once beyond what was allocated when it began.
 
-    On CUDA the caching allocator tells; on the CPU torch's profiler reports every allocation of its allocator.
+    On CUDA the caching allocator keeps statistics; on the CPU torch's profiler reports each of its allocations.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -1,9 +1,9 @@
-"""A lock on each device: on one machine nobody trains on a device while somebody measures its latency.
+"""A lock on each device: on one machine nobody trains on a device while somebody measures latencies there.
 
-Many may train at once; who measures is alone. The locks are `flock`s on two files a device, in the machine's temporary
-folder, which all users share, or in the folder that the environment variable CONVFIRST_LOCKS names; processes that do
-not share the folder (containers, jobs with a TMPDIR of their own) do not see each other. A lock ends with its process,
-however that ends.
+Many processes may train at once; one that measures is alone. The locks are `flock`s on two files a device. The files
+are in the machine's temporary folder, which all users share, or in the folder that the environment variable
+CONVFIRST_LOCKS names; processes that do not share the folder (containers, jobs with a TMPDIR of their own) do not see
+each other. A lock ends with its process, however that ends.
 
 The first file is a turnstile: everybody holds it while waiting for the second, which is the lock itself. Whoever waits
 thus keeps newcomers out, so that neither a stream of trainings nor one of measurements can starve the other kind.
@@ -27,19 +27,19 @@ if TYPE_CHECKING:
 
 FOLDER_VARIABLE = "CONVFIRST_LOCKS"
 
-# What is said to a user who has to wait.
+# The message for a user who has to wait.
 WAITING = "waiting for another process that measures or trains on this device"
 
-# What this process does, or waits to do, by device.
+# Device -> what this process does there, or waits to do.
 _held: dict[str, str] = {}
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceLock:
-    """The lock of one device; `device_lock` finds it.
+    """The lock of one device; `device_lock` makes it.
 
-    Where no lock can be had (the folder is missing or not writable, or its file system has none), a warning says so
-    once and the body runs without.
+    Where no lock can be had (the folder is missing or not writable, or its file system has no locks), a warning says so
+    once and the body runs without a lock.
 
     Args:
         name: the same in all processes, such as "cpu" or a GPU's UUID.
@@ -48,10 +48,10 @@ class DeviceLock:
     name: str
 
     def measuring(self, on_wait: Callable[[], None] | None = None) -> AbstractContextManager[None]:
-        """Alone on the device: nobody trains, and nobody else measures.
+        """Be alone on the device while the body runs: nobody trains, and nobody else measures.
 
         Args:
-            on_wait: called once if the lock is not to be had at once, and be it because somebody else just takes it.
+            on_wait: called once if the lock cannot be had at once, even for a moment.
 
         Raises:
             RuntimeError: on entering, this process has the lock of the device already and would wait for itself.
@@ -59,7 +59,7 @@ class DeviceLock:
         return self._hold("measuring", fcntl.LOCK_EX, on_wait)
 
     def training(self, on_wait: Callable[[], None] | None = None) -> AbstractContextManager[None]:
-        """On the device while nobody measures, but others may train; otherwise as `measuring`."""
+        """Be on the device while the body runs and nobody measures; others may train too. Else like `measuring`."""
         # A second one in the same process would wait for a measurer at the turnstile who waits for the first.
         return self._hold("training", fcntl.LOCK_SH, on_wait)
 
@@ -95,12 +95,12 @@ def device_lock(device: torch.device) -> DeviceLock:
 
 
 class _NoLock(Exception):
-    """Locks cannot be had here; the message is the reason. Apart from OSError, which a caller's code may raise too."""
+    """Locks cannot be had here; the message is the reason. Not an OSError, which a caller's code may raise too."""
 
 
 @contextmanager
 def _locked(file_name: str, operation: int, wait: Callable[[], None]) -> Iterator[None]:
-    """Hold a file's lock; calls `wait` before it waits."""
+    """Hold a file's lock while the body runs; `wait` is called before waiting for it."""
     try:
         path = Path(os.environ.get(FOLDER_VARIABLE) or tempfile.gettempdir()) / file_name
         file = _open(path)
@@ -113,14 +113,14 @@ def _locked(file_name: str, operation: int, wait: Callable[[], None]) -> Iterato
         try:
             yield
         finally:
-            # Closing alone would not do: a child process that was forked meanwhile has the file open too.
+            # Closing is not enough: a child process that was forked meanwhile has the file open too.
             _flock(file, fcntl.LOCK_UN)
     finally:
         os.close(file)
 
 
 def _flock(file: int, operation: int) -> bool:
-    """Whether the lock is had now; with LOCK_NB it may not be."""
+    """Take or release a file's lock; False if LOCK_NB is given and another process has it."""
     try:
         fcntl.flock(file, operation)
     except BlockingIOError:
@@ -131,7 +131,10 @@ def _flock(file: int, operation: int) -> bool:
 
 
 def _open(path: Path) -> int:
-    """Open a file for reading, which is all that flock needs, so that another user's will do; create it if need be."""
+    """Open a file for reading, and create it first if there is none.
+
+    Reading is all that flock needs, so that the file may be another user's.
+    """
     # In a sticky folder Linux (fs.protected_regular) refuses O_CREAT on another user's file, hence never both at once.
     try:
         return os.open(path, os.O_RDONLY)
@@ -149,5 +152,5 @@ def _open(path: Path) -> int:
 
 @cache
 def _warn(message: str) -> None:
-    """Once in a process: the lock is asked for twice a candidate."""
+    """Warn once in a process, as the lock is asked for twice a candidate."""
     warnings.warn(message, stacklevel=2)

@@ -22,25 +22,25 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import nn
 
-# The names timm's `get_act_layer` knows them by.
+# By timm's names, which `get_act_layer` takes.
 ACTIVATIONS = ("silu", "relu", "hard_swish", "gelu")
 
 # timm rounds widths to multiples of 8; a width that it would change is refused instead.
 CHANNEL_MULTIPLE = 8
 
-STEM_STRIDE = 2
+STEM_KERNEL_SIZE, STEM_STRIDE = 3, 2
 
 # timm's builder turns strides past this one into dilations, which would be another network.
 MAX_TOTAL_STRIDE = 32
 
-# The pieces of `str(arch)`, and how a message names what was expected; spaces are single when these are asked.
+# The pieces of `str(arch)`, in which spaces are single, and how a message names what was expected.
 _STEM = (re.compile(r"(\S+) stem ([0-9]+)"), "a stem, such as 'silu stem 16'")
 _STAGE = (
     re.compile(r"([0-9]+)x([0-9]+)(?:/([0-9]+))? k([0-9]+) g([0-9]+) e([0-9]*\.?[0-9]+(?:e[-+]?[0-9]+)?)"),
     "a stage, such as '2x32/2 k3 g8 e4' (blocks x width / stride, kernel size, group width, expansion)",
 )
 _HEAD = (re.compile(r"head ([0-9]+)"), "a head, such as 'head 128'")
-# Of a text that is quoted in a message.
+# A message quotes at most so many characters of a text.
 _QUOTED_LENGTH = 200
 
 
@@ -55,7 +55,7 @@ def expanded_channels(channels: int, expansion: float) -> int:
 
 
 def _shortest(value: float) -> str:
-    """4.0 as "4", and all digits of any other, so that it comes back equal."""
+    """The text "4" for 4.0, and all digits of other numbers, so that reading it gives the same number."""
     return repr(value).removesuffix(".0")
 
 
@@ -64,7 +64,7 @@ def _quoted(text: str) -> str:
 
 
 def _parsed(piece: str, form: tuple[re.Pattern[str], str]) -> tuple[str, ...]:
-    """The groups of the form's pattern; of one that is left out, which only a stride of 1 can be, "1"."""
+    """The groups of the form's pattern; "1" for one that is left out, which only a stride can be."""
     pattern, expected = form
     piece = " ".join(piece.split())
     match = pattern.fullmatch(piece)
@@ -95,14 +95,14 @@ class StageSpec:
 
     Args:
         width: output channels, a multiple of 8.
-        kernel_size: of the grouped convolution, odd.
+        kernel_size: kernel size of the grouped convolution, odd.
         group_width: channels per group of the grouped convolution; 1 is depthwise.
         expansion: expanded channels over input channels of the block.
         blocks: how many blocks.
-        stride: 1 or 2, of the first block's grouped convolution.
+        stride: stride of the first block's grouped convolution, 1 or 2.
 
     Raises:
-        ValueError: naming the field and its value.
+        ValueError: the message names the field and its value.
     """
 
     width: int
@@ -119,7 +119,7 @@ class StageSpec:
             raise ValueError(f"kernel_size={self.kernel_size} is not odd")
         _require_whole("group_width", self.group_width)
         _require_whole("blocks", self.blocks)
-        # 2.0 would be equal, and yet another arch_id.
+        # 2.0 would be equal, but give another arch_id.
         _require_whole("stride", self.stride)
         if self.stride not in (1, 2):
             raise ValueError(f"stride={self.stride!r} is neither 1 nor 2")
@@ -159,7 +159,7 @@ class StageSpec:
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """One ConvFirst block inside a network, with the channels that enter it. Derived; see `ArchSpec.blocks`."""
+    """One ConvFirst block inside a network, with the channels that enter it; `ArchSpec.blocks` derives it."""
 
     in_channels: int
     out_channels: int
@@ -175,6 +175,43 @@ class BlockSpec:
     @property
     def residual(self) -> bool:
         return self.stride == 1 and self.in_channels == self.out_channels
+
+
+@dataclass(frozen=True)
+class StemSpec:
+    """The stem inside a network; `ArchSpec.walk` derives it."""
+
+    in_channels: int
+    out_channels: int
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """The head inside a network, without its classifier's size; `ArchSpec.walk` derives it."""
+
+    in_channels: int
+    width: int
+
+
+@dataclass(frozen=True)
+class Step:
+    """One part of a network on square images of one resolution.
+
+    Args:
+        name: "stem", "stage1.0", "stage1.1", ..., "head".
+        spec: what the part is.
+        in_size, out_size: pixels, height or width, of what enters and leaves it.
+    """
+
+    name: str
+    spec: StemSpec | BlockSpec | HeadSpec
+    in_size: int
+    out_size: int
+
+
+def strided(size: int, stride: int) -> int:
+    """Output height or width of a convolution padded by half its (odd) kernel."""
+    return (size + stride - 1) // stride
 
 
 def stage_blocks(in_channels: int, stage: StageSpec) -> tuple[BlockSpec, ...]:
@@ -195,8 +232,8 @@ class ArchSpec:
         head_width: channels of the 1x1 convolution after the pool, a multiple of 8.
 
     Raises:
-        ValueError: naming the field and its value; so also where a group width does not divide the width it is
-            applied to (in a stage's first block the previous stage's), which timm would report as an empty
+        ValueError: the message names the field and its value. Also raised where a group width does not divide the width
+            it is applied to (in a stage's first block the previous stage's), which timm would report as an empty
             AssertionError.
     """
 
@@ -240,6 +277,16 @@ class ArchSpec:
             blocks += stage_blocks(in_channels, stage)
             in_channels = stage.width
         return blocks
+
+    def walk(self, resolution: int, in_chans: int = 3) -> tuple[Step, ...]:
+        """Stem, blocks and head in order, for images (N, in_chans, resolution, resolution)."""
+        size = strided(resolution, STEM_STRIDE)
+        steps = [Step("stem", StemSpec(in_chans, self.stem_width), resolution, size)]
+        names = (f"stage{number}.{index}" for number, s in enumerate(self.stages, 1) for index in range(s.blocks))
+        for name, block in zip(names, self.blocks, strict=True):
+            in_size, size = size, strided(size, block.stride)
+            steps.append(Step(name, block, in_size, size))
+        return (*steps, Step("head", HeadSpec(self.stages[-1].width, self.head_width), size, 1))
 
     @cached_property
     def arch_id(self) -> str:

@@ -1,17 +1,26 @@
 """Parameters and multiply-accumulates of an architecture in closed form. 1 MAC = 2 FLOPs.
 
-Counted are the convolutions, the classifier and, as parameters, the scale and shift of each batch norm. The tests hold
-both figures equal to what hooks count on the built network.
+The convolutions and the classifier are counted, and among the parameters the scale and shift of each batch norm. Tests
+compare both numbers with what hooks count on the built network.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import reduce
 
-from search_spaces.arch import STEM_STRIDE, ArchSpec, BlockSpec, StageSpec, stage_blocks
-
-STEM_KERNEL_SIZE = 3
+from search_spaces.arch import (
+    STEM_KERNEL_SIZE,
+    STEM_STRIDE,
+    ArchSpec,
+    BlockSpec,
+    StageSpec,
+    StemSpec,
+    Step,
+    stage_blocks,
+    strided,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,11 +32,6 @@ class Cost:
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.params + other.params, self.macs + other.macs)
-
-
-def strided(size: int, stride: int) -> int:
-    """Output height or width of a convolution padded by half its (odd) kernel."""
-    return (size + stride - 1) // stride
 
 
 def conv_norm_cost(in_channels: int, out_channels: int, kernel_size: int, group_width: int, out_size: int) -> Cost:
@@ -51,6 +55,7 @@ def block_cost(block: BlockSpec, size: int) -> Cost:
 
 
 def stem_cost(stem_width: int, resolution: int, in_chans: int = 3) -> Cost:
+    """The 3x3 stride-2 stem on (in_chans, resolution, resolution) images."""
     return conv_norm_cost(in_chans, stem_width, STEM_KERNEL_SIZE, in_chans, strided(resolution, STEM_STRIDE))
 
 
@@ -71,14 +76,20 @@ def head_cost(in_channels: int, head_width: int, num_classes: int) -> Cost:
     return Cost(params=weights + head_width + num_classes, macs=weights)
 
 
+def steps_cost(steps: Iterable[Step], num_classes: int) -> Cost:
+    """Parameters and MACs of some steps of `ArchSpec.walk` together."""
+
+    def step_cost(step: Step) -> Cost:
+        spec = step.spec
+        if isinstance(spec, StemSpec):
+            return stem_cost(spec.out_channels, step.in_size, spec.in_channels)
+        if isinstance(spec, BlockSpec):
+            return block_cost(spec, step.in_size)
+        return head_cost(spec.in_channels, spec.width, num_classes)
+
+    return reduce(Cost.__add__, map(step_cost, steps))
+
+
 def cost(arch: ArchSpec, resolution: int, num_classes: int, in_chans: int = 3) -> Cost:
     """Parameters of the network, and MACs of one (in_chans, resolution, resolution) image."""
-    parts = [stem_cost(arch.stem_width, resolution, in_chans)]
-    size = strided(resolution, STEM_STRIDE)
-    in_channels = arch.stem_width
-    for stage in arch.stages:
-        parts.append(stage_cost(in_channels, stage, size))
-        size = strided(size, stage.stride)
-        in_channels = stage.width
-    parts.append(head_cost(in_channels, arch.head_width, num_classes))
-    return reduce(Cost.__add__, parts)
+    return steps_cost(arch.walk(resolution, in_chans), num_classes)

@@ -35,8 +35,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from search_spaces.arch import CHANNEL_MULTIPLE, MAX_TOTAL_STRIDE, STEM_STRIDE, ArchSpec, StageSpec
-from search_spaces.cost import Cost, head_cost, stage_cost, stem_cost, strided
+from search_spaces.arch import CHANNEL_MULTIPLE, MAX_TOTAL_STRIDE, STEM_STRIDE, ArchSpec, StageSpec, strided
+from search_spaces.cost import Cost, head_cost, stage_cost, stem_cost
 
 Choice = int | float | str
 BUILTIN = resources.files("search_spaces") / "spaces"
@@ -86,7 +86,7 @@ class SearchSpace:
     """All architectures that a set of choices spans. See the module's docstring for the meaning of the fields.
 
     Raises:
-        ValueError: naming the field, where a choice is impossible or a combination cannot be repaired.
+        ValueError: a choice is impossible or a combination cannot be repaired; the message names the field.
     """
 
     name: str
@@ -131,7 +131,7 @@ class SearchSpace:
     # -- text ----------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists and numbers, ready for JSON; `from_dict` is the inverse."""
+        """The space as plain lists and numbers, ready for JSON; `from_dict` is the inverse."""
         return dataclasses.asdict(self)
 
     @classmethod
@@ -139,7 +139,7 @@ class SearchSpace:
         """A space from the tables of its TOML file.
 
         Raises:
-            ValueError: naming a wrong or missing key, or an impossible choice.
+            ValueError: a key is wrong or missing, or a choice is impossible; the message names it.
         """
         fields = dict(data)
         _check_keys("the space", fields, cls, optional={"description"})
@@ -170,10 +170,10 @@ class SearchSpace:
         return named
 
     def assemble(self, values: Mapping[str, Choice]) -> ArchSpec:
-        """The architecture that one choice per parameter means.
+        """The architecture that one choice per parameter gives.
 
         A group width that does not divide what it is applied to becomes the next smaller choice that does, or the
-        smallest valid one. `values_of` tells what became of the choices.
+        smallest valid one. `values_of` gives the choices after that repair.
         """
         in_channels = int(values["stem_width"])
         stages = []
@@ -198,11 +198,11 @@ class SearchSpace:
         return named
 
     def sample(self, rng: random.Random) -> ArchSpec:
-        """An architecture from independent uniform choices, repaired."""
+        """A random architecture: an independent uniform choice per parameter, repaired."""
         return self.assemble({name: rng.choice(choices) for name, choices in self.choices().items()})
 
     def architectures(self) -> Iterator[ArchSpec]:
-        """Every valid architecture once; see `size` for how many they are."""
+        """Every valid architecture once; `size` says how many there are."""
         chains: list[tuple[int, tuple[StageSpec, ...]]] = [(width, ()) for width in self.stem_width]
         for choices in self.stages:
             chains = [
@@ -214,7 +214,7 @@ class SearchSpace:
             yield ArchSpec(stem, stages, activation, head)
 
     def anchor(self) -> ArchSpec:
-        """The middle choice of every list: the one fixed network that all latencies of a study are held against."""
+        """The middle choice of every list: the one fixed network that all latencies of a study are compared with."""
         return self.assemble({name: choices[len(choices) // 2] for name, choices in self.choices().items()})
 
     def smallest(self) -> ArchSpec:
@@ -238,7 +238,7 @@ class SearchSpace:
     def cost_range(self, resolution: int, num_classes: int) -> tuple[Cost, Cost]:
         """The least and the greatest params and MACs of any valid architecture, each on its own.
 
-        Exact, by dynamic programming over (channels, pixels) at the end of each stage.
+        The result is exact: dynamic programming over (channels, pixels) at the end of each stage.
         """
         extremes: dict[tuple[int, int], tuple[Cost, Cost]] = {}
         for width in self.stem_width:
@@ -259,7 +259,7 @@ class SearchSpace:
         return total[0, 0]
 
     def exclusions(self) -> list[str]:
-        """One line for each group width of a stage that some width rules out."""
+        """A line for each group width of a stage that some width excludes."""
         lines = []
         in_widths = self.stem_width
         for number, stage in enumerate(self.stages, start=1):

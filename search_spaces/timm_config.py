@@ -1,4 +1,4 @@
-"""An architecture as timm's configuration files have one: a JSON that says what to build, and for which images."""
+"""An architecture as a timm configuration file: JSON that says what to build, and for which images."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from search_spaces.arch import ArchSpec
 
 ARCHITECTURE = "convfirst"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Where images are small everything counts; timm's own choices lie between .875 and 1.
+# Nothing is cropped off images smaller than this. timm's own shares lie between .875 and 1.
 CROP_FROM, CROP_PCT = 128, 0.95
 
 
 def model_args(arch: ArchSpec) -> dict[str, Any]:
-    """What `search_spaces.timm_models.build` takes, as plain JSON values."""
+    """The arguments of `search_spaces.timm_models.build`, as plain JSON values."""
     return {
         "arch_def": arch.arch_def, "stem_size": arch.stem_width, "num_features": arch.head_width,
         "act_layer": arch.activation,
@@ -35,11 +35,11 @@ def timm_config(
     """The fields of timm's hub format, as `timm.models.save_for_hf` writes them.
 
     Args:
-        resolution: pixels of the square images it is for.
-        mean, std: of their channels, in 0..1.
-        whole_image: nothing is cropped off, as the weights that go with it were trained.
-        notes: lines that timm keeps with the network, whatever becomes of it.
-        ours: what timm does not look at.
+        resolution: pixels of the square images that the network is for.
+        mean, std: mean and standard deviation of their channels, in 0..1.
+        whole_image: whether nothing is cropped off, as when the weights were trained.
+        notes: lines that timm keeps with the network.
+        ours: fields that timm does not read.
     """
     return {
         "architecture": ARCHITECTURE,

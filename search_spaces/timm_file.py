@@ -62,7 +62,7 @@ def timm_file(name: str, arch: ArchSpec, config: dict[str, Any]) -> str:
         config: as `timm_config` gives it.
     """
     shared = Path(__file__).with_name("timm_models.py").read_text(encoding="utf-8")
-    # Its imports may stand after others, its docstring may not.
+    # Imports may follow other imports, but a docstring may not.
     shared = shared.split('"""', 2)[2].replace("from __future__ import annotations\n\n", "").lstrip("\n")
     network = _NETWORK.format(
         name=name, arch=arch, model_args=_literal(model_args(arch)),
@@ -77,5 +77,5 @@ def _literal(value: dict[str, Any]) -> str:
 
 
 def _with_tuples(fields: dict[str, Any]) -> dict[str, Any]:
-    """As timm's own configurations have them: its benchmark.py adds to the size of the input."""
+    """Fields with tuples instead of lists, like timm's own: its benchmark.py adds a tuple to the input's size."""
     return {key: tuple(value) if isinstance(value, list) else value for key, value in fields.items()}

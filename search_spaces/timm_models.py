@@ -1,6 +1,6 @@
 """ConvFirst networks under timm's names: `timm.create_model("convfirst", arch_def=..., ...)`.
 
-This file needs timm alone: what is exported of a search holds a copy of it (see `search_spaces.timm_file`).
+This file needs timm alone: exported networks contain a copy of it (see `search_spaces.timm_file`).
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ def build(
         act_layer=get_act_layer(act_layer),
         **kwargs,
     )
-    # What timm saves of it is built by all who know "convfirst", whatever its own name is.
+    # What timm saves names the architecture "convfirst", which can be built wherever this file is, whatever the
+    # network's own name is.
     made: Any = model
     made.pretrained_cfg["architecture"] = "convfirst"
     made._model_args = dict(arch_def=arch_def, stem_size=stem_size, num_features=num_features, act_layer=act_layer)
@@ -59,6 +60,6 @@ def convfirst(**kwargs: Any) -> nn.Module:
     return build("convfirst", **kwargs)
 
 
-# Whoever comes first; the others are the same.
+# Several copies of this file may be imported; they are the same, and the first one registers.
 if not is_model("convfirst"):
     register_model(convfirst)

@@ -262,7 +262,7 @@ class BlockLatency(InDeployment, Base):
     Attributes:
         kernels: digest of the fused kernels' sources; empty where no kernel of ours runs.
         shape: the block's problem as canonical JSON, of which `shape_id` is a hash.
-        median_ms: time of one run, without the overhead of a call (see `nas.latency.block_table`).
+        median_ms: time of one run, without the overhead of a call (see `nas.latency.block_meter`).
     """
 
     __tablename__ = "convfirst_block_latencies"

@@ -57,7 +57,7 @@ def _quick(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.M
     if INTERPRETED:
         return
     monkeypatch.setattr("studies.display.SERVER_FOLDER", tmp_path)
-    monkeypatch.setattr("nas.latency.ceilings.SECONDS", 0.02)
+    monkeypatch.setattr("nas.latency.device_profile.SECONDS", 0.02)
     if "shown" not in request.fixturenames:
         monkeypatch.setattr("nas.search.loop.show", lambda recorded, folder: 0)
 

@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from kernels.timing import DeviceInfo
-from nas.latency.ceilings import Ceilings, store_profile
+from nas.latency.device_profile import DeviceProfile, store_profile
 from studies import Store
 from tests.conftest import TINY_TOML
 
@@ -53,7 +53,7 @@ def profiled(tmp_path: Path) -> None:
     (tmp_path / "studies").mkdir()
     store = Store.open(f"sqlite:///{tmp_path / 'studies' / 'convfirst.db'}", create=True)
     assert store is not None
-    store_profile(store, DeviceInfo.of(torch.device("cpu")), "float32", 1, Ceilings(1e10, 4e10, 2e-6))
+    store_profile(store, DeviceInfo.of(torch.device("cpu")), "float32", 1, DeviceProfile(1e10, 4e10, 2e-6))
     store.close()
 
 

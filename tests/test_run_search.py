@@ -26,13 +26,13 @@ import run_search
 from nas.config import LatencyConfig, SearchConfig
 from nas.errors import CandidateFailed
 from nas.lab.overhead import FakeEvaluator
-from nas.latency import ceilings as profile
-from nas.latency.analysis import errors, errors_line
-from nas.latency.block_table import BlockTable, Figure, network_shape, on_device
-from nas.latency.ceilings import Ceilings
+from nas.latency import device_profile
+from nas.latency.block_table import BlockTable, sum_errors, sum_errors_line
+from nas.latency.device_profile import DeviceProfile
+from nas.latency.devices import device_info
 from nas.latency.engines import ENGINES
-from nas.latency.meter import Latency
-from nas.latency.parts import CALL, arch_parts
+from nas.latency.parts import CALL, arch_parts, network_shape
+from nas.latency.values import Latency, Measurement, ShapeLatency
 from nas.search.loop import run
 from search_spaces import ArchSpec, load_space
 from studies import Owner, Store
@@ -450,11 +450,11 @@ def profiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Profiles are invented, each better than the one before; yields the dtype and threads of each."""
     asked: list[tuple[str, int]] = []
 
-    def measure(config: LatencyConfig) -> Ceilings:
+    def measure(config: LatencyConfig) -> DeviceProfile:
         asked.append((config.dtype, config.threads))
-        return Ceilings(copy_bytes=1e10 * len(asked), product_macs=5e10 * len(asked), launch_seconds=1e-6)
+        return DeviceProfile(copy_bytes_per_s=1e10 * len(asked), macs_per_s=5e10 * len(asked), launch_seconds=1e-6)
 
-    monkeypatch.setattr(profile, "measure", measure)
+    monkeypatch.setattr(device_profile, "measure_profile", measure)
     monkeypatch.setattr("nas.validation.remeasure._anchor_ms", lambda table, anchor: 1.0)
     return asked
 
@@ -478,7 +478,7 @@ def test_a_devices_limits_are_measured_once_and_printed(tmp_path: Path, profiled
 
 
 def test_a_device_is_measured_for_real(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(profile, "SECONDS", 0.02)
+    monkeypatch.setattr(device_profile, "SECONDS", 0.02)
     result = call("device --device cpu --latency-threads 2")
     assert result.exit_code == 0, result.output
     assert re.search(
@@ -495,10 +495,10 @@ def filled(config: LatencyConfig, arch: ArchSpec, leave_out: int = 0) -> None:
     assert store is not None
     parts = arch_parts(arch, config)
     shapes = [CALL, *(part.shape for part in parts[: len(parts) - leave_out])]
-    table = BlockTable(store, on_device(config), config)
-    table.add([Figure(shape, 4.0, 4.0, 4.0, 10, 0.01, False) for shape in dict.fromkeys(shapes)])
+    table = BlockTable(store, device_info(config), config)
+    table.add([ShapeLatency(shape, Latency(4.0, 4.0, 4.0, 10, 0.01)) for shape in dict.fromkeys(shapes)])
     if not leave_out:
-        table.add([Figure(network_shape(str(arch), config), 7.5, 7.5, 7.5, 10, 0.01, False)])
+        table.add([ShapeLatency(network_shape(str(arch), config), Latency(7.5, 7.5, 7.5, 10, 0.01))])
     store.close()
 
 
@@ -555,12 +555,12 @@ def test_sums_are_held_against_networks_on_the_day_of_the_studys_anchor() -> Non
     filled(config, arch)
     store = Store.open("sqlite:///studies/convfirst.db", create=False)
     assert store is not None
-    table = BlockTable(store, on_device(config), config)
+    table = BlockTable(store, device_info(config), config)
     unknown = load_space("small").anchor()
-    found = errors(table, [arch, unknown, arch], [20.0, 1.0, 64.0], anchor_ms=2.0, anchor_in_table_ms=1.0)
+    found = sum_errors(table, [arch, unknown, arch], [20.0, 1.0, 64.0], anchor_ms=2.0, anchor_in_table_ms=1.0)
     assert found == pytest.approx([0.6, -0.5])
-    assert errors(table, [arch], [20.0], 2.0, None) == []
-    assert "within 55.0% (median of 2; at most 60.0%)" in errors_line(found)
+    assert sum_errors(table, [arch], [20.0], 2.0, None) == []
+    assert "within 55.0% (median of 2; at most 60.0%)" in sum_errors_line(found)
     store.close()
 
 
@@ -635,7 +635,9 @@ def test_parts_that_the_cap_ended_are_told() -> None:
     store = Store.open("sqlite:///studies/convfirst.db", create=True)
     assert store is not None
     (part, *_) = arch_parts(arch, config)
-    BlockTable(store, on_device(config), config).add([Figure(part.shape, 4.0, 4.0, 4.0, 10, 0.123, True)])
+    BlockTable(store, device_info(config), config).add(
+        [ShapeLatency(part.shape, Latency(4.0, 4.0, 4.0, 10, 0.123, True))]
+    )
     store.close()
     told = call(f"latency --device cpu --arch '{ARCH}'").stdout
     assert "1 of these figures ended at the time cap: known within 12% at worst (--again measures anew)" in told
@@ -671,7 +673,7 @@ def test_a_trial_is_analysed_in_the_deployment_of_its_study(monkeypatch: pytest.
         raise CandidateFailed("out of memory")
 
     monkeypatch.setattr("nas.latency.analysis.analyse", analyse)
-    monkeypatch.setattr("nas.search.evaluation.check_device", lambda config: torch.device("cpu"))
+    monkeypatch.setattr("nas.latency.devices.check_device", lambda config: torch.device("cpu"))
     assert "analyze: out of memory" in refused("analyze --trial 0 --latency-threads 2")
     deployment = asked[-1]
     assert (deployment.engine, deployment.batch_size, deployment.num_classes, deployment.threads) == ("eager", 2, 3, 2)
@@ -695,13 +697,10 @@ class Meter:
     def __init__(self, factor: float) -> None:
         self.factor = factor
 
-    def measure_together(self, archs: Sequence[ArchSpec]) -> list[Latency]:
+    def measure_together(self, archs: Sequence[ArchSpec]) -> list[Measurement]:
         return [
-            replace(
-                latency,
-                **{name: self.factor * getattr(latency, name) for name in ("p20_ms", "median_ms", "p80_ms")},
-            )
-            for latency in map(FakeEvaluator().measure, archs)
+            replace(measured, latency=measured.latency.scaled(self.factor))
+            for measured in map(FakeEvaluator().measure, archs)
         ]
 
     def close(self) -> None:
@@ -766,7 +765,7 @@ def test_a_front_of_which_all_break_the_limit_is_empty(
     meters: Callable[[float], list[LatencyConfig]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # At home, where the limit holds.
-    monkeypatch.setattr(FakeEvaluator, "device", on_device(LatencyConfig(device="cpu")))
+    monkeypatch.setattr(FakeEvaluator, "device", device_info(LatencyConfig(device="cpu")))
     assert call("--budget 3 --device cpu --max-latency-ms 1.5").exit_code == 0
     meters(10.0)
     result = call("remeasure")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -25,6 +26,9 @@ from nas.cli.options import (
     given_fields,
 )
 from nas.config import AUTO, DEFAULT_STORAGE, DEFAULT_STUDY, Dtype
+
+if TYPE_CHECKING:
+    from nas.latency.analysis import Analysis
 
 
 def analyze(
@@ -53,8 +57,10 @@ def analyze(
     """Show where a network's time goes: each part's operations, bytes, ideal and measured time, and efficiency."""
     with reported(storage):
         from nas.errors import CandidateFailed, UsageError
-        from nas.latency.analysis import analyse, choose, draw
-        from nas.search.evaluation import check_device
+        from nas.latency.analysis import analyse
+        from nas.latency.analysis_table import analysis_lines, analysis_table
+        from nas.latency.devices import check_device
+        from nas.latency.subjects import choose
 
         given = given_fields(context)
         named = {"--trial": trial, "--arch": arch, "--timm": timm}
@@ -73,10 +79,24 @@ def analyze(
             except CandidateFailed as error:
                 raise UsageError(f"analyze: {error}") from error
         for analysis in analyses:
-            out.print(analysis.table(out.width))
-            for line in analysis.lines():
+            out.print(analysis_table(analysis, out.width))
+            for line in analysis_lines(analysis):
                 out.print(line, highlight=False, soft_wrap=True)
             out.print()
         if out_dir is not None:
-            for path in draw(analyses, out_dir):
+            for path in _draw(analyses, out_dir):
                 err.print(f"drawn: {path}", highlight=False, soft_wrap=True)
+
+
+def _draw(analyses: Sequence[Analysis], folder: Path) -> list[Path]:
+    """Write the plots of one or two networks, as PNG and SVG; returns the files."""
+    from nas.display.efficiency_plots import plot_efficiency_gap, plot_waterline
+
+    networks = [analysis.efficiency for analysis in analyses]
+    folder.mkdir(parents=True, exist_ok=True)
+    files = []
+    for name, plot in (("efficiency_gap", plot_efficiency_gap), ("waterline", plot_waterline)):
+        for suffix in (".png", ".svg"):
+            files.append(folder / f"{name}{suffix}")
+            plot(networks, files[-1])
+    return files

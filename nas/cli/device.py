@@ -30,14 +30,14 @@ def device(
 ) -> None:
     """Measure what a device can do, once, and print it: bandwidth, matrix rate, launch overhead."""
     with reported(storage):
-        from nas.latency import ceilings as profile
+        from nas.latency.device_profile import find_or_measure_profile, profile_lines
+        from nas.latency.devices import check_device
         from nas.locks import WAITING
-        from nas.search.evaluation import check_device
 
         # Any engine will do: none runs.
         config = deployment(**{**given_fields(context), "engine": "eager"})
         check_device(config)
         with writable_store(storage) as store:
-            profile.find_or_measure(store, config, again, partial(note, WAITING))
-            for line in profile.lines(store.devices.profiles()):
+            find_or_measure_profile(store, config, again, partial(note, WAITING))
+            for line in profile_lines(store.devices.profiles()):
                 out.print(line, highlight=False, soft_wrap=True)

@@ -46,8 +46,10 @@ def latency(
     """An architecture's latency by the block latency table, at once: what it adds up to, and what is missing."""
     with reported(storage):
         from nas.errors import CandidateFailed, UsageError
-        from nas.latency.analysis import analyse, choose, table_lines
-        from nas.search.evaluation import check_device
+        from nas.latency.analysis import analyse
+        from nas.latency.analysis_table import table_lines
+        from nas.latency.devices import check_device
+        from nas.latency.subjects import choose
 
         (subject,) = choose(None, DEFAULT_STUDY, ("--arch", arch), None, given_fields(context), deployment)
         check_device(subject.config)

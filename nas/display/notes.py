@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -12,8 +12,8 @@ import pandas as pd
 from nas.config import SearchConfig
 from nas.recorded import RecordedStudy
 from search_spaces import ArchSpec
-from search_spaces.arch import STEM_STRIDE
-from search_spaces.cost import Cost, head_cost, stage_cost, stem_cost, strided
+from search_spaces.arch import STEM_STRIDE, Step
+from search_spaces.cost import steps_cost
 from studies import Candidate, CandidateState, Latency, LatencyStage
 
 # Names of user attributes of trials: why a trial is not complete, and which trial it repeats.
@@ -42,23 +42,22 @@ def markdown_table(headers: tuple[str, ...], rows: list[tuple[object, ...]]) -> 
 def stage_table(arch: ArchSpec, resolution: int, num_classes: int) -> str:
     """Stem, stages and head of an architecture with what each costs."""
 
-    def row(name: object, *fields: object, cost: Cost) -> tuple[object, ...]:
+    def row(steps: Sequence[Step], name: object, *fields: object) -> tuple[object, ...]:
+        cost = steps_cost(steps, num_classes)
         return (name, *fields, f"{cost.macs / 1e6:.2f}", f"{cost.params / 1e3:.1f}")
 
-    size = strided(resolution, STEM_STRIDE)
-    stem = stem_cost(arch.stem_width, resolution)
-    rows = [row("stem", 1, "3x3", "full", "", arch.stem_width, STEM_STRIDE, f"{size}x{size}", cost=stem)]
-    in_channels = arch.stem_width
+    def output(step: Step) -> str:
+        return f"{step.out_size}x{step.out_size}"
+
+    stem, *blocks, head = arch.walk(resolution)
+    rows = [row([stem], "stem", 1, "3x3", "full", "", arch.stem_width, STEM_STRIDE, output(stem))]
     for number, stage in enumerate(arch.stages, start=1):
-        counted = stage_cost(in_channels, stage, size)
-        size, kernel = strided(size, stage.stride), f"{stage.kernel_size}x{stage.kernel_size}"
+        steps, blocks = blocks[: stage.blocks], blocks[stage.blocks :]
         rows.append(row(
-            number, stage.blocks, kernel, stage.group_width, f"{stage.expansion:g}", stage.width, stage.stride,
-            f"{size}x{size}", cost=counted,
+            steps, number, stage.blocks, f"{stage.kernel_size}x{stage.kernel_size}", stage.group_width,
+            f"{stage.expansion:g}", stage.width, stage.stride, output(steps[-1]),
         ))  # fmt: skip
-        in_channels = stage.width
-    head = head_cost(in_channels, arch.head_width, num_classes)
-    rows.append(row("head", 1, "1x1", "full", "", arch.head_width, "", f"{num_classes} classes", cost=head))
+    rows.append(row([head], "head", 1, "1x1", "full", "", arch.head_width, "", f"{num_classes} classes"))
     return markdown_table(HEADERS, rows)
 
 

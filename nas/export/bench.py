@@ -19,12 +19,13 @@ from nas.config import LatencyConfig
 from nas.errors import CandidateFailed, UsageError, memory_may_run_out
 from nas.export.directories import COMPILED, FUSED, ONNX, PROGRAM, SECTION, Exported
 from nas.export.formats import INPUT, onnx_file, program_file, quiet
-from nas.latency.analysis import Note
+from nas.latency.devices import check_device
 from nas.latency.engines import ENGINES, deploy, runs_on
-from nas.latency.meter import threads
-from nas.latency.yardsticks import Corrected, Timed, Yardsticks
+from nas.latency.meter import cpu_threads
+from nas.latency.values import Latency
+from nas.latency.yardsticks import Timed, Yardsticks
 from nas.locks import WAITING, device_lock
-from nas.search.evaluation import check_device
+from nas.reporting import Note
 from search_spaces import ArchSpec, cost
 
 # What runs a file that is there.
@@ -48,7 +49,7 @@ class Row:
     network: str
     what: str
     dtype: str
-    latency: Corrected | None
+    latency: Latency | None
     reason: str | None = None
     recorded_ms: float | None = None
 
@@ -74,7 +75,7 @@ def bench(folders: Sequence[tuple[Path, Exported]], config: LatencyConfig, note:
     """
     device = check_device(config)
     lock, waiting = device_lock(device), partial(note, WAITING)
-    with tempfile.TemporaryDirectory() as aside, lock.measuring(waiting), threads(config.threads):
+    with tempfile.TemporaryDirectory() as aside, lock.measuring(waiting), cpu_threads(config.threads):
         yardsticks = Yardsticks(config)
         candidates: list[Candidate] = []
         for index, (folder, network) in enumerate(folders):
@@ -92,16 +93,10 @@ def bench(folders: Sequence[tuple[Path, Exported]], config: LatencyConfig, note:
     return _rows(candidates, found[:-1], factor)
 
 
-def _rows(candidates: Sequence[Candidate], found: Sequence[Corrected], factor: float) -> list[Row]:
+def _rows(candidates: Sequence[Candidate], found: Sequence[Latency], factor: float) -> list[Row]:
     times = iter(found)
-    return [row if forwards is None else replace(row, latency=_scaled(next(times), factor))
+    return [row if forwards is None else replace(row, latency=next(times).scaled(factor))
             for row, forwards, _ in candidates]  # fmt: skip
-
-
-def _scaled(latency: Corrected, factor: float) -> Corrected:
-    return replace(
-        latency, median_ms=factor * latency.median_ms, p20_ms=factor * latency.p20_ms, p80_ms=factor * latency.p80_ms
-    )
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,10 @@ from torch import Tensor, nn
 from nas.config import LatencyConfig
 from nas.display.notes import stage_table
 from nas.errors import UsageError, of_this_version
-from nas.latency.analysis import Note, from_table
+from nas.latency.analysis import from_table
 from nas.latency.block_table import BlockTable
 from nas.recorded import RecordedStudy
+from nas.reporting import Note
 from nas.training.weights import Trained, Weights, weight_folder
 from search_spaces import ArchSpec, cost
 from search_spaces.timm_config import timm_config

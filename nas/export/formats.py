@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kernels.fold import fold_batch_norms
 from nas.errors import UsageError
 from nas.export.directories import COMPILED, FUSED, ONNX, PROGRAM, Exported
-from nas.latency.analysis import Note
+from nas.reporting import Note
 
 INPUT, OUTPUT = "images", "logits"
 # What torch 2.11 writes by itself: newer ones give these networks nothing, and fewer runtimes read them.

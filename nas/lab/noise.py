@@ -23,9 +23,9 @@ from rich.table import Table
 
 from nas.config import LatencyConfig
 from nas.errors import UsageError
+from nas.latency.devices import check_device
 from nas.latency.isolation import meter_for
 from nas.locks import WAITING, device_lock
-from nas.search.evaluation import check_device
 from search_spaces import load_space
 
 
@@ -80,15 +80,15 @@ def main(
     reference_ms = meter.reference_ms
     meter.close()
     runs.append({
-        "raw": [[latency.raw_median_ms for latency in row] for row in found],
-        "corrected": [[latency.median_ms for latency in row] for row in found],
-        "capped": sum(latency.capped for row in found for latency in row),
+        "raw": [[measured.raw_median_ms for measured in row] for row in found],
+        "corrected": [[measured.median_ms for measured in row] for row in found],
+        "capped": sum(measured.latency.capped for row in found for measured in row),
     })  # fmt: skip
     if out is not None:
         out.write_text(json.dumps(runs))
     console = Console(width=100)
-    shares = [latency.interval_share for row in found for latency in row]
-    counts = [latency.repeats for row in found for latency in row]
+    shares = [measured.latency.interval_share for row in found for measured in row]
+    counts = [measured.latency.repeats for row in found for measured in row]
     table = Table("", "spread: median", "greatest", "places changed", title=f"{networks} networks, {rounds} rounds")
     for name in ("raw", "corrected"):
         figures = np.asarray(runs[-1][name])

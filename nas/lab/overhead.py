@@ -18,10 +18,9 @@ import typer
 from kernels.timing import DeviceInfo
 from nas.config import LatencyConfig, SearchConfig
 from nas.errors import CandidateFailed
-from nas.latency.block_table import Figure, network_shape
-from nas.latency.ceilings import Ceilings
-from nas.latency.meter import Latency
-from nas.latency.parts import CALL, arch_parts, shape_id
+from nas.latency.device_profile import DeviceProfile
+from nas.latency.parts import CALL, arch_parts, network_shape, shape_id
+from nas.latency.values import Latency, Measurement, ShapeLatency
 from nas.search.loop import Event, Silent, run
 from nas.training.proxy import CurvePoint, ProxyResult
 from search_spaces import ArchSpec, Cost, cost, load_space
@@ -43,9 +42,9 @@ class FakeEvaluator:
     def __init__(self, build: bool = False) -> None:
         self.build = build
 
-    def anchor(self, references_ms: Sequence[float]) -> Figure:
+    def anchor(self, references_ms: Sequence[float]) -> ShapeLatency:
         shape = network_shape(str(load_space("small").anchor()), LatencyConfig(device="cpu"))
-        return Figure(shape, 1.0, 1.0, 1.0, 10, 0.01, False)
+        return ShapeLatency(shape, Latency(1.0, 1.0, 1.0, 10, 0.01))
 
     def start(self, anchor_ms: float) -> None:
         pass
@@ -53,11 +52,12 @@ class FakeEvaluator:
     def cost(self, arch: ArchSpec) -> Cost:
         return cost(arch, resolution=32, num_classes=10)
 
-    def measure(self, arch: ArchSpec) -> Latency:
+    def measure(self, arch: ArchSpec) -> Measurement:
         if self.build:
             arch.build(num_classes=10)
         median_ms = 0.05 * len(arch.blocks) + self.cost(arch).macs / 2e7 * (1.3 if arch.activation == "gelu" else 1.0)
-        return Latency(median_ms, 0.9 * median_ms, 1.2 * median_ms, 100, median_ms, 1.0, 4 * self.cost(arch).params, 0)
+        latency = Latency(median_ms, 0.9 * median_ms, 1.2 * median_ms, 100)
+        return Measurement(latency, median_ms, 1.0, weight_bytes=4 * self.cost(arch).params, workspace_bytes=0)
 
     def train(self, arch: ArchSpec) -> ProxyResult:
         if self.build:
@@ -71,12 +71,12 @@ class FakeEvaluator:
         curve = tuple(CurvePoint(10 * step, 2.0 / step, accuracy * step / 20, 0.3 * step) for step in range(1, 21))
         return ProxyResult(accuracy, 1 - accuracy, curve, 0.0, 1_000_000)
 
-    def measure_together(self, archs: Sequence[ArchSpec]) -> list[Latency]:
+    def measure_together(self, archs: Sequence[ArchSpec]) -> list[Measurement]:
         return [self.measure(arch) for arch in archs]
 
     def measure_blocks(
         self, archs: Sequence[ArchSpec], known: Mapping[str, float], references_ms: Sequence[float]
-    ) -> list[Figure]:
+    ) -> list[ShapeLatency]:
         config = LatencyConfig(device="cpu")
         shapes = {
             CALL: 0.01,
@@ -84,13 +84,13 @@ class FakeEvaluator:
         }
         shapes |= {part.shape: 0.015 for arch in archs for part in arch_parts(arch, config)}
         return [
-            Figure(shape, median_ms, median_ms, median_ms, 10, 0.01, False)
+            ShapeLatency(shape, Latency(median_ms, median_ms, median_ms, 10, 0.01))
             for shape, median_ms in shapes.items()
             if shape_id(shape) not in known
         ]
 
-    def ceilings(self) -> Ceilings:
-        return Ceilings(copy_bytes=2e10, product_macs=4e10, launch_seconds=4e-6)
+    def profile(self) -> DeviceProfile:
+        return DeviceProfile(copy_bytes_per_s=2e10, macs_per_s=4e10, launch_seconds=4e-6)
 
     def determinism(self) -> str | None:
         return None

@@ -1,4 +1,4 @@
-"""What runs a network when its latency is measured: one function per engine, found by name.
+"""Engines run a network when its latency is measured: one function each, by its name in `ENGINES`.
 
 An engine takes a timm network in evaluation mode and returns the module that would be deployed, on the device and in
 the dtype asked for. The latency meter knows nothing else about it, so that a new engine is one entry of `ENGINES`.
@@ -29,8 +29,8 @@ class Engine:
     Args:
         prepare: makes the deployed module of a folded channels_last one, given an example input (N, C, H, W).
         devices: kinds of device it runs on; "interpreter" is a CPU under TRITON_INTERPRET=1.
-        isolated: measure in a process of its own (see `nas.latency.isolation`).
-        refuses: tells errors by which its compiler refuses a network, that candidate's failure, from bugs.
+        isolated: whether to measure in a child process (see `nas.latency.isolation`).
+        refuses: whether an error means that its compiler refuses the network, which is no bug but a failed candidate.
     """
 
     prepare: Prepare
@@ -118,7 +118,7 @@ def ready(folded: nn.Module, config: LatencyConfig, example: Tensor) -> nn.Modul
             module = engine.prepare(folded, example)
             module(example)
     except Exception as error:
-        # Running out of memory is told apart further out.
+        # Running out of memory is handled further out.
         if is_out_of_memory(error) or not engine.refuses(error):
             raise
         reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]

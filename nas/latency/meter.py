@@ -1,18 +1,18 @@
 """Latency of a network on the target device, measured against one fixed anchor network.
 
 A machine's speed drifts. Every candidate is therefore timed in turns with the study's anchor, and its latency is the
-median ratio to the anchor times the anchor's reference latency, measured once when the study began. The raw figures
-are kept beside it. Sampling goes on until that median is known well enough, or a time cap is hit; a GPU that throttled
-meanwhile is given a rest and the measurement made again.
+median ratio to the anchor times the anchor's reference latency, measured once when the study began. The raw medians
+are kept beside it. Sampling goes on until that median is known well enough, or a time cap is reached; if the GPU
+throttled meanwhile, it is given a rest and the measurement is repeated.
 """
 
 from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -23,67 +23,28 @@ from kernels.timing import MIN_SAMPLE_SECONDS, Precision, Sampled, clock_for, pe
 from kernels.timing import captured as captured_graph
 from nas.config import LatencyConfig
 from nas.latency.engines import deploy
+from nas.latency.values import Latency, Measurement
 
-# Inputs are rotated, so that a network never finds its own last input in a cache; past the size of an L2 more would
-# cost memory only.
+# Inputs are rotated, so that a network never finds its own last input in a cache; more of them than fit an L2 cache
+# would only cost memory.
 INPUT_SETS = 4
-# The anchor's reference latency scales all others: its interval is to be so much narrower than a candidate's, and its
-# time cap so much longer.
+# The anchor's reference latency scales all others: by this factor its interval must be narrower than a candidate's, and
+# its time cap is longer.
 ANCHOR_FACTOR = 3
-# A throttled measurement is made again so often, after a rest of so many seconds, the second time twice as many.
-MAX_REPEATS = 2
+# A throttled measurement is repeated at most so often, after a rest of so many seconds, then of twice as many.
+MAX_RETRIES = 2
 REST_SECONDS = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class Latency:
-    """One network's latency, per batch.
-
-    Args:
-        median_ms: drift-corrected: what searches, fronts and limits use.
-        p20_ms, p80_ms: of the same corrected samples.
-        repeats: forward passes are timed in this many samples.
-        raw_median_ms: as the clock told it.
-        anchor_median_ms: the anchor's, in the same minutes, as the clock told it.
-        weight_bytes: of the deployed module.
-        workspace_bytes: most tensor memory one forward pass holds beside weights and input.
-        interval_share: width of the 95 % confidence interval of the median, over the median.
-        capped: whether the time cap ended sampling before that was narrow enough.
-        throttled: whether the GPU throttled, also when it was measured again; None where nothing tells.
-        sm_clock_mhz, temperature_c: of the GPU, as it was last read while sampling.
-        ready_seconds: from the network to what can be timed: folding, compiling, tuning.
-    """
-
-    median_ms: float
-    p20_ms: float
-    p80_ms: float
-    repeats: int
-    raw_median_ms: float
-    anchor_median_ms: float
-    weight_bytes: int
-    workspace_bytes: int
-    interval_share: float = 0.0
-    capped: bool = False
-    throttled: bool | None = None
-    sm_clock_mhz: float | None = None
-    temperature_c: float | None = None
-    ready_seconds: float = 0.0
-
-    @property
-    def memory_mb(self) -> float:
-        """Weights and peak workspace, in units of 10^6 bytes."""
-        return (self.weight_bytes + self.workspace_bytes) / 1e6
-
-
 def corrected(samples_ms: np.ndarray, anchor_ms: np.ndarray, reference_ms: float) -> np.ndarray:
-    """Candidate samples as if the anchor had always run at its reference latency; all (rounds,) in ms."""
+    """Samples of a candidate as if the anchor had always run at its reference latency; all (rounds,), in ms."""
     scaled: np.ndarray = samples_ms / anchor_ms * reference_ms
     return scaled
 
 
 @dataclass(frozen=True)
 class Deployed:
-    """A network that can be timed: the module, its forward passes, and what was found on the way."""
+    """A network that is ready to be timed: the module, its forward passes, and what is known before any timing."""
 
     module: nn.Module
     forwards: list[Callable[[], object]]
@@ -100,7 +61,11 @@ class LatencyMeter:
         anchor: the anchor network, as built by timm.
         reference_ms: the anchor's reference latency; None measures it now.
         state: reads the device's clocks and sensors.
-        rest: sleeps so many seconds.
+        rest: sleeps for a number of seconds.
+
+    Attributes:
+        reference_ms: the anchor's reference latency.
+        rest_helps: whether the GPU ran freely again after the last rests.
     """
 
     def __init__(
@@ -113,7 +78,7 @@ class LatencyMeter:
         self.state, self.rest = state, rest
         self.rest_helps = True
         self.inputs = self.random_inputs((config.batch_size, 3, config.resolution, config.resolution))
-        with threads(config.threads):
+        with cpu_threads(config.threads):
             self.anchor_forwards = self.forwards(deploy(anchor, config, self.inputs[0]), self.inputs)
             self.anchor_run = in_turn(self.anchor_forwards)
             if reference_ms is None:
@@ -124,7 +89,8 @@ class LatencyMeter:
         self.reference_ms = reference_ms
 
     def random_inputs(self, shape: Sequence[int], count: int = INPUT_SETS) -> list[Tensor]:
-        """Inputs of a shape, in the deployment's dtype; of four dimensions channels_last."""
+        """Normally distributed inputs of a shape, always the same, in the deployment's dtype; (N, C, H, W) ones are
+        channels_last."""
         rng = torch.Generator().manual_seed(0)
         made = [
             torch.randn(tuple(shape), generator=rng).to(self.device, getattr(torch, self.config.dtype))
@@ -132,25 +98,36 @@ class LatencyMeter:
         ]
         return [x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in made]
 
-    def measure(self, network: nn.Module) -> Latency:
-        """Latency and inference memory of a network; it is folded in a copy, and moved to evaluation mode.
+    def measure_together(self, networks: Sequence[nn.Module]) -> list[Measurement]:
+        """Latency and inference memory of several networks, sampled in turns with each other and the anchor.
 
-        Raises:
-            CandidateFailed: the engine cannot compile it.
-        """
-        return self.measure_together([network])[0]
-
-    def measure_together(self, networks: Sequence[nn.Module]) -> list[Latency]:
-        """Latencies of several networks, sampled in turns with each other and the anchor, hence in the same minutes.
+        The networks are moved to evaluation mode; batch norms are folded in a copy.
 
         Raises:
             CandidateFailed: the engine cannot compile one of them.
         """
-        with threads(self.config.threads):
-            deployed = [self.deploy(network) for network in networks]
-            return self.time_together(deployed)
 
-    def deploy(self, network: nn.Module) -> Deployed:
+        def ratios(seconds: np.ndarray) -> list[np.ndarray]:
+            return [seconds[:, index] / seconds[:, -1] for index in range(len(networks))]
+
+        with cpu_threads(self.config.threads):
+            deployed = [self._deploy(network) for network in networks]
+            runs = [in_turn(each.forwards) for each in deployed]
+            sampled, state = self.sample([*runs, self.anchor_run], ratios, len(deployed))
+        anchor_ms = sampled.seconds[:, -1] * 1e3
+        clock_mhz, temperature_c = (None, None) if state is None else (state.sm_clock_mhz, state.temperature_c)
+        measured = []
+        for index, each in enumerate(deployed):
+            own_ms, share = sampled.seconds[:, index] * 1e3, sampled.interval_shares[index]
+            measured.append(Measurement(
+                self.latency(corrected(own_ms, anchor_ms, self.reference_ms), share, sampled, state),
+                raw_median_ms=float(np.median(own_ms)), anchor_median_ms=float(np.median(anchor_ms)),
+                weight_bytes=each.weight_bytes, workspace_bytes=each.workspace_bytes,
+                sm_clock_mhz=clock_mhz, temperature_c=temperature_c, ready_seconds=each.ready_seconds,
+            ))  # fmt: skip
+        return measured
+
+    def _deploy(self, network: nn.Module) -> Deployed:
         begin = time.perf_counter()
         module = deploy(network, self.config, self.inputs[0])
         ready_seconds = time.perf_counter() - begin
@@ -158,27 +135,13 @@ class LatencyMeter:
         forwards = self.forwards(module, self.inputs)
         return Deployed(module, forwards, self._weight_bytes(network, module), workspace, ready_seconds)
 
-    def time_together(self, deployed: Sequence[Deployed]) -> list[Latency]:
-        """Latencies of what was deployed, sampled in turns with each other and the anchor."""
-
-        def ratios(seconds: np.ndarray) -> list[np.ndarray]:
-            return [seconds[:, index] / seconds[:, -1] for index in range(len(deployed))]
-
-        runs = [in_turn(each.forwards) for each in deployed]
-        sampled, state = self.sample([*runs, self.anchor_run], ratios, len(deployed))
-        anchor_ms = sampled.seconds[:, -1] * 1e3
-        found = []
-        for index, each in enumerate(deployed):
-            own_ms, share = sampled.seconds[:, index] * 1e3, sampled.interval_shares[index]
-            p20, median, p80 = np.percentile(corrected(own_ms, anchor_ms, self.reference_ms), [20, 50, 80])
-            found.append(Latency(
-                median_ms=float(median), p20_ms=float(p20), p80_ms=float(p80), repeats=len(own_ms),
-                raw_median_ms=float(np.median(own_ms)), anchor_median_ms=float(np.median(anchor_ms)),
-                weight_bytes=each.weight_bytes, workspace_bytes=each.workspace_bytes,
-                interval_share=share, capped=sampled.capped and share > self.precision.share,
-                ready_seconds=each.ready_seconds, **state,
-            ))  # fmt: skip
-        return found
+    def latency(
+        self, samples_ms: np.ndarray, interval_share: float, sampled: Sampled, state: DeviceState | None
+    ) -> Latency:
+        """The latency that (repeats,) corrected samples of one of several things sampled together show."""
+        # The cap may have ended all of them while this one was known well enough.
+        capped = sampled.capped and interval_share > self.precision.share
+        return Latency.of(samples_ms, interval_share, capped, None if state is None else state.throttled)
 
     @property
     def precision(self) -> Precision:
@@ -188,45 +151,42 @@ class LatencyMeter:
     def sample(
         self, runs: list[Callable[[], None]], checked: Callable[[np.ndarray], list[np.ndarray]], factor: float = 1,
         min_sample_seconds: float | None = None, reference: bool = False,
-    ) -> tuple[Sampled, dict[str, Any]]:  # fmt: skip
-        """Sample to the precision asked for; again, after a rest, where the GPU throttled.
+    ) -> tuple[Sampled, DeviceState | None]:  # fmt: skip
+        """Sample to the precision asked for; where the GPU throttled, again after a rest, at most `MAX_RETRIES` times.
 
         Args:
             checked: see `sample_until`.
-            factor: of the time cap.
-            min_sample_seconds: by default `MIN_SAMPLE_SECONDS`'s.
-            reference: whether others are scaled by what is sampled.
+            factor: multiplies the time cap.
+            min_sample_seconds: a sample lasts at least so long (default: `MIN_SAMPLE_SECONDS`).
+            reference: whether other latencies are scaled by this one, which then has to be known more precisely.
 
         Returns:
-            The samples, and what the sensors said, as `Latency` has it.
+            The samples, and the device's last state, with the reasons of all throttling meanwhile; None where nothing
+            can be read.
         """
         share = self.precision.share / (ANCHOR_FACTOR if reference else 1)
         precision = Precision(share, factor * self.precision.cap_seconds)
-        for repeat in range(MAX_REPEATS + 1):
+        for retry in range(MAX_RETRIES + 1):
             states: list[DeviceState | None] = []
             sampled = sample_until(
                 runs, self.clock, min_sample_seconds or MIN_SAMPLE_SECONDS[self.device.type], precision, checked,
                 between=lambda states=states: states.append(self.state(self.device)),  # type: ignore[misc]
             )  # fmt: skip
-            throttled = any(state is not None and state.throttled for state in states)
-            if not throttled:
+            throttled_by = {reason for state in states if state is not None for reason in state.throttled_by}
+            if not throttled_by:
                 self.rest_helps = True
                 break
-            if repeat == MAX_REPEATS:
-                # Still so after all rests, at the first reading, as where somebody holds the clocks down for good.
+            if retry == MAX_RETRIES:
+                # At the first reading after all rests it still throttles where somebody holds the clocks down for good.
                 self.rest_helps = states[0] is not None and not states[0].throttled
-            if repeat == MAX_REPEATS or not self.rest_helps:
+            if retry == MAX_RETRIES or not self.rest_helps:
                 break
-            self.rest(REST_SECONDS * (repeat + 1))
+            self.rest(REST_SECONDS * (retry + 1))
         last = states[-1]
-        if last is None:
-            return sampled, {}
-        return sampled, {
-            "throttled": throttled, "sm_clock_mhz": last.sm_clock_mhz, "temperature_c": last.temperature_c,
-        }  # fmt: skip
+        return sampled, None if last is None else replace(last, throttled_by=tuple(throttled_by))
 
     def _weight_bytes(self, network: nn.Module, module: nn.Module) -> int:
-        # Counted on the network too, as a frozen module hides its own: folded, a norm's four vectors become one bias.
+        # Counted on the network too, as a frozen module hides its own. Of a folded norm's vectors only a bias is left.
         size = getattr(torch, self.config.dtype).itemsize
         norms = sum(m.num_features for m in network.modules() if isinstance(m, nn.BatchNorm2d))
         counted = int(size) * (sum(p.numel() for p in network.parameters()) - norms)
@@ -242,7 +202,7 @@ class LatencyMeter:
 
 
 def in_turn(forwards: list[Callable[[], object]]) -> Callable[[], None]:
-    """A function that makes one forward pass, each time the next."""
+    """A function that makes the next of these forward passes at each call."""
     endless = itertools.cycle(forwards)
 
     def run() -> None:
@@ -276,15 +236,12 @@ def _captured(module: nn.Module, x: Tensor) -> Callable[[], object]:
     return replay
 
 
-class threads:
-    """Runs its body with a fixed number of CPU threads."""
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __enter__(self) -> None:
-        self.before = torch.get_num_threads()
-        torch.set_num_threads(self.count)
-
-    def __exit__(self, *exc: object) -> None:
-        torch.set_num_threads(self.before)
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """Runs the body with a fixed number of CPU threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

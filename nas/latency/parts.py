@@ -1,8 +1,8 @@
 """A network cut into the parts that are measured alone: a ConvFirst network into stem, blocks and head, any other into
 its convolutions and linear layers.
 
-A part is known by its shape, a canonical JSON text: two parts of one shape, in whatever networks, are one row of the
-block latency table.
+A part is identified by its shape, a canonical JSON text: parts of one shape share one row of the block latency table,
+whatever networks they are in.
 """
 
 from __future__ import annotations
@@ -20,8 +20,7 @@ from nas.config import LatencyConfig
 from nas.latency.engines import deploy, fold, ready
 from nas.latency.roofline import Block, Layer, arch_blocks, single
 from search_spaces import ArchSpec
-from search_spaces.arch import STEM_STRIDE
-from search_spaces.cost import strided
+from search_spaces.arch import BlockSpec, StemSpec, Step
 
 
 @dataclass(frozen=True)
@@ -29,11 +28,11 @@ class Part:
     """One part of a network in one deployment.
 
     Args:
-        block: its name and what it computes and moves.
-        shape: everything that decides what is run but device, engine, dtype and batch, as canonical JSON.
-        input_shape: of the tensor that enters it, batch included.
-        fused: whether fused kernels can run it: then it is bounded as one kernel, also where it is two or the tuner has
-            found torch's layers faster.
+        block: its name, and what it computes and moves.
+        shape: canonical JSON of everything that decides what is run, except device, engine, dtype and batch.
+        input_shape: shape of the tensor that enters it, batch included.
+        fused: whether fused kernels can run it. Then its ideal time is that of one kernel, also where it runs as two or
+            the tuner chose torch's layers because they were faster.
     """
 
     block: Block
@@ -47,6 +46,7 @@ class Part:
 
 
 def canonical(**fields: Any) -> str:
+    """The JSON text of some fields: equal fields give equal text."""
     return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
 
@@ -55,11 +55,18 @@ def shape_id(shape: str) -> str:
     return hashlib.sha256(shape.encode()).hexdigest()[:12]
 
 
-# Not a part of any network: what a call costs beside what is in it.
+# The shape of what a call costs besides what it runs, which is no part of any network.
 CALL = canonical(kind="call")
+CALL_ID = shape_id(CALL)
+
+
+def network_shape(name: str, config: LatencyConfig) -> str:
+    """The shape of a whole network, known by an architecture's line or a timm model's name."""
+    return canonical(kind="network", name=name, size=config.resolution, classes=config.num_classes)
 
 
 def itemsize(config: LatencyConfig) -> int:
+    """Bytes of one element of weights and activations."""
     size: int = getattr(torch, config.dtype).itemsize
     return size
 
@@ -69,36 +76,30 @@ def itemsize(config: LatencyConfig) -> int:
 
 def arch_parts(arch: ArchSpec, config: LatencyConfig) -> list[Part]:
     """Stem, blocks and head of an architecture, in order. Nothing is built, unless the engine is `fused`."""
-    batch, classes = config.batch_size, config.num_classes
-    counted = arch_blocks(arch, batch, config.resolution, classes, itemsize(config))
+    batch = config.batch_size
+    blocks = arch_blocks(arch, batch, config.resolution, config.num_classes, itemsize(config))
     fused, splits = _fused_parts(arch, config) if config.engine == "fused" else (set[str](), dict[str, int]())
-    size = strided(config.resolution, STEM_STRIDE)
-    shapes: list[dict[str, Any]] = [
-        dict(kind="stem", out=arch.stem_width, size=config.resolution, activation=arch.activation)
-    ]
-    inputs: list[tuple[int, ...]] = [(batch, 3, config.resolution, config.resolution)]
-    for spec in arch.blocks:
-        shapes.append(dict(
+    parts = []
+    for step, block in zip(arch.walk(config.resolution), blocks, strict=True):
+        shape = _shape(step, config.num_classes) | {"activation": arch.activation, "size": step.in_size}
+        if step.name in splits:
+            shape["splits"] = splits[step.name]
+        input_shape = (batch, step.spec.in_channels, step.in_size, step.in_size)
+        parts.append(Part(block, canonical(**shape), input_shape, step.name in fused))
+    return parts
+
+
+def _shape(step: Step, num_classes: int) -> dict[str, Any]:
+    """The fields of a step's shape, without its input size and activation."""
+    spec = step.spec
+    if isinstance(spec, StemSpec):
+        return dict(kind="stem", out=spec.out_channels)
+    if isinstance(spec, BlockSpec):
+        return dict(
             kind="convfirst", into=spec.in_channels, hidden=spec.expanded_channels, out=spec.out_channels,
-            kernel_size=spec.kernel_size, group_width=spec.group_width, stride=spec.stride, size=size,
-            activation=arch.activation,
-        ))  # fmt: skip
-        inputs.append((batch, spec.in_channels, size, size))
-        size = strided(size, spec.stride)
-    width = arch.stages[-1].width
-    shapes.append(
-        dict(kind="head", into=width, hidden=arch.head_width, out=classes, size=size, activation=arch.activation)
-    )
-    inputs.append((batch, width, size, size))
-    return [
-        Part(
-            block,
-            canonical(**shape, **({"splits": splits[block.name]} if block.name in splits else {})),
-            into,
-            block.name in fused,
-        )
-        for block, shape, into in zip(counted, shapes, inputs, strict=True)
-    ]
+            kernel_size=spec.kernel_size, group_width=spec.group_width, stride=spec.stride,
+        )  # fmt: skip
+    return dict(kind="head", into=spec.in_channels, hidden=spec.width, out=num_classes)
 
 
 def _fused_parts(arch: ArchSpec, config: LatencyConfig) -> tuple[set[str], dict[str, int]]:
@@ -134,7 +135,7 @@ def _cut(network: Any) -> dict[str, nn.Module]:
 
 
 def arch_modules(arch: ArchSpec, config: LatencyConfig) -> dict[str, nn.Module]:
-    """The folded modules of an architecture's parts, by name; of the engine `fused` those of the fused network.
+    """The folded modules of an architecture's parts, by name; with the engine `fused`, those of the fused network.
 
     Raises:
         CandidateFailed: the engine cannot compile it.
@@ -152,7 +153,7 @@ def _example(shape: Sequence[int], config: LatencyConfig) -> Tensor:
 
 
 def prepared(module: nn.Module, example: Tensor, config: LatencyConfig) -> nn.Module:
-    """A module of folded parts as the engine runs it; those of a fused network are ready.
+    """A module of folded parts as the engine runs it; parts of a fused network are ready as they are.
 
     Raises:
         CandidateFailed: the engine cannot compile it.
@@ -163,10 +164,10 @@ def prepared(module: nn.Module, example: Tensor, config: LatencyConfig) -> nn.Mo
 # -- Layers of any network -------------------------------------------------------------------------------------------
 
 
-def layers(network: nn.Module, config: LatencyConfig) -> list[tuple[Part, nn.Module]]:
-    """The convolutions and linear layers of a network in the order they run, with the folded layers.
+def layer_parts(network: nn.Module, config: LatencyConfig) -> list[tuple[Part, nn.Module]]:
+    """The convolutions and linear layers of a network, each with its folded module, in the order in which they run.
 
-    Attention's products, norms, activations and poolings are not among them.
+    The products of attention, norms, activations and poolings are not among them.
     """
     folded = fold(network, config)
     found: list[tuple[Part, nn.Module]] = []
@@ -193,7 +194,12 @@ def layers(network: nn.Module, config: LatencyConfig) -> list[tuple[Part, nn.Mod
 def layer_part(
     name: str, layer: nn.Conv2d | nn.Linear, input_shape: tuple[int, ...], output_shape: tuple[int, ...], itemsize: int
 ) -> Part:
-    """A layer on an input (N, C, H, W), or (..., features), batch included."""
+    """A layer as a part of its own.
+
+    Args:
+        input_shape, output_shape: (N, C, H, W), or (N, ..., features).
+        itemsize: bytes of one element.
+    """
     weights = layer.weight.numel()
     outputs = torch.Size(output_shape).numel()
     counted = Layer(

@@ -1,15 +1,15 @@
-"""Operations, bytes and the time they must take: how far a network is from the machine's limits, and where.
+"""The roofline model: operations, bytes, the time they must take, and so how far a network is from a machine's limits.
 
     latency = F / (peak x efficiency)       of a kernel or a network
     t*      = max(F / peak, B / bandwidth)  ideal time of a kernel: the roofline's
     gap     = t - t*                        efficiency gap of a kernel measured at t
     bound   = sum(F) / (peak x sum(t*))     waterline: the roofline carried over a sequence of kernels
 
-F operations, B bytes that must move to and from memory, peak operations a second. Operations are counted in MACs
-(1 MAC = 2 FLOPs); only intensities are in FLOPs, per byte. Source of terms and formulas: A. Lavin, "On the Efficiency
-of Convolutional Neural Networks", arXiv 2404.03617.
+F are operations, B the bytes that must move to and from memory, peak and bandwidth the limits of the machine
+(`Machine`). Operations are counted in MACs (1 MAC = 2 FLOPs); only intensities are in FLOPs, per byte. Terms and
+formulas are those of A. Lavin, "On the Efficiency of Convolutional Neural Networks", arXiv 2404.03617.
 
-Bytes are counted as if nothing stayed in a cache between kernels. What fits the last-level cache may therefore run
+Bytes are counted as if nothing stayed in a cache between kernels. What fits into the last-level cache may therefore run
 faster than its ideal time, and then its gap is negative.
 """
 
@@ -22,8 +22,7 @@ from itertools import pairwise
 from typing import Literal
 
 from search_spaces import ArchSpec
-from search_spaces.arch import STEM_STRIDE, stage_blocks
-from search_spaces.cost import STEM_KERNEL_SIZE, strided
+from search_spaces.arch import STEM_KERNEL_SIZE, STEM_STRIDE, BlockSpec, StemSpec, Step, strided
 
 
 def _require_whole(minimum: int, **values: object) -> None:
@@ -43,11 +42,11 @@ def _require_positive(**values: float) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """Measured limits of a device in a dtype: not what its data sheet says.
+    """Measured limits of a device in a dtype, which are lower than its datasheet's.
 
     Args:
-        macs_per_s: of a large matrix product.
-        bytes_per_s: of a large copy, read and written together.
+        macs_per_s: MACs a second of a large matrix product.
+        bytes_per_s: bytes a second of a large copy, read and written together.
     """
 
     macs_per_s: float
@@ -58,7 +57,7 @@ class Machine:
 
     @property
     def ridge(self) -> float:
-        """FLOP/byte from which on operations bound a kernel, and not bytes."""
+        """Intensity, in FLOP/byte, above which operations bound a kernel, and not bytes."""
         return 2 * self.macs_per_s / self.bytes_per_s
 
 
@@ -69,7 +68,7 @@ class Layer:
     Args:
         macs: of the whole batch.
         input_bytes, weight_bytes, output_bytes: each moved once; biases are weights.
-        shortcut_bytes: of what is read beside the input and added to the output.
+        shortcut_bytes: bytes of the tensor that is read besides the input and added to the output.
     """
 
     name: str
@@ -97,9 +96,9 @@ class Block:
     """What is run as one unit, either as one kernel (fused) or layer by layer.
 
     Args:
-        kind: such as "stem", "convfirst", "mbconv" or "head"; of single layers "conv", "depthwise" or "linear"; of
-            what has no operations "other".
-        fused_bytes: moved by one kernel for all layers.
+        kind: "stem", "convfirst", "mbconv" or "head", for example; "conv", "depthwise" or "linear" for single layers;
+            "other" where there are no operations.
+        fused_bytes: bytes that one kernel for all layers moves.
         fused_workspace_bytes, unfused_workspace_bytes: most bytes of tensors alive at once, weights not included.
     """
 
@@ -218,19 +217,19 @@ def chain(name: str, kind: str, layers: Sequence[Layer]) -> Block:
         layers,
         fused_bytes=first.input_bytes + sum(layer.weight_bytes for layer in layers) + last.output_bytes,
         fused_workspace_bytes=first.input_bytes + last.output_bytes,
-        # Of the first layer the block's input is the input.
+        # The first layer's input is the block's input, which is not counted twice.
         unfused_workspace_bytes=max([alive[0], *(kept + each for each in alive[1:])]),
     )
 
 
 def single(layer: Layer, kind: str) -> Block:
-    """A layer on its own: fused or not is one. A shortcut is a tensor beside its input."""
+    """A layer on its own, for which fused or not makes no difference. A shortcut is a tensor besides its input."""
     alive = layer.input_bytes + layer.shortcut_bytes + layer.output_bytes
     return Block(layer.name, kind, (layer,), layer.moved_bytes, alive, alive)
 
 
 def everything_else(name: str = "everything else") -> Block:
-    """Norms, activations, copies: time without operations that are counted, or bytes."""
+    """Norms, activations, copies: what takes time, and whose operations and bytes are not counted."""
     return Block(name, "other", (), 0, 0, 0)
 
 
@@ -271,7 +270,7 @@ def head_block(
 ) -> Block:
     """Global pool of (batch, in_channels, height, width), 1x1 convolution on the pooled pixel, classifier.
 
-    The pool's additions are not counted: it has no MACs.
+    The pool has no MACs: its additions are not counted.
     """
     _require_whole(1, batch=batch, height=height, width=width, in_channels=in_channels, itemsize=itemsize)
     pooled_bytes = itemsize * batch * in_channels
@@ -288,21 +287,19 @@ def arch_blocks(
 
     Batch norms are folded into the convolutions as biases. MACs sum to `batch` times those of `search_spaces.cost`.
     """
-    blocks = [stem_block("stem", batch, resolution, resolution, in_chans, arch.stem_width, itemsize)]
-    size = strided(resolution, STEM_STRIDE)
-    in_channels = arch.stem_width
-    for number, stage in enumerate(arch.stages, start=1):
-        for index, spec in enumerate(stage_blocks(in_channels, stage)):
-            blocks.append(
-                convfirst_block(
-                    f"stage{number}.{index}", batch, size, size, spec.in_channels, spec.expanded_channels,
-                    spec.out_channels, spec.kernel_size, spec.group_width, spec.stride, spec.residual, itemsize,
-                )
+
+    def block(step: Step) -> Block:
+        spec, size = step.spec, step.in_size
+        if isinstance(spec, StemSpec):
+            return stem_block(step.name, batch, size, size, spec.in_channels, spec.out_channels, itemsize)
+        if isinstance(spec, BlockSpec):
+            return convfirst_block(
+                step.name, batch, size, size, spec.in_channels, spec.expanded_channels, spec.out_channels,
+                spec.kernel_size, spec.group_width, spec.stride, spec.residual, itemsize,
             )  # fmt: skip
-            size = strided(size, spec.stride)
-        in_channels = stage.width
-    blocks.append(head_block("head", batch, size, size, in_channels, arch.head_width, num_classes, itemsize))
-    return tuple(blocks)
+        return head_block(step.name, batch, size, size, spec.in_channels, spec.width, num_classes, itemsize)
+
+    return tuple(block(step) for step in arch.walk(resolution, in_chans))
 
 
 # -- Time ------------------------------------------------------------------------------------------------------------
@@ -351,7 +348,7 @@ class Efficiency:
 
     @property
     def ideal_seconds(self) -> float:
-        """t*, see the function of this name."""
+        """t*, see the function `ideal_seconds`."""
         return ideal_seconds(self.block, self.machine, self.fused)
 
     @property
@@ -420,8 +417,8 @@ class NetworkEfficiency:
     """A network's blocks in order, on one machine.
 
     Args:
-        title, subtitle: of its figures: which network, and how it was measured.
-        seconds: of the whole network, which its blocks measured one by one need not sum to; None if not measured.
+        title, subtitle: which network it is, and how it was measured.
+        seconds: time of the whole network, to which those of its blocks need not sum; None if it was not measured.
     """
 
     title: str
@@ -441,7 +438,7 @@ class NetworkEfficiency:
 
     @property
     def waterline(self) -> float:
-        """See the function of this name."""
+        """See the function `waterline`."""
         return waterline(self.rows)
 
     @property
@@ -452,7 +449,7 @@ class NetworkEfficiency:
 
     @property
     def achieved(self) -> float | None:
-        """F / (peak x t) with the whole network's own seconds, or else those of its rows; None if neither is known."""
+        """F / (peak x t), t being the network's own seconds, or else those of its rows; None if neither is known."""
         if self.seconds is None:
             return achieved(self.rows)
         return computational_efficiency(_macs(self.rows), self.seconds, self.machine)

@@ -1,10 +1,10 @@
 """Latencies that hold for another day: timed in turns with two fixed yardsticks, and corrected by them.
 
 The yardsticks are a network of many small layers and a product. Their latencies, measured once for a device, are the
-references of all that is timed with them: figures are told as if the yardsticks always took so long. So figures of
-different days add up, and are shares of the same peak. A busy machine slows the one yardstick down more than the other:
-what would be computed at the product's rate in a share e of the time is corrected by e parts of the product and 1 - e
-of the network.
+references of all that is timed with them: latencies are corrected to what they would be if the yardsticks took exactly
+so long. So latencies of different days add up, and are shares of the same peak. A busy machine slows one yardstick down
+more than the other: a call that would take a share e of its time at the product's rate is corrected by e parts of the
+product and 1 - e of the network.
 """
 
 from __future__ import annotations
@@ -18,49 +18,37 @@ from torch import Tensor, nn
 
 from kernels.ceilings import tensor_float32
 from nas.config import LatencyConfig
-from nas.latency.meter import ANCHOR_FACTOR, LatencyMeter, in_turn, threads
+from nas.latency.meter import ANCHOR_FACTOR, LatencyMeter, cpu_threads, in_turn
+from nas.latency.values import Latency
 from search_spaces import load_space
 
-# They measure the machine and not the deployment: in one dtype and so many threads they serve all.
+# The yardsticks measure the machine and not the deployment: all deployments of one dtype and thread count share them.
 YARDSTICK_ENGINE, YARDSTICK_RESOLUTION, YARDSTICK_CLASSES = "eager", 32, 10
-# Large enough that a CUDA graph's launch is a small part of it.
+# Rows of the square product: large enough that a CUDA graph's launch is a small part of its time.
 YARDSTICK_SIDE = {"cpu": 384, "cuda": 4096}
-# Share of a network's time cap that each of several things timed in turns has.
+# Each of several things timed in turns has this share of a network's time cap.
 CAP_FACTOR = 0.5
-# Samples are shorter than a network's alone, so that more fit in the time.
+# Samples are shorter than those of a network alone, so that more of them fit in the time.
 MIN_SAMPLE_SECONDS = 1e-3
 
 
 @dataclass(frozen=True)
 class Timed:
-    """What is timed: calls to make in turn, and the MACs of each."""
+    """Something to time: calls to make in turn, and the MACs of each."""
 
     forwards: list[Callable[[], object]]
     macs: int = 0
 
 
-@dataclass(frozen=True, slots=True)
-class Corrected:
-    """The latency of a call; fields as `nas.latency.meter.Latency`'s."""
-
-    median_ms: float
-    p20_ms: float
-    p80_ms: float
-    repeats: int
-    interval_share: float
-    capped: bool
-    throttled: bool | None
-
-
 class Yardsticks:
-    """Times things in one dtype and so many threads on one device.
+    """Times things in one dtype with a number of CPU threads on one device.
 
     Args:
-        config: says device, dtype, threads and the precision.
+        config: gives device, dtype, threads and the precision.
         references_ms: latencies of the network and the product; None measures them now.
 
     Attributes:
-        interval_share, throttled: of the references, if they were measured now; see `nas.latency.meter.Latency`.
+        interval_share, throttled: of the references, if they were measured now; see `nas.latency.values.Latency`.
     """
 
     def __init__(self, config: LatencyConfig, references_ms: Sequence[float] | None = None) -> None:
@@ -71,15 +59,17 @@ class Yardsticks:
         anchor = load_space("small").anchor().build(self.config.num_classes)
         # Its own correction is not used.
         self.meter = LatencyMeter(self.config, anchor, reference_ms=1.0)
-        with threads(config.threads):
+        with cpu_threads(config.threads):
             self.runs = [self.meter.anchor_run, in_turn(self._product())]
-            self.interval_share, self.throttled = 0.0, None
+            self.interval_share = 0.0
+            self.throttled: bool | None = None
             if references_ms is None:
                 sampled, state = self.meter.sample(
                     self.runs, lambda seconds: list(seconds.T), ANCHOR_FACTOR, reference=True
                 )
                 references_ms = (1e3 * np.median(sampled.seconds, axis=0)).tolist()
-                self.interval_share, self.throttled = max(sampled.interval_shares), state.get("throttled")
+                self.interval_share = max(sampled.interval_shares)
+                self.throttled = None if state is None else state.throttled
         self.references_ms = tuple(references_ms)
 
     @property
@@ -91,11 +81,11 @@ class Yardsticks:
         with tensor_float32():
             return self.meter.forwards(_Product(right), [left])
 
-    def time(self, group: Sequence[Timed], reference: bool = False) -> list[Corrected]:
+    def time(self, group: Sequence[Timed], reference: bool = False) -> list[Latency]:
         """Latencies of several things, sampled in turns with each other and the yardsticks.
 
         Args:
-            reference: whether others are scaled by them, so that they are to be known so much better.
+            reference: whether other latencies are scaled by these, which then have to be known more precisely.
         """
 
         def corrected_ms(seconds: np.ndarray) -> list[np.ndarray]:
@@ -104,21 +94,20 @@ class Yardsticks:
 
         runs = [*(in_turn(each.forwards) for each in group), *self.runs]
         factor = max(float(ANCHOR_FACTOR) if reference else 1.0, CAP_FACTOR * len(group))
-        with threads(self.config.threads):
+        with cpu_threads(self.config.threads):
             sampled, state = self.meter.sample(runs, corrected_ms, factor, MIN_SAMPLE_SECONDS, reference)
-        found = []
-        for own_ms, share in zip(corrected_ms(sampled.seconds), sampled.interval_shares, strict=True):
-            p20, median, p80 = map(float, np.percentile(own_ms, [20, 50, 80]))
-            capped = sampled.capped and share > self.meter.precision.share
-            found.append(Corrected(median, p20, p80, len(own_ms), share, capped, state.get("throttled")))
-        return found
+        return [
+            self.meter.latency(own_ms, share, sampled, state)
+            for own_ms, share in zip(corrected_ms(sampled.seconds), sampled.interval_shares, strict=True)
+        ]
 
     def corrected_ms(self, own: np.ndarray, yardsticks: np.ndarray, macs: int) -> np.ndarray:
         """Samples as if the yardsticks had run at their reference latencies.
 
         Args:
-            own: (rounds,) seconds of a call of so many MACs.
+            own: (rounds,) seconds of a call.
             yardsticks: (rounds, 2) seconds, of the network and of the product.
+            macs: of the call.
         """
         by_network, by_product = (
             own / yardsticks[:, k] * reference_ms for k, reference_ms in enumerate(self.references_ms)

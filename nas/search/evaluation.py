@@ -13,14 +13,13 @@ from typing import Protocol
 import torch
 
 from kernels.timing import DeviceInfo
-from nas.config import LatencyConfig, Limits, SearchConfig
+from nas.config import Limits, SearchConfig
 from nas.errors import CandidateFailed, UsageError, memory_may_run_out
-from nas.latency import ceilings as profile
-from nas.latency.block_table import BlockMeter, Figure
-from nas.latency.ceilings import Ceilings
-from nas.latency.engines import ENGINES, runs_on
+from nas.latency.block_meter import BlockMeter
+from nas.latency.device_profile import DeviceProfile, measure_profile
+from nas.latency.devices import check_device
 from nas.latency.isolation import ArchMeter, meter_for
-from nas.latency.meter import Latency
+from nas.latency.values import Measurement, ShapeLatency
 from nas.locks import WAITING, device_lock
 from nas.training import data as image_data
 from nas.training import proxy
@@ -39,7 +38,7 @@ class Outcome:
     cost: Cost
     total_seconds: float
     reason: str | None = None
-    latency: Latency | None = None
+    latency: Measurement | None = None
     latency_seconds: float | None = None
     proxy: ProxyResult | None = None
     constraints: dict[str, float] | None = None
@@ -52,7 +51,7 @@ class Evaluator(Protocol):
     data_fingerprint: str
     notes: tuple[str, ...]
 
-    def anchor(self, references_ms: Sequence[float]) -> Figure:
+    def anchor(self, references_ms: Sequence[float]) -> ShapeLatency:
         """The anchor network's latency, measured now on the scale of the yardsticks' references."""
         ...
 
@@ -62,21 +61,21 @@ class Evaluator(Protocol):
 
     def cost(self, arch: ArchSpec) -> Cost: ...
 
-    def measure(self, arch: ArchSpec) -> Latency: ...
+    def measure(self, arch: ArchSpec) -> Measurement: ...
 
     def train(self, arch: ArchSpec) -> ProxyResult: ...
 
-    def measure_together(self, archs: Sequence[ArchSpec]) -> list[Latency]:
+    def measure_together(self, archs: Sequence[ArchSpec]) -> list[Measurement]:
         """Latencies of several networks, sampled in turns with each other."""
         ...
 
     def measure_blocks(
         self, archs: Sequence[ArchSpec], known: Mapping[str, float], references_ms: Sequence[float]
-    ) -> list[Figure]:
+    ) -> list[ShapeLatency]:
         """What the block latency table lacks of some architectures; see `BlockMeter.measure_archs`."""
         ...
 
-    def ceilings(self) -> Ceilings:
+    def profile(self) -> DeviceProfile:
         """What the device can do in the deployment's dtype, measured now."""
         ...
 
@@ -121,7 +120,7 @@ class RealEvaluator:
         self.note(WAITING)
         self.note = lambda line: None
 
-    def anchor(self, references_ms: Sequence[float]) -> Figure:
+    def anchor(self, references_ms: Sequence[float]) -> ShapeLatency:
         with self._anchor_runs(), self.lock.measuring(self._waiting), memory_may_run_out():
             return BlockMeter(self.config.latency, references_ms).measure_anchor(self.config.space.anchor())
 
@@ -140,25 +139,25 @@ class RealEvaluator:
     def cost(self, arch: ArchSpec) -> Cost:
         return cost(arch, self.config.latency.resolution, self.config.latency.num_classes)
 
-    def measure(self, arch: ArchSpec) -> Latency:
+    def measure(self, arch: ArchSpec) -> Measurement:
         return self.measure_together([arch])[0]
 
-    def measure_together(self, archs: Sequence[ArchSpec]) -> list[Latency]:
+    def measure_together(self, archs: Sequence[ArchSpec]) -> list[Measurement]:
         assert self.meter is not None, "start comes first"
         with self.lock.measuring(self._waiting):
             return self.meter.measure_together(archs)
 
     def measure_blocks(
         self, archs: Sequence[ArchSpec], known: Mapping[str, float], references_ms: Sequence[float]
-    ) -> list[Figure]:
+    ) -> list[ShapeLatency]:
         assert self.meter is not None, "start comes first"
         with self.lock.measuring(self._waiting):
             return self.meter.measure_blocks(archs, known, references_ms)
 
-    def ceilings(self) -> Ceilings:
+    def profile(self) -> DeviceProfile:
         try:
             with self.lock.measuring(self._waiting):
-                return profile.measure(self.config.latency)
+                return measure_profile(self.config.latency)
         except CandidateFailed as error:
             raise UsageError(f"--device {self.torch_device}: what it can do cannot be measured ({error})") from error
 
@@ -205,34 +204,6 @@ def trim_heap() -> None:
     if sys.platform == "linux":
         with contextlib.suppress(AttributeError, OSError):  # another libc than glibc
             ctypes.CDLL(None).malloc_trim(0)
-
-
-def check_device(config: LatencyConfig) -> torch.device:
-    """The device of a deployment.
-
-    Raises:
-        UsageError: there is no such device here, or the engine or dtype does not run on it.
-    """
-    name, engine = config.device, config.engine
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise UsageError(f"--device {name}: not a device (cpu, cuda or cuda:N)") from error
-    if device.type not in ("cpu", "cuda"):
-        raise UsageError(f"--device {name}: not a device (cpu, cuda or cuda:N)")
-    if device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UsageError(f"--device {name}: no CUDA device here")
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise UsageError(f"--device {name}: there are only {torch.cuda.device_count()} CUDA devices here")
-    if engine not in ENGINES:
-        raise UsageError(f"--engine {engine}: none of {', '.join(ENGINES)}")
-    if not runs_on(ENGINES[engine], device):
-        hint = " (its Triton kernels run there with TRITON_INTERPRET=1, slowly)" if engine == "fused" else ""
-        raise UsageError(f"--engine {engine}: does not run on {device.type}{hint}")
-    if device.type == "cpu" and config.dtype == "float16":
-        raise UsageError("--dtype float16: not on the CPU, which takes float32 or bfloat16")
-    return device
 
 
 def evaluate(arch: ArchSpec, evaluator: Evaluator, limits: Limits) -> Outcome:

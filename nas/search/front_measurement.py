@@ -9,13 +9,13 @@ from statistics import median
 import pandas as pd
 
 from nas.errors import CandidateFailed
-from nas.latency.meter import Latency
+from nas.latency.values import Measurement
 from nas.recorded import RecordedStudy
 from nas.search.rows import latency_row
 from search_spaces import ArchSpec
 from studies import Deployment, LatencyStage
 
-Measure = Callable[[Sequence[ArchSpec]], list[Latency]]
+Measure = Callable[[Sequence[ArchSpec]], list[Measurement]]
 
 # Networks that are sampled in turns: all their weights and graphs are in memory together.
 TOGETHER = 24
@@ -88,7 +88,7 @@ def measure_front(
     old = (front if before is None or before.empty else before).set_index("number")["latency_ms"]
     if front.empty or (not again and (front["latency_stage"] == LatencyStage.FINAL).all()):
         return None
-    latencies: dict[int, Latency] = {}
+    measurements: dict[int, Measurement] = {}
     searched_ms: dict[int, float] = {}
     lacking = front
     for _ in range(MAX_ROUNDS):
@@ -96,31 +96,31 @@ def measure_front(
         for begin in range(0, len(lacking), TOGETHER):
             group = lacking.iloc[begin : begin + TOGETHER]
             measured = _in_turns(measure, [ArchSpec.from_json(text) for text in group["arch"]])
-            for (_, row), latency in zip(group.iterrows(), measured, strict=True):
+            for (_, row), result in zip(group.iterrows(), measured, strict=True):
                 number = int(row["number"])
-                latencies[number], searched_ms[number] = latency, float(old.get(number, row["latency_ms"]))
-                rows.append(latency_row(int(row["trial_id"]), latency, deployment, LatencyStage.FINAL, limit_ms))
+                measurements[number], searched_ms[number] = result, float(old.get(number, row["latency_ms"]))
+                rows.append(latency_row(int(row["trial_id"]), result, deployment, LatencyStage.FINAL, limit_ms))
         store.add_latencies(recorded.study_id, rows)
         front = deployment.rows_of(store.front(name))
-        lacking = front[~front["number"].isin(latencies.keys())]
+        lacking = front[~front["number"].isin(measurements.keys())]
         if lacking.empty:
             break
     now = set(front["number"])
     return FrontChanges(
         deployment=deployment,
-        ratios=tuple(latencies[number].median_ms / searched_ms[number] for number in latencies),
+        ratios=tuple(measurements[number].median_ms / searched_ms[number] for number in measurements),
         left=tuple(sorted(set(old.index) - now)),
         joined=tuple(sorted(now - set(old.index))),
-        capped=sum(latency.capped for latency in latencies.values()),
+        capped=sum(measured.latency.capped for measured in measurements.values()),
         over_limit=tuple(
-            sorted(number for number, latency in latencies.items() if limit_ms and latency.median_ms > limit_ms)
+            sorted(number for number, result in measurements.items() if limit_ms and result.median_ms > limit_ms)
         ),
         size=len(front),
         unmeasured=len(lacking),
     )
 
 
-def _in_turns(measure: Measure, archs: Sequence[ArchSpec]) -> list[Latency]:
+def _in_turns(measure: Measure, archs: Sequence[ArchSpec]) -> list[Measurement]:
     """As many at once as run together: all their weights and graphs are in memory."""
     try:
         return measure(archs)

@@ -15,8 +15,9 @@ import studies
 from nas.config import SearchConfig
 from nas.display import notes
 from nas.errors import UsageError
-from nas.latency.block_table import BlockTable, network_shape
-from nas.latency.ceilings import store_profile
+from nas.latency.block_table import BlockTable
+from nas.latency.device_profile import store_profile
+from nas.latency.parts import network_shape
 from nas.pareto import hypervolume
 from nas.recorded import RecordedStudy
 from nas.search.evaluation import Evaluator, Outcome
@@ -307,7 +308,7 @@ def _profile(store: Store, config: SearchConfig, evaluator: Evaluator) -> studie
     found = store.devices.find_profile(asdict(evaluator.device), deployment.dtype, deployment.threads)
     if found is not None:
         return found
-    return store_profile(store, evaluator.device, deployment.dtype, deployment.threads, evaluator.ceilings())
+    return store_profile(store, evaluator.device, deployment.dtype, deployment.threads, evaluator.profile())
 
 
 def _anchor_ms(store: Store, config: SearchConfig, evaluator: Evaluator) -> float:

@@ -15,9 +15,8 @@ import pandas as pd
 from nas.config import SearchConfig
 from nas.display.showcase import show
 from nas.errors import CandidateFailed
-from nas.latency.analysis import errors, errors_line
-from nas.latency.block_table import BlockTable, network_shape
-from nas.latency.parts import arch_parts
+from nas.latency.block_table import BlockTable, sum_errors, sum_errors_line
+from nas.latency.parts import arch_parts, network_shape
 from nas.pareto import front
 from nas.search.evaluation import Evaluator, Outcome, RealEvaluator, evaluate
 from nas.search.front_measurement import measure_front
@@ -166,8 +165,8 @@ def _finish(config: SearchConfig, study: LiveStudy, evaluator: Evaluator, progre
     failed = sum(table.lacks(arch_parts(arch, deployment)) for arch in archs)
     remarks += [f"blocks of {failed} of the front's networks could not be measured alone"] if failed else []
     anchor = table.median_ms(network_shape(str(config.space.anchor()), deployment))
-    found = errors(table, archs, list(front["latency_ms"]), recorded.row.anchor_ms, anchor)
-    return (*remarks, errors_line(found)) if found else tuple(remarks)
+    errors = sum_errors(table, archs, list(front["latency_ms"]), recorded.row.anchor_ms, anchor)
+    return (*remarks, sum_errors_line(errors)) if errors else tuple(remarks)
 
 
 def _show(config: SearchConfig, study: LiveStudy) -> tuple[str, ...]:

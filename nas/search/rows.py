@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-import studies
 from nas.config import Limits
-from nas.latency.meter import Latency
+from nas.latency.values import Measurement
 from nas.recorded import RecordedStudy
 from nas.search.evaluation import Outcome
 from nas.search.sampling import Proposal
-from studies import Candidate, CandidateState, Deployment, LatencyStage
+from studies import Candidate, CandidateState, CurvePoint, Deployment, Latency, LatencyStage
 
 
 def candidate_row(recorded: RecordedStudy, proposal: Proposal, trial_id: int, outcome: Outcome) -> Candidate:
@@ -27,26 +26,24 @@ def candidate_row(recorded: RecordedStudy, proposal: Proposal, trial_id: int, ou
     if outcome.proxy:
         row.accuracy, row.loss = outcome.proxy.accuracy, outcome.proxy.loss
         row.train_seconds, row.train_memory_bytes = outcome.proxy.seconds, outcome.proxy.train_memory_bytes
-        row.curve = [studies.CurvePoint(**asdict(point)) for point in outcome.proxy.curve]
+        row.curve = [CurvePoint(**asdict(point)) for point in outcome.proxy.curve]
     return row
 
 
 def latency_row(
-    trial_id: int, latency: Latency, deployment: Deployment, stage: LatencyStage, limit_ms: float | None = None
-) -> studies.Latency:
+    trial_id: int, measured: Measurement, deployment: Deployment, stage: LatencyStage, limit_ms: float | None = None
+) -> Latency:
     """A measurement as the database has it. How long a compiler took is left out: it is no property of the network."""
-    return studies.Latency(
-        trial_id=trial_id, stage=stage, **deployment.as_columns(),
-        median_ms=latency.median_ms, p20_ms=latency.p20_ms, p80_ms=latency.p80_ms, repeats=latency.repeats,
-        raw_median_ms=latency.raw_median_ms, anchor_median_ms=latency.anchor_median_ms,
-        weight_bytes=latency.weight_bytes, workspace_bytes=latency.workspace_bytes,
-        interval_share=latency.interval_share, capped=latency.capped, throttled=latency.throttled,
-        sm_clock_mhz=latency.sm_clock_mhz, temperature_c=latency.temperature_c,
-        over_limit=limit_ms is not None and latency.median_ms > limit_ms,
+    return Latency(
+        trial_id=trial_id, stage=stage, **deployment.as_columns(), **asdict(measured.latency),
+        raw_median_ms=measured.raw_median_ms, anchor_median_ms=measured.anchor_median_ms,
+        weight_bytes=measured.weight_bytes, workspace_bytes=measured.workspace_bytes,
+        sm_clock_mhz=measured.sm_clock_mhz, temperature_c=measured.temperature_c,
+        over_limit=limit_ms is not None and measured.median_ms > limit_ms,
     )  # fmt: skip
 
 
-def searched_latency(row: Candidate) -> studies.Latency | None:
+def searched_latency(row: Candidate) -> Latency | None:
     """The latency that the search measured, and judged the candidate by; it may have been measured again since."""
     return row.latencies[0] if row.latencies else None
 
@@ -67,6 +64,6 @@ def constraints(row: Candidate, limits: Limits) -> dict[str, float]:
     return found
 
 
-def memory_mb(latency: studies.Latency) -> float:
+def memory_mb(latency: Latency) -> float:
     """Weights and peak workspace, in units of 10^6 bytes."""
     return (latency.weight_bytes + latency.workspace_bytes) / 1e6

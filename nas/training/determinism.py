@@ -14,11 +14,11 @@ from typing import Annotated
 import torch
 import typer
 
+from nas.child_process import ChildProcess
 from nas.config import ProxyConfig
 from nas.errors import CandidateFailed, memory_may_run_out
 from nas.training import proxy
 from nas.training.data import ImageData
-from nas.worker import Worker
 from search_spaces import ArchSpec, load_space
 
 # Of each training, and trainings of either kind, when a search begins: some seconds in all.
@@ -70,8 +70,8 @@ def measure_apart(arch: ArchSpec, config: ProxyConfig, device: str, resolution: 
     """As `measure`, in a process of its own, which leaves nothing behind in this one and on the device."""
     # At any rate a step takes as long; the user's may diverge on images that show nothing.
     config = replace(config, steps=min(config.steps, STEPS), learning_rate=LEARNING_RATE)
-    with Worker() as worker:
-        return worker.call(measure, arch, config, device, resolution, ROUNDS)
+    with ChildProcess() as child:
+        return child.call(measure, arch, config, device, resolution, ROUNDS)
 
 
 def measure(arch: ArchSpec, config: ProxyConfig, device: str, resolution: int, rounds: int) -> Determinism:

@@ -17,15 +17,15 @@ from typing import Protocol
 import torch
 from torch import nn
 
+from nas.child_process import ChildProcess
 from nas.config import DataConfig, ProxyConfig
 from nas.errors import CandidateFailed
-from nas.latency.analysis import Note
 from nas.locks import WAITING, device_lock
+from nas.reporting import Note
 from nas.training import data as image_data
 from nas.training import proxy
 from nas.training.data import ImageData
 from nas.training.proxy import ProxyResult
-from nas.worker import Worker
 from studies import BaselineTraining, Retraining
 
 # Steps of a long training, in those of a study's proxy training.
@@ -97,8 +97,8 @@ class Trainer:
     def __enter__(self) -> Trainer:
         with contextlib.ExitStack() as stack:
             self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="convfirst-data-")))
-            self.trained_last: dict[Worker, str | None] = {}
-            self.workers = [stack.enter_context(Worker()) for _ in range(self.processes)]
+            self.trained_last: dict[ChildProcess, str | None] = {}
+            self.workers = [stack.enter_context(ChildProcess()) for _ in range(self.processes)]
             self.stack = stack.pop_all()
         return self
 
@@ -146,7 +146,7 @@ class Trainer:
                         worker.close()
                     raise
 
-    def _make_ready(self, worker: Worker, network: Trainable) -> None:
+    def _make_ready(self, worker: ChildProcess, network: Trainable) -> None:
         """Start a worker's process, anew after a network that is not ours and may have broken it."""
         if self.trained_last.get(worker) not in (None, network.name):
             worker.close()
@@ -154,7 +154,7 @@ class Trainer:
         # In this thread: a process ends with the thread that started it, and the threads of the pool end soon.
         worker.start()
 
-    def _one(self, worker: Worker, job: TrainingJob, path: str) -> ProxyResult | CandidateFailed:
+    def _one(self, worker: ChildProcess, job: TrainingJob, path: str) -> ProxyResult | CandidateFailed:
         # The same number for all, however many train at once: it changes the rounding.
         threads = self.config.threads // self.processes
         config = replace(self.config, steps=job.steps, learning_rate=job.learning_rate, threads=threads)

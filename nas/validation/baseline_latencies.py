@@ -9,17 +9,18 @@ from functools import cached_property
 from typing import Any
 
 from kernels.timing import DeviceInfo
+from nas.child_process import ChildProcess
 from nas.config import LatencyConfig
 from nas.errors import CandidateFailed
-from nas.latency import ceilings as profile
+from nas.latency.device_profile import find_or_measure_profile, references_ms
 from nas.latency.engines import deploy
-from nas.latency.meter import threads
-from nas.latency.yardsticks import Corrected, Timed, Yardsticks
+from nas.latency.meter import cpu_threads
+from nas.latency.values import Latency
+from nas.latency.yardsticks import Timed, Yardsticks
 from nas.recorded import RecordedStudy
 from nas.search.front_measurement import TOGETHER
 from nas.training.pool import Trainer
 from nas.validation.networks import NetworkSpec
-from nas.worker import Worker
 from studies import BaselineLatency
 
 
@@ -43,10 +44,10 @@ class BaselineLatencies:
         """
         wanted = [*networks, *earlier]
         if not self._measured_together(wanted):
-            found = profile.find_or_measure(self.study.store, self.config, waiting=self.waiting)
+            profile = find_or_measure_profile(self.study.store, self.config, waiting=self.waiting)
             self.note(f"measuring {len(wanted)} networks in turns")
             with self.lock.measuring(self.waiting):
-                latencies = self._in_turns(wanted, profile.references_ms(found))
+                latencies = self._in_turns(wanted, references_ms(profile))
             now = datetime.now(UTC)
             rows = [
                 self._row(network.name, network.engine, network.resolution, now, latency)
@@ -63,20 +64,20 @@ class BaselineLatencies:
         self.note(f"{name}: failed ({reason})")
         self.study.store.baselines.add(self.study.study_id, [self._row(name, engine, 0, datetime.now(UTC), reason)])
 
-    def _in_turns(self, networks: Sequence[NetworkSpec], references_ms: Sequence[float]) -> list[Corrected | str]:
+    def _in_turns(self, networks: Sequence[NetworkSpec], yardsticks_ms: Sequence[float]) -> list[Latency | str]:
         """A latency for each network, or why it has none; as many are timed at once as run together."""
         half = len(networks) // 2
         if len(networks) <= TOGETHER:
             # Compilers never give their memory back, so in a process that ends.
-            with Worker() as worker:
+            with ChildProcess() as worker:
                 try:
-                    return worker.call(time_in_turns, networks, self.config, references_ms)
+                    return worker.call(time_in_turns, networks, self.config, yardsticks_ms)
                 except CandidateFailed as error:
                     if len(networks) == 1:
                         return [str(error)]
         else:
             half = TOGETHER
-        return self._in_turns(networks[:half], references_ms) + self._in_turns(networks[half:], references_ms)
+        return self._in_turns(networks[:half], yardsticks_ms) + self._in_turns(networks[half:], yardsticks_ms)
 
     def _rows(self) -> list[BaselineLatency]:
         """The rows of this deployment."""
@@ -92,9 +93,7 @@ class BaselineLatencies:
         times = {measured_at.get((*network.key, network.engine)) for network in networks}
         return len(times) == 1 and None not in times
 
-    def _row(
-        self, name: str, engine: str, resolution: int, when: datetime, latency: Corrected | str
-    ) -> BaselineLatency:
+    def _row(self, name: str, engine: str, resolution: int, when: datetime, latency: Latency | str) -> BaselineLatency:
         config = self.config
         fields: dict[str, Any] = {"reason": latency} if isinstance(latency, str) else asdict(latency)
         return BaselineLatency(
@@ -111,11 +110,11 @@ class BaselineLatencies:
 
 
 def time_in_turns(
-    networks: Sequence[NetworkSpec], config: LatencyConfig, references_ms: Sequence[float]
-) -> list[Corrected | str]:
+    networks: Sequence[NetworkSpec], config: LatencyConfig, yardsticks_ms: Sequence[float]
+) -> list[Latency | str]:
     """A latency for each network, timed in turns with the others and the yardsticks, or why it has none."""
-    meter = Yardsticks(config, references_ms)
-    with threads(config.threads):
+    meter = Yardsticks(config, yardsticks_ms)
+    with cpu_threads(config.threads):
         deployed = [_deployed(network, config, meter) for network in networks]
         times = iter(meter.time([each for each in deployed if isinstance(each, Timed)]))
     return [next(times) if isinstance(each, Timed) else each for each in deployed]

@@ -13,9 +13,10 @@ from dataclasses import dataclass, replace
 
 from nas import pareto
 from nas.errors import CandidateFailed, UsageError
-from nas.latency.analysis import TIMM_ENGINE, Note, require_timm_model
+from nas.latency.devices import check_device
+from nas.latency.timm_networks import TIMM_ENGINE, require_timm_model
 from nas.recorded import RecordedStudy
-from nas.search.evaluation import check_device
+from nas.reporting import Note
 from nas.training.data import ImageData
 from nas.training.pool import LONG, Trainer, TrainingJob, fill
 from nas.training.proxy import ProxyResult

@@ -12,11 +12,11 @@ from torch import nn
 
 from nas.config import MAX_RESOLUTION, LatencyConfig
 from nas.errors import CandidateFailed, memory_may_run_out
-from nas.latency.analysis import timm_model
-from nas.latency.parts import layers
+from nas.latency.parts import layer_parts
+from nas.latency.timm_networks import timm_model
 from nas.validation.contenders import ContenderKind
 from search_spaces import ArchSpec
-from search_spaces.cost import strided
+from search_spaces.arch import strided
 
 # Pixels of the image with which the stride of a timm model is found out.
 PROBE_PIXELS = 224
@@ -92,7 +92,7 @@ def timm_network(name: str, engine: str, map_size: int, classes: int) -> Network
         # Counting needs no GPU, wherever the network will run.
         config = LatencyConfig(device="cpu", engine="eager", resolution=resolution, num_classes=classes)
         try:
-            macs = sum(part.block.macs for part, _ in layers(model, config))
+            macs = sum(part.block.macs for part, _ in layer_parts(model, config))
         except FOREIGN_ERRORS as error:
             reason = f"does not run on images of {resolution}x{resolution} ({_first_line(error)})"
             raise CandidateFailed(reason) from error

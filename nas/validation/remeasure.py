@@ -10,13 +10,15 @@ from functools import partial
 from kernels.timing import DeviceInfo
 from nas.config import LatencyConfig
 from nas.errors import CandidateFailed, UsageError, memory_may_run_out
-from nas.latency import ceilings as profile
-from nas.latency.block_table import BlockMeter, BlockTable, network_shape
+from nas.latency.block_meter import BlockMeter
+from nas.latency.block_table import BlockTable
+from nas.latency.device_profile import find_or_measure_profile
+from nas.latency.devices import check_device
 from nas.latency.isolation import meter_for
-from nas.latency.meter import Latency
+from nas.latency.parts import network_shape
+from nas.latency.values import Measurement
 from nas.locks import WAITING, device_lock
 from nas.recorded import RecordedStudy, deployment_of
-from nas.search.evaluation import check_device
 from nas.search.front_measurement import FrontChanges, measure_front
 from nas.search.rows import latency_row
 from search_spaces import ArchSpec
@@ -57,7 +59,7 @@ def remeasure(
     store.ownership.claim(study_id, owner)
     try:
         lock, waiting = device_lock(device), partial(note, WAITING)
-        profile.find_or_measure(store, config, waiting=waiting)
+        find_or_measure_profile(store, config, waiting=waiting)
         try:
             with lock.measuring(waiting), memory_may_run_out():
                 table = BlockTable(store, info, config)
@@ -66,7 +68,7 @@ def remeasure(
         except CandidateFailed as error:
             raise UsageError(f"--engine {config.engine}: does not run even the anchor network ({error})") from error
 
-        def measure(archs: Sequence[ArchSpec]) -> list[Latency]:
+        def measure(archs: Sequence[ArchSpec]) -> list[Measurement]:
             with lock.measuring(waiting):
                 return meter.measure_together(archs)
 
@@ -96,6 +98,6 @@ def _anchor_ms(table: BlockTable, anchor: ArchSpec) -> float:
     known = table.median_ms(network_shape(str(anchor), table.config))
     if known is not None:
         return known
-    figure = BlockMeter(table.config, table.references_ms).measure_anchor(anchor)
-    table.add([figure])
-    return figure.median_ms
+    measured = BlockMeter(table.config, table.references_ms).measure_anchor(anchor)
+    table.add([measured])
+    return measured.latency.median_ms

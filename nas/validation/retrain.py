@@ -13,9 +13,9 @@ from rich.table import Table
 from nas import pareto
 from nas.config import MAX_RESOLUTION
 from nas.errors import CandidateFailed, UsageError, of_this_version
-from nas.latency.analysis import Note
+from nas.latency.devices import check_device
 from nas.recorded import RecordedStudy
-from nas.search.evaluation import check_device
+from nas.reporting import Note
 from nas.training.data import ImageData
 from nas.training.pool import LONG, Trainer, TrainingJob, fill
 from nas.training.proxy import ProxyResult

@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 
 from kernels.timing import DeviceInfo
+from nas.child_process import ChildProcess
 from nas.config import DataConfig, LatencyConfig, ProxyConfig, SearchConfig
 from nas.training import data as image_data
 from nas.training import pool as trainings
 from nas.validation import baseline_latencies
-from nas.worker import Worker
 from search_spaces import ArchSpec
 from studies import Candidate, CandidateState, Latency, Owner, Profile, Store
 from tests.conftest import make_tiny_space
@@ -110,7 +110,7 @@ def study_id(store: Store, config: SearchConfig) -> int:
     return study.study_id
 
 
-class Inline(Worker):
+class Inline(ChildProcess):
     """Calls in this process: quick."""
 
     def start(self) -> None:
@@ -122,5 +122,5 @@ class Inline(Worker):
 
 @pytest.fixture
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(baseline_latencies, "Worker", Inline)
-    monkeypatch.setattr(trainings, "Worker", Inline)
+    monkeypatch.setattr(baseline_latencies, "ChildProcess", Inline)
+    monkeypatch.setattr(trainings, "ChildProcess", Inline)

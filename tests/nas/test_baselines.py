@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from nas.validation.networks import (
     total_stride,
 )
 from nas.validation.verdict import table, training_lines, verdict
-from nas.worker import Worker
 from search_spaces import load_space
 from studies import Store
 from tests.nas.conftest import archs, begun, study_id
@@ -383,18 +381,3 @@ def test_nothing_is_left_behind_when_the_study_is_deleted(store: Store, config: 
     optuna.delete_study(study_name=config.study, storage=store.optuna_storage)
     assert store.baselines.trainings(number) == []
     assert store.baselines.latencies(number) == []
-
-
-# -- A process of its own ----------------------------------------------------------------------------------------------
-
-
-def test_a_worker_that_dies_is_followed_by_another() -> None:
-    with Worker() as worker:
-        first = worker.call(os.getpid)
-        assert first != os.getpid()
-        assert worker.call(os.getpid) == first
-        with pytest.raises(CandidateFailed, match="killed by SIGABRT"):
-            worker.call(os.abort)
-        with pytest.raises(RuntimeError, match="ended with status 1"):
-            worker.call(int, "no number")
-        assert worker.call(os.getpid) not in (first, os.getpid())

@@ -11,12 +11,15 @@ import torch
 
 from kernels.timing import DeviceInfo
 from nas.config import LatencyConfig
-from nas.latency.analysis import timm_model
-from nas.latency.block_table import GROUP, REPEATS, BlockMeter, BlockTable, Figure, _Made, network_shape, on_device
-from nas.latency.ceilings import Ceilings, store_profile
-from nas.latency.meter import threads
-from nas.latency.parts import CALL, Part, arch_parts, layers, shape_id
-from nas.latency.yardsticks import Corrected, Timed
+from nas.latency.block_meter import GROUP, REPEATS, BlockMeter, _Made
+from nas.latency.block_table import BlockTable
+from nas.latency.device_profile import DeviceProfile, store_profile
+from nas.latency.devices import device_info
+from nas.latency.meter import cpu_threads
+from nas.latency.parts import CALL, Part, arch_parts, layer_parts, network_shape, shape_id
+from nas.latency.timm_networks import timm_model
+from nas.latency.values import Latency, ShapeLatency
+from nas.latency.yardsticks import Timed
 from search_spaces import ArchSpec, StageSpec
 from studies import Store
 from tests.conftest import make_tiny_space
@@ -30,14 +33,14 @@ ARCH = ArchSpec(8, STAGES, "relu", 16)
 PARTS = arch_parts(ARCH, EAGER)
 
 
-def figure(shape: str, median_ms: float) -> Figure:
-    return Figure(shape, median_ms, 0.9 * median_ms, 1.2 * median_ms, 10, 0.01, False)
+def invent(shape: str, median_ms: float, **changes: bool) -> ShapeLatency:
+    return ShapeLatency(shape, Latency(median_ms, 0.9 * median_ms, 1.2 * median_ms, 10, 0.01, **changes))
 
 
-def figures(call_ms: float, *part_ms: float) -> list[Figure]:
-    """Rows of the different parts of `PARTS`, in order."""
+def invent_all(call_ms: float, *part_ms: float) -> list[ShapeLatency]:
+    """Latencies of a call and of the different parts of `PARTS`, in order."""
     shapes = dict.fromkeys(part.shape for part in PARTS)
-    return [figure(CALL, call_ms), *(figure(shape, ms) for shape, ms in zip(shapes, part_ms, strict=False))]
+    return [invent(CALL, call_ms), *(invent(shape, ms) for shape, ms in zip(shapes, part_ms, strict=False))]
 
 
 @pytest.fixture
@@ -58,7 +61,7 @@ def test_the_example_has_a_block_twice() -> None:
 
 def test_a_call_is_counted_once(store: Store) -> None:
     table = BlockTable(store, CPU, EAGER)
-    table.add(figures(0.5, 1.0, 2.0, 3.0, 4.0, 0.5))
+    table.add(invent_all(0.5, 1.0, 2.0, 3.0, 4.0, 0.5))
     added = table.add_up(PARTS)
     assert added.part_ms == (1.0, 2.0, 3.0, 4.0, 4.0, 0.5)
     assert added.call_ms == 0.5
@@ -75,7 +78,7 @@ def test_what_is_missing_is_told_once_a_shape(store: Store) -> None:
     assert [part.block.name for part in table.add_up(PARTS).missing] == [
         "stem", "stage1.0", "stage2.0", "stage2.2", "head",
     ]  # fmt: skip
-    table.add(figures(0.5, 1.0, 2.0, 3.0))
+    table.add(invent_all(0.5, 1.0, 2.0, 3.0))
     added = table.add_up(PARTS)
     assert added.part_ms == (1.0, 2.0, 3.0, None, None, None)
     assert added.total_ms is None
@@ -85,14 +88,14 @@ def test_what_is_missing_is_told_once_a_shape(store: Store) -> None:
 
 def test_without_what_a_call_costs_nothing_adds_up(store: Store) -> None:
     table = BlockTable(store, CPU, EAGER)
-    table.add(figures(0.5, 4.0, 8.0, 12.0, 16.0, 2.0)[1:])
+    table.add(invent_all(0.5, 4.0, 8.0, 12.0, 16.0, 2.0)[1:])
     assert table.add_up(PARTS).missing == ()
     assert table.add_up(PARTS).total_ms is None
     assert table.lacks(PARTS)
 
 
 def test_rows_are_those_of_one_deployment(store: Store) -> None:
-    BlockTable(store, CPU, EAGER).add(figures(0.5, 4.0, 8.0, 12.0, 16.0, 2.0))
+    BlockTable(store, CPU, EAGER).add(invent_all(0.5, 4.0, 8.0, 12.0, 16.0, 2.0))
     assert not BlockTable(store, CPU, EAGER).lacks(PARTS)
     for device, config in (
         (GPU, EAGER), (CPU, replace(EAGER, engine="torchscript")), (CPU, replace(EAGER, dtype="bfloat16")),
@@ -107,8 +110,8 @@ def test_rows_are_those_of_one_deployment(store: Store) -> None:
 
 def test_a_row_measured_again_takes_the_place_of_the_older(store: Store) -> None:
     table = BlockTable(store, CPU, EAGER)
-    table.add([figure(CALL, 1.0)])
-    table.add([figure(CALL, 2.0)])
+    table.add([invent(CALL, 1.0)])
+    table.add([invent(CALL, 2.0)])
     assert table.median_ms(CALL) == 2.0
     assert len(table.rows) == 1
     table.add([])
@@ -117,10 +120,10 @@ def test_a_row_measured_again_takes_the_place_of_the_older(store: Store) -> None
 
 def test_rows_that_the_cap_or_a_throttling_gpu_ended_are_doubtful(store: Store) -> None:
     table = BlockTable(store, CPU, EAGER)
-    table.add(figures(0.5, 1.0, 2.0, 3.0, 4.0, 0.5))
+    table.add(invent_all(0.5, 1.0, 2.0, 3.0, 4.0, 0.5))
     assert table.doubtful(PARTS) == []
     # The one that the network has twice, and the head.
-    table.add([replace(figure(PARTS[3].shape, 4.0), capped=True), replace(figure(PARTS[5].shape, 4.0), throttled=True)])
+    table.add([invent(PARTS[3].shape, 4.0, capped=True), invent(PARTS[5].shape, 4.0, throttled=True)])
     assert {row.shape for row in table.doubtful(PARTS)} == {PARTS[3].shape, PARTS[5].shape}
     assert len(table.doubtful(PARTS)) == 2
     assert table.doubtful(PARTS[:3]) == []
@@ -129,7 +132,7 @@ def test_rows_that_the_cap_or_a_throttling_gpu_ended_are_doubtful(store: Store) 
 def test_fused_rows_are_those_of_one_version_of_the_kernels(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     config = replace(EAGER, engine="fused")
     table = BlockTable(store, GPU, config)
-    table.add([figure(CALL, 1.0)])
+    table.add([invent(CALL, 1.0)])
     assert BlockTable(store, GPU, config).median_ms(CALL) == 1.0
     monkeypatch.setattr("kernels.tune.sources_digest", lambda: "other")
     assert BlockTable(store, GPU, config).median_ms(CALL) is None
@@ -139,7 +142,7 @@ def test_fused_rows_are_those_of_one_version_of_the_kernels(store: Store, monkey
 
 def test_the_devices_ceilings_are_those_of_its_profile(store: Store) -> None:
     assert BlockTable(store, CPU, EAGER).profile is None
-    store_profile(store, CPU, "float32", 1, Ceilings(2e10, 4e10, 1e-6, references_ms=(2.0, 4.0)))
+    store_profile(store, CPU, "float32", 1, DeviceProfile(2e10, 4e10, 1e-6, None, 2.0, 4.0))
     for config in (EAGER, replace(EAGER, engine="compile", batch_size=8)):
         table = BlockTable(store, CPU, config)
         assert (table.machine.bytes_per_s, table.machine.macs_per_s) == (2e10, 4e10)
@@ -158,11 +161,11 @@ def meter() -> BlockMeter:
     return BlockMeter(TINY, references_ms=[2.0, 4.0])
 
 
-def measured(found: list[Figure]) -> set[str]:
+def measured(found: list[ShapeLatency]) -> set[str]:
     assert len({each.shape for each in found}) == len(found)
     for each in found:
-        assert each.median_ms > 0 or each.shape == CALL
-        assert each.p20_ms <= each.median_ms <= each.p80_ms
+        assert each.latency.median_ms > 0 or each.shape == CALL
+        assert each.latency.p20_ms <= each.latency.median_ms <= each.latency.p80_ms
     return {each.shape for each in found}
 
 
@@ -173,7 +176,7 @@ def shapes(parts: Collection[Part]) -> set[str]:
 def test_what_is_missing_is_measured_and_no_more(store: Store, meter: BlockMeter) -> None:
     """The smallest network, then nothing, then one that shares all but its head with it."""
     arch = make_tiny_space().smallest()
-    table = BlockTable(store, on_device(TINY), TINY)
+    table = BlockTable(store, device_info(TINY), TINY)
     before = torch.get_num_threads()
     found = meter.measure_archs([arch], table.known, [arch])
     assert measured(found) == {CALL, network_shape(str(arch), TINY)} | shapes(arch_parts(arch, TINY))
@@ -193,7 +196,7 @@ A_CALL = {shape_id(CALL): 0.01}
 
 def test_layers_are_measured_once_a_shape(meter: BlockMeter) -> None:
     """A convolution and a classifier; what is known already is left out."""
-    cut = layers(make_tiny_space().smallest().build(10), TINY)
+    cut = layer_parts(make_tiny_space().smallest().build(10), TINY)
     some = [cut[0], cut[-1], cut[0]]
     assert measured(meter.measure_layers(some, A_CALL)) == shapes([cut[0][0], cut[-1][0]])
     assert meter.measure_layers(some, {**A_CALL, **{part.shape_id: 1.0 for part, _ in some}}) == []
@@ -218,10 +221,10 @@ class Invented:
         self.ms_of = ms_of
         self.sizes: list[int] = []
 
-    def time(self, group: list[Timed], reference: bool = False) -> list[Corrected]:
+    def time(self, group: list[Timed], reference: bool = False) -> list[Latency]:
         self.sizes.append(len(group))
         times = [self.ms_of[each.macs] if self.ms_of else 1.0 for each in group]
-        return [Corrected(ms, 0.5 * ms, 2 * ms, 10, 0.01, True, None) for ms in times]
+        return [Latency(ms, 0.5 * ms, 2 * ms, 10, 0.01, capped=True) for ms in times]
 
 
 @pytest.fixture
@@ -241,7 +244,7 @@ def test_only_a_group_of_parts_is_in_memory_at_a_time(meter: BlockMeter, invente
 
     count = 2 * GROUP + 1
     found = meter._time([partial(make, number) for number in range(count)], 0.0)
-    assert [figure.shape for figure in found] == [str(number) for number in range(count)]
+    assert [each.shape for each in found] == [str(number) for number in range(count)]
     assert invented.sizes == [GROUP, GROUP, 1]
 
 
@@ -250,14 +253,15 @@ def test_of_a_call_each_run_has_its_share_and_a_launch_is_taken_off_where_there_
 ) -> None:
     invented.ms_of = {1: 9.0}
     timed = Timed([], 1)
-    once, four, launched = meter._time(
+    timings = meter._time(
         [partial(_Made, "a", timed), partial(_Made, "b", timed, 4), partial(_Made, "c", timed, 4, True)], 1.0
     )
+    once, four, launched = (each.latency for each in timings)
     assert (once.median_ms, four.median_ms, launched.median_ms) == (9.0, 2.25, 2.0)
     assert (launched.p20_ms, launched.p80_ms, launched.capped) == (0.875, 4.25, True)
     # Noise makes no part faster than nothing.
     (nothing,) = meter._time([partial(_Made, "c", timed, 4, True)], 20.0)
-    assert nothing.median_ms == 0.0
+    assert nothing.latency.median_ms == 0.0
 
 
 def test_what_a_call_costs_is_what_repeating_does_not(meter: BlockMeter, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,18 +274,18 @@ def test_what_a_call_costs_is_what_repeating_does_not(meter: BlockMeter, monkeyp
         def __init__(self) -> None:
             self.meter = meter.yardsticks.meter
 
-        def time(self, group: list[Timed], reference: bool = False) -> list[Corrected]:
+        def time(self, group: list[Timed], reference: bool = False) -> list[Latency]:
             one, many = group
             asked.append(many.macs // one.macs)
-            return [Corrected(ms, ms, ms, 10, 0.01, False, None) for ms in (3.0, many_ms)]
+            return [Latency(ms, ms, ms, 10, 0.01) for ms in (3.0, many_ms)]
 
     calls = Calls()
     monkeypatch.setattr(meter, "yardsticks", calls)
-    with threads(1):
+    with cpu_threads(1):
         (found,) = meter._call({})
-        assert (found.shape, found.median_ms) == (CALL, pytest.approx(1.0))
+        assert (found.shape, found.latency.median_ms) == (CALL, pytest.approx(1.0))
         # Noise makes no call cheaper than nothing.
         many_ms = 20.0
-        assert meter._call({})[0].median_ms == 0.0
+        assert meter._call({})[0].latency.median_ms == 0.0
         assert meter._call(A_CALL) == []
     assert asked == [repeats, repeats]

@@ -134,12 +134,12 @@ def test_what_else_goes_wrong_stops_no_search(monkeypatch: pytest.MonkeyPatch) -
     """A second process may find no place on a GPU that is for one alone, say."""
 
     def fail(*args: object) -> None:
-        raise RuntimeError("the working process ended with status 1")
+        raise RuntimeError("the child process ended with status 1")
 
     for asked in (False, True):
         evaluator = make_evaluator(monkeypatch, deterministic=asked)
         monkeypatch.setattr(evaluate, "measure_apart", fail)
-        assert "could not be measured (the working process ended with status 1)" in str(evaluator.determinism())
+        assert "could not be measured (the child process ended with status 1)" in str(evaluator.determinism())
 
 
 class Costly(FakeEvaluator):

@@ -222,7 +222,7 @@ def test_on_the_device_of_the_search_its_anchor_is_the_measure(tmp_path: Path, m
     made = network()
     made.config["convfirst"]["latency"]["device"] = benches.asdict(benches.DeviceInfo.of(torch.device("cpu")))
     (folder,) = write([made], tmp_path / "out")
-    latency = benches.Corrected(2.0, 1.0, 3.0, 5, 0.01, False, None)
+    latency = benches.Latency(2.0, 1.0, 3.0, 5, 0.01)
     monkeypatch.setattr(benches.Yardsticks, "time", lambda self, group: [latency] * len(group))
     for row in bench([(folder, read(folder))], DEPLOYMENT):
         assert row.latency is not None

@@ -14,10 +14,9 @@ import pytest
 from nas.config import LatencyConfig
 from nas.errors import CandidateFailed
 from nas.latency import isolation
-from nas.latency.block_table import network_shape
 from nas.latency.isolation import PARTS_WEIGHT, IsolatedMeter, LocalMeter, meter_for
-from nas.latency.meter import Latency
-from nas.latency.parts import CALL, arch_parts, shape_id
+from nas.latency.parts import CALL, arch_parts, network_shape, shape_id
+from nas.latency.values import Latency
 from search_spaces import ArchSpec, StageSpec
 from tests.conftest import make_tiny_space
 
@@ -34,13 +33,13 @@ def meter():
 
 
 def measured(meter: IsolatedMeter, arch: ArchSpec) -> Latency:
-    (latency,) = meter.measure_together([arch])
-    return latency
+    (measurement,) = meter.measure_together([arch])
+    return measurement.latency
 
 
 def pid(meter: IsolatedMeter) -> int:
-    assert meter.child is not None
-    return meter.child.pid
+    assert meter.child.process is not None
+    return meter.child.process.pid
 
 
 def test_it_measures_and_replaces_its_process(meter: IsolatedMeter, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -50,7 +49,7 @@ def test_it_measures_and_replaces_its_process(meter: IsolatedMeter, monkeypatch:
     for _ in range(2):
         latency = measured(meter, SPACE.smallest())
         assert 0 < latency.p20_ms <= latency.median_ms <= latency.p80_ms
-    assert meter.child is None
+    assert meter.child.process is None
     assert not psutil.pid_exists(first)
     assert measured(meter, SPACE.smallest()).median_ms > 0
     assert pid(meter) != first
@@ -64,13 +63,13 @@ def test_several_are_measured_together_and_all_of_their_figures_come_back(
     monkeypatch.setattr(isolation, "LIFETIME", 4)
     archs = [SPACE.smallest(), SPACE.anchor(), SPACE.smallest()]
     found = meter.measure_together(archs)
-    assert len({(latency.repeats, latency.anchor_median_ms) for latency in found}) == 1
+    assert len({(each.latency.repeats, each.anchor_median_ms) for each in found}) == 1
     assert found[0].weight_bytes == found[2].weight_bytes < found[1].weight_bytes
-    assert all(latency.interval_share > 0 and latency.ready_seconds > 0 for latency in found)
+    assert all(each.latency.interval_share > 0 and each.ready_seconds > 0 for each in found)
     # Three of four networks that one process measures.
-    assert meter.child is not None
+    assert meter.child.process is not None
     measured(meter, SPACE.smallest())
-    assert meter.child is None
+    assert meter.child.process is None
 
 
 def test_blocks_are_measured_in_the_process_too(meter: IsolatedMeter) -> None:
@@ -78,10 +77,10 @@ def test_blocks_are_measured_in_the_process_too(meter: IsolatedMeter) -> None:
     smallest, anchor = SPACE.smallest(), SPACE.anchor()
     call = {shape_id(CALL): 0.01}
     parts = arch_parts(smallest, QUICK)
-    figures = meter.measure_blocks([smallest], {**call, parts[0].shape_id: 1.0}, [1.0, 2.0])
+    latencies = meter.measure_blocks([smallest], {**call, parts[0].shape_id: 1.0}, [1.0, 2.0])
     whole = network_shape(str(anchor), QUICK)
-    assert {figure.shape for figure in figures} == {part.shape for part in parts[1:]} | {whole}
-    assert all(0 < figure.p20_ms <= figure.median_ms <= figure.p80_ms for figure in figures)
+    assert {each.shape for each in latencies} == {part.shape for part in parts[1:]} | {whole}
+    assert all(0 < each.latency.p20_ms <= each.latency.median_ms <= each.latency.p80_ms for each in latencies)
     # The table's references stand, and a process keeps its yardsticks.
     known = {**call, **{part.shape_id: 1.0 for part in parts}, shape_id(whole): 1.0}
     assert meter.measure_blocks([smallest], known, [1.0, 2.0]) == []
@@ -98,8 +97,8 @@ def test_engines_that_give_memory_back_are_measured_here() -> None:
     small, anchor = meter.measure_together([SPACE.smallest(), SPACE.anchor()])
     assert small.weight_bytes < anchor.weight_bytes
     known = {shape_id(CALL): 0.01, **{part.shape_id: 1.0 for part in arch_parts(SPACE.anchor(), eager)}}
-    (figure,) = meter.measure_blocks([SPACE.anchor()], known, [1.0, 2.0])
-    assert figure.shape == network_shape(str(SPACE.smallest()), eager)
+    (measured_whole,) = meter.measure_blocks([SPACE.anchor()], known, [1.0, 2.0])
+    assert measured_whole.shape == network_shape(str(SPACE.smallest()), eager)
     assert meter.blocks is not None
     # Yardsticks hold memory of the device.
     meter.close()
@@ -114,19 +113,18 @@ def test_an_anchor_that_does_not_run_is_told() -> None:
 
 def test_a_process_killed_while_measuring_fails_that_candidate_only(meter: IsolatedMeter) -> None:
     os.kill(pid(meter), signal.SIGKILL)
-    with pytest.raises(CandidateFailed, match="killed by signal 9"):
+    with pytest.raises(CandidateFailed, match="killed by SIGKILL"):
         measured(meter, SPACE.smallest())
     assert measured(meter, SPACE.smallest()).median_ms > 0
     os.kill(pid(meter), signal.SIGKILL)
-    with pytest.raises(CandidateFailed, match="killed by signal 9"):
+    with pytest.raises(CandidateFailed, match="killed by SIGKILL"):
         meter.measure_blocks([SPACE.smallest()], {}, [1.0, 2.0])
-    assert meter.child is None
+    assert meter.child.process is None
 
 
 def test_a_bug_in_the_process_is_a_bug(meter: IsolatedMeter) -> None:
-    assert meter.child is not None
     with pytest.raises(RuntimeError, match="ended with status 1"):
-        meter._ask({"nonsense": 1})
+        meter.measure_together([None])  # type: ignore[list-item]
 
 
 def test_the_process_ends_with_its_parent_however_that_ends() -> None:
@@ -136,7 +134,7 @@ from nas.config import LatencyConfig
 from nas.latency.isolation import IsolatedMeter
 from tests.conftest import make_tiny_space
 meter = IsolatedMeter(LatencyConfig(device="cpu", seconds=0.01, resolution=16), make_tiny_space().anchor(), 1.0)
-print(meter.child.pid, flush=True)
+print(meter.child.process.pid, flush=True)
 time.sleep(60)
 """
     parent = subprocess.Popen(

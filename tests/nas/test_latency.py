@@ -14,12 +14,18 @@ from nas.config import DEFAULT_ENGINE, LatencyConfig
 from nas.errors import CandidateFailed
 from nas.latency import meter as latency_module
 from nas.latency.engines import ENGINES, deploy, runs_on
-from nas.latency.meter import MAX_REPEATS, REST_SECONDS, LatencyMeter, corrected
+from nas.latency.meter import MAX_RETRIES, REST_SECONDS, LatencyMeter, corrected
+from nas.latency.values import Measurement
 from search_spaces import load_space
 from tests.conftest import make_tiny_space
 
 SPACE = load_space("small")
 QUICK = LatencyConfig(device="cpu", seconds=0.05)
+
+
+def measure(meter: LatencyMeter, network: nn.Module) -> Measurement:
+    (measured,) = meter.measure_together([network])
+    return measured
 
 
 def test_drift_is_taken_out_round_by_round() -> None:
@@ -41,37 +47,37 @@ def test_a_measurement_is_whole_and_consistent() -> None:
     meter = LatencyMeter(QUICK, SPACE.anchor().build(10))
     assert meter.reference_ms > 0
     network = SPACE.smallest().build(10)
-    latency = meter.measure(network)
-    assert 0 < latency.p20_ms <= latency.median_ms <= latency.p80_ms
-    assert latency.repeats >= 10
-    assert latency.raw_median_ms > 0
-    assert latency.anchor_median_ms > 0
+    measured = measure(meter, network)
+    assert 0 < measured.latency.p20_ms <= measured.median_ms <= measured.latency.p80_ms
+    assert measured.latency.repeats >= 10
+    assert measured.raw_median_ms > 0
+    assert measured.anchor_median_ms > 0
     # Folded, each norm is a bias: four bytes for every weight, and for every channel of a norm one bias.
     convolutions = sum(m.weight.numel() for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear))
     biases = sum(m.num_features for m in network.modules() if isinstance(m, nn.BatchNorm2d))
     biases += sum(
         m.bias.numel() for m in network.modules() if isinstance(m, nn.Conv2d | nn.Linear) and m.bias is not None
     )
-    assert latency.weight_bytes == 4 * (convolutions + biases)
-    assert latency.memory_mb == (latency.weight_bytes + latency.workspace_bytes) / 1e6
+    assert measured.weight_bytes == 4 * (convolutions + biases)
+    assert measured.memory_mb == (measured.weight_bytes + measured.workspace_bytes) / 1e6
 
 
 def test_workspace_holds_at_least_the_largest_input_and_output_of_a_layer() -> None:
     arch = SPACE.anchor()
     meter = LatencyMeter(QUICK, SPACE.smallest().build(10))
-    latency = meter.measure(arch.build(10))
+    measured = measure(meter, arch.build(10))
     # In the first block 24 channels of 16x16 pixels become 72, the 24 being kept for the residual.
-    assert latency.workspace_bytes >= 4 * 16 * 16 * (24 + 24 + 72)
+    assert measured.workspace_bytes >= 4 * 16 * 16 * (24 + 24 + 72)
     double = LatencyMeter(LatencyConfig(device="cpu", seconds=0.05, batch_size=2), SPACE.smallest().build(10))
-    assert double.measure(arch.build(10)).workspace_bytes > 1.2 * latency.workspace_bytes
+    assert measure(double, arch.build(10)).workspace_bytes > 1.2 * measured.workspace_bytes
 
 
 def test_a_given_reference_scales_the_result() -> None:
     network = SPACE.anchor().build(10)
-    latency = LatencyMeter(QUICK, network, reference_ms=100.0).measure(network)
+    measured = measure(LatencyMeter(QUICK, network, reference_ms=100.0), network)
     # The anchor against itself: noise aside, its latency is the reference, whatever this machine's speed.
-    assert latency.median_ms == pytest.approx(100.0, rel=0.5)
-    assert latency.raw_median_ms < 50
+    assert measured.median_ms == pytest.approx(100.0, rel=0.5)
+    assert measured.raw_median_ms < 50
 
 
 def test_what_scales_all_others_is_to_be_known_better_than_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,7 +93,7 @@ def test_what_scales_all_others_is_to_be_known_better_than_they_are(monkeypatch:
     monkeypatch.setattr(latency_module, "sample_until", spy)
     config = replace(QUICK, precision=0.06)
     meter = LatencyMeter(config, SPACE.smallest().build(10))
-    meter.measure(SPACE.smallest().build(10))
+    measure(meter, SPACE.smallest().build(10))
     assert asked == [(pytest.approx(0.02), pytest.approx(0.15)), (0.06, 0.05)]
 
 
@@ -104,22 +110,22 @@ def test_networks_measured_together_share_their_minutes_and_keep_their_order() -
     meter = LatencyMeter(QUICK, SPACE.anchor().build(10), reference_ms=1.0)
     small, anchor = meter.measure_together([SPACE.smallest().build(10), SPACE.anchor().build(10)])
     assert small.anchor_median_ms == anchor.anchor_median_ms
-    assert small.repeats == anchor.repeats >= 10
+    assert small.latency.repeats == anchor.latency.repeats >= 10
     assert small.weight_bytes < anchor.weight_bytes
     # Twice the blocks and 26 times the operations: no noise turns that round.
     assert small.median_ms < anchor.median_ms
-    for latency in (small, anchor):
-        assert 0 < latency.p20_ms <= latency.median_ms <= latency.p80_ms
-        assert latency.interval_share > 0
-        assert latency.ready_seconds > 0
+    for measured in (small, anchor):
+        assert 0 < measured.latency.p20_ms <= measured.median_ms <= measured.latency.p80_ms
+        assert measured.latency.interval_share > 0
+        assert measured.ready_seconds > 0
 
 
 def test_what_the_cap_ended_says_so() -> None:
     hopeless = replace(QUICK, precision=1e-6)
     meter = LatencyMeter(hopeless, SPACE.smallest().build(10), reference_ms=1.0)
-    for latency in meter.measure_together([SPACE.smallest().build(10)] * 2):
-        assert latency.capped
-        assert latency.interval_share > 1e-6
+    for measured in meter.measure_together([SPACE.smallest().build(10)] * 2):
+        assert measured.latency.capped
+        assert measured.latency.interval_share > 1e-6
 
 
 def test_of_several_only_those_that_are_not_known_well_were_capped(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,23 +134,23 @@ def test_of_several_only_those_that_are_not_known_well_were_capped(monkeypatch: 
     seconds = np.array([[0.002, 0.004, 0.001], [0.002, 0.006, 0.001], [0.004, 0.010, 0.002]])
     factors: list[float] = []
 
-    def sample(runs: object, checked: object, factor: float) -> tuple[Sampled, dict[str, object]]:
+    def sample(runs: object, checked: object, factor: float) -> tuple[Sampled, None]:
         factors.append(factor)
         (one, other) = checked(seconds)  # type: ignore[operator]
         assert one.tolist() == [2.0, 2.0, 2.0]
         assert other.tolist() == [4.0, 6.0, 5.0]
-        return Sampled(seconds, (0.01, 0.5), capped=True), {}
+        return Sampled(seconds, (0.01, 0.5), capped=True), None
 
     monkeypatch.setattr(meter, "sample", sample)
     one, other = meter.measure_together([SPACE.smallest().build(10)] * 2)
     # Two networks have twice the time of one.
     assert factors == [2]
-    assert (one.capped, other.capped) == (False, True)
-    assert (one.interval_share, other.interval_share) == (0.01, 0.5)
+    assert (one.latency.capped, other.latency.capped) == (False, True)
+    assert (one.latency.interval_share, other.latency.interval_share) == (0.01, 0.5)
     assert one.median_ms == pytest.approx(6.0)
     assert other.median_ms == pytest.approx(15.0)
     assert (one.raw_median_ms, other.raw_median_ms, one.anchor_median_ms) == pytest.approx((2.0, 6.0, 1.0))
-    assert one.throttled is None
+    assert one.latency.throttled is None
 
 
 # -- Throttling ------------------------------------------------------------------------------------------------------
@@ -200,22 +206,22 @@ def heated_meter(device: Heated) -> LatencyMeter:
 @pytest.mark.parametrize("at", [0, 1], ids=["at the first reading", "at a later one"])
 def test_a_throttled_measurement_is_made_again_after_a_rest(times_sampled: list[int], at: int) -> None:
     device = Heated(rests_needed=2, at=at)
-    latency = heated_meter(device).measure(TINY.build(10))
+    measured = measure(heated_meter(device), TINY.build(10))
     assert device.rests == [REST_SECONDS, 2 * REST_SECONDS]
     assert len(times_sampled) == 3
     # What counts is the last of them, which did not throttle.
-    assert latency.throttled is False
-    assert latency.repeats == times_sampled[-1]
-    assert (latency.sm_clock_mhz, latency.temperature_c) == (1980.0, 40.0 + device.readings)
+    assert measured.latency.throttled is False
+    assert measured.latency.repeats == times_sampled[-1]
+    assert (measured.sm_clock_mhz, measured.temperature_c) == (1980.0, 40.0 + device.readings)
 
 
 def test_what_throttles_after_every_rest_is_kept_and_says_so(times_sampled: list[int]) -> None:
     device = Heated(rests_needed=100)
-    latency = heated_meter(device).measure(TINY.build(10))
-    assert len(device.rests) == MAX_REPEATS
-    assert len(times_sampled) == MAX_REPEATS + 1
-    assert latency.throttled is True
-    assert latency.median_ms > 0
+    measured = measure(heated_meter(device), TINY.build(10))
+    assert len(device.rests) == MAX_RETRIES
+    assert len(times_sampled) == MAX_RETRIES + 1
+    assert measured.latency.throttled is True
+    assert measured.median_ms > 0
 
 
 def test_where_rests_do_not_help_they_are_taken_once() -> None:
@@ -225,24 +231,24 @@ def test_where_rests_do_not_help_they_are_taken_once() -> None:
     for _ in range(3):
         # Held down all the time, not only at the first reading.
         device.readings = 0
-        assert meter.measure(TINY.build(10)).throttled is True
-    assert len(device.rests) == MAX_REPEATS
+        assert measure(meter, TINY.build(10)).latency.throttled is True
+    assert len(device.rests) == MAX_RETRIES
     # Once it has been seen to run freely they are worth it again.
     device.rests_needed = 0
-    assert meter.measure(TINY.build(10)).throttled is False
+    assert measure(meter, TINY.build(10)).latency.throttled is False
     device.readings, device.rests_needed = 0, 100
-    meter.measure(TINY.build(10))
-    assert len(device.rests) == 2 * MAX_REPEATS
+    measure(meter, TINY.build(10))
+    assert len(device.rests) == 2 * MAX_RETRIES
 
 
 def test_what_does_not_throttle_is_measured_once(times_sampled: list[int]) -> None:
     device = Heated(rests_needed=0)
-    latency = heated_meter(device).measure(TINY.build(10))
+    measured = measure(heated_meter(device), TINY.build(10))
     assert device.rests == []
     assert len(times_sampled) == 1
     # Read before the first round, and after the last.
     assert device.readings >= 2
-    assert latency.throttled is False
+    assert measured.latency.throttled is False
 
 
 def test_the_reference_is_not_taken_from_a_throttled_device(times_sampled: list[int]) -> None:
@@ -253,8 +259,8 @@ def test_the_reference_is_not_taken_from_a_throttled_device(times_sampled: list[
 
 
 def test_a_cpu_has_no_sensors() -> None:
-    latency = LatencyMeter(TINY_CONFIG, TINY.build(10), reference_ms=1.0).measure(TINY.build(10))
-    assert (latency.throttled, latency.sm_clock_mhz, latency.temperature_c) == (None, None, None)
+    measured = measure(LatencyMeter(TINY_CONFIG, TINY.build(10), reference_ms=1.0), TINY.build(10))
+    assert (measured.latency.throttled, measured.sm_clock_mhz, measured.temperature_c) == (None, None, None)
 
 
 # -- Engines ---------------------------------------------------------------------------------------------------------
@@ -297,9 +303,9 @@ def test_every_device_has_a_default_engine_that_runs_there() -> None:
 def test_cuda_graphs_are_timed(engine: str, dtype: str) -> None:
     config = LatencyConfig(device="cuda", engine=engine, dtype=dtype, batch_size=8, seconds=0.1)
     meter = LatencyMeter(config, SPACE.anchor().build(10))
-    latency = meter.measure(SPACE.anchor().build(10))
-    assert latency.median_ms == pytest.approx(meter.reference_ms, rel=0.2)
-    assert latency.workspace_bytes > 0
+    measured = measure(meter, SPACE.anchor().build(10))
+    assert measured.median_ms == pytest.approx(meter.reference_ms, rel=0.2)
+    assert measured.workspace_bytes > 0
     assert DeviceInfo.of(torch.device("cuda")).kind == "cuda"
 
 
@@ -310,7 +316,7 @@ def test_the_anchors_graph_still_computes_after_other_networks_were_measured() -
     anchor = SPACE.anchor().build(10)
     meter = LatencyMeter(config, anchor)
     for arch in (SPACE.smallest(), SPACE.anchor(), SPACE.smallest()):
-        meter.measure(arch.build(10))
+        measure(meter, arch.build(10))
     _module, x, output = meter.anchor_forwards[0]()  # type: ignore[misc]
     torch.cuda.synchronize()
     expected = deploy(anchor, config, x)(x)

@@ -12,7 +12,7 @@ from nas.config import LatencyConfig
 from nas.lab import noise
 from nas.lab.noise import exchanges, spread
 from nas.latency.isolation import LocalMeter
-from nas.latency.meter import Latency
+from nas.latency.values import Latency, Measurement
 from search_spaces import ArchSpec
 
 
@@ -56,11 +56,12 @@ class Meter:
         self.places: dict[str, int] = {}
         self.closed = False
 
-    def measure_together(self, archs: Sequence[ArchSpec]) -> list[Latency]:
+    def measure_together(self, archs: Sequence[ArchSpec]) -> list[Measurement]:
         assert len(archs) == 1
         place = self.places.setdefault(archs[0].arch_id, len(self.places) + 1)
         raw_ms = self.factor * place
-        return [Latency(place, place, place, 20, raw_ms, self.factor, 0, 0, interval_share=0.03, capped=place == 2)]
+        latency = Latency(place, place, place, 20, interval_share=0.03, capped=place == 2)
+        return [Measurement(latency, raw_ms, self.factor, weight_bytes=0, workspace_bytes=0)]
 
     def close(self) -> None:
         self.closed = True

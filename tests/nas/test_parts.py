@@ -9,8 +9,8 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
 from nas.config import LatencyConfig
-from nas.latency.analysis import timm_model
-from nas.latency.parts import Part, arch_modules, arch_parts, canonical, layer_part, layers, prepared, shape_id
+from nas.latency.parts import Part, arch_modules, arch_parts, canonical, layer_part, layer_parts, prepared, shape_id
+from nas.latency.timm_networks import timm_model
 from search_spaces import ArchSpec, StageSpec, cost, load_space
 from tests.conftest import make_tiny_space
 
@@ -191,7 +191,7 @@ def test_a_resnet_is_twenty_convolutions_and_a_classifier() -> None:
     """Of 224 pixels and 1000 classes its operations are known, 1,814,073,344; those of convolutions go by the area."""
     config = replace(EAGER, resolution=64)
     network = timm_model("resnet18", 10)
-    found = layers(network, config)
+    found = layer_parts(network, config)
     names = [part.block.name for part, _ in found]
     assert sorted(names) == sorted(weighted(network))
     assert names[0] == "conv1"
@@ -208,7 +208,7 @@ def test_a_resnet_is_twenty_convolutions_and_a_classifier() -> None:
 def test_a_convnext_has_depthwise_layers_too() -> None:
     config = replace(EAGER, resolution=64, batch_size=2)
     network = timm_model("convnext_atto", 10)
-    found = layers(network, config)
+    found = layer_parts(network, config)
     assert sorted(part.block.name for part, _ in found) == sorted(weighted(network))
     assert sum(part.block.macs for part, _ in found) == hooked_macs(network, torch.zeros(2, 3, 64, 64))
     assert kinds(found) == {"conv": 28, "depthwise": 12, "linear": 1}
@@ -218,8 +218,8 @@ def test_a_convnext_has_depthwise_layers_too() -> None:
 def test_layers_shapes_know_neither_dtype_nor_batch() -> None:
     network = timm_model("resnet18", 10)
     small = replace(EAGER, resolution=32)
-    one = layers(network, small)
-    other = layers(network, replace(small, batch_size=3, dtype="bfloat16"))
+    one = layer_parts(network, small)
+    other = layer_parts(network, replace(small, batch_size=3, dtype="bfloat16"))
     assert [part.shape for part, _ in one] == [part.shape for part, _ in other]
     for (part, _), (larger, module) in zip(one, other, strict=True):
         assert larger.input_shape == (3, *part.input_shape[1:])
@@ -232,7 +232,7 @@ def test_layers_shapes_know_neither_dtype_nor_batch() -> None:
 
 
 def test_layers_run_on_the_inputs_that_are_told() -> None:
-    for part, module in layers(timm_model("convnext_atto", 10), replace(EAGER, resolution=32)):
+    for part, module in layer_parts(timm_model("convnext_atto", 10), replace(EAGER, resolution=32)):
         with torch.inference_mode():
             out = module(torch.zeros(part.input_shape))
         assert 4 * out.numel() == part.block.layers[0].output_bytes
@@ -266,7 +266,7 @@ class Twice(nn.Module):
 
 
 def test_a_layer_is_told_as_often_as_it_runs() -> None:
-    found = [part for part, _ in layers(Twice(), replace(EAGER, resolution=8, batch_size=2))]
+    found = [part for part, _ in layer_parts(Twice(), replace(EAGER, resolution=8, batch_size=2))]
     assert [part.block.name for part in found] == ["conv", "conv", "mix"]
     assert [part.input_shape for part in found] == [(2, 3, 8, 8), (2, 3, 4, 4), (2, 4, 3)]
     assert [part.block.macs for part in found] == [2 * 16 * 3 * 27, 2 * 4 * 3 * 27, 2 * 4 * 3 * 5]

@@ -11,11 +11,11 @@ from torch import nn
 from kernels.timing import DeviceInfo
 from nas.config import LatencyConfig
 from nas.errors import UsageError
-from nas.latency import ceilings as profile
-from nas.latency.block_table import BlockMeter
-from nas.latency.ceilings import Ceilings
+from nas.latency import device_profile
+from nas.latency.block_meter import BlockMeter
+from nas.latency.device_profile import DeviceProfile, find_or_measure_profile, store_profile
 from nas.latency.parts import CALL, layer_part, shape_id
-from nas.latency.roofline import Machine, computational_efficiency
+from nas.latency.roofline import computational_efficiency
 from nas.locks import device_lock
 from studies import Profile, Store
 
@@ -34,16 +34,16 @@ def store(sqlite_url: str) -> Iterator[Store]:
 def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """What was measured, which is short: dtype and threads."""
     found: list[tuple[str, int]] = []
-    monkeypatch.setattr(profile, "SECONDS", 0.02)
-    real = profile.measure
+    monkeypatch.setattr(device_profile, "SECONDS", 0.02)
+    real = device_profile.measure_profile
 
-    def spy(config: LatencyConfig) -> Ceilings:
+    def spy(config: LatencyConfig) -> DeviceProfile:
         found.append((config.dtype, config.threads))
         with pytest.raises(RuntimeError, match="is measuring on it"):
             device_lock(CPU).training().__enter__()
         return real(config)
 
-    monkeypatch.setattr(profile, "measure", spy)
+    monkeypatch.setattr(device_profile, "measure_profile", spy)
     return found
 
 
@@ -56,7 +56,7 @@ QUICK = LatencyConfig(device="cpu")
 
 def test_a_device_is_measured_once_and_stored(store: Store, measured: list[tuple[str, int]]) -> None:
     before = torch.get_num_threads()
-    first = profile.find_or_measure(store, QUICK)
+    first = find_or_measure_profile(store, QUICK)
     assert measured == [("float32", 1)]
     assert torch.get_num_threads() == before
     # No machine copies less than 10 MB/s, or takes 10 ms for the smallest operation.
@@ -70,18 +70,18 @@ def test_a_device_is_measured_once_and_stored(store: Store, measured: list[tuple
     assert {name: getattr(first.device, name) for name in asdict(info)} == asdict(info)
 
     # Whatever the deployment is otherwise.
-    second = profile.find_or_measure(store, replace(QUICK, engine="eager", batch_size=8, resolution=64))
+    second = find_or_measure_profile(store, replace(QUICK, engine="eager", batch_size=8, resolution=64))
     assert figures(second) == figures(first)
     assert len(measured) == 1
     # Asked to, it is measured again, in the place of the older one, and so are the yardsticks.
-    third = profile.find_or_measure(store, QUICK, again=True)
+    third = find_or_measure_profile(store, QUICK, again=True)
     assert len(measured) == 2
-    assert profile.references_ms(third) != profile.references_ms(first)
+    assert device_profile.references_ms(third) != device_profile.references_ms(first)
     assert figures(third) != figures(first)
     assert [figures(each) for each in store.devices.profiles()] == [figures(third)]
     # Another dtype or thread count is another limit.
-    profile.find_or_measure(store, replace(QUICK, dtype="bfloat16"))
-    profile.find_or_measure(store, replace(QUICK, threads=2))
+    find_or_measure_profile(store, replace(QUICK, dtype="bfloat16"))
+    find_or_measure_profile(store, replace(QUICK, threads=2))
     assert measured[2:] == [("bfloat16", 1), ("float32", 2)]
     assert len(store.devices.profiles()) == 3
 
@@ -96,28 +96,28 @@ def test_what_another_process_measured_meanwhile_is_taken(
         @contextmanager
         def measuring(self, waiting: Callable[[], None]) -> Iterator[None]:
             waiting()
-            profile.store_profile(store, info, "float32", 1, Ceilings(1.0, 2.0, 3.0, references_ms=(4.0, 5.0)))
+            store_profile(store, info, "float32", 1, DeviceProfile(1.0, 2.0, 3.0, None, 4.0, 5.0))
             yield
 
-    monkeypatch.setattr(profile, "device_lock", lambda device: Lock())
+    monkeypatch.setattr(device_profile, "device_lock", lambda device: Lock())
     waited: list[str] = []
-    found = profile.find_or_measure(store, QUICK, waiting=lambda: waited.append("yes"))
+    found = find_or_measure_profile(store, QUICK, waiting=lambda: waited.append("yes"))
     assert figures(found) == (1.0, 2.0, 3.0, None)
     assert (measured, waited) == ([], ["yes"])
     # Of two that have measured, the first one's counts.
-    late = profile.store_profile(store, info, "float32", 1, Ceilings(9.0, 9.0, 9.0, references_ms=(9.0, 9.0)))
-    assert profile.references_ms(late) == (4.0, 5.0)
+    late = store_profile(store, info, "float32", 1, DeviceProfile(9.0, 9.0, 9.0, None, 9.0, 9.0))
+    assert device_profile.references_ms(late) == (4.0, 5.0)
 
 
 def test_profiles_are_told_in_common_units(store: Store) -> None:
     """1 MAC = 2 FLOP; bytes of a copy are read and written."""
     info = DeviceInfo("cpu", "a machine", "Linux, 2 CPUs", "2.11", "3.6")
-    found = Ceilings(copy_bytes=1.25e10, product_macs=5e10, launch_seconds=1.5e-6, interval_share=0.034)
-    profile.store_profile(store, info, "float32", 2, found)
+    found = DeviceProfile(copy_bytes_per_s=1.25e10, macs_per_s=5e10, launch_seconds=1.5e-6, interval_share=0.034)
+    store_profile(store, info, "float32", 2, found)
     gpu = replace(info, kind="cuda", name="a GPU")
-    faster = replace(found, product_macs=4e14, graph_launch_seconds=8e-7, throttled=True)
-    profile.store_profile(store, gpu, "float16", 1, faster)
-    name, figures_line, gpu_name, gpu_line = profile.lines(store.devices.profiles())
+    faster = replace(found, macs_per_s=4e14, graph_launch_seconds=8e-7, throttled=True)
+    store_profile(store, gpu, "float16", 1, faster)
+    name, figures_line, gpu_name, gpu_line = device_profile.profile_lines(store.devices.profiles())
     assert name == "a machine (Linux, 2 CPUs; torch 2.11, triton 3.6)"
     for words in ("float32, 2 thread(s)", "copy 12.5 GB/s", "product 100.0 GFLOP/s", "launch 1.50 us;", " UTC to 3.4%"):
         assert words in figures_line
@@ -136,16 +136,16 @@ def test_memory_that_runs_out_gets_one_line(store: Store, monkeypatch: pytest.Mo
     def too_large(*_: object) -> None:
         raise MemoryError
 
-    monkeypatch.setattr(profile, "ceiling_runs", too_large)
-    monkeypatch.setattr(profile, "SECONDS", 0.02)
+    monkeypatch.setattr(device_profile, "ceiling_runs", too_large)
+    monkeypatch.setattr(device_profile, "SECONDS", 0.02)
     with pytest.raises(UsageError, match=r"--device cpu: what it can do cannot be measured \(out of memory\)"):
-        profile.find_or_measure(store, QUICK)
+        find_or_measure_profile(store, QUICK)
     assert store.devices.profiles() == []
 
 
 def efficiency_of_a_large_convolution(config: LatencyConfig) -> float:
     """Of the measured matrix rate, a wide 1x1 convolution: as `analyze` measures it."""
-    ceilings = profile.measure(config)
+    profile = device_profile.measure_profile(config)
     # On a GPU wide enough that the operations bind, not the memory.
     channels, pixels = (256, 28) if config.device == "cpu" else (1024, 14)
     convolution = nn.Conv2d(channels, channels, 1, bias=False).to(
@@ -153,9 +153,11 @@ def efficiency_of_a_large_convolution(config: LatencyConfig) -> float:
     )  # type: ignore[call-overload]
     shape = (config.batch_size, channels, pixels, pixels)
     part = layer_part("large", convolution, shape, shape, 4)
-    found = BlockMeter(config, ceilings.references_ms).measure_layers([(part, convolution)], {shape_id(CALL): 0.0})
-    machine = Machine(ceilings.product_macs, ceilings.copy_bytes)
-    return computational_efficiency(part.block.macs, found[0].median_ms / 1e3, machine)
+    found = BlockMeter(config, device_profile.references_ms(profile)).measure_layers(
+        [(part, convolution)], {shape_id(CALL): 0.0}
+    )
+    seconds = found[0].latency.median_ms / 1e3
+    return computational_efficiency(part.block.macs, seconds, device_profile.machine(profile))
 
 
 def test_a_large_convolution_comes_near_the_peak_and_not_past_it(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +165,7 @@ def test_a_large_convolution_comes_near_the_peak_and_not_past_it(monkeypatch: py
 
     A noisy machine may slow one of the two down for a while; of three tries the best counts.
     """
-    monkeypatch.setattr(profile, "SECONDS", 0.3)
+    monkeypatch.setattr(device_profile, "SECONDS", 0.3)
     tries: list[float] = []
     for _ in range(3):
         tries.append(efficiency_of_a_large_convolution(LatencyConfig(device="cpu", engine="eager", seconds=0.3)))
@@ -181,7 +183,7 @@ def test_on_a_gpu_a_large_convolution_comes_near_the_peak_too(engine: str) -> No
 
 @pytest.mark.gpu
 def test_a_gpu_is_measured(store: Store) -> None:
-    found = profile.find_or_measure(store, LatencyConfig(device="cuda"))
+    found = find_or_measure_profile(store, LatencyConfig(device="cuda"))
     assert found.graph_launch_seconds is not None
     assert 0 < found.graph_launch_seconds < found.launch_seconds < 1e-3
     assert found.macs_per_s > 1e12

@@ -17,10 +17,11 @@ from kernels.timing import DeviceInfo
 from nas.config import LatencyConfig, SearchConfig, moved
 from nas.errors import CandidateFailed, UsageError
 from nas.lab.overhead import FakeEvaluator
-from nas.latency import ceilings as profile
-from nas.latency.block_table import BlockTable, network_shape
-from nas.latency.ceilings import Ceilings
-from nas.latency.meter import Latency
+from nas.latency import device_profile
+from nas.latency.block_table import BlockTable
+from nas.latency.device_profile import DeviceProfile
+from nas.latency.parts import network_shape
+from nas.latency.values import Latency, Measurement
 from nas.recorded import RecordedStudy, deployment_of
 from nas.search import front_measurement
 from nas.search import loop as search
@@ -35,9 +36,9 @@ HERE = DeviceInfo.of(torch.device("cpu"))
 SCORES = ((0.50, 1.0), (0.70, 2.0), (0.60, 2.1), (0.80, 4.0), (0.75, 5.0))
 
 
-def latency_of(median_ms: float, **changes: Any) -> Latency:
-    made = Latency(median_ms, 0.9 * median_ms, 1.2 * median_ms, 100, median_ms, 1.0, 4000, 1000, interval_share=0.01)
-    return replace(made, **changes)
+def measurement_of(median_ms: float) -> Measurement:
+    latency = Latency(median_ms, 0.9 * median_ms, 1.2 * median_ms, 100, interval_share=0.01)
+    return Measurement(latency, median_ms, 1.0, weight_bytes=4000, workspace_bytes=1000)
 
 
 class Scored(FakeEvaluator):
@@ -56,17 +57,17 @@ class Scored(FakeEvaluator):
         self.numbers: dict[str, int] = {}
         self.together: list[list[int]] = []
 
-    def measure(self, arch: ArchSpec) -> Latency:
+    def measure(self, arch: ArchSpec) -> Measurement:
         number = self.numbers.setdefault(arch.arch_id, len(self.numbers))
-        return latency_of(self.scores[number][1])
+        return measurement_of(self.scores[number][1])
 
     def train(self, arch: ArchSpec) -> ProxyResult:
         return ProxyResult(self.scores[self.numbers[arch.arch_id]][0], 1.0, (), 0.0, 0)
 
-    def measure_together(self, archs: Sequence[ArchSpec]) -> list[Latency]:
+    def measure_together(self, archs: Sequence[ArchSpec]) -> list[Measurement]:
         numbers = [self.numbers[arch.arch_id] for arch in archs]
         self.together.append(numbers)
-        return [latency_of(self.later.get(number, self.scores[number][1])) for number in numbers]
+        return [measurement_of(self.later.get(number, self.scores[number][1])) for number in numbers]
 
 
 @pytest.fixture
@@ -168,7 +169,7 @@ def test_what_was_capped_is_told(config: SearchConfig, monkeypatch: pytest.Monke
     evaluator = Scored()
     store, _ = searched(config, monkeypatch, evaluator)
 
-    def measure(archs: Sequence[ArchSpec]) -> list[Latency]:
+    def measure(archs: Sequence[ArchSpec]) -> list[Measurement]:
         return [replace(latency, capped=True, throttled=True) for latency in evaluator.measure_together(archs)]
 
     recorded = RecordedStudy.open(store, config.study)
@@ -257,12 +258,12 @@ class Meter:
         self.made.append((config, anchor, reference_ms))
         return self
 
-    def measure_together(self, archs: Sequence[ArchSpec]) -> list[Latency]:
+    def measure_together(self, archs: Sequence[ArchSpec]) -> list[Measurement]:
         numbers = [self.numbers[arch.arch_id] for arch in archs]
         if set(numbers) & set(self.failing):
             raise CandidateFailed("engine fake does not compile it")
         self.measured.append(numbers)
-        return [latency_of(self.factor * SCORES[number][1]) for number in numbers]
+        return [measurement_of(self.factor * SCORES[number][1]) for number in numbers]
 
     def close(self) -> None:
         self.closed += 1
@@ -273,11 +274,11 @@ def profiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """Profiles are invented; yields the dtype and threads of each that was asked for."""
     asked: list[tuple[str, int]] = []
 
-    def measure(config: LatencyConfig) -> Ceilings:
+    def measure(config: LatencyConfig) -> DeviceProfile:
         asked.append((config.dtype, config.threads))
-        return Ceilings(copy_bytes=1e10, product_macs=1e11, launch_seconds=1e-6)
+        return DeviceProfile(copy_bytes_per_s=1e10, macs_per_s=1e11, launch_seconds=1e-6)
 
-    monkeypatch.setattr(profile, "measure", measure)
+    monkeypatch.setattr(device_profile, "measure_profile", measure)
     monkeypatch.setattr(remeasure, "_anchor_ms", lambda table, anchor: 3.0)
     return asked
 
@@ -384,10 +385,10 @@ def test_all_measured_again_elsewhere_are_shown_as_they_were_measured_last(
     config, evaluator = done
 
     class Moving(Meter):
-        def measure_together(self, archs: Sequence[ArchSpec]) -> list[Latency]:
+        def measure_together(self, archs: Sequence[ArchSpec]) -> list[Measurement]:
             found = super().measure_together(archs)
             slower = [1.0 if number != 1 or len(archs) == 1 else 25.0 for number in self.measured[-1]]
-            return [latency_of(each.median_ms * by) for each, by in zip(found, slower, strict=True)]
+            return [measurement_of(each.median_ms * by) for each, by in zip(found, slower, strict=True)]
 
     remeasured(config, Moving(evaluator.numbers), monkeypatch, threads=2)
     remeasured(config, Meter(evaluator.numbers, factor=5.0), monkeypatch, everything=True, threads=2)
@@ -444,9 +445,9 @@ def test_a_front_that_does_not_run_together_is_measured_in_smaller_groups(
     config, evaluator = done
 
     class Cramped(Meter):
-        def measure_together(self, archs: Sequence[ArchSpec]) -> list[Latency]:
+        def measure_together(self, archs: Sequence[ArchSpec]) -> list[Measurement]:
             if len(archs) > 2:
-                raise CandidateFailed("the measuring process was killed by signal 9")
+                raise CandidateFailed("its process was killed by SIGKILL")
             return super().measure_together(archs)
 
     meter = Cramped(evaluator.numbers)
@@ -462,7 +463,7 @@ def test_a_member_that_runs_no_more_is_told_and_what_was_measured_is_kept(
     config, evaluator = done
 
     class Ailing(Meter):
-        def measure_together(self, archs: Sequence[ArchSpec]) -> list[Latency]:
+        def measure_together(self, archs: Sequence[ArchSpec]) -> list[Measurement]:
             if len(self.measured) >= len(SCORES):
                 raise CandidateFailed("out of memory")
             return super().measure_together(archs)
@@ -514,8 +515,8 @@ def test_the_reference_elsewhere_is_the_anchors_in_the_table(
     store = Store.open(config.storage, create=True)
     assert store is not None
     there = replace(config.latency, seconds=0.02, threads=2)
-    monkeypatch.setattr(profile, "SECONDS", 0.02)
-    profile.find_or_measure(store, there)
+    monkeypatch.setattr(device_profile, "SECONDS", 0.02)
+    device_profile.find_or_measure_profile(store, there)
     table = BlockTable(store, HERE, there)
     anchor = load_space("small").smallest()
     first = remeasure._anchor_ms(table, anchor)

@@ -20,10 +20,10 @@ from optuna.trial import TrialState
 from nas.config import SAMPLERS, LatencyConfig, Limits, ProxyConfig, SearchConfig
 from nas.errors import CandidateFailed, UsageError
 from nas.lab.overhead import FakeEvaluator
-from nas.latency.block_table import BlockTable, Figure
-from nas.latency.ceilings import Ceilings
-from nas.latency.meter import Latency
+from nas.latency.block_table import BlockTable
+from nas.latency.device_profile import DeviceProfile
 from nas.latency.parts import arch_parts
+from nas.latency.values import Measurement, ShapeLatency
 from nas.pareto import front
 from nas.recorded import deployment_of
 from nas.search import loop as search
@@ -46,7 +46,7 @@ class Counting(FakeEvaluator):
         self.in_blocks: list[str] = []
         self.profiles = 0
 
-    def measure(self, arch: ArchSpec) -> Latency:
+    def measure(self, arch: ArchSpec) -> Measurement:
         self.measured.append(arch.arch_id)
         return super().measure(arch)
 
@@ -54,22 +54,22 @@ class Counting(FakeEvaluator):
         self.trained.append(arch.arch_id)
         return super().train(arch)
 
-    def measure_together(self, archs: Sequence[ArchSpec]) -> list[Latency]:
+    def measure_together(self, archs: Sequence[ArchSpec]) -> list[Measurement]:
         self.together += [arch.arch_id for arch in archs]
         return [
-            replace(latency, median_ms=self.slower * latency.median_ms)
-            for latency in map(FakeEvaluator().measure, archs)
+            replace(measured, latency=measured.latency.scaled(self.slower))
+            for measured in map(FakeEvaluator().measure, archs)
         ]
 
     def measure_blocks(
         self, archs: Sequence[ArchSpec], known: Mapping[str, float], references_ms: Sequence[float]
-    ) -> list[Figure]:
+    ) -> list[ShapeLatency]:
         self.in_blocks += [arch.arch_id for arch in archs]
         return super().measure_blocks(archs, known, references_ms)
 
-    def ceilings(self) -> Ceilings:
+    def profile(self) -> DeviceProfile:
         self.profiles += 1
-        return super().ceilings()
+        return super().profile()
 
 
 def opened(config: SearchConfig) -> Store:
@@ -191,18 +191,18 @@ def test_a_front_that_does_not_run_together_or_in_blocks_ends_no_search(on_cpu: 
     """Hours of training are not to be lost for want of a last measurement, which the next run makes up for."""
 
     class Cramped(Counting):
-        def measure_together(self, archs: Sequence[ArchSpec]) -> list[Latency]:
-            raise CandidateFailed("the measuring process was killed by signal 9")
+        def measure_together(self, archs: Sequence[ArchSpec]) -> list[Measurement]:
+            raise CandidateFailed("its process was killed by SIGKILL")
 
         def measure_blocks(
             self, archs: Sequence[ArchSpec], known: Mapping[str, float], references_ms: Sequence[float]
-        ) -> list[Figure]:
+        ) -> list[ShapeLatency]:
             raise CandidateFailed("out of memory")
 
     result = search.run(replace(on_cpu, block_table=True), Cramped())
     assert (result.complete, result.why) == (12, "budget met")
     again, blocks = result.remarks
-    assert again == "the front could not be measured again (the measuring process was killed by signal 9)"
+    assert again == "the front could not be measured again (its process was killed by SIGKILL)"
     size = len(result.pareto_front)
     assert blocks == f"blocks of {size} of the front's networks could not be measured alone"
     assert set(result.pareto_front["latency_stage"]) == {"search"}
@@ -311,9 +311,11 @@ def test_latencies_that_are_not_to_be_trusted_are_marked_in_the_dashboard(on_cpu
             super().__init__()
             self.count = 0
 
-        def measure(self, arch: ArchSpec) -> Latency:
+        def measure(self, arch: ArchSpec) -> Measurement:
             self.count += 1
-            return replace(super().measure(arch), capped=self.count in (2, 3), throttled=self.count == 3)
+            measured = super().measure(arch)
+            latency = replace(measured.latency, capped=self.count in (2, 3), throttled=self.count == 3)
+            return replace(measured, latency=latency)
 
     search.run(replace(on_cpu, budget=3), Doubtful())
     marks = [trial.user_attrs.get("latency_doubtful") for trial in trials(on_cpu)]
@@ -645,7 +647,7 @@ def test_two_processes_that_begin_a_study_at_once(config: SearchConfig) -> None:
     """The second finds that the first was quicker while it measured its own anchor."""
 
     class Slow(FakeEvaluator):
-        def anchor(self, references_ms: Sequence[float]) -> Figure:
+        def anchor(self, references_ms: Sequence[float]) -> ShapeLatency:
             search.run(replace(config, budget=1), FakeEvaluator())
             return super().anchor(references_ms)
 
@@ -711,9 +713,10 @@ def test_a_killed_candidate_is_told_as_the_search_judged_it(
             search.run(config, FakeEvaluator())
     (row,) = candidates(config)
     store = opened(config)
+    measured = FakeEvaluator().measure(ArchSpec.from_json(row.arch))
+    slower = replace(measured, latency=replace(measured.latency, median_ms=14.0))
     again = latency_row(
-        row.trial_id, replace(FakeEvaluator().measure(ArchSpec.from_json(row.arch)), median_ms=14.0),
-        deployment_of(config.latency, row.latencies[0].device_id), LatencyStage.FINAL,
+        row.trial_id, slower, deployment_of(config.latency, row.latencies[0].device_id), LatencyStage.FINAL,
     )  # fmt: skip
     again.over_limit = True
     store.add_latencies(row.study_id, [again])

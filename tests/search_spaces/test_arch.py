@@ -9,7 +9,7 @@ import torch
 from timm.layers import make_divisible
 
 from search_spaces import ACTIVATIONS, ArchSpec, StageSpec, builtin_spaces, load_space
-from search_spaces.arch import expanded_channels
+from search_spaces.arch import HeadSpec, StemSpec, expanded_channels
 
 STAGE = StageSpec(width=24, kernel_size=5, group_width=8, expansion=2.5, blocks=2, stride=2)
 ARCH = ArchSpec(stem_width=16, stages=(STAGE,), activation="silu", head_width=64)
@@ -236,3 +236,15 @@ def test_networks_run_and_shrink_by_the_total_stride(activation: str) -> None:
     assert network.forward_features(images).shape == (2, 24, 32 // arch.total_stride, 32 // arch.total_stride)
     modules = {type(module).__name__.lower() for module in network.modules()}
     assert any(activation.replace("_", "") in name for name in modules)
+
+
+def test_a_walk_by_hand() -> None:
+    """At odd sizes strided parts round up; the head gives one pixel."""
+    stages = (StageSpec(8, 3, 1, 1, 1, 1), StageSpec(16, 5, 8, 2, 2, 2))
+    stem, *blocks, head = ArchSpec(8, stages, "relu", 32).walk(33)
+    assert (stem.name, stem.spec, stem.in_size, stem.out_size) == ("stem", StemSpec(3, 8), 33, 17)
+    assert [(step.name, step.in_size, step.out_size) for step in blocks] == [
+        ("stage1.0", 17, 17), ("stage2.0", 17, 9), ("stage2.1", 9, 9),
+    ]  # fmt: skip
+    assert tuple(step.spec for step in blocks) == ArchSpec(8, stages, "relu", 32).blocks
+    assert (head.name, head.spec, head.in_size, head.out_size) == ("head", HeadSpec(16, 32), 9, 1)

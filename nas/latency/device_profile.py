@@ -1,8 +1,8 @@
-"""What a device can do in a dtype, measured: the figures that efficiencies are shares of.
+"""The profile of a device: what it does at most in a dtype, measured. Efficiencies are shares of it.
 
-Measured once per device, versions, dtype and thread count, kept in the study database. No datasheet has a say: those
-name rates that no kernel reaches. The yardsticks' latencies are part of it, by which all that is timed later is told as
-of the same day (`nas.latency.yardsticks`).
+A profile is measured once per device, versions, dtype and thread count, and kept in the study database
+(`studies.Profile`). Datasheets are not asked: they name rates that no kernel reaches. The yardsticks' latencies are
+part of a profile: all that is timed later is corrected to the day when they were measured (`nas.latency.yardsticks`).
 """
 
 from __future__ import annotations
@@ -22,41 +22,42 @@ from nas.latency.yardsticks import Timed, Yardsticks
 from nas.locks import device_lock
 from studies import Profile, Store
 
-# Of sampling; the yardsticks' references have more, see `ANCHOR_FACTOR`.
+# Time cap of the sampling; that of the yardsticks' references is `ANCHOR_FACTOR` times as long.
 SECONDS = 2.0
 
 
 @dataclass(frozen=True)
-class Ceilings:
-    """What a device does at most, as one measurement found it; None where it has no such thing.
+class DeviceProfile:
+    """What a device does at most, measured once; `studies.Profile` is its row in the database.
 
     Args:
-        copy_bytes: a second, read and written together, of a large copy.
-        product_macs: multiply-accumulates a second of a large square product.
-        launch_seconds: of the smallest operation, each launched from Python.
-        graph_launch_seconds: of one such kernel in a CUDA graph of many.
-        references_ms: of the yardsticks.
+        copy_bytes_per_s: of a large copy, read and written together.
+        macs_per_s: of a large square product.
+        launch_seconds: time of the smallest operation launched from Python.
+        graph_launch_seconds: time of the same operation in a CUDA graph of many; None on a CPU.
+        network_yardstick_ms, product_yardstick_ms: latencies of the yardsticks.
         interval_share: width of the widest of the medians' 95 % confidence intervals, over the median.
         throttled: whether the GPU throttled; None where nothing tells.
     """
 
-    copy_bytes: float
-    product_macs: float
+    copy_bytes_per_s: float
+    macs_per_s: float
     launch_seconds: float
     graph_launch_seconds: float | None = None
-    references_ms: tuple[float, float] = (1.0, 1.0)
+    network_yardstick_ms: float = 1.0
+    product_yardstick_ms: float = 1.0
     interval_share: float = 0.0
     throttled: bool | None = None
 
 
-def measure(config: LatencyConfig) -> Ceilings:
-    """Copy bandwidth, matrix rate and launch overhead, in turns with each other and the yardsticks.
+def measure_profile(config: LatencyConfig) -> DeviceProfile:
+    """Measure copy bandwidth, matrix rate and launch overhead, in turns with each other and the yardsticks.
 
-    As precisely as is the default, however quickly the user's networks are to be measured: all that comes later is told
-    by it.
+    The precision is the default one, however quickly the user's networks are to be measured, as all later measurements
+    depend on it.
 
     Args:
-        config: says device, dtype and threads.
+        config: gives device, dtype and threads.
 
     Raises:
         CandidateFailed: memory runs out.
@@ -66,40 +67,36 @@ def measure(config: LatencyConfig) -> Ceilings:
     with memory_may_run_out():
         yardsticks = Yardsticks(config)
         runs = ceiling_runs(device, getattr(torch, config.dtype))
-        found = yardsticks.time([Timed([each.run], each.macs) for each in runs.values()])
+        latencies = yardsticks.time([Timed([each.run], each.macs) for each in runs.values()])
+    rates = {name: rate(name, runs[name], of.median_ms / 1e3) for name, of in zip(runs, latencies, strict=True)}
     network_ms, product_ms = yardsticks.references_ms
-    return Ceilings(
-        **{name: rate(name, each, of.median_ms / 1e3) for (name, each), of in zip(runs.items(), found, strict=True)},
-        references_ms=(network_ms, product_ms),
-        interval_share=max(yardsticks.interval_share, *(of.interval_share for of in found)),
-        throttled=None if found[0].throttled is None else bool(found[0].throttled or yardsticks.throttled),
-    )
+    throttled = latencies[0].throttled
+    return DeviceProfile(
+        rates["copy_bytes"], rates["product_macs"], rates["launch_seconds"], rates.get("graph_launch_seconds"),
+        network_ms, product_ms, max(yardsticks.interval_share, *(each.interval_share for each in latencies)),
+        None if throttled is None else bool(throttled or yardsticks.throttled),
+    )  # fmt: skip
 
 
 def store_profile(
-    store: Store, info: DeviceInfo, dtype: str, thread_count: int, found: Ceilings, again: bool = False
+    store: Store, info: DeviceInfo, dtype: str, thread_count: int, measured: DeviceProfile, again: bool = False
 ) -> Profile:
-    """Write a profile down, unless another process was faster or it is measured again; returns the one that counts.
+    """Store a profile, unless another process was faster; returns the stored one.
 
-    In the place of an older one it is another scale: what the block latency table had in the old one is deleted.
+    With `again` it takes the place of the older one. That changes the scale: what the block latency table holds in the
+    older profile's scale is deleted.
     """
-    network_ms, product_ms = found.references_ms
-    profile = Profile(
-        dtype=dtype, threads=thread_count, copy_bytes_per_s=found.copy_bytes, macs_per_s=found.product_macs,
-        launch_seconds=found.launch_seconds, graph_launch_seconds=found.graph_launch_seconds,
-        network_yardstick_ms=network_ms, product_yardstick_ms=product_ms, interval_share=found.interval_share,
-        throttled=found.throttled, measured_at=datetime.now(UTC),
-    )  # fmt: skip
+    profile = Profile(dtype=dtype, threads=thread_count, measured_at=datetime.now(UTC), **asdict(measured))
     return store.devices.add_profile(asdict(info), profile, replace=again)
 
 
-def find_or_measure(
+def find_or_measure_profile(
     store: Store, config: LatencyConfig, again: bool = False, waiting: Callable[[], None] = lambda: None
 ) -> Profile:
-    """The profile of a deployment's device, dtype and threads, measured now if the database has none.
+    """The stored profile of a deployment's device, dtype and threads, measured now if there is none.
 
     Args:
-        again: measure it anyway, see `store_profile`.
+        again: measure it in any case, see `store_profile`.
         waiting: called once if another process measures or trains on the device.
 
     Raises:
@@ -118,23 +115,23 @@ def find_or_measure(
         if (found := known()) is not None:
             return found
         try:
-            return store_profile(store, info, config.dtype, config.threads, measure(config), again)
+            return store_profile(store, info, config.dtype, config.threads, measure_profile(config), again)
         except CandidateFailed as error:
             raise UsageError(f"--device {config.device}: what it can do cannot be measured ({error})") from error
 
 
-def references_ms(profile: Profile) -> tuple[float, float]:
+def references_ms(profile: Profile | DeviceProfile) -> tuple[float, float]:
     """The yardsticks' latencies, network and product."""
     return profile.network_yardstick_ms, profile.product_yardstick_ms
 
 
-def machine(profile: Profile) -> Machine:
-    """What efficiencies are shares of."""
+def machine(profile: Profile | DeviceProfile) -> Machine:
+    """The limits that efficiencies are shares of."""
     return Machine(profile.macs_per_s, profile.copy_bytes_per_s)
 
 
-def lines(profiles: Sequence[Profile]) -> list[str]:
-    """For a person, two lines a profile."""
+def profile_lines(profiles: Sequence[Profile]) -> list[str]:
+    """Profiles in words, two lines each."""
     found = []
     for profile in profiles:
         device = profile.device

@@ -1,13 +1,14 @@
-"""A process of its own that calls functions: for what may crash a process, or never gives its memory back.
+"""A child process that calls functions, for what may crash a process or never gives its memory back.
 
 Training repvgg_a0 at 128 pixels on a CPU ends torch 2.11 with "double free or corruption"; TorchScript keeps every
-network that it traced. The two processes speak pickle, one message each way per call; the child ends when its input
+network that it traced. Parent and child speak pickle, one message each way per call; the child ends when its input
 does, however the parent ended.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
 import pickle
 import signal
@@ -17,19 +18,25 @@ from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
 
 from nas.errors import CandidateFailed
-from nas.latency.isolation import die_with_parent
+
+# Of <sys/prctl.h>.
+PR_SET_PDEATHSIG = 1
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
-class Worker:
-    """Calls functions in a child process, which is started when it is needed, and anew when it has died."""
+class ChildProcess:
+    """Calls functions in a child process, which is started when it is needed, and again when it has died.
+
+    Attributes:
+        process: the child; None while there is none.
+    """
 
     def __init__(self) -> None:
-        self.child: subprocess.Popen[bytes] | None = None
+        self.process: subprocess.Popen[bytes] | None = None
 
-    def __enter__(self) -> Worker:
+    def __enter__(self) -> ChildProcess:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -37,23 +44,24 @@ class Worker:
 
     def start(self) -> None:
         """Start the child process if there is none; it ends with the thread that calls this."""
-        if self.child is not None:
+        if self.process is not None:
             return
         # sys.path as it is here: the packages need not be installed, and a script's own folder is part of it.
         env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        self.child = subprocess.Popen(
-            [sys.executable, "-m", "nas.worker", str(os.getpid())], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-            env=env, process_group=0,  # apart from our group, which Ctrl-C on a terminal reaches as a whole
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "nas.child_process", str(os.getpid())],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env,
+            process_group=0,  # apart from our group, which Ctrl-C on a terminal reaches as a whole
         )  # fmt: skip
 
     def close(self) -> None:
         """End the child process; the next call starts another."""
-        child, self.child = self.child, None
-        if child is None:
+        process, self.process = self.process, None
+        if process is None:
             return
-        child.kill()
-        child.wait()
-        for pipe in (child.stdin, child.stdout):
+        process.kill()
+        process.wait()
+        for pipe in (process.stdin, process.stdout):
             assert pipe is not None
             with contextlib.suppress(OSError):
                 pipe.close()
@@ -61,10 +69,11 @@ class Worker:
     def call(
         self, function: Callable[Arguments, Result], /, *args: Arguments.args, **kwargs: Arguments.kwargs
     ) -> Result:
-        """What a function of a module gives, in the child.
+        """The result of a module's function, called in the child with these arguments.
 
         Raises:
             CandidateFailed: the function raised it, or a signal killed the child.
+            RuntimeError: the function raised anything else, whose traceback the child has printed.
         """
         try:
             reply = self._ask((function, args, kwargs))
@@ -79,29 +88,39 @@ class Worker:
 
     def _ask(self, question: object) -> dict[str, Any]:
         self.start()
-        # Another thread may close the worker meanwhile.
-        child = self.child
-        assert child is not None
-        assert child.stdin is not None
-        assert child.stdout is not None
+        # Another thread may close this meanwhile.
+        process = self.process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
         try:
-            pickle.dump(question, child.stdin)
-            child.stdin.flush()
-            reply: dict[str, Any] = pickle.load(child.stdout)
+            pickle.dump(question, process.stdin)
+            process.stdin.flush()
+            reply: dict[str, Any] = pickle.load(process.stdout)
             return reply
         except (BrokenPipeError, EOFError, pickle.UnpicklingError) as error:
-            status = child.wait()
-            # It prints the traceback of a bug itself.
+            status = process.wait()
             if status >= 0:
-                raise RuntimeError(f"the working process ended with status {status}") from error
+                raise RuntimeError(f"the child process ended with status {status}") from error
+            # Most often because memory ran out.
             raise CandidateFailed(f"its process was killed by {signal.Signals(-status).name}") from error
+
+
+def die_with_parent() -> None:
+    """On Linux, have this process killed when its parent ends: a measurement must not outlast the device's lock.
+
+    The system takes the thread that started the child for its parent: it must last as long.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError, OSError):
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def main() -> None:
     """The child: calls what it is asked to."""
     die_with_parent()
     if os.getppid() != int(sys.argv[1]):
-        # It was gone before that was set.
+        # The parent ended before that was set.
         return
     # Whatever a library prints must not come between the answers.
     answers = os.fdopen(os.dup(1), "wb")

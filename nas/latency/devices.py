@@ -1,0 +1,43 @@
+"""The device of a deployment: whether it is here, and what it is."""
+
+from __future__ import annotations
+
+import torch
+
+from kernels.timing import DeviceInfo
+from nas.config import LatencyConfig
+from nas.errors import UsageError
+from nas.latency.engines import ENGINES, runs_on
+
+
+def check_device(config: LatencyConfig) -> torch.device:
+    """The device of a deployment.
+
+    Raises:
+        UsageError: there is no such device here, or the engine or dtype does not run on it.
+    """
+    name, engine = config.device, config.engine
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UsageError(f"--device {name}: not a device (cpu, cuda or cuda:N)") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UsageError(f"--device {name}: not a device (cpu, cuda or cuda:N)")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError(f"--device {name}: no CUDA device here")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise UsageError(f"--device {name}: there are only {torch.cuda.device_count()} CUDA devices here")
+    if engine not in ENGINES:
+        raise UsageError(f"--engine {engine}: none of {', '.join(ENGINES)}")
+    if not runs_on(ENGINES[engine], device):
+        hint = " (its Triton kernels run there with TRITON_INTERPRET=1, slowly)" if engine == "fused" else ""
+        raise UsageError(f"--engine {engine}: does not run on {device.type}{hint}")
+    if device.type == "cpu" and config.dtype == "float16":
+        raise UsageError("--dtype float16: not on the CPU, which takes float32 or bfloat16")
+    return device
+
+
+def device_info(config: LatencyConfig) -> DeviceInfo:
+    """The device of a deployment, with its driver and libraries, as latencies are stored with it."""
+    return DeviceInfo.of(torch.device(config.device))

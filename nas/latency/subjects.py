@@ -1,0 +1,113 @@
+"""The choice of networks to analyse: a study's candidate, an architecture or a timm model, and their deployment."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from nas.config import LatencyConfig
+from nas.errors import UsageError
+from nas.latency.parts import network_shape
+from nas.latency.timm_networks import TIMM_ENGINE, require_timm_model, timm_resolution
+from search_spaces import ArchSpec
+from studies import Store
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network to analyse.
+
+    Args:
+        title: for people.
+        name: its name in the table: an architecture's line, or a timm model's name.
+        arch: None for a timm model.
+        config: the deployment.
+    """
+
+    title: str
+    name: str
+    arch: ArchSpec | None
+    config: LatencyConfig
+
+    @property
+    def shape(self) -> str:
+        """The shape of the network as a whole."""
+        return network_shape(self.name, self.config)
+
+
+# Of a ConvFirst network, by its total stride, where nobody says: pixels and classes.
+DEPLOYED_AT = {32: (224, 1000)}
+SMALL_AT = (32, 10)
+
+
+def choose(
+    store: Store | None, study: str, chosen: tuple[str, Any], against: str | None, given: dict[str, Any],
+    make: Callable[..., LatencyConfig],
+) -> list[Subject]:  # fmt: skip
+    """The one or two networks that are meant, in one deployment but for the engine.
+
+    Args:
+        store: None where there is no database yet.
+        study: where trials are looked up.
+        chosen: "--trial", "--arch" or "--timm", and its value.
+        against: the other one: a trial's number, an architecture or a timm model; None for none.
+        given: the fields of `LatencyConfig` that the user gave, None for none; others are those of a trial's study, or
+            the networks' own.
+        make: (base, **fields) -> the deployment.
+
+    Raises:
+        UsageError: something is not there, or does not parse.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    wanted = [(*chosen, chosen[0])]
+    if against is not None:
+        is_arch = "|" in against or against.lstrip().startswith("{")
+        wanted.append(("--trial" if against.isdecimal() else "--arch" if is_arch else "--timm", against, "--against"))
+    found = [_named(store, study, kind, str(value), flag) for kind, value, flag in wanted]
+    if given.get("engine") == "fused" and all(arch is None for _, arch, _ in found):
+        raise UsageError("--engine fused: times ConvFirst networks by their blocks, and no timm models by their layers")
+    base = next((config for _, _, config in found if config is not None), None)
+    if base is None:
+        models = [name for name, arch, _ in found if arch is None]
+        archs = [arch for _, arch, _ in found if arch is not None]
+        pixels, classes = (
+            (timm_resolution(models[0]), 1000) if models else DEPLOYED_AT.get(archs[0].total_stride, SMALL_AT)
+        )
+        given = {"resolution": pixels, "num_classes": classes, **given}
+    config = make(base, **given)
+    subjects = []
+    for name, arch, _ in found:
+        if arch is not None:
+            subjects.append(Subject(f"ConvFirst {arch.arch_id}", name, arch, config))
+            continue
+        kind = config.device.partition(":")[0]
+        plain = config.engine == "fused" or "engine" not in given
+        # Of a kind of device that is none, whoever checks it says so.
+        engine = TIMM_ENGINE.get(kind, config.engine) if plain else config.engine
+        subjects.append(Subject(name, name, None, replace(config, engine=engine)))
+    return subjects
+
+
+def _named(
+    store: Store | None, study: str, kind: str, value: str, flag: str
+) -> tuple[str, ArchSpec | None, LatencyConfig | None]:
+    """Name, architecture and study's deployment of a network; the last two None where there is none."""
+    if kind == "--timm":
+        require_timm_model(value, flag)
+        return value, None, None
+    if kind == "--arch":
+        try:
+            arch = ArchSpec.parse(value)
+        except ValueError as error:
+            raise UsageError(f"{flag} {value}: {error}") from error
+        return str(arch), arch, None
+    row = store.find_study(study) if store else None
+    if store is None or row is None:
+        raise UsageError(f"--study {study}: not in the database, so there is no {flag} {value}")
+    candidate = next((c for c in store.candidates(row.study_id) if c.number == int(value)), None)
+    if candidate is None:
+        raise UsageError(f"{flag} {value}: the study {study} has no such candidate")
+    arch = ArchSpec.from_json(candidate.arch)
+    return str(arch), arch, LatencyConfig(**json.loads(row.config)["latency"])

@@ -1,0 +1,56 @@
+"""Filling the block latency table with what it lacks of a network, while nobody else uses the device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
+
+import torch
+
+from nas.latency.block_meter import BlockMeter
+from nas.latency.block_table import BlockTable
+from nas.latency.values import ShapeLatency
+from nas.locks import WAITING, device_lock
+from nas.reporting import Note
+
+# Given a meter, and shape_id -> latency in ms of what needs no measuring.
+Measure = Callable[[BlockMeter, Mapping[str, float]], Sequence[ShapeLatency]]
+
+
+class TableFiller:
+    """Fills tables of one device for one network.
+
+    Args:
+        title: of the network, for people.
+        device: as torch names it.
+        note: receives a line about what is measured.
+        again: measure also what is in a table already.
+    """
+
+    def __init__(self, title: str, device: str, note: Note, again: bool) -> None:
+        self.title, self.note, self.again = title, note, again
+        self.lock, self.waiting = device_lock(torch.device(device)), partial(note, WAITING)
+
+    def fill(self, table: BlockTable, ids: Collection[str], measure: Measure, what: str) -> None:
+        """Make a table hold the latencies of all shapes with these ids.
+
+        Args:
+            ids: the shapes' `shape_id`s.
+            measure: measures those of them that are not known.
+            what: the shapes in words.
+
+        Raises:
+            CandidateFailed: the engine cannot compile one of them, or memory runs out.
+        """
+
+        def known() -> dict[str, float]:
+            return {key: ms for key, ms in table.known.items() if not (self.again and key in ids)}
+
+        if known().keys() >= set(ids):
+            return
+        with self.lock.measuring(self.waiting):
+            # Another process may have measured them while we waited.
+            table.load()
+            if not known().keys() >= set(ids):
+                self.note(f"measuring {self.title}: {what}")
+                table.add(measure(BlockMeter(table.config, table.references_ms), known()))
