@@ -35,7 +35,7 @@ PIXEL_SLOTS, ROW_PIXEL_SLOTS, WEIGHT_SLOTS, OUT_SLOTS, FMA_SLOTS, DIAGONAL_SLOTS
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class GpuSpec:
     """What a GPU can do. The defaults are an H200's, partly assumed: see `docs/kernels.md`.
 
     Args:
@@ -63,15 +63,15 @@ class Limits:
     latency_seconds: float = 0.6e-6
 
 
-H200 = Limits()
+H200 = GpuSpec()
 # By compute capability: rough figures of an A100 (80), an RTX 4090 (89) and an H200, by which tilings are ranked and
 # predictions made. The benchmark's bounds are counted with what it has measured on the GPU at hand.
-LIMITS = {
-    80: Limits(
+GPU_SPECS = {
+    80: GpuSpec(
         multiprocessors=108, clock_hz=1.41e9, shared_bytes=166_912, dram_bytes=1.5e12, l2_bytes=3.5e12,
         wgmma_macs=156e12, mma_macs=156e12,
     ),
-    89: Limits(
+    89: GpuSpec(
         multiprocessors=128, clock_hz=2.52e9, shared_bytes=101_376, dram_bytes=0.95e12, l2_bytes=4e12,
         wgmma_macs=82e12, mma_macs=82e12,
     ),
@@ -178,7 +178,7 @@ def issue_slots(problem: BlockProblem, tiling: Tiling) -> float:
     return tiling.tiles(problem) * tiling.splits * tiling.out_splits * a_tile
 
 
-def l2_bytes(problem: BlockProblem, tiling: Tiling, limits: Limits) -> float:
+def l2_bytes(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec) -> float:
     """Bytes that all programs read from and write to the second-level cache."""
     size = problem.itemsize
     outputs = problem.padded_out // tiling.out_splits
@@ -189,9 +189,9 @@ def l2_bytes(problem: BlockProblem, tiling: Tiling, limits: Limits) -> float:
     if tiling.conv not in ("fma", "diagonal"):
         conv_weights = padded_conv_macs(problem, tiling) // (tiling.tiles(problem) * tiling.block_m)
     # Asynchronous copies go past the first-level cache.
-    together, pixels = resident(problem, tiling, limits), distinct_pixels(problem, tiling)
+    together, pixels = resident(problem, tiling, gpu), distinct_pixels(problem, tiling)
     past = tiling.conv_stages > 1 and tiling.conv != "fma"
-    missed = past or together * pixels * max(widths) * size > cache_bytes(problem, tiling, limits)
+    missed = past or together * pixels * max(widths) * size > cache_bytes(problem, tiling, gpu)
     if missed:
         pixels = loaded_pixels(problem, tiling)
     # A full convolution reads all of its input for each part of its output.
@@ -203,7 +203,7 @@ def l2_bytes(problem: BlockProblem, tiling: Tiling, limits: Limits) -> float:
     return size * elements + 2 * tiling.partial_bytes(problem)
 
 
-def cache_bytes(problem: BlockProblem, tiling: Tiling, limits: Limits) -> int:
+def cache_bytes(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec) -> int:
     """What is left for a multiprocessor's first-level cache.
 
     For kernels of more than 48 KiB of shared memory Triton asks for as much of it as there is (its driver.c:
@@ -212,11 +212,11 @@ def cache_bytes(problem: BlockProblem, tiling: Tiling, limits: Limits) -> int:
     shared = shared_bytes(problem, tiling)
     if shared >= PREFER_SHARED_BYTES:
         return OTHER_CACHE_BYTES
-    return limits.shared_bytes + OTHER_CACHE_BYTES - resident(problem, tiling, limits) * shared
+    return gpu.shared_bytes + OTHER_CACHE_BYTES - resident(problem, tiling, gpu) * shared
 
 
 @dataclass(frozen=True, slots=True)
-class Launch:
+class LaunchCost:
     """What is counted of one launch.
 
     Args:
@@ -232,41 +232,41 @@ class Launch:
     latencies: float
     tiles_each: int = 1
 
-    def seconds(self, limits: Limits) -> float:
+    def seconds(self, gpu: GpuSpec) -> float:
         """The binding resource, shared with its rivals for slots, in whole waves, plus latencies."""
-        slots = limits.multiprocessors * self.together
+        slots = gpu.multiprocessors * self.together
         waves = ceil(self.programs / slots)
         # A part-filled wave takes as long as a full one, up to what fewer programs on a multiprocessor gain.
         many = self.programs > slots
-        idle = waves * slots / self.programs if many else max(1.0, limits.multiprocessors / self.programs)
+        idle = waves * slots / self.programs if many else max(1.0, gpu.multiprocessors / self.programs)
         # Products, special functions and plain instructions overlap between warps, but never wholly.
         compute = [self.terms[name] for name in ("tensor", "special", "issue", "shared")]
         busy = max(max(compute) + 0.4 * (sum(compute) - max(compute)), self.terms["l2"]) * idle
         # A tile's latencies are hidden by the other programs of the multiprocessor, if there are any.
         rounds = waves * self.tiles_each
         exposed = max(min(rounds, 2), rounds / self.together)
-        return limits.launch_seconds + max(self.terms["dram"], busy) + limits.latency_seconds * self.latencies * exposed
+        return gpu.launch_seconds + max(self.terms["dram"], busy) + gpu.latency_seconds * self.latencies * exposed
 
 
-def counted(problem: BlockProblem, tiling: Tiling, limits: Limits = H200) -> list[Launch]:
+def launch_costs(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec = H200) -> list[LaunchCost]:
     """The block's launch, or its layers'."""
     if tiling.launches == 1:
-        return [_block_launch(problem, tiling, limits)]
+        return [_block_cost(problem, tiling, gpu)]
     # A slice of channels after the other, and what is stored of it.
     one = conv_slice(problem, tiling)
-    conv = _block_launch(one, replace(tiling, launches=1), limits)
+    conv = _block_cost(one, replace(tiling, launches=1), gpu)
     slices = problem.padded_in // tiling.part
     stored = problem.out_pixels * problem.in_channels
     terms = {name: slices * seconds for name, seconds in conv.terms.items()}
-    terms["dram"] += _dram_bytes(problem, stored) / limits.dram_bytes
-    terms["l2"] += problem.itemsize * stored / limits.l2_bytes
-    terms["issue"] += OUT_SLOTS * stored / (limits.lanes * limits.multiprocessors * limits.clock_hz)
+    terms["dram"] += _dram_bytes(problem, stored) / gpu.dram_bytes
+    terms["l2"] += problem.itemsize * stored / gpu.l2_bytes
+    terms["issue"] += OUT_SLOTS * stored / (gpu.lanes * gpu.multiprocessors * gpu.clock_hz)
     expansion, projection = product_tilings(problem)
     into, hidden, out = problem.in_channels, problem.hidden_channels, problem.out_channels
     return [
         replace(conv, terms=terms, programs=slices * conv.programs),
-        _product_launch(problem, expansion, into, hidden, problem.activation, False, limits),
-        _product_launch(problem, projection, hidden, out, "none", problem.residual, limits),
+        _product_cost(problem, expansion, into, hidden, problem.activation, False, gpu),
+        _product_cost(problem, projection, hidden, out, "none", problem.residual, gpu),
     ]
 
 
@@ -280,30 +280,30 @@ def _dram_bytes(problem: BlockProblem, elements: int) -> int:
     return elements * problem.itemsize if elements * problem.itemsize > KEPT_IN_L2_BYTES else 0
 
 
-def _block_launch(problem: BlockProblem, tiling: Tiling, limits: Limits) -> Launch:
+def _block_cost(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec) -> LaunchCost:
     pixels = tiling.tiles(problem) * tiling.block_m
-    per_clock = limits.multiprocessors * limits.clock_hz
+    per_clock = gpu.multiprocessors * gpu.clock_hz
     steps = tiling.steps(problem)
     # What each program computes of the convolution and of the hidden channels, those that share a tile compute, too.
     hidden = pixels * steps * tiling.splits * tiling.block_e * tiling.out_splits
-    matrix = (limits.wgmma_macs if tiling.block_m >= 64 else limits.mma_macs) / (4 if problem.itemsize == 4 else 1)
+    matrix = (gpu.wgmma_macs if tiling.block_m >= 64 else gpu.mma_macs) / (4 if problem.itemsize == 4 else 1)
     conv_macs = padded_conv_macs(problem, tiling) * tiling.splits * tiling.out_splits
     outputs = problem.padded_out // tiling.out_splits
-    shared = tiling.programs(problem) * on_chip_bytes(problem, tiling, limits.wgmma_macs > limits.mma_macs)
+    shared = tiling.programs(problem) * on_chip_bytes(problem, tiling, gpu.wgmma_macs > gpu.mma_macs)
     terms = {
-        "dram": (problem.activation_bytes + 2 * tiling.partial_bytes(problem)) / limits.dram_bytes,
-        "l2": l2_bytes(problem, tiling, limits) / limits.l2_bytes,
-        "shared": shared / (limits.l1_bytes * per_clock),
-        "tensor": (0 if tiling.conv == "fma" else conv_macs / min(matrix, limits.mma_macs))
+        "dram": (problem.activation_bytes + 2 * tiling.partial_bytes(problem)) / gpu.dram_bytes,
+        "l2": l2_bytes(problem, tiling, gpu) / gpu.l2_bytes,
+        "shared": shared / (gpu.l1_bytes * per_clock),
+        "tensor": (0 if tiling.conv == "fma" else conv_macs / min(matrix, gpu.mma_macs))
         + hidden * (problem.padded_in + outputs) / matrix,
-        "special": hidden * SPECIAL_FUNCTIONS[problem.activation] / (limits.special_functions * per_clock),
-        "issue": issue_slots(problem, tiling) / (limits.lanes * per_clock),
+        "special": hidden * SPECIAL_FUNCTIONS[problem.activation] / (gpu.special_functions * per_clock),
+        "issue": issue_slots(problem, tiling) / (gpu.lanes * per_clock),
     }
     tap_steps = tiling.tap_steps(problem.kernel_size)
     tap_steps *= len(parts(problem.in_channels, problem.conv_block, tiling.part))
     if tiling.conv == "dense":
         tap_steps *= ceil(problem.in_channels / tiling.dense_block)
-    together = resident(problem, tiling, limits)
+    together = resident(problem, tiling, gpu)
     # Copies in flight hide each other's latency; loads through L1 that a program issues one by one do not, but other
     # programs on the multiprocessor go on meanwhile.
     latencies = tap_steps / max(tiling.conv_stages, together, tiling.num_warps / 4) + 2
@@ -311,81 +311,81 @@ def _block_launch(problem: BlockProblem, tiling: Tiling, limits: Limits) -> Laun
     if tiling.splits > 1:
         # Whoever ends last reads all sums of the tile alone.
         rows = min(tiling.block_m, problem.out_pixels)
-        alone = 4 * tiling.splits * rows * outputs / (ALONE_BYTES * limits.clock_hz)
-        latencies += 4 + alone / limits.latency_seconds
-    return Launch(terms, tiling.programs(problem), together, latencies, tiling.tiles_each)
+        alone = 4 * tiling.splits * rows * outputs / (ALONE_BYTES * gpu.clock_hz)
+        latencies += 4 + alone / gpu.latency_seconds
+    return LaunchCost(terms, tiling.programs(problem), together, latencies, tiling.tiles_each)
 
 
-def _product_launch(
+def _product_cost(
     problem: BlockProblem, tiling: ProductTiling, into: int, outputs: int, activation: str, residual: bool,
-    limits: Limits,
-) -> Launch:  # fmt: skip
+    gpu: GpuSpec,
+) -> LaunchCost:  # fmt: skip
     """A product of (pixels, into) and (into, outputs) in a launch of its own."""
     size, m, n = problem.itemsize, tiling.block_m, tiling.block_n
     programs = tiling.programs(problem.out_pixels, outputs)
     inner = ceil(into / tiling.block_k) * tiling.block_k
     loaded, found = programs * inner * (m + n) * size, programs * m * n
     stored = problem.out_pixels * outputs
-    per_clock = limits.multiprocessors * limits.clock_hz
-    warp_groups = m >= 64 and size == 2 and limits.wgmma_macs > limits.mma_macs
-    matrix = (limits.wgmma_macs if m >= 64 else limits.mma_macs) / (4 if size == 4 else 1)
+    per_clock = gpu.multiprocessors * gpu.clock_hz
+    warp_groups = m >= 64 and size == 2 and gpu.wgmma_macs > gpu.mma_macs
+    matrix = (gpu.wgmma_macs if m >= 64 else gpu.mma_macs) / (4 if size == 4 else 1)
     # Hopper's products read the second operand once for 64 rows; older warps, four of each, what they need of both.
     read = m + n * m / 64 if warp_groups else 2 * m + min(4, m // MIN_DOT) * n
     traffic = loaded + (programs * inner * read + 2 * found) * size
     terms = {
-        "dram": (_dram_bytes(problem, problem.out_pixels * into) + _dram_bytes(problem, stored)) / limits.dram_bytes,
-        "l2": (loaded + stored * size * (2 if residual else 1)) / limits.l2_bytes,
-        "shared": traffic / (limits.l1_bytes * per_clock),
+        "dram": (_dram_bytes(problem, problem.out_pixels * into) + _dram_bytes(problem, stored)) / gpu.dram_bytes,
+        "l2": (loaded + stored * size * (2 if residual else 1)) / gpu.l2_bytes,
+        "shared": traffic / (gpu.l1_bytes * per_clock),
         "tensor": found * inner / matrix,
-        "special": found * SPECIAL_FUNCTIONS.get(activation, 0) / (limits.special_functions * per_clock),
+        "special": found * SPECIAL_FUNCTIONS.get(activation, 0) / (gpu.special_functions * per_clock),
         "issue": (loaded / 16 * WEIGHT_SLOTS + found * (OUT_SLOTS + ISSUE_SLOTS.get(activation, 0)))
-        / (limits.lanes * per_clock),
+        / (gpu.lanes * per_clock),
     }
     registers = 32 * tiling.num_warps * min(255, m * n / (32 * tiling.num_warps) + OTHER_REGISTERS)
-    room = limits.shared_bytes // (_product_shared_bytes(problem, tiling) + 1024)
-    together = max(1, min(int(limits.registers / registers), room))
-    return Launch(terms, programs, together, inner / (tiling.block_k * tiling.num_stages) + 2)
+    room = gpu.shared_bytes // (_product_shared_bytes(problem, tiling) + 1024)
+    together = max(1, min(int(gpu.registers / registers), room))
+    return LaunchCost(terms, programs, together, inner / (tiling.block_k * tiling.num_stages) + 2)
 
 
 def _product_shared_bytes(problem: BlockProblem, tiling: ProductTiling) -> int:
     return problem.itemsize * tiling.num_stages * (tiling.block_m + tiling.block_n) * tiling.block_k
 
 
-def terms(problem: BlockProblem, tiling: Tiling, limits: Limits = H200) -> dict[str, float]:
+def terms(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec = H200) -> dict[str, float]:
     """Seconds that each resource needs at least, by name, for all launches together.
 
     Tile waste is in all of them: places past the last pixel and channels past the last real one are computed too.
     """
-    launches = counted(problem, tiling, limits)
+    launches = launch_costs(problem, tiling, gpu)
     return {name: sum(launch.terms[name] for launch in launches) for name in launches[0].terms}
 
 
-def bound(problem: BlockProblem, tiling: Tiling, limits: Limits = H200) -> tuple[str, float]:
+def bound(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec = H200) -> tuple[str, float]:
     """The resource that binds, and its seconds."""
-    counted = terms(problem, tiling, limits)
+    counted = terms(problem, tiling, gpu)
     name = max(counted, key=counted.__getitem__)
     return name, counted[name]
 
 
-def roofline(problem: BlockProblem, limits: Limits = H200) -> float:
+def roofline(problem: BlockProblem, gpu: GpuSpec = H200) -> float:
     """Seconds of the plain roofline: necessary operations over peak, or necessary bytes over bandwidth."""
     channels = problem.in_channels * problem.kernel_size**2 * problem.group_width
     weights = problem.itemsize * (channels + problem.hidden_channels * (problem.in_channels + problem.out_channels))
-    peak = max(limits.wgmma_macs, limits.mma_macs) / (4 if problem.itemsize == 4 else 1)
-    return max(problem.macs / peak, (problem.activation_bytes + weights) / limits.dram_bytes)
+    peak = max(gpu.wgmma_macs, gpu.mma_macs) / (4 if problem.itemsize == 4 else 1)
+    return max(problem.macs / peak, (problem.activation_bytes + weights) / gpu.dram_bytes)
 
 
-def layer_roofline(problem: BlockProblem, limits: Limits = H200) -> float:
+def layer_roofline(problem: BlockProblem, gpu: GpuSpec = H200) -> float:
     """Seconds layer by layer, each at its own roofline: conv; expand and activate; project and add."""
     pixels, size = problem.out_pixels, problem.itemsize
-    peak = max(limits.wgmma_macs, limits.mma_macs) / (4 if size == 4 else 1)
+    peak = max(gpu.wgmma_macs, gpu.mma_macs) / (4 if size == 4 else 1)
     into, hidden, out = problem.in_channels, problem.hidden_channels, problem.out_channels
     layers = (
         (problem.conv_macs, problem.batch * problem.height * problem.width * into + pixels * into),
         (pixels * into * hidden, pixels * (into + hidden) + into * hidden),
         (pixels * hidden * out, pixels * (hidden + out * (2 if problem.residual else 1)) + hidden * out),
     )
-    return sum(max(macs / peak, elements * size / limits.dram_bytes) for macs, elements in layers)
+    return sum(max(macs / peak, elements * size / gpu.dram_bytes) for macs, elements in layers)
 
 
 def shared_bytes(problem: BlockProblem, tiling: Tiling) -> int:
@@ -444,11 +444,11 @@ def conv_registers(problem: BlockProblem, tiling: Tiling) -> float:
     return times * part * (tiling.block_m + pixels * words) / (32 * tiling.num_warps)
 
 
-def resident(problem: BlockProblem, tiling: Tiling, limits: Limits) -> int:
+def resident(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec) -> int:
     """Programs that a multiprocessor holds at once, about."""
     live = max(live_registers(problem, tiling), conv_registers(problem, tiling))
     registers = min(255, live + OTHER_REGISTERS) * 32 * tiling.num_warps
-    return max(1, min(int(limits.registers / registers), limits.shared_bytes // (shared_bytes(problem, tiling) + 1024)))
+    return max(1, min(int(gpu.registers / registers), gpu.shared_bytes // (shared_bytes(problem, tiling) + 1024)))
 
 
 # Pixels and hidden channels of a step that are tried.
@@ -489,15 +489,15 @@ MOST_CONV = 130
 KEPT_WAVES = 2
 
 
-def estimate(problem: BlockProblem, tiling: Tiling, limits: Limits = H200) -> float:
+def estimate(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec = H200) -> float:
     """Seconds of the block's launch, or of its layers' one after the other."""
-    return sum(launch.seconds(limits) for launch in counted(problem, tiling, limits))
+    return sum(launch.seconds(gpu) for launch in launch_costs(problem, tiling, gpu))
 
 
-def candidates(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
+def fitting_tilings(problem: BlockProblem, gpu: GpuSpec = H200) -> list[Tiling]:
     """All tilings that fit the machine, without regard to speed."""
     found = []
-    wgmma = limits.wgmma_macs > limits.mma_macs
+    wgmma = gpu.wgmma_macs > gpu.mma_macs
     shapes = [(block_m, rows) for block_m in BLOCKS_M for rows in ROWS if block_m // rows >= MIN_DOT]
     for (block_m, rows), block_e, warps, stages in product(shapes, BLOCKS_E, (4, 8), (1, 2, 3)):
         if block_m > max(MIN_DOT, 2 * problem.out_pixels) or block_e > problem.padded_hidden:
@@ -512,21 +512,21 @@ def candidates(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
             if rows > 1 and form == "dense":
                 continue
             one = Tiling(block_m, block_e, form, 1, warps, stages, conv_stages, part=part, rows=rows)
-            if not compiles(problem, one, limits):
+            if not compiles(problem, one, gpu):
                 continue
             for splits, out_splits in product(SPLITS, OUT_SPLITS):
                 split = replace(one, splits=splits, out_splits=out_splits)
-                if splits * out_splits > 1 and split.programs(problem) > 2 * limits.multiprocessors:
+                if splits * out_splits > 1 and split.programs(problem) > 2 * gpu.multiprocessors:
                     continue
                 if split.fits(problem) and live_registers(problem, split) <= most_live_registers(problem, split, wgmma):
                     found.append(split)
             # A kept tiling has no pipeline over hidden channels: one number of stages stands for all.
-            if stages == 2 and (kept := keeping(problem, one, limits)):
+            if stages == 2 and (kept := keeping(problem, one, gpu)):
                 found.append(kept)
-    return found + layered_candidates(problem, limits)
+    return found + three_launch_tilings(problem, gpu)
 
 
-def layered_candidates(problem: BlockProblem, limits: Limits) -> list[Tiling]:
+def three_launch_tilings(problem: BlockProblem, gpu: GpuSpec) -> list[Tiling]:
     """Those that give each layer a launch of its own."""
     if problem.is_dense:
         return []
@@ -543,16 +543,16 @@ def layered_candidates(problem: BlockProblem, limits: Limits) -> list[Tiling]:
         if tiling.columns < MIN_DOT or (form == "fma" and conv_stages > 1):
             continue
         one = conv_slice(problem, tiling)
-        fits = shared_bytes(problem, tiling) <= most_shared_bytes(problem, limits)
-        if fits and conv_registers(one, tiling) <= MOST_CONV and compiles(one, tiling, limits):
+        fits = shared_bytes(problem, tiling) <= most_shared_bytes(problem, gpu)
+        if fits and conv_registers(one, tiling) <= MOST_CONV and compiles(one, tiling, gpu):
             found.append(tiling)
     return found
 
 
-def compiles(problem: BlockProblem, tiling: Tiling, limits: Limits) -> bool:
+def compiles(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec) -> bool:
     """Whether shared memory and registers suffice for a tiling that splits nothing, as far as compiling has shown."""
-    wgmma = limits.wgmma_macs > limits.mma_macs
-    if shared_bytes(problem, tiling) > most_shared_bytes(problem, limits):
+    wgmma = gpu.wgmma_macs > gpu.mma_macs
+    if shared_bytes(problem, tiling) > most_shared_bytes(problem, gpu):
         return False
     if tiling.num_warps == 4:
         if tiling.conv in ("fma", "diagonal") and problem.padded_in > 256:
@@ -588,9 +588,9 @@ def most_live_registers(problem: BlockProblem, tiling: Tiling, wgmma: bool) -> i
     return MOST_LIVE_REGISTERS["wgmma" if wgmma else "mma"]
 
 
-def most_shared_bytes(problem: BlockProblem, limits: Limits) -> int:
+def most_shared_bytes(problem: BlockProblem, gpu: GpuSpec) -> int:
     """What a program may be counted to take: of float32 the count is a quarter short at worst."""
-    return limits.shared_bytes * 3 // 4 if problem.itemsize == 4 else limits.shared_bytes - 2048
+    return gpu.shared_bytes * 3 // 4 if problem.itemsize == 4 else gpu.shared_bytes - 2048
 
 
 def rows_fit(problem: BlockProblem, tiling: Tiling, wgmma: bool) -> bool:
@@ -619,21 +619,21 @@ def rows_fit(problem: BlockProblem, tiling: Tiling, wgmma: bool) -> bool:
     return problem.padded_in <= 128 or live <= MOST_LIVE_ROWS
 
 
-def keeping(problem: BlockProblem, tiling: Tiling, limits: Limits) -> Tiling | None:
+def keeping(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec) -> Tiling | None:
     """The tiling with as many tiles a program as fill the chip twice, if that is several and the weights find room."""
     several = replace(tiling, tiles_each=2)
-    fits = several.fits(problem) and shared_bytes(problem, several) <= most_shared_bytes(problem, limits)
+    fits = several.fits(problem) and shared_bytes(problem, several) <= most_shared_bytes(problem, gpu)
     if not fits or tiling.steps(problem) > MOST_KEPT_STEPS or live_registers(problem, several) > MOST_LIVE_KEPT:
         return None
-    if limits.wgmma_macs == limits.mma_macs and tiling.block_e > 64:
+    if gpu.wgmma_macs == gpu.mma_macs and tiling.block_e > 64:
         return None
-    slots = limits.multiprocessors * resident(problem, several, limits)
+    slots = gpu.multiprocessors * resident(problem, several, gpu)
     each = ceil(tiling.tiles(problem) / (KEPT_WAVES * slots))
     return replace(tiling, tiles_each=each) if each > 1 else None
 
 
 @lru_cache(maxsize=4096)
-def ranked(problem: BlockProblem, limits: Limits = H200) -> tuple[Tiling, ...]:
+def ranked(problem: BlockProblem, gpu: GpuSpec = H200) -> tuple[Tiling, ...]:
     """The tilings that fit, by estimate, the fastest first; near relatives come after what differs more.
 
     Of tilings that share size, splits and form of convolution, which differ in pipelining and warps, the likeliest with
@@ -641,7 +641,7 @@ def ranked(problem: BlockProblem, limits: Limits = H200) -> tuple[Tiling, ...]:
     tells such relatives apart least. Whether one launch is better than three it tells hardly better: the likeliest of
     either kind is among the first `OF_EITHER_KIND`, unless three launches are by far the slower.
     """
-    by_estimate = sorted(candidates(problem, limits), key=lambda tiling: estimate(problem, tiling, limits))
+    by_estimate = sorted(fitting_tilings(problem, gpu), key=lambda tiling: estimate(problem, tiling, gpu))
     seen: set[tuple[object, ...]] = set()
     early: list[Tiling] = []
     late: list[Tiling] = []
@@ -655,7 +655,7 @@ def ranked(problem: BlockProblem, limits: Limits = H200) -> tuple[Tiling, ...]:
         seen.add(relative)
     best = by_estimate[0] if by_estimate else None
     other = next((tiling for tiling in early if best and tiling.launches != best.launches), None)
-    near = best and other and estimate(problem, other, limits) < BY_FAR * estimate(problem, best, limits)
+    near = best and other and estimate(problem, other, gpu) < BY_FAR * estimate(problem, best, gpu)
     if other and (near or other.launches == 1):
         place = min(early.index(other), OF_EITHER_KIND - 1)
         early.remove(other)

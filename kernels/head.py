@@ -18,9 +18,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cost_model import H200, Limits
+from kernels.cost_model import H200, GpuSpec
 from kernels.device_functions import activate, dot, round_to
-from kernels.problem import ACTIVATIONS, DTYPES, WIDE_ELEMENTS
+from kernels.problem import ACTIVATIONS, DTYPE_BYTES, WIDE_ELEMENTS
 
 # Weights are padded to this many rows and columns: the largest steps in which a tiling reads them.
 MULTIPLE = 128
@@ -80,12 +80,12 @@ def unsupported(problem: HeadProblem) -> str | None:
             return f"{name}={channels} is not a positive multiple of 8"
     if problem.activation not in (*ACTIVATIONS, "none"):
         return f"activation={problem.activation!r} is none of {', '.join(ACTIVATIONS)}"
-    if problem.dtype not in DTYPES:
-        return f"dtype={problem.dtype} is none of {', '.join(DTYPES)}"
+    if problem.dtype not in DTYPE_BYTES:
+        return f"dtype={problem.dtype} is none of {', '.join(DTYPE_BYTES)}"
     return None
 
 
-def tilings(problem: HeadProblem, limits: Limits = H200) -> list[HeadTiling]:
+def tilings(problem: HeadProblem, gpu: GpuSpec = H200) -> list[HeadTiling]:
     """Those worth trying, the likeliest first."""
     if problem.batch <= 4:
         return [HeadTiling(True, block_n=16), HeadTiling(True, block_n=32), HeadTiling(False, block_n=16)]

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.convfirst import grouped_weights, new_counters
-from kernels.cost_model import H200, Limits
+from kernels.cost_model import H200, GpuSpec
 from kernels.device_functions import (
     activate,
     convolve_tile,
@@ -38,7 +38,7 @@ from kernels.head import HeadTiling, linear
 from kernels.problem import (
     ACTIVATIONS,
     CHANNEL_MULTIPLE,
-    DTYPES,
+    DTYPE_BYTES,
     GROUP_WIDTHS,
     HIDDEN_MULTIPLE,
     KERNEL_SIZES,
@@ -112,19 +112,19 @@ def unsupported(problem: MBConvProblem) -> str | None:
         return f"stride={problem.stride} is neither 1 nor 2"
     if problem.activation not in ACTIVATIONS:
         return f"activation={problem.activation!r} is none of {', '.join(ACTIVATIONS)}"
-    if problem.dtype not in DTYPES:
-        return f"dtype={problem.dtype} is none of {', '.join(DTYPES)}"
+    if problem.dtype not in DTYPE_BYTES:
+        return f"dtype={problem.dtype} is none of {', '.join(DTYPE_BYTES)}"
     return None
 
 
-def tilings(problem: MBConvProblem, limits: Limits = H200) -> list[Tiling]:
+def tilings(problem: MBConvProblem, gpu: GpuSpec = H200) -> list[Tiling]:
     """Those of the second launch worth trying, the likeliest first."""
     forms = ("fma", "diagonal") if problem.group_width == 1 else ("mma",)
     wide = problem.padded_out > 128
-    block_m = 64 if problem.out_pixels >= 64 * limits.multiprocessors and problem.dtype != "float32" else 16
+    block_m = 64 if problem.out_pixels >= 64 * gpu.multiprocessors and problem.dtype != "float32" else 16
     wanted = 1
     most = min(problem.max_splits, problem.hidden_channels // 128)
-    while problem.out_pixels // block_m * wanted < limits.multiprocessors and wanted < most:
+    while problem.out_pixels // block_m * wanted < gpu.multiprocessors and wanted < most:
         wanted *= 2
     found: list[Tiling] = []
     # Of blocks of 32 channels the sums of several rows would spill.

@@ -326,14 +326,14 @@ class _Fuser:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One part of a network and what became of it.
+class FusionStatus:
+    """Whether a module of a network was fused: a block, the stem or the head.
 
     Args:
-        name: of the module in timm's network.
+        name: the module's name in timm's network.
         kind: its class there.
         fused: whether a fused kernel can run it.
-        reason: why not; empty if fused.
+        reason: why it is not fused; empty if it is.
     """
 
     name: str
@@ -405,10 +405,12 @@ class FusedNetwork(nn.Module):
         in_channels: of the input.
     """
 
-    def __init__(self, network: nn.Module, parts: Sequence[Part], dtype: torch.dtype, in_channels: int) -> None:
+    def __init__(
+        self, network: nn.Module, fusion: Sequence[FusionStatus], dtype: torch.dtype, in_channels: int
+    ) -> None:
         super().__init__()
         self.network = network
-        self.parts = tuple(parts)
+        self.fusion = tuple(fusion)
         self.dtype = dtype
         self.in_channels = in_channels
         self.eval().requires_grad_(False)
@@ -463,14 +465,14 @@ class FusedNetwork(nn.Module):
     def report(self, batch: int | None = None, resolution: int | None = None) -> str:
         """A line for each part: fused, or why not; given a shape of input, also what runs then, and its times."""
         if batch is None or resolution is None:
-            return "\n".join(map(str, self.parts))
+            return "\n".join(map(str, self.fusion))
         modules, running = self.fused_modules, {}
         for name, found in self.problems(batch, resolution).items():
             choice = tune.choose(modules[name].kernel, found, self.device)
             running[name] = choice.describe()
         return "\n".join(
-            f"{part}" + "".join(f" [{text}]" for name, text in running.items() if _names(part.name, name))
-            for part in self.parts
+            f"{status}" + "".join(f" [{text}]" for name, text in running.items() if _belongs(name, status.name))
+            for status in self.fusion
         )
 
     def problems(self, batch: int, resolution: int) -> dict[str, Any]:
@@ -522,9 +524,9 @@ class FusedNetwork(nn.Module):
         return Graph(self, batch, resolution)
 
 
-def _names(part: str, module: str) -> bool:
-    """Whether a fused module belongs to a part: it is the part, or within it; the head stands in the pool's place."""
-    return module == part or module.startswith(f"{part}.") or (part, module) == ("head", "global_pool")
+def _belongs(fused: str, module: str) -> bool:
+    """Whether a fused module stands for timm's module or lies within it; the head's stands in place of the pool."""
+    return fused == module or fused.startswith(f"{module}.") or (module, fused) == ("head", "global_pool")
 
 
 def _limit_splits(network: FusedNetwork) -> None:
@@ -552,7 +554,7 @@ def moved_bytes(found: Any) -> int:
     """Input and output of a problem."""
     batch, channels, height, width = _input_shape(found)
     out = found.batch * found.classes if isinstance(found, head.HeadProblem) else found.out_pixels * found.out_channels
-    return problem.DTYPES[found.dtype] * (batch * channels * height * width + out)
+    return problem.DTYPE_BYTES[found.dtype] * (batch * channels * height * width + out)
 
 
 def _task(module: _Fused, found: Any) -> tune.Task:
@@ -580,15 +582,15 @@ def fuse(model: nn.Module, dtype: torch.dtype = torch.float16) -> FusedNetwork:
         raise ValueError(f"dtype={dtype} is none of {', '.join(map(str, DTYPES))}")
     folded: Any = fold_batch_norms(model).requires_grad_(False)
     fuser = _Fuser(dtype)
-    parts: list[Part] = []
+    fusion: list[FusionStatus] = []
 
     def attempt(name: str, module: nn.Module, make: Callable[[], nn.Module]) -> nn.Module | None:
         try:
             made = make()
         except NotFused as why:
-            parts.append(Part(name, type(module).__name__, False, str(why)))
+            fusion.append(FusionStatus(name, type(module).__name__, False, str(why)))
             return None
-        parts.append(Part(name, type(module).__name__, True))
+        fusion.append(FusionStatus(name, type(module).__name__, True))
         return made
 
     if made := attempt("conv_stem", folded.conv_stem, lambda: fuser.stem(folded)):
@@ -612,6 +614,6 @@ def fuse(model: nn.Module, dtype: torch.dtype = torch.float16) -> FusedNetwork:
             for key, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_floating_point():
                     module._buffers[key] = buffer.to(dtype)
-    fused = FusedNetwork(folded, parts, dtype, model.conv_stem.in_channels)
+    fused = FusedNetwork(folded, fusion, dtype, model.conv_stem.in_channels)
     _limit_splits(fused)
     return fused

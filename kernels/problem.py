@@ -12,7 +12,7 @@ from typing import Protocol
 
 KERNEL_SIZES = (3, 5, 7)
 ACTIVATIONS = ("silu", "relu", "gelu", "hard_swish")
-DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4}
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 CHANNEL_MULTIPLE = 8
 # Past this one launch cannot win: a tile's accumulator and its input fill the registers and the shared memory of a
 # multiprocessor, and every tile reads 2 MiB of weights or more.
@@ -124,7 +124,7 @@ class BlockProblem(Splittable):
         kernel_size, group_width, stride: of the grouped convolution, padded by kernel_size // 2.
         activation: one of `ACTIVATIONS`.
         residual: whether the input is added to the output.
-        dtype: of input, weights and output; one of `DTYPES`.
+        dtype: of input, weights and output; one of `DTYPE_BYTES`.
         max_splits: programs that may share a tile's hidden channels, for whose float32 partial sums the caller lends
             scratch; 1 for none.
     """
@@ -145,7 +145,7 @@ class BlockProblem(Splittable):
 
     @property
     def itemsize(self) -> int:
-        return DTYPES[self.dtype]
+        return DTYPE_BYTES[self.dtype]
 
     @property
     def conv_macs(self) -> int:
@@ -365,8 +365,8 @@ def unsupported(problem: BlockProblem) -> str | None:
         return f"stride={problem.stride} is neither 1 nor 2"
     if problem.activation not in ACTIVATIONS:
         return f"activation={problem.activation!r} is none of {', '.join(ACTIVATIONS)}"
-    if problem.dtype not in DTYPES:
-        return f"dtype={problem.dtype} is none of {', '.join(DTYPES)}"
+    if problem.dtype not in DTYPE_BYTES:
+        return f"dtype={problem.dtype} is none of {', '.join(DTYPE_BYTES)}"
     if problem.residual and (problem.stride != 1 or problem.in_channels != problem.out_channels):
         return f"residual with stride={problem.stride}, {problem.in_channels} -> {problem.out_channels} channels"
     return None

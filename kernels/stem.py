@@ -17,9 +17,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cost_model import H200, Limits
+from kernels.cost_model import H200, GpuSpec
 from kernels.device_functions import activate, dot, round_to, size, start, tap_zero, total_size
-from kernels.problem import ACTIVATIONS, DTYPES, KERNEL_SIZES, MIN_DOT, WIDE_ELEMENTS, Convolved, parts, power_of_two
+from kernels.problem import (
+    ACTIVATIONS,
+    DTYPE_BYTES,
+    KERNEL_SIZES,
+    MIN_DOT,
+    WIDE_ELEMENTS,
+    Convolved,
+    parts,
+    power_of_two,
+)
 
 MAX_TAPS = 256
 MAX_CHANNELS = 256
@@ -76,14 +85,14 @@ def unsupported(problem: StemProblem) -> str | None:
         return f"stride={problem.stride} is neither 1 nor 2"
     if problem.activation not in (*ACTIVATIONS, "none"):
         return f"activation={problem.activation!r} is none of {', '.join(ACTIVATIONS)}"
-    if problem.dtype not in DTYPES:
-        return f"dtype={problem.dtype} is none of {', '.join(DTYPES)}"
+    if problem.dtype not in DTYPE_BYTES:
+        return f"dtype={problem.dtype} is none of {', '.join(DTYPE_BYTES)}"
     return None
 
 
-def tilings(problem: StemProblem, limits: Limits = H200) -> list[StemTiling]:
+def tilings(problem: StemProblem, gpu: GpuSpec = H200) -> list[StemTiling]:
     """Those worth trying, the likeliest first."""
-    large = problem.out_pixels >= 128 * limits.multiprocessors
+    large = problem.out_pixels >= 128 * gpu.multiprocessors
     found = [StemTiling(128), StemTiling(64), StemTiling(128, 8)] if large else [StemTiling(32), StemTiling(64)]
     # A tile of all taps and a tile of all outputs live in registers.
     most = 2**14 // max(problem.padded_taps, sum(parts(problem.out_channels)))

@@ -28,7 +28,7 @@ import triton
 from torch import Tensor
 
 from kernels import timing
-from kernels.cost_model import H200, LIMITS, Limits
+from kernels.cost_model import GPU_SPECS, H200, GpuSpec
 
 # Tilings that are compiled and timed; the cost model is meant to have the best among its first three.
 TRIED = 4
@@ -116,7 +116,7 @@ class Kernel:
 
     name: str
     tiling: type
-    tilings: Callable[[Any, Limits], Sequence[Any]]
+    tilings: Callable[[Any, GpuSpec], Sequence[Any]]
     launch: Callable[[Tensor, Sequence[Tensor], Any, Any], Tensor]
     layer_by_layer: Callable[[Tensor, Sequence[Tensor], Any], Tensor]
 
@@ -144,15 +144,15 @@ def _machine(device: torch.device) -> str:
 
 
 @functools.cache
-def limits_of(device: torch.device) -> Limits:
+def gpu_spec(device: torch.device) -> GpuSpec:
     """What the cost model counts with on a device: its own sizes, and the rates of the nearest GPU that is known."""
     if device.type != "cuda":
         return H200
     major, minor = torch.cuda.get_device_capability(device)
-    nearest = max((known for known in LIMITS if known <= 10 * major + minor), default=min(LIMITS))
+    nearest = max((known for known in GPU_SPECS if known <= 10 * major + minor), default=min(GPU_SPECS))
     properties: Any = torch.cuda.get_device_properties(device)
     return replace(
-        LIMITS[nearest],
+        GPU_SPECS[nearest],
         multiprocessors=properties.multi_processor_count,
         registers=properties.regs_per_multiprocessor,
         shared_bytes=properties.shared_memory_per_block_optin,
@@ -197,9 +197,9 @@ def _write(kernel: Kernel, problem: Any, device: torch.device, choice: Choice) -
         return
 
 
-def tried(kernel: Kernel, problem: Any, limits: Limits) -> list[Any]:
+def tried(kernel: Kernel, problem: Any, gpu: GpuSpec) -> list[Any]:
     """The tilings that tuning times: the likeliest."""
-    return list(kernel.tilings(problem, limits)[:TRIED])
+    return list(kernel.tilings(problem, gpu)[:TRIED])
 
 
 _chosen: dict[tuple[str, Any, torch.device], Choice] = {}
@@ -210,7 +210,7 @@ def choose(kernel: Kernel, problem: Any, device: torch.device) -> Choice:
     key = (kernel.name, problem, device)
     if key not in _chosen:
         remembered = _read(kernel, problem, device) if device.type == "cuda" else None
-        _chosen[key] = remembered or Choice(tuple(tried(kernel, problem, limits_of(device))), "counted")
+        _chosen[key] = remembered or Choice(tuple(tried(kernel, problem, gpu_spec(device))), "counted")
     return _chosen[key]
 
 
@@ -245,7 +245,7 @@ def tune(tasks: Sequence[Task]) -> list[Choice]:
     for task in tasks:
         if choose(task.kernel, task.problem, task.x.device).source != "counted":
             continue
-        tilings = tried(task.kernel, task.problem, limits_of(task.x.device))
+        tilings = tried(task.kernel, task.problem, gpu_spec(task.x.device))
         wanted[task.kernel.name, task.problem] = (task, tilings)
     if wanted:
         compile_together([(task, tiling) for task, tilings in wanted.values() for tiling in tilings])

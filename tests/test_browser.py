@@ -15,7 +15,7 @@ import pytest
 
 from nas.config import LatencyConfig, SearchConfig
 from nas.display import showcase
-from nas.lab.overhead import FakeEvaluator
+from nas.lab.invented import FakeEvaluator
 from nas.search import loop as search
 from studies.display import artifact_folder
 from tests.nas.test_search import opened
@@ -36,7 +36,7 @@ SEARCHING = """
 import sys
 from nas.search import loop as search
 from nas.config import LatencyConfig, SearchConfig
-from nas.lab.overhead import FakeEvaluator
+from nas.lab.invented import FakeEvaluator
 print("begun", flush=True)
 latency = LatencyConfig(device="cpu")
 search.run(SearchConfig(budget=5000, storage=sys.argv[1], study="live", latency=latency), FakeEvaluator())

@@ -25,7 +25,7 @@ from typer.testing import CliRunner, Result
 import run_search
 from nas.config import LatencyConfig, SearchConfig
 from nas.errors import CandidateFailed
-from nas.lab.overhead import FakeEvaluator
+from nas.lab.invented import FakeEvaluator
 from nas.latency import ceilings as profile
 from nas.latency.analysis import errors, errors_line
 from nas.latency.block_table import BlockTable, Figure, network_shape, on_device

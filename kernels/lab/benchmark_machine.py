@@ -21,11 +21,11 @@ import triton
 import triton.language as tl
 
 from kernels.ceilings import MIB, CeilingRun, ceiling_runs, rate
-from kernels.cost_model import H200, Limits
+from kernels.cost_model import H200, GpuSpec
 from kernels.timing import MIN_SAMPLE_SECONDS, DeviceInfo, clock_for, time_interleaved
 
 FOLDER = Path(__file__).parent
-# Of sampling, for all limits together.
+# Of sampling, for all ceilings together.
 SECONDS = {"cuda": 2.0, "cpu": 0.2}
 # Held by any L2 that is worth measuring, and far more than all first-level caches but one.
 L2_BYTES = 16 * MIB
@@ -35,7 +35,7 @@ PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
 @dataclass(frozen=True)
-class MachineLimits:
+class MachineCeilings:
     """Measured; None where the device has no such thing.
 
     Args:
@@ -54,7 +54,7 @@ class MachineLimits:
     mma_macs: float | None = None
     graph_launch_seconds: float | None = None
 
-    def counting(self) -> Limits:
+    def gpu_spec(self) -> GpuSpec:
         """What the cost model counts with, on the current CUDA device; what is not measured here is an H200's."""
         assert self.l2_bytes is not None
         assert self.mma_macs is not None
@@ -130,8 +130,8 @@ READ_STEPS = 256
 
 
 @torch.inference_mode()
-def measure_limits(device: torch.device) -> MachineLimits:
-    """The limits of a device, on CUDA those of float16, else of float32."""
+def measure_ceilings(device: torch.device) -> MachineCeilings:
+    """The ceilings of a device, on CUDA those of float16, else of float32."""
     on_cuda = device.type == "cuda"
     runs = ceiling_runs(device, torch.float16 if on_cuda else torch.float32)
     if on_cuda:
@@ -156,7 +156,7 @@ def measure_limits(device: torch.device) -> MachineLimits:
             MIN_SAMPLE_SECONDS[device.type],
         )  # fmt: skip
     medians = np.median(samples, axis=0)
-    return MachineLimits(**{
+    return MachineCeilings(**{
         name: rate(name, each, float(median)) for (name, each), median in zip(runs.items(), medians, strict=True)
     })  # fmt: skip
 
@@ -210,14 +210,14 @@ def now() -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S %Z")
 
 
-def describe(limits: MachineLimits) -> dict[str, Any]:
-    """The limits in the units of data sheets, for people."""
+def describe(ceilings: MachineCeilings) -> dict[str, Any]:
+    """The ceilings in the units of data sheets, for people."""
     scaled = {
-        "copy, read + written, TB/s": limits.copy_bytes / 1e12,
-        "product, TFLOP/s": 2 * limits.product_macs / 1e12,
-        "mma.sync, TFLOP/s": limits.mma_macs and 2 * limits.mma_macs / 1e12,
-        "read from L2, TB/s": limits.l2_bytes and limits.l2_bytes / 1e12,
-        "launch in a graph, us": limits.graph_launch_seconds and 1e6 * limits.graph_launch_seconds,
-        "launch from Python, us": limits.launch_seconds and 1e6 * limits.launch_seconds,
+        "copy, read + written, TB/s": ceilings.copy_bytes / 1e12,
+        "product, TFLOP/s": 2 * ceilings.product_macs / 1e12,
+        "mma.sync, TFLOP/s": ceilings.mma_macs and 2 * ceilings.mma_macs / 1e12,
+        "read from L2, TB/s": ceilings.l2_bytes and ceilings.l2_bytes / 1e12,
+        "launch in a graph, us": ceilings.graph_launch_seconds and 1e6 * ceilings.graph_launch_seconds,
+        "launch from Python, us": ceilings.launch_seconds and 1e6 * ceilings.launch_seconds,
     }
     return {name: round(value, 3) for name, value in scaled.items() if value is not None}

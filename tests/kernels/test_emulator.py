@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kernels import convfirst, cost_model, layered, ops, stem, tune
 from kernels.convfirst import launch, layer_by_layer, pack
-from kernels.cost_model import LIMITS
+from kernels.cost_model import GPU_SPECS
 from kernels.lab.emulator import EmulationError, Traffic, emulated
 from kernels.lab.emulator import launch as emulated_launch
 from kernels.lab.emulator.memory import GlobalMemory
@@ -278,7 +278,7 @@ def test_the_likeliest_tiling_for_hopper_computes_right(row: tuple[object, ...],
     """Tilings of the real problems, products of warp groups among them, on a few of their pixels."""
     traffic = Traffic()
     problem = problem_of(row)
-    tiling = next(tiling for tiling in cost_model.ranked(problem, LIMITS[90]) if tiling.launches == 1)
+    tiling = next(tiling for tiling in cost_model.ranked(problem, GPU_SPECS[90]) if tiling.launches == 1)
     few = replace(problem, batch=min(problem.batch, 2), height=min(problem.height, 7), width=min(problem.width, 9))
     assert tiling.fits(few), shorthand(tiling)
     assert error_share(BlockCase(few, tiling), 90, traffic) <= 1, shorthand(tiling)

@@ -32,7 +32,7 @@ def test_products_of_every_size(
     assert bool(((out.double().cpu() - exact).abs() <= error_bound(x, layers, block)).all())
 
 
-@pytest.mark.parametrize("capability", cost_model.LIMITS)
+@pytest.mark.parametrize("capability", cost_model.GPU_SPECS)
 @pytest.mark.parametrize("cut", PRODUCT_TILINGS, ids=lambda cut: f"{cut.block_m}x{cut.block_n}x{cut.block_k}")
 def test_products_compile_and_do_not_spill(
     cut: ProductTiling, capability: int, monkeypatch: pytest.MonkeyPatch

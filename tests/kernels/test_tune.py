@@ -44,7 +44,7 @@ def timer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeTimer
     fake = FakeTimer()
     monkeypatch.setenv("CONVFIRST_CACHE", str(tmp_path))
     monkeypatch.setattr(tune, "_machine", lambda device: "GPU A, torch 2, triton 3")
-    monkeypatch.setattr(tune, "limits_of", lambda device: H200)
+    monkeypatch.setattr(tune, "gpu_spec", lambda device: H200)
     monkeypatch.setattr(tune, "time_tilings", fake.fastest)
     monkeypatch.setattr(tune, "compile_together", fake.compile_together)
     tune.forget()

@@ -16,7 +16,7 @@ import torch
 from kernels.timing import DeviceInfo
 from nas.config import LatencyConfig, SearchConfig
 from nas.errors import CandidateFailed, UsageError
-from nas.lab.overhead import FakeEvaluator
+from nas.lab.invented import FakeEvaluator
 from nas.latency import ceilings as profile
 from nas.latency.block_table import BlockTable, network_shape
 from nas.latency.ceilings import Ceilings

@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 
 from nas.config import SAMPLERS, LatencyConfig, Limits, ProxyConfig, SearchConfig
 from nas.errors import CandidateFailed, UsageError
-from nas.lab.overhead import FakeEvaluator
+from nas.lab.invented import FakeEvaluator
 from nas.latency.block_table import BlockTable, Figure
 from nas.latency.ceilings import Ceilings
 from nas.latency.meter import Latency

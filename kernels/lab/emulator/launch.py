@@ -20,7 +20,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import get_cache_manager
 
 from kernels import convfirst
-from kernels.cost_model import LIMITS
+from kernels.cost_model import GPU_SPECS
 from kernels.device_functions import EMULATED, INTERPRETED
 from kernels.lab.emulator.memory import WARP, GlobalMemory, Traffic
 from kernels.lab.emulator.program import Program
@@ -68,7 +68,7 @@ class _Driver:
     def __init__(self, capability: int) -> None:
         self.capability = capability
         self.utils = SimpleNamespace(
-            get_device_properties=lambda device: {"max_shared_mem": LIMITS[capability].shared_bytes},
+            get_device_properties=lambda device: {"max_shared_mem": GPU_SPECS[capability].shared_bytes},
             load_binary=lambda name, binary, shared, device: (object(), 0, 0, 0, 1024),
         )
 
@@ -94,8 +94,8 @@ def emulated(capability: int, traffic: Traffic | None = None) -> Iterator[None]:
         ValueError: the capability is not one that the cost model knows.
         RuntimeError: Triton's interpreter, which cannot share a process with its compiler, has the kernels.
     """
-    if capability not in LIMITS:
-        raise ValueError(f"capability={capability} is none of {', '.join(map(str, LIMITS))}")
+    if capability not in GPU_SPECS:
+        raise ValueError(f"capability={capability} is none of {', '.join(map(str, GPU_SPECS))}")
     if INTERPRETED:
         raise RuntimeError("the kernels are interpreted: unset TRITON_INTERPRET")
     driver: Any = triton.runtime.driver
