@@ -1,14 +1,14 @@
 """A ConvFirst block in three launches: convolution, expansion with its activation, projection with its residual.
 
-For few pixels of many channels, where the programs of a fused block each convolve all channels for themselves and wait
-for one another's partial sums. What is between the launches goes through memory, where it stays in the second-level
-cache.
+This is for few pixels of many channels, where the programs of a fused block each convolve all channels for themselves
+and wait for one another's partial sums. What passes between the launches goes through memory, and stays in the
+second-level cache.
 
     y   = conv(x) + conv_bias                      [P, C]
     h   = act(y @ expand^T + expand_bias)          [P, E]
     out = h @ project + project_bias (+ x)         [P, C']
 
-Legend and weights as in `convfirst`.
+Legend and weights are those of `convfirst`.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def conv_kernel(
     FORM: tl.constexpr, CONV_BLOCK: tl.constexpr, DENSE_ROWS: tl.constexpr, CONV_STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of BLOCK_M output pixels (axis 0), and WIDTH of its channels (axis 1)."""
+    """Compute a tile of BLOCK_M output pixels (axis 0), and WIDTH of its channels (axis 1)."""
     first = tl.program_id(1) * WIDTH
     row, valid, pixel, top, left, inside = place(
         tl.program_id(0), pixels, height, width, out_height, out_width, KERNEL, STRIDE, BLOCK_M, ROWS, WIDE
@@ -56,11 +56,13 @@ def product_kernel(
     RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """act(a @ matrix + bias), plus the shortcut if RESIDUAL: BLOCK_M rows and BLOCK_N outputs; neighbours share rows.
+    """Compute act(a @ matrix + bias), plus the shortcut if RESIDUAL: BLOCK_M rows, BLOCK_N outputs.
+
+    Neighbouring programs share rows.
 
     Args:
         a: (rows, IN).
-        matrix: PADDED long rows, one an output if BY_OUTPUT, else one an input.
+        matrix: rows of PADDED elements, one row for each output if BY_OUTPUT, else one for each input.
         shortcut, out: (rows, OUT).
     """
     ACROSS: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
@@ -90,7 +92,7 @@ def product_kernel(
 
 
 def conv_constants(problem: BlockProblem, tiling: Tiling) -> dict[str, object]:
-    """The first kernel's compile-time arguments."""
+    """The compile-time arguments of the convolution's kernel."""
     pixels = max(problem.batch * problem.height * problem.width, problem.out_pixels)
     return {
         "CHANNELS": problem.in_channels, "PADDED": problem.padded_in, "KERNEL": problem.kernel_size,
@@ -103,7 +105,7 @@ def conv_constants(problem: BlockProblem, tiling: Tiling) -> dict[str, object]:
 
 
 def product_constants(problem: BlockProblem) -> list[tuple[dict[str, object], ProductTiling]]:
-    """The compile-time arguments of expansion and projection, and how each is cut up."""
+    """The compile-time arguments of expansion and projection, each with its tiling."""
     shapes = (
         (problem.in_channels, problem.hidden_channels, problem.padded_in, True, problem.activation, False),
         (problem.hidden_channels, problem.out_channels, problem.padded_out, False, "none", problem.residual),
@@ -120,7 +122,7 @@ def product_constants(problem: BlockProblem) -> list[tuple[dict[str, object], Pr
 
 
 def launch(x: Tensor, weights: BlockWeights, problem: BlockProblem, tiling: Tiling, out: Tensor) -> None:
-    """Run the block into `out`; operands as `convfirst.launch` has them. y and h are allocated."""
+    """Run the block into `out`, with operands as `convfirst.launch` takes them; y and h are allocated."""
     assert problem.padded_in % tiling.part == 0
     assert not problem.is_dense
     pixels = problem.out_pixels

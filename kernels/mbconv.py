@@ -1,11 +1,11 @@
-"""Blocks with the convolution in the middle (MBConv), in two launches, and depthwise-separable ones in one.
+"""Blocks with the convolution in the middle (MBConv) in two launches, and depthwise-separable blocks in one.
 
-    h   = act(x @ expand^T + expand_bias)                     [pixels, E]   launch 1, where there is an expansion
+    h   = act(x @ expand^T + expand_bias)                     [pixels, E]   launch 1, if there is an expansion
     out = sum over blocks of act(conv(h) + bias) @ project    [M, C']       launch 2, plus bias and residual
 
 The hidden tensor goes through device memory: one launch would have to compute the hidden values around each tile again.
 
-Legend as in `convfirst`.
+The legend is that of `convfirst`.
 """
 
 from __future__ import annotations
@@ -51,15 +51,16 @@ from kernels.problem import (
     power_of_two,
 )  # fmt: skip
 
-# Of a step's projection, a thread, that are loaded ahead.
+# The most weights of a step's projection, per thread, that are loaded ahead of the convolution.
 EARLY_WEIGHTS = tl.constexpr(32)
 
 
 @dataclass(frozen=True, slots=True)
 class MBConvProblem(Splittable):
-    """One block on one input; fields as `BlockProblem` has them.
+    """One block on one input, with fields like `BlockProblem`'s.
 
-    `expands` tells whether there is a 1x1 expansion; without it in_channels equals hidden_channels.
+    Args:
+        expands: whether there is a 1x1 expansion; without it in_channels equals hidden_channels.
     """
 
     batch: int
@@ -94,7 +95,7 @@ class MBConvProblem(Splittable):
 
 
 def unsupported(problem: MBConvProblem) -> str | None:
-    """Why the two kernels do not compute this problem, naming what and the value; None where they do."""
+    """The reason why the two kernels do not compute this problem, with name and value; None if they do."""
     for name in ("batch", "height", "width"):
         if getattr(problem, name) < 1:
             return f"{name}={getattr(problem, name)} is below 1"
@@ -118,7 +119,7 @@ def unsupported(problem: MBConvProblem) -> str | None:
 
 
 def tilings(problem: MBConvProblem, gpu: GpuSpec = H200) -> list[Tiling]:
-    """Those of the second launch worth trying, the likeliest first."""
+    """The tilings of the second launch that are worth trying, the likeliest first."""
     forms = ("fma", "diagonal") if problem.group_width == 1 else ("mma",)
     wide = problem.padded_out > 128
     block_m = 64 if problem.out_pixels >= 64 * gpu.multiprocessors and problem.dtype != "float32" else 16
@@ -127,7 +128,7 @@ def tilings(problem: MBConvProblem, gpu: GpuSpec = H200) -> list[Tiling]:
     while problem.out_pixels // block_m * wanted < gpu.multiprocessors and wanted < most:
         wanted *= 2
     found: list[Tiling] = []
-    # Of blocks of 32 channels the sums of several rows would spill.
+    # With blocks of 32 channels the sums of several rows would spill.
     most_rows = 4 if problem.conv_block == MIN_DOT else 1
     shapes = (
         (block_m, 32, forms[0], most_rows), (block_m, 64, forms[0], most_rows), (2 * block_m, 32, forms[0], most_rows),
@@ -145,10 +146,10 @@ def tilings(problem: MBConvProblem, gpu: GpuSpec = H200) -> list[Tiling]:
 
 
 def pack(layers: Sequence[Tensor], problem: MBConvProblem) -> list[Tensor]:
-    """Weights as the kernels read them, zero where channels are padded; biases in float32.
+    """Pack a block's layers as the kernels read them, zero where channels are padded; biases in float32.
 
     Args:
-        layers: weight and bias of the expansion if there is one, of the convolution and of the projection.
+        layers: weight and bias of the expansion, if there is one, of the convolution and of the projection.
 
     Returns:
         expand (padded E, C padded to `HIDDEN_MULTIPLE`) and its bias, both empty without an expansion; the
@@ -183,7 +184,7 @@ def conv_project_kernel(
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BLOCK_M output pixels (axis 0) and one split of the hidden channels (axis 1)."""
+    """Compute one tile of BLOCK_M output pixels (axis 0) and one split of the hidden channels (axis 1)."""
     DTYPE: tl.constexpr = h.dtype.element_ty
     PADDED_OUT: tl.constexpr = total_size(OUT_PARTS)
     EARLY: tl.constexpr = BLOCK_E * PADDED_OUT <= EARLY_WEIGHTS * 32 * WARPS
@@ -198,7 +199,7 @@ def conv_project_kernel(
     for step in tl.range(0, STEPS, num_stages=STAGES):
         first = (split * STEPS + step) * BLOCK_E
         rows = (first + tl.arange(0, BLOCK_E))[:, None] * PADDED_OUT
-        # What few registers hold arrives while the convolution is under way.
+        # If few registers hold the weights, they arrive during the convolution.
         weights = ()
         if EARLY:
             for i in tl.static_range(len(OUT_PARTS)):
@@ -243,7 +244,7 @@ def launch(x: Tensor, weights: Sequence[Tensor], problem: MBConvProblem, tiling:
     """Run the block; x (N, C, H, W) and the output (N, C', H', W') are channels_last.
 
     Args:
-        weights: packed, and after them the scratch: float32, `scratch_elements` of the problem.
+        weights: the packed weights, followed by float32 scratch of the problem's `scratch_elements`.
     """
     expand, expand_bias, conv, conv_bias, project, project_bias, counters, scratch = weights
     hidden = x

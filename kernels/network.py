@@ -1,7 +1,7 @@
 """A timm network with its blocks, stem and head replaced by fused kernels: `fuse(model, dtype=torch.float16)`.
 
-What can be fused is found by looking at the modules; what cannot stays torch's, batch norms folded and channels_last,
-and the report says why.
+`fuse` looks at the modules to see which can be fused. The others stay torch's, channels_last and with their batch norms
+folded, and the report says why.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from kernels import convfirst, head, mbconv, ops, problem, stem, timing, tune
 from kernels.fold import fold_batch_norms
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Partial sums may raise a network's peak workspace by this share of what it would be without.
+# Partial sums may raise a network's peak workspace by this share.
 WORKSPACE_MARGIN = 0.05
 NOMINAL_RESOLUTION = 224
 
@@ -34,14 +34,14 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
 
 
 class NotFused(Exception):
-    """Why a part of a network is left to torch."""
+    """The reason why a module of a network is left to torch."""
 
 
 # -- Modules ---------------------------------------------------------------------------------------------------------
 
 
 class _Fused(nn.Module):
-    """A fused part: its packed weights and its plain layers, one of which the tuner chooses for each problem."""
+    """A fused module: its packed weights and its plain layers, between which the tuner chooses for each problem."""
 
     kernel: tune.Kernel
 
@@ -63,7 +63,7 @@ class _Fused(nn.Module):
         return [getattr(self, f"layer_{index}") for index in range(self.counts[1])]
 
     def problem(self, shape: Sequence[int]) -> Any:
-        """The problem on an input (N, C, H, W)."""
+        """The problem on an input of shape (N, C, H, W)."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -72,12 +72,14 @@ class _Fused(nn.Module):
 
 
 class _FusedBlock(_Fused):
-    """A fused block, which allocates its output, in three launches also what is between them; where the network lends
-    it scratch it may split its tiles as well."""
+    """A fused block; it may split its tiles if the network lends it scratch.
+
+    It allocates its output, and with three launches the tensors between them.
+    """
 
     operator: Callable[..., Tensor]
     make_problem: Callable[..., Any]
-    # The most programs that may share a tile's hidden channels: one, unless the network has the memory.
+    # The most programs that may share a tile's hidden channels; `_limit_splits` raises it where there is memory.
     max_splits = 1
 
     def __init__(
@@ -92,11 +94,11 @@ class _FusedBlock(_Fused):
         return ops.with_splits(found, self.max_splits)
 
     def new_scratch(self, x: Tensor) -> Tensor:
-        """Memory for the partial sums of split tiles, float32."""
+        """Allocate float32 memory for the partial sums of split tiles."""
         if self.max_splits == 1:
             elements = 0
         elif torch.compiler.is_compiling():
-            # Whatever the sizes will be.
+            # Sizes may be symbols here, which a problem cannot hold.
             batch, _, height, width = x.shape
             pixels = batch * ((height - 1) // self.stride + 1) * ((width - 1) // self.stride + 1)
             elements = self.max_splits * pixels * sum(problem.parts(self.layers[-2].shape[0]))
@@ -110,7 +112,7 @@ class _FusedBlock(_Fused):
 
 
 class FusedBlock(_FusedBlock):
-    """A ConvFirst block, see `kernels.convfirst`."""
+    """A ConvFirst block (`kernels.convfirst`)."""
 
     kernel = ops.BLOCK
     operator = ops.block
@@ -125,7 +127,7 @@ class FusedBlock(_FusedBlock):
 
 
 class FusedMBConv(_FusedBlock):
-    """A block with its convolution in the middle, or a depthwise-separable one, see `kernels.mbconv`."""
+    """A block with its convolution in the middle, or a depthwise-separable one (`kernels.mbconv`)."""
 
     kernel = ops.MBCONV
     operator = ops.mbconv_block
@@ -140,7 +142,7 @@ class FusedMBConv(_FusedBlock):
 
 
 class _Started(nn.Module):
-    """A block that begins with a convolution of torch's before its fused part, with a residual around both or none."""
+    """A convolution of torch's followed by a fused block, with a residual around both or none."""
 
     def __init__(self, begin: nn.Module, rest: nn.Module, residual: bool) -> None:
         super().__init__()
@@ -152,7 +154,7 @@ class _Started(nn.Module):
 
 
 class FusedStem(_Fused):
-    """Convolution, bias and activation, see `kernels.stem`."""
+    """Convolution, bias and activation (`kernels.stem`)."""
 
     kernel = ops.STEM
 
@@ -170,7 +172,7 @@ class FusedStem(_Fused):
 
 
 class FusedHead(_Fused):
-    """Pool, 1x1 convolution, activation and classifier, see `kernels.head`."""
+    """Pool, 1x1 convolution, activation and classifier (`kernels.head`)."""
 
     kernel = ops.HEAD
 
@@ -191,6 +193,7 @@ class FusedHead(_Fused):
 
 
 def _activation(module: nn.Module, where: str) -> str:
+    """The kernels' name of an activation; like all checks below it raises NotFused."""
     name = _ACTIVATIONS.get(type(module))
     if name is None or (isinstance(module, nn.GELU) and getattr(module, "approximate", "none") != "none"):
         raise NotFused(f"{where}={module} is no activation that a fused kernel has")
@@ -205,7 +208,7 @@ def _require_identity(block: nn.Module, *names: str) -> None:
 
 
 def _conv(conv: nn.Module, where: str, kernel_size: int | None = None) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a plain convolution, padded by half its kernel, whose batch norm is folded."""
+    """Weight and bias of a plain convolution that is padded by half its kernel and has its batch norm folded."""
     if type(conv) is not nn.Conv2d:
         raise NotFused(f"{where}={type(conv).__name__} is not a plain convolution")
     size = conv.kernel_size[0]
@@ -239,7 +242,7 @@ def _no_activation(module: nn.Module, where: str) -> None:
 
 
 class _Fuser:
-    """Makes fused modules of folded ones, in one dtype."""
+    """Makes fused modules in one dtype, from modules whose batch norms are folded."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -253,7 +256,7 @@ class _Fuser:
         ]
 
     def universal(self, block: UniversalInvertedResidual) -> nn.Module:
-        """ConvFirst where there is no convolution in the middle; with one, MBConv after what begins the block."""
+        """A ConvFirst block; with a convolution in the middle MBConv, perhaps after a convolution of torch's."""
         _require_identity(block, "se", "dw_end")
         act = _activation(block.pw_exp.bn, "pw_exp.bn")
         _require_identity(block.pw_exp, "aa")
@@ -349,6 +352,9 @@ class Graph:
     """A CUDA graph of one forward pass: call it with a batch, or `replay` it on the last one.
 
     The output is the graph's own tensor, which the next replay overwrites.
+
+    Raises:
+        ValueError: the network is not on a CUDA device.
     """
 
     def __init__(self, network: FusedNetwork, batch: int, resolution: int) -> None:
@@ -362,7 +368,7 @@ class Graph:
         with torch.inference_mode(), torch.cuda.device(device):
             self._graph, output = timing.captured(lambda: network(self.input))
         self.output: Tensor = output
-        # A graph knows addresses only.
+        # A graph holds addresses only, so the weights must live as long as it does.
         self._network = network
 
     def replay(self) -> Tensor:
@@ -370,7 +376,7 @@ class Graph:
         return self.output
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Logits (batch, classes) of images (batch, C, H, W), channels_last, in the network's dtype.
+        """Compute logits (batch, classes) of images (batch, C, H, W), channels_last, in the network's dtype.
 
         Raises:
             ValueError: the shape is not the captured one, or the input is not what the network takes.
@@ -383,10 +389,10 @@ class Graph:
 
 
 def _steps(network: Any) -> tuple[nn.Module, ...]:
-    """A timm network's modules in the order of its forward pass, none with others of them inside.
+    """A timm network's modules in the order of its forward pass; none contains another.
 
-    Called one after the other each gives its input free when it has run. timm's own forward passes hold the stem's
-    output, and each stage's input, until all blocks within have run.
+    Called one after the other, each frees its input when it has run. timm's own forward passes hold the stem's output,
+    and each stage's input, until all blocks of the stage have run.
     """
     blocks = [block for stage in network.blocks for block in stage]
     if isinstance(network, MobileNetV3):
@@ -397,10 +403,10 @@ def _steps(network: Any) -> tuple[nn.Module, ...]:
 
 
 class FusedNetwork(nn.Module):
-    """A timm network for inference whose parts are fused where they can be. Made by `fuse`.
+    """A timm network for inference, made by `fuse`, with fused modules where possible.
 
     Attributes:
-        parts: what was fused and what was not, in the order of the network.
+        fusion: which modules were fused, in the order of the network.
         dtype: of input, weights and output.
         in_channels: of the input.
     """
@@ -416,10 +422,10 @@ class FusedNetwork(nn.Module):
         self.eval().requires_grad_(False)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> FusedNetwork:
-        """Moves to another device; weights are packed for one dtype.
+        """Move to another device; the dtype is fixed, as weights are packed for it.
 
         Raises:
-            ValueError: it would change the dtype.
+            ValueError: the dtype would change.
         """
         sample = torch.empty(0, dtype=self.dtype, device=self.device)
         if (made := fn(sample)).dtype != self.dtype:
@@ -436,7 +442,7 @@ class FusedNetwork(nn.Module):
         return {name: module for name, module in self.network.named_modules() if isinstance(module, _Fused)}
 
     def train(self, mode: bool = True) -> FusedNetwork:
-        """Inference only.
+        """Refuse training mode.
 
         Raises:
             ValueError: `mode` is True.
@@ -447,7 +453,7 @@ class FusedNetwork(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (N, classes) of images (N, C, H, W), channels_last, in the network's dtype.
+        """Compute logits (N, classes) of images (N, C, H, W), channels_last, in the network's dtype.
 
         Raises:
             ValueError: the input has another layout, dtype, device or number of channels.
@@ -463,7 +469,7 @@ class FusedNetwork(nn.Module):
             ops.require(x, self.in_channels, self.dtype, self.device)
 
     def report(self, batch: int | None = None, resolution: int | None = None) -> str:
-        """A line for each part: fused, or why not; given a shape of input, also what runs then, and its times."""
+        """Describe each module in a line: fused, or why not; for a given input also what runs, and its times."""
         if batch is None or resolution is None:
             return "\n".join(map(str, self.fusion))
         modules, running = self.fused_modules, {}
@@ -476,7 +482,7 @@ class FusedNetwork(nn.Module):
         )
 
     def problems(self, batch: int, resolution: int) -> dict[str, Any]:
-        """The problem that each fused part has to solve on a batch of square images, found without computing."""
+        """The problem of each fused module on a batch of square images, by module name, found without computing."""
         shapes: dict[str, Sequence[int]] = {}
         hooks = [
             module.register_forward_pre_hook(
@@ -496,7 +502,7 @@ class FusedNetwork(nn.Module):
         return {name: modules[name].problem(into) for name, into in shapes.items()}
 
     def prepare(self, batch: int, resolution: int) -> float:
-        """Get ready for batches of this shape: on CUDA every problem is tuned that this machine has not met before.
+        """Prepare for batches of this shape: on CUDA, tune every problem that is new to this machine.
 
         Returns:
             Seconds it took.
@@ -514,7 +520,7 @@ class FusedNetwork(nn.Module):
         return time.perf_counter() - begin
 
     def graph(self, batch: int, resolution: int) -> Graph:
-        """A CUDA graph of the forward pass on a batch of square images, tuned for it first.
+        """Tune for a batch of square images, and capture a CUDA graph of the forward pass on it.
 
         Raises:
             ValueError: the network is not on a CUDA device.
@@ -530,10 +536,10 @@ def _belongs(fused: str, module: str) -> bool:
 
 
 def _limit_splits(network: FusedNetwork) -> None:
-    """Lend each block scratch for as many splits as raise the network's peak workspace by `WORKSPACE_MARGIN` at most.
+    """Set each block's `max_splits` so that partial sums raise the peak workspace by `WORKSPACE_MARGIN` at most.
 
-    Partial sums, input and output all grow with the batch and the resolution alike, so that one resolution, of which
-    every total stride is a divisor, tells for all.
+    Partial sums, input and output grow alike with batch and resolution. One resolution that every total stride divides
+    therefore decides for all.
     """
     problems, modules = network.problems(1, NOMINAL_RESOLUTION), network.fused_modules
     largest = max(map(moved_bytes, problems.values()), default=0)
@@ -551,7 +557,7 @@ def _input_shape(found: Any) -> tuple[int, int, int, int]:
 
 
 def moved_bytes(found: Any) -> int:
-    """Input and output of a problem."""
+    """Bytes of a problem's input and output."""
     batch, channels, height, width = _input_shape(found)
     out = found.batch * found.classes if isinstance(found, head.HeadProblem) else found.out_pixels * found.out_channels
     return problem.DTYPE_BYTES[found.dtype] * (batch * channels * height * width + out)
@@ -559,7 +565,7 @@ def moved_bytes(found: Any) -> int:
 
 def _task(module: _Fused, found: Any) -> tune.Task:
     layers = module.layers
-    # Never zeros: products of zeros draw less power and so run faster.
+    # Random, as products of zeros draw less power and so run faster.
     x = torch.randn(_input_shape(found), dtype=layers[0].dtype, device=layers[0].device)
     scratch = [module.new_scratch(x)] if isinstance(module, _FusedBlock) else []
     weights = [*module.weights, *scratch]
@@ -567,11 +573,11 @@ def _task(module: _Fused, found: Any) -> tune.Task:
 
 
 def fuse(model: nn.Module, dtype: torch.dtype = torch.float16) -> FusedNetwork:
-    """A copy of a timm network for inference, its blocks, stem and head fused where they can be.
+    """Copy a timm network for inference, and fuse its blocks, stem and head where possible.
 
     Args:
-        model: a `MobileNetV3` or `EfficientNet` of timm, which ConvFirst networks are, in evaluation mode; untouched.
-        dtype: float16, bfloat16 or float32 (the last for checking: products on tensor cores need 16 bits).
+        model: a `MobileNetV3` (as ConvFirst networks are) or `EfficientNet` of timm, in evaluation mode; left as it is.
+        dtype: float16, bfloat16 or float32; float32 is for checking, as products on tensor cores need 16 bits.
 
     Raises:
         ValueError: the model is in training mode or of another class, or the dtype is none of these.
@@ -606,7 +612,7 @@ def fuse(model: nn.Module, dtype: torch.dtype = torch.float16) -> FusedNetwork:
         folded.act2, folded.flatten, folded.classifier = nn.Identity(), nn.Identity(), nn.Identity()
     folded = folded.to(memory_format=torch.channels_last)
     for module in folded.modules():
-        # Fused parts hold float32 biases beside their weights.
+        # Fused modules hold float32 biases beside their weights.
         if not isinstance(module, _Fused):
             for parameter in module._parameters.values():
                 if parameter is not None:

@@ -1,6 +1,6 @@
 """The stem in one launch: a convolution of few input channels, bias and activation.
 
-All taps of a pixel, 27 for 3x3 over RGB, are one row of a single product on tensor cores.
+All taps of a pixel, 27 for 3x3 over RGB, form one row of a single product on tensor cores.
 
 Legend: N, H, W batch, height, width; C, C' input and output channels; K kernel size.
 """
@@ -36,7 +36,7 @@ MAX_CHANNELS = 256
 
 @dataclass(frozen=True, slots=True)
 class StemProblem(Convolved):
-    """A stem on one input; fields as `BlockProblem` has them, the convolution full."""
+    """A stem on one input, with fields like `BlockProblem`'s; its convolution is a full one."""
 
     batch: int
     height: int
@@ -50,7 +50,7 @@ class StemProblem(Convolved):
 
     @property
     def taps(self) -> int:
-        """Values that one output is computed from."""
+        """Input values from which one output is computed."""
         return self.kernel_size**2 * self.in_channels
 
     @property
@@ -64,14 +64,14 @@ class StemProblem(Convolved):
 
 @dataclass(frozen=True, slots=True)
 class StemTiling:
-    """`block_m` output pixels of all channels a program."""
+    """How a stem is divided: each program computes `block_m` output pixels of all channels."""
 
     block_m: int
     num_warps: int = 4
 
 
 def unsupported(problem: StemProblem) -> str | None:
-    """Why the fused stem does not compute this problem, naming what and the value; None where it does."""
+    """The reason why the fused stem does not compute this problem, with name and value; None if it does."""
     for name in ("batch", "height", "width", "in_channels"):
         if getattr(problem, name) < 1:
             return f"{name}={getattr(problem, name)} is below 1"
@@ -91,7 +91,7 @@ def unsupported(problem: StemProblem) -> str | None:
 
 
 def tilings(problem: StemProblem, gpu: GpuSpec = H200) -> list[StemTiling]:
-    """Those worth trying, the likeliest first."""
+    """The tilings that are worth trying, the likeliest first."""
     large = problem.out_pixels >= 128 * gpu.multiprocessors
     found = [StemTiling(128), StemTiling(64), StemTiling(128, 8)] if large else [StemTiling(32), StemTiling(64)]
     # A tile of all taps and a tile of all outputs live in registers.
@@ -100,14 +100,14 @@ def tilings(problem: StemProblem, gpu: GpuSpec = H200) -> list[StemTiling]:
 
 
 def pack(layers: Sequence[Tensor], problem: StemProblem) -> list[Tensor]:
-    """Weights as the kernel reads them, (padded taps, padded C'), and bias (padded C',) in float32.
+    """Pack weights as the kernel reads them, (padded taps, padded C'), and the bias, (padded C',) in float32.
 
     Args:
         layers: weight (C', C, K, K) and bias (C',).
     """
     weight, bias = layers
     columns = sum(parts(problem.out_channels))
-    # A row is (ky, kx, c), as the pixels lie in memory.
+    # A row is ordered (ky, kx, c), as the pixels are in memory.
     rows = weight.permute(2, 3, 1, 0).reshape(problem.taps, problem.out_channels)
     padded = F.pad(rows, (0, columns - problem.out_channels, 0, problem.padded_taps - problem.taps))
     dtype = getattr(torch, problem.dtype)
@@ -120,6 +120,7 @@ def stem_part(
     FIRST: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr,
     TAPS: tl.constexpr, BLOCK_M: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
+    """Store channels FIRST to FIRST + WIDTH of BLOCK_M output pixels."""
     columns = FIRST + tl.arange(0, WIDTH)
     total = tl.zeros([BLOCK_M, WIDTH], tl.float32) + tl.load(bias + columns)[None, :]
     total = dot(tile, tl.load(weight + tl.arange(0, TAPS)[:, None] * PADDED + columns[None, :]), total)
@@ -134,7 +135,7 @@ def stem_kernel(
     IN: tl.constexpr, OUT: tl.constexpr, OUT_PARTS: tl.constexpr, TAPS: tl.constexpr, PADDED_TAPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M output pixels."""
+    """Compute BLOCK_M output pixels (axis 0)."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = row < pixels
     if WIDE:

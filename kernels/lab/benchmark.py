@@ -446,7 +446,9 @@ def predictions(gpu: cost_model.GpuSpec) -> list[dict[str, Any]]:
 def _checked_device(name: str) -> torch.device:
     if name not in DTYPE_ON:
         fail(f"--device {name}: neither cuda nor cpu")
-    return current_gpu("; --device cpu runs the small version") if name == "cuda" else torch.device(name)
+    if name == "cpu":
+        return torch.device(name)
+    return current_gpu("--device cuda: torch finds no CUDA device here; --device cpu runs the small version")
 
 
 def _ceilings(results: ResultFile, device: torch.device) -> MachineCeilings:

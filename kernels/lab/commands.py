@@ -22,6 +22,7 @@ Out = Annotated[Path | None, typer.Option(help="Folder for the results (default:
 
 
 def capability_option(default: str) -> Any:
+    """The option `--capability`, whose default the command fills in."""
     return typer.Option(help=f"Compute capability: 80, 89 or 90. May be given several times (default: {default}).")
 
 
@@ -39,14 +40,15 @@ def deadline_after(minutes: float) -> float:
     return now + 60 * minutes
 
 
-def current_gpu(advice: str = "") -> torch.device:
+def current_gpu(refusal: str = "torch finds no CUDA device here") -> torch.device:
+    """The current CUDA device; without one the command ends."""
     if not torch.cuda.is_available():
-        fail(f"--device cuda: torch finds no CUDA device here{advice}")
+        fail(refusal)
     return torch.device("cuda", torch.cuda.current_device())
 
 
 def known_capabilities(asked: Iterable[int]) -> list[int]:
-    """The capabilities asked for, if the compiler can run here and all of them are known."""
+    """The capabilities asked for; the command ends if one is unknown or the compiler cannot run here."""
     if INTERPRETED:
         fail("TRITON_INTERPRET=1: the compiler cannot run under the interpreter; unset it")
     for capability in asked:
@@ -56,7 +58,7 @@ def known_capabilities(asked: Iterable[int]) -> list[int]:
 
 
 def results_folder(out: Path | None, device_name: str) -> Path:
-    """The folder for results, made if need be (default: one for the device under docs/benchmarks)."""
+    """Make the folder for results (default: one for the device under docs/benchmarks)."""
     slug = "-".join("".join(c if c.isalnum() else " " for c in device_name.lower()).split())
     folder = out or BENCHMARKS / slug
     try:

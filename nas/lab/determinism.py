@@ -9,17 +9,18 @@ import typer
 
 from nas.config import ProxyConfig
 from nas.errors import CandidateFailed
+from nas.lab.options import Space
 from nas.training.determinism import measure
 from search_spaces import load_space
 
 
 def main(
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cuda",
-    space: Annotated[str, typer.Option(help="The space whose anchor is trained.")] = "small",
-    steps: Annotated[int, typer.Option(min=1, help="Of each training.")] = 200,
+    device: Annotated[str, typer.Option(help="Device: cpu, cuda or cuda:N.")] = "cuda",
+    space: Space = "small",
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each training.")] = 200,
     rounds: Annotated[int, typer.Option(min=2, help="Trainings of either kind.")] = 4,
 ) -> None:
-    """Print the seconds of both kinds of training side by side, their ratio, and whether equal trainings agree."""
+    """Train the space's anchor with and without deterministic algorithms, and compare seconds and losses."""
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise typer.BadParameter(f"{device}: no CUDA device here", param_hint="--device")
     try:

@@ -15,6 +15,7 @@ import typer
 
 from nas.config import SearchConfig
 from nas.lab.invented import FakeEvaluator
+from nas.lab.options import Space
 from nas.search.loop import Event, Silent, run
 from search_spaces import load_space
 
@@ -28,11 +29,13 @@ class _Stopwatch(Silent):
 
 
 def main(
-    trials: Annotated[list[int] | None, typer.Option(help="Trials of a study; may be given several times.")] = None,
-    sampler: Annotated[str, typer.Option(help="As run_search.py's.")] = "tpe",
-    space: Annotated[str, typer.Option(help="As run_search.py's.")] = "small",
+    trials: Annotated[
+        list[int] | None, typer.Option(help="Trials of a study; may be given several times (default: 200 and 2000).")
+    ] = None,
+    sampler: Annotated[str, typer.Option(help="Sampler: tpe, nsga2 or random.")] = "tpe",
+    space: Space = "small",
 ) -> None:
-    """Print milliseconds a trial that are neither training nor timing: over all trials, and over the last tenth."""
+    """Print milliseconds per trial that are neither training nor timing, over all trials and over the last tenth."""
     for count in trials or [200, 2000]:
         with tempfile.TemporaryDirectory() as folder:
             watch = _Stopwatch()

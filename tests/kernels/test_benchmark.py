@@ -325,12 +325,12 @@ def synthetic_records() -> list[dict[str, Any]]:
 
 
 def test_means_are_geometric_and_stand_beside_their_goals() -> None:
-    found = {figure.name: figure for figure in benchmark_report.figures(synthetic_records())}
+    found = {each.name: each for each in benchmark_report.statistics(synthetic_records())}
 
     def value(name: str) -> tuple[float, int, bool | None]:
-        figure = found[name]
-        assert figure.value is not None
-        return pytest.approx(figure.value), figure.rows, figure.met
+        each = found[name]
+        assert each.value is not None
+        return pytest.approx(each.value), each.rows, each.met
 
     assert value("fused over compiled, batch 128, C <= 128") == ((2 * 8) ** 0.5, 2, True)
     assert value("fused over compiled, batch 128") == ((2 * 8 * 1) ** (1 / 3), 3, None)
