@@ -19,7 +19,6 @@ computed in parts, each a power of two (`problem.parts`): the tuples below hold 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import ceil
 
 import torch
@@ -42,7 +41,8 @@ from kernels.device_functions import (
     store_tile,
     total_size,
 )
-from kernels.problem import COUNTERS, DENSE_MULTIPLE, MIN_DOT, WIDE_ELEMENTS, BlockProblem, Tiling, parts
+from kernels.packing import BlockWeights
+from kernels.problem import DENSE_MULTIPLE, MIN_DOT, WIDE_ELEMENTS, BlockProblem, Tiling, parts
 
 ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu, "relu": F.relu, "gelu": F.gelu, "hard_swish": F.hardswish, "none": lambda x: x,
@@ -65,105 +65,6 @@ def layer_by_layer(x: Tensor, layers: Sequence[Tensor], problem: BlockProblem) -
     h = ACTIVATE[problem.activation](F.conv2d(y, expand, expand_bias))
     out = F.conv2d(h, project, project_bias)
     return out + x if problem.residual else out
-
-
-# -- Weights ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class BlockWeights:
-    """A block's weights as the kernel reads them, zero where channels are padded.
-
-    Args:
-        conv: flat, see `pack_conv`; in the block's dtype, as `expand` and `project` are.
-        conv_bias: (padded C,) float32, as are the other biases.
-        expand: (padded E, padded C).
-        expand_bias: (padded E,).
-        project: (padded E, padded C').
-        project_bias: (padded C',).
-        counters: (`COUNTERS`,) int32 zeros, which tell the splits of a tile which of them ends last; zeros again after
-            every launch. Launches with the same weights must therefore not overlap, as on two streams.
-    """
-
-    conv: Tensor
-    conv_bias: Tensor
-    expand: Tensor
-    expand_bias: Tensor
-    project: Tensor
-    project_bias: Tensor
-    counters: Tensor
-
-
-def new_counters(device: torch.device) -> Tensor:
-    """The `counters` of `BlockWeights`."""
-    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-
-
-def grouped_weights(weight: Tensor, padded: int, block: int) -> Tensor:
-    """Pack grouped weights as the kernels' convolutions read them, zero where channels are padded.
-
-    Args:
-        weight: (channels, group width, K, K), as `nn.Conv2d` has it.
-        padded: channels to pad to.
-        block: D, a multiple of the group width, or no less than all channels.
-
-    Returns:
-        Flat; of depthwise weights (K*K, padded), of others block-diagonal dense blocks (K*K, padded / D, D in, D out).
-    """
-    channels, group_width = weight.shape[:2]
-    # (taps, out, in within the group)
-    by_tap = weight.flatten(2).permute(2, 0, 1)
-    if group_width == 1:
-        return F.pad(by_tap[:, :, 0], (0, padded - channels)).flatten()
-    out = torch.arange(channels, device=weight.device)
-    first_in = out // group_width * group_width
-    blocks = weight.new_zeros(len(by_tap), padded // block, block, block)
-    for lane in range(group_width):
-        blocks[:, out // block, (first_in + lane) % block, out % block] = by_tap[:, :, lane]
-    return blocks.flatten()
-
-
-def pack_conv(weight: Tensor, problem: BlockProblem) -> Tensor:
-    """Pack the weights of a block's convolution, flat.
-
-    Args:
-        weight: (C, group width, K, K), as `nn.Conv2d` has it.
-
-    Returns:
-        The result of `grouped_weights`; of a "dense" convolution (K*K, C padded to `DENSE_MULTIPLE`, padded C), flat.
-    """
-    if not problem.is_dense:
-        return grouped_weights(weight, problem.padded_in, problem.conv_block)
-    channels = problem.in_channels
-    rows = ceil(channels / DENSE_MULTIPLE) * DENSE_MULTIPLE
-    dense = weight.new_zeros(problem.kernel_size**2, rows, problem.padded_in)
-    # (taps, in, out)
-    dense[:, :channels, :channels] = weight.flatten(2).permute(2, 1, 0)
-    return dense.flatten()
-
-
-def pack(layers: Sequence[Tensor], problem: BlockProblem) -> BlockWeights:
-    """Pack a block's layers, given as `layer_by_layer` takes them, for the kernel."""
-    conv, conv_bias, expand, expand_bias, project, project_bias = layers
-    dtype = getattr(torch, problem.dtype)
-    padded_in, padded_out = problem.padded_in, problem.padded_out
-    padded_hidden = problem.padded_hidden
-
-    def padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
-        return F.pad(matrix, (0, columns - matrix.shape[1], 0, rows - matrix.shape[0])).to(dtype).contiguous()
-
-    def padded_bias(bias: Tensor, length: int) -> Tensor:
-        return F.pad(bias.float(), (0, length - len(bias))).contiguous()
-
-    return BlockWeights(
-        conv=pack_conv(conv.to(dtype), problem),
-        conv_bias=padded_bias(conv_bias, padded_in),
-        expand=padded(expand.flatten(1), padded_hidden, padded_in),
-        expand_bias=padded_bias(expand_bias, padded_hidden),
-        project=padded(project.flatten(1).T, padded_hidden, padded_out),
-        project_bias=padded_bias(project_bias, padded_out),
-        counters=new_counters(conv.device),
-    )
 
 
 # -- Kernel ----------------------------------------------------------------------------------------------------------

@@ -332,21 +332,21 @@ def _product_cost(
     size, m, n = problem.itemsize, tiling.block_m, tiling.block_n
     programs = tiling.programs(problem.out_pixels, outputs)
     inner = ceil(into / tiling.block_k) * tiling.block_k
-    loaded, found = programs * inner * (m + n) * size, programs * m * n
+    loaded, computed = programs * inner * (m + n) * size, programs * m * n
     stored = problem.out_pixels * outputs
     per_clock = gpu.multiprocessors * gpu.clock_hz
     warp_groups = m >= 64 and size == 2 and gpu.wgmma_macs > gpu.mma_macs
     matrix = (gpu.wgmma_macs if m >= 64 else gpu.mma_macs) / (4 if size == 4 else 1)
     # Hopper's products read the second operand once for 64 rows; with older ones each warp reads its share of both.
     read = m + n * m / 64 if warp_groups else 2 * m + min(4, m // MIN_DOT) * n
-    traffic = loaded + (programs * inner * read + 2 * found) * size
+    traffic = loaded + (programs * inner * read + 2 * computed) * size
     terms = {
         "dram": (_dram_bytes(problem, problem.out_pixels * into) + _dram_bytes(problem, stored)) / gpu.dram_bytes,
         "l2": (loaded + stored * size * (2 if residual else 1)) / gpu.l2_bytes,
         "shared": traffic / (gpu.l1_bytes * per_clock),
-        "tensor": found * inner / matrix,
-        "special": found * SPECIAL_FUNCTIONS.get(activation, 0) / (gpu.special_functions * per_clock),
-        "issue": (loaded / 16 * WEIGHT_SLOTS + found * (OUT_SLOTS + ISSUE_SLOTS.get(activation, 0)))
+        "tensor": computed * inner / matrix,
+        "special": computed * SPECIAL_FUNCTIONS.get(activation, 0) / (gpu.special_functions * per_clock),
+        "issue": (loaded / 16 * WEIGHT_SLOTS + computed * (OUT_SLOTS + ISSUE_SLOTS.get(activation, 0)))
         / (gpu.lanes * per_clock),
     }
     registers = 32 * tiling.num_warps * min(255, m * n / (32 * tiling.num_warps) + OTHER_REGISTERS)
@@ -507,7 +507,7 @@ def estimate(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec = H200) -> floa
 
 def fitting_tilings(problem: BlockProblem, gpu: GpuSpec = H200) -> list[Tiling]:
     """All tilings that fit the GPU, however slow."""
-    found = []
+    tilings = []
     wgmma = gpu.wgmma_macs > gpu.mma_macs
     shapes = [(block_m, rows) for block_m in BLOCKS_M for rows in ROWS if block_m // rows >= MIN_DOT]
     for (block_m, rows), block_e, warps, stages in product(shapes, BLOCKS_E, (4, 8), (1, 2, 3)):
@@ -530,11 +530,11 @@ def fitting_tilings(problem: BlockProblem, gpu: GpuSpec = H200) -> list[Tiling]:
                 if splits * out_splits > 1 and split.programs(problem) > 2 * gpu.multiprocessors:
                     continue
                 if split.fits(problem) and live_registers(problem, split) <= most_live_registers(problem, split, wgmma):
-                    found.append(split)
+                    tilings.append(split)
             # A tiling that keeps its weights has no pipeline over hidden channels: one number of stages is enough.
             if stages == 2 and (kept := keeping(problem, one, gpu)):
-                found.append(kept)
-    return found + three_launch_tilings(problem, gpu)
+                tilings.append(kept)
+    return tilings + three_launch_tilings(problem, gpu)
 
 
 def three_launch_tilings(problem: BlockProblem, gpu: GpuSpec) -> list[Tiling]:
@@ -544,7 +544,7 @@ def three_launch_tilings(problem: BlockProblem, gpu: GpuSpec) -> list[Tiling]:
     # Slices have to divide the channels evenly.
     width = min(WIDEST_CONV, problem.padded_in & -problem.padded_in)
     widths = [each for each in (width, width // 2) if each >= problem.conv_block]
-    found = []
+    tilings = []
     for block_m, rows, form, warps, conv_stages, part in product(
         BLOCKS_M, ROWS, conv_forms(problem), (4, 8), (1, 3), widths
     ):
@@ -556,8 +556,8 @@ def three_launch_tilings(problem: BlockProblem, gpu: GpuSpec) -> list[Tiling]:
         one = conv_slice(problem, tiling)
         fits = shared_bytes(problem, tiling) <= most_shared_bytes(problem, gpu)
         if fits and conv_registers(one, tiling) <= MOST_CONV and compiles(one, tiling, gpu):
-            found.append(tiling)
-    return found
+            tilings.append(tiling)
+    return tilings
 
 
 def compiles(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec) -> bool:

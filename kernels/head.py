@@ -48,10 +48,6 @@ class HeadProblem:
     activation: str
     dtype: str
 
-    @property
-    def macs(self) -> int:
-        return self.batch * self.features * (self.in_channels + self.classes)
-
 
 @dataclass(frozen=True, slots=True)
 class HeadTiling:

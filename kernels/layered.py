@@ -14,17 +14,14 @@ Legend and weights are those of `convfirst`.
 from __future__ import annotations
 
 from math import ceil
-from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.device_functions import activate, convolve_tile, dot, place, round_to
+from kernels.packing import BlockWeights
 from kernels.problem import DENSE_MULTIPLE, WIDE_ELEMENTS, BlockProblem, ProductTiling, Tiling, product_tilings
-
-if TYPE_CHECKING:
-    from kernels.convfirst import BlockWeights
 
 
 @triton.jit(do_not_specialize=["pixels", "height", "width", "out_height", "out_width", "taps"])
@@ -110,15 +107,15 @@ def product_constants(problem: BlockProblem) -> list[tuple[dict[str, object], Pr
         (problem.in_channels, problem.hidden_channels, problem.padded_in, True, problem.activation, False),
         (problem.hidden_channels, problem.out_channels, problem.padded_out, False, "none", problem.residual),
     )
-    found = []
+    products = []
     for (into, out, padded, by_output, act, residual), tiling in zip(shapes, product_tilings(problem), strict=True):
         constants = {
             "IN": into, "OUT": out, "PADDED": padded, "BY_OUTPUT": by_output, "ACTIVATION": act, "RESIDUAL": residual,
             "BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k,
             "STAGES": tiling.num_stages, "WIDE": problem.out_pixels * max(into, out) >= WIDE_ELEMENTS,
         }  # fmt: skip
-        found.append((constants, tiling))
-    return found
+        products.append((constants, tiling))
+    return products
 
 
 def launch(x: Tensor, weights: BlockWeights, problem: BlockProblem, tiling: Tiling, out: Tensor) -> None:

@@ -20,7 +20,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.convfirst import grouped_weights, new_counters
 from kernels.cost_model import H200, GpuSpec
 from kernels.device_functions import (
     activate,
@@ -35,6 +34,7 @@ from kernels.device_functions import (
     total_size,
 )
 from kernels.head import HeadTiling, linear
+from kernels.packing import grouped_weights, new_counters
 from kernels.problem import (
     ACTIVATIONS,
     CHANNEL_MULTIPLE,
@@ -87,12 +87,6 @@ class MBConvProblem(Splittable):
         """Channels of one dense block of the grouped convolution's weights."""
         return max(MIN_DOT, power_of_two(self.group_width))
 
-    @property
-    def macs(self) -> int:
-        expand = self.batch * self.height * self.width * self.in_channels if self.expands else 0
-        conv = self.out_pixels * self.kernel_size**2 * self.group_width
-        return self.hidden_channels * (expand + conv + self.out_pixels * self.out_channels)
-
 
 def unsupported(problem: MBConvProblem) -> str | None:
     """The reason why the two kernels do not compute this problem, with name and value; None if they do."""
@@ -127,7 +121,7 @@ def tilings(problem: MBConvProblem, gpu: GpuSpec = H200) -> list[Tiling]:
     most = min(problem.max_splits, problem.hidden_channels // 128)
     while problem.out_pixels // block_m * wanted < gpu.multiprocessors and wanted < most:
         wanted *= 2
-    found: list[Tiling] = []
+    offered: list[Tiling] = []
     # With blocks of 32 channels the sums of several rows would spill.
     most_rows = 4 if problem.conv_block == MIN_DOT else 1
     shapes = (
@@ -139,10 +133,10 @@ def tilings(problem: MBConvProblem, gpu: GpuSpec = H200) -> list[Tiling]:
         # Not every number of splits divides the hidden channels well; one always does.
         for splits in (wanted, wanted // 2, wanted // 4, 1):
             tiling = Tiling(pixels, hidden, form, max(1, splits), 8 if wide else 4, rows=rows)
-            if tiling.fits(problem) and tiling not in found:
-                found.append(tiling)
+            if tiling.fits(problem) and tiling not in offered:
+                offered.append(tiling)
                 break
-    return found
+    return offered
 
 
 def pack(layers: Sequence[Tensor], problem: MBConvProblem) -> list[Tensor]:
@@ -153,7 +147,7 @@ def pack(layers: Sequence[Tensor], problem: MBConvProblem) -> list[Tensor]:
 
     Returns:
         expand (padded E, C padded to `HIDDEN_MULTIPLE`) and its bias, both empty without an expansion; the
-        convolution's weights, flat, as `convfirst.grouped_weights` has them, and bias; project (padded E, padded C')
+        convolution's weights, flat, as `packing.grouped_weights` has them, and bias; project (padded E, padded C')
         and bias; counters as `BlockWeights` has them.
     """
     dtype = getattr(torch, problem.dtype)

@@ -18,8 +18,9 @@ from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedRes
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 
-from kernels import convfirst, head, mbconv, ops, problem, stem, timing, tune
+from kernels import head, mbconv, ops, packing, stem, timing, tune
 from kernels.fold import fold_batch_norms
+from kernels.problem import DTYPE_BYTES, parts, unsupported
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 # Partial sums may raise a network's peak workspace by this share.
@@ -90,8 +91,8 @@ class _FusedBlock(_Fused):
 
     def problem(self, shape: Sequence[int]) -> Any:
         layers = self.layers
-        found = type(self).make_problem(shape, layers[0].dtype, layers, self.stride, self.activation, self.residual)
-        return ops.with_splits(found, self.max_splits)
+        problem = type(self).make_problem(shape, layers[0].dtype, layers, self.stride, self.activation, self.residual)
+        return ops.with_splits(problem, self.max_splits)
 
     def new_scratch(self, x: Tensor) -> Tensor:
         """Allocate float32 memory for the partial sums of split tiles."""
@@ -101,7 +102,7 @@ class _FusedBlock(_Fused):
             # Sizes may be symbols here, which a problem cannot hold.
             batch, _, height, width = x.shape
             pixels = batch * ((height - 1) // self.stride + 1) * ((width - 1) // self.stride + 1)
-            elements = self.max_splits * pixels * sum(problem.parts(self.layers[-2].shape[0]))
+            elements = self.max_splits * pixels * sum(parts(self.layers[-2].shape[0]))
         else:
             elements = self.problem(x.shape).scratch_elements
         return x.new_empty(elements, dtype=torch.float32)
@@ -119,10 +120,12 @@ class FusedBlock(_FusedBlock):
     make_problem = staticmethod(ops.block_problem)
 
     def __init__(self, layers: Sequence[Tensor], stride: int, activation: str, residual: bool) -> None:
-        found = ops.block_problem((1, layers[0].shape[0], 1, 1), layers[0].dtype, layers, stride, activation, residual)
-        if why := problem.unsupported(found):
+        problem = ops.block_problem(
+            (1, layers[0].shape[0], 1, 1), layers[0].dtype, layers, stride, activation, residual
+        )
+        if why := unsupported(problem):
             raise NotFused(why)
-        packed = convfirst.pack(layers, found)
+        packed = packing.pack(layers, problem)
         super().__init__(list(vars(packed).values()), layers, stride, activation, residual)
 
 
@@ -135,10 +138,10 @@ class FusedMBConv(_FusedBlock):
 
     def __init__(self, layers: Sequence[Tensor], stride: int, activation: str, residual: bool) -> None:
         channels = layers[0].shape[1] if len(layers) == 6 else layers[0].shape[0]
-        found = ops.mbconv_problem((1, channels, 1, 1), layers[0].dtype, layers, stride, activation, residual)
-        if why := mbconv.unsupported(found):
+        problem = ops.mbconv_problem((1, channels, 1, 1), layers[0].dtype, layers, stride, activation, residual)
+        if why := mbconv.unsupported(problem):
             raise NotFused(why)
-        super().__init__(mbconv.pack(layers, found), layers, stride, activation, residual)
+        super().__init__(mbconv.pack(layers, problem), layers, stride, activation, residual)
 
 
 class _Started(nn.Module):
@@ -159,10 +162,10 @@ class FusedStem(_Fused):
     kernel = ops.STEM
 
     def __init__(self, layers: Sequence[Tensor], stride: int, activation: str) -> None:
-        found = ops.stem_problem((1, layers[0].shape[1], 1, 1), layers[0].dtype, layers, stride, activation)
-        if why := stem.unsupported(found):
+        problem = ops.stem_problem((1, layers[0].shape[1], 1, 1), layers[0].dtype, layers, stride, activation)
+        if why := stem.unsupported(problem):
             raise NotFused(why)
-        super().__init__(stem.pack(layers, found), layers, stride, activation)
+        super().__init__(stem.pack(layers, problem), layers, stride, activation)
 
     def problem(self, shape: Sequence[int]) -> Any:
         return ops.stem_problem(shape, self.layers[0].dtype, self.layers, self.stride, self.activation)
@@ -177,10 +180,10 @@ class FusedHead(_Fused):
     kernel = ops.HEAD
 
     def __init__(self, layers: Sequence[Tensor], activation: str) -> None:
-        found = ops.head_problem((1, layers[0].shape[1], 1, 1), layers[0].dtype, layers, activation)
-        if why := head.unsupported(found):
+        problem = ops.head_problem((1, layers[0].shape[1], 1, 1), layers[0].dtype, layers, activation)
+        if why := head.unsupported(problem):
             raise NotFused(why)
-        super().__init__(head.pack(layers, found), layers, 1, activation)
+        super().__init__(head.pack(layers, problem), layers, 1, activation)
 
     def problem(self, shape: Sequence[int]) -> Any:
         return ops.head_problem(shape, self.layers[0].dtype, self.layers, self.activation)
@@ -473,8 +476,8 @@ class FusedNetwork(nn.Module):
         if batch is None or resolution is None:
             return "\n".join(map(str, self.fusion))
         modules, running = self.fused_modules, {}
-        for name, found in self.problems(batch, resolution).items():
-            choice = tune.choose(modules[name].kernel, found, self.device)
+        for name, problem in self.problems(batch, resolution).items():
+            choice = tune.choose(modules[name].kernel, problem, self.device)
             running[name] = choice.describe()
         return "\n".join(
             f"{status}" + "".join(f" [{text}]" for name, text in running.items() if _belongs(name, status.name))
@@ -482,7 +485,7 @@ class FusedNetwork(nn.Module):
         )
 
     def problems(self, batch: int, resolution: int) -> dict[str, Any]:
-        """The problem of each fused module on a batch of square images, by module name, found without computing."""
+        """The problem of each fused module on a batch of square images, by module name, without computing anything."""
         shapes: dict[str, Sequence[int]] = {}
         hooks = [
             module.register_forward_pre_hook(
@@ -512,10 +515,10 @@ class FusedNetwork(nn.Module):
         if self.device.type == "cuda":
             modules = self.fused_modules
             tasks: dict[Any, tune.Task] = {}
-            for name, found in problems.items():
+            for name, problem in problems.items():
                 module = modules[name]
-                if (module.kernel.name, found) not in tasks:
-                    tasks[module.kernel.name, found] = _task(module, found)
+                if (module.kernel.name, problem) not in tasks:
+                    tasks[module.kernel.name, problem] = _task(module, problem)
             tune.tune(list(tasks.values()))
         return time.perf_counter() - begin
 
@@ -543,33 +546,34 @@ def _limit_splits(network: FusedNetwork) -> None:
     """
     problems, modules = network.problems(1, NOMINAL_RESOLUTION), network.fused_modules
     largest = max(map(moved_bytes, problems.values()), default=0)
-    for name, found in problems.items():
+    for name, problem in problems.items():
         module = modules[name]
         if isinstance(module, _FusedBlock):
-            left = int((1 + WORKSPACE_MARGIN) * largest) - moved_bytes(found)
-            module.max_splits = ops.max_splits(found.out_pixels, found.padded_out, left)
+            left = int((1 + WORKSPACE_MARGIN) * largest) - moved_bytes(problem)
+            module.max_splits = ops.max_splits(problem.out_pixels, problem.padded_out, left)
 
 
-def _input_shape(found: Any) -> tuple[int, int, int, int]:
-    if isinstance(found, head.HeadProblem):
-        return (found.batch, found.in_channels, found.pixels, 1)
-    return (found.batch, found.in_channels, found.height, found.width)
+def _input_shape(problem: Any) -> tuple[int, int, int, int]:
+    if isinstance(problem, head.HeadProblem):
+        return (problem.batch, problem.in_channels, problem.pixels, 1)
+    return (problem.batch, problem.in_channels, problem.height, problem.width)
 
 
-def moved_bytes(found: Any) -> int:
+def moved_bytes(problem: Any) -> int:
     """Bytes of a problem's input and output."""
-    batch, channels, height, width = _input_shape(found)
-    out = found.batch * found.classes if isinstance(found, head.HeadProblem) else found.out_pixels * found.out_channels
-    return problem.DTYPE_BYTES[found.dtype] * (batch * channels * height * width + out)
+    batch, channels, height, width = _input_shape(problem)
+    is_head = isinstance(problem, head.HeadProblem)
+    out = problem.batch * problem.classes if is_head else problem.out_pixels * problem.out_channels
+    return DTYPE_BYTES[problem.dtype] * (batch * channels * height * width + out)
 
 
-def _task(module: _Fused, found: Any) -> tune.Task:
+def _task(module: _Fused, problem: Any) -> tune.Task:
     layers = module.layers
     # Random, as products of zeros draw less power and so run faster.
-    x = torch.randn(_input_shape(found), dtype=layers[0].dtype, device=layers[0].device)
+    x = torch.randn(_input_shape(problem), dtype=layers[0].dtype, device=layers[0].device)
     scratch = [module.new_scratch(x)] if isinstance(module, _FusedBlock) else []
     weights = [*module.weights, *scratch]
-    return tune.Task(module.kernel, found, x.to(memory_format=torch.channels_last), weights, layers)
+    return tune.Task(module.kernel, problem, x.to(memory_format=torch.channels_last), weights, layers)
 
 
 def fuse(model: nn.Module, dtype: torch.dtype = torch.float16) -> FusedNetwork:

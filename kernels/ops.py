@@ -21,13 +21,14 @@ from kernels.convfirst import ACTIVATE
 from kernels.device_functions import run_on_cpu
 from kernels.head import HeadProblem, HeadTiling
 from kernels.mbconv import MBConvProblem
+from kernels.packing import BlockWeights
 from kernels.problem import COUNTERS, MAX_SPLITS, BlockProblem, Tiling
 from kernels.stem import StemProblem, StemTiling
 
 
 def _launch_block(x: Tensor, weights: Sequence[Tensor], problem: BlockProblem, tiling: Tiling) -> Tensor:
     *packed, scratch = weights
-    return convfirst.launch(x, convfirst.BlockWeights(*packed), problem, tiling, scratch)
+    return convfirst.launch(x, BlockWeights(*packed), problem, tiling, scratch)
 
 
 def _stem_layers(x: Tensor, layers: Sequence[Tensor], problem: StemProblem) -> Tensor:
@@ -75,14 +76,14 @@ def max_splits(out_pixels: int, padded_out: int, scratch_bytes: int) -> int:
     return 1 if fitting < 2 else min(MAX_SPLITS, 1 << (fitting.bit_length() - 1))
 
 
-def with_splits(found: SplitProblem, most: int) -> SplitProblem:
+def with_splits(problem: SplitProblem, most: int) -> SplitProblem:
     """The problem of a block with scratch for `most` splits, or for fewer if more are of no use.
 
     Large batches give every multiprocessor enough tiles: their problem is the same whatever the scratch, and is tuned
     once.
     """
-    useful = COUNTERS // ceil(found.out_pixels / max(cost_model.BLOCKS_M))
-    return replace(found, max_splits=max(1, min(most, 1 << max(0, useful.bit_length() - 1))))
+    useful = COUNTERS // ceil(problem.out_pixels / max(cost_model.BLOCKS_M))
+    return replace(problem, max_splits=max(1, min(most, 1 << max(0, useful.bit_length() - 1))))
 
 
 def block_problem(

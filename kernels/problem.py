@@ -53,13 +53,13 @@ def parts(channels: int, minimum: int = MIN_DOT, largest: int = LARGEST_PART) ->
         largest: channels of the largest part; a power of two that divides `LARGEST_PART`.
     """
     whole, rest = divmod(channels, LARGEST_PART)
-    found = [LARGEST_PART] * whole
+    pieces = [LARGEST_PART] * whole
     if rest:
         padded = max(minimum, power_of_two(rest))
         first = padded // 2
         second = max(minimum, power_of_two(rest - first)) if rest > first >= minimum else padded
-        found += [first, second] if first + second < padded else [padded]
-    return tuple(piece for part in found for piece in [min(part, largest)] * max(1, part // largest))
+        pieces += [first, second] if first + second < padded else [padded]
+    return tuple(piece for part in pieces for piece in [min(part, largest)] * max(1, part // largest))
 
 
 def shares(columns: int, width: int, block: int, warps: int) -> int:
@@ -337,11 +337,11 @@ def product_tilings(problem: BlockProblem) -> list[ProductTiling]:
     """Tilings of expansion and projection in launches of their own: the largest that keep a GPU busy."""
     if problem.itemsize == 4:
         return [ProductTiling(32, 32, 32)] * 2
-    found = []
+    chosen = []
     for outputs in (problem.hidden_channels, problem.out_channels):
         enough = (each for each in PRODUCT_TILINGS if each.programs(problem.out_pixels, outputs) >= ENOUGH_PROGRAMS)
-        found.append(next(enough, PRODUCT_TILINGS[-1]))
-    return found
+        chosen.append(next(enough, PRODUCT_TILINGS[-1]))
+    return chosen
 
 
 def conv_forms(problem: BlockProblem) -> tuple[str, ...]:

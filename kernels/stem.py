@@ -57,10 +57,6 @@ class StemProblem(Convolved):
     def padded_taps(self) -> int:
         return max(MIN_DOT, power_of_two(self.taps))
 
-    @property
-    def macs(self) -> int:
-        return self.out_pixels * self.taps * self.out_channels
-
 
 @dataclass(frozen=True, slots=True)
 class StemTiling:
@@ -93,10 +89,10 @@ def unsupported(problem: StemProblem) -> str | None:
 def tilings(problem: StemProblem, gpu: GpuSpec = H200) -> list[StemTiling]:
     """The tilings that are worth trying, the likeliest first."""
     large = problem.out_pixels >= 128 * gpu.multiprocessors
-    found = [StemTiling(128), StemTiling(64), StemTiling(128, 8)] if large else [StemTiling(32), StemTiling(64)]
+    offered = [StemTiling(128), StemTiling(64), StemTiling(128, 8)] if large else [StemTiling(32), StemTiling(64)]
     # A tile of all taps and a tile of all outputs live in registers.
     most = 2**14 // max(problem.padded_taps, sum(parts(problem.out_channels)))
-    return [each for each in found if each.block_m <= most] or [StemTiling(MIN_DOT)]
+    return [each for each in offered if each.block_m <= most] or [StemTiling(MIN_DOT)]
 
 
 def pack(layers: Sequence[Tensor], problem: StemProblem) -> list[Tensor]:

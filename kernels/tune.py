@@ -52,6 +52,7 @@ SOURCES = (
     "convfirst.py",
     "layered.py",
     "mbconv.py",
+    "packing.py",
     "stem.py",
     "head.py",
     "problem.py",
@@ -212,11 +213,6 @@ def choose(kernel: Kernel, problem: Any, device: torch.device) -> Choice:
         remembered = _read(kernel, problem, device) if device.type == "cuda" else None
         _chosen[key] = remembered or Choice(tuple(tried(kernel, problem, gpu_spec(device))), "counted")
     return _chosen[key]
-
-
-def forget() -> None:
-    """Forget what this process has chosen; files stay."""
-    _chosen.clear()
 
 
 @dataclass(frozen=True)

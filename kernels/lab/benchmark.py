@@ -29,7 +29,7 @@ import torch._inductor.config
 import typer
 from torch import Tensor, nn
 
-from kernels import convfirst, cost_model, fuse, ops, timing, tune
+from kernels import convfirst, cost_model, fuse, ops, packing, timing, tune
 from kernels.lab import benchmark_machine, benchmark_report
 from kernels.lab.benchmark_machine import MachineCeilings
 from kernels.lab.benchmark_rows import Block, Network, Row, as_if_trained, count_macs, folded, rows
@@ -142,7 +142,7 @@ def block_case(row: Block, dtype: torch.dtype, device: torch.device) -> Case:
     def fused() -> Engine:
         """Our kernels, in one launch or three, even where the tuner prefers torch's layers."""
         _require_cuda(device)
-        weights = list(vars(convfirst.pack(layers, problem)).values())
+        weights = list(vars(packing.pack(layers, problem)).values())
         scratch = inputs[0].new_empty(problem.scratch_elements, dtype=torch.float32)
         (choice,) = tune.tune([tune.Task(ops.BLOCK, problem, inputs[0], [*weights, scratch], layers)])
         tiling = choice.tilings[0]
@@ -410,7 +410,7 @@ def predictions(gpu: cost_model.GpuSpec) -> list[dict[str, Any]]:
 
     A network's blocks are estimated one by one; its stem and head count by the bytes they move and by their launches.
     """
-    found = []
+    predicted = []
     for row in rows("cuda", "all"):
         if isinstance(row, Block):
             problem = block_problem(row, row.layers(DTYPE_ON["cuda"], torch.device("meta")), DTYPE_ON["cuda"])
@@ -433,11 +433,11 @@ def predictions(gpu: cost_model.GpuSpec) -> list[dict[str, Any]]:
             name, term, word = row.name, "", f"{len(blocks)} blocks"
         else:
             continue
-        found.append({
+        predicted.append({
             "row": name, "estimate_us": 1e6 * estimate, "bound_us": 1e6 * bound, "binds": term,
             "layers_us": 1e6 * layers, "tiling": word,
         })  # fmt: skip
-    return found
+    return predicted
 
 
 # -- The run ---------------------------------------------------------------------------------------------------------

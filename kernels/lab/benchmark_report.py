@@ -101,7 +101,7 @@ def statistics(records: Sequence[Record]) -> list[Statistic]:
 
     narrow = select(lambda row: row["batch"] == 128 and row["channels"] <= 128)
     middle = select(lambda row: row["batch"] == 128 and 64 <= row["channels"] <= 256)
-    found = [
+    summarised = [
         _mean("fused over compiled, batch 128, C <= 128", (speed_up(r, "fused", "compiled") for r in narrow), 2.5),
         _mean("share of bound, batch 128, C 64 to 256", (share(r, "fused", "bound_ms") for r in middle), 0.7),
         _mean("share of roofline, batch 128, C 64 to 256", (share(r, "fused", "roofline_ms") for r in middle)),
@@ -113,21 +113,21 @@ def statistics(records: Sequence[Record]) -> list[Statistic]:
         if median_ms(record, "fused")
     ]
     slowest = min((value for value in chosen if value is not None), default=None)
-    found.append(Statistic("what the tuner chose over eager, least of all blocks", slowest, len(chosen), 1.0))
+    summarised.append(Statistic("what the tuner chose over eager, least of all blocks", slowest, len(chosen), 1.0))
     by_name = {record["name"]: record for record in of_kind(records, "network")}
     reference, peer = by_name.get(REFERENCE, {}), by_name.get(PEER, {})
     own, other = median_ms(reference, "fused"), median_ms(peer, "compiled")
-    found += [
+    summarised += [
         _mean(f"{REFERENCE} fused over {PEER} compiled, images/s", [other / own if own and other else None], 1.5),
         _mean(f"{REFERENCE} fused, share of measured peak", [measured(reference, "fused").get("efficiency")], 0.55),
     ]
     for batch in sorted({record["row"]["batch"] for record in blocks}):
         of_batch = [record for record in blocks if record["row"]["batch"] == batch]
-        found += [
+        summarised += [
             _mean(f"fused over {over}, batch {batch}", (speed_up(r, "fused", over) for r in of_batch), goal)
             for over, goal in (("compiled", 1.5 if batch == 1 else None), ("eager", None))
         ]
-    return found
+    return summarised
 
 
 # -- Text ------------------------------------------------------------------------------------------------------------
@@ -151,16 +151,16 @@ def _cell(record: Record, engine: str) -> str:
 
 def failures(records: Iterable[Record]) -> list[str]:
     """The reasons why rows, and engines in them, have no time, if they do not fit into a cell."""
-    found = []
+    lines = []
     for record in records:
         if "error" in record:
-            found.append(f"{record['kind']} {record['name']}: {record['error']}")
-        found += [
+            lines.append(f"{record['kind']} {record['name']}: {record['error']}")
+        lines += [
             f"{record['kind']} {record['name']}, {engine}: {_time(record, engine)}"
             for engine in ENGINES
             if _cell(record, engine) == "failed"
         ]
-    return found
+    return lines
 
 
 def line(record: Record) -> str:
@@ -229,9 +229,9 @@ def networks_table(records: Sequence[Record]) -> Table:
     return table
 
 
-def statistics_table(found: Iterable[Statistic]) -> Table:
+def statistics_table(rows: Iterable[Statistic]) -> Table:
     table = _table("Geometric means, and the goals", "of", "value", "goal", "rows")
-    for each in found:
+    for each in rows:
         met = {True: " met", False: " missed", None: ""}[each.met]
         table.add_row(each.name, _text(each.value, ".2f"), _text(each.goal, ".2f") + met, str(each.rows))
     return table
@@ -300,10 +300,10 @@ def write(folder: Path, records: Sequence[Record], provenance: Mapping[str, Any]
         records: from one machine, with the same versions and sources.
         provenance: device, versions, limits, clocks and command, which belong beside every number.
     """
-    found = statistics(records)
+    summarised = statistics(records)
     summary = {
         **provenance,
-        "figures": [{**asdict(each), "met": each.met} for each in found],
+        "figures": [{**asdict(each), "met": each.met} for each in summarised],
         "records": list(records),
     }
     title = f"{provenance['device']}, torch {provenance['torch']}, {provenance['commit']}, {provenance['end']}"
@@ -314,7 +314,7 @@ def write(folder: Path, records: Sequence[Record], provenance: Mapping[str, Any]
         console = Console(width=WIDTH)
     for name, value in provenance["limits"].items():
         console.print(f"{name}: {value:g}")
-    for table in (blocks_table(records), networks_table(records), statistics_table(found)):
+    for table in (blocks_table(records), networks_table(records), statistics_table(summarised)):
         if table.row_count:
             console.print(table)
     for failure in failures(records):

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 
-from kernels import convfirst, cost_model, ops, tune
+from kernels import cost_model, ops, packing, tune
 from kernels.cost_model import GpuSpec
 from kernels.lab import benchmark_machine
 from kernels.lab.benchmark import block_problem
@@ -34,7 +34,7 @@ from kernels.lab.results import ResultFile, read_lines
 from kernels.problem import BlockProblem, Tiling
 from kernels.tune import Choice, Task
 
-# The goal: the best tiling is among so many for 90 % of the blocks.
+# The goal is that the best tiling is among this many first ones for 90 % of the blocks.
 FIRST = 3
 KIND = "tilings"
 COLUMNS = (
@@ -64,7 +64,7 @@ def time_all(row: Block, most: int, device: torch.device) -> tuple[BlockProblem,
     drawn = random.Random(0).sample(others, max(0, min(most - len(chosen), len(others))))
     x = torch.randn(row.input_shape, dtype=torch.float16, device=device).to(memory_format=torch.channels_last)
     scratch = x.new_empty(problem.scratch_elements, dtype=torch.float32)
-    task = Task(ops.BLOCK, problem, x, [*vars(convfirst.pack(layers, problem)).values(), scratch], layers)
+    task = Task(ops.BLOCK, problem, x, [*vars(packing.pack(layers, problem)).values(), scratch], layers)
     tune.compile_together([(task, tiling) for tiling in (*chosen, *drawn)])
     return problem, tune.time_tilings(task, [*chosen, *drawn])
 

@@ -59,15 +59,15 @@ class Statics:
 
     def complaints(self, capability: int, dtype: str) -> list[str]:
         """Reasons not to run this kernel: too much shared memory, spills, no tensor-core instruction."""
-        found = []
+        reasons = []
         shared_bytes = GPU_SPECS[capability].shared_bytes
         if self.shared_bytes > shared_bytes:
-            found.append(f"{self.shared_bytes} bytes of shared memory, the chip has {shared_bytes}")
+            reasons.append(f"{self.shared_bytes} bytes of shared memory, the chip has {shared_bytes}")
         if self.spills:
-            found.append(f"{self.spills} instructions spill registers")
+            reasons.append(f"{self.spills} instructions spill registers")
         if dtype != "float32" and not sum(self.tensor_core.values()):
-            found.append("no tensor-core instruction")
-        return found
+            reasons.append("no tensor-core instruction")
+        return reasons
 
 
 # Types of the kernels' arguments, by name, that are not pointers to the dtype of the input.
@@ -143,16 +143,16 @@ def compile_block(problem: BlockProblem, tiling: Tiling, capability: int) -> lis
 
 def block_statics(problem: BlockProblem, tiling: Tiling, capability: int) -> Statics:
     """What the compiler makes of a block: the most memory that one of its launches takes, and all instructions."""
-    found = [read_statics(each) for each in compile_block(problem, tiling, capability)]
-    loads: Counter[int] = sum((Counter(each.global_loads) for each in found), Counter())
+    compiled = [read_statics(each) for each in compile_block(problem, tiling, capability)]
+    loads: Counter[int] = sum((Counter(each.global_loads) for each in compiled), Counter())
     return Statics(
-        registers=max(each.registers for each in found),
-        stack_bytes=max(each.stack_bytes for each in found),
-        spills=sum(each.spills for each in found),
-        shared_bytes=max(each.shared_bytes for each in found),
-        tensor_core={name: sum(each.tensor_core[name] for each in found) for name in found[0].tensor_core},
+        registers=max(each.registers for each in compiled),
+        stack_bytes=max(each.stack_bytes for each in compiled),
+        spills=sum(each.spills for each in compiled),
+        shared_bytes=max(each.shared_bytes for each in compiled),
+        tensor_core={name: sum(each.tensor_core[name] for each in compiled) for name in compiled[0].tensor_core},
         global_loads=dict(sorted(loads.items())),
-        barriers=sum(each.barriers for each in found),
+        barriers=sum(each.barriers for each in compiled),
     )
 
 

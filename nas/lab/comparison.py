@@ -78,10 +78,10 @@ def main(
                 process.terminate()
     table = Table("sampler", "seed", "candidates", *(f"up to {k:g} x anchor" for k in REFERENCES))
     for each in samplers:
-        found = [hypervolumes(folder, f"{each}{seed}") for seed in range(seeds)]
-        for seed, (count, volumes) in enumerate(found):
+        results = [hypervolumes(folder, f"{each}{seed}") for seed in range(seeds)]
+        for seed, (count, volumes) in enumerate(results):
             table.add_row(each, str(seed), str(count), *(f"{volume:.4f}" for volume in volumes))
-        columns = zip(*(volumes for _, volumes in found), strict=True)
+        columns = zip(*(volumes for _, volumes in results), strict=True)
         table.add_row(each, "mean", "", *(f"{mean(column):.4f}" for column in columns), end_section=True)
     Console().print(table)
 

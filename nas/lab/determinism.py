@@ -28,16 +28,16 @@ def main(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--space") from None
     try:
-        found = measure(loaded.anchor(), ProxyConfig(steps=steps), device, loaded.resolution, rounds)
+        cost = measure(loaded.anchor(), ProxyConfig(steps=steps), device, loaded.resolution, rounds)
     except CandidateFailed as error:
         print(f"--device {device}: {error}")
         raise typer.Exit(1) from None
     for name, seconds, losses in (
-        ("default", found.default_seconds, found.default_losses),
-        ("deterministic", found.deterministic_seconds, found.deterministic_losses),
+        ("default", cost.default_seconds, cost.default_losses),
+        ("deterministic", cost.deterministic_seconds, cost.deterministic_losses),
     ):
         print(f"{name:13} {seconds:7.3f} s a training, {losses} different losses in {rounds}")
-    print(f"deterministic / default: {found.ratio:.2f}")
+    print(f"deterministic / default: {cost.ratio:.2f}")
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ def spread(latencies_ms: np.ndarray) -> np.ndarray:
 
 
 def exchanges(latencies_ms: np.ndarray) -> tuple[int, int]:
-    """Of latencies (rounds, networks): pairs of networks that change places between two rounds, and pairs in all."""
+    """Pairs of networks that change places between two rounds, and pairs in all, of latencies (rounds, networks)."""
     changed = total = 0
     for one, other in itertools.combinations(latencies_ms, 2):
         for a, b in itertools.combinations(range(latencies_ms.shape[1]), 2):
@@ -71,25 +71,25 @@ def main(
     lock = device_lock(where)
     with lock.measuring(lambda: print(WAITING, file=sys.stderr)):
         meter = meter_for(config, loaded.anchor(), reference_ms)
-    found: list[list[Any]] = []
+    measured: list[list[Any]] = []
     for _ in track(range(rounds), "measuring"):
         row = []
         for arch in archs:
             with lock.measuring():
                 row += meter.measure_together([arch])
-        found.append(row)
+        measured.append(row)
     reference_ms = meter.reference_ms
     meter.close()
     runs.append({
-        "raw": [[latency.raw_median_ms for latency in row] for row in found],
-        "corrected": [[latency.median_ms for latency in row] for row in found],
-        "capped": sum(latency.capped for row in found for latency in row),
+        "raw": [[latency.raw_median_ms for latency in row] for row in measured],
+        "corrected": [[latency.median_ms for latency in row] for row in measured],
+        "capped": sum(latency.capped for row in measured for latency in row),
     })  # fmt: skip
     if out is not None:
         out.write_text(json.dumps(runs))
     console = Console(width=100)
-    shares = [latency.interval_share for row in found for latency in row]
-    counts = [latency.repeats for row in found for latency in row]
+    shares = [latency.interval_share for row in measured for latency in row]
+    counts = [latency.repeats for row in measured for latency in row]
     table = Table("", "spread: median", "greatest", "places changed", title=f"{networks} networks, {rounds} rounds")
     for name in ("raw", "corrected"):
         latencies_ms = np.asarray(runs[-1][name])

@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels.convfirst import BlockWeights, launch, layer_by_layer, pack
+from kernels.convfirst import launch, layer_by_layer
+from kernels.packing import BlockWeights, pack
 from kernels.problem import BlockProblem, Tiling, parts, unsupported
 from tests.kernels.cases import (
     AT_LEAST,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kernels import convfirst, cost_model, layered, ops, stem, tune
-from kernels.convfirst import launch, layer_by_layer, pack
+from kernels.convfirst import launch, layer_by_layer
 from kernels.cost_model import GPU_SPECS
 from kernels.lab.emulator import EmulationError, Traffic, emulated
 from kernels.lab.emulator import launch as emulated_launch
@@ -25,6 +25,7 @@ from kernels.lab.emulator.program import Program
 from kernels.lab.emulator.ptx import parse
 from kernels.lab.emulator.values import described
 from kernels.lab.inspect import compile_block, shorthand
+from kernels.packing import pack
 from kernels.problem import BlockProblem, Tiling
 from tests.kernels.cases import BlockCase, covering_cases, error_bound, make_operands, new_scratch
 from tests.kernels.test_inspect import COVERING, problem_of

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from kernels import cost_model, problem
-from kernels.convfirst import launch, layer_by_layer, pack
+from kernels.convfirst import launch, layer_by_layer
 from kernels.lab.inspect import block_statics
+from kernels.packing import pack
 from kernels.problem import PRODUCT_TILINGS, BlockProblem, ProductTiling, Tiling, product_tilings
 from tests.kernels.cases import error_bound, make_operands
 

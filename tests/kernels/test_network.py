@@ -68,10 +68,10 @@ def errors(model: nn.Module, fused: FusedNetwork, x: Tensor) -> tuple[float, flo
 def _tuned_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No choice from before; and torch with all bits of float32, for it is what kernels are held against."""
     monkeypatch.setenv("CONVFIRST_CACHE", str(tmp_path))
-    tune.forget()
+    tune._chosen.clear()
     with tune.exact(torch.float32):
         yield
-    tune.forget()
+    tune._chosen.clear()
 
 
 @pytest.mark.kernels
@@ -364,7 +364,7 @@ def test_tuned_choices_are_remembered_on_disk_and_used_again() -> None:
     kernels = [module.kernel for module in fused.fused_modules.values()]
     first = [tune.choose(kernel, problem, device) for kernel, problem in zip(kernels, problems, strict=True)]
     assert all(choice.source == "tuned" for choice in first)
-    tune.forget()
+    tune._chosen.clear()
     again = [tune.choose(kernel, problem, device) for kernel, problem in zip(kernels, problems, strict=True)]
     assert all(choice.source == "remembered" for choice in again)
     assert [choice.tilings for choice in again] == [choice.tilings for choice in first]

@@ -19,7 +19,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import get_cache_manager
 
-from kernels import convfirst
+from kernels import convfirst, packing
 from kernels.cost_model import GPU_SPECS
 from kernels.device_functions import EMULATED, INTERPRETED
 from kernels.lab.emulator.memory import WARP, GlobalMemory, Traffic
@@ -136,15 +136,15 @@ def rehearse(problem: BlockProblem, tiling: Tiling, capability: int, traffic: Tr
         draw(hidden, into, 1, 1, fan_in=into), draw(hidden), draw(out, hidden, 1, 1, fan_in=hidden), draw(out),
     ]  # fmt: skip
     x = draw(few.batch, into, few.height, few.width).contiguous(memory_format=torch.channels_last)
-    weights = convfirst.pack(layers, few)
+    weights = packing.pack(layers, few)
     deterministic = torch.are_deterministic_algorithms_enabled()
     # This fills new memory with NaN, so that what the kernel forgets to write fails every comparison.
     torch.use_deterministic_algorithms(True)
     try:
         with emulated(capability, traffic):
             scratch = torch.empty(tiling.partial_bytes(few) // 4)
-            found = convfirst.launch(x, weights, few, tiling, scratch).double()
+            output = convfirst.launch(x, weights, few, tiling, scratch).double()
     finally:
         torch.use_deterministic_algorithms(deterministic)
     exact = convfirst.layer_by_layer(x.double(), [layer.double() for layer in layers], few)
-    return float((found - exact).norm() / exact.norm())
+    return float((output - exact).norm() / exact.norm())

@@ -52,9 +52,9 @@ class Traffic:
         rank = np.arange(len(warps)) - np.searchsorted(warps, warps)
         phase = warps.astype(np.int64) * WARP + rank // together
         words = (addresses.astype(np.int64)[:, None] + np.arange(0, max(size, 4), 4)) // 4
-        found = np.unique((phase[:, None] << 32) + words)
-        _, phases = np.unique(found >> 32, return_inverse=True)
-        banks = np.bincount(phases * WARP + found % WARP, minlength=WARP * (phases[-1] + 1)).reshape(-1, WARP)
+        distinct = np.unique((phase[:, None] << 32) + words)
+        _, phases = np.unique(distinct >> 32, return_inverse=True)
+        banks = np.bincount(phases * WARP + distinct % WARP, minlength=WARP * (phases[-1] + 1)).reshape(-1, WARP)
         self.shared_wavefronts += int(banks.max(axis=1).sum())
         self.shared_least += int((-(-np.bincount(phases) // WARP)).sum())
 
@@ -80,12 +80,12 @@ class GlobalMemory:
         """A tensor's bytes, and the offsets of the accesses in it: an instruction accesses a single tensor."""
         if self.traffic is not None:
             self.traffic.count_global(addresses, size)
-        found = bisect_right(self.starts, int(addresses[0])) - 1
-        if found >= 0:
-            start, length = self.ranges[found]
+        index = bisect_right(self.starts, int(addresses[0])) - 1
+        if index >= 0:
+            start, length = self.ranges[index]
             offsets = addresses.astype(np.int64) - start
             if offsets.min() >= 0 and offsets.max() + size <= length:
-                return self.bytes[found], offsets
+                return self.bytes[index], offsets
         raise EmulationError(f"{size} bytes at {addresses.min():#x} to {addresses.max():#x} are outside the tensors")
 
     def load(self, addresses: Array, size: int) -> Array:

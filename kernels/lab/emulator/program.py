@@ -199,11 +199,11 @@ class Program:
         if kind in ("f16x2", "bf16x2"):
             single = kind.removesuffix("x2")
             pairs = [parted(self.get(source, "b32"), single) for source in sources]
-            found = np.stack([np.asarray(function(*each)) for each in zip(*pairs, strict=True)], axis=-1)
-            self.put(target, joined(found, single), active)
+            result = np.stack([np.asarray(function(*each)) for each in zip(*pairs, strict=True)], axis=-1)
+            self.put(target, joined(result, single), active)
             return
-        found = function(*(self.get(source, kind) for source in sources))
-        self.put(target, to_bfloat16(found) if kind == "bf16" else np.asarray(found, KINDS[kind]), active)
+        result = function(*(self.get(source, kind) for source in sources))
+        self.put(target, to_bfloat16(result) if kind == "bf16" else np.asarray(result, KINDS[kind]), active)
 
     def _min(self, instruction: Instruction, active: Array) -> None:
         self._each(instruction, active, np.minimum if "NaN" in instruction.modifiers else np.fmin)
@@ -293,14 +293,14 @@ class Program:
             return
         value = self.get(sources[0], kind)
         if to == "bf16":
-            found = to_bfloat16(value)
+            result = to_bfloat16(value)
         elif np.dtype(KINDS[to]).kind != "f" and value.dtype.kind == "f":
             if "rzi" not in how:
                 raise EmulationError("not known")
-            found = np.trunc(value).astype(KINDS[to])
+            result = np.trunc(value).astype(KINDS[to])
         else:
-            found = value.astype(KINDS[to])
-        self.put(target, found, active)
+            result = value.astype(KINDS[to])
+        self.put(target, result, active)
 
     def _setp(self, instruction: Instruction, active: Array) -> None:
         compared, *combined, kind = instruction.modifiers
@@ -308,18 +308,18 @@ class Program:
         left, right = self.get(a, kind), self.get(b, kind)
         name = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}.get(compared, compared)
         if left.dtype.kind == "f" and len(name) == 3 and name.endswith("u"):
-            found = getattr(operator, name[:2])(left, right) | np.isnan(left) | np.isnan(right)
+            result = getattr(operator, name[:2])(left, right) | np.isnan(left) | np.isnan(right)
         elif name in ("nan", "num"):
-            found = (np.isnan(left) | np.isnan(right)) == (name == "nan")
+            result = (np.isnan(left) | np.isnan(right)) == (name == "nan")
         else:
-            found = getattr(operator, name)(left, right)
+            result = getattr(operator, name)(left, right)
             if left.dtype.kind == "f" and name == "ne":
-                found &= ~(np.isnan(left) | np.isnan(right))
+                result &= ~(np.isnan(left) | np.isnan(right))
         if third:
-            found = getattr(operator, {"and": "and_", "or": "or_", "xor": "xor"}[combined[0]])(
-                found, self.get(third[0], "pred")
+            result = getattr(operator, {"and": "and_", "or": "or_", "xor": "xor"}[combined[0]])(
+                result, self.get(third[0], "pred")
             )
-        self.put(target, found, active)
+        self.put(target, result, active)
 
     def _selp(self, instruction: Instruction, active: Array) -> None:
         target, a, b, chosen = instruction.operands
