@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kernels.cost_model import H200, GpuSpec
 from kernels.device_functions import activate, dot, round_to
-from kernels.problem import ACTIVATIONS, DTYPE_BYTES, WIDE_ELEMENTS
+from kernels.problem import ACTIVATIONS, WIDE_ELEMENTS, first_unsupported_field
 
 # Weights are padded to this many rows and columns: the largest steps in which a tiling reads them.
 MULTIPLE = 128
@@ -70,18 +70,9 @@ class HeadTiling:
 
 def unsupported(problem: HeadProblem) -> str | None:
     """The reason why the fused head does not compute this problem, with name and value; None if it does."""
-    for name in ("batch", "pixels", "classes"):
-        if getattr(problem, name) < 1:
-            return f"{name}={getattr(problem, name)} is below 1"
-    for name in ("in_channels", "features"):
-        channels = getattr(problem, name)
-        if channels < 1 or channels % 8:
-            return f"{name}={channels} is not a positive multiple of 8"
-    if problem.activation not in (*ACTIVATIONS, "none"):
-        return f"activation={problem.activation!r} is none of {', '.join(ACTIVATIONS)}"
-    if problem.dtype not in DTYPE_BYTES:
-        return f"dtype={problem.dtype} is none of {', '.join(DTYPE_BYTES)}"
-    return None
+    return first_unsupported_field(
+        problem, ("batch", "pixels", "classes"), ("in_channels", "features"), (*ACTIVATIONS, "none")
+    )
 
 
 def tilings(problem: HeadProblem, gpu: GpuSpec = H200) -> list[HeadTiling]:

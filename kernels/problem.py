@@ -5,14 +5,16 @@ These are values without tensors and Triton, so that tilings can be counted, and
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import ceil
-from typing import Protocol
+from typing import Any, Protocol
 
 KERNEL_SIZES = (3, 5, 7)
 ACTIVATIONS = ("silu", "relu", "gelu", "hard_swish")
 DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+SUPPORTED: dict[str, Collection[object]] = {"kernel_size": KERNEL_SIZES, "stride": (1, 2), "dtype": tuple(DTYPE_BYTES)}
 CHANNEL_MULTIPLE = 8
 # With more channels one launch cannot win: a tile's accumulator and its input fill the registers and the shared memory
 # of a multiprocessor, and every tile reads 2 MiB of weights or more.
@@ -351,34 +353,46 @@ def conv_forms(problem: BlockProblem) -> tuple[str, ...]:
     return ("fma", "diagonal") if problem.group_width == 1 else ("mma",)
 
 
+def first_unsupported_field(
+    problem: Any, positive: Collection[str], channels: Collection[str], activations: Collection[str]
+) -> str | None:
+    """The first field of a problem whose value no kernel takes, with that value; None if there is none.
+
+    Args:
+        problem: its kernel size, stride and dtype are checked, if it has them.
+        positive: fields that must be 1 or more.
+        channels: fields that must be a positive multiple of `CHANNEL_MULTIPLE`.
+        activations: values that `activation` may have.
+    """
+    supported = {**SUPPORTED, "activation": activations}
+    for name in (*positive, *channels, *(name for name in supported if hasattr(problem, name))):
+        value = getattr(problem, name)
+        if name in positive and value < 1:
+            return f"{name}={value} is below 1"
+        if name in channels and (value < 1 or value % CHANNEL_MULTIPLE):
+            return f"{name}={value} is not a positive multiple of {CHANNEL_MULTIPLE}"
+        if name in supported and value not in supported[name]:
+            return f"{name}={value!r} is none of {', '.join(map(str, supported[name]))}"
+    return None
+
+
 def unsupported(problem: BlockProblem) -> str | None:
     """The reason why the fused block does not compute this problem, with name and value; None if it does."""
-    for name in ("batch", "height", "width"):
-        if getattr(problem, name) < 1:
-            return f"{name}={getattr(problem, name)} is below 1"
-    for name in ("in_channels", "hidden_channels", "out_channels"):
-        channels = getattr(problem, name)
-        if channels < 1 or channels % CHANNEL_MULTIPLE:
-            return f"{name}={channels} is not a positive multiple of {CHANNEL_MULTIPLE}"
-    for name in ("in_channels", "out_channels"):
-        if getattr(problem, name) > MAX_CHANNELS:
-            return f"{name}={getattr(problem, name)} is above {MAX_CHANNELS}, past which one launch cannot win"
-    if not problem.in_channels <= problem.hidden_channels <= 8 * problem.in_channels:
-        ratio = problem.hidden_channels / problem.in_channels
-        return f"expansion={ratio:g} is not within 1 and 8"
-    if problem.kernel_size not in KERNEL_SIZES:
-        return f"kernel_size={problem.kernel_size} is none of {', '.join(map(str, KERNEL_SIZES))}"
-    if problem.group_width not in GROUP_WIDTHS and problem.group_width != problem.in_channels:
+    into, hidden, out = problem.in_channels, problem.hidden_channels, problem.out_channels
+    if why := first_unsupported_field(
+        problem, ("batch", "height", "width"), ("in_channels", "hidden_channels", "out_channels"), ACTIVATIONS
+    ):
+        return why
+    for name, channels in (("in_channels", into), ("out_channels", out)):
+        if channels > MAX_CHANNELS:
+            return f"{name}={channels} is above {MAX_CHANNELS}, past which one launch cannot win"
+    if not into <= hidden <= 8 * into:
+        return f"expansion={hidden / into:g} is not within 1 and 8"
+    if problem.group_width not in GROUP_WIDTHS and problem.group_width != into:
         widths = ", ".join(map(str, GROUP_WIDTHS))
-        return f"group_width={problem.group_width} is none of {widths} and not all {problem.in_channels} channels"
-    if problem.in_channels % problem.group_width:
-        return f"group_width={problem.group_width} does not divide in_channels={problem.in_channels}"
-    if problem.stride not in (1, 2):
-        return f"stride={problem.stride} is neither 1 nor 2"
-    if problem.activation not in ACTIVATIONS:
-        return f"activation={problem.activation!r} is none of {', '.join(ACTIVATIONS)}"
-    if problem.dtype not in DTYPE_BYTES:
-        return f"dtype={problem.dtype} is none of {', '.join(DTYPE_BYTES)}"
-    if problem.residual and (problem.stride != 1 or problem.in_channels != problem.out_channels):
-        return f"residual with stride={problem.stride}, {problem.in_channels} -> {problem.out_channels} channels"
+        return f"group_width={problem.group_width} is none of {widths} and not all {into} channels"
+    if into % problem.group_width:
+        return f"group_width={problem.group_width} does not divide in_channels={into}"
+    if problem.residual and (problem.stride != 1 or into != out):
+        return f"residual with stride={problem.stride}, {into} -> {out} channels"
     return None

@@ -76,7 +76,7 @@ def problems(space: SearchSpace, batch: int, dtype: str) -> list[BlockProblem]:
                 dtype,
             ),
             most,
-        )
+        )  # fmt: skip
         for size, block in block_specs(space)
         for activation in space.activation
         for most in (1, MAX_SPLITS)

@@ -176,7 +176,7 @@ def test_every_supported_problem_has_tilings_and_none_takes_more_splits_than_the
         (stem, STEM, dict(width=0), "width=0"),
         (head, HEAD, dict(classes=0), "classes=0"),
         (head, HEAD, dict(features=12), "features=12"),
-        (head, HEAD, dict(dtype="int8"), "dtype=int8"),
+        (head, HEAD, dict(dtype="int8"), "dtype='int8'"),
         (mbconv, MBCONV, dict(hidden_channels=12), "hidden_channels=12"),
         (mbconv, MBCONV, dict(group_width=3), "group_width=3"),
         (mbconv, MBCONV, dict(out_channels=1024), "out_channels=1024"),
