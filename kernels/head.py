@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from math import ceil
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.cost_model import H200, GpuSpec
 from kernels.device_functions import activate, dot, round_to
+from kernels.packing import padded_bias, padded_matrix
 from kernels.problem import ACTIVATIONS, WIDE_ELEMENTS, first_unsupported_field
 
 # Weights are padded to this many rows and columns: the largest steps in which a tiling reads them.
@@ -87,10 +87,6 @@ def tilings(problem: HeadProblem, gpu: GpuSpec = H200) -> list[HeadTiling]:
     ]
 
 
-def _padded(channels: int) -> int:
-    return ceil(channels / MULTIPLE) * MULTIPLE
-
-
 def pack(layers: Sequence[Tensor], problem: HeadProblem) -> list[Tensor]:
     """Pack both products' weights, (padded outputs, padded inputs), and float32 biases, in turns.
 
@@ -99,10 +95,9 @@ def pack(layers: Sequence[Tensor], problem: HeadProblem) -> list[Tensor]:
     """
     packed = []
     for weight, bias in zip(layers[::2], layers[1::2], strict=True):
-        outputs, inputs = weight.shape[:2]
-        matrix = F.pad(weight.reshape(outputs, inputs), (0, _padded(inputs) - inputs, 0, _padded(outputs) - outputs))
-        packed += [matrix.to(getattr(torch, problem.dtype)).contiguous()]
-        packed += [F.pad(bias.float(), (0, _padded(outputs) - outputs)).contiguous()]
+        outputs, inputs = (ceil(channels / MULTIPLE) * MULTIPLE for channels in weight.shape[:2])
+        packed += [padded_matrix(weight.flatten(1), outputs, inputs, getattr(torch, problem.dtype))]
+        packed += [padded_bias(bias, outputs)]
     return packed
 
 

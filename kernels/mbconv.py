@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from math import ceil
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -34,7 +33,7 @@ from kernels.device_functions import (
     total_size,
 )
 from kernels.head import HeadTiling, linear
-from kernels.packing import grouped_weights, new_counters
+from kernels.packing import grouped_weights, new_counters, padded_bias, padded_matrix
 from kernels.problem import (
     ACTIVATIONS,
     GROUP_WIDTHS,
@@ -137,20 +136,15 @@ def pack(layers: Sequence[Tensor], problem: MBConvProblem) -> list[Tensor]:
         convolution's weights, flat, as `packing.grouped_weights` has them, and bias; project (padded E, padded C')
         and bias; counters as `BlockWeights` has them.
     """
-    dtype = getattr(torch, problem.dtype)
-    hidden, padded_hidden, padded_out = problem.hidden_channels, problem.padded_hidden, problem.padded_out
+    dtype, hidden, out = getattr(torch, problem.dtype), problem.padded_hidden, problem.padded_out
     conv, conv_bias, project, project_bias = layers[-4:]
-    expand, expand_bias = layers[:2] if problem.expands else (conv.new_zeros(0), conv.new_zeros(0))
+    expansion = [conv.new_zeros(0, dtype=dtype), conv_bias.new_zeros(0, dtype=torch.float32)]
     if problem.expands:
         columns = ceil(problem.in_channels / HIDDEN_MULTIPLE) * HIDDEN_MULTIPLE
-        expand = F.pad(expand.flatten(1), (0, columns - problem.in_channels, 0, padded_hidden - hidden))
-        expand_bias = F.pad(expand_bias, (0, padded_hidden - hidden))
-    matrix = F.pad(project.flatten(1).T, (0, padded_out - problem.out_channels, 0, padded_hidden - hidden))
+        expansion = [padded_matrix(layers[0].flatten(1), hidden, columns, dtype), padded_bias(layers[1], hidden)]
     return [
-        expand.to(dtype).contiguous(), expand_bias.float().contiguous(),
-        grouped_weights(conv.to(dtype), padded_hidden, problem.conv_block),
-        F.pad(conv_bias.float(), (0, padded_hidden - hidden)).contiguous(),
-        matrix.to(dtype).contiguous(), F.pad(project_bias.float(), (0, padded_out - problem.out_channels)).contiguous(),
+        *expansion, grouped_weights(conv.to(dtype), hidden, problem.conv_block), padded_bias(conv_bias, hidden),
+        padded_matrix(project.flatten(1).T, hidden, out, dtype), padded_bias(project_bias, out),
         new_counters(conv.device),
     ]  # fmt: skip
 

@@ -563,7 +563,7 @@ def moved_bytes(problem: Any) -> int:
     """Bytes of a problem's input and output."""
     batch, channels, height, width = _input_shape(problem)
     is_head = isinstance(problem, head.HeadProblem)
-    out = problem.batch * problem.classes if is_head else problem.out_pixels * problem.out_channels
+    out: int = problem.batch * problem.classes if is_head else problem.out_pixels * problem.out_channels
     return DTYPE_BYTES[problem.dtype] * (batch * channels * height * width + out)
 
 

@@ -8,6 +8,7 @@ operators are `torch.library.custom_op`s, as `triton_op` raises under Triton's i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from math import ceil
 from typing import Any, TypeVar
@@ -162,10 +163,8 @@ def run(
     tiling = tune.choose(kernel, problem, x.device).tiling
     if tiling is None:
         return kernel.layer_by_layer(x, layers, problem)
-    if x.device.type == "cuda":
-        with torch.cuda.device(x.device):
-            return kernel.launch(x, weights, problem, tiling)
-    return kernel.launch(x, weights, problem, tiling)
+    with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():
+        return kernel.launch(x, weights, problem, tiling)
 
 
 def _like(x: Tensor, channels: int, stride: int) -> Tensor:

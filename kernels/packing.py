@@ -37,6 +37,16 @@ class BlockWeights:
     counters: Tensor
 
 
+def padded_matrix(matrix: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor:
+    """Pad a matrix with zeros to (rows, columns)."""
+    return F.pad(matrix, (0, columns - matrix.shape[1], 0, rows - matrix.shape[0])).to(dtype).contiguous()
+
+
+def padded_bias(bias: Tensor, length: int) -> Tensor:
+    """Pad a bias with zeros to (length,), in float32."""
+    return F.pad(bias.float(), (0, length - len(bias))).contiguous()
+
+
 def new_counters(device: torch.device) -> Tensor:
     """The `counters` of `BlockWeights`."""
     return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
@@ -89,21 +99,12 @@ def pack(layers: Sequence[Tensor], problem: BlockProblem) -> BlockWeights:
     """Pack a block's layers, given as `layer_by_layer` takes them, for the kernel."""
     conv, conv_bias, expand, expand_bias, project, project_bias = layers
     dtype = getattr(torch, problem.dtype)
-    padded_in, padded_out = problem.padded_in, problem.padded_out
-    padded_hidden = problem.padded_hidden
-
-    def padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
-        return F.pad(matrix, (0, columns - matrix.shape[1], 0, rows - matrix.shape[0])).to(dtype).contiguous()
-
-    def padded_bias(bias: Tensor, length: int) -> Tensor:
-        return F.pad(bias.float(), (0, length - len(bias))).contiguous()
-
     return BlockWeights(
         conv=pack_conv(conv.to(dtype), problem),
-        conv_bias=padded_bias(conv_bias, padded_in),
-        expand=padded(expand.flatten(1), padded_hidden, padded_in),
-        expand_bias=padded_bias(expand_bias, padded_hidden),
-        project=padded(project.flatten(1).T, padded_hidden, padded_out),
-        project_bias=padded_bias(project_bias, padded_out),
+        conv_bias=padded_bias(conv_bias, problem.padded_in),
+        expand=padded_matrix(expand.flatten(1), problem.padded_hidden, problem.padded_in, dtype),
+        expand_bias=padded_bias(expand_bias, problem.padded_hidden),
+        project=padded_matrix(project.flatten(1).T, problem.padded_hidden, problem.padded_out, dtype),
+        project_bias=padded_bias(project_bias, problem.padded_out),
         counters=new_counters(conv.device),
     )

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 from math import ceil
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.cost_model import H200, GpuSpec
 from kernels.device_functions import activate, dot, round_to, size, start, tap_zero, total_size
+from kernels.packing import padded_bias, padded_matrix
 from kernels.problem import ACTIVATIONS, MIN_DOT, WIDE_ELEMENTS, Convolved, first_unsupported_field, parts, power_of_two
 
 MAX_TAPS = 256
@@ -89,9 +89,8 @@ def pack(layers: Sequence[Tensor], problem: StemProblem) -> list[Tensor]:
     columns = sum(parts(problem.out_channels))
     # A row is ordered (ky, kx, c), as the pixels are in memory.
     rows = weight.permute(2, 3, 1, 0).reshape(problem.taps, problem.out_channels)
-    padded = F.pad(rows, (0, columns - problem.out_channels, 0, problem.padded_taps - problem.taps))
-    dtype = getattr(torch, problem.dtype)
-    return [padded.to(dtype).contiguous(), F.pad(bias.float(), (0, columns - problem.out_channels)).contiguous()]
+    matrix = padded_matrix(rows, problem.padded_taps, columns, getattr(torch, problem.dtype))
+    return [matrix, padded_bias(bias, columns)]
 
 
 @triton.jit

@@ -133,6 +133,12 @@ def block_problem(row: Block, layers: Sequence[Tensor], dtype: torch.dtype) -> B
     return ops.with_splits(ops.block_problem(row.input_shape, dtype, layers, 1, row.activation, True), MAX_SPLITS)
 
 
+def block_task(problem: BlockProblem, layers: Sequence[Tensor], x: Tensor) -> tune.Task:
+    """A block to tune, with scratch of its own."""
+    scratch = x.new_empty(problem.scratch_elements, dtype=torch.float32)
+    return tune.Task(ops.BLOCK, problem, x, [*vars(packing.pack(layers, problem)).values(), scratch], layers)
+
+
 def block_case(row: Block, dtype: torch.dtype, device: torch.device) -> Case:
     layers = row.layers(dtype, device)
     problem = block_problem(row, layers, dtype)
@@ -142,9 +148,9 @@ def block_case(row: Block, dtype: torch.dtype, device: torch.device) -> Case:
     def fused() -> Engine:
         """Our kernels, in one launch or three, even where the tuner prefers torch's layers."""
         _require_cuda(device)
-        weights = list(vars(packing.pack(layers, problem)).values())
-        scratch = inputs[0].new_empty(problem.scratch_elements, dtype=torch.float32)
-        (choice,) = tune.tune([tune.Task(ops.BLOCK, problem, inputs[0], [*weights, scratch], layers)])
+        task = block_task(problem, layers, inputs[0])
+        (choice,) = tune.tune([task])
+        *weights, _ = task.weights
         tiling = choice.tilings[0]
         notes = {"tiling": asdict(tiling), "chosen": choice.tiling is not None, "tuner": choice.describe()}
 

@@ -23,16 +23,16 @@ from rich.console import Console
 from rich.table import Table
 from scipy.stats import spearmanr
 
-from kernels import cost_model, ops, packing, tune
+from kernels import cost_model, tune
 from kernels.cost_model import GpuSpec
 from kernels.lab import benchmark_machine
-from kernels.lab.benchmark import block_problem
+from kernels.lab.benchmark import block_problem, block_task
 from kernels.lab.benchmark_rows import BLOCKS, Block
 from kernels.lab.commands import Minutes, Out, current_gpu, deadline_after, fail, results_folder
 from kernels.lab.inspect import shorthand
 from kernels.lab.results import ResultFile, read_lines
 from kernels.problem import BlockProblem, Tiling
-from kernels.tune import Choice, Task
+from kernels.tune import Choice
 
 # The goal is that the best tiling is among this many first ones for 90 % of the blocks.
 FIRST = 3
@@ -63,8 +63,7 @@ def time_all(row: Block, most: int, device: torch.device) -> tuple[BlockProblem,
     chosen, others = ranked[: tune.TRIED], ranked[tune.TRIED :]
     drawn = random.Random(0).sample(others, max(0, min(most - len(chosen), len(others))))
     x = torch.randn(row.input_shape, dtype=torch.float16, device=device).to(memory_format=torch.channels_last)
-    scratch = x.new_empty(problem.scratch_elements, dtype=torch.float32)
-    task = Task(ops.BLOCK, problem, x, [*vars(packing.pack(layers, problem)).values(), scratch], layers)
+    task = block_task(problem, layers, x)
     tune.compile_together([(task, tiling) for tiling in (*chosen, *drawn)])
     return problem, tune.time_tilings(task, [*chosen, *drawn])
 

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partialmethod
 from typing import Any
 
 import numpy as np
@@ -211,12 +212,6 @@ class Program:
     def _max(self, instruction: Instruction, active: Array) -> None:
         self._each(instruction, active, np.maximum if "NaN" in instruction.modifiers else np.fmax)
 
-    def _mul(self, instruction: Instruction, active: Array) -> None:
-        self._product(instruction, active)
-
-    def _mad(self, instruction: Instruction, active: Array) -> None:
-        self._product(instruction, active)
-
     def _product(self, instruction: Instruction, active: Array) -> None:
         kind = instruction.modifiers[-1]
         if kind[0] in "fb":
@@ -235,11 +230,7 @@ class Program:
                 product, result = (product >> bits).astype(KINDS[kind]), kind
         self.put(target, product + self.get(added[0], result) if added else product, active)
 
-    def _shl(self, instruction: Instruction, active: Array) -> None:
-        self._shift(instruction, active, operator.lshift)
-
-    def _shr(self, instruction: Instruction, active: Array) -> None:
-        self._shift(instruction, active, operator.rshift)
+    _mul = _mad = _product
 
     def _shift(self, instruction: Instruction, active: Array, function: Callable[..., Any]) -> None:
         kind = instruction.modifiers[-1]
@@ -250,6 +241,9 @@ class Program:
         if value.dtype.kind == "u":
             shifted = np.where(places > last, value.dtype.type(0), shifted)
         self.put(target, shifted, active)
+
+    _shl = partialmethod(_shift, function=operator.lshift)
+    _shr = partialmethod(_shift, function=operator.rshift)
 
     def _bfe(self, instruction: Instruction, active: Array) -> None:
         kind = instruction.modifiers[-1]
