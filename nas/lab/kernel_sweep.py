@@ -62,25 +62,14 @@ def problems(space: SearchSpace, batch: int, dtype: str) -> list[BlockProblem]:
     distinct = {
         ops.with_splits(
             BlockProblem(
-                batch,
-                size,
-                size,
-                block.in_channels,
-                block.expanded_channels,
-                block.out_channels,
-                block.kernel_size,
-                block.group_width,
-                block.stride,
-                activation,
-                block.residual,
-                dtype,
-            ),
-            most,
-        )  # fmt: skip
+                batch, size, size, block.in_channels, block.expanded_channels, block.out_channels, block.kernel_size,
+                block.group_width, block.stride, activation, block.residual, dtype,
+            ), most
+        )
         for size, block in block_specs(space)
         for activation in space.activation
         for most in (1, MAX_SPLITS)
-    }
+    }  # fmt: skip
     return sorted((problem for problem in distinct if unsupported(problem) is None), key=str)
 
 
