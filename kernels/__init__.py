@@ -1,7 +1,7 @@
-"""Fast blocks and honest timing.
+"""Fused Triton kernels for timm's ConvFirst networks (`kernels.fuse(model)`), and the one place that times.
 
-`kernels.fuse(model)` puts fused Triton kernels into a timm network. Importing the package takes torch alone; Triton is
-imported with the first kernel, so that `TRITON_INTERPRET=1` may still be set before.
+Import `fuse` and `FusedNetwork` from here and everything else from its own module; this package knows neither `nas` nor
+`search_spaces`. Triton is imported with the first kernel, so that `TRITON_INTERPRET=1` may still be set before.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The runs by which a device's ceilings are measured: a large copy, a large product, the smallest operation.
+"""The runs that measure a device's ceilings: a large copy, a large product, the smallest operation.
 
-Apart from `kernels.lab.benchmark_machine`, for these need torch alone.
+They need torch alone; `kernels.lab.benchmark_machine` adds those that need Triton.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 MIB = 2**20
-# Of each kind of device: bytes copied, side of the square product.
+# Bytes copied and side of the square product, by kind of device.
 COPY_BYTES = {"cuda": 1024 * MIB, "cpu": 64 * MIB}
 PRODUCT_SIDE = {"cuda": 8192, "cpu": 768}
 LAUNCHES = 1000
@@ -21,12 +21,12 @@ LAUNCHES = 1000
 
 @dataclass(frozen=True)
 class CeilingRun:
-    """Something to time: the quotient of `amount` and its seconds is a rate, or the other way round.
+    """Something to time; see `rate` for what its time says.
 
     Args:
-        run: enqueues (CUDA) or does (CPU) it once.
-        amount: of bytes, MACs or launches.
-        macs: of these, for whoever corrects by them.
+        run: enqueues (CUDA) or does (CPU) the work once.
+        amount: bytes, MACs or launches of one run.
+        macs: multiply-accumulates of one run, for a caller that corrects times by them.
     """
 
     run: Callable[[], None]
@@ -35,9 +35,9 @@ class CeilingRun:
 
 
 def ceiling_runs(device: torch.device, dtype: torch.dtype) -> dict[str, CeilingRun]:
-    """What is timed for `copy_bytes`, `product_macs`, `launch_seconds` and, on CUDA, `graph_launch_seconds`.
+    """The runs to time, by name: `copy_bytes`, `product_macs`, `launch_seconds` and, on CUDA, `graph_launch_seconds`.
 
-    On random values: products of zeros draw less power and so run faster.
+    They take random values: products of zeros draw less power and so run faster.
     """
     side, size = PRODUCT_SIDE[device.type], COPY_BYTES[device.type]
 
@@ -68,7 +68,7 @@ def ceiling_runs(device: torch.device, dtype: torch.dtype) -> dict[str, CeilingR
 
     launch()
     runs = {
-        # Read and written.
+        # Each byte is read and written.
         "copy_bytes": CeilingRun(copy, 2 * size),
         "product_macs": CeilingRun(multiply, side**3, side**3),
         "launch_seconds": CeilingRun(launch_many, LAUNCHES),
@@ -81,7 +81,7 @@ def ceiling_runs(device: torch.device, dtype: torch.dtype) -> dict[str, CeilingR
 
 
 def graph_of(launch: Callable[[], object], launches: int) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of so many launches, which have been made before."""
+    """Capture a CUDA graph of `launches` launches; `launch` must have run once before."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(launches):
@@ -90,13 +90,13 @@ def graph_of(launch: Callable[[], object], launches: int) -> torch.cuda.CUDAGrap
 
 
 def rate(name: str, run: CeilingRun, seconds: float) -> float:
-    """What a run of so many seconds says: seconds of one launch, or bytes or MACs a second."""
+    """Turn a run's seconds into the ceiling of that name: seconds per launch, or bytes or MACs per second."""
     return seconds / run.amount if name.endswith("seconds") else run.amount / seconds
 
 
 @contextmanager
 def tensor_float32() -> Iterator[None]:
-    """Float32 products on CUDA take TF32, as cuDNN's convolutions do by default."""
+    """Within it float32 products on CUDA use TF32, as cuDNN's convolutions do by default."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:

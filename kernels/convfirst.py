@@ -1,25 +1,24 @@
-"""A ConvFirst block in one launch: grouped conv, expand, activation, project and residual, all of it on chip.
+"""A ConvFirst block in one launch: grouped convolution, expansion, activation, projection and residual, all on chip.
 
     y   = conv(x) + conv_bias                     [M, C]    float32, rounded to the input's dtype
     h   = act(y @ expand^T + expand_bias)         [M, BE]   one block of hidden channels after the other
     out = sum over blocks (h @ project) + bias    [M, C']   float32, plus x, stored once
 
-A program computes a tile of M output pixels: consecutive ones of the flattened batch, or with `rows` > 1 so many rows
-of some columns, for which it loads each row of the input once for a column of taps. With `tiles_each` > 1 it computes
-so many tiles and keeps the weights of both 1x1 convolutions on chip. With `splits` > 1 that many programs share a
-tile, each a part of the hidden channels; whichever ends last adds up their float32 sums, always in the same order,
-from scratch memory that the caller lends. With `out_splits` > 1 they share its output channels, each computing y and h
-for itself.
+A program computes a tile of M output pixels. They are consecutive pixels of the flattened batch, or, with `rows` > 1,
+several rows of some columns, for which each row of the input is loaded once for a column of taps. With `tiles_each` > 1
+a program computes several tiles, and keeps the weights of both 1x1 convolutions on chip. With `splits` > 1 several
+programs share a tile, each with a part of the hidden channels; the one that ends last adds up their float32 sums,
+always in the same order, from scratch memory that the caller lends. With `out_splits` > 1 several programs share the
+output channels of a tile, and each computes y and h for itself.
 
 Legend: N, H, W batch, height, width; P output pixels of the whole batch; C, E, C' input, hidden and output channels;
-K kernel size; D channels of a dense block of grouped weights. Channels run innermost (channels_last). A width is
-computed in parts, each of a power of two (`problem.parts`): the tuples below hold one tensor a part.
+K kernel size; D channels of a dense block of grouped weights. Channels are innermost (channels_last). Channels are
+computed in parts, each a power of two (`problem.parts`): the tuples below hold one tensor for each part.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from math import ceil
 
 import torch
@@ -42,7 +41,8 @@ from kernels.device_functions import (
     store_tile,
     total_size,
 )
-from kernels.problem import COUNTERS, DENSE_MULTIPLE, MIN_DOT, WIDE_ELEMENTS, BlockProblem, Tiling, parts
+from kernels.packing import BlockWeights
+from kernels.problem import DENSE_MULTIPLE, MIN_DOT, WIDE_ELEMENTS, BlockProblem, Tiling, parts
 
 ACTIVATE: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu, "relu": F.relu, "gelu": F.gelu, "hard_swish": F.hardswish, "none": lambda x: x,
@@ -55,7 +55,6 @@ def layer_by_layer(x: Tensor, layers: Sequence[Tensor], problem: BlockProblem) -
     Args:
         x: (N, C, H, W).
         layers: weight and bias of the grouped convolution, of expansion and of projection, as `nn.Conv2d` has them.
-        problem: the block.
 
     Returns:
         (N, C', H', W').
@@ -66,101 +65,6 @@ def layer_by_layer(x: Tensor, layers: Sequence[Tensor], problem: BlockProblem) -
     h = ACTIVATE[problem.activation](F.conv2d(y, expand, expand_bias))
     out = F.conv2d(h, project, project_bias)
     return out + x if problem.residual else out
-
-
-# -- Weights ---------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class BlockWeights:
-    """A block's weights as the kernel reads them, zero where channels are padded.
-
-    Args:
-        conv: one form after the other, see `grouped_weights`; in the block's dtype, as `expand` and `project` are.
-        conv_bias: (padded C,) float32, as are the other biases.
-        expand: (padded E, padded C).
-        expand_bias: (padded E,).
-        project: (padded E, padded C').
-        project_bias: (padded C',).
-        counters: (`COUNTERS`,) int32 zeros, by which the splits of a tile know who ends last; zeros again after every
-            launch. Launches of the same weights must therefore not overlap, as on two streams.
-    """
-
-    conv: Tensor
-    conv_bias: Tensor
-    expand: Tensor
-    expand_bias: Tensor
-    project: Tensor
-    project_bias: Tensor
-    counters: Tensor
-
-
-def new_counters(device: torch.device) -> Tensor:
-    return torch.zeros(COUNTERS, dtype=torch.int32, device=device)
-
-
-def grouped_weights(weight: Tensor, padded: int, block: int) -> Tensor:
-    """Grouped weights as the kernels' convolutions read them, flat and zero where channels are padded.
-
-    Depthwise: (K*K, padded). Grouped: block-diagonal dense blocks (K*K, padded / D, D in, D out).
-
-    Args:
-        weight: (channels, group width, K, K), as `nn.Conv2d` has it.
-        padded: channels to pad to.
-        block: D, a multiple of the group width, or no less than all channels.
-    """
-    channels, group_width = weight.shape[:2]
-    # (taps, out, in within the group)
-    by_tap = weight.flatten(2).permute(2, 0, 1)
-    if group_width == 1:
-        return F.pad(by_tap[:, :, 0], (0, padded - channels)).flatten()
-    out = torch.arange(channels, device=weight.device)
-    first_in = out // group_width * group_width
-    blocks = weight.new_zeros(len(by_tap), padded // block, block, block)
-    for lane in range(group_width):
-        blocks[:, out // block, (first_in + lane) % block, out % block] = by_tap[:, :, lane]
-    return blocks.flatten()
-
-
-def pack_conv(weight: Tensor, problem: BlockProblem) -> Tensor:
-    """A block's grouped weights, flat: see `grouped_weights`; full ones, for "dense":
-    (K*K, C padded to `DENSE_MULTIPLE`, padded C).
-
-    Args:
-        weight: (C, group width, K, K), as `nn.Conv2d` has it.
-    """
-    if not problem.is_dense:
-        return grouped_weights(weight, problem.padded_in, problem.conv_block)
-    channels = problem.in_channels
-    rows = ceil(channels / DENSE_MULTIPLE) * DENSE_MULTIPLE
-    dense = weight.new_zeros(problem.kernel_size**2, rows, problem.padded_in)
-    # (taps, in, out)
-    dense[:, :channels, :channels] = weight.flatten(2).permute(2, 1, 0)
-    return dense.flatten()
-
-
-def pack(layers: Sequence[Tensor], problem: BlockProblem) -> BlockWeights:
-    """The kernel's weights of a block's layers, which are as `layer_by_layer` takes them."""
-    conv, conv_bias, expand, expand_bias, project, project_bias = layers
-    dtype = getattr(torch, problem.dtype)
-    padded_in, padded_out = problem.padded_in, problem.padded_out
-    padded_hidden = problem.padded_hidden
-
-    def padded(matrix: Tensor, rows: int, columns: int) -> Tensor:
-        return F.pad(matrix, (0, columns - matrix.shape[1], 0, rows - matrix.shape[0])).to(dtype).contiguous()
-
-    def padded_bias(bias: Tensor, length: int) -> Tensor:
-        return F.pad(bias.float(), (0, length - len(bias))).contiguous()
-
-    return BlockWeights(
-        conv=pack_conv(conv.to(dtype), problem),
-        conv_bias=padded_bias(conv_bias, padded_in),
-        expand=padded(expand.flatten(1), padded_hidden, padded_in),
-        expand_bias=padded_bias(expand_bias, padded_hidden),
-        project=padded(project.flatten(1).T, padded_hidden, padded_out),
-        project_bias=padded_bias(project_bias, padded_out),
-        counters=new_counters(conv.device),
-    )
 
 
 # -- Kernel ----------------------------------------------------------------------------------------------------------
@@ -176,9 +80,9 @@ def convfirst_kernel(
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
     PADDED_OUT: tl.constexpr, OUT_SPLITS: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """Tiles of BLOCK_M output pixels (axis 0), one split of the hidden channels (1) and of the output's (2).
+    """Compute tiles of BLOCK_M output pixels (axis 0), one split of the hidden channels (1) and of the output's (2).
 
-    With TILES 1 a program has one tile, otherwise `tiles`, which the compiler is not told, or it would unroll them.
+    With TILES 1 a program has one tile, otherwise `tiles`: an argument, as the compiler would unroll a constant.
     """
     DTYPE: tl.constexpr = x.dtype.element_ty
     PADDED_IN: tl.constexpr = total_size(IN_PARTS)
@@ -186,7 +90,7 @@ def convfirst_kernel(
     split, first_out = tl.program_id(1), 0
     if OUT_SPLITS > 1:
         first_out = tl.program_id(2) * total_size(OUT_PARTS)
-    # For several tiles the weights stay in shared memory, where the compiler puts what products in a loop read.
+    # For several tiles the weights stay in shared memory, where the compiler puts the operands of products in a loop.
     expands, projects = (), ()
     if TILES > 1:
         for step in tl.static_range(STEPS):
@@ -229,7 +133,7 @@ def convfirst_kernel(
                 totals = sums
         else:
             for chunk in tl.range(0, STEPS, num_stages=STAGES):
-                # Past the last hidden channel the weights are padded: see `Tiling.fits`.
+                # The weights are padded past the last hidden channel: see `Tiling.fits`.
                 first = (split * STEPS + chunk) * BLOCK_E
                 h = tl.zeros([BLOCK_M, BLOCK_E], tl.float32)
                 h += tl.load(expand_bias + first + tl.arange(0, BLOCK_E))[None, :]
@@ -250,7 +154,7 @@ def convfirst_kernel(
 
 @triton.jit
 def expand_weights(expand, first, BLOCK_E: tl.constexpr, PARTS: tl.constexpr, i: tl.constexpr):
-    """[part i of the input channels, BLOCK_E hidden ones from `first` on]."""
+    """Load weights: [part i of the input channels, BLOCK_E hidden ones from `first` on]."""
     hidden = first + tl.arange(0, BLOCK_E)
     columns = start(PARTS, i) + tl.arange(0, size(PARTS, i))
     return tl.trans(tl.load(expand + hidden[:, None] * total_size(PARTS) + columns[None, :]))
@@ -260,7 +164,7 @@ def expand_weights(expand, first, BLOCK_E: tl.constexpr, PARTS: tl.constexpr, i:
 def project_weights(
     project, first, BLOCK_E: tl.constexpr, first_out, PARTS: tl.constexpr, i: tl.constexpr, PADDED_OUT: tl.constexpr
 ):  # fmt: skip
-    """[BLOCK_E hidden channels from `first` on, part i of the output's after `first_out`]."""
+    """Load weights: [BLOCK_E hidden channels from `first` on, part i of the output's after `first_out`]."""
     hidden = first + tl.arange(0, BLOCK_E)
     columns = first_out + start(PARTS, i) + tl.arange(0, size(PARTS, i))
     return tl.load(project + hidden[:, None] * PADDED_OUT + columns[None, :])
@@ -278,7 +182,7 @@ def constants(problem: BlockProblem, tiling: Tiling) -> dict[str, object]:
     out_parts = parts(problem.out_channels, MIN_DOT, tiling.part)
     if tiling.out_splits > 1:
         out_parts = (problem.padded_out // tiling.out_splits,)
-    # Compiled, all numbers of tiles above one are the same kernel.
+    # All numbers of tiles above one compile to the same kernel.
     tiles = tiling.tiles_each if INTERPRETED else min(tiling.tiles_each, 2)
     return {
         "IN": problem.in_channels, "HIDDEN": problem.hidden_channels, "OUT": problem.out_channels,
@@ -294,13 +198,13 @@ def constants(problem: BlockProblem, tiling: Tiling) -> dict[str, object]:
 
 
 def launch(x: Tensor, weights: BlockWeights, problem: BlockProblem, tiling: Tiling, scratch: Tensor) -> Tensor:
-    """Run the block; operands are as the problem says, which nothing here checks.
+    """Run the block. Nothing here checks that the operands match the problem.
 
-    Only the output is allocated, unless the layers have launches of their own.
+    Only the output is allocated, and with three launches their intermediates.
 
     Args:
         x: (N, C, H, W), channels_last.
-        scratch: float32, for `tiling.partial_bytes`; overwritten. Any tensor where tiles are not split.
+        scratch: float32, of `tiling.partial_bytes`; overwritten. Without splits it may be any tensor.
 
     Returns:
         (N, C', H', W'), channels_last.

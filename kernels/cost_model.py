@@ -1,8 +1,8 @@
-"""Where a fused block's time must go, counted; and from that, which tilings are worth trying.
+"""An analytic model of a fused block's time, which ranks the tilings that are worth trying.
 
-Every term is the least time on one resource, in seconds: its work, counted or estimated, over the machine's rate. The
-largest is the block's bound; a tiling's estimate adds what a bound leaves out, the last wave of programs and the
-latencies within one.
+Every term is the least time on one resource, in seconds: its work, counted or estimated, over the GPU's rate. The
+largest term is the block's bound. A tiling's estimate adds what a bound leaves out: the last wave of programs, and the
+latencies within a program.
 """
 
 from __future__ import annotations
@@ -24,28 +24,31 @@ from kernels.problem import (
     shares,
 )
 
-# Special-function results and issue slots per hidden element, bias and rounding included.
+# Special-function results, and issue slots, of an activation per hidden element, bias and rounding included.
 SPECIAL_FUNCTIONS = {"silu": 1, "relu": 0, "gelu": 1, "hard_swish": 0}
 ISSUE_SLOTS = {"silu": 4.5, "relu": 2.5, "gelu": 9.5, "hard_swish": 6.5}
-# Issue slots of a thread's other work, beside moves, as the emulator counts PTX: for 16 bytes of pixels (address, mask,
-# copy and the way into products), a tap at a time or in rows, which share much of that; for 16 bytes of weights; for an
-# output element; for a multiply-add of a depthwise convolution without tensor cores, conversions included, and for an
-# element of a dense block that is put together from weights on its diagonal.
+# Issue slots of a thread's other work, without moves, as the emulator counts PTX: for 16 bytes of pixels (address,
+# mask, copy and the way into products), a tap at a time or in rows, which share much of that; for 16 bytes of weights;
+# for an output element; for a multiply-add of a depthwise convolution without tensor cores, conversions included; and
+# for an element of a dense block that is made from weights on its diagonal.
 PIXEL_SLOTS, ROW_PIXEL_SLOTS, WEIGHT_SLOTS, OUT_SLOTS, FMA_SLOTS, DIAGONAL_SLOTS = 20, 15, 18, 5, 1.5, 4
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
+class GpuSpec:
     """What a GPU can do. The defaults are an H200's, partly assumed: see `docs/kernels.md`.
 
     Args:
-        multiprocessors, clock_hz, registers, shared_bytes: of the chip and of one multiprocessor.
-        dram_bytes, l2_bytes: a second, read and written together.
-        wgmma_macs, mma_macs: multiply-accumulates a second of 16-bit operands, by Hopper's warp-group products and by
-            the older ones; a chip without the first has the two equal.
-        l1_bytes, special_functions, lanes: a clock and multiprocessor.
-        launch_seconds: of one kernel inside a CUDA graph.
-        latency_seconds: of a load that the first-level cache does not hold.
+        multiprocessors: of the chip.
+        clock_hz: of the multiprocessors.
+        registers: 32-bit registers of a multiprocessor.
+        shared_bytes: shared memory that one program may use; a multiprocessor has hardly more.
+        dram_bytes, l2_bytes: bytes per second, read and written together.
+        wgmma_macs, mma_macs: multiply-accumulates per second of 16-bit operands, by Hopper's warp-group products and by
+            the older ones; the two are equal for a chip without warp-group products.
+        l1_bytes, special_functions, lanes: per clock and multiprocessor.
+        launch_seconds: time of one launch inside a CUDA graph.
+        latency_seconds: time of a load that misses the first-level cache.
     """
 
     multiprocessors: int = 132
@@ -63,15 +66,16 @@ class Limits:
     latency_seconds: float = 0.6e-6
 
 
-H200 = Limits()
-# By compute capability: rough figures of an A100 (80), an RTX 4090 (89) and an H200, by which tilings are ranked and
-# predictions made. The benchmark's bounds are counted with what it has measured on the GPU at hand.
-LIMITS = {
-    80: Limits(
+H200 = GpuSpec()
+# By compute capability: rough numbers of an A100 (80), an RTX 4090 (89) and an H200, which rank tilings and make
+# predictions; for its bounds the benchmark measures the GPU at hand. Shared memory is exact: 163, 99 and 227 KiB (CUDA
+# C++ Programming Guide, table of technical specifications).
+GPU_SPECS = {
+    80: GpuSpec(
         multiprocessors=108, clock_hz=1.41e9, shared_bytes=166_912, dram_bytes=1.5e12, l2_bytes=3.5e12,
         wgmma_macs=156e12, mma_macs=156e12,
     ),
-    89: Limits(
+    89: GpuSpec(
         multiprocessors=128, clock_hz=2.52e9, shared_bytes=101_376, dram_bytes=0.95e12, l2_bytes=4e12,
         wgmma_macs=82e12, mma_macs=82e12,
     ),
@@ -80,7 +84,7 @@ LIMITS = {
 
 
 def padded_conv_macs(problem: BlockProblem, tiling: Tiling) -> int:
-    """Multiply-accumulates of the convolution as computed: dense blocks in which all but the groups are zeros."""
+    """Multiply-accumulates of the convolution as computed, in dense blocks that are zero outside of the groups."""
     if tiling.conv == "fma":
         inputs = 1
     elif tiling.conv in ("mma", "diagonal"):
@@ -91,14 +95,14 @@ def padded_conv_macs(problem: BlockProblem, tiling: Tiling) -> int:
 
 
 def loaded_pixels(problem: BlockProblem, tiling: Tiling) -> int:
-    """Input pixels that a tile loads for its convolution, each as often as it does."""
+    """Input pixels that a tile loads for its convolution, each counted as often as it is loaded."""
     if tiling.rows == 1:
         return problem.kernel_size**2 * tiling.block_m
     return problem.kernel_size * ((tiling.rows - 1) * problem.stride + problem.kernel_size) * tiling.columns
 
 
 def distinct_pixels(problem: BlockProblem, tiling: Tiling) -> int:
-    """Input pixels that a tile needs, about: its own and a rim."""
+    """Number of different input pixels that a tile needs, roughly: its own and a rim."""
     rows, columns = tiling.rows, tiling.columns
     if rows == 1:
         rows, columns = ceil(columns / problem.out_width), min(columns, problem.out_width)
@@ -107,7 +111,7 @@ def distinct_pixels(problem: BlockProblem, tiling: Tiling) -> int:
 
 
 def repeated(problem: BlockProblem, tiling: Tiling, part: int) -> float:
-    """How many warps compute the same of the convolution: those that outnumber blocks and their shares."""
+    """Number of warps that compute the same part of the convolution, where warps outnumber blocks and shares."""
     each = shares(tiling.columns, part, problem.conv_block, tiling.num_warps)
     return max(1.0, tiling.num_warps * problem.conv_block / (part * each))
 
@@ -115,11 +119,11 @@ def repeated(problem: BlockProblem, tiling: Tiling, part: int) -> float:
 def on_chip_bytes(problem: BlockProblem, tiling: Tiling, wgmma: bool) -> float:
     """Bytes that a program moves through shared memory and the first-level cache, which share one path.
 
-    It is 0.7 to 1.2 of what the emulator counts for compiled kernels of 16 bits (`test_emulator.py`).
+    The result is 0.7 to 1.2 times what the emulator counts for compiled kernels of 16 bits (`test_emulator.py`).
 
     Args:
         wgmma: whether the chip has Hopper's products, which read their second operand from shared memory once for 64
-            rows; the older ones' warps each read what they need.
+            rows; with the older products each warp reads what it needs.
     """
     size, taps, pixels = problem.itemsize, problem.kernel_size**2, tiling.block_m
     into, out = problem.padded_in, problem.padded_out // tiling.out_splits
@@ -127,7 +131,7 @@ def on_chip_bytes(problem: BlockProblem, tiling: Tiling, wgmma: bool) -> float:
     warp_groups = wgmma and pixels >= 64 and problem.itemsize == 2
     weights_read = pixels / 64 if warp_groups else min(tiling.num_warps, pixels // MIN_DOT)
     tile_read = max(1.0, tiling.num_warps * MIN_DOT / pixels)
-    # A pipeline copies past its end, as zeros; without one what is stored comes through the cache first.
+    # A pipeline copies past its end, as zeros; without one the stored data comes through the cache first.
     conv_steps = tiling.tap_steps(problem.kernel_size)
     copied = (conv_steps + tiling.conv_stages - 1) / conv_steps if tiling.conv_stages > 1 else 2
     conv = 0.0
@@ -153,7 +157,10 @@ def on_chip_bytes(problem: BlockProblem, tiling: Tiling, wgmma: bool) -> float:
 
 
 def issue_slots(problem: BlockProblem, tiling: Tiling) -> float:
-    """Of all threads: 0.75 to 1.25 of the PTX that the emulator counts (0.6 if "dense"), moves left out."""
+    """Issue slots of all threads together.
+
+    The result is 0.75 to 1.25 times the PTX that the emulator counts, without moves (0.6 for a "dense" convolution).
+    """
     size = problem.itemsize
     outputs = problem.padded_out // tiling.out_splits
     steps = tiling.steps(problem)
@@ -178,52 +185,53 @@ def issue_slots(problem: BlockProblem, tiling: Tiling) -> float:
     return tiling.tiles(problem) * tiling.splits * tiling.out_splits * a_tile
 
 
-def l2_bytes(problem: BlockProblem, tiling: Tiling, limits: Limits) -> float:
+def l2_bytes(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec) -> float:
     """Bytes that all programs read from and write to the second-level cache."""
     size = problem.itemsize
     outputs = problem.padded_out // tiling.out_splits
     widths = parts(problem.in_channels, problem.conv_block, tiling.part)
-    # Each program reads the weights of the 1x1 convolutions, each tile those of the other.
+    # Each program reads the weights of the 1x1 convolutions, and each tile those of the grouped convolution.
     weights = tiling.steps(problem) * tiling.block_e * (problem.padded_in + outputs)
     conv_weights = problem.kernel_size**2 * problem.padded_in
     if tiling.conv not in ("fma", "diagonal"):
         conv_weights = padded_conv_macs(problem, tiling) // (tiling.tiles(problem) * tiling.block_m)
-    # Asynchronous copies go past the first-level cache.
-    together, pixels = resident(problem, tiling, limits), distinct_pixels(problem, tiling)
+    # Asynchronous copies bypass the first-level cache.
+    together, pixels = resident(problem, tiling, gpu), distinct_pixels(problem, tiling)
     past = tiling.conv_stages > 1 and tiling.conv != "fma"
-    missed = past or together * pixels * max(widths) * size > cache_bytes(problem, tiling, limits)
+    missed = past or together * pixels * max(widths) * size > cache_bytes(problem, tiling, gpu)
     if missed:
         pixels = loaded_pixels(problem, tiling)
     # A full convolution reads all of its input for each part of its output.
     channels = problem.in_channels * (len(widths) if tiling.conv == "dense" else 1)
     tiles = tiling.tiles(problem) * tiling.splits * tiling.out_splits
-    # What was loaded is not there for the residual either.
+    # What misses the cache has to be loaded again for the residual.
     out = problem.out_pixels * problem.out_channels * (2 if missed and problem.residual else 1)
     elements = tiling.programs(problem) * weights + tiles * (conv_weights + pixels * channels) + out
     return size * elements + 2 * tiling.partial_bytes(problem)
 
 
-def cache_bytes(problem: BlockProblem, tiling: Tiling, limits: Limits) -> int:
-    """What is left for a multiprocessor's first-level cache.
+def cache_bytes(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec) -> int:
+    """Bytes left for a multiprocessor's first-level cache.
 
-    For kernels of more than 48 KiB of shared memory Triton asks for as much of it as there is (its driver.c:
-    `CU_FUNC_CACHE_PREFER_SHARED`), whatever they use.
+    If a kernel uses more than 48 KiB of shared memory, Triton asks for as much as there is, however much the kernel
+    uses (its driver.c: `CU_FUNC_CACHE_PREFER_SHARED`).
     """
     shared = shared_bytes(problem, tiling)
     if shared >= PREFER_SHARED_BYTES:
         return OTHER_CACHE_BYTES
-    return limits.shared_bytes + OTHER_CACHE_BYTES - resident(problem, tiling, limits) * shared
+    return gpu.shared_bytes + OTHER_CACHE_BYTES - resident(problem, tiling, gpu) * shared
 
 
 @dataclass(frozen=True, slots=True)
-class Launch:
-    """What is counted of one launch.
+class LaunchCost:
+    """The counted cost of one launch.
 
     Args:
-        terms: seconds that each resource needs at least, by name.
-        programs, together: in all, and as many as a multiprocessor holds at once.
-        latencies: of a tile, were it alone.
-        tiles_each: of a program.
+        terms: least seconds on each resource, by name.
+        programs: number of programs.
+        together: programs that a multiprocessor holds at once.
+        latencies: number of load latencies of a tile, if it ran alone.
+        tiles_each: tiles of a program.
     """
 
     terms: dict[str, float]
@@ -232,165 +240,167 @@ class Launch:
     latencies: float
     tiles_each: int = 1
 
-    def seconds(self, limits: Limits) -> float:
-        """The binding resource, shared with its rivals for slots, in whole waves, plus latencies."""
-        slots = limits.multiprocessors * self.together
+    def seconds(self, gpu: GpuSpec) -> float:
+        """Seconds of the launch: the binding resource in whole waves of programs, plus exposed latencies."""
+        slots = gpu.multiprocessors * self.together
         waves = ceil(self.programs / slots)
         # A part-filled wave takes as long as a full one, up to what fewer programs on a multiprocessor gain.
         many = self.programs > slots
-        idle = waves * slots / self.programs if many else max(1.0, limits.multiprocessors / self.programs)
-        # Products, special functions and plain instructions overlap between warps, but never wholly.
+        idle = waves * slots / self.programs if many else max(1.0, gpu.multiprocessors / self.programs)
+        # Products, special functions and plain instructions of different warps overlap, but never completely.
         compute = [self.terms[name] for name in ("tensor", "special", "issue", "shared")]
         busy = max(max(compute) + 0.4 * (sum(compute) - max(compute)), self.terms["l2"]) * idle
-        # A tile's latencies are hidden by the other programs of the multiprocessor, if there are any.
+        # The other programs of the multiprocessor, if there are any, hide a tile's latencies.
         rounds = waves * self.tiles_each
         exposed = max(min(rounds, 2), rounds / self.together)
-        return limits.launch_seconds + max(self.terms["dram"], busy) + limits.latency_seconds * self.latencies * exposed
+        return gpu.launch_seconds + max(self.terms["dram"], busy) + gpu.latency_seconds * self.latencies * exposed
 
 
-def counted(problem: BlockProblem, tiling: Tiling, limits: Limits = H200) -> list[Launch]:
-    """The block's launch, or its layers'."""
+def launch_costs(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec = H200) -> list[LaunchCost]:
+    """Costs of the block's one launch, or of its layers' three."""
     if tiling.launches == 1:
-        return [_block_launch(problem, tiling, limits)]
-    # A slice of channels after the other, and what is stored of it.
+        return [_block_cost(problem, tiling, gpu)]
+    # One slice of channels after the other, and what each slice stores.
     one = conv_slice(problem, tiling)
-    conv = _block_launch(one, replace(tiling, launches=1), limits)
+    conv = _block_cost(one, replace(tiling, launches=1), gpu)
     slices = problem.padded_in // tiling.part
     stored = problem.out_pixels * problem.in_channels
     terms = {name: slices * seconds for name, seconds in conv.terms.items()}
-    terms["dram"] += _dram_bytes(problem, stored) / limits.dram_bytes
-    terms["l2"] += problem.itemsize * stored / limits.l2_bytes
-    terms["issue"] += OUT_SLOTS * stored / (limits.lanes * limits.multiprocessors * limits.clock_hz)
+    terms["dram"] += _dram_bytes(problem, stored) / gpu.dram_bytes
+    terms["l2"] += problem.itemsize * stored / gpu.l2_bytes
+    terms["issue"] += OUT_SLOTS * stored / (gpu.lanes * gpu.multiprocessors * gpu.clock_hz)
     expansion, projection = product_tilings(problem)
     into, hidden, out = problem.in_channels, problem.hidden_channels, problem.out_channels
     return [
         replace(conv, terms=terms, programs=slices * conv.programs),
-        _product_launch(problem, expansion, into, hidden, problem.activation, False, limits),
-        _product_launch(problem, projection, hidden, out, "none", problem.residual, limits),
+        _product_cost(problem, expansion, into, hidden, problem.activation, False, gpu),
+        _product_cost(problem, projection, hidden, out, "none", problem.residual, gpu),
     ]
 
 
 def conv_slice(problem: BlockProblem, tiling: Tiling) -> BlockProblem:
-    """What is left of a block for one program's channels of a convolution in a launch of its own."""
+    """The block as one program of a separate convolution launch sees it: a slice of channels and nothing else."""
     return replace(problem, in_channels=tiling.part, hidden_channels=0, out_channels=0, residual=False)
 
 
 def _dram_bytes(problem: BlockProblem, elements: int) -> int:
-    """Of a tensor between two launches, what does not stay in the second-level cache."""
+    """Bytes of a tensor between two launches that do not stay in the second-level cache."""
     return elements * problem.itemsize if elements * problem.itemsize > KEPT_IN_L2_BYTES else 0
 
 
-def _block_launch(problem: BlockProblem, tiling: Tiling, limits: Limits) -> Launch:
+def _block_cost(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec) -> LaunchCost:
     pixels = tiling.tiles(problem) * tiling.block_m
-    per_clock = limits.multiprocessors * limits.clock_hz
+    per_clock = gpu.multiprocessors * gpu.clock_hz
     steps = tiling.steps(problem)
-    # What each program computes of the convolution and of the hidden channels, those that share a tile compute, too.
+    # Programs that share a tile each compute the convolution, and with split outputs the hidden channels, themselves.
     hidden = pixels * steps * tiling.splits * tiling.block_e * tiling.out_splits
-    matrix = (limits.wgmma_macs if tiling.block_m >= 64 else limits.mma_macs) / (4 if problem.itemsize == 4 else 1)
+    matrix = (gpu.wgmma_macs if tiling.block_m >= 64 else gpu.mma_macs) / (4 if problem.itemsize == 4 else 1)
     conv_macs = padded_conv_macs(problem, tiling) * tiling.splits * tiling.out_splits
     outputs = problem.padded_out // tiling.out_splits
-    shared = tiling.programs(problem) * on_chip_bytes(problem, tiling, limits.wgmma_macs > limits.mma_macs)
+    shared = tiling.programs(problem) * on_chip_bytes(problem, tiling, gpu.wgmma_macs > gpu.mma_macs)
     terms = {
-        "dram": (problem.activation_bytes + 2 * tiling.partial_bytes(problem)) / limits.dram_bytes,
-        "l2": l2_bytes(problem, tiling, limits) / limits.l2_bytes,
-        "shared": shared / (limits.l1_bytes * per_clock),
-        "tensor": (0 if tiling.conv == "fma" else conv_macs / min(matrix, limits.mma_macs))
+        "dram": (problem.activation_bytes + 2 * tiling.partial_bytes(problem)) / gpu.dram_bytes,
+        "l2": l2_bytes(problem, tiling, gpu) / gpu.l2_bytes,
+        "shared": shared / (gpu.l1_bytes * per_clock),
+        "tensor": (0 if tiling.conv == "fma" else conv_macs / min(matrix, gpu.mma_macs))
         + hidden * (problem.padded_in + outputs) / matrix,
-        "special": hidden * SPECIAL_FUNCTIONS[problem.activation] / (limits.special_functions * per_clock),
-        "issue": issue_slots(problem, tiling) / (limits.lanes * per_clock),
+        "special": hidden * SPECIAL_FUNCTIONS[problem.activation] / (gpu.special_functions * per_clock),
+        "issue": issue_slots(problem, tiling) / (gpu.lanes * per_clock),
     }
     tap_steps = tiling.tap_steps(problem.kernel_size)
     tap_steps *= len(parts(problem.in_channels, problem.conv_block, tiling.part))
     if tiling.conv == "dense":
         tap_steps *= ceil(problem.in_channels / tiling.dense_block)
-    together = resident(problem, tiling, limits)
-    # Copies in flight hide each other's latency; loads through L1 that a program issues one by one do not, but other
-    # programs on the multiprocessor go on meanwhile.
+    together = resident(problem, tiling, gpu)
+    # Copies in flight hide each other's latency. Loads through L1, which a program issues one by one, do not, but other
+    # programs on the multiprocessor continue meanwhile.
     latencies = tap_steps / max(tiling.conv_stages, together, tiling.num_warps / 4) + 2
     latencies += steps / (tiling.num_stages * tiling.tiles_each)
     if tiling.splits > 1:
-        # Whoever ends last reads all sums of the tile alone.
+        # The program that ends last reads all sums of the tile alone.
         rows = min(tiling.block_m, problem.out_pixels)
-        alone = 4 * tiling.splits * rows * outputs / (ALONE_BYTES * limits.clock_hz)
-        latencies += 4 + alone / limits.latency_seconds
-    return Launch(terms, tiling.programs(problem), together, latencies, tiling.tiles_each)
+        alone = 4 * tiling.splits * rows * outputs / (ALONE_BYTES * gpu.clock_hz)
+        latencies += 4 + alone / gpu.latency_seconds
+    return LaunchCost(terms, tiling.programs(problem), together, latencies, tiling.tiles_each)
 
 
-def _product_launch(
+def _product_cost(
     problem: BlockProblem, tiling: ProductTiling, into: int, outputs: int, activation: str, residual: bool,
-    limits: Limits,
-) -> Launch:  # fmt: skip
-    """A product of (pixels, into) and (into, outputs) in a launch of its own."""
+    gpu: GpuSpec,
+) -> LaunchCost:  # fmt: skip
+    """Cost of a product of (pixels, into) and (into, outputs) in a launch of its own."""
     size, m, n = problem.itemsize, tiling.block_m, tiling.block_n
     programs = tiling.programs(problem.out_pixels, outputs)
     inner = ceil(into / tiling.block_k) * tiling.block_k
-    loaded, found = programs * inner * (m + n) * size, programs * m * n
+    loaded, computed = programs * inner * (m + n) * size, programs * m * n
     stored = problem.out_pixels * outputs
-    per_clock = limits.multiprocessors * limits.clock_hz
-    warp_groups = m >= 64 and size == 2 and limits.wgmma_macs > limits.mma_macs
-    matrix = (limits.wgmma_macs if m >= 64 else limits.mma_macs) / (4 if size == 4 else 1)
-    # Hopper's products read the second operand once for 64 rows; older warps, four of each, what they need of both.
+    per_clock = gpu.multiprocessors * gpu.clock_hz
+    warp_groups = m >= 64 and size == 2 and gpu.wgmma_macs > gpu.mma_macs
+    matrix = (gpu.wgmma_macs if m >= 64 else gpu.mma_macs) / (4 if size == 4 else 1)
+    # Hopper's products read the second operand once for 64 rows; with older ones each warp reads its share of both.
     read = m + n * m / 64 if warp_groups else 2 * m + min(4, m // MIN_DOT) * n
-    traffic = loaded + (programs * inner * read + 2 * found) * size
+    traffic = loaded + (programs * inner * read + 2 * computed) * size
     terms = {
-        "dram": (_dram_bytes(problem, problem.out_pixels * into) + _dram_bytes(problem, stored)) / limits.dram_bytes,
-        "l2": (loaded + stored * size * (2 if residual else 1)) / limits.l2_bytes,
-        "shared": traffic / (limits.l1_bytes * per_clock),
-        "tensor": found * inner / matrix,
-        "special": found * SPECIAL_FUNCTIONS.get(activation, 0) / (limits.special_functions * per_clock),
-        "issue": (loaded / 16 * WEIGHT_SLOTS + found * (OUT_SLOTS + ISSUE_SLOTS.get(activation, 0)))
-        / (limits.lanes * per_clock),
+        "dram": (_dram_bytes(problem, problem.out_pixels * into) + _dram_bytes(problem, stored)) / gpu.dram_bytes,
+        "l2": (loaded + stored * size * (2 if residual else 1)) / gpu.l2_bytes,
+        "shared": traffic / (gpu.l1_bytes * per_clock),
+        "tensor": computed * inner / matrix,
+        "special": computed * SPECIAL_FUNCTIONS.get(activation, 0) / (gpu.special_functions * per_clock),
+        "issue": (loaded / 16 * WEIGHT_SLOTS + computed * (OUT_SLOTS + ISSUE_SLOTS.get(activation, 0)))
+        / (gpu.lanes * per_clock),
     }
     registers = 32 * tiling.num_warps * min(255, m * n / (32 * tiling.num_warps) + OTHER_REGISTERS)
-    room = limits.shared_bytes // (_product_shared_bytes(problem, tiling) + 1024)
-    together = max(1, min(int(limits.registers / registers), room))
-    return Launch(terms, programs, together, inner / (tiling.block_k * tiling.num_stages) + 2)
+    room = gpu.shared_bytes // (_product_shared_bytes(problem, tiling) + 1024)
+    together = max(1, min(int(gpu.registers / registers), room))
+    return LaunchCost(terms, programs, together, inner / (tiling.block_k * tiling.num_stages) + 2)
 
 
 def _product_shared_bytes(problem: BlockProblem, tiling: ProductTiling) -> int:
     return problem.itemsize * tiling.num_stages * (tiling.block_m + tiling.block_n) * tiling.block_k
 
 
-def terms(problem: BlockProblem, tiling: Tiling, limits: Limits = H200) -> dict[str, float]:
-    """Seconds that each resource needs at least, by name, for all launches together.
+def terms(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec = H200) -> dict[str, float]:
+    """Least seconds on each resource, by name, for all launches together.
 
-    Tile waste is in all of them: places past the last pixel and channels past the last real one are computed too.
+    All terms include waste: places past the last pixel, and channels past the last real one, are computed, too.
     """
-    launches = counted(problem, tiling, limits)
+    launches = launch_costs(problem, tiling, gpu)
     return {name: sum(launch.terms[name] for launch in launches) for name in launches[0].terms}
 
 
-def bound(problem: BlockProblem, tiling: Tiling, limits: Limits = H200) -> tuple[str, float]:
-    """The resource that binds, and its seconds."""
-    counted = terms(problem, tiling, limits)
-    name = max(counted, key=counted.__getitem__)
-    return name, counted[name]
+def bound(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec = H200) -> tuple[str, float]:
+    """The resource that takes longest, and its seconds."""
+    seconds = terms(problem, tiling, gpu)
+    name = max(seconds, key=seconds.__getitem__)
+    return name, seconds[name]
 
 
-def roofline(problem: BlockProblem, limits: Limits = H200) -> float:
-    """Seconds of the plain roofline: necessary operations over peak, or necessary bytes over bandwidth."""
+def roofline(problem: BlockProblem, gpu: GpuSpec = H200) -> float:
+    """Seconds by the plain roofline: necessary operations over peak, or necessary bytes over bandwidth."""
     channels = problem.in_channels * problem.kernel_size**2 * problem.group_width
     weights = problem.itemsize * (channels + problem.hidden_channels * (problem.in_channels + problem.out_channels))
-    peak = max(limits.wgmma_macs, limits.mma_macs) / (4 if problem.itemsize == 4 else 1)
-    return max(problem.macs / peak, (problem.activation_bytes + weights) / limits.dram_bytes)
+    peak = max(gpu.wgmma_macs, gpu.mma_macs) / (4 if problem.itemsize == 4 else 1)
+    return max(problem.macs / peak, (problem.activation_bytes + weights) / gpu.dram_bytes)
 
 
-def layer_roofline(problem: BlockProblem, limits: Limits = H200) -> float:
-    """Seconds layer by layer, each at its own roofline: conv; expand and activate; project and add."""
+def layer_roofline(problem: BlockProblem, gpu: GpuSpec = H200) -> float:
+    """Seconds of three layers, each at its own roofline: conv; expand and activate; project and add."""
     pixels, size = problem.out_pixels, problem.itemsize
-    peak = max(limits.wgmma_macs, limits.mma_macs) / (4 if size == 4 else 1)
+    peak = max(gpu.wgmma_macs, gpu.mma_macs) / (4 if size == 4 else 1)
     into, hidden, out = problem.in_channels, problem.hidden_channels, problem.out_channels
     layers = (
         (problem.conv_macs, problem.batch * problem.height * problem.width * into + pixels * into),
         (pixels * into * hidden, pixels * (into + hidden) + into * hidden),
         (pixels * hidden * out, pixels * (hidden + out * (2 if problem.residual else 1)) + hidden * out),
     )
-    return sum(max(macs / peak, elements * size / limits.dram_bytes) for macs, elements in layers)
+    return sum(max(macs / peak, elements * size / gpu.dram_bytes) for macs, elements in layers)
 
 
 def shared_bytes(problem: BlockProblem, tiling: Tiling) -> int:
-    """Shared memory of a program, about: the weights' pipeline and the convolution's result on its way to a product; of
-    several launches the most."""
+    """Shared memory of a program, roughly; of several launches the most.
+
+    It holds the pipeline of weights, and the convolution's result on its way to a product.
+    """
     if tiling.launches > 1:
         products = [_product_shared_bytes(problem, each) for each in product_tilings(problem)]
         return max(shared_bytes(conv_slice(problem, tiling), replace(tiling, launches=1)), *products)
@@ -407,8 +417,8 @@ def shared_bytes(problem: BlockProblem, tiling: Tiling) -> int:
     if tiling.conv != "fma":
         part = max(parts(problem.in_channels, problem.conv_block, tiling.part))
         pixels = loaded_pixels(problem, tiling) // tiling.tap_steps(problem.kernel_size)
-        # One copy of pixels is in use while the others arrive; float32 has one more, and so have weights, as products
-        # read them. Those on diagonals come through registers.
+        # One copy of pixels is in use while the others arrive. Float32 has one more, and so have weights, as products
+        # read them; weights on diagonals come through registers.
         copies = max(1, tiling.conv_stages - (0 if plain else 1))
         if tiling.conv == "dense":
             conv = copies * tiling.dense_block * (pixels + part) * problem.itemsize
@@ -422,19 +432,19 @@ def shared_bytes(problem: BlockProblem, tiling: Tiling) -> int:
 
 
 def live_registers(problem: BlockProblem, tiling: Tiling) -> float:
-    """Registers a thread for the tensors that live through the loop over hidden channels; addresses come on top."""
+    """Registers per thread for the tensors that live through the loop over hidden channels, without addresses."""
     words = problem.itemsize / 4
     outputs = problem.padded_out // tiling.out_splits
     elements = tiling.block_m * (outputs + problem.padded_in * words + tiling.block_e)
     steps = tiling.steps(problem)
     if tiling.tiles_each == 1 and (tiling.num_stages == 1 or steps <= tiling.num_stages):
-        # Where a pipeline does not get going the weights of a step come through registers.
+        # If the loop is too short for its pipeline, the weights of a step come through registers.
         elements += tiling.block_e * (problem.padded_in + outputs) * words
     return elements / (32 * tiling.num_warps)
 
 
 def conv_registers(problem: BlockProblem, tiling: Tiling) -> float:
-    """Registers a thread for a tile's convolution: its sums, and the pixels that a tap or a column of taps needs."""
+    """Registers per thread for a tile's convolution: its sums, and the pixels of a tap or a column of taps."""
     if tiling.conv == "dense":
         return 0.0
     part = max(parts(problem.in_channels, problem.conv_block, tiling.part))
@@ -444,60 +454,61 @@ def conv_registers(problem: BlockProblem, tiling: Tiling) -> float:
     return times * part * (tiling.block_m + pixels * words) / (32 * tiling.num_warps)
 
 
-def resident(problem: BlockProblem, tiling: Tiling, limits: Limits) -> int:
-    """Programs that a multiprocessor holds at once, about."""
+def resident(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec) -> int:
+    """Number of programs that a multiprocessor holds at once, roughly."""
     live = max(live_registers(problem, tiling), conv_registers(problem, tiling))
     registers = min(255, live + OTHER_REGISTERS) * 32 * tiling.num_warps
-    return max(1, min(int(limits.registers / registers), limits.shared_bytes // (shared_bytes(problem, tiling) + 1024)))
+    return max(1, min(int(gpu.registers / registers), gpu.shared_bytes // (shared_bytes(problem, tiling) + 1024)))
 
 
-# Pixels and hidden channels of a step that are tried.
+# Pixels of a tile, and hidden channels of a step, that are tried.
 BLOCKS_M = (16, 32, 64, 128, 256)
 BLOCKS_E = (16, 32, 64, 128)
 SPLITS = (1, 2, 4, 8, 16, MAX_SPLITS)
 OUT_SPLITS = (1, 2, 4)
 ROWS = (1, 2, 4, 8)
-# Live registers a thread beyond which the compiler spilled, with Hopper's products, which read shared memory, and with
-# the older ones, which read registers; found by compiling `test_inspect`'s blocks and samples of
+# Live registers per thread above which the compiler spilled, with Hopper's products, which read shared memory, and with
+# the older ones, which read registers; found by compiling the blocks of `test_inspect` and samples of
 # `nas.lab.kernel_sweep`.
 MOST_LIVE_REGISTERS = {"wgmma": 204, "mma": 150}
 OTHER_REGISTERS = 44
-# The same where weights are kept, whose steps are written out one after the other, and the most of these.
+# The same for kept weights, where the steps of the loop are unrolled, and the most steps then.
 MOST_LIVE_KEPT, MOST_KEPT_STEPS = 116, 4
-# The same of tiles of several rows: of many channels; of any, with the older products; of large kernels in a pipeline,
-# by stride with the convolution's own registers, and with the older products.
+# The same for tiles of several rows: with many channels; with any number, and the older products; with large kernels in
+# a pipeline, by stride and including the convolution's own registers; and these with the older products.
 MOST_LIVE_ROWS, MOST_LIVE_ROWS_MMA, MOST_LIVE_TAPS, MOST_LIVE_TAPS_MMA = 126, 110, {1: 304, 2: 240}, 130
-# The same of large tiles of many channels with Hopper's products (`is_large`): live registers, and those of the
-# convolution of several rows, for k 3 in a pipeline and else.
+# The same for large tiles of many channels with Hopper's products (`is_large`): live registers, and registers of the
+# convolution of several rows, for k 3 in a pipeline and otherwise.
 MOST_LIVE_LARGE, MOST_CONV_PIPELINED, MOST_CONV_LARGE = 226, 112, 150
-# Of the memory that the first-level cache shares with shared memory, what is the cache's alone, and from how much on
-# the rest is shared memory.
+# The first-level cache and shared memory share one memory: the bytes that always belong to the cache, and the shared
+# memory of a program from which on all the rest is shared memory.
 OTHER_CACHE_BYTES, PREFER_SHARED_BYTES = 28 * 1024, 48 * 1024
-# Of a tensor between two launches: in half the second-level cache of the GPUs that are counted with it is still there
-# when it is read.
+# A tensor of this size or less, about half the second-level cache of the GPUs in `GPU_SPECS`, is still in the cache
+# when the next launch reads it.
 KEPT_IN_L2_BYTES = 24 * 2**20
-# Among so many first tilings there is one of a single launch, and one of three unless it is by far the slower.
+# Among this many first tilings there is one with a single launch, and one with three unless that is slower by this
+# factor.
 OF_EITHER_KIND, BY_FAR = 3, 1.5
-# A clock, that one multiprocessor reads from the second-level cache; assumed.
+# Bytes per clock that one multiprocessor alone reads from the second-level cache; assumed.
 ALONE_BYTES = 64
-# Channels of a program that does nothing but convolve.
+# Most channels of a program in the launch of the convolution alone.
 WIDEST_CONV = 64
-# Registers of a convolution beyond which the compiler spilled.
+# Registers per thread of that convolution above which the compiler spilled.
 MOST_CONV = 130
-# In how many turns the programs with several tiles come, about: were it one, a multiprocessor that holds fewer programs
-# than was counted would make all wait for a second.
+# Waves of programs that have several tiles, roughly. With a single wave, a multiprocessor that holds fewer programs
+# than counted would make all others wait for a second one.
 KEPT_WAVES = 2
 
 
-def estimate(problem: BlockProblem, tiling: Tiling, limits: Limits = H200) -> float:
-    """Seconds of the block's launch, or of its layers' one after the other."""
-    return sum(launch.seconds(limits) for launch in counted(problem, tiling, limits))
+def estimate(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec = H200) -> float:
+    """Predicted seconds of the block: of its one launch, or of its layers' three one after the other."""
+    return sum(launch.seconds(gpu) for launch in launch_costs(problem, tiling, gpu))
 
 
-def candidates(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
-    """All tilings that fit the machine, without regard to speed."""
-    found = []
-    wgmma = limits.wgmma_macs > limits.mma_macs
+def fitting_tilings(problem: BlockProblem, gpu: GpuSpec = H200) -> list[Tiling]:
+    """All tilings that fit the GPU, however slow."""
+    tilings = []
+    wgmma = gpu.wgmma_macs > gpu.mma_macs
     shapes = [(block_m, rows) for block_m in BLOCKS_M for rows in ROWS if block_m // rows >= MIN_DOT]
     for (block_m, rows), block_e, warps, stages in product(shapes, BLOCKS_E, (4, 8), (1, 2, 3)):
         if block_m > max(MIN_DOT, 2 * problem.out_pixels) or block_e > problem.padded_hidden:
@@ -512,28 +523,28 @@ def candidates(problem: BlockProblem, limits: Limits = H200) -> list[Tiling]:
             if rows > 1 and form == "dense":
                 continue
             one = Tiling(block_m, block_e, form, 1, warps, stages, conv_stages, part=part, rows=rows)
-            if not compiles(problem, one, limits):
+            if not compiles(problem, one, gpu):
                 continue
             for splits, out_splits in product(SPLITS, OUT_SPLITS):
                 split = replace(one, splits=splits, out_splits=out_splits)
-                if splits * out_splits > 1 and split.programs(problem) > 2 * limits.multiprocessors:
+                if splits * out_splits > 1 and split.programs(problem) > 2 * gpu.multiprocessors:
                     continue
                 if split.fits(problem) and live_registers(problem, split) <= most_live_registers(problem, split, wgmma):
-                    found.append(split)
-            # A kept tiling has no pipeline over hidden channels: one number of stages stands for all.
-            if stages == 2 and (kept := keeping(problem, one, limits)):
-                found.append(kept)
-    return found + layered_candidates(problem, limits)
+                    tilings.append(split)
+            # A tiling that keeps its weights has no pipeline over hidden channels: one number of stages is enough.
+            if stages == 2 and (kept := keeping(problem, one, gpu)):
+                tilings.append(kept)
+    return tilings + three_launch_tilings(problem, gpu)
 
 
-def layered_candidates(problem: BlockProblem, limits: Limits) -> list[Tiling]:
-    """Those that give each layer a launch of its own."""
+def three_launch_tilings(problem: BlockProblem, gpu: GpuSpec) -> list[Tiling]:
+    """The fitting tilings that give each layer a launch of its own."""
     if problem.is_dense:
         return []
-    # What divides the channels evenly.
+    # Slices have to divide the channels evenly.
     width = min(WIDEST_CONV, problem.padded_in & -problem.padded_in)
     widths = [each for each in (width, width // 2) if each >= problem.conv_block]
-    found = []
+    tilings = []
     for block_m, rows, form, warps, conv_stages, part in product(
         BLOCKS_M, ROWS, conv_forms(problem), (4, 8), (1, 3), widths
     ):
@@ -543,26 +554,26 @@ def layered_candidates(problem: BlockProblem, limits: Limits) -> list[Tiling]:
         if tiling.columns < MIN_DOT or (form == "fma" and conv_stages > 1):
             continue
         one = conv_slice(problem, tiling)
-        fits = shared_bytes(problem, tiling) <= most_shared_bytes(problem, limits)
-        if fits and conv_registers(one, tiling) <= MOST_CONV and compiles(one, tiling, limits):
-            found.append(tiling)
-    return found
+        fits = shared_bytes(problem, tiling) <= most_shared_bytes(problem, gpu)
+        if fits and conv_registers(one, tiling) <= MOST_CONV and compiles(one, tiling, gpu):
+            tilings.append(tiling)
+    return tilings
 
 
-def compiles(problem: BlockProblem, tiling: Tiling, limits: Limits) -> bool:
-    """Whether shared memory and registers suffice for a tiling that splits nothing, as far as compiling has shown."""
-    wgmma = limits.wgmma_macs > limits.mma_macs
-    if shared_bytes(problem, tiling) > most_shared_bytes(problem, limits):
+def compiles(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec) -> bool:
+    """Whether shared memory and registers suffice for a tiling without splits, as far as compiling has shown."""
+    wgmma = gpu.wgmma_macs > gpu.mma_macs
+    if shared_bytes(problem, tiling) > most_shared_bytes(problem, gpu):
         return False
     if tiling.num_warps == 4:
         if tiling.conv in ("fma", "diagonal") and problem.padded_in > 256:
             return False
-        # The compiler unrolls the taps of wide convolutions, whose loads four warps have no registers for.
+        # The compiler unrolls the taps of wide convolutions, and four warps lack the registers for their loads.
         if problem.padded_in > 128 and (problem.kernel_size > 3 or problem.conv_block > MIN_DOT):
             return False
         if problem.padded_in > 128 and tiling.conv_stages > 1 and tiling.block_m >= 64 and not wgmma:
             return False
-    # So it is with blocks of 32 channels, in a pipeline or of many pixels.
+    # The same happens with blocks of 32 channels, in a pipeline or with many pixels.
     if problem.conv_block > MIN_DOT and (tiling.conv_stages > 1 or tiling.block_m > 128):
         return False
     # Older products read registers: 64 x 64 with blocks of 32 spilled 2 instructions on sm_80, 64 rows of 320 channels
@@ -577,27 +588,28 @@ def compiles(problem: BlockProblem, tiling: Tiling, limits: Limits) -> bool:
 
 
 def is_large(problem: BlockProblem, tiling: Tiling, wgmma: bool) -> bool:
-    """Whether it is one of the large tiles of many channels of which more has been compiled than of others."""
+    """Whether it is a large tile of many channels, of which more tilings were compiled than of others."""
     of_hopper = wgmma and tiling.num_warps == 8 and tiling.block_m == 128 and tiling.block_e <= 64
     return of_hopper and tiling.num_stages > 1 and 128 < problem.padded_in <= 256
 
 
 def most_live_registers(problem: BlockProblem, tiling: Tiling, wgmma: bool) -> int:
+    """The most live registers per thread with which the compiler did not spill."""
     if is_large(problem, tiling, wgmma):
         return MOST_LIVE_LARGE
     return MOST_LIVE_REGISTERS["wgmma" if wgmma else "mma"]
 
 
-def most_shared_bytes(problem: BlockProblem, limits: Limits) -> int:
-    """What a program may be counted to take: of float32 the count is a quarter short at worst."""
-    return limits.shared_bytes * 3 // 4 if problem.itemsize == 4 else limits.shared_bytes - 2048
+def most_shared_bytes(problem: BlockProblem, gpu: GpuSpec) -> int:
+    """The most shared memory that may be counted for a program; in float32 the count is up to a quarter too low."""
+    return gpu.shared_bytes * 3 // 4 if problem.itemsize == 4 else gpu.shared_bytes - 2048
 
 
 def rows_fit(problem: BlockProblem, tiling: Tiling, wgmma: bool) -> bool:
-    """Whether registers suffice for the convolution of a tile of several rows, as far as compiling has shown, and warps
+    """Whether a tile of several rows has registers for its convolution, as far as compiling has shown, and enough warps
     for its blocks."""
     if tiling.conv_stages == 1 and tiling.conv != "fma":
-        # Else blocks on their way into shared memory lie in the same banks: see `device_functions.load_blocks`.
+        # Otherwise blocks on their way into shared memory lie in the same banks: see `device_functions.load_blocks`.
         widest = max(parts(problem.in_channels, problem.conv_block, tiling.part))
         if widest > problem.conv_block * tiling.num_warps:
             return False
@@ -619,29 +631,32 @@ def rows_fit(problem: BlockProblem, tiling: Tiling, wgmma: bool) -> bool:
     return problem.padded_in <= 128 or live <= MOST_LIVE_ROWS
 
 
-def keeping(problem: BlockProblem, tiling: Tiling, limits: Limits) -> Tiling | None:
-    """The tiling with as many tiles a program as fill the chip twice, if that is several and the weights find room."""
+def keeping(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec) -> Tiling | None:
+    """The tiling with as many tiles per program as fill the chip twice.
+
+    None if that is a single tile, or if the weights do not fit shared memory.
+    """
     several = replace(tiling, tiles_each=2)
-    fits = several.fits(problem) and shared_bytes(problem, several) <= most_shared_bytes(problem, limits)
+    fits = several.fits(problem) and shared_bytes(problem, several) <= most_shared_bytes(problem, gpu)
     if not fits or tiling.steps(problem) > MOST_KEPT_STEPS or live_registers(problem, several) > MOST_LIVE_KEPT:
         return None
-    if limits.wgmma_macs == limits.mma_macs and tiling.block_e > 64:
+    if gpu.wgmma_macs == gpu.mma_macs and tiling.block_e > 64:
         return None
-    slots = limits.multiprocessors * resident(problem, several, limits)
+    slots = gpu.multiprocessors * resident(problem, several, gpu)
     each = ceil(tiling.tiles(problem) / (KEPT_WAVES * slots))
     return replace(tiling, tiles_each=each) if each > 1 else None
 
 
 @lru_cache(maxsize=4096)
-def ranked(problem: BlockProblem, limits: Limits = H200) -> tuple[Tiling, ...]:
-    """The tilings that fit, by estimate, the fastest first; near relatives come after what differs more.
+def ranked(problem: BlockProblem, gpu: GpuSpec = H200) -> tuple[Tiling, ...]:
+    """The tilings that fit, ordered by their estimates, the fastest first; near relatives of earlier ones come last.
 
-    Of tilings that share size, splits and form of convolution, which differ in pipelining and warps, the likeliest with
-    taps through the first-level cache and the likeliest with copies past it come early, and the rest last: the estimate
-    tells such relatives apart least. Whether one launch is better than three it tells hardly better: the likeliest of
-    either kind is among the first `OF_EITHER_KIND`, unless three launches are by far the slower.
+    Relatives share size, splits and form of convolution and differ in pipelining and warps, which the estimate tells
+    apart worst. Of them only the likeliest that loads taps through the first-level cache and the likeliest that copies
+    past it come early. The estimate hardly tells better whether one launch beats three: the likeliest of either kind is
+    among the first `OF_EITHER_KIND`, unless three launches are slower by `BY_FAR`.
     """
-    by_estimate = sorted(candidates(problem, limits), key=lambda tiling: estimate(problem, tiling, limits))
+    by_estimate = sorted(fitting_tilings(problem, gpu), key=lambda tiling: estimate(problem, tiling, gpu))
     seen: set[tuple[object, ...]] = set()
     early: list[Tiling] = []
     late: list[Tiling] = []
@@ -655,7 +670,7 @@ def ranked(problem: BlockProblem, limits: Limits = H200) -> tuple[Tiling, ...]:
         seen.add(relative)
     best = by_estimate[0] if by_estimate else None
     other = next((tiling for tiling in early if best and tiling.launches != best.launches), None)
-    near = best and other and estimate(problem, other, limits) < BY_FAR * estimate(problem, best, limits)
+    near = best and other and estimate(problem, other, gpu) < BY_FAR * estimate(problem, best, gpu)
     if other and (near or other.launches == 1):
         place = min(early.index(other), OF_EITHER_KIND - 1)
         early.remove(other)

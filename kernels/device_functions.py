@@ -1,9 +1,9 @@
-"""What the Triton kernels share: products, activations, the convolution of a tile and its way out.
+"""Functions that the Triton kernels share: products, activations, the convolution of a tile, and the store of a tile.
 
-Widths are computed in parts, each a power of two (see `problem.parts`): tuples hold one tensor a part.
+Channels are computed in parts, each a power of two (see `problem.parts`): tuples hold one tensor for each part.
 
 Set `TRITON_INTERPRET=1` before triton is imported to run the kernels on a CPU. The interpreter gets bfloat16 products
-wrong and knows no inline assembly, so that those two lines have a second form for it.
+wrong and knows no inline assembly, so both have a second form for it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kernels import problem
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 INTERPRET = tl.constexpr(INTERPRETED)
-# Set within `kernels.lab.emulator.emulated`.
+# True within `kernels.lab.emulator.emulated`.
 EMULATED: ContextVar[bool] = ContextVar("EMULATED", default=False)
 
 
@@ -27,8 +27,8 @@ def run_on_cpu() -> bool:
     return INTERPRETED or EMULATED.get()
 
 
-# gelu(x) = x/2 (1 + tanh(x (a + b x^2 + c x^4))), fitted to the exact one: 2.6e-5 off at most, a twentieth of what the
-# usual tanh form is, and less than float16 keeps of any value above 0.06.
+# gelu(x) = x/2 (1 + tanh(x (a + b x^2 + c x^4))), fitted to the exact one: the error is 2.6e-5 at most, a twentieth of
+# the usual tanh form's, and less than float16 resolves for any value above 0.06.
 GELU_A = tl.constexpr(0.797507884)
 GELU_B = tl.constexpr(0.0370056462)
 GELU_C = tl.constexpr(-0.000351516806)
@@ -36,18 +36,18 @@ GELU_C = tl.constexpr(-0.000351516806)
 
 @triton.jit
 def dot(a, b, acc):
-    """acc + a @ b, the products exact and the sum in float32."""
+    """Compute acc + a @ b, with exact products and a sum in float32."""
     if INTERPRET:
         return acc + tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
-    # Of float32 operands the default would drop 13 bits.
+    # The default would drop 13 bits of float32 operands.
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
 @triton.jit
 def round_to(x, DTYPE: tl.constexpr):
-    """float32 values in another dtype, to nearest, ties to even."""
+    """Round float32 values to another dtype, to nearest, ties to even."""
     if INTERPRET and DTYPE == tl.bfloat16:
-        # The interpreter's own conversion cuts off. Infinities stay what they are; a NaN's payload may change.
+        # The interpreter's own conversion truncates. Infinities stay as they are; a NaN's payload may change.
         bits = x.to(tl.uint32, bitcast=True)
         rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         x = tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
@@ -56,7 +56,7 @@ def round_to(x, DTYPE: tl.constexpr):
 
 @triton.jit
 def tanh(x):
-    """Of float32, to some 11 bits: one special-function result, where the exact form takes two and a division."""
+    """tanh of float32 to some 11 bits: one special-function result, where the exact form takes two and a division."""
     if INTERPRET:
         return 2 * tl.sigmoid(2 * x) - 1
     return tl.inline_asm_elementwise("tanh.approx.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
@@ -64,7 +64,7 @@ def tanh(x):
 
 @triton.jit
 def activate(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
-    """The activation of float32 values; `EXACT` for those that stay float32."""
+    """Apply the activation to float32 values; `EXACT` if they stay float32."""
     if ACTIVATION == "silu":
         if EXACT:
             return x * tl.sigmoid(x)
@@ -74,7 +74,7 @@ def activate(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
         half = 0.5 * x
         if EXACT:
             return half + half * tl.erf(0.7071067811865476 * x)
-        # Clamped, for the fifth power would turn round where tanh has long been 1.
+        # Clamped, as the fifth power would turn round where tanh has long been 1.
         u = tl.minimum(x * x, 64.0)
         return half + half * tanh(x * (GELU_A + u * (GELU_B + u * GELU_C)))
     elif ACTIVATION == "hard_swish":
@@ -89,22 +89,25 @@ def activate(x, ACTIVATION: tl.constexpr, EXACT: tl.constexpr):
 
 @triton.constexpr_function
 def size(parts, index):
+    """Channels of a part."""
     return parts[index]
 
 
 @triton.constexpr_function
 def start(parts, index):
+    """The first channel of a part."""
     return sum(parts[:index])
 
 
 @triton.constexpr_function
 def total_size(parts):
+    """Channels of all parts."""
     return sum(parts)
 
 
 @triton.jit
 def tap_zero(row, height, width, out_height, out_width, KERNEL: tl.constexpr, STRIDE: tl.constexpr, WIDE: tl.constexpr):
-    """Where output pixels' tap (0, 0) lies: index among all input pixels, and coordinates, which may be outside."""
+    """Tap (0, 0) of output pixels: its index among all input pixels, and its coordinates, which may be outside."""
     image, within = row // (out_height * out_width), row % (out_height * out_width)
     top = within // out_width * STRIDE - KERNEL // 2
     left = within % out_width * STRIDE - KERNEL // 2
@@ -121,11 +124,12 @@ def tile_of_rows(
     tile, pixels, height, width, out_height, out_width, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
     COLUMNS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Where a tile of ROWS rows and COLUMNS columns lies, columns running on from image to image.
+    """Place a tile of ROWS rows and COLUMNS columns, which continue from image to image.
 
     Returns:
-        Index of the tile's output pixels, a column's rows side by side, and which there are; index of the tap (0, 0)
-        of each column's first pixel among all input pixels, its coordinates, and which columns there are.
+        Indices of the tile's output pixels, a column's rows side by side, and a mask of those that exist; of tap (0, 0)
+        of each column's first pixel the index among all input pixels and the coordinates; and a mask of the columns
+        that exist.
     """
     tiles_down = (out_height + ROWS - 1) // ROWS
     first = tile % tiles_down * ROWS
@@ -151,7 +155,7 @@ def place(
     tile, pixels, height, width, out_height, out_width, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Where a tile lies, of one row of pixels or of several: what `tile_of_rows` returns."""
+    """Place a tile of consecutive pixels, or of several rows; returns what `tile_of_rows` does."""
     if ROWS > 1:
         row, valid, pixel, top, left, inside = tile_of_rows(
             tile, pixels, height, width, out_height, out_width, KERNEL, STRIDE, BLOCK_M // ROWS, ROWS, WIDE
@@ -168,10 +172,10 @@ def place(
 
 @triton.jit
 def as_blocks(tile, BLOCK: tl.constexpr, SHARES: tl.constexpr):
-    """Rows of channels, [rows, channels], as [channels / BLOCK * SHARES, rows / SHARES, BLOCK].
+    """Turn rows of channels, [rows, channels], into [channels / BLOCK * SHARES, rows / SHARES, BLOCK].
 
-    Loaded as rows and turned round afterwards: loaded as blocks, a row's channels would go to as many places in shared
-    memory, all of them in the same banks.
+    They are loaded as rows and turned round afterwards: loaded as blocks, a row's channels would go to as many places
+    in shared memory, all of them in the same banks.
     """
     ROWS: tl.constexpr = tile.shape[0] // SHARES
     BLOCKS: tl.constexpr = tile.shape[1] // BLOCK
@@ -183,12 +187,12 @@ def as_blocks(tile, BLOCK: tl.constexpr, SHARES: tl.constexpr):
 def load_blocks(
     x, pixel, inside, first, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, BLOCK: tl.constexpr, SHARES: tl.constexpr
 ):  # fmt: skip
-    """Channels first to first + WIDTH of pixels, zero where they are not inside, for `turned`.
+    """Load channels first to first + WIDTH of pixels, zero where they are not inside, for `turned`.
 
-    What passes registers on its way into shared memory lies there as blocks of pixels. By this order of dimensions,
-    [TOGETHER pixels, blocks, groups of pixels by share, BLOCK], a warp loads and stores one block of as many pixels as
-    its threads are for, side by side; of whole pixels it would store many blocks of few, all of them in the same banks.
-    So it is as long as there are no more blocks than warps.
+    What passes registers on its way into shared memory is stored there as blocks of pixels. With this order of
+    dimensions, [TOGETHER pixels, blocks, groups of pixels by share, BLOCK], a warp loads and stores one block of as
+    many pixels, side by side, as its threads can hold. If it loaded whole pixels, it would store many blocks of few
+    pixels, all in the same banks. This holds as long as there are no more blocks than warps.
     """
     TOGETHER: tl.constexpr = 32 * 16 * 8 // (BLOCK * x.dtype.element_ty.primitive_bitwidth)
     block = first + tl.arange(0, WIDTH // BLOCK)[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -199,7 +203,7 @@ def load_blocks(
 
 @triton.jit
 def grouped(values, TOGETHER: tl.constexpr, SHARES: tl.constexpr):
-    """Of pixels, [TOGETHER, groups], the shares of a group side by side."""
+    """Arrange the pixels of a vector as [TOGETHER, groups], the shares of a group side by side."""
     EACH: tl.constexpr = values.shape[0] // (TOGETHER * SHARES)
     values = tl.permute(tl.reshape(values, [SHARES, EACH, TOGETHER]), (2, 1, 0))
     return tl.reshape(values, [TOGETHER, EACH * SHARES])
@@ -207,7 +211,7 @@ def grouped(values, TOGETHER: tl.constexpr, SHARES: tl.constexpr):
 
 @triton.jit
 def turned(tile, SHARES: tl.constexpr):
-    """What `load_blocks` loads as [blocks * SHARES, pixels / SHARES, BLOCK]."""
+    """Turn what `load_blocks` loads into [blocks * SHARES, pixels / SHARES, BLOCK]."""
     TOGETHER: tl.constexpr = tile.shape[0]
     BLOCKS: tl.constexpr = tile.shape[1]
     EACH: tl.constexpr = tile.shape[2] // SHARES
@@ -221,15 +225,17 @@ def tap_weights(
     conv, tap, first, WIDTH: tl.constexpr, PADDED: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr,
     SHARES: tl.constexpr,
 ):  # fmt: skip
-    """Weights of a tap from channel first on, for `on_blocks`: rows of dense blocks, each block SHARES times, or if
-    "diagonal", one weight a channel."""
+    """Load the weights of a tap from channel `first` on, for `on_blocks`.
+
+    They are rows of dense blocks, each block SHARES times, or with "diagonal" one weight for each channel.
+    """
     BLOCKS: tl.constexpr = WIDTH // BLOCK * SHARES
     lane = tl.arange(0, BLOCK)
     if FORM == "diagonal":
         channel = first + tl.arange(0, BLOCKS)[:, None] // SHARES * BLOCK + lane[None, :]
         weights = tl.load(conv + tap * PADDED + channel)
     else:
-        # As rows: of blocks a pipeline would copy pieces to as many places, all of them in the same banks.
+        # As rows: a pipeline would copy pieces of blocks to as many places, all of them in the same banks.
         row = tl.arange(0, BLOCKS * BLOCK)
         row = tap * PADDED + first + row // (BLOCK * SHARES) * BLOCK + row % BLOCK
         weights = tl.load(conv + row[:, None] * BLOCK + lane[None, :])
@@ -238,9 +244,9 @@ def tap_weights(
 
 @triton.jit
 def on_blocks(weights, FORM: tl.constexpr, BLOCK: tl.constexpr):
-    """Dense blocks [blocks, BLOCK in, BLOCK out] of what `tap_weights` loads."""
+    """Turn what `tap_weights` loads into dense blocks, [blocks, BLOCK in, BLOCK out]."""
     if FORM == "diagonal":
-        # Put on the diagonal here: stored so, the zeros would be most of the traffic.
+        # Weights are put on the diagonal here: in memory, zeros would be most of the traffic.
         lane = tl.arange(0, BLOCK)
         blocks = tl.where(lane[None, :, None] == lane[None, None, :], weights[:, None, :], 0.0)
     else:
@@ -250,13 +256,13 @@ def on_blocks(weights, FORM: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.constexpr_function
 def levels(count):
-    """Of a binary tree over so many leaves, a power of two."""
+    """Levels of a binary tree over `count` leaves, a power of two."""
     return count.bit_length() - 1
 
 
 @triton.jit
 def joined(pieces):
-    """1, 2, 4 ... tensors of one shape as one, counted by new last dimensions of 2, the highest bit first."""
+    """Join 1, 2, 4 ... tensors of one shape: new last dimensions of 2 are the bits of their index, highest first."""
     for _ in tl.static_range(levels(len(pieces))):
         halves = ()
         for i in tl.static_range(len(pieces) // 2):
@@ -267,6 +273,7 @@ def joined(pieces):
 
 @triton.constexpr_function
 def elements(shape):
+    """Elements of a tensor."""
     count = 1
     for size in shape:
         count *= size
@@ -275,17 +282,17 @@ def elements(shape):
 
 @triton.jit
 def loaded(x, WARPS: tl.constexpr):
-    """x, as it was loaded.
+    """Return x unchanged, and keep the compiler from converting it before this place.
 
-    The compiler may not convert it before this place: it would move the conversion, which goes through shared memory
-    and waits, right behind each load, so that no two loads were ever in flight (seen in the machine code for sm_90).
+    Otherwise the compiler moves the conversion, which goes through shared memory and waits, right behind each load, and
+    no two loads are ever in flight together (seen in the machine code for sm_90).
     """
     if INTERPRET:
         return x
     if x.dtype.primitive_bitwidth > 16:
         return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=1)
     if elements(x.shape) < 64 * WARPS:
-        # A thread may have but one.
+        # A thread may hold a single element.
         return tl.inline_asm_elementwise("mov.b16 $0, $1;", "=h,h", [x], dtype=x.dtype, is_pure=False, pack=1)
     return tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=x.dtype, is_pure=False, pack=2)
 
@@ -297,13 +304,16 @@ def convolve(
     FORM: tl.constexpr, BLOCK: tl.constexpr, DENSE_ROWS: tl.constexpr, BLOCK_M: tl.constexpr, STAGES: tl.constexpr,
     DTYPE: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """Channels first to first + WIDTH of the convolution and its bias, [BLOCK_M, WIDTH] in DTYPE, a tap at a time.
+    """Compute channels first to first + WIDTH of the convolution with bias, tap by tap: [BLOCK_M, WIDTH] in DTYPE.
 
-    `pixel` is the index of the tap (0, 0) of each output pixel, `top` and `left` its coordinates, `taps` how many.
+    Args:
+        pixel: index of tap (0, 0) of each output pixel.
+        top, left: its coordinates.
+        taps: number of taps.
     """
     columns = first + tl.arange(0, WIDTH)
-    # Were the compiler told how many taps there are, it would unroll them all, and spill for want of registers. The
-    # interpreter takes no loop bounds but constants.
+    # If the compiler knew the number of taps, it would unroll them all, and spill for want of registers. The
+    # interpreter takes only constants as loop bounds.
     if FORM == "fma":
         total = tl.zeros([BLOCK_M, WIDTH], tl.float32)
         for tap in tl.range(0, KERNEL * KERNEL if INTERPRET else taps, num_stages=STAGES):
@@ -319,14 +329,14 @@ def convolve(
         for tap in tl.range(0, KERNEL * KERNEL if INTERPRET else taps, num_stages=STAGES):
             dy, dx = tap // KERNEL, tap % KERNEL
             inside = valid & (top + dy >= 0) & (top + dy < height) & (left + dx >= 0) & (left + dx < width)
-            # First, to be under way while the pixels are waited for.
+            # The weights come first, so that they are under way while the pixels are waited for.
             weights = tap_weights(conv, tap, first, WIDTH, PADDED, FORM, BLOCK, SHARES)
             address = x + (pixel + dy * width + dx)[:, None] * CHANNELS + columns[None, :]
             tile = tl.load(address, mask=inside[:, None] & (columns < CHANNELS)[None, :], other=0.0)
             tile = as_blocks(tile, BLOCK, SHARES)
             sums = dot(tile, on_blocks(loaded(weights, WARPS), FORM, BLOCK), sums)
         channel = tl.arange(0, BLOCKS * SHARES)[:, None] // SHARES * BLOCK + tl.arange(0, BLOCK)[None, :]
-        # Rounded before it is turned round, which goes through shared memory.
+        # Rounded before it is turned round, as that goes through shared memory.
         total = round_to(sums + tl.load(conv_bias + first + channel)[:, None, :], DTYPE)
         total = tl.permute(tl.reshape(total, [BLOCKS, SHARES, BLOCK_M // SHARES, BLOCK]), (1, 2, 0, 3))
         total = tl.reshape(total, [BLOCK_M, WIDTH])
@@ -356,11 +366,14 @@ def convolve_rows(
     STRIDE: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr,
     STAGES: tl.constexpr, DTYPE: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """As `convolve`, of ROWS output rows below one another: [COLUMNS * ROWS, WIDTH], a column's rows side by side.
+    """Compute the same as `convolve` for ROWS output rows: [COLUMNS * ROWS, WIDTH], a column's rows side by side.
 
-    A row of the input is loaded once for each column of taps and serves all rows of the output that it reaches.
-    `pixel` is the index of the tap (0, 0) of each column's first output pixel, `left` and the scalar `top` its
-    coordinates, `taps` the columns of taps.
+    A row of the input is loaded once for each column of taps, and serves all rows of the output that it reaches.
+
+    Args:
+        pixel: index of tap (0, 0) of each column's first output pixel.
+        top, left: its coordinates; `top` is a scalar.
+        taps: number of columns of taps.
     """
     INPUT_ROWS: tl.constexpr = (ROWS - 1) * STRIDE + KERNEL
     SHARES: tl.constexpr = shares(COLUMNS, WIDTH, BLOCK, WARPS)
@@ -373,7 +386,7 @@ def convolve_rows(
             sums = sums + (tl.zeros([WIDTH // BLOCK * SHARES, COLUMNS // SHARES, BLOCK], tl.float32),)
     for dx in tl.range(0, KERNEL if INTERPRET else taps, num_stages=STAGES):
         inside = valid & (left + dx >= 0) & (left + dx < width)
-        # All loads of a column first, all of them in flight together.
+        # All loads of a column come first, so that they are in flight together.
         rows = ()
         for i in tl.static_range(INPUT_ROWS):
             mask = inside & (top + i >= 0) & (top + i < height)
@@ -419,7 +432,7 @@ def convolve_rows(
     rows = ()
     for i in tl.static_range(ROWS):
         rows = rows + (round_to(sums[i] + bias, DTYPE),)
-    # A thread has a column's rows in registers: side by side it stores them at once, on their way to a product.
+    # A thread has a column's rows in registers: side by side, it stores them at once on their way to a product.
     if FORM == "fma":
         tile = tl.permute(tl.reshape(joined(rows), [COLUMNS, WIDTH, ROWS]), (0, 2, 1))
     else:
@@ -435,7 +448,7 @@ def convolve_tile(
     STRIDE: tl.constexpr, FORM: tl.constexpr, BLOCK: tl.constexpr, DENSE_ROWS: tl.constexpr, BLOCK_M: tl.constexpr,
     ROWS: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """Channels first to first + WIDTH of the convolution of the tile that lies as `place` says, [BLOCK_M, WIDTH]."""
+    """Compute channels first to first + WIDTH of the convolution of a tile placed by `place`, [BLOCK_M, WIDTH]."""
     if ROWS > 1:
         y = convolve_rows(
             x, conv, conv_bias, pixel, top, left, inside, height, width, taps, first, WIDTH, CHANNELS, PADDED, KERNEL,
@@ -455,19 +468,19 @@ def finish(
     FIRST: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Channels first_out + FIRST and WIDTH more of the output: all splits' sums, the bias, the input if residual."""
+    """Store WIDTH output channels from first_out + FIRST on: all splits' sums, the bias, and the input if RESIDUAL."""
     columns = first_out + FIRST + tl.arange(0, WIDTH)
     if SPLITS > 1:
         total = tl.zeros([BLOCK_M, WIDTH], tl.float32)
         for split in tl.static_range(SPLITS):
             address = partial + (split * pixels + row)[:, None] * PADDED + columns[None, :]
-            # Past L1, which may hold another launch's values.
+            # The load bypasses L1, which may hold another launch's values.
             total += tl.load(address, mask=valid[:, None], other=0.0, cache_modifier=".cg")
     total += tl.load(bias + columns)[None, :]
     offset = row[:, None] * CHANNELS + columns[None, :]
     mask = valid[:, None] & (columns < CHANNELS)[None, :]
     if RESIDUAL:
-        # With stride 1 and equal channels an output's offset is its input's.
+        # With stride 1 and equal channels an output has the offset of its input.
         total += tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + offset, round_to(total, out.dtype.element_ty), mask=mask)
 
@@ -478,19 +491,19 @@ def store_tile(
     PARTS: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr, RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Store a tile's output from channel first_out on; of splits that share it, the one that ends last does so."""
+    """Store a tile's output from channel first_out on; of splits that share the tile, the last to end does it."""
     last = True
     if SPLITS > 1:
         for i in tl.static_range(len(PARTS)):
             columns = first_out + start(PARTS, i) + tl.arange(0, size(PARTS, i))
             address = partial + (split * pixels + row)[:, None] * PADDED + columns[None, :]
             tl.store(address, totals[i], mask=valid[:, None])
-        # One thread counts for the whole program, so all must have stored before.
+        # One thread counts for the whole program, so all threads must have stored before.
         tl.debug_barrier()
         last = tl.atomic_add(counters + counter, 1, sem="acq_rel") == SPLITS - 1
     if last:
         if SPLITS > 1:
-            # For the next launch.
+            # The next launch needs a zero.
             tl.store(counters + counter, 0)
         for i in tl.static_range(len(PARTS)):
             finish(

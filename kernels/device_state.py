@@ -1,6 +1,6 @@
-"""What a GPU's clocks and sensors say, through NVML, the driver's own library.
+"""A GPU's clocks and sensors, read through NVML, the driver's own library.
 
-Nothing here raises where NVML is missing or refuses: what cannot be read is None, and whoever measures goes on without.
+Nothing here raises if NVML is missing or refuses: the state is then None, and the caller measures without it.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-# Bits of NVML's clock event reasons that mean a GPU slower than when it has rested. The others do not: idle (0x1), the
-# clocks somebody set for applications (0x2) or the display (0x100), sync boost (0x10), and the power cap (0x4), which
-# is how fast the GPU is: a heavy kernel runs into it after any rest.
+# Bits of NVML's clock event reasons that mean a GPU slower than after a rest. The others do not: idle (0x1), the clocks
+# set for applications (0x2) or the display (0x100), sync boost (0x10), and the power cap (0x4), which is part of how
+# fast the GPU is: a heavy kernel reaches it after any rest.
 THROTTLING = {
     0x08: "hardware slowdown",
     0x20: "software thermal slowdown",
@@ -25,10 +25,12 @@ THROTTLING = {
 
 @dataclass(frozen=True, slots=True)
 class DeviceState:
-    """What a GPU told at one moment.
+    """The state of a GPU at one moment.
 
     Args:
-        throttled_by: why the clocks are below what was asked for; values of `THROTTLING`.
+        sm_clock_mhz: clock of the multiprocessors.
+        temperature_c: temperature in degrees Celsius.
+        throttled_by: why the clocks are lower than requested; values of `THROTTLING`.
     """
 
     sm_clock_mhz: float
@@ -41,11 +43,11 @@ class DeviceState:
 
 
 def read_state(device: torch.device) -> DeviceState | None:
-    """The state of a GPU now; None of a CPU, without NVML or a driver, or where NVML refuses."""
+    """The state of a GPU now; None for a CPU, without NVML or a driver, or if NVML refuses."""
     nvml = _nvml() if device.type == "cuda" else None
     if nvml is None:
         return None
-    # By UUID, for NVML counts the GPUs in another order than CUDA, and those that CUDA_VISIBLE_DEVICES hides too.
+    # By UUID: NVML counts the GPUs in another order than CUDA does, and also those that CUDA_VISIBLE_DEVICES hides.
     uuid = torch.cuda.get_device_properties(device).uuid
     try:
         handle = _handle(f"GPU-{uuid}")
@@ -64,7 +66,7 @@ def read_state(device: torch.device) -> DeviceState | None:
 
 @cache
 def _nvml() -> Any:
-    """The module, initialised; None where it is not installed or finds no driver."""
+    """The NVML module, initialised; None if it is not installed or finds no driver."""
     try:
         import pynvml
     except ImportError:
@@ -82,10 +84,10 @@ def _handle(uuid: str) -> Any:
 
 
 def _first_that_answers(nvml: Any, names: tuple[str, ...], *args: object) -> Any:
-    """What the first function says that both the module and the driver have: NVML renames its functions at times.
+    """Call the first function that both the module and the driver have, as NVML renames its functions at times.
 
     Raises:
-        NVMLError: none of them answers.
+        NVMLError: none of the functions answers.
     """
     for name in names:
         with suppress(AttributeError, nvml.NVMLError):

@@ -1,4 +1,4 @@
-"""Batch norms folded into the convolutions before them: what every deployed engine starts from."""
+"""Folding of batch norms into the convolutions before them, the first step of every deployed engine."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 
 def _applied_as_registered() -> tuple[type[nn.Module], ...]:
-    """timm's classes that apply their layers in the order they register them.
+    """timm's classes that apply their layers in the order in which they register them.
 
-    Of any other class the order tells nothing: in a pre-activation block a norm belongs to the *next* convolution.
+    In any other class the order means nothing: in a pre-activation block a norm belongs to the *next* convolution.
     """
     from timm.layers import ConvNormAct
     from timm.models import EfficientNet, MobileNetV3, _efficientnet_blocks
@@ -25,13 +25,13 @@ def _applied_as_registered() -> tuple[type[nn.Module], ...]:
 
 
 def fold_batch_norms(model: nn.Module) -> nn.Module:
-    """A copy of `model` for inference whose batch norms are part of the convolutions before them.
+    """Copy a model for inference, with its batch norms folded into the convolutions before them.
 
-    timm's norm layers carry their activation (`BatchNormAct2d`); it stays where the norm was. A norm in another
-    class than timm's efficient networks and blocks is left as it is, which costs time but not exactness.
+    timm's norm layers hold their activation (`BatchNormAct2d`); it stays where the norm was. A norm outside of timm's
+    efficient networks and blocks is left as it is, which costs time but not exactness.
 
     Args:
-        model: in evaluation mode.
+        model: in evaluation mode; it is left as it is.
 
     Raises:
         ValueError: the model is in training mode.

@@ -1,7 +1,8 @@
 """The head in two or three launches: global average pool, 1x1 convolution, bias, activation; then the classifier.
 
-Two for small batches: each program pools one image for itself and multiplies the mean with some rows of the weights.
-For large batches that would read the map once per program, so a first launch pools, and products run on tensor cores.
+Small batches take two launches: each program pools one image for itself and multiplies the mean with some rows of the
+weights. With large batches every program would read the map again, so a launch of its own pools first, and the products
+run on tensor cores.
 
 Legend: N batch; P pixels of an image; C input channels; F features; L classes.
 """
@@ -13,14 +14,14 @@ from dataclasses import dataclass
 from math import ceil
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cost_model import H200, Limits
+from kernels.cost_model import H200, GpuSpec
 from kernels.device_functions import activate, dot, round_to
-from kernels.problem import ACTIVATIONS, DTYPES, WIDE_ELEMENTS
+from kernels.packing import padded_bias, padded_matrix
+from kernels.problem import ACTIVATIONS, WIDE_ELEMENTS, first_unsupported_field
 
 # Weights are padded to this many rows and columns: the largest steps in which a tiling reads them.
 MULTIPLE = 128
@@ -35,7 +36,7 @@ class HeadProblem:
     Args:
         batch, pixels, in_channels: of the input.
         features, classes: outputs of the 1x1 convolution and of the classifier.
-        activation: between the two.
+        activation: between the 1x1 convolution and the classifier.
         dtype: of input, weights and output.
     """
 
@@ -47,18 +48,16 @@ class HeadProblem:
     activation: str
     dtype: str
 
-    @property
-    def macs(self) -> int:
-        return self.batch * self.features * (self.in_channels + self.classes)
-
 
 @dataclass(frozen=True, slots=True)
 class HeadTiling:
-    """How the head is cut up.
+    """How the head is divided.
 
     Args:
         pools: whether the first product's programs pool for themselves, one image each.
         block_m, block_n, block_k: images, outputs and inputs of one step of a product.
+        num_warps: warps of a program.
+        num_stages: stages of a product's pipeline.
     """
 
     pools: bool
@@ -70,23 +69,14 @@ class HeadTiling:
 
 
 def unsupported(problem: HeadProblem) -> str | None:
-    """Why the fused head does not compute this problem, naming what and the value; None where it does."""
-    for name in ("batch", "pixels", "classes"):
-        if getattr(problem, name) < 1:
-            return f"{name}={getattr(problem, name)} is below 1"
-    for name in ("in_channels", "features"):
-        channels = getattr(problem, name)
-        if channels < 1 or channels % 8:
-            return f"{name}={channels} is not a positive multiple of 8"
-    if problem.activation not in (*ACTIVATIONS, "none"):
-        return f"activation={problem.activation!r} is none of {', '.join(ACTIVATIONS)}"
-    if problem.dtype not in DTYPES:
-        return f"dtype={problem.dtype} is none of {', '.join(DTYPES)}"
-    return None
+    """The reason why the fused head does not compute this problem, with name and value; None if it does."""
+    return first_unsupported_field(
+        problem, ("batch", "pixels", "classes"), ("in_channels", "features"), (*ACTIVATIONS, "none")
+    )
 
 
-def tilings(problem: HeadProblem, limits: Limits = H200) -> list[HeadTiling]:
-    """Those worth trying, the likeliest first."""
+def tilings(problem: HeadProblem, gpu: GpuSpec = H200) -> list[HeadTiling]:
+    """The tilings that are worth trying, the likeliest first."""
     if problem.batch <= 4:
         return [HeadTiling(True, block_n=16), HeadTiling(True, block_n=32), HeadTiling(False, block_n=16)]
     if problem.dtype == "float32":
@@ -97,22 +87,17 @@ def tilings(problem: HeadProblem, limits: Limits = H200) -> list[HeadTiling]:
     ]
 
 
-def _padded(channels: int) -> int:
-    return ceil(channels / MULTIPLE) * MULTIPLE
-
-
 def pack(layers: Sequence[Tensor], problem: HeadProblem) -> list[Tensor]:
-    """Both products' weights, (padded outputs, padded inputs), and biases, float32, in turns.
+    """Pack both products' weights, (padded outputs, padded inputs), and float32 biases, in turns.
 
     Args:
         layers: weight (F, C) or (F, C, 1, 1) and bias (F,) of the 1x1 convolution, (L, F) and (L,) of the classifier.
     """
     packed = []
     for weight, bias in zip(layers[::2], layers[1::2], strict=True):
-        outputs, inputs = weight.shape[:2]
-        matrix = F.pad(weight.reshape(outputs, inputs), (0, _padded(inputs) - inputs, 0, _padded(outputs) - outputs))
-        packed += [matrix.to(getattr(torch, problem.dtype)).contiguous()]
-        packed += [F.pad(bias.float(), (0, _padded(outputs) - outputs)).contiguous()]
+        outputs, inputs = (ceil(channels / MULTIPLE) * MULTIPLE for channels in weight.shape[:2])
+        packed += [padded_matrix(weight.flatten(1), outputs, inputs, getattr(torch, problem.dtype))]
+        packed += [padded_bias(bias, outputs)]
     return packed
 
 
@@ -121,7 +106,7 @@ def image_mean(
     x, image, channel, pixels,
     IN: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, PIXEL_STEPS: tl.constexpr,
 ):  # fmt: skip
-    """Means of an image's channels, [BLOCK_K] in the input's dtype, added up in float32."""
+    """Average an image's channels: [BLOCK_K] in the input's dtype, added up in float32."""
     total = tl.zeros([BLOCK_K], tl.float32)
     for step in range(PIXEL_STEPS):
         pixel = step * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -143,14 +128,14 @@ def pool_linear_kernel(
     IN: tl.constexpr, PADDED_IN: tl.constexpr, OUT: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, PIXEL_STEPS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_N features of one image (axis 0), whose pixels it averages first."""
+    """Compute BLOCK_N features (axis 1) of one image (axis 0), whose pixels are averaged first."""
     image, columns = tl.program_id(0), tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     if WIDE:
         image = image.to(tl.int64)
     total = tl.zeros([BLOCK_N], tl.float32)
     for k in range(0, IN, BLOCK_K):
         channel = k + tl.arange(0, BLOCK_K)
-        # Before the mean, which waits for its own loads and for all warps.
+        # The weights come before the mean, which waits for its own loads and for all warps.
         rows = tl.load(weight + columns[:, None] * PADDED_IN + channel[None, :])
         mean = image_mean(x, image, channel, pixels, IN, BLOCK_K, BLOCK_P, PIXEL_STEPS).to(tl.float32)
         total += tl.sum(rows.to(tl.float32) * mean[None, :], axis=1)
@@ -162,7 +147,7 @@ def pool_kernel(
     x, out, pixels,
     IN: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_P: tl.constexpr, PIXEL_STEPS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Means over the pixels of one image (axis 0), BLOCK_K channels."""
+    """Average BLOCK_K channels (axis 1) over the pixels of one image (axis 0)."""
     image, channel = tl.program_id(0), tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     if WIDE:
         image = image.to(tl.int64)
@@ -176,7 +161,7 @@ def linear_kernel(
     IN: tl.constexpr, PADDED_IN: tl.constexpr, OUT: tl.constexpr, ACTIVATION: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """act(x @ weight^T + bias) of BLOCK_M rows (axis 0) and BLOCK_N outputs (axis 1)."""
+    """Compute act(x @ weight^T + bias): BLOCK_M rows (axis 0) and BLOCK_N outputs (axis 1)."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     valid = row < rows
@@ -194,7 +179,7 @@ def linear_kernel(
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor, outputs: int, activation: str, tiling: HeadTiling) -> Tensor:
-    """act(x @ weight^T + bias), (rows, outputs), of weights as `pack` makes them."""
+    """Compute act(x @ weight^T + bias), (rows, outputs), with weights as `pack` makes them."""
     rows, inputs = x.shape
     out = torch.empty((rows, outputs), dtype=x.dtype, device=x.device)
     linear_kernel[(ceil(rows / tiling.block_m), ceil(outputs / tiling.block_n))](
@@ -210,7 +195,7 @@ def launch(x: Tensor, weights: Sequence[Tensor], problem: HeadProblem, tiling: H
     """Run the head; x (N, C, H, W) is channels_last, the output (N, L)."""
     expand, expand_bias, classify, classify_bias = weights
     wide = x.numel() >= WIDE_ELEMENTS
-    # Known when compiled: the interpreter takes no other loop bounds.
+    # A compile-time constant, as the interpreter takes no other loop bounds.
     pixel_steps = ceil(problem.pixels / POOL_PIXELS)
     if tiling.pools:
         features = torch.empty((problem.batch, problem.features), dtype=x.dtype, device=x.device)

@@ -1,30 +1,27 @@
 """A ConvFirst block in three launches: convolution, expansion with its activation, projection with its residual.
 
-For few pixels of many channels, where the programs of a fused block each convolve all channels for themselves and wait
-for one another's partial sums. What is between the launches goes through memory, where it stays in the second-level
-cache.
+This is for few pixels of many channels, where the programs of a fused block each convolve all channels for themselves
+and wait for one another's partial sums. What passes between the launches goes through memory, and stays in the
+second-level cache.
 
     y   = conv(x) + conv_bias                      [P, C]
     h   = act(y @ expand^T + expand_bias)          [P, E]
     out = h @ project + project_bias (+ x)         [P, C']
 
-Legend and weights as in `convfirst`.
+Legend and weights are those of `convfirst`.
 """
 
 from __future__ import annotations
 
 from math import ceil
-from typing import TYPE_CHECKING
 
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from kernels.device_functions import activate, convolve_tile, dot, place, round_to
+from kernels.packing import BlockWeights
 from kernels.problem import DENSE_MULTIPLE, WIDE_ELEMENTS, BlockProblem, ProductTiling, Tiling, product_tilings
-
-if TYPE_CHECKING:
-    from kernels.convfirst import BlockWeights
 
 
 @triton.jit(do_not_specialize=["pixels", "height", "width", "out_height", "out_width", "taps"])
@@ -35,7 +32,7 @@ def conv_kernel(
     FORM: tl.constexpr, CONV_BLOCK: tl.constexpr, DENSE_ROWS: tl.constexpr, CONV_STAGES: tl.constexpr,
     BLOCK_M: tl.constexpr, WIDTH: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of BLOCK_M output pixels (axis 0), and WIDTH of its channels (axis 1)."""
+    """Compute a tile of BLOCK_M output pixels (axis 0), and WIDTH of its channels (axis 1)."""
     first = tl.program_id(1) * WIDTH
     row, valid, pixel, top, left, inside = place(
         tl.program_id(0), pixels, height, width, out_height, out_width, KERNEL, STRIDE, BLOCK_M, ROWS, WIDE
@@ -56,11 +53,13 @@ def product_kernel(
     RESIDUAL: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """act(a @ matrix + bias), plus the shortcut if RESIDUAL: BLOCK_M rows and BLOCK_N outputs; neighbours share rows.
+    """Compute act(a @ matrix + bias), plus the shortcut if RESIDUAL: BLOCK_M rows, BLOCK_N outputs.
+
+    Neighbouring programs share rows.
 
     Args:
         a: (rows, IN).
-        matrix: PADDED long rows, one an output if BY_OUTPUT, else one an input.
+        matrix: rows of PADDED elements, one row for each output if BY_OUTPUT, else one for each input.
         shortcut, out: (rows, OUT).
     """
     ACROSS: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
@@ -90,7 +89,7 @@ def product_kernel(
 
 
 def conv_constants(problem: BlockProblem, tiling: Tiling) -> dict[str, object]:
-    """The first kernel's compile-time arguments."""
+    """The compile-time arguments of the convolution's kernel."""
     pixels = max(problem.batch * problem.height * problem.width, problem.out_pixels)
     return {
         "CHANNELS": problem.in_channels, "PADDED": problem.padded_in, "KERNEL": problem.kernel_size,
@@ -103,24 +102,24 @@ def conv_constants(problem: BlockProblem, tiling: Tiling) -> dict[str, object]:
 
 
 def product_constants(problem: BlockProblem) -> list[tuple[dict[str, object], ProductTiling]]:
-    """The compile-time arguments of expansion and projection, and how each is cut up."""
+    """The compile-time arguments of expansion and projection, each with its tiling."""
     shapes = (
         (problem.in_channels, problem.hidden_channels, problem.padded_in, True, problem.activation, False),
         (problem.hidden_channels, problem.out_channels, problem.padded_out, False, "none", problem.residual),
     )
-    found = []
+    products = []
     for (into, out, padded, by_output, act, residual), tiling in zip(shapes, product_tilings(problem), strict=True):
         constants = {
             "IN": into, "OUT": out, "PADDED": padded, "BY_OUTPUT": by_output, "ACTIVATION": act, "RESIDUAL": residual,
             "BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k,
             "STAGES": tiling.num_stages, "WIDE": problem.out_pixels * max(into, out) >= WIDE_ELEMENTS,
         }  # fmt: skip
-        found.append((constants, tiling))
-    return found
+        products.append((constants, tiling))
+    return products
 
 
 def launch(x: Tensor, weights: BlockWeights, problem: BlockProblem, tiling: Tiling, out: Tensor) -> None:
-    """Run the block into `out`; operands as `convfirst.launch` has them. y and h are allocated."""
+    """Run the block into `out`, with operands as `convfirst.launch` takes them; y and h are allocated."""
     assert problem.padded_in % tiling.part == 0
     assert not problem.is_dense
     pixels = problem.out_pixels

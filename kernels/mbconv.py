@@ -1,11 +1,11 @@
-"""Blocks with the convolution in the middle (MBConv), in two launches, and depthwise-separable ones in one.
+"""Blocks with the convolution in the middle (MBConv) in two launches, and depthwise-separable blocks in one.
 
-    h   = act(x @ expand^T + expand_bias)                     [pixels, E]   launch 1, where there is an expansion
+    h   = act(x @ expand^T + expand_bias)                     [pixels, E]   launch 1, if there is an expansion
     out = sum over blocks of act(conv(h) + bias) @ project    [M, C']       launch 2, plus bias and residual
 
 The hidden tensor goes through device memory: one launch would have to compute the hidden values around each tile again.
 
-Legend as in `convfirst`.
+The legend is that of `convfirst`.
 """
 
 from __future__ import annotations
@@ -15,13 +15,11 @@ from dataclasses import dataclass
 from math import ceil
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.convfirst import grouped_weights, new_counters
-from kernels.cost_model import H200, Limits
+from kernels.cost_model import H200, GpuSpec
 from kernels.device_functions import (
     activate,
     convolve_tile,
@@ -35,31 +33,31 @@ from kernels.device_functions import (
     total_size,
 )
 from kernels.head import HeadTiling, linear
+from kernels.packing import grouped_weights, new_counters, padded_bias, padded_matrix
 from kernels.problem import (
     ACTIVATIONS,
-    CHANNEL_MULTIPLE,
-    DTYPES,
     GROUP_WIDTHS,
     HIDDEN_MULTIPLE,
-    KERNEL_SIZES,
     MAX_CHANNELS,
     MIN_DOT,
     WIDE_ELEMENTS,
     Splittable,
     Tiling,
+    first_unsupported_field,
     parts,
     power_of_two,
 )  # fmt: skip
 
-# Of a step's projection, a thread, that are loaded ahead.
+# The most weights of a step's projection, per thread, that are loaded ahead of the convolution.
 EARLY_WEIGHTS = tl.constexpr(32)
 
 
 @dataclass(frozen=True, slots=True)
 class MBConvProblem(Splittable):
-    """One block on one input; fields as `BlockProblem` has them.
+    """One block on one input, with fields like `BlockProblem`'s.
 
-    `expands` tells whether there is a 1x1 expansion; without it in_channels equals hidden_channels.
+    Args:
+        expands: whether there is a 1x1 expansion; without it in_channels equals hidden_channels.
     """
 
     batch: int
@@ -86,48 +84,31 @@ class MBConvProblem(Splittable):
         """Channels of one dense block of the grouped convolution's weights."""
         return max(MIN_DOT, power_of_two(self.group_width))
 
-    @property
-    def macs(self) -> int:
-        expand = self.batch * self.height * self.width * self.in_channels if self.expands else 0
-        conv = self.out_pixels * self.kernel_size**2 * self.group_width
-        return self.hidden_channels * (expand + conv + self.out_pixels * self.out_channels)
-
 
 def unsupported(problem: MBConvProblem) -> str | None:
-    """Why the two kernels do not compute this problem, naming what and the value; None where they do."""
-    for name in ("batch", "height", "width"):
-        if getattr(problem, name) < 1:
-            return f"{name}={getattr(problem, name)} is below 1"
-    for name in ("in_channels", "hidden_channels", "out_channels"):
-        channels = getattr(problem, name)
-        if channels < 1 or channels % CHANNEL_MULTIPLE:
-            return f"{name}={channels} is not a positive multiple of {CHANNEL_MULTIPLE}"
-    if problem.out_channels > MAX_CHANNELS:
-        return f"out_channels={problem.out_channels} is above {MAX_CHANNELS}"
-    if problem.kernel_size not in KERNEL_SIZES:
-        return f"kernel_size={problem.kernel_size} is none of {', '.join(map(str, KERNEL_SIZES))}"
+    """The reason why the two kernels do not compute this problem, with name and value; None if they do."""
+    if why := first_unsupported_field(
+        problem, ("batch", "height", "width"), ("in_channels", "hidden_channels", "out_channels"), ACTIVATIONS
+    ):
+        return why
     if problem.group_width not in GROUP_WIDTHS:
         return f"group_width={problem.group_width} is none of {', '.join(map(str, GROUP_WIDTHS))}"
-    if problem.stride not in (1, 2):
-        return f"stride={problem.stride} is neither 1 nor 2"
-    if problem.activation not in ACTIVATIONS:
-        return f"activation={problem.activation!r} is none of {', '.join(ACTIVATIONS)}"
-    if problem.dtype not in DTYPES:
-        return f"dtype={problem.dtype} is none of {', '.join(DTYPES)}"
+    if problem.out_channels > MAX_CHANNELS:
+        return f"out_channels={problem.out_channels} is above {MAX_CHANNELS}"
     return None
 
 
-def tilings(problem: MBConvProblem, limits: Limits = H200) -> list[Tiling]:
-    """Those of the second launch worth trying, the likeliest first."""
+def tilings(problem: MBConvProblem, gpu: GpuSpec = H200) -> list[Tiling]:
+    """The tilings of the second launch that are worth trying, the likeliest first."""
     forms = ("fma", "diagonal") if problem.group_width == 1 else ("mma",)
     wide = problem.padded_out > 128
-    block_m = 64 if problem.out_pixels >= 64 * limits.multiprocessors and problem.dtype != "float32" else 16
+    block_m = 64 if problem.out_pixels >= 64 * gpu.multiprocessors and problem.dtype != "float32" else 16
     wanted = 1
     most = min(problem.max_splits, problem.hidden_channels // 128)
-    while problem.out_pixels // block_m * wanted < limits.multiprocessors and wanted < most:
+    while problem.out_pixels // block_m * wanted < gpu.multiprocessors and wanted < most:
         wanted *= 2
-    found: list[Tiling] = []
-    # Of blocks of 32 channels the sums of several rows would spill.
+    offered: list[Tiling] = []
+    # With blocks of 32 channels the sums of several rows would spill.
     most_rows = 4 if problem.conv_block == MIN_DOT else 1
     shapes = (
         (block_m, 32, forms[0], most_rows), (block_m, 64, forms[0], most_rows), (2 * block_m, 32, forms[0], most_rows),
@@ -138,37 +119,32 @@ def tilings(problem: MBConvProblem, limits: Limits = H200) -> list[Tiling]:
         # Not every number of splits divides the hidden channels well; one always does.
         for splits in (wanted, wanted // 2, wanted // 4, 1):
             tiling = Tiling(pixels, hidden, form, max(1, splits), 8 if wide else 4, rows=rows)
-            if tiling.fits(problem) and tiling not in found:
-                found.append(tiling)
+            if tiling.fits(problem) and tiling not in offered:
+                offered.append(tiling)
                 break
-    return found
+    return offered
 
 
 def pack(layers: Sequence[Tensor], problem: MBConvProblem) -> list[Tensor]:
-    """Weights as the kernels read them, zero where channels are padded; biases in float32.
+    """Pack a block's layers as the kernels read them, zero where channels are padded; biases in float32.
 
     Args:
-        layers: weight and bias of the expansion if there is one, of the convolution and of the projection.
+        layers: weight and bias of the expansion, if there is one, of the convolution and of the projection.
 
     Returns:
         expand (padded E, C padded to `HIDDEN_MULTIPLE`) and its bias, both empty without an expansion; the
-        convolution's weights, flat, as `convfirst.grouped_weights` has them, and bias; project (padded E, padded C')
+        convolution's weights, flat, as `packing.grouped_weights` has them, and bias; project (padded E, padded C')
         and bias; counters as `BlockWeights` has them.
     """
-    dtype = getattr(torch, problem.dtype)
-    hidden, padded_hidden, padded_out = problem.hidden_channels, problem.padded_hidden, problem.padded_out
+    dtype, hidden, out = getattr(torch, problem.dtype), problem.padded_hidden, problem.padded_out
     conv, conv_bias, project, project_bias = layers[-4:]
-    expand, expand_bias = layers[:2] if problem.expands else (conv.new_zeros(0), conv.new_zeros(0))
+    expansion = [conv.new_zeros(0, dtype=dtype), conv_bias.new_zeros(0, dtype=torch.float32)]
     if problem.expands:
         columns = ceil(problem.in_channels / HIDDEN_MULTIPLE) * HIDDEN_MULTIPLE
-        expand = F.pad(expand.flatten(1), (0, columns - problem.in_channels, 0, padded_hidden - hidden))
-        expand_bias = F.pad(expand_bias, (0, padded_hidden - hidden))
-    matrix = F.pad(project.flatten(1).T, (0, padded_out - problem.out_channels, 0, padded_hidden - hidden))
+        expansion = [padded_matrix(layers[0].flatten(1), hidden, columns, dtype), padded_bias(layers[1], hidden)]
     return [
-        expand.to(dtype).contiguous(), expand_bias.float().contiguous(),
-        grouped_weights(conv.to(dtype), padded_hidden, problem.conv_block),
-        F.pad(conv_bias.float(), (0, padded_hidden - hidden)).contiguous(),
-        matrix.to(dtype).contiguous(), F.pad(project_bias.float(), (0, padded_out - problem.out_channels)).contiguous(),
+        *expansion, grouped_weights(conv.to(dtype), hidden, problem.conv_block), padded_bias(conv_bias, hidden),
+        padded_matrix(project.flatten(1).T, hidden, out, dtype), padded_bias(project_bias, out),
         new_counters(conv.device),
     ]  # fmt: skip
 
@@ -183,7 +159,7 @@ def conv_project_kernel(
     BLOCK_M: tl.constexpr, BLOCK_E: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
     ROWS: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BLOCK_M output pixels (axis 0) and one split of the hidden channels (axis 1)."""
+    """Compute one tile of BLOCK_M output pixels (axis 0) and one split of the hidden channels (axis 1)."""
     DTYPE: tl.constexpr = h.dtype.element_ty
     PADDED_OUT: tl.constexpr = total_size(OUT_PARTS)
     EARLY: tl.constexpr = BLOCK_E * PADDED_OUT <= EARLY_WEIGHTS * 32 * WARPS
@@ -198,7 +174,7 @@ def conv_project_kernel(
     for step in tl.range(0, STEPS, num_stages=STAGES):
         first = (split * STEPS + step) * BLOCK_E
         rows = (first + tl.arange(0, BLOCK_E))[:, None] * PADDED_OUT
-        # What few registers hold arrives while the convolution is under way.
+        # If few registers hold the weights, they arrive during the convolution.
         weights = ()
         if EARLY:
             for i in tl.static_range(len(OUT_PARTS)):
@@ -243,7 +219,7 @@ def launch(x: Tensor, weights: Sequence[Tensor], problem: MBConvProblem, tiling:
     """Run the block; x (N, C, H, W) and the output (N, C', H', W') are channels_last.
 
     Args:
-        weights: packed, and after them the scratch: float32, `scratch_elements` of the problem.
+        weights: the packed weights, followed by float32 scratch of the problem's `scratch_elements`.
     """
     expand, expand_bias, conv, conv_bias, project, project_bias, counters, scratch = weights
     hidden = x

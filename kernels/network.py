@@ -1,7 +1,7 @@
 """A timm network with its blocks, stem and head replaced by fused kernels: `fuse(model, dtype=torch.float16)`.
 
-What can be fused is found by looking at the modules; what cannot stays torch's, batch norms folded and channels_last,
-and the report says why.
+`fuse` looks at the modules to see which can be fused. The others stay torch's, channels_last and with their batch norms
+folded, and the report says why.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from timm.models._efficientnet_blocks import DepthwiseSeparableConv, InvertedRes
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 
-from kernels import convfirst, head, mbconv, ops, problem, stem, timing, tune
+from kernels import head, mbconv, ops, packing, stem, timing, tune
 from kernels.fold import fold_batch_norms
+from kernels.problem import DTYPE_BYTES, parts, unsupported
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-# Partial sums may raise a network's peak workspace by this share of what it would be without.
+# Partial sums may raise a network's peak workspace by this share.
 WORKSPACE_MARGIN = 0.05
 NOMINAL_RESOLUTION = 224
 
@@ -34,14 +35,14 @@ _ACTIVATIONS: dict[type[nn.Module], str] = {
 
 
 class NotFused(Exception):
-    """Why a part of a network is left to torch."""
+    """The reason why a module of a network is left to torch."""
 
 
 # -- Modules ---------------------------------------------------------------------------------------------------------
 
 
 class _Fused(nn.Module):
-    """A fused part: its packed weights and its plain layers, one of which the tuner chooses for each problem."""
+    """A fused module: its packed weights and its plain layers, between which the tuner chooses for each problem."""
 
     kernel: tune.Kernel
 
@@ -63,7 +64,7 @@ class _Fused(nn.Module):
         return [getattr(self, f"layer_{index}") for index in range(self.counts[1])]
 
     def problem(self, shape: Sequence[int]) -> Any:
-        """The problem on an input (N, C, H, W)."""
+        """The problem on an input of shape (N, C, H, W)."""
         raise NotImplementedError
 
     def extra_repr(self) -> str:
@@ -72,12 +73,14 @@ class _Fused(nn.Module):
 
 
 class _FusedBlock(_Fused):
-    """A fused block, which allocates its output, in three launches also what is between them; where the network lends
-    it scratch it may split its tiles as well."""
+    """A fused block; it may split its tiles if the network lends it scratch.
+
+    It allocates its output, and with three launches the tensors between them.
+    """
 
     operator: Callable[..., Tensor]
     make_problem: Callable[..., Any]
-    # The most programs that may share a tile's hidden channels: one, unless the network has the memory.
+    # The most programs that may share a tile's hidden channels; `_limit_splits` raises it where there is memory.
     max_splits = 1
 
     def __init__(
@@ -88,18 +91,18 @@ class _FusedBlock(_Fused):
 
     def problem(self, shape: Sequence[int]) -> Any:
         layers = self.layers
-        found = type(self).make_problem(shape, layers[0].dtype, layers, self.stride, self.activation, self.residual)
-        return ops.with_splits(found, self.max_splits)
+        problem = type(self).make_problem(shape, layers[0].dtype, layers, self.stride, self.activation, self.residual)
+        return ops.with_splits(problem, self.max_splits)
 
     def new_scratch(self, x: Tensor) -> Tensor:
-        """Memory for the partial sums of split tiles, float32."""
+        """Allocate float32 memory for the partial sums of split tiles."""
         if self.max_splits == 1:
             elements = 0
         elif torch.compiler.is_compiling():
-            # Whatever the sizes will be.
+            # Sizes may be symbols here, which a problem cannot hold.
             batch, _, height, width = x.shape
             pixels = batch * ((height - 1) // self.stride + 1) * ((width - 1) // self.stride + 1)
-            elements = self.max_splits * pixels * sum(problem.parts(self.layers[-2].shape[0]))
+            elements = self.max_splits * pixels * sum(parts(self.layers[-2].shape[0]))
         else:
             elements = self.problem(x.shape).scratch_elements
         return x.new_empty(elements, dtype=torch.float32)
@@ -110,22 +113,24 @@ class _FusedBlock(_Fused):
 
 
 class FusedBlock(_FusedBlock):
-    """A ConvFirst block, see `kernels.convfirst`."""
+    """A ConvFirst block (`kernels.convfirst`)."""
 
     kernel = ops.BLOCK
     operator = ops.block
     make_problem = staticmethod(ops.block_problem)
 
     def __init__(self, layers: Sequence[Tensor], stride: int, activation: str, residual: bool) -> None:
-        found = ops.block_problem((1, layers[0].shape[0], 1, 1), layers[0].dtype, layers, stride, activation, residual)
-        if why := problem.unsupported(found):
+        problem = ops.block_problem(
+            (1, layers[0].shape[0], 1, 1), layers[0].dtype, layers, stride, activation, residual
+        )
+        if why := unsupported(problem):
             raise NotFused(why)
-        packed = convfirst.pack(layers, found)
+        packed = packing.pack(layers, problem)
         super().__init__(list(vars(packed).values()), layers, stride, activation, residual)
 
 
 class FusedMBConv(_FusedBlock):
-    """A block with its convolution in the middle, or a depthwise-separable one, see `kernels.mbconv`."""
+    """A block with its convolution in the middle, or a depthwise-separable one (`kernels.mbconv`)."""
 
     kernel = ops.MBCONV
     operator = ops.mbconv_block
@@ -133,14 +138,14 @@ class FusedMBConv(_FusedBlock):
 
     def __init__(self, layers: Sequence[Tensor], stride: int, activation: str, residual: bool) -> None:
         channels = layers[0].shape[1] if len(layers) == 6 else layers[0].shape[0]
-        found = ops.mbconv_problem((1, channels, 1, 1), layers[0].dtype, layers, stride, activation, residual)
-        if why := mbconv.unsupported(found):
+        problem = ops.mbconv_problem((1, channels, 1, 1), layers[0].dtype, layers, stride, activation, residual)
+        if why := mbconv.unsupported(problem):
             raise NotFused(why)
-        super().__init__(mbconv.pack(layers, found), layers, stride, activation, residual)
+        super().__init__(mbconv.pack(layers, problem), layers, stride, activation, residual)
 
 
 class _Started(nn.Module):
-    """A block that begins with a convolution of torch's before its fused part, with a residual around both or none."""
+    """A convolution of torch's followed by a fused block, with a residual around both or none."""
 
     def __init__(self, begin: nn.Module, rest: nn.Module, residual: bool) -> None:
         super().__init__()
@@ -152,15 +157,15 @@ class _Started(nn.Module):
 
 
 class FusedStem(_Fused):
-    """Convolution, bias and activation, see `kernels.stem`."""
+    """Convolution, bias and activation (`kernels.stem`)."""
 
     kernel = ops.STEM
 
     def __init__(self, layers: Sequence[Tensor], stride: int, activation: str) -> None:
-        found = ops.stem_problem((1, layers[0].shape[1], 1, 1), layers[0].dtype, layers, stride, activation)
-        if why := stem.unsupported(found):
+        problem = ops.stem_problem((1, layers[0].shape[1], 1, 1), layers[0].dtype, layers, stride, activation)
+        if why := stem.unsupported(problem):
             raise NotFused(why)
-        super().__init__(stem.pack(layers, found), layers, stride, activation)
+        super().__init__(stem.pack(layers, problem), layers, stride, activation)
 
     def problem(self, shape: Sequence[int]) -> Any:
         return ops.stem_problem(shape, self.layers[0].dtype, self.layers, self.stride, self.activation)
@@ -170,15 +175,15 @@ class FusedStem(_Fused):
 
 
 class FusedHead(_Fused):
-    """Pool, 1x1 convolution, activation and classifier, see `kernels.head`."""
+    """Pool, 1x1 convolution, activation and classifier (`kernels.head`)."""
 
     kernel = ops.HEAD
 
     def __init__(self, layers: Sequence[Tensor], activation: str) -> None:
-        found = ops.head_problem((1, layers[0].shape[1], 1, 1), layers[0].dtype, layers, activation)
-        if why := head.unsupported(found):
+        problem = ops.head_problem((1, layers[0].shape[1], 1, 1), layers[0].dtype, layers, activation)
+        if why := head.unsupported(problem):
             raise NotFused(why)
-        super().__init__(head.pack(layers, found), layers, 1, activation)
+        super().__init__(head.pack(layers, problem), layers, 1, activation)
 
     def problem(self, shape: Sequence[int]) -> Any:
         return ops.head_problem(shape, self.layers[0].dtype, self.layers, self.activation)
@@ -191,6 +196,7 @@ class FusedHead(_Fused):
 
 
 def _activation(module: nn.Module, where: str) -> str:
+    """The kernels' name of an activation; like all checks below it raises NotFused."""
     name = _ACTIVATIONS.get(type(module))
     if name is None or (isinstance(module, nn.GELU) and getattr(module, "approximate", "none") != "none"):
         raise NotFused(f"{where}={module} is no activation that a fused kernel has")
@@ -205,7 +211,7 @@ def _require_identity(block: nn.Module, *names: str) -> None:
 
 
 def _conv(conv: nn.Module, where: str, kernel_size: int | None = None) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a plain convolution, padded by half its kernel, whose batch norm is folded."""
+    """Weight and bias of a plain convolution that is padded by half its kernel and has its batch norm folded."""
     if type(conv) is not nn.Conv2d:
         raise NotFused(f"{where}={type(conv).__name__} is not a plain convolution")
     size = conv.kernel_size[0]
@@ -239,7 +245,7 @@ def _no_activation(module: nn.Module, where: str) -> None:
 
 
 class _Fuser:
-    """Makes fused modules of folded ones, in one dtype."""
+    """Makes fused modules in one dtype, from modules whose batch norms are folded."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -253,7 +259,7 @@ class _Fuser:
         ]
 
     def universal(self, block: UniversalInvertedResidual) -> nn.Module:
-        """ConvFirst where there is no convolution in the middle; with one, MBConv after what begins the block."""
+        """A ConvFirst block; with a convolution in the middle MBConv, perhaps after a convolution of torch's."""
         _require_identity(block, "se", "dw_end")
         act = _activation(block.pw_exp.bn, "pw_exp.bn")
         _require_identity(block.pw_exp, "aa")
@@ -326,14 +332,14 @@ class _Fuser:
 
 
 @dataclass(frozen=True)
-class Part:
-    """One part of a network and what became of it.
+class FusionStatus:
+    """Whether a module of a network was fused: a block, the stem or the head.
 
     Args:
-        name: of the module in timm's network.
+        name: the module's name in timm's network.
         kind: its class there.
         fused: whether a fused kernel can run it.
-        reason: why not; empty if fused.
+        reason: why it is not fused; empty if it is.
     """
 
     name: str
@@ -349,6 +355,9 @@ class Graph:
     """A CUDA graph of one forward pass: call it with a batch, or `replay` it on the last one.
 
     The output is the graph's own tensor, which the next replay overwrites.
+
+    Raises:
+        ValueError: the network is not on a CUDA device.
     """
 
     def __init__(self, network: FusedNetwork, batch: int, resolution: int) -> None:
@@ -362,7 +371,7 @@ class Graph:
         with torch.inference_mode(), torch.cuda.device(device):
             self._graph, output = timing.captured(lambda: network(self.input))
         self.output: Tensor = output
-        # A graph knows addresses only.
+        # A graph holds addresses only, so the weights must live as long as it does.
         self._network = network
 
     def replay(self) -> Tensor:
@@ -370,7 +379,7 @@ class Graph:
         return self.output
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Logits (batch, classes) of images (batch, C, H, W), channels_last, in the network's dtype.
+        """Compute logits (batch, classes) of images (batch, C, H, W), channels_last, in the network's dtype.
 
         Raises:
             ValueError: the shape is not the captured one, or the input is not what the network takes.
@@ -383,10 +392,10 @@ class Graph:
 
 
 def _steps(network: Any) -> tuple[nn.Module, ...]:
-    """A timm network's modules in the order of its forward pass, none with others of them inside.
+    """A timm network's modules in the order of its forward pass; none contains another.
 
-    Called one after the other each gives its input free when it has run. timm's own forward passes hold the stem's
-    output, and each stage's input, until all blocks within have run.
+    Called one after the other, each frees its input when it has run. timm's own forward passes hold the stem's output,
+    and each stage's input, until all blocks of the stage have run.
     """
     blocks = [block for stage in network.blocks for block in stage]
     if isinstance(network, MobileNetV3):
@@ -397,27 +406,29 @@ def _steps(network: Any) -> tuple[nn.Module, ...]:
 
 
 class FusedNetwork(nn.Module):
-    """A timm network for inference whose parts are fused where they can be. Made by `fuse`.
+    """A timm network for inference, made by `fuse`, with fused modules where possible.
 
     Attributes:
-        parts: what was fused and what was not, in the order of the network.
+        fusion: which modules were fused, in the order of the network.
         dtype: of input, weights and output.
         in_channels: of the input.
     """
 
-    def __init__(self, network: nn.Module, parts: Sequence[Part], dtype: torch.dtype, in_channels: int) -> None:
+    def __init__(
+        self, network: nn.Module, fusion: Sequence[FusionStatus], dtype: torch.dtype, in_channels: int
+    ) -> None:
         super().__init__()
         self.network = network
-        self.parts = tuple(parts)
+        self.fusion = tuple(fusion)
         self.dtype = dtype
         self.in_channels = in_channels
         self.eval().requires_grad_(False)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> FusedNetwork:
-        """Moves to another device; weights are packed for one dtype.
+        """Move to another device; the dtype is fixed, as weights are packed for it.
 
         Raises:
-            ValueError: it would change the dtype.
+            ValueError: the dtype would change.
         """
         sample = torch.empty(0, dtype=self.dtype, device=self.device)
         if (made := fn(sample)).dtype != self.dtype:
@@ -434,7 +445,7 @@ class FusedNetwork(nn.Module):
         return {name: module for name, module in self.network.named_modules() if isinstance(module, _Fused)}
 
     def train(self, mode: bool = True) -> FusedNetwork:
-        """Inference only.
+        """Refuse training mode.
 
         Raises:
             ValueError: `mode` is True.
@@ -445,7 +456,7 @@ class FusedNetwork(nn.Module):
         return self
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (N, classes) of images (N, C, H, W), channels_last, in the network's dtype.
+        """Compute logits (N, classes) of images (N, C, H, W), channels_last, in the network's dtype.
 
         Raises:
             ValueError: the input has another layout, dtype, device or number of channels.
@@ -461,20 +472,20 @@ class FusedNetwork(nn.Module):
             ops.require(x, self.in_channels, self.dtype, self.device)
 
     def report(self, batch: int | None = None, resolution: int | None = None) -> str:
-        """A line for each part: fused, or why not; given a shape of input, also what runs then, and its times."""
+        """Describe each module in a line: fused, or why not; for a given input also what runs, and its times."""
         if batch is None or resolution is None:
-            return "\n".join(map(str, self.parts))
+            return "\n".join(map(str, self.fusion))
         modules, running = self.fused_modules, {}
-        for name, found in self.problems(batch, resolution).items():
-            choice = tune.choose(modules[name].kernel, found, self.device)
+        for name, problem in self.problems(batch, resolution).items():
+            choice = tune.choose(modules[name].kernel, problem, self.device)
             running[name] = choice.describe()
         return "\n".join(
-            f"{part}" + "".join(f" [{text}]" for name, text in running.items() if _names(part.name, name))
-            for part in self.parts
+            f"{status}" + "".join(f" [{text}]" for name, text in running.items() if _belongs(name, status.name))
+            for status in self.fusion
         )
 
     def problems(self, batch: int, resolution: int) -> dict[str, Any]:
-        """The problem that each fused part has to solve on a batch of square images, found without computing."""
+        """The problem of each fused module on a batch of square images, by module name, without computing anything."""
         shapes: dict[str, Sequence[int]] = {}
         hooks = [
             module.register_forward_pre_hook(
@@ -494,7 +505,7 @@ class FusedNetwork(nn.Module):
         return {name: modules[name].problem(into) for name, into in shapes.items()}
 
     def prepare(self, batch: int, resolution: int) -> float:
-        """Get ready for batches of this shape: on CUDA every problem is tuned that this machine has not met before.
+        """Prepare for batches of this shape: on CUDA, tune every problem that is new to this machine.
 
         Returns:
             Seconds it took.
@@ -504,15 +515,15 @@ class FusedNetwork(nn.Module):
         if self.device.type == "cuda":
             modules = self.fused_modules
             tasks: dict[Any, tune.Task] = {}
-            for name, found in problems.items():
+            for name, problem in problems.items():
                 module = modules[name]
-                if (module.kernel.name, found) not in tasks:
-                    tasks[module.kernel.name, found] = _task(module, found)
+                if (module.kernel.name, problem) not in tasks:
+                    tasks[module.kernel.name, problem] = _task(module, problem)
             tune.tune(list(tasks.values()))
         return time.perf_counter() - begin
 
     def graph(self, batch: int, resolution: int) -> Graph:
-        """A CUDA graph of the forward pass on a batch of square images, tuned for it first.
+        """Tune for a batch of square images, and capture a CUDA graph of the forward pass on it.
 
         Raises:
             ValueError: the network is not on a CUDA device.
@@ -522,54 +533,55 @@ class FusedNetwork(nn.Module):
         return Graph(self, batch, resolution)
 
 
-def _names(part: str, module: str) -> bool:
-    """Whether a fused module belongs to a part: it is the part, or within it; the head stands in the pool's place."""
-    return module == part or module.startswith(f"{part}.") or (part, module) == ("head", "global_pool")
+def _belongs(fused: str, module: str) -> bool:
+    """Whether a fused module stands for timm's module or lies within it; the head's stands in place of the pool."""
+    return fused == module or fused.startswith(f"{module}.") or (module, fused) == ("head", "global_pool")
 
 
 def _limit_splits(network: FusedNetwork) -> None:
-    """Lend each block scratch for as many splits as raise the network's peak workspace by `WORKSPACE_MARGIN` at most.
+    """Set each block's `max_splits` so that partial sums raise the peak workspace by `WORKSPACE_MARGIN` at most.
 
-    Partial sums, input and output all grow with the batch and the resolution alike, so that one resolution, of which
-    every total stride is a divisor, tells for all.
+    Partial sums, input and output grow alike with batch and resolution. One resolution that every total stride divides
+    therefore decides for all.
     """
     problems, modules = network.problems(1, NOMINAL_RESOLUTION), network.fused_modules
     largest = max(map(moved_bytes, problems.values()), default=0)
-    for name, found in problems.items():
+    for name, problem in problems.items():
         module = modules[name]
         if isinstance(module, _FusedBlock):
-            left = int((1 + WORKSPACE_MARGIN) * largest) - moved_bytes(found)
-            module.max_splits = ops.max_splits(found.out_pixels, found.padded_out, left)
+            left = int((1 + WORKSPACE_MARGIN) * largest) - moved_bytes(problem)
+            module.max_splits = ops.max_splits(problem.out_pixels, problem.padded_out, left)
 
 
-def _input_shape(found: Any) -> tuple[int, int, int, int]:
-    if isinstance(found, head.HeadProblem):
-        return (found.batch, found.in_channels, found.pixels, 1)
-    return (found.batch, found.in_channels, found.height, found.width)
+def _input_shape(problem: Any) -> tuple[int, int, int, int]:
+    if isinstance(problem, head.HeadProblem):
+        return (problem.batch, problem.in_channels, problem.pixels, 1)
+    return (problem.batch, problem.in_channels, problem.height, problem.width)
 
 
-def moved_bytes(found: Any) -> int:
-    """Input and output of a problem."""
-    batch, channels, height, width = _input_shape(found)
-    out = found.batch * found.classes if isinstance(found, head.HeadProblem) else found.out_pixels * found.out_channels
-    return problem.DTYPES[found.dtype] * (batch * channels * height * width + out)
+def moved_bytes(problem: Any) -> int:
+    """Bytes of a problem's input and output."""
+    batch, channels, height, width = _input_shape(problem)
+    is_head = isinstance(problem, head.HeadProblem)
+    out: int = problem.batch * problem.classes if is_head else problem.out_pixels * problem.out_channels
+    return DTYPE_BYTES[problem.dtype] * (batch * channels * height * width + out)
 
 
-def _task(module: _Fused, found: Any) -> tune.Task:
+def _task(module: _Fused, problem: Any) -> tune.Task:
     layers = module.layers
-    # Never zeros: products of zeros draw less power and so run faster.
-    x = torch.randn(_input_shape(found), dtype=layers[0].dtype, device=layers[0].device)
+    # Random, as products of zeros draw less power and so run faster.
+    x = torch.randn(_input_shape(problem), dtype=layers[0].dtype, device=layers[0].device)
     scratch = [module.new_scratch(x)] if isinstance(module, _FusedBlock) else []
     weights = [*module.weights, *scratch]
-    return tune.Task(module.kernel, found, x.to(memory_format=torch.channels_last), weights, layers)
+    return tune.Task(module.kernel, problem, x.to(memory_format=torch.channels_last), weights, layers)
 
 
 def fuse(model: nn.Module, dtype: torch.dtype = torch.float16) -> FusedNetwork:
-    """A copy of a timm network for inference, its blocks, stem and head fused where they can be.
+    """Copy a timm network for inference, and fuse its blocks, stem and head where possible.
 
     Args:
-        model: a `MobileNetV3` or `EfficientNet` of timm, which ConvFirst networks are, in evaluation mode; untouched.
-        dtype: float16, bfloat16 or float32 (the last for checking: products on tensor cores need 16 bits).
+        model: a `MobileNetV3` (as ConvFirst networks are) or `EfficientNet` of timm, in evaluation mode; left as it is.
+        dtype: float16, bfloat16 or float32; float32 is for checking, as products on tensor cores need 16 bits.
 
     Raises:
         ValueError: the model is in training mode or of another class, or the dtype is none of these.
@@ -580,15 +592,15 @@ def fuse(model: nn.Module, dtype: torch.dtype = torch.float16) -> FusedNetwork:
         raise ValueError(f"dtype={dtype} is none of {', '.join(map(str, DTYPES))}")
     folded: Any = fold_batch_norms(model).requires_grad_(False)
     fuser = _Fuser(dtype)
-    parts: list[Part] = []
+    fusion: list[FusionStatus] = []
 
     def attempt(name: str, module: nn.Module, make: Callable[[], nn.Module]) -> nn.Module | None:
         try:
             made = make()
         except NotFused as why:
-            parts.append(Part(name, type(module).__name__, False, str(why)))
+            fusion.append(FusionStatus(name, type(module).__name__, False, str(why)))
             return None
-        parts.append(Part(name, type(module).__name__, True))
+        fusion.append(FusionStatus(name, type(module).__name__, True))
         return made
 
     if made := attempt("conv_stem", folded.conv_stem, lambda: fuser.stem(folded)):
@@ -604,7 +616,7 @@ def fuse(model: nn.Module, dtype: torch.dtype = torch.float16) -> FusedNetwork:
         folded.act2, folded.flatten, folded.classifier = nn.Identity(), nn.Identity(), nn.Identity()
     folded = folded.to(memory_format=torch.channels_last)
     for module in folded.modules():
-        # Fused parts hold float32 biases beside their weights.
+        # Fused modules hold float32 biases beside their weights.
         if not isinstance(module, _Fused):
             for parameter in module._parameters.values():
                 if parameter is not None:
@@ -612,6 +624,6 @@ def fuse(model: nn.Module, dtype: torch.dtype = torch.float16) -> FusedNetwork:
             for key, buffer in module._buffers.items():
                 if buffer is not None and buffer.is_floating_point():
                     module._buffers[key] = buffer.to(dtype)
-    fused = FusedNetwork(folded, parts, dtype, model.conv_stem.in_channels)
+    fused = FusedNetwork(folded, fusion, dtype, model.conv_stem.in_channels)
     _limit_splits(fused)
     return fused

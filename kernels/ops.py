@@ -1,13 +1,14 @@
-"""The fused kernels as torch operators, which `torch.compile` and `torch.export` pass through.
+"""The fused kernels as torch operators, which `torch.compile` and `torch.export` accept.
 
-Each takes the packed weights and the plain layers: which of the two runs is the tuner's choice for the problem at hand
-(`kernels.tune`). Blocks are also lent scratch, float32, whose size says how often their tiles may be split. Operators
-are `torch.library.custom_op`s, as `triton_op` raises under Triton's interpreter.
+Each operator takes the packed weights and the plain layers, and the tuner chooses which of the two runs the problem at
+hand (`kernels.tune`). Blocks also borrow float32 scratch, whose size says how often their tiles may be split. The
+operators are `torch.library.custom_op`s, as `triton_op` raises under Triton's interpreter.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from math import ceil
 from typing import Any, TypeVar
@@ -21,13 +22,14 @@ from kernels.convfirst import ACTIVATE
 from kernels.device_functions import run_on_cpu
 from kernels.head import HeadProblem, HeadTiling
 from kernels.mbconv import MBConvProblem
+from kernels.packing import BlockWeights
 from kernels.problem import COUNTERS, MAX_SPLITS, BlockProblem, Tiling
 from kernels.stem import StemProblem, StemTiling
 
 
 def _launch_block(x: Tensor, weights: Sequence[Tensor], problem: BlockProblem, tiling: Tiling) -> Tensor:
     *packed, scratch = weights
-    return convfirst.launch(x, convfirst.BlockWeights(*packed), problem, tiling, scratch)
+    return convfirst.launch(x, BlockWeights(*packed), problem, tiling, scratch)
 
 
 def _stem_layers(x: Tensor, layers: Sequence[Tensor], problem: StemProblem) -> Tensor:
@@ -65,6 +67,7 @@ SplitProblem = TypeVar("SplitProblem", BlockProblem, MBConvProblem)
 
 
 def dtype_name(dtype: torch.dtype) -> str:
+    """The name that problems use, such as "float16"."""
     return str(dtype).removeprefix("torch.")
 
 
@@ -74,20 +77,20 @@ def max_splits(out_pixels: int, padded_out: int, scratch_bytes: int) -> int:
     return 1 if fitting < 2 else min(MAX_SPLITS, 1 << (fitting.bit_length() - 1))
 
 
-def with_splits(found: SplitProblem, most: int) -> SplitProblem:
-    """The problem of a block that is lent scratch for `most` splits, or for as many as are of any use.
+def with_splits(problem: SplitProblem, most: int) -> SplitProblem:
+    """The problem of a block with scratch for `most` splits, or for fewer if more are of no use.
 
-    Large batches give every multiprocessor tiles enough: there the problem is the same whatever is lent, and is tuned
+    Large batches give every multiprocessor enough tiles: their problem is the same whatever the scratch, and is tuned
     once.
     """
-    useful = COUNTERS // ceil(found.out_pixels / max(cost_model.BLOCKS_M))
-    return replace(found, max_splits=max(1, min(most, 1 << max(0, useful.bit_length() - 1))))
+    useful = COUNTERS // ceil(problem.out_pixels / max(cost_model.BLOCKS_M))
+    return replace(problem, max_splits=max(1, min(most, 1 << max(0, useful.bit_length() - 1))))
 
 
 def block_problem(
     shape: Sequence[int], dtype: torch.dtype, layers: Sequence[Tensor], stride: int, activation: str, residual: bool
 ) -> BlockProblem:  # fmt: skip
-    """The problem of a ConvFirst block's layers on an input (N, C, H, W)."""
+    """The problem of a ConvFirst block's layers on an input of shape (N, C, H, W)."""
     batch, channels, height, width = map(int, shape)
     return BlockProblem(
         batch, height, width, channels, layers[2].shape[0], layers[4].shape[0], layers[0].shape[2], layers[0].shape[1],
@@ -128,7 +131,15 @@ def head_problem(shape: Sequence[int], dtype: torch.dtype, layers: Sequence[Tens
 
 
 def require(x: Tensor, channels: int, dtype: torch.dtype, device: torch.device) -> None:
-    """ValueError where the kernels would read something else than the caller means."""
+    """Check that a layer's kernel reads what the caller means.
+
+    Args:
+        x: input (N, C, H, W), channels_last.
+        channels, dtype, device: of the layer.
+
+    Raises:
+        ValueError: the input has another shape, dtype, device or layout than the layer takes.
+    """
     if x.ndim != 4:
         raise ValueError(f"input has shape {tuple(x.shape)}, not (N, C, H, W)")
     if x.shape[1] != channels:
@@ -148,24 +159,23 @@ def require(x: Tensor, channels: int, dtype: torch.dtype, device: torch.device) 
 def run(
     kernel: tune.Kernel, problem: Any, x: Tensor, weights: Sequence[Tensor], layers: Sequence[Tensor]
 ) -> Tensor:  # fmt: skip
-    """Whichever the tuner chose: the fused kernel, or layer by layer."""
+    """Run what the tuner chose for the problem: the fused kernel, or torch layer by layer."""
     tiling = tune.choose(kernel, problem, x.device).tiling
     if tiling is None:
         return kernel.layer_by_layer(x, layers, problem)
-    if x.device.type == "cuda":
-        with torch.cuda.device(x.device):
-            return kernel.launch(x, weights, problem, tiling)
-    return kernel.launch(x, weights, problem, tiling)
+    with torch.cuda.device(x.device) if x.device.type == "cuda" else nullcontext():
+        return kernel.launch(x, weights, problem, tiling)
 
 
 def _like(x: Tensor, channels: int, stride: int) -> Tensor:
+    """An empty output (N, channels, H', W') of a convolution of x."""
     height, width = ((size - 1) // stride + 1 for size in x.shape[2:])
     shape = (x.shape[0], channels, height, width)
     return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 def _lent(problem: Any, scratch: Tensor) -> Any:
-    """The problem with the splits that the scratch has room for."""
+    """The problem with as many splits as the scratch has room for."""
     return with_splits(problem, max_splits(problem.out_pixels, problem.padded_out, scratch.nbytes))
 
 

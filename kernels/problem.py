@@ -1,37 +1,39 @@
-"""What a fused block computes (the problem), how it is cut up (the tiling), and which problems are supported.
+"""What a fused block computes (the problem), how its work is divided (the tiling), and which problems are supported.
 
-Values only, no tensor and no Triton: the predicate can be asked, and tilings counted, on any machine.
+These are values without tensors and Triton, so that tilings can be counted, and support be asked for, on any machine.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import ceil
-from typing import Protocol
+from typing import Any, Protocol
 
 KERNEL_SIZES = (3, 5, 7)
 ACTIVATIONS = ("silu", "relu", "gelu", "hard_swish")
-DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4}
+DTYPE_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+SUPPORTED: dict[str, Collection[object]] = {"kernel_size": KERNEL_SIZES, "stride": (1, 2), "dtype": tuple(DTYPE_BYTES)}
 CHANNEL_MULTIPLE = 8
-# Past this one launch cannot win: a tile's accumulator and its input fill the registers and the shared memory of a
-# multiprocessor, and every tile reads 2 MiB of weights or more.
+# With more channels one launch cannot win: a tile's accumulator and its input fill the registers and the shared memory
+# of a multiprocessor, and every tile reads 2 MiB of weights or more.
 MAX_CHANNELS = 512
 # Group widths that fill a block of 16 or 32 channels evenly, so that grouped weights pack into dense blocks.
 GROUP_WIDTHS = (1, 2, 4, 8, 16, 32)
 # The smallest inner dimension of a tensor-core product in Triton.
 MIN_DOT = 16
-# The widest tensor a program computes channels in; wider ones leave the compiler short of registers.
+# Channels of the widest tensor in a program; wider ones leave the compiler short of registers.
 LARGEST_PART = 128
-# Weights of the 1x1 convolutions are padded to this many hidden channels, and those of a full convolution to this many
-# input channels: the largest steps in which any tiling reads them.
+# Weights of the 1x1 convolutions are padded to a multiple of this many hidden channels, and those of a full convolution
+# to one of this many input channels: the largest steps in which any tiling reads them.
 HIDDEN_MULTIPLE = 128
 DENSE_MULTIPLE = 64
-# The most programs that may share a tile.
+# The most programs that may share the hidden channels of a tile.
 MAX_SPLITS = 32
-# Tiles that may be split; with more there is no need to.
+# The most tiles that may be split; with more tiles there is no need to.
 COUNTERS = 1024
-# From this many elements on, a tensor's offsets need 64 bits.
+# Offsets into a tensor of this many elements or more need 64 bits.
 WIDE_ELEMENTS = 2**31
 
 
@@ -42,39 +44,42 @@ def power_of_two(value: int) -> int:
 
 @lru_cache(maxsize=1024)
 def parts(channels: int, minimum: int = MIN_DOT, largest: int = LARGEST_PART) -> tuple[int, ...]:
-    """Channels as a sum of powers of two: 96 -> (64, 32), 320 -> (128, 128, 64), 24 -> (16, 16).
+    """Divide channels into parts, each a power of two: 96 -> (64, 32), 320 -> (128, 128, 64), 24 -> (16, 16).
 
-    Triton's tensors have powers of two for sizes. In one tensor 96 channels would be computed as 128 and 320 as 512; in
-    parts they take what they need, or a quarter more at most from 64 channels up. The sum does not depend on `largest`.
+    The sizes of Triton's tensors are powers of two. In one tensor 96 channels would be computed as 128 and 320 as 512;
+    in parts they take what they need, or a quarter more at most from 64 channels up. The sum does not depend on
+    `largest`.
 
     Args:
-        minimum: of a part; a power of two.
-        largest: of a part; a power of two that divides `LARGEST_PART`.
+        minimum: channels of the smallest part; a power of two.
+        largest: channels of the largest part; a power of two that divides `LARGEST_PART`.
     """
     whole, rest = divmod(channels, LARGEST_PART)
-    found = [LARGEST_PART] * whole
+    pieces = [LARGEST_PART] * whole
     if rest:
         padded = max(minimum, power_of_two(rest))
         first = padded // 2
         second = max(minimum, power_of_two(rest - first)) if rest > first >= minimum else padded
-        found += [first, second] if first + second < padded else [padded]
-    return tuple(piece for part in found for piece in [min(part, largest)] * max(1, part // largest))
+        pieces += [first, second] if first + second < padded else [padded]
+    return tuple(piece for part in pieces for piece in [min(part, largest)] * max(1, part // largest))
 
 
 def shares(columns: int, width: int, block: int, warps: int) -> int:
-    """Into how many the columns of a product of blocks are divided, each with the blocks' weights once more.
+    """Number of shares into which the columns of a product of blocks are divided.
 
-    So that warps which outnumber the blocks compute something of their own, as far as there are columns for it.
+    Each share reads the blocks' weights once more. With as many blocks as warps there is one share; more warps each get
+    columns of their own, as far as there are enough.
 
     Args:
-        columns: of pixels, `MIN_DOT` or more for each share.
+        columns: pixels; each share has at least `MIN_DOT`.
         width, block: channels of the tensor and of one block.
+        warps: of the program.
     """
     return max(1, min(columns // MIN_DOT, warps * block // width))
 
 
 class Convolved:
-    """Sizes that follow from a convolution's fields, for the dataclasses that have them."""
+    """Sizes that follow from a convolution's fields; a base for dataclasses that have these fields."""
 
     __slots__ = ()
     batch: int
@@ -92,12 +97,12 @@ class Convolved:
 
     @property
     def out_pixels(self) -> int:
-        """Of the whole batch: what tiles run over."""
+        """Output pixels of the whole batch, which are divided into tiles."""
         return self.batch * self.out_height * self.out_width
 
 
 class Splittable(Convolved):
-    """Sizes of a block whose tiles may be split, for the dataclasses that have these fields."""
+    """Sizes of a block whose tiles may be split; a base for dataclasses that have these fields."""
 
     __slots__ = ()
     out_channels: int
@@ -110,7 +115,7 @@ class Splittable(Convolved):
 
     @property
     def scratch_elements(self) -> int:
-        """Float32 elements of the scratch that the caller lends for partial sums."""
+        """Elements of the float32 scratch that the caller lends for partial sums."""
         return self.max_splits * self.out_pixels * self.padded_out if self.max_splits > 1 else 0
 
 
@@ -124,9 +129,9 @@ class BlockProblem(Splittable):
         kernel_size, group_width, stride: of the grouped convolution, padded by kernel_size // 2.
         activation: one of `ACTIVATIONS`.
         residual: whether the input is added to the output.
-        dtype: of input, weights and output; one of `DTYPES`.
-        max_splits: programs that may share a tile's hidden channels, for whose float32 partial sums the caller lends
-            scratch; 1 for none.
+        dtype: of input, weights and output; one of `DTYPE_BYTES`.
+        max_splits: most programs that may share a tile's hidden channels; for their float32 partial sums the caller
+            lends scratch. With 1 no tile is split.
     """
 
     batch: int
@@ -145,7 +150,7 @@ class BlockProblem(Splittable):
 
     @property
     def itemsize(self) -> int:
-        return DTYPES[self.dtype]
+        return DTYPE_BYTES[self.dtype]
 
     @property
     def conv_macs(self) -> int:
@@ -162,7 +167,7 @@ class BlockProblem(Splittable):
 
     @property
     def activation_bytes(self) -> int:
-        """Input and output, each moved once: what a fused block has to move beside its weights."""
+        """Bytes of input and output, which a fused block has to move once, beside its weights."""
         in_pixels = self.batch * self.height * self.width
         return self.itemsize * (in_pixels * self.in_channels + self.out_pixels * self.out_channels)
 
@@ -173,7 +178,7 @@ class BlockProblem(Splittable):
 
     @property
     def is_dense(self) -> bool:
-        """Whether it is a full convolution too wide to be one block."""
+        """Whether the convolution is a full one, too wide for a single block."""
         return self.group_width > max(GROUP_WIDTHS)
 
     @property
@@ -187,7 +192,7 @@ class BlockProblem(Splittable):
 
 
 class Tiled(Protocol):
-    """What a tiling has to know of a problem."""
+    """What a tiling needs to know of a problem."""
 
     @property
     def batch(self) -> int: ...
@@ -209,28 +214,30 @@ class Tiled(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How a fused block is cut up.
+    """How the work of a fused block is divided.
 
     Args:
-        block_m: output pixels of a tile; a power of two from 16.
-        block_e: hidden channels of one step of expansion and projection; a power of two from 16.
-        conv: how the convolution is done. "mma" multiplies block-diagonal blocks of channels on tensor cores; a
-            depthwise one takes "diagonal", the same with its weights on diagonals, or "fma", channel by channel without
-            tensor cores; a full one of more than 32 channels takes "dense", over chunks of input channels.
-        splits: programs that share a tile's hidden channels; more than one takes scratch, for float32 partial sums.
-        num_warps, num_stages: of the program, and of the pipeline over hidden channels.
-        conv_stages: of the pipeline over the convolution's taps, or columns of taps; 1 loads through L1.
+        block_m: output pixels of a tile; a power of two, at least 16.
+        block_e: hidden channels of one step of expansion and projection; a power of two, at least 16.
+        conv: form of the convolution. "mma" multiplies block-diagonal blocks of channels on tensor cores. A depthwise
+            convolution takes "diagonal", the same with its weights on diagonals, or "fma", channel by channel without
+            tensor cores. A full one of more than 32 channels takes "dense", over chunks of input channels.
+        splits: programs that share a tile's hidden channels; more than one needs scratch, for float32 partial sums.
+        num_warps: warps of a program.
+        num_stages: stages of the pipeline over hidden channels.
+        conv_stages: stages of the pipeline over the convolution's taps, or columns of taps; 1 loads through L1.
         dense_block: input channels of one step of a "dense" convolution.
-        part: the most channels of one tensor, 64 or 128; with three launches the convolution's of each program.
+        part: most channels of one tensor, 64 or 128; with three launches the convolution's channels of each program.
         out_splits: programs that share a tile's output channels. Each computes the hidden ones for itself, which costs
-            work and no memory.
-        rows: of the output in a tile, a power of two: block_m / rows columns, which run on from image to image, of so
-            many rows. Each row of the input is then loaded once for a column of taps. 1 for block_m pixels one after
-            the other, loaded for each tap. A "dense" convolution knows no rows.
+            work but no memory.
+        rows: rows of the output in a tile, a power of two. A tile then has block_m / rows columns, which continue from
+            image to image, and each row of the input is loaded once for a column of taps. With 1 a tile is block_m
+            consecutive pixels, loaded for each tap. A "dense" convolution has no rows.
         tiles_each: tiles that a program computes one after the other. With more than one it keeps the weights of the
             1x1 convolutions in shared memory, and nothing can be split.
-        launches: 3 gives each layer a launch of its own (`kernels.layered`). The above then tells of the convolution's
-            alone, whose programs have `part` channels each; nothing is split, and block_e and num_stages mean nothing.
+        launches: 3 gives each layer a launch of its own (`kernels.layered`). The other fields then describe the launch
+            of the convolution alone, whose programs have `part` channels each; nothing is split, and block_e and
+            num_stages mean nothing.
     """
 
     block_m: int
@@ -248,15 +255,15 @@ class Tiling:
     launches: int = 1
 
     def steps(self, problem: Tiled) -> int:
-        """Of the loop over hidden channels."""
+        """Steps of the loop over hidden channels."""
         return ceil(problem.hidden_channels / (self.block_e * self.splits))
 
     def tap_steps(self, kernel_size: int) -> int:
-        """Of the loop over the convolution's taps: all of them, or their columns."""
+        """Steps of the loop over the convolution's taps: one for each tap, or for each column of taps."""
         return kernel_size if self.rows > 1 else kernel_size**2
 
     def fits(self, problem: Tiled) -> bool:
-        """Whether the kernel can run it: no split lacks scratch or work, or reads past the padded weights."""
+        """Whether the kernel can run it: no split lacks scratch or work, and none reads past the padded weights."""
         steps = self.steps(problem)
         covered = steps * self.block_e * self.splits
         idle = steps * self.block_e * (self.splits - 1) >= problem.hidden_channels
@@ -278,27 +285,34 @@ class Tiling:
 
     @property
     def columns(self) -> int:
-        """Of a tile: output pixels side by side."""
+        """Columns of a tile: output pixels side by side."""
         return self.block_m // self.rows
 
     def tiles(self, problem: Tiled) -> int:
+        """Tiles of the whole batch."""
         if self.rows == 1:
             return ceil(problem.out_pixels / self.block_m)
         columns = problem.batch * problem.out_width
         return ceil(columns / self.columns) * ceil(problem.out_height / self.rows)
 
     def programs(self, problem: Tiled) -> int:
-        """Of the block's one launch."""
+        """Programs of the block, if it has a single launch."""
         return ceil(self.tiles(problem) / self.tiles_each) * self.splits * self.out_splits
 
     def partial_bytes(self, problem: Tiled) -> int:
-        """Of the float32 partial sums that split tiles exchange."""
+        """Bytes of the float32 partial sums that split tiles exchange."""
         return 4 * self.splits * problem.out_pixels * problem.padded_out if self.splits > 1 else 0
 
 
 @dataclass(frozen=True, slots=True)
 class ProductTiling:
-    """How a product of matrices is cut up: pixels, outputs and inputs of a step."""
+    """How a product of matrices is divided.
+
+    Args:
+        block_m, block_n, block_k: pixels, outputs and inputs of one step.
+        num_warps: warps of a program.
+        num_stages: stages of the pipeline over inputs.
+    """
 
     block_m: int
     block_n: int
@@ -310,26 +324,26 @@ class ProductTiling:
         return ceil(pixels / self.block_m) * ceil(outputs / self.block_n)
 
 
-# The largest first. Their pipelines fit the 99 KiB of shared memory of the smallest GPUs that are counted with, and are
-# the longer the less there is in each to hide a load's latency.
+# The largest come first. Their pipelines fit the 99 KiB of shared memory of the smallest GPU in `cost_model.GPU_SPECS`,
+# and are the longer the less work a step has to hide a load's latency.
 PRODUCT_TILINGS = (
     ProductTiling(128, 128, 64, num_warps=8), ProductTiling(128, 64, 64, num_stages=4),
     ProductTiling(64, 64, 64, num_stages=4), ProductTiling(32, 32, 128, num_stages=5),
     ProductTiling(16, 32, 128, num_stages=6), ProductTiling(16, 16, 128, num_stages=8),
 )  # fmt: skip
-# One on each multiprocessor of the GPUs that are counted with, nearly.
+# Nearly one program for each multiprocessor of the GPUs in `cost_model.GPU_SPECS`.
 ENOUGH_PROGRAMS = 108
 
 
 def product_tilings(problem: BlockProblem) -> list[ProductTiling]:
-    """Of expansion and projection in launches of their own: the largest that keep a GPU busy."""
+    """Tilings of expansion and projection in launches of their own: the largest that keep a GPU busy."""
     if problem.itemsize == 4:
         return [ProductTiling(32, 32, 32)] * 2
-    found = []
+    chosen = []
     for outputs in (problem.hidden_channels, problem.out_channels):
         enough = (each for each in PRODUCT_TILINGS if each.programs(problem.out_pixels, outputs) >= ENOUGH_PROGRAMS)
-        found.append(next(enough, PRODUCT_TILINGS[-1]))
-    return found
+        chosen.append(next(enough, PRODUCT_TILINGS[-1]))
+    return chosen
 
 
 def conv_forms(problem: BlockProblem) -> tuple[str, ...]:
@@ -339,34 +353,46 @@ def conv_forms(problem: BlockProblem) -> tuple[str, ...]:
     return ("fma", "diagonal") if problem.group_width == 1 else ("mma",)
 
 
+def first_unsupported_field(
+    problem: Any, positive: Collection[str], channels: Collection[str], activations: Collection[str]
+) -> str | None:
+    """The first field of a problem whose value no kernel takes, with that value; None if there is none.
+
+    Args:
+        problem: its kernel size, stride and dtype are checked, if it has them.
+        positive: fields that must be 1 or more.
+        channels: fields that must be a positive multiple of `CHANNEL_MULTIPLE`.
+        activations: values that `activation` may have.
+    """
+    supported = {**SUPPORTED, "activation": activations}
+    for name in (*positive, *channels, *(name for name in supported if hasattr(problem, name))):
+        value = getattr(problem, name)
+        if name in positive and value < 1:
+            return f"{name}={value} is below 1"
+        if name in channels and (value < 1 or value % CHANNEL_MULTIPLE):
+            return f"{name}={value} is not a positive multiple of {CHANNEL_MULTIPLE}"
+        if name in supported and value not in supported[name]:
+            return f"{name}={value!r} is none of {', '.join(map(str, supported[name]))}"
+    return None
+
+
 def unsupported(problem: BlockProblem) -> str | None:
-    """Why the fused block does not compute this problem, naming what and the value; None where it does."""
-    for name in ("batch", "height", "width"):
-        if getattr(problem, name) < 1:
-            return f"{name}={getattr(problem, name)} is below 1"
-    for name in ("in_channels", "hidden_channels", "out_channels"):
-        channels = getattr(problem, name)
-        if channels < 1 or channels % CHANNEL_MULTIPLE:
-            return f"{name}={channels} is not a positive multiple of {CHANNEL_MULTIPLE}"
-    for name in ("in_channels", "out_channels"):
-        if getattr(problem, name) > MAX_CHANNELS:
-            return f"{name}={getattr(problem, name)} is above {MAX_CHANNELS}, past which one launch cannot win"
-    if not problem.in_channels <= problem.hidden_channels <= 8 * problem.in_channels:
-        ratio = problem.hidden_channels / problem.in_channels
-        return f"expansion={ratio:g} is not within 1 and 8"
-    if problem.kernel_size not in KERNEL_SIZES:
-        return f"kernel_size={problem.kernel_size} is none of {', '.join(map(str, KERNEL_SIZES))}"
-    if problem.group_width not in GROUP_WIDTHS and problem.group_width != problem.in_channels:
+    """The reason why the fused block does not compute this problem, with name and value; None if it does."""
+    into, hidden, out = problem.in_channels, problem.hidden_channels, problem.out_channels
+    if why := first_unsupported_field(
+        problem, ("batch", "height", "width"), ("in_channels", "hidden_channels", "out_channels"), ACTIVATIONS
+    ):
+        return why
+    for name, channels in (("in_channels", into), ("out_channels", out)):
+        if channels > MAX_CHANNELS:
+            return f"{name}={channels} is above {MAX_CHANNELS}, past which one launch cannot win"
+    if not into <= hidden <= 8 * into:
+        return f"expansion={hidden / into:g} is not within 1 and 8"
+    if problem.group_width not in GROUP_WIDTHS and problem.group_width != into:
         widths = ", ".join(map(str, GROUP_WIDTHS))
-        return f"group_width={problem.group_width} is none of {widths} and not all {problem.in_channels} channels"
-    if problem.in_channels % problem.group_width:
-        return f"group_width={problem.group_width} does not divide in_channels={problem.in_channels}"
-    if problem.stride not in (1, 2):
-        return f"stride={problem.stride} is neither 1 nor 2"
-    if problem.activation not in ACTIVATIONS:
-        return f"activation={problem.activation!r} is none of {', '.join(ACTIVATIONS)}"
-    if problem.dtype not in DTYPES:
-        return f"dtype={problem.dtype} is none of {', '.join(DTYPES)}"
-    if problem.residual and (problem.stride != 1 or problem.in_channels != problem.out_channels):
-        return f"residual with stride={problem.stride}, {problem.in_channels} -> {problem.out_channels} channels"
+        return f"group_width={problem.group_width} is none of {widths} and not all {into} channels"
+    if into % problem.group_width:
+        return f"group_width={problem.group_width} does not divide in_channels={into}"
+    if problem.residual and (problem.stride != 1 or into != out):
+        return f"residual with stride={problem.stride}, {into} -> {out} channels"
     return None

@@ -1,6 +1,6 @@
 """The stem in one launch: a convolution of few input channels, bias and activation.
 
-All taps of a pixel, 27 for 3x3 over RGB, are one row of a single product on tensor cores.
+All taps of a pixel, 27 for 3x3 over RGB, form one row of a single product on tensor cores.
 
 Legend: N, H, W batch, height, width; C, C' input and output channels; K kernel size.
 """
@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from math import ceil
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cost_model import H200, Limits
+from kernels.cost_model import H200, GpuSpec
 from kernels.device_functions import activate, dot, round_to, size, start, tap_zero, total_size
-from kernels.problem import ACTIVATIONS, DTYPES, KERNEL_SIZES, MIN_DOT, WIDE_ELEMENTS, Convolved, parts, power_of_two
+from kernels.packing import padded_bias, padded_matrix
+from kernels.problem import ACTIVATIONS, MIN_DOT, WIDE_ELEMENTS, Convolved, first_unsupported_field, parts, power_of_two
 
 MAX_TAPS = 256
 MAX_CHANNELS = 256
@@ -27,7 +27,7 @@ MAX_CHANNELS = 256
 
 @dataclass(frozen=True, slots=True)
 class StemProblem(Convolved):
-    """A stem on one input; fields as `BlockProblem` has them, the convolution full."""
+    """A stem on one input, with fields like `BlockProblem`'s; its convolution is a full one."""
 
     batch: int
     height: int
@@ -41,68 +41,56 @@ class StemProblem(Convolved):
 
     @property
     def taps(self) -> int:
-        """Values that one output is computed from."""
+        """Input values from which one output is computed."""
         return self.kernel_size**2 * self.in_channels
 
     @property
     def padded_taps(self) -> int:
         return max(MIN_DOT, power_of_two(self.taps))
 
-    @property
-    def macs(self) -> int:
-        return self.out_pixels * self.taps * self.out_channels
-
 
 @dataclass(frozen=True, slots=True)
 class StemTiling:
-    """`block_m` output pixels of all channels a program."""
+    """How a stem is divided: each program computes `block_m` output pixels of all channels."""
 
     block_m: int
     num_warps: int = 4
 
 
 def unsupported(problem: StemProblem) -> str | None:
-    """Why the fused stem does not compute this problem, naming what and the value; None where it does."""
-    for name in ("batch", "height", "width", "in_channels"):
-        if getattr(problem, name) < 1:
-            return f"{name}={getattr(problem, name)} is below 1"
-    if problem.kernel_size not in KERNEL_SIZES:
-        return f"kernel_size={problem.kernel_size} is none of {', '.join(map(str, KERNEL_SIZES))}"
+    """The reason why the fused stem does not compute this problem, with name and value; None if it does."""
+    if why := first_unsupported_field(
+        problem, ("batch", "height", "width", "in_channels"), ("out_channels",), (*ACTIVATIONS, "none")
+    ):
+        return why
     if problem.taps > MAX_TAPS:
         return f"in_channels={problem.in_channels} with kernel_size={problem.kernel_size} is above {MAX_TAPS} taps"
-    if problem.out_channels % 8 or not 0 < problem.out_channels <= MAX_CHANNELS:
-        return f"out_channels={problem.out_channels} is not a multiple of 8 up to {MAX_CHANNELS}"
-    if problem.stride not in (1, 2):
-        return f"stride={problem.stride} is neither 1 nor 2"
-    if problem.activation not in (*ACTIVATIONS, "none"):
-        return f"activation={problem.activation!r} is none of {', '.join(ACTIVATIONS)}"
-    if problem.dtype not in DTYPES:
-        return f"dtype={problem.dtype} is none of {', '.join(DTYPES)}"
+    if problem.out_channels > MAX_CHANNELS:
+        return f"out_channels={problem.out_channels} is above {MAX_CHANNELS}"
     return None
 
 
-def tilings(problem: StemProblem, limits: Limits = H200) -> list[StemTiling]:
-    """Those worth trying, the likeliest first."""
-    large = problem.out_pixels >= 128 * limits.multiprocessors
-    found = [StemTiling(128), StemTiling(64), StemTiling(128, 8)] if large else [StemTiling(32), StemTiling(64)]
+def tilings(problem: StemProblem, gpu: GpuSpec = H200) -> list[StemTiling]:
+    """The tilings that are worth trying, the likeliest first."""
+    large = problem.out_pixels >= 128 * gpu.multiprocessors
+    offered = [StemTiling(128), StemTiling(64), StemTiling(128, 8)] if large else [StemTiling(32), StemTiling(64)]
     # A tile of all taps and a tile of all outputs live in registers.
     most = 2**14 // max(problem.padded_taps, sum(parts(problem.out_channels)))
-    return [each for each in found if each.block_m <= most] or [StemTiling(MIN_DOT)]
+    return [each for each in offered if each.block_m <= most] or [StemTiling(MIN_DOT)]
 
 
 def pack(layers: Sequence[Tensor], problem: StemProblem) -> list[Tensor]:
-    """Weights as the kernel reads them, (padded taps, padded C'), and bias (padded C',) in float32.
+    """Pack weights as the kernel reads them, (padded taps, padded C'), and the bias, (padded C',) in float32.
 
     Args:
         layers: weight (C', C, K, K) and bias (C',).
     """
     weight, bias = layers
     columns = sum(parts(problem.out_channels))
-    # A row is (ky, kx, c), as the pixels lie in memory.
+    # A row is ordered (ky, kx, c), as the pixels are in memory.
     rows = weight.permute(2, 3, 1, 0).reshape(problem.taps, problem.out_channels)
-    padded = F.pad(rows, (0, columns - problem.out_channels, 0, problem.padded_taps - problem.taps))
-    dtype = getattr(torch, problem.dtype)
-    return [padded.to(dtype).contiguous(), F.pad(bias.float(), (0, columns - problem.out_channels)).contiguous()]
+    matrix = padded_matrix(rows, problem.padded_taps, columns, getattr(torch, problem.dtype))
+    return [matrix, padded_bias(bias, columns)]
 
 
 @triton.jit
@@ -111,6 +99,7 @@ def stem_part(
     FIRST: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr,
     TAPS: tl.constexpr, BLOCK_M: tl.constexpr, ACTIVATION: tl.constexpr,
 ):  # fmt: skip
+    """Store channels FIRST to FIRST + WIDTH of BLOCK_M output pixels."""
     columns = FIRST + tl.arange(0, WIDTH)
     total = tl.zeros([BLOCK_M, WIDTH], tl.float32) + tl.load(bias + columns)[None, :]
     total = dot(tile, tl.load(weight + tl.arange(0, TAPS)[:, None] * PADDED + columns[None, :]), total)
@@ -125,7 +114,7 @@ def stem_kernel(
     IN: tl.constexpr, OUT: tl.constexpr, OUT_PARTS: tl.constexpr, TAPS: tl.constexpr, PADDED_TAPS: tl.constexpr,
     KERNEL: tl.constexpr, STRIDE: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_M output pixels."""
+    """Compute BLOCK_M output pixels (axis 0)."""
     row = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     valid = row < pixels
     if WIDE:

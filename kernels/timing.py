@@ -1,4 +1,4 @@
-"""The one place that measures time and memory, and describes the device on which that was done."""
+"""The one place that measures time and memory, and that describes the device measured on."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")
 import numpy as np
 import torch
 
-# A sample lasts at least this long, so that a clock tick, an event record or a dispatch hiccup is a small part of it.
+# Shortest sample, in seconds, so that a clock tick, an event record or a dispatch hiccup is a small part of it.
 MIN_SAMPLE_SECONDS = {"cpu": 5e-3, "cuda": 1e-3}
 MIN_ROUNDS = 10
 WARMUP_SECONDS = 0.1
@@ -26,19 +26,19 @@ WARMUP_CAP_SECONDS = 1.0
 WARMUP_WINDOW = 5
 WARMUP_TOLERANCE = 0.03
 CALLS_BEFORE_CAPTURE = 3
-# The allocator's statistic of what tensors asked for; a block that it hands out may be larger by up to a MiB.
+# Bytes that tensors asked the allocator for; the blocks that it hands out may be larger by up to a MiB.
 REQUESTED = "requested_bytes.all"
 
 Output = TypeVar("Output")
 
 
-# Named apart from `torch`, which is a field of DeviceInfo.
+# A name without `torch`, which is a field of DeviceInfo.
 _Device = torch.device
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
-    """The device of a measurement, its driver and the libraries that ran there."""
+    """What a measurement ran on: the device, its driver and the libraries."""
 
     kind: str
     name: str
@@ -87,7 +87,7 @@ def _triton_version() -> str:
 
 
 class Clock(Protocol):
-    """Times `calls` runs of a function, in seconds of the device's own time."""
+    """Times `calls` runs of a function, in seconds on the device's own clock."""
 
     def __call__(self, run: Callable[[], None], calls: int) -> float: ...
 
@@ -115,12 +115,13 @@ def clock_for(device: torch.device) -> Clock:
 
 
 def captured(run: Callable[[], Output]) -> tuple[torch.cuda.CUDAGraph, Output]:
-    """A CUDA graph of one call on the current device, and the call's output, which every replay writes anew.
+    """Capture a CUDA graph of one call on the current device; returns it with the call's output.
 
-    A graph knows addresses only: what the call reads must live as long as it is replayed.
+    Every replay overwrites the output. A graph holds addresses only: what the call reads must live as long as the graph
+    is replayed.
     """
-    # Libraries set themselves up in the first calls, which capture does not allow. What they set up may belong to a
-    # stream, so that the capture is on the same one.
+    # Libraries set themselves up in the first calls, which a capture does not allow. What they set up may belong to the
+    # stream, so the same stream is captured.
     side, before = _side_stream(torch.cuda.current_device()), torch.cuda.current_stream()
     side.wait_stream(before)
     with torch.cuda.stream(side):
@@ -132,7 +133,7 @@ def captured(run: Callable[[], Output]) -> tuple[torch.cuda.CUDAGraph, Output]:
         with torch.cuda.graph(graph, stream=side):
             output = run()
     except BaseException:
-        # Where a capture fails torch leaves its stream the current one.
+        # If a capture cannot be ended, torch leaves its stream the current one.
         torch.cuda.set_stream(before)
         raise
     return graph, output
@@ -140,7 +141,7 @@ def captured(run: Callable[[], Output]) -> tuple[torch.cuda.CUDAGraph, Output]:
 
 @cache
 def _side_stream(index: int) -> torch.cuda.Stream:
-    """The one stream of a device for all captures: cuBLAS keeps a workspace for each stream that it was used on."""
+    """The one stream of a device for all captures, as cuBLAS keeps a workspace for each stream it was used on."""
     return torch.cuda.Stream(index)
 
 
@@ -148,18 +149,18 @@ def time_interleaved(
     runs: Sequence[Callable[[], None]], clock: Clock, seconds: float, min_sample_seconds: float,
     warmup_seconds: float | None = None,
 ) -> np.ndarray:  # fmt: skip
-    """Time the runs in turn, round after round, so that the machine's drift affects all of them alike.
+    """Time the runs in turn, round after round, so that disturbances meet all of them alike.
 
     Args:
         runs: each enqueues (CUDA) or does (CPU) one forward pass.
-        clock: times a number of calls.
-        seconds: duration of the sampling, warm-up excluded; at least `MIN_ROUNDS` rounds are made.
+        clock: measures a number of calls.
+        seconds: time of sampling, without warm-up; there are at least `MIN_ROUNDS` rounds.
         min_sample_seconds: calls are repeated until a sample lasts this long.
         warmup_seconds: least warm-up of each run (default: `WARMUP_SECONDS`).
 
     Returns:
-        Seconds per call, (rounds, len(runs)). Row by row the samples are neighbours in time; every other round runs in
-        reverse order, so that no run always comes after the same neighbour.
+        Seconds per call, (rounds, len(runs)). The samples of a row are neighbours in time; every other round runs in
+        reverse order, so that no run always follows the same neighbour.
     """
     calls = [warm_up(run, clock, min_sample_seconds, warmup_seconds) for run in runs]
     rounds: list[list[float]] = []
@@ -172,28 +173,32 @@ def time_interleaved(
 
 
 def _rounds(runs: Sequence[Callable[[], None]], calls: Sequence[int], clock: Clock) -> Iterator[list[float]]:
-    """Endless rounds of seconds per call of each run."""
+    """Yield rounds without end: the seconds per call of each run."""
     for number in itertools.count():
         row = [0.0] * len(runs)
         order = range(len(runs)) if number % 2 == 0 else reversed(range(len(runs)))
         for index in order:
-            # One call is not measured: it refills the caches that the neighbour has emptied.
+            # This call is not measured: it refills the caches that the neighbour has emptied.
             runs[index]()
             row[index] = clock(runs[index], calls[index]) / calls[index]
         yield row
 
 
-def warm_up(run: Callable[[], None], clock: Clock, min_sample_seconds: float, seconds: float | None = None) -> int:
-    """Run until it gets no faster; returns the number of calls that make a sample long enough.
+def warm_up(
+    run: Callable[[], None], clock: Clock, min_sample_seconds: float, seconds: float | None = None
+) -> int:  # fmt: skip
+    """Run until the run gets no faster.
 
-    It gets faster while the median of `WARMUP_WINDOW` samples is lower than the one before by more than
-    `WARMUP_TOLERANCE`.
+    It gets faster as long as the median of `WARMUP_WINDOW` samples falls by more than `WARMUP_TOLERANCE`.
 
     Args:
-        seconds: least duration (default: `WARMUP_SECONDS`).
+        seconds: least time to go on (default: `WARMUP_SECONDS`).
+
+    Returns:
+        The number of calls that make a sample of `min_sample_seconds`.
     """
     at_least = WARMUP_SECONDS if seconds is None else seconds
-    # The first call is not measured: what it loads or compiles says nothing of how many calls make a sample.
+    # The first call is not measured: what it loads or compiles says nothing about how many calls make a sample.
     run()
     begin = time.perf_counter()
     calls, window, before = 1, list[float](), float("inf")
@@ -222,7 +227,7 @@ class Precision:
     """When sampling ends: once the median is known well enough, or at a cap.
 
     Args:
-        share: greatest width of the median's 95 % confidence interval, over the median.
+        share: greatest width of the median's 95 % confidence interval, as a share of the median.
         cap_seconds: time after which sampling ends in any case.
     """
 
@@ -237,7 +242,7 @@ class Sampled:
     Args:
         seconds: per call, (rounds, runs).
         interval_shares: width of each checked median's confidence interval, over the median.
-        capped: whether the time cap ended it.
+        capped: whether the cap ended sampling.
     """
 
     seconds: np.ndarray
@@ -248,8 +253,9 @@ class Sampled:
 def median_interval(values: np.ndarray) -> tuple[float, float]:
     """The 95 % confidence interval of the median of independent samples, whatever their distribution.
 
-    It lies between two order statistics, by the normal approximation to the binomial. Below six samples none is wide
-    enough, and it lies between the least and the greatest. (W. J. Conover, Practical Nonparametric Statistics, 3.2.)
+    It lies between two order statistics, by the normal approximation to the binomial distribution. With fewer than six
+    samples no two are far enough apart, and it reaches from the least to the greatest. (W. J. Conover, Practical
+    Nonparametric Statistics, 3.2.)
 
     Args:
         values: (n,), n at least 1.
@@ -270,15 +276,15 @@ def sample_until(
     checked: Callable[[np.ndarray], Sequence[np.ndarray]], between: Callable[[], None] = lambda: None,
     now: Callable[[], float] = time.perf_counter,
 ) -> Sampled:  # fmt: skip
-    """Time the runs in turn, like `time_interleaved`, until some medians are known to the precision asked for.
+    """Time the runs like `time_interleaved`, until the medians that matter are known to the required precision.
 
-    Neighbouring samples are not quite independent, and checking often makes stopping by luck likelier: the interval is
-    a stopping rule and a measure of noise, and covers somewhat less than 95 %.
+    Neighbouring samples are not quite independent, and frequent checks make it likelier to stop by luck. The interval
+    is therefore a stopping rule and a measure of noise, and covers somewhat less than 95 %.
 
     Args:
         checked: (rounds, runs) seconds per call -> the quantities, (rounds,) each, whose medians are wanted.
-        between: called at every check, also at the first and the last.
-        now: the clock of the time cap, in seconds.
+        between: called at every check, including the first and the last.
+        now: the clock of the cap, in seconds.
     """
     calls = [warm_up(run, clock, min_sample_seconds) for run in runs]
     rounds: list[list[float]] = []
@@ -301,9 +307,9 @@ def sample_until(
 
 
 def peak_memory_bytes(run: Callable[[], object], device: torch.device) -> int:
-    """Most tensor memory that `run` holds at once beyond what was allocated when it began.
+    """Most tensor memory that `run` holds at once, beyond what was allocated when it began.
 
-    On CUDA the caching allocator keeps statistics; on the CPU torch's profiler reports each of its allocations.
+    On CUDA the caching allocator reports it; on the CPU torch's profiler reports every allocation of its allocator.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

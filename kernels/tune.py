@@ -1,7 +1,7 @@
-"""Which tiling runs a problem: remembered, or tuned on the GPU, or the cost model's first choice.
+"""The choice of the tiling that runs a problem: remembered, or tuned on the GPU, or the cost model's first.
 
-Tuning compiles the few tilings that the cost model ranks first side by side, times each against torch's layer by layer
-run, and remembers the fastest on disk: by kernel, problem, GPU, libraries and the kernels' own source. A problem is
+Tuning compiles the few tilings that the cost model ranks first in parallel, times each against torch's layer-by-layer
+run, and remembers the fastest on disk, by kernel, problem, GPU, libraries and the kernels' own source. A problem is
 tuned once per machine.
 """
 
@@ -15,7 +15,7 @@ import os
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, replace
@@ -28,30 +28,31 @@ import triton
 from torch import Tensor
 
 from kernels import timing
-from kernels.cost_model import H200, LIMITS, Limits
+from kernels.cost_model import GPU_SPECS, H200, GpuSpec
 
-# Tilings that are compiled and timed; the cost model is meant to have the best among its first three.
+# Tilings that are compiled and timed; the goal is that the best is among the cost model's first three.
 TRIED = 4
-# Of sampling, all in turns, for each that is timed, and of warming up before. A search meets a new problem in nearly
-# every block: what tuning takes is what a candidate waits.
+# Seconds of sampling, in turns, for each tiling that is timed, and of warm-up before. They are short because a search
+# meets a new problem in nearly every block, and a network waits while its blocks are tuned.
 SECONDS_EACH = 0.02
 WARMUP_SECONDS = 0.01
-# What one replay of a CUDA graph should last, and how many calls it may hold for that: launching a graph takes longer
-# than the smallest kernels do.
+# Seconds that one replay of a CUDA graph should last, and the most calls that it may hold for that: launching a graph
+# takes longer than the smallest kernels.
 REPLAY_SECONDS = 2e-4
 MAX_CALLS = 16
-# Replays by which it is decided how many.
+# Replays that are timed to decide on the number of calls.
 CALLS_TO_COUNT = 4
-# Root mean square of the difference from torch's layers, over theirs, from which on a result is taken for wrong:
-# some ten roundings of the dtype.
+# Root mean square of the difference from torch's layers, over that of their output, from which on a result counts as
+# wrong: some ten roundings of the dtype.
 WRONG = {torch.float16: 1e-2, torch.bfloat16: 8e-2, torch.float32: 1e-3}
-# Sources whose change makes remembered tilings void.
+# Source files; a change to any of them invalidates the remembered tilings.
 SOURCES = (
     "cost_model.py",
     "device_functions.py",
     "convfirst.py",
     "layered.py",
     "mbconv.py",
+    "packing.py",
     "stem.py",
     "head.py",
     "problem.py",
@@ -64,8 +65,8 @@ _REFUSALS = (
 
 
 def refuses(error: BaseException) -> bool:
-    """Whether Triton says by this error that it cannot compile or run a tiling here; any other is a bug."""
-    # A pass of the compiler that fails raises no class of its own.
+    """Whether the error says that Triton cannot compile or run a tiling here; any other error is a bug."""
+    # A failing pass of the compiler has no exception class of its own.
     return isinstance(error, _REFUSALS) or (isinstance(error, RuntimeError) and "PassManager" in str(error))
 
 
@@ -75,9 +76,9 @@ class Choice:
 
     Args:
         tilings: of the fused kernel, the fastest or likeliest first.
-        source: "counted", "tuned" or "remembered".
-        times_ms: of the tilings, as timed; empty when counted.
-        layers_ms: of torch layer by layer, as timed; None when counted.
+        source: "counted" by the cost model, "tuned", or "remembered".
+        times_ms: measured times of the tilings; empty if counted.
+        layers_ms: measured time of torch layer by layer; None if counted.
     """
 
     tilings: tuple[Any, ...]
@@ -87,13 +88,13 @@ class Choice:
 
     @property
     def tiling(self) -> Any | None:
-        """The tiling to run; None where torch's layers are faster, or no tiling fits."""
+        """The tiling to run; None if torch's layers are faster, or no tiling fits."""
         if not self.tilings or (self.layers_ms is not None and self.times_ms[0] > self.layers_ms):
             return None
         return self.tilings[0]
 
     def describe(self) -> str:
-        """In a few words, such as `fused: 0.0810 ms fused, 0.2030 ms layer by layer`."""
+        """Describe the choice, such as `fused: 0.0810 ms fused, 0.2030 ms layer by layer`."""
         launches = getattr(self.tilings[0], "launches", 1) if self.tilings else 1
         own = "fused" if launches == 1 else f"in {launches} launches"
         word = LAYER_BY_LAYER if self.tiling is None else own
@@ -104,25 +105,25 @@ class Choice:
 
 @dataclass(frozen=True)
 class Kernel:
-    """A kind of fused kernel, as the tuner knows it.
+    """A fused kernel as the tuner sees it.
 
     Args:
-        name: by which choices are remembered.
+        name: part of the key under which choices are remembered.
         tiling: the class of its tilings.
-        tilings: those worth trying for a problem on a GPU, the likeliest first.
+        tilings: (problem, GPU) -> the tilings that are worth trying, the likeliest first.
         launch: (x, packed weights and a block's scratch, problem, tiling) -> output.
         layer_by_layer: (x, layers, problem) -> output, as torch runs it.
     """
 
     name: str
     tiling: type
-    tilings: Callable[[Any, Limits], Sequence[Any]]
+    tilings: Callable[[Any, GpuSpec], Sequence[Any]]
     launch: Callable[[Tensor, Sequence[Tensor], Any, Any], Tensor]
     layer_by_layer: Callable[[Tensor, Sequence[Tensor], Any], Tensor]
 
 
 def cache_folder() -> Path:
-    """Where choices are remembered: `CONVFIRST_CACHE`, or convfirst-nas in the user's cache folder."""
+    """The folder of remembered choices: `CONVFIRST_CACHE`, or convfirst-nas in the user's cache folder."""
     if folder := os.environ.get("CONVFIRST_CACHE"):
         return Path(folder)
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convfirst-nas"
@@ -130,7 +131,7 @@ def cache_folder() -> Path:
 
 @functools.cache
 def sources_digest() -> str:
-    """Of the kernels' sources, by which what was found of them is known to be theirs."""
+    """A digest of the kernels' sources, which identifies results that depend on them."""
     folder = Path(__file__).parent
     return hashlib.sha256(b"".join((folder / name).read_bytes() for name in SOURCES)).hexdigest()[:12]
 
@@ -144,15 +145,15 @@ def _machine(device: torch.device) -> str:
 
 
 @functools.cache
-def limits_of(device: torch.device) -> Limits:
-    """What the cost model counts with on a device: its own sizes, and the rates of the nearest GPU that is known."""
+def gpu_spec(device: torch.device) -> GpuSpec:
+    """The device for the cost model: its own sizes, and the rates of the nearest GPU in `GPU_SPECS`."""
     if device.type != "cuda":
         return H200
     major, minor = torch.cuda.get_device_capability(device)
-    nearest = max((known for known in LIMITS if known <= 10 * major + minor), default=min(LIMITS))
+    nearest = max((known for known in GPU_SPECS if known <= 10 * major + minor), default=min(GPU_SPECS))
     properties: Any = torch.cuda.get_device_properties(device)
     return replace(
-        LIMITS[nearest],
+        GPU_SPECS[nearest],
         multiprocessors=properties.multi_processor_count,
         registers=properties.regs_per_multiprocessor,
         shared_bytes=properties.shared_memory_per_block_optin,
@@ -160,8 +161,8 @@ def limits_of(device: torch.device) -> Limits:
 
 
 def _file(kernel: Kernel, problem: Any, device: torch.device) -> Path:
-    """One small file a choice: processes that tune at once cannot lose each other's."""
-    # Torch's layers take other times where cuDNN searches for its best algorithms.
+    """The file of a choice: each has its own, so that processes that tune at the same time keep each other's."""
+    # Torch's layers take other times if cuDNN searches for its best algorithms.
     searches = torch.backends.cudnn.benchmark
     key = json.dumps([kernel.name, asdict(problem), _machine(device), searches, sources_digest()], sort_keys=True)
     return cache_folder() / "tilings" / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
@@ -176,7 +177,7 @@ def _read(kernel: Kernel, problem: Any, device: torch.device) -> Choice | None:
             return None
         return Choice(tilings, "remembered", times_ms, float(fields["layers_ms"]))
     except (OSError, ValueError, KeyError, TypeError):
-        # Nothing there, or nothing that this version can read: it is tuned anew.
+        # There is no file, or none that this version can read: the problem is tuned again.
         return None
 
 
@@ -193,35 +194,30 @@ def _write(kernel: Kernel, problem: Any, device: torch.device, choice: Choice) -
             json.dump(fields, file, indent=1)
         os.replace(file.name, path)
     except OSError:
-        # Remembering saves time and decides nothing.
+        # A cache that cannot be written costs time and changes no result.
         return
 
 
-def tried(kernel: Kernel, problem: Any, limits: Limits) -> list[Any]:
-    """The tilings that tuning times: the likeliest."""
-    return list(kernel.tilings(problem, limits)[:TRIED])
+def tried(kernel: Kernel, problem: Any, gpu: GpuSpec) -> list[Any]:
+    """The tilings that tuning compiles and times: the likeliest `TRIED`."""
+    return list(kernel.tilings(problem, gpu)[:TRIED])
 
 
 _chosen: dict[tuple[str, Any, torch.device], Choice] = {}
 
 
 def choose(kernel: Kernel, problem: Any, device: torch.device) -> Choice:
-    """What runs a supported problem now: the tuned choice if there is one, else the cost model's first."""
+    """Choose what runs a supported problem now: the tuned choice if there is one, else the cost model's first."""
     key = (kernel.name, problem, device)
     if key not in _chosen:
         remembered = _read(kernel, problem, device) if device.type == "cuda" else None
-        _chosen[key] = remembered or Choice(tuple(tried(kernel, problem, limits_of(device))), "counted")
+        _chosen[key] = remembered or Choice(tuple(tried(kernel, problem, gpu_spec(device))), "counted")
     return _chosen[key]
-
-
-def forget() -> None:
-    """Forget what this process has chosen; files stay."""
-    _chosen.clear()
 
 
 @dataclass(frozen=True)
 class Task:
-    """One problem to tune with the tensors it runs on, as the kernel's `launch` and `layer_by_layer` take them."""
+    """A problem to tune, with the tensors that the kernel's `launch` and `layer_by_layer` take."""
 
     kernel: Kernel
     problem: Any
@@ -231,9 +227,9 @@ class Task:
 
 
 def tune(tasks: Sequence[Task]) -> list[Choice]:
-    """Tune what was not tuned before, on the CUDA device that the tensors are on.
+    """Tune the problems that were not tuned before, on the CUDA device of their tensors.
 
-    All tilings of all tasks compile side by side first; then each task is timed alone.
+    All tilings of all tasks compile in parallel first; then each task is timed alone.
 
     Args:
         tasks: equal problems are tuned once.
@@ -245,7 +241,7 @@ def tune(tasks: Sequence[Task]) -> list[Choice]:
     for task in tasks:
         if choose(task.kernel, task.problem, task.x.device).source != "counted":
             continue
-        tilings = tried(task.kernel, task.problem, limits_of(task.x.device))
+        tilings = tried(task.kernel, task.problem, gpu_spec(task.x.device))
         wanted[task.kernel.name, task.problem] = (task, tilings)
     if wanted:
         compile_together([(task, tiling) for task, tilings in wanted.values() for tiling in tilings])
@@ -257,10 +253,13 @@ def tune(tasks: Sequence[Task]) -> list[Choice]:
 
 
 def compile_together(jobs: Sequence[tuple[Task, Any]]) -> float:
-    """Compile the kernels of several launches in a pool of threads; seconds it took.
+    """Compile the kernels of several launches in a pool of threads.
 
-    Triton collects the compilations of `warmup` calls; a launch made meanwhile would wait for its own. So each launch
-    is made with the kernels' `run` turned into a warm-up, which runs nothing.
+    Triton collects the compilations of `warmup` calls, but a launch would wait for its own. Each launch is therefore
+    made with the kernels' `run` turned into a warm-up, which runs nothing.
+
+    Returns:
+        Seconds that it took.
     """
     begin = time.perf_counter()
     with (
@@ -275,23 +274,20 @@ def compile_together(jobs: Sequence[tuple[Task, Any]]) -> float:
     return time.perf_counter() - begin
 
 
-class _warming_up:
+@contextlib.contextmanager
+def _warming_up() -> Iterator[None]:
     """Within it launches compile and do not run."""
-
-    def __enter__(self) -> None:
-        self.before = triton.runtime.jit.JITFunction.__getitem__
-
-        def warming(kernel: Any, grid: Any) -> Callable[..., Any]:
-            return functools.partial(kernel.run, grid=grid, warmup=True)
-
-        triton.runtime.jit.JITFunction.__getitem__ = warming
-
-    def __exit__(self, *exc: object) -> None:
-        triton.runtime.jit.JITFunction.__getitem__ = self.before
+    launchable = triton.runtime.jit.JITFunction
+    before = launchable.__getitem__
+    launchable.__getitem__ = lambda kernel, grid: functools.partial(kernel.run, grid=grid, warmup=True)
+    try:
+        yield
+    finally:
+        launchable.__getitem__ = before
 
 
 def _graph(run: Callable[[], Tensor], calls: int) -> Callable[[], None]:
-    """The replay of a CUDA graph of some calls, of which only the last one's output is kept."""
+    """Capture a CUDA graph of some calls, and return its replay; only the last call's output is kept."""
 
     def several() -> Tensor:
         for _ in range(calls - 1):
@@ -307,17 +303,17 @@ def _graph(run: Callable[[], Tensor], calls: int) -> Callable[[], None]:
     return replay
 
 
-def is_wrong(found: Tensor, expected: Tensor) -> bool:
-    """Whether a result differs from torch's own by more than rounding."""
-    error = (found.float() - expected.float()).norm() / expected.float().norm()
-    # NaN is no less than anything.
+def is_wrong(output: Tensor, expected: Tensor) -> bool:
+    """Whether an output differs from torch's own by more than rounding."""
+    error = (output.float() - expected.float()).norm() / expected.float().norm()
+    # NaN compares as false.
     return not bool(error < WRONG[expected.dtype])
 
 
 def exact(dtype: torch.dtype) -> AbstractContextManager[None]:
-    """Within it convolutions of float32, which runs for checking, have all their bits; of other dtypes nothing changes.
+    """Within it cuDNN's float32 convolutions, which serve for checking, do not use TF32; nothing else changes.
 
-    By its default `torch.backends.cudnn.flags` would turn cuDNN off.
+    `enabled` is set because the default of `torch.backends.cudnn.flags` would turn cuDNN off.
     """
     if dtype != torch.float32:
         return contextlib.nullcontext()
@@ -325,16 +321,15 @@ def exact(dtype: torch.dtype) -> AbstractContextManager[None]:
 
 
 def time_tilings(task: Task, tilings: Sequence[Any]) -> Choice:
-    """The tilings that run and torch's layers, timed in turns in CUDA graphs."""
+    """Time torch's layers and the tilings that run and are correct, in turns and in CUDA graphs."""
     device = task.x.device
     clock = timing.clock_for(device)
     runs: dict[Any, Callable[[], None]] = {}
     calls: list[int] = []
 
     def add(name: Any, run: Callable[[], Tensor]) -> None:
-        """Of a function that has run before."""
-
-        # Of the graph's replay: a call from Python takes the host many times as long as a small kernel.
+        """Capture a function that has run before, with as many calls as a replay should hold."""
+        # The graph's replay is timed, as a call from Python takes many times as long as a small kernel.
         replay = _graph(run, 1)
         replay()
         seconds = max(clock(replay, CALLS_TO_COUNT) / CALLS_TO_COUNT, 1e-9)
@@ -350,7 +345,7 @@ def time_tilings(task: Task, tilings: Sequence[Any]) -> Choice:
             launch = functools.partial(task.kernel.launch, task.x, task.weights, task.problem, tiling)
             try:
                 if is_wrong(launch(), expected):
-                    # A compiler's mistake must cost a tiling, not a deployment.
+                    # A compiler's mistake must cost a tiling, and not make a network wrong.
                     warnings.warn(
                         f"{task.kernel.name}: {tiling} computes {task.problem} wrong, it is not used", stacklevel=2
                     )

@@ -15,7 +15,7 @@ import pytest
 
 from nas.config import LatencyConfig, SearchConfig
 from nas.display import showcase
-from nas.lab.overhead import FakeEvaluator
+from nas.lab.invented import FakeEvaluator
 from nas.recorded import RecordedStudy
 from nas.search import loop as search
 from studies.display import artifact_folder
@@ -37,7 +37,7 @@ SEARCHING = """
 import sys
 from nas.search import loop as search
 from nas.config import LatencyConfig, SearchConfig
-from nas.lab.overhead import FakeEvaluator
+from nas.lab.invented import FakeEvaluator
 print("begun", flush=True)
 latency = LatencyConfig(device="cpu")
 search.run(SearchConfig(budget=5000, storage=sys.argv[1], study="live", latency=latency), FakeEvaluator())

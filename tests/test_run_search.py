@@ -25,7 +25,7 @@ from typer.testing import CliRunner, Result
 import run_search
 from nas.config import LatencyConfig, SearchConfig
 from nas.errors import CandidateFailed
-from nas.lab.overhead import FakeEvaluator
+from nas.lab.invented import FakeEvaluator
 from nas.latency import device_profile
 from nas.latency.block_table import BlockTable, sum_errors, sum_errors_line
 from nas.latency.device_profile import DeviceProfile

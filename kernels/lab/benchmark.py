@@ -1,29 +1,27 @@
 """Fused blocks and networks against Inductor and cuDNN, on this machine: `python -m kernels.lab.benchmark`.
 
-Every contender has its batch norms folded, runs channels_last in inference mode and, on CUDA, in a CUDA graph; those of
-a row take turns in one run. None is timed before its output was held against a float64 run. cuDNN searches for its
-best algorithms (`torch.backends.cudnn.benchmark`), and Inductor for its own (`mode="max-autotune"`; without its CUDA
-graphs, as ours are there already).
+An engine is one way to run a row: torch's eager mode, Inductor ("compiled"), or our kernels ("fused"). Every engine has
+its batch norms folded and runs channels_last in inference mode, on CUDA in a CUDA graph; the engines of a row take
+turns in one run. An engine is timed only after its output was compared with a float64 run. cuDNN searches for its best
+algorithms (`torch.backends.cudnn.benchmark`), and so does Inductor (`mode="max-autotune"`, without its CUDA graphs, as
+the benchmark captures its own).
 
-Rows are measured in the order of telling and written at once to `results.jsonl`. A row that is there for the same
-machine, versions and sources is not measured again, so that the same command goes on where the minutes were over.
+Rows are measured in a fixed order, the most telling first, and written at once to `results.jsonl`. A row that is there
+for the same machine, versions and sources is not measured again: the same command goes on where the minutes were over.
 """
 
 from __future__ import annotations
 
 import copy
 import gc
-import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -31,25 +29,27 @@ import torch._inductor.config
 import typer
 from torch import Tensor, nn
 
-from kernels import convfirst, cost_model, fuse, ops, timing, tune
+from kernels import convfirst, cost_model, fuse, ops, packing, timing, tune
 from kernels.lab import benchmark_machine, benchmark_report
-from kernels.lab.benchmark_machine import MachineLimits
+from kernels.lab.benchmark_machine import MachineCeilings
 from kernels.lab.benchmark_rows import Block, Network, Row, as_if_trained, count_macs, folded, rows
+from kernels.lab.commands import Minutes, Out, current_gpu, deadline_after, fail, results_folder
 from kernels.lab.inspect import shorthand
+from kernels.lab.results import ResultFile
 from kernels.network import moved_bytes
 from kernels.problem import MAX_SPLITS, BlockProblem, Tiling
 
-DTYPES = {"cuda": torch.float16, "cpu": torch.float32}
+DTYPE_ON = {"cuda": torch.float16, "cpu": torch.float32}
 KINDS = ("all", "blocks", "networks")
-# Together larger than twice the L2 where that takes no more than so many: none finds its input in a cache.
+# Batches to rotate among. Where this many can be larger than twice the L2 together, no run finds its input in a cache.
 FEWEST_INPUTS, MOST_INPUTS = 2, 8
-# Of sampling a row's contenders; each kind of device.
+# Seconds of sampling for all engines of a row, by kind of device.
 ROW_SECONDS = {"cuda": 1.0, "cpu": 0.3}
-# An output may be off by so many roundings of its dtype, times the root of the layers that round one after the other.
+# An output may be off by this many roundings of its dtype, times the root of the number of layers, which round in turn.
 ROUNDINGS = 4
-# The fused form's error over that of torch's own layer by layer run.
+# The most that the fused form's error may be, over the error of torch's own layer-by-layer run.
 ERROR_OVER_EAGER = 2
-# At either end of a batch, that are held against the reference: a kernel's last tile is the likeliest to be wrong.
+# Images at either end of a batch that are compared with the reference: a kernel's last tile is the likeliest to be off.
 CHECKED_IMAGES = 2
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -57,16 +57,16 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 Forward = Callable[[Tensor], Tensor]
 
 
-# -- Contenders ------------------------------------------------------------------------------------------------------
+# -- Engines ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Contender:
+class Engine:
     """One way to run a row, ready to run.
 
     Args:
-        forward: output of an input (N, C, H, W), channels_last.
-        notes: what else there is to say, for JSON.
+        forward: (N, C, H, W), channels_last -> output.
+        notes: what else is worth recording, for JSON.
     """
 
     forward: Forward
@@ -74,30 +74,30 @@ class Contender:
 
 
 class Unavailable(Exception):
-    """Why a contender has no place on this device."""
+    """The reason why an engine does not run on this device."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """A row with everything it takes to measure it.
+    """A row with everything needed to measure it.
 
     Args:
         inputs: batches (N, C, H, W), channels_last, in the row's dtype.
         reference: the same function layer by layer in float64.
-        depth: layers that round their result, one after the other.
+        depth: number of layers that round their result, one after the other.
         macs: multiply-accumulates of a whole batch.
-        contenders: makes each, eager first; it may compile and tune.
+        engines: by name, a function that makes the engine, eager first; it may compile and tune.
     """
 
     inputs: Sequence[Tensor]
     reference: Forward
     depth: int
     macs: int
-    contenders: dict[str, Callable[[], Contender]]
+    engines: dict[str, Callable[[], Engine]]
 
 
 class LayerByLayer(nn.Module):
-    """A block as torch runs it: the reference, the eager contender, and what Inductor compiles."""
+    """A block as torch runs it: the reference, the eager engine, and what Inductor compiles."""
 
     def __init__(self, layers: Sequence[Tensor], problem: BlockProblem) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class LayerByLayer(nn.Module):
 
 
 def random_inputs(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-    """Batches to rotate among. Never zeros: products of zeros draw less power and so run faster."""
+    """Random batches to rotate among; products of zeros would draw less power and so run faster."""
     cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size if device.type == "cuda" else 0
     wanted = 2 * cache_bytes // (dtype.itemsize * math.prod(shape)) + 1
     rng = torch.Generator(device).manual_seed(0)
@@ -119,8 +119,8 @@ def random_inputs(shape: Sequence[int], dtype: torch.dtype, device: torch.device
     ]
 
 
-def _compiled(module: nn.Module) -> Contender:
-    return Contender(torch.compile(module, mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False))
+def _compiled(module: nn.Module) -> Engine:
+    return Engine(torch.compile(module, mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False))
 
 
 def _require_cuda(device: torch.device) -> None:
@@ -129,8 +129,14 @@ def _require_cuda(device: torch.device) -> None:
 
 
 def block_problem(row: Block, layers: Sequence[Tensor], dtype: torch.dtype) -> BlockProblem:
-    """A block that may split its tiles as it likes."""
+    """The problem of a block that may split its tiles as often as it likes."""
     return ops.with_splits(ops.block_problem(row.input_shape, dtype, layers, 1, row.activation, True), MAX_SPLITS)
+
+
+def block_task(problem: BlockProblem, layers: Sequence[Tensor], x: Tensor) -> tune.Task:
+    """A block to tune, with scratch of its own."""
+    scratch = x.new_empty(problem.scratch_elements, dtype=torch.float32)
+    return tune.Task(ops.BLOCK, problem, x, [*vars(packing.pack(layers, problem)).values(), scratch], layers)
 
 
 def block_case(row: Block, dtype: torch.dtype, device: torch.device) -> Case:
@@ -139,25 +145,25 @@ def block_case(row: Block, dtype: torch.dtype, device: torch.device) -> Case:
     inputs = random_inputs(row.input_shape, dtype, device)
     plain = LayerByLayer(layers, problem).eval()
 
-    def fused() -> Contender:
-        """Our kernels, in one launch or three, also where the tuner would rather run torch's layer by layer."""
+    def fused() -> Engine:
+        """Our kernels, in one launch or three, even where the tuner prefers torch's layers."""
         _require_cuda(device)
-        weights = list(vars(convfirst.pack(layers, problem)).values())
-        scratch = inputs[0].new_empty(problem.scratch_elements, dtype=torch.float32)
-        (choice,) = tune.tune([tune.Task(ops.BLOCK, problem, inputs[0], [*weights, scratch], layers)])
+        task = block_task(problem, layers, inputs[0])
+        (choice,) = tune.tune([task])
+        *weights, _ = task.weights
         tiling = choice.tilings[0]
         notes = {"tiling": asdict(tiling), "chosen": choice.tiling is not None, "tuner": choice.describe()}
 
         def forward(x: Tensor) -> Tensor:
-            # In a network it is lent; here it counts as the block's.
+            # A network lends its scratch; here it counts as the block's memory.
             scratch = x.new_empty(tiling.partial_bytes(problem) // 4, dtype=torch.float32)
             return ops.BLOCK.launch(x, [*weights, scratch], problem, tiling)
 
-        return Contender(forward, notes)
+        return Engine(forward, notes)
 
     return Case(
         inputs, copy.deepcopy(plain).double(), len(layers) // 2, problem.macs,
-        {"eager": lambda: Contender(plain), "fused": fused, "compiled": lambda: _compiled(plain)},
+        {"eager": lambda: Engine(plain), "fused": fused, "compiled": lambda: _compiled(plain)},
     )  # fmt: skip
 
 
@@ -167,12 +173,12 @@ def network_case(row: Network, dtype: torch.dtype, device: torch.device) -> Case
     model = as_if_trained(built.to(device), row.resolution)
     plain = folded(model).to(dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def fused() -> Contender:
+    def fused() -> Engine:
         _require_cuda(device)
         network = fuse(model, dtype)
         notes: dict[str, Any] = {
             "tuning_seconds": network.prepare(row.batch, row.resolution),
-            "not_fused": [str(part) for part in network.parts if not part.fused],
+            "not_fused": [str(status) for status in network.fusion if not status.fused],
         }
         modules = network.fused_modules
         notes["layer_by_layer"] = [
@@ -180,13 +186,13 @@ def network_case(row: Network, dtype: torch.dtype, device: torch.device) -> Case
             for name, problem in network.problems(row.batch, row.resolution).items()
             if tune.choose(modules[name].kernel, problem, device).tiling is None
         ]
-        return Contender(network, notes)
+        return Engine(network, notes)
 
-    contenders = {"eager": lambda: Contender(plain), "compiled": lambda: _compiled(plain)}
+    engines = {"eager": lambda: Engine(plain), "compiled": lambda: _compiled(plain)}
     if row.is_convfirst:
-        contenders["fused"] = fused
+        engines["fused"] = fused
     inputs = random_inputs(row.input_shape, dtype, device)
-    return Case(inputs, copy.deepcopy(model).double(), depth, row.batch * macs, contenders)
+    return Case(inputs, copy.deepcopy(model).double(), depth, row.batch * macs, engines)
 
 
 # -- Measuring -------------------------------------------------------------------------------------------------------
@@ -194,14 +200,15 @@ def network_case(row: Network, dtype: torch.dtype, device: torch.device) -> Case
 
 @dataclass(frozen=True)
 class Measured:
-    """What was found about one contender; where `error` says why, it has no times.
+    """What was measured of one engine.
 
     Args:
-        median_ms, p20_ms, p80_ms: of one forward pass.
+        median_ms, p20_ms, p80_ms: time of one forward pass; None if there is an error.
         relative_error: root mean square of the difference from float64, over that of the float64 output.
         workspace_bytes: most memory that a forward pass holds beyond weights and input, its output included.
-        ready_seconds: to compile, tune and run once.
-        notes: see `Contender`.
+        ready_seconds: time to compile, tune and run once.
+        notes: see `Engine`.
+        error: why the engine was not timed; None if it was.
     """
 
     median_ms: float | None = None
@@ -217,7 +224,7 @@ class Measured:
 class Passes:
     """A forward pass on each of the inputs in turn; on CUDA one graph of all of them.
 
-    One graph, for launching it takes about as long as a small block does, and no block is a network of its own.
+    Launching a graph takes about as long as a small block runs, so a graph of one block would time the launch.
     """
 
     def __init__(self, forward: Forward, inputs: Sequence[Tensor]) -> None:
@@ -237,7 +244,7 @@ class Passes:
                 self.outputs = [self._forward(x) for x in self._inputs]
 
     def results(self) -> list[Tensor]:
-        """Outputs of one more run, poisoned before: what a kernel leaves unwritten is NaN, not an old value."""
+        """Run once more into outputs filled with NaN, so that what a kernel leaves unwritten shows."""
         with torch.inference_mode():
             for output in self.outputs:
                 output.fill_(math.nan)
@@ -248,7 +255,7 @@ class Passes:
 
 
 class DeviceLost(Exception):
-    """After an error that CUDA does not recover from nothing runs any more in this process."""
+    """CUDA met an error that it does not recover from: nothing runs any more in this process."""
 
 
 def _one_line(error: BaseException) -> str:
@@ -257,35 +264,38 @@ def _one_line(error: BaseException) -> str:
 
 
 def checked_images(batch: int) -> list[int]:
-    """The images of a batch that are held against the reference."""
+    """Indices of the images of a batch that are compared with the reference."""
     return sorted({*range(min(CHECKED_IMAGES, batch)), *range(max(0, batch - CHECKED_IMAGES), batch)})
 
 
-def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Root mean square of the difference over that of what is expected, which is float64."""
-    return float((found.double() - expected).norm() / expected.norm())
+def relative_error(output: Tensor, expected: Tensor) -> float:
+    """Root mean square of the difference, over that of the expected output, which is float64."""
+    return float((output.double() - expected).norm() / expected.norm())
 
 
 def tolerance(dtype: torch.dtype, depth: int) -> float:
-    """The relative error allowed to `depth` layers, each of which rounds its result independently."""
+    """The relative error allowed after `depth` layers, each of which rounds its result independently."""
     return ROUNDINGS * torch.finfo(dtype).eps * math.sqrt(depth)
 
 
 def wrong(name: str, error: float, eager_error: float | None, allowed: float) -> str | None:
-    """Why a contender's relative error is too large to time it; None where it is not.
+    """The reason not to time an engine, if its relative error is too large.
 
     Args:
-        eager_error: torch's own, which the fused form is held against; None where it is not known.
-        allowed: to all others.
+        eager_error: torch's own error, to which the fused form is compared; None if it is not known.
+        allowed: the error allowed to all other engines.
     """
     if name == "fused" and eager_error is not None:
         allowed = ERROR_OVER_EAGER * eager_error
-    # NaN is no less than anything.
+    # NaN compares as false.
     return None if error <= allowed else f"wrong result: relative error {error:.2g}, at most {allowed:.2g} is rounding"
 
 
 def measure(case: Case, device: torch.device, seconds: float) -> dict[str, Measured]:
-    """Check all contenders of a case, and time those that are right, in turns.
+    """Check all engines of a case, and time the correct ones in turns.
+
+    Args:
+        seconds: of sampling, for all engines together.
 
     Raises:
         DeviceLost: nothing runs any more.
@@ -293,42 +303,43 @@ def measure(case: Case, device: torch.device, seconds: float) -> dict[str, Measu
     images = checked_images(len(case.inputs[0]))
     with torch.inference_mode():
         expected = case.reference(case.inputs[0][images].double())
-    found: dict[str, Measured] = {}
+    measured: dict[str, Measured] = {}
     ready: dict[str, Passes] = {}
     eager_error: float | None = None
-    for name, make in case.contenders.items():
+    for name, make in case.engines.items():
         begin = time.perf_counter()
         try:
-            contender = make()
+            engine = make()
             with torch.inference_mode():
-                contender.forward(case.inputs[0])
+                engine.forward(case.inputs[0])
                 ready_seconds = time.perf_counter() - begin
-                workspace = timing.peak_memory_bytes(partial(contender.forward, case.inputs[0]), device)
-            passes = Passes(contender.forward, case.inputs)
+                workspace = timing.peak_memory_bytes(partial(engine.forward, case.inputs[0]), device)
+            passes = Passes(engine.forward, case.inputs)
             outputs = passes.results()
             error = relative_error(outputs[0][images], expected)
             if not all(output.isfinite().all() for output in outputs):
                 error = math.nan
-        # A compiler raises whatever its stages raise. One contender's failure is its own result.
+        # A compiler raises whatever its stages raise. One engine's failure is its own result.
         except Exception as failure:
-            found[name] = Measured(error=str(failure) if isinstance(failure, Unavailable) else _one_line(failure))
-            _require_alive(device, f"{name}: {found[name].error}")
+            measured[name] = Measured(error=str(failure) if isinstance(failure, Unavailable) else _one_line(failure))
+            _require_alive(device, f"{name}: {measured[name].error}")
             continue
         why = wrong(name, error, eager_error, tolerance(outputs[0].dtype, case.depth))
         if why is None:
             ready[name] = passes
         if name == "eager" and why is None:
             eager_error = error
-        found[name] = Measured(
+        measured[name] = Measured(
             relative_error=None if math.isnan(error) else error, workspace_bytes=workspace,
-            ready_seconds=ready_seconds, notes=contender.notes, error=why,
+            ready_seconds=ready_seconds, notes=engine.notes, error=why,
         )  # fmt: skip
-    return {**found, **_timed(found, ready, len(case.inputs), device, seconds)}
+    return {**measured, **_timed(measured, ready, len(case.inputs), device, seconds)}
 
 
 def _timed(
-    found: dict[str, Measured], ready: dict[str, Passes], passes: int, device: torch.device, seconds: float
+    measured: dict[str, Measured], ready: dict[str, Passes], passes: int, device: torch.device, seconds: float
 ) -> dict[str, Measured]:
+    """The engines that are ready, with their times."""
     if not ready:
         return {}
     samples = timing.time_interleaved(
@@ -336,7 +347,7 @@ def _timed(
     )
     quantiles = np.percentile(samples * (1e3 / passes), [20, 50, 80], axis=0)
     return {
-        name: Measured(**{**vars(found[name]), "p20_ms": float(p20), "median_ms": float(median), "p80_ms": float(p80)})
+        name: replace(measured[name], p20_ms=float(p20), median_ms=float(median), p80_ms=float(p80))
         for name, (p20, median, p80) in zip(ready, quantiles.T, strict=True)
     }
 
@@ -349,172 +360,124 @@ def _require_alive(device: torch.device, after: str) -> None:
             raise DeviceLost(after) from error
 
 
-def bounds(row: Block, tiling: Tiling | None, limits: cost_model.Limits) -> dict[str, Any]:
-    """What a block's time is held against; the terms are those of the tiling, or of the cost model's first.
+def bounds(row: Block, tiling: Tiling | None, gpu: cost_model.GpuSpec) -> dict[str, Any]:
+    """The bounds that a block's time is compared with, by the cost model.
+
+    Args:
+        tiling: the tiling whose terms are counted (default: the cost model's first).
 
     Returns:
         In milliseconds: each counted term, the largest of them and its name, the plain roofline, and the sum of the
         rooflines layer by layer.
     """
-    layers = row.layers(DTYPES["cuda"], torch.device("meta"))
-    problem = block_problem(row, layers, DTYPES["cuda"])
-    tiling = tiling or cost_model.ranked(problem, limits)[0]
-    term, seconds = cost_model.bound(problem, tiling, limits)
+    layers = row.layers(DTYPE_ON["cuda"], torch.device("meta"))
+    problem = block_problem(row, layers, DTYPE_ON["cuda"])
+    tiling = tiling or cost_model.ranked(problem, gpu)[0]
+    term, seconds = cost_model.bound(problem, tiling, gpu)
     return {
         "bound_ms": 1e3 * seconds,
         "bound_term": term,
-        "terms_ms": {name: 1e3 * value for name, value in cost_model.terms(problem, tiling, limits).items()},
-        "roofline_ms": 1e3 * cost_model.roofline(problem, limits),
-        "layers_roofline_ms": 1e3 * cost_model.layer_roofline(problem, limits),
+        "terms_ms": {name: 1e3 * value for name, value in cost_model.terms(problem, tiling, gpu).items()},
+        "roofline_ms": 1e3 * cost_model.roofline(problem, gpu),
+        "layers_roofline_ms": 1e3 * cost_model.layer_roofline(problem, gpu),
     }
 
 
-def measured_row(row: Row, device: torch.device, limits: MachineLimits) -> dict[str, Any]:
-    """A row's result, for JSON. Out of memory and the like is an `error` of the row.
+def measured_row(row: Row, device: torch.device, ceilings: MachineCeilings) -> dict[str, Any]:
+    """Measure a row, for JSON; running out of memory and the like is an `error` of the row.
 
     Raises:
         DeviceLost: nothing runs any more.
     """
-    dtype = DTYPES[device.type]
+    dtype = DTYPE_ON[device.type]
     try:
         case = block_case(row, dtype, device) if isinstance(row, Block) else network_case(row, dtype, device)
-        contenders = measure(case, device, ROW_SECONDS[device.type])
+        engines = measure(case, device, ROW_SECONDS[device.type])
     except RuntimeError as error:
         _require_alive(device, _one_line(error))
         return {"error": _one_line(error)}
-    each_found = {name: asdict(each) for name, each in contenders.items()}
-    result: dict[str, Any] = {"macs": case.macs, "contenders": each_found}
+    as_json = {name: asdict(each) for name, each in engines.items()}
+    result: dict[str, Any] = {"macs": case.macs, "contenders": as_json}
     if isinstance(row, Block) and device.type == "cuda":
-        tiling = contenders["fused"].notes.get("tiling")
-        result |= bounds(row, Tiling(**tiling) if tiling else None, limits.counting())
+        tiling = engines["fused"].notes.get("tiling")
+        result |= bounds(row, Tiling(**tiling) if tiling else None, ceilings.gpu_spec())
     if isinstance(row, Network):
-        for each in each_found.values():
+        for each in as_json.values():
             if each["median_ms"]:
-                each["efficiency"] = case.macs / (each["median_ms"] / 1e3) / limits.product_macs
+                each["efficiency"] = case.macs / (each["median_ms"] / 1e3) / ceilings.product_macs
     return result
 
 
 # -- Predictions -----------------------------------------------------------------------------------------------------
 
 
-def predictions(limits: cost_model.Limits) -> list[dict[str, Any]]:
-    """What the cost model expects of every row that has a fused contender, counted, on any machine; microseconds.
+def predictions(gpu: cost_model.GpuSpec) -> list[dict[str, Any]]:
+    """What the cost model predicts for every row that has a fused engine, in microseconds; needs no GPU.
 
-    A network's blocks are estimated one by one; its stem and head are taken at the bytes they move and their launches.
+    A network's blocks are estimated one by one; its stem and head count by the bytes they move and by their launches.
     """
-    found = []
+    predicted = []
     for row in rows("cuda", "all"):
         if isinstance(row, Block):
-            problem = block_problem(row, row.layers(DTYPES["cuda"], torch.device("meta")), DTYPES["cuda"])
-            tiling = cost_model.ranked(problem, limits)[0]
-            term, bound = cost_model.bound(problem, tiling, limits)
-            estimate = cost_model.estimate(problem, tiling, limits)
-            layers = cost_model.layer_roofline(problem, limits) + 3 * limits.launch_seconds
+            problem = block_problem(row, row.layers(DTYPE_ON["cuda"], torch.device("meta")), DTYPE_ON["cuda"])
+            tiling = cost_model.ranked(problem, gpu)[0]
+            term, bound = cost_model.bound(problem, tiling, gpu)
+            estimate = cost_model.estimate(problem, tiling, gpu)
+            layers = cost_model.layer_roofline(problem, gpu) + 3 * gpu.launch_seconds
             name, word = row.name, shorthand(tiling)
         elif row.is_convfirst:
-            network = fuse(row.build(), DTYPES["cuda"])
+            network = fuse(row.build(), DTYPE_ON["cuda"])
             problems = network.problems(row.batch, row.resolution)
             blocks = {name: problem for name, problem in problems.items() if isinstance(problem, BlockProblem)}
             rest = sum(moved_bytes(problem) for name, problem in problems.items() if name not in blocks)
-            pairs = [(problem, cost_model.ranked(problem, limits)[0]) for problem in blocks.values()]
-            estimate = sum(cost_model.estimate(*pair, limits) for pair in pairs)
-            estimate += rest / limits.dram_bytes + 3 * limits.launch_seconds
-            bound = sum(cost_model.bound(*pair, limits)[1] for pair in pairs) + rest / limits.dram_bytes
-            layers = sum(cost_model.layer_roofline(problem, limits) for problem in blocks.values())
-            layers += 3 * len(blocks) * limits.launch_seconds + 2 * rest / limits.dram_bytes
+            pairs = [(problem, cost_model.ranked(problem, gpu)[0]) for problem in blocks.values()]
+            estimate = sum(cost_model.estimate(*pair, gpu) for pair in pairs)
+            estimate += rest / gpu.dram_bytes + 3 * gpu.launch_seconds
+            bound = sum(cost_model.bound(*pair, gpu)[1] for pair in pairs) + rest / gpu.dram_bytes
+            layers = sum(cost_model.layer_roofline(problem, gpu) for problem in blocks.values())
+            layers += 3 * len(blocks) * gpu.launch_seconds + 2 * rest / gpu.dram_bytes
             name, term, word = row.name, "", f"{len(blocks)} blocks"
         else:
             continue
-        found.append({
+        predicted.append({
             "row": name, "estimate_us": 1e6 * estimate, "bound_us": 1e6 * bound, "binds": term,
             "layers_us": 1e6 * layers, "tiling": word,
         })  # fmt: skip
-    return found
-
-
-# -- Results on disk -------------------------------------------------------------------------------------------------
-
-
-class Results:
-    """A file of JSON lines, one a row, that several runs add to.
-
-    Args:
-        path: need not exist yet.
-        identity: what rows must share to be compared; others stay in the file and are not read.
-    """
-
-    def __init__(self, path: Path, identity: dict[str, str]) -> None:
-        self.path, self.identity = path, identity
-        self.records: list[dict[str, Any]] = []
-        for line in path.read_text().splitlines() if path.exists() else ():
-            # A run that was killed leaves half a line.
-            with suppress(json.JSONDecodeError):
-                record = json.loads(line)
-                if record.get("identity") == identity:
-                    self.records.append(record)
-
-    def find(self, kind: str, name: str) -> dict[str, Any] | None:
-        return next((each for each in self.records if (each["kind"], each["name"]) == (kind, name)), None)
-
-    def add(self, record: dict[str, Any]) -> None:
-        record = {**record, "identity": self.identity}
-        # After half a line a new one begins; empty lines are skipped when read.
-        begun = self.path.exists() and not self.path.read_text().endswith("\n")
-        with self.path.open("a") as file:
-            file.write(("\n" if begun else "") + json.dumps(record) + "\n")
-        self.records.append(record)
+    return predicted
 
 
 # -- The run ---------------------------------------------------------------------------------------------------------
 
 
-def _fail(message: str) -> NoReturn:
-    typer.echo(message, err=True)
-    raise typer.Exit(2)
-
-
 def _checked_device(name: str) -> torch.device:
-    if name not in DTYPES:
-        _fail(f"--device {name}: neither cuda nor cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        _fail("--device cuda: torch finds no CUDA device here; --device cpu runs the small version")
-    return torch.device(name, torch.cuda.current_device()) if name == "cuda" else torch.device(name)
+    if name not in DTYPE_ON:
+        fail(f"--device {name}: neither cuda nor cpu")
+    if name == "cpu":
+        return torch.device(name)
+    return current_gpu("--device cuda: torch finds no CUDA device here; --device cpu runs the small version")
 
 
-def new_folder(out: Path | None, device_name: str) -> Path:
-    """Where results go, made if need be: by default a folder of the device's own under docs/benchmarks."""
-    slug = "-".join("".join(c if c.isalnum() else " " for c in device_name.lower()).split())
-    folder = out or Path(__file__).parents[2] / "docs" / "benchmarks" / slug
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        _fail(f"--out {folder}: {error.strerror}")
-    if not os.access(folder, os.W_OK):
-        _fail(f"--out {folder}: not writable")
-    return folder
-
-
-def _limits(results: Results, device: torch.device) -> MachineLimits:
-    """The machine's own limits, measured once for all rows that are compared."""
+def _ceilings(results: ResultFile, device: torch.device) -> MachineCeilings:
+    """The machine's ceilings, measured once for all rows that are compared."""
     known = results.find("machine", "limits")
     if known is None:
-        limits = benchmark_machine.measure_limits(device)
-        known = {"kind": "machine", "name": "limits", "date": benchmark_machine.now(), "limits": asdict(limits)}
+        ceilings = benchmark_machine.measure_ceilings(device)
+        known = {"kind": "machine", "name": "limits", "date": benchmark_machine.now(), "limits": asdict(ceilings)}
         results.add(known)
-    return MachineLimits(**known["limits"])
+    return MachineCeilings(**known["limits"])
 
 
 @contextmanager
 def _conditions(device: torch.device) -> Iterator[None]:
-    """Under which all rows are measured."""
+    """The settings under which all rows are measured."""
     threads = torch.get_num_threads()
     if device.type == "cpu":
-        # More would be at the mercy of whatever else runs on the machine.
+        # More threads would be at the mercy of whatever else runs on the machine.
         torch.set_num_threads(1)
     try:
         with (
             torch.backends.cudnn.flags(enabled=True, benchmark=True, deterministic=False, allow_tf32=True),
-            # It would print a page for every product that Inductor tries.
+            # Inductor would print a page for every product that it tries.
             torch._inductor.config.patch(max_autotune_report_choices_stats=False, autotune_num_choices_displayed=0),
         ):
             yield
@@ -523,19 +486,21 @@ def _conditions(device: torch.device) -> Iterator[None]:
 
 
 def _release(device: torch.device) -> None:
-    """Let go of what the last row held."""
-    # Compiled code is kept per code object, up to a limit past which torch falls back to eager without a word.
+    """Free what the last row held."""
+    # torch keeps compiled code per code object, up to a limit past which it silently falls back to eager.
     torch._dynamo.reset()
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def _run(wanted: Sequence[Row], results: Results, device: torch.device, limits: MachineLimits, deadline: float) -> None:
-    """Measure row after row, each written at once.
+def _run(
+    wanted: Sequence[Row], results: ResultFile, device: torch.device, ceilings: MachineCeilings, deadline: float
+) -> None:
+    """Measure row after row, and write each at once.
 
-    None is begun that would end after the deadline if it took as long as the slowest of its kind has taken so far; a
-    row of the other kind may still fit.
+    No row is begun that would end after the deadline if it took as long as the slowest of its kind so far; a row of the
+    other kind may still fit.
     """
     slowest = {"block": 0.0, "network": 0.0}
     for row in wanted:
@@ -545,7 +510,7 @@ def _run(wanted: Sequence[Row], results: Results, device: torch.device, limits: 
         _release(device)
         lost = False
         try:
-            result = measured_row(row, device, limits)
+            result = measured_row(row, device, ceilings)
         except DeviceLost as error:
             lost, result = True, {"error": f"the device was lost ({error})"}
         seconds = time.monotonic() - begin
@@ -554,24 +519,21 @@ def _run(wanted: Sequence[Row], results: Results, device: torch.device, limits: 
             "kind": row.kind, "name": row.name, "date": benchmark_machine.now(), "commit": benchmark_machine.commit(),
             "clocks_after": benchmark_machine.clocks(device), "seconds": seconds, "row": asdict(row),
         }  # fmt: skip
-        results.add({**head, **result})
-        typer.echo(benchmark_report.line(results.records[-1]))
+        typer.echo(benchmark_report.line(results.add({**head, **result})))
         if lost:
-            typer.echo("nothing runs on the device any more: the same command goes on with the next row", err=True)
+            typer.echo("Nothing runs on the device any more: the same command goes on with the next row.", err=True)
             raise typer.Exit(1)
 
 
 @app.command()
 def main(
-    minutes: Annotated[float, typer.Option(help="After so many no row is begun.")] = 8,
-    device: Annotated[str, typer.Option(help="cuda, or cpu for the small version.")] = "cuda",
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of the results; by default docs/benchmarks/<device>.")
-    ] = None,
-    only: Annotated[str, typer.Option(help="blocks, networks or all.")] = "all",
-    predict: Annotated[bool, typer.Option("--predict", help="Run nothing: print what is counted for an H200.")] = False,
+    minutes: Minutes = 8,
+    device: Annotated[str, typer.Option(help="Device: cuda, or cpu for the small version.")] = "cuda",
+    out: Out = None,
+    only: Annotated[str, typer.Option(help="Rows to measure: blocks, networks or all.")] = "all",
+    predict: Annotated[bool, typer.Option("--predict", help="Run nothing; print predictions for an H200.")] = False,
 ) -> None:
-    """Measure what is not measured yet; write results.jsonl, summary.json and plot.png, and print the tables."""
+    """Measure the rows not measured yet, write results.jsonl, summary.json and plot.png, and print the tables."""
     if predict:
         typer.echo("| row | predicted us | bound us | binds | layer by layer at its floor us | first tiling |")
         typer.echo("| --- | --- | --- | --- | --- | --- |")
@@ -580,15 +542,13 @@ def main(
             cells = (each["row"], *times[:2], each["binds"], times[2], each["tiling"])
             typer.echo(f"| {' | '.join(cells)} |")
         return
-    deadline = time.monotonic() + 60 * minutes
-    if not 0 < minutes < math.inf:
-        _fail(f"--minutes {minutes:g}: not a positive number")
+    deadline = deadline_after(minutes)
     if only not in KINDS:
-        _fail(f"--only {only}: none of {', '.join(KINDS)}")
+        fail(f"--only {only}: none of {', '.join(KINDS)}")
     where = _checked_device(device)
     identity = benchmark_machine.identity(where)
-    folder = new_folder(out, identity["device"])
-    results = Results(folder / "results.jsonl", identity)
+    folder = results_folder(out, identity["device"])
+    results = ResultFile(folder / "results.jsonl", {"identity": identity}, ("kind", "name"))
     wanted = rows(device, only)
     provenance: dict[str, Any] = {
         **identity,
@@ -600,17 +560,17 @@ def main(
     missing = [row for row in wanted if results.find(row.kind, row.name) is None]
     typer.echo(f"{len(wanted)} rows, {len(wanted) - len(missing)} of them measured before, {minutes:g} minutes")
     with _conditions(where):
-        limits = _limits(results, where)
+        ceilings = _ceilings(results, where)
     try:
         with _conditions(where):
-            _run(missing, results, where, limits, deadline)
+            _run(missing, results, where, ceilings, deadline)
     finally:
-        # Of a run that was stopped, too.
+        # A run that was stopped has a report, too.
         left = [f"{row.kind} {row.name}" for row in wanted if results.find(row.kind, row.name) is None]
         provenance |= {
             "end": benchmark_machine.now(),
             "clocks_after": benchmark_machine.clocks(where),
-            "limits": benchmark_machine.describe(limits),
+            "limits": benchmark_machine.describe(ceilings),
             "left": left,
         }
         benchmark_report.write(folder, results.records, provenance)

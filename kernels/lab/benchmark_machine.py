@@ -1,7 +1,7 @@
-"""What the benchmark's machine can do, measured in the benchmark's own run, and what it is.
+"""What the benchmark's machine is, and what it can do, measured in the benchmark's own run.
 
-The rates are ceilings that real kernels meet: a large copy, a large product, a loop of nothing but tensor-core
-instructions. Datasheets name higher ones that nothing reaches.
+The rates are ceilings that real kernels reach: a large copy, a large product, a loop of nothing but tensor-core
+instructions. Data sheets name higher rates that nothing reaches.
 """
 
 from __future__ import annotations
@@ -21,30 +21,30 @@ import triton
 import triton.language as tl
 
 from kernels.ceilings import MIB, CeilingRun, ceiling_runs, rate
-from kernels.cost_model import H200, Limits
+from kernels.cost_model import H200, GpuSpec
 from kernels.timing import MIN_SAMPLE_SECONDS, DeviceInfo, clock_for, time_interleaved
 
 FOLDER = Path(__file__).parent
-# Of sampling, for all limits together.
+# Seconds of sampling for all ceilings together.
 SECONDS = {"cuda": 2.0, "cpu": 0.2}
-# Held by any L2 that is worth measuring, and far more than all first-level caches but one.
+# Any L2 cache worth measuring holds this much, which is far more than first-level caches hold.
 L2_BYTES = 16 * MIB
 CLOCK_FIELDS = ("clocks.sm", "clocks.mem", "temperature.gpu", "power.draw")
-# As many as are resident at once, by the registers of either kernel below.
+# As many as are resident at once, given the registers of either kernel below.
 PROGRAMS_PER_MULTIPROCESSOR = 4
 
 
 @dataclass(frozen=True)
-class MachineLimits:
-    """Measured; None where the device has no such thing.
+class MachineCeilings:
+    """Measured rates and times of a device; None where the device has no such thing.
 
     Args:
-        copy_bytes: a second, read and written together, of a large copy.
-        l2_bytes: a second, read from the second-level cache.
-        product_macs: multiply-accumulates a second of a large square product (on Hopper by warp-group products).
-        launch_seconds: of the smallest operation, each launched from Python.
-        mma_macs: likewise, of mma.sync, the tensor-core instruction before Hopper's.
-        graph_launch_seconds: of one such kernel in a CUDA graph of many.
+        copy_bytes: bytes per second of a large copy, read and written together.
+        product_macs: multiply-accumulates per second of a large square product (on Hopper by warp-group products).
+        launch_seconds: time of the smallest operation, launched from Python.
+        l2_bytes: bytes per second read from the second-level cache.
+        mma_macs: multiply-accumulates per second of mma.sync, the tensor-core instruction before Hopper's.
+        graph_launch_seconds: time of the smallest kernel in a CUDA graph of many.
     """
 
     copy_bytes: float
@@ -54,8 +54,8 @@ class MachineLimits:
     mma_macs: float | None = None
     graph_launch_seconds: float | None = None
 
-    def counting(self) -> Limits:
-        """What the cost model counts with, on the current CUDA device; what is not measured here is an H200's."""
+    def gpu_spec(self) -> GpuSpec:
+        """The current CUDA device for the cost model, as measured; what is not measured is an H200's."""
         assert self.l2_bytes is not None
         assert self.mma_macs is not None
         assert self.graph_launch_seconds is not None
@@ -63,7 +63,7 @@ class MachineLimits:
         return replace(
             H200,
             multiprocessors=properties.multi_processor_count,
-            # The highest clock in kHz, for a bound is what nothing can beat; not every build of torch tells.
+            # The highest clock, in kHz, as nothing may beat a bound; not every build of torch knows it.
             clock_hz=1e3 * getattr(properties, "clock_rate", 0) or H200.clock_hz,
             registers=properties.regs_per_multiprocessor,
             shared_bytes=properties.shared_memory_per_block_optin,
@@ -80,14 +80,14 @@ class MachineLimits:
 
 @triton.jit
 def mma_kernel(x, out, STEPS: tl.constexpr, LENGTH: tl.constexpr):
-    """STEPS products of 16x16 and 16x8 a warp for each 32 of LENGTH, added up: nothing but tensor-core instructions.
+    """Add up STEPS products of 16x16 and 16x8 per warp and 32 of LENGTH: nothing but tensor-core instructions.
 
-    Of `tl.dot` the compiler would make Hopper's warp-group products, or loads from shared memory between the older
-    ones; inline assembly leaves it no choice. Which operand sits in which lane does not matter to the rate.
+    From `tl.dot` the compiler would make Hopper's warp-group products, or put loads from shared memory between the
+    older ones; inline assembly leaves it no choice. Which operand is in which lane does not matter to the rate.
 
     Args:
         x: pointer to 6 * LENGTH words of two random float16 each.
-        out: pointer to one float32 a program.
+        out: pointer to one float32 per program.
     """
     lane = tl.arange(0, LENGTH)
     a0, a1, a2 = tl.load(x + lane), tl.load(x + LENGTH + lane), tl.load(x + 2 * LENGTH + lane)
@@ -106,7 +106,7 @@ def mma_kernel(x, out, STEPS: tl.constexpr, LENGTH: tl.constexpr):
 
 
 MMA_WARPS = 4
-# Each thread holds eight products in flight, one for each of its elements.
+# Each thread has eight products in flight, one for each of its elements.
 MMA_LENGTH = 8 * 32 * MMA_WARPS
 MMA_STEPS = 2048
 MACS_PER_MMA = 16 * 16 * 8
@@ -114,7 +114,7 @@ MACS_PER_MMA = 16 * 16 * 8
 
 @triton.jit
 def read_kernel(x, out, tiles, STEPS: tl.constexpr, BLOCK: tl.constexpr):
-    """Read STEPS tiles of `x`, past L1, each program beginning with another one."""
+    """Read STEPS tiles of `x`, bypassing L1; each program begins with another tile."""
     total = tl.zeros([BLOCK], tl.float32)
     for step in tl.range(0, STEPS, num_stages=1):
         tile = (tl.program_id(0) + step) % tiles
@@ -130,8 +130,8 @@ READ_STEPS = 256
 
 
 @torch.inference_mode()
-def measure_limits(device: torch.device) -> MachineLimits:
-    """The limits of a device, on CUDA those of float16, else of float32."""
+def measure_ceilings(device: torch.device) -> MachineCeilings:
+    """Measure the ceilings of a device: on CUDA in float16, on a CPU in float32."""
     on_cuda = device.type == "cuda"
     runs = ceiling_runs(device, torch.float16 if on_cuda else torch.float32)
     if on_cuda:
@@ -156,7 +156,7 @@ def measure_limits(device: torch.device) -> MachineLimits:
             MIN_SAMPLE_SECONDS[device.type],
         )  # fmt: skip
     medians = np.median(samples, axis=0)
-    return MachineLimits(**{
+    return MachineCeilings(**{
         name: rate(name, each, float(median)) for (name, each), median in zip(runs.items(), medians, strict=True)
     })  # fmt: skip
 
@@ -167,7 +167,7 @@ def measure_limits(device: torch.device) -> MachineLimits:
 def identity(device: torch.device) -> dict[str, str]:
     """What rows must share to be compared: machine, versions, and the code that measured and was measured.
 
-    Of the code a digest, for that is the same in a copy without git, and another where a checkout was edited.
+    The code is identified by a digest, which is the same in a copy without git and differs where a checkout was edited.
     """
     info = DeviceInfo.of(device)
     paths = [*FOLDER.parent.glob("*.py"), *(path for path in FOLDER.glob("*.py") if path.name != "benchmark_report.py")]
@@ -180,13 +180,13 @@ def identity(device: torch.device) -> dict[str, str]:
 
 
 def commit() -> str:
-    """Of the checkout, with "-dirty" where it holds more than that; "unknown" outside of one."""
+    """The checkout's commit, with "-dirty" if files were changed since; "unknown" outside of a checkout."""
     command = ("git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*")
     return _output(command, FOLDER) or "unknown"
 
 
 def clocks(device: torch.device) -> dict[str, str]:
-    """Clocks in MHz, temperature in degrees Celsius, power in watts, as the driver tells; empty where it does not."""
+    """Clocks in MHz, temperature in degrees Celsius and power in watts, from the driver; empty if it gives none."""
     if device.type != "cuda":
         return {}
     uuid = torch.cuda.get_device_properties(device).uuid
@@ -198,7 +198,7 @@ def clocks(device: torch.device) -> dict[str, str]:
 
 
 def _output(command: tuple[str, ...], folder: Path | None = None) -> str:
-    """What a program prints; empty where it cannot be run or fails."""
+    """What a program prints; empty if it cannot be run or fails."""
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
@@ -210,14 +210,14 @@ def now() -> str:
     return time.strftime("%Y-%m-%d %H:%M:%S %Z")
 
 
-def describe(limits: MachineLimits) -> dict[str, Any]:
-    """The limits in the units of data sheets, for people."""
+def describe(ceilings: MachineCeilings) -> dict[str, Any]:
+    """The ceilings in the units of data sheets, for people to read."""
     scaled = {
-        "copy, read + written, TB/s": limits.copy_bytes / 1e12,
-        "product, TFLOP/s": 2 * limits.product_macs / 1e12,
-        "mma.sync, TFLOP/s": limits.mma_macs and 2 * limits.mma_macs / 1e12,
-        "read from L2, TB/s": limits.l2_bytes and limits.l2_bytes / 1e12,
-        "launch in a graph, us": limits.graph_launch_seconds and 1e6 * limits.graph_launch_seconds,
-        "launch from Python, us": limits.launch_seconds and 1e6 * limits.launch_seconds,
+        "copy, read + written, TB/s": ceilings.copy_bytes / 1e12,
+        "product, TFLOP/s": 2 * ceilings.product_macs / 1e12,
+        "mma.sync, TFLOP/s": ceilings.mma_macs and 2 * ceilings.mma_macs / 1e12,
+        "read from L2, TB/s": ceilings.l2_bytes and ceilings.l2_bytes / 1e12,
+        "launch in a graph, us": ceilings.graph_launch_seconds and 1e6 * ceilings.graph_launch_seconds,
+        "launch from Python, us": ceilings.launch_seconds and 1e6 * ceilings.launch_seconds,
     }
     return {name: round(value, 3) for name, value in scaled.items() if value is not None}

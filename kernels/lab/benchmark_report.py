@@ -1,6 +1,6 @@
-"""What the rows of a benchmark come to: tables, means beside their goals, a summary in JSON, and a plot.
+"""Reports of a benchmark: tables, statistics beside their goals, a summary in JSON, and a plot.
 
-A record is one line of `results.jsonl`, see `kernels.lab.benchmark`.
+A record is one line of `results.jsonl`, see `kernels.lab.benchmark`, which also explains the engines.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import geometric_mean
-from typing import Any
+from typing import Any, cast
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -21,36 +21,35 @@ Record = Mapping[str, Any]
 
 ENGINES = ("fused", "compiled", "eager")
 COLOURS = {"fused": "#d1495b", "compiled": "#30638e", "eager": "#9aa5b1"}
-# Where output goes to a file, tables are not folded to 80 columns.
+# Width of the tables in a file, which would otherwise be folded to 80 columns.
 WIDTH = 170
-# Of a table, in characters; what is longer is told below it.
+# Characters in a cell of a table; a longer reason is printed below the tables.
 LONGEST_CELL = 12
-# The reference network of the size of this peer, and that peer.
+# The reference network that is compared with a peer of its size, and that peer.
 REFERENCE, PEER = "b128 convfirst_4.5g", "b128 convnext_tiny"
 
 
 # -- Reading records -------------------------------------------------------------------------------------------------
 
 
-def contender(record: Record, engine: str) -> Mapping[str, Any]:
-    """What a row tells of an engine; empty if it was no contender."""
-    found: Mapping[str, Any] = record.get("contenders", {}).get(engine, {})
-    return found
+def measured(record: Record, engine: str) -> Mapping[str, Any]:
+    """What was measured of an engine, the fields of `benchmark.Measured`; empty if it did not take part."""
+    return cast(Mapping[str, Any], record.get("contenders", {}).get(engine, {}))
 
 
 def median_ms(record: Record, engine: str) -> float | None:
-    """None where the engine has no time, as it failed or was wrong."""
-    return contender(record, engine).get("median_ms")
+    """The engine's time; None if it failed or was wrong."""
+    return measured(record, engine).get("median_ms")
 
 
 def speed_up(record: Record, engine: str, over: str) -> float | None:
-    """How many times as fast one engine is as another; None where either has no time."""
+    """How many times as fast one engine is as another; None if either has no time."""
     own, other = median_ms(record, engine), median_ms(record, over)
     return other / own if own and other else None
 
 
 def share(record: Record, engine: str, of: str) -> float | None:
-    """A bound of the row, such as "bound_ms", as a share of an engine's time."""
+    """A bound of the row, such as "bound_ms", as a share of an engine's time; None if either is missing."""
     own = median_ms(record, engine)
     return record[of] / own if own and of in record else None
 
@@ -64,18 +63,18 @@ def of_kind(records: Iterable[Record], kind: str) -> list[Record]:
     return [record for record in records if record["kind"] == kind]
 
 
-# -- Means and goals -------------------------------------------------------------------------------------------------
+# -- Statistics and goals --------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
-class Figure:
-    """One number that sums up rows.
+class Statistic:
+    """One number that summarises rows.
 
     Args:
-        name: what it is of.
-        value: a geometric mean, a ratio or a share; None if no row gives it.
-        rows: how many rows it is of.
-        goal: to be reached; None where there is none.
+        name: what it measures.
+        value: a geometric mean, a ratio or a share; None if no row has one.
+        rows: number of rows that it summarises.
+        goal: the least value that counts as success; None if there is no goal.
     """
 
     name: str
@@ -88,13 +87,13 @@ class Figure:
         return None if self.value is None or self.goal is None else self.value >= self.goal
 
 
-def _mean(name: str, values: Iterable[float | None], goal: float | None = None) -> Figure:
+def _mean(name: str, values: Iterable[float | None], goal: float | None = None) -> Statistic:
     known = [value for value in values if value is not None]
-    return Figure(name, geometric_mean(known) if known else None, len(known), goal)
+    return Statistic(name, geometric_mean(known) if known else None, len(known), goal)
 
 
-def figures(records: Sequence[Record]) -> list[Figure]:
-    """Means of blocks and the networks' two goals, then blocks by batch."""
+def statistics(records: Sequence[Record]) -> list[Statistic]:
+    """Means of blocks and the networks' two goals, then means of blocks by batch."""
     blocks = of_kind(records, "block")
 
     def select(wanted: Callable[[Mapping[str, Any]], bool]) -> list[Record]:
@@ -102,33 +101,33 @@ def figures(records: Sequence[Record]) -> list[Figure]:
 
     narrow = select(lambda row: row["batch"] == 128 and row["channels"] <= 128)
     middle = select(lambda row: row["batch"] == 128 and 64 <= row["channels"] <= 256)
-    found = [
+    summarised = [
         _mean("fused over compiled, batch 128, C <= 128", (speed_up(r, "fused", "compiled") for r in narrow), 2.5),
         _mean("share of bound, batch 128, C 64 to 256", (share(r, "fused", "bound_ms") for r in middle), 0.7),
         _mean("share of roofline, batch 128, C 64 to 256", (share(r, "fused", "roofline_ms") for r in middle)),
     ]
-    # A block that is better unfused runs so.
+    # The tuner runs a block layer by layer if that is faster.
     chosen = [
-        speed_up(record, "fused", "eager") if contender(record, "fused")["notes"]["chosen"] else 1.0
+        speed_up(record, "fused", "eager") if measured(record, "fused")["notes"]["chosen"] else 1.0
         for record in blocks
         if median_ms(record, "fused")
     ]
     slowest = min((value for value in chosen if value is not None), default=None)
-    found.append(Figure("what the tuner chose over eager, least of all blocks", slowest, len(chosen), 1.0))
+    summarised.append(Statistic("what the tuner chose over eager, least of all blocks", slowest, len(chosen), 1.0))
     by_name = {record["name"]: record for record in of_kind(records, "network")}
     reference, peer = by_name.get(REFERENCE, {}), by_name.get(PEER, {})
     own, other = median_ms(reference, "fused"), median_ms(peer, "compiled")
-    found += [
+    summarised += [
         _mean(f"{REFERENCE} fused over {PEER} compiled, images/s", [other / own if own and other else None], 1.5),
-        _mean(f"{REFERENCE} fused, share of measured peak", [contender(reference, "fused").get("efficiency")], 0.55),
+        _mean(f"{REFERENCE} fused, share of measured peak", [measured(reference, "fused").get("efficiency")], 0.55),
     ]
     for batch in sorted({record["row"]["batch"] for record in blocks}):
         of_batch = [record for record in blocks if record["row"]["batch"] == batch]
-        found += [
+        summarised += [
             _mean(f"fused over {over}, batch {batch}", (speed_up(r, "fused", over) for r in of_batch), goal)
             for over, goal in (("compiled", 1.5 if batch == 1 else None), ("eager", None))
         ]
-    return found
+    return summarised
 
 
 # -- Text ------------------------------------------------------------------------------------------------------------
@@ -139,39 +138,39 @@ def _text(value: float | None, form: str = ".3g") -> str:
 
 
 def _time(record: Record, engine: str) -> str:
-    """An engine's time in ms, or why it has none."""
-    found = contender(record, engine)
-    return found.get("error") or _text(found.get("median_ms"), ".4g")
+    """An engine's time in ms, or the reason why it has none."""
+    result = measured(record, engine)
+    return result.get("error") or _text(result.get("median_ms"), ".4g")
 
 
 def _cell(record: Record, engine: str) -> str:
-    """As `_time`, but for long reasons, which `failures` tells below the tables."""
+    """The same as `_time`, without the long reasons, which `failures` lists below the tables."""
     text = _time(record, engine)
     return text if len(text) <= LONGEST_CELL else "failed"
 
 
 def failures(records: Iterable[Record]) -> list[str]:
-    """Why rows, and engines in them, have no time, where that does not fit a cell."""
-    found = []
+    """The reasons why rows, and engines in them, have no time, if they do not fit into a cell."""
+    lines = []
     for record in records:
         if "error" in record:
-            found.append(f"{record['kind']} {record['name']}: {record['error']}")
-        found += [
+            lines.append(f"{record['kind']} {record['name']}: {record['error']}")
+        lines += [
             f"{record['kind']} {record['name']}, {engine}: {_time(record, engine)}"
             for engine in ENGINES
             if _cell(record, engine) == "failed"
         ]
-    return found
+    return lines
 
 
 def line(record: Record) -> str:
-    """A row as one line, for a run that goes on."""
+    """A row in one line, printed as soon as it is measured."""
     head = f"{record['kind']} {record['name']}: "
     tail = f" ({record['seconds']:.0f} s)"
     if "error" in record:
         return f"{head}{record['error']}{tail}"
     return (
-        head + ", ".join(f"{name} {_time(record, name)}" for name in ENGINES if contender(record, name)) + " ms" + tail
+        head + ", ".join(f"{name} {_time(record, name)}" for name in ENGINES if measured(record, name)) + " ms" + tail
     )
 
 
@@ -183,12 +182,12 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _megabytes(record: Record, engine: str) -> str:
-    held = contender(record, engine).get("workspace_bytes")
+    held = measured(record, engine).get("workspace_bytes")
     return _text(held and held / 1e6, ".4g")
 
 
 def blocks_table(records: Sequence[Record]) -> Table:
-    """A row each: the bound and what sets it, times, speed-ups of the fused kernel, shares, memory."""
+    """A table of the blocks: the bound and what sets it, times, speed-ups of the fused kernel, shares, memory."""
     times = [f"{engine} ms" for engine in ENGINES]
     table = _table(
         "Blocks", "block", "bound ms", "set by", *times, "over compiled", "over eager", "of bound", "of roofline",
@@ -204,14 +203,17 @@ def blocks_table(records: Sequence[Record]) -> Table:
             *(_text(speed_up(record, "fused", over), ".2f") for over in ("compiled", "eager")),
             *(_text(share(record, "fused", of), ".0%") for of in ("bound_ms", "roofline_ms")),
             *(_megabytes(record, engine) for engine in ENGINES),
-            contender(record, "fused").get("notes", {}).get("tuner", ""),
+            measured(record, "fused").get("notes", {}).get("tuner", ""),
         )  # fmt: skip
     return table
 
 
 def networks_table(records: Sequence[Record]) -> Table:
-    """A row for each network and engine: images a second, latency of a batch, work, share of peak, memory, and the
-    seconds to compile, tune and run it once."""
+    """A table with a row for each network and engine.
+
+    Its columns are images per second, latency of a batch, work, share of peak, memory, and the seconds to compile, tune
+    and run the network once.
+    """
     table = _table("Networks", "network", "engine", "images/s", "latency ms", "GMAC", "of peak", "MB", "ready s")
     for record in of_kind(records, "network"):
         if "error" in record:
@@ -221,17 +223,17 @@ def networks_table(records: Sequence[Record]) -> Table:
             table.add_row(
                 record["name"], engine, _text(images_per_second(record, engine), ".0f"), _cell(record, engine),
                 _text(record["macs"] / record["row"]["batch"] / 1e9, ".3g"),
-                _text(contender(record, engine).get("efficiency"), ".1%"), _megabytes(record, engine),
-                _text(contender(record, engine).get("ready_seconds"), ".1f"),
+                _text(measured(record, engine).get("efficiency"), ".1%"), _megabytes(record, engine),
+                _text(measured(record, engine).get("ready_seconds"), ".1f"),
             )  # fmt: skip
     return table
 
 
-def figures_table(found: Iterable[Figure]) -> Table:
+def statistics_table(rows: Iterable[Statistic]) -> Table:
     table = _table("Geometric means, and the goals", "of", "value", "goal", "rows")
-    for figure in found:
-        met = {True: " met", False: " missed", None: ""}[figure.met]
-        table.add_row(figure.name, _text(figure.value, ".2f"), _text(figure.goal, ".2f") + met, str(figure.rows))
+    for each in rows:
+        met = {True: " met", False: " missed", None: ""}[each.met]
+        table.add_row(each.name, _text(each.value, ".2f"), _text(each.goal, ".2f") + met, str(each.rows))
     return table
 
 
@@ -239,14 +241,14 @@ def figures_table(found: Iterable[Figure]) -> Table:
 
 
 def plot(records: Sequence[Record], title: str, path: Path) -> None:
-    """Blocks: speed-up over Inductor and share of the bound. Networks: images a second against GMAC."""
-    # Without a display and without the state of pyplot.
-    from matplotlib.figure import Figure as Drawing
+    """Plot the blocks' speed-up over Inductor and share of the bound, and the networks' images per second over GMAC."""
+    # Unlike pyplot it needs no display and keeps no state.
+    from matplotlib.figure import Figure
 
     blocks, networks = of_kind(records, "block"), of_kind(records, "network")
     blocks = [record for record in blocks if median_ms(record, "compiled")][::-1]
-    drawing = Drawing(figsize=(15, 3 + 0.3 * len(blocks)), layout="constrained")
-    speed, bound, rates = drawing.subplots(1, 3, width_ratios=(3, 2, 4))
+    figure = Figure(figsize=(15, 3 + 0.3 * len(blocks)), layout="constrained")
+    speed, bound, rates = figure.subplots(1, 3, width_ratios=(3, 2, 4))
     places = range(len(blocks))
     for offset, engine in ((0.2, "fused"), (-0.2, "eager")):
         lengths = [speed_up(record, engine, "compiled") or 0 for record in blocks]
@@ -277,15 +279,15 @@ def plot(records: Sequence[Record], title: str, path: Path) -> None:
                 rates.annotate(row["model"], at, (4, 3), textcoords="offset points", fontsize=7)
     if rates.collections:
         rates.set(xscale="log", yscale="log")
-        # For the names beside the points.
+        # Room for the names beside the points.
         rates.margins(x=0.2)
         rates.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=3, frameon=False)
     rates.set_xlabel("GMAC an image; triangles are batch 1")
     rates.set_ylabel("images a second")
     for axes in (speed, bound, rates):
         axes.grid(alpha=0.3)
-    drawing.suptitle(title, fontsize=10)
-    drawing.savefig(path, dpi=120, format="png")
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(path, dpi=120, format="png")
 
 
 # -- All of it -------------------------------------------------------------------------------------------------------
@@ -295,24 +297,24 @@ def write(folder: Path, records: Sequence[Record], provenance: Mapping[str, Any]
     """Write summary.json and plot.png into the folder, each whole or not at all, and print the tables.
 
     Args:
-        records: of one machine, versions and sources.
-        provenance: device, versions, limits, clocks and command, as they belong beside every figure.
+        records: from one machine, with the same versions and sources.
+        provenance: device, versions, limits, clocks and command, which belong beside every number.
     """
-    found = figures(records)
+    summarised = statistics(records)
     summary = {
         **provenance,
-        "figures": [{**asdict(figure), "met": figure.met} for figure in found],
+        "figures": [{**asdict(each), "met": each.met} for each in summarised],
         "records": list(records),
     }
     title = f"{provenance['device']}, torch {provenance['torch']}, {provenance['commit']}, {provenance['end']}"
-    _replace(folder / "summary.json", lambda path: _write_text(path, json.dumps(summary, indent=1) + "\n"))
+    _replace(folder / "summary.json", lambda path: path.write_text(json.dumps(summary, indent=1) + "\n"))
     _replace(folder / "plot.png", lambda path: plot(records, title, path))
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
     for name, value in provenance["limits"].items():
         console.print(f"{name}: {value:g}")
-    for table in (blocks_table(records), networks_table(records), figures_table(found)):
+    for table in (blocks_table(records), networks_table(records), statistics_table(summarised)):
         if table.row_count:
             console.print(table)
     for failure in failures(records):
@@ -320,11 +322,8 @@ def write(folder: Path, records: Sequence[Record], provenance: Mapping[str, Any]
     console.print(f"{folder}: results.jsonl, summary.json, plot.png", soft_wrap=True)
 
 
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text)
-
-
 def _replace(path: Path, make: Callable[[Path], object]) -> None:
+    """Make a file beside the path, and put it in the path's place once it is whole."""
     part = path.with_name(path.name + ".part")
     make(part)
     os.replace(part, path)

@@ -1,7 +1,7 @@
 """What `python -m kernels.lab.benchmark` measures: blocks, and networks at 224 pixels, the most telling first.
 
-Weights and norms are random, but of the size that training leaves them in: fresh ones let activations grow past
-float16 in a deep residual network, and make whole branches zero (last norms of a ResNet, layer scales of a ConvNeXt).
+Weights and norms are random, but as large as training leaves them: fresh ones let activations grow past float16 in a
+deep residual network, and make whole branches zero (the last norms of a ResNet, the layer scales of a ConvNeXt).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch.fx.experimental.optimization import fuse as fold_traced
 
 from kernels.fold import fold_batch_norms
 
-# Images that the norms of a network take half of their statistics from.
+# Images from which the norms of a network take half of their statistics.
 CALIBRATION_BATCH = 8
 
 
@@ -31,11 +31,14 @@ CALIBRATION_BATCH = 8
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """A ConvFirst block of equal width in and out, stride 1, with residual.
+    """A ConvFirst block with stride 1 and a residual, whose input and output have the same shape.
 
     Args:
         channels, resolution: of input and output; maps are square.
-        batch, kernel_size, group_width, expansion, activation: of the block.
+        batch: images.
+        kernel_size, group_width: of the grouped convolution.
+        expansion: hidden over input channels.
+        activation: after the expansion.
     """
 
     kind: ClassVar[str] = "block"
@@ -63,7 +66,7 @@ class Block:
         return self.channels * self.expansion
 
     def layers(self, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
-        """Weight and bias of convolution, expansion and projection, scaled so that activations stay near 1."""
+        """Random weights and biases of convolution, expansion and projection, which keep activations near 1."""
         rng = torch.Generator().manual_seed(0)
         shapes = (
             (self.channels, self.group_width, self.kernel_size, self.kernel_size),
@@ -77,14 +80,14 @@ class Block:
         return [tensor.to(device, dtype) for tensor in layers]
 
 
-# The author's own shape and its like at every size first, then one change at a time, then the rest of the ranges.
+# First the author's own shape and its like at every size, then one change at a time, then the rest of the ranges.
 BLOCKS = (
     Block(64, 56, 128),
     Block(128, 28, 128),
     Block(256, 14, 1),
     Block(256, 14, 128),
     Block(96, 56, 128),
-    # The first two networks come here, and two more after five blocks: see `interleaved`.
+    # The first two networks come here, and two more after another five blocks: see `interleaved`.
     Block(32, 112, 128),
     Block(64, 56, 1),
     Block(128, 28, 1),
@@ -114,13 +117,13 @@ CPU_BLOCKS = (Block(16, 14, 2), Block(32, 7, 1, kernel_size=5, group_width=1, ex
 
 @dataclass(frozen=True, slots=True)
 class Stages:
-    """A ConvFirst network: a 3x3 stem of stride 2, then stages that begin with stride 2, k 3, g 8, SiLU.
+    """A ConvFirst network: a 3x3 stem with stride 2, then stages that begin with stride 2 (k 3, g 8, SiLU).
 
     Args:
-        gmacs: billions of multiply-accumulates that it claims to take per image of 224 pixels.
-        stem: channels.
-        widths, blocks: of each stage.
-        expansion: of every block.
+        gmacs: billions of multiply-accumulates per image of 224 pixels; a test checks it.
+        stem: channels after the stem.
+        widths, blocks: channels and number of blocks of each stage.
+        expansion: hidden over input channels of every block.
     """
 
     gmacs: float
@@ -139,12 +142,12 @@ class Stages:
         )
 
 
-# Most of their work is where the map is large and one launch gains most: 28 and 56 pixels.
+# Most of their work is at 28 and 56 pixels, where the map is large and a single launch gains most.
 CONVFIRST = {
     "convfirst_0.5g": Stages(0.5, 24, (48, 96, 160, 256), (2, 3, 5, 2)),
     "convfirst_2g": Stages(2.0, 32, (64, 128, 256, 384), (4, 6, 9, 3)),
     "convfirst_4.5g": Stages(4.5, 32, (96, 192, 256, 384), (4, 11, 9, 4)),
-    # For the small version, on 64 pixels.
+    # This one is for the small version, on 64 pixels.
     "convfirst_tiny": Stages(0.018, 8, (16,), (2,)),
 }
 
@@ -155,7 +158,7 @@ PEERS = (
 
 @dataclass(frozen=True, slots=True)
 class Network:
-    """A classifier of images: a reference network of `CONVFIRST`, or one of timm's by timm's name."""
+    """An image classifier: a reference network of `CONVFIRST`, or one of timm's by its name there."""
 
     kind: ClassVar[str] = "network"
     model: str
@@ -176,7 +179,7 @@ class Network:
         return self.model in CONVFIRST
 
     def build(self) -> nn.Module:
-        """In evaluation mode, with random weights."""
+        """Build the network in evaluation mode, with random weights."""
         torch.manual_seed(0)
         if self.is_convfirst:
             model = CONVFIRST[self.model].build(self.num_classes)
@@ -198,15 +201,15 @@ Row = Block | Network
 
 
 def interleaved(blocks: Sequence[Block], networks: Sequence[Network]) -> list[Row]:
-    """In the order of telling: a few blocks, the networks of the goals, blocks again, and so on.
+    """All rows, the most telling first: a few blocks, the networks of the goals, blocks again, and so on.
 
-    A network takes Inductor minutes, so that one kind after the other would leave a short run without the second.
+    Inductor takes minutes for a network, so a short run that measured all blocks first would reach no network.
     """
     return [*blocks[:5], *networks[:2], *blocks[5:10], *networks[2:4], *blocks[10:], *networks[4:]]
 
 
 def rows(device: str, only: str) -> list[Row]:
-    """What is measured on a "cuda" or "cpu" device, in order; `only` "blocks", "networks" or "all"."""
+    """The rows for a "cuda" or "cpu" device, in order; `only` is "blocks", "networks" or "all"."""
     blocks, networks = (BLOCKS, NETWORKS) if device == "cuda" else (CPU_BLOCKS, CPU_NETWORKS)
     return interleaved(blocks if only != "networks" else (), networks if only != "blocks" else ())
 
@@ -215,7 +218,7 @@ def rows(device: str, only: str) -> list[Row]:
 
 
 def count_macs(model: nn.Module, resolution: int) -> tuple[int, int]:
-    """Multiply-accumulates (1 MAC = 2 FLOPs) of convolutions and linear layers per image, and how many layers."""
+    """Multiply-accumulates of convolutions and linear layers per image (1 MAC = 2 FLOPs), and the number of layers."""
     counted: list[int] = []
 
     def count(layer: Any, _: tuple[Tensor, ...], output: Tensor) -> None:
@@ -232,12 +235,12 @@ def count_macs(model: nn.Module, resolution: int) -> tuple[int, int]:
 
 @torch.no_grad()
 def as_if_trained(model: nn.Module, resolution: int) -> nn.Module:
-    """Random scales and shifts, and batch norms with statistics half-way from fresh ones to those of a random batch.
+    """Give a network random scales and shifts, and batch norms with statistics between fresh ones and a random batch's.
 
-    Wholly a batch's, they would blow up what hardly differs between random images, as after a global pool.
+    The batch's statistics alone would blow up what hardly differs between random images, as after a global pool.
 
     Args:
-        model: changed in place; its device is used, its mode restored.
+        model: changed in place, on its device; it ends in evaluation mode.
     """
     device = next(model.parameters()).device
     rng = torch.Generator(device).manual_seed(0)
@@ -256,15 +259,15 @@ def as_if_trained(model: nn.Module, resolution: int) -> nn.Module:
 
 
 def folded(model: nn.Module) -> nn.Module:
-    """A copy whose batch norms are folded into convolutions, ResNets' included.
+    """Copy a network and fold its batch norms into convolutions, also a ResNet's.
 
     Raises:
-        ValueError: one is left.
+        ValueError: a batch norm is left.
     """
-    found = fold_batch_norms(model)
-    if any(isinstance(module, nn.BatchNorm2d) for module in found.modules()):
-        # Of timm's other classes torch's tracer finds out in which order layers are applied.
-        found = fold_traced(found)
-    if left := [name for name, module in found.named_modules() if isinstance(module, nn.BatchNorm2d)]:
+    copied = fold_batch_norms(model)
+    if any(isinstance(module, nn.BatchNorm2d) for module in copied.modules()):
+        # For timm's other classes torch's tracer finds out in which order layers are applied.
+        copied = fold_traced(copied)
+    if left := [name for name, module in copied.named_modules() if isinstance(module, nn.BatchNorm2d)]:
         raise ValueError(f"{type(model).__name__} keeps {len(left)} batch norms, the first of them {left[0]}")
-    return found
+    return copied

@@ -1,7 +1,7 @@
 """What the compiler makes of a kernel, read from the machine code: `python -m kernels.lab.inspect --channels 64`.
 
-The GPU need not be here: Triton compiles for a named target without a driver, and brings the tools that read what comes
-of it. With `--run` the kernels also run, emulated (`kernels.lab.emulator`), which counts what they do.
+No GPU is needed: Triton compiles for a named target without a driver, and brings the tools that read the machine code.
+With `--run` the kernels also run in the emulator (`kernels.lab.emulator`), which counts what they do.
 """
 
 from __future__ import annotations
@@ -25,30 +25,27 @@ from triton.compiler import ASTSource
 
 from kernels import cost_model, layered
 from kernels.convfirst import constants, convfirst_kernel
-from kernels.device_functions import INTERPRETED
+from kernels.cost_model import GPU_SPECS
+from kernels.lab.commands import capability_option, fail, known_capabilities
 from kernels.lab.emulator import Traffic, rehearse
 from kernels.problem import MAX_SPLITS, BlockProblem, Tiling, unsupported
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-# Shared memory that one program may use, in bytes, by compute capability (CUDA C++ Programming Guide, table of
-# technical specifications: 163, 99 and 227 KiB).
-SHARED_LIMIT_BYTES = {80: 166_912, 89: 101_376, 90: 232_448}
-MAX_REGISTERS = 255
 POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
 
 
 @dataclass(frozen=True)
 class Statics:
-    """Of one compiled kernel.
+    """What the machine code of one compiled kernel uses.
 
     Args:
-        registers: a thread.
-        stack_bytes: local memory a thread.
+        registers: per thread.
+        stack_bytes: local memory per thread.
         spills: instructions that load or store local memory.
-        shared_bytes: a program.
-        tensor_core: instructions of Hopper's warp-group products (HGMMA) and of the older ones (HMMA), as written; a
-            loop's body counts once.
-        global_loads: instructions that load from global memory, by bits a thread, copies into shared memory included.
+        shared_bytes: per program.
+        tensor_core: instructions of Hopper's warp-group products (HGMMA) and of the older ones (HMMA), as written: the
+            body of a loop counts once.
+        global_loads: instructions that load from global memory, by bits per thread, copies into shared memory included.
         barriers: instructions at which all warps wait for one another.
     """
 
@@ -61,18 +58,19 @@ class Statics:
     barriers: int
 
     def complaints(self, capability: int, dtype: str) -> list[str]:
-        """What keeps this from being a kernel one would want to run."""
-        found = []
-        if self.shared_bytes > SHARED_LIMIT_BYTES[capability]:
-            found.append(f"{self.shared_bytes} bytes of shared memory, the chip has {SHARED_LIMIT_BYTES[capability]}")
+        """Reasons not to run this kernel: too much shared memory, spills, no tensor-core instruction."""
+        reasons = []
+        shared_bytes = GPU_SPECS[capability].shared_bytes
+        if self.shared_bytes > shared_bytes:
+            reasons.append(f"{self.shared_bytes} bytes of shared memory, the chip has {shared_bytes}")
         if self.spills:
-            found.append(f"{self.spills} instructions spill registers")
+            reasons.append(f"{self.spills} instructions spill registers")
         if dtype != "float32" and not sum(self.tensor_core.values()):
-            found.append("no tensor-core instruction")
-        return found
+            reasons.append("no tensor-core instruction")
+        return reasons
 
 
-# Arguments of the kernels, by name, that are not pointers to the dtype of the input.
+# Types of the kernels' arguments, by name, that are not pointers to the dtype of the input.
 OTHER_ARGUMENTS = {
     **dict.fromkeys(("conv_bias", "expand_bias", "project_bias", "bias", "partial"), "*fp32"), "counters": "*i32",
     **dict.fromkeys(("pixels", "height", "width", "out_height", "out_width", "taps", "tiles", "rows"), "i32"),
@@ -80,10 +78,12 @@ OTHER_ARGUMENTS = {
 
 
 def compile_for(kernel: Any, constexprs: Mapping[str, object], dtype: str, num_warps: int, capability: int) -> Any:
-    """Compile one of the kernels for a compute capability such as 90; pointers are taken to be 16-byte aligned.
+    """Compile a kernel for a compute capability such as 90, with pointers aligned to 16 bytes.
 
     Args:
-        constexprs: all of the kernel's compile-time arguments.
+        kernel: a function of `triton.jit`.
+        constexprs: all compile-time arguments of the kernel.
+        dtype: of the input, such as "float16".
     """
     types = {
         name: "constexpr" if name in constexprs else OTHER_ARGUMENTS.get(name, POINTERS[dtype])
@@ -97,7 +97,7 @@ def compile_for(kernel: Any, constexprs: Mapping[str, object], dtype: str, num_w
 
 
 def read_statics(compiled: Any) -> Statics:
-    """Registers, spills, shared memory, tensor-core instructions and loads of a kernel from `compile_for`."""
+    """Read registers, spills, shared memory and instructions from a kernel that `compile_for` made."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -106,21 +106,22 @@ def read_statics(compiled: Any) -> Statics:
     registers, stack = (int(re.search(rf"{name}:(\d+)", usage).group(1)) for name in ("REG", "STACK"))  # type: ignore[union-attr]
     operations = re.findall(r"^\s*/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", code, re.MULTILINE)
     names = [operation.split(".") for operation in operations]
-    widths = Counter(_bits(parts) for parts in names if parts[0] in ("LDG", "LDGSTS"))
+    widths = Counter(_bits(words) for words in names if words[0] in ("LDG", "LDGSTS"))
     return Statics(
         registers=registers,
         stack_bytes=stack,
-        spills=sum(parts[0] in ("LDL", "STL") for parts in names),
+        spills=sum(words[0] in ("LDL", "STL") for words in names),
         shared_bytes=compiled.metadata.shared,
-        tensor_core={name: sum(parts[0] == name for parts in names) for name in ("HGMMA", "HMMA")},
+        tensor_core={name: sum(words[0] == name for words in names) for name in ("HGMMA", "HMMA")},
         global_loads=dict(sorted(widths.items())),
-        barriers=sum(parts[0] == "BAR" for parts in names),
+        barriers=sum(words[0] == "BAR" for words in names),
     )
 
 
-def _bits(parts: list[str]) -> int:
+def _bits(words: list[str]) -> int:
+    """Bits per thread of a load such as LDG.E.128, given as its words."""
     return next(
-        (int(part) for part in parts[1:] if part in ("64", "128")), 8 if "U8" in parts else 16 if "U16" in parts else 32
+        (int(word) for word in words[1:] if word in ("64", "128")), 8 if "U8" in words else 16 if "U16" in words else 32
     )
 
 
@@ -129,7 +130,7 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def compile_block(problem: BlockProblem, tiling: Tiling, capability: int) -> list[Any]:
-    """A block's kernel, or those of its three launches, compiled for a compute capability such as 90."""
+    """Compile a block's kernel, or those of its three launches, for a compute capability such as 90."""
     if tiling.launches == 1:
         fixed = constants(problem, tiling)
         return [compile_for(convfirst_kernel, fixed, problem.dtype, tiling.num_warps, capability)]
@@ -141,22 +142,22 @@ def compile_block(problem: BlockProblem, tiling: Tiling, capability: int) -> lis
 
 
 def block_statics(problem: BlockProblem, tiling: Tiling, capability: int) -> Statics:
-    """What the compiler makes of a block: of several launches the most that one takes, and all their instructions."""
-    found = [read_statics(each) for each in compile_block(problem, tiling, capability)]
-    loads: Counter[int] = sum((Counter(each.global_loads) for each in found), Counter())
+    """What the compiler makes of a block: the most memory that one of its launches takes, and all instructions."""
+    compiled = [read_statics(each) for each in compile_block(problem, tiling, capability)]
+    loads: Counter[int] = sum((Counter(each.global_loads) for each in compiled), Counter())
     return Statics(
-        registers=max(each.registers for each in found),
-        stack_bytes=max(each.stack_bytes for each in found),
-        spills=sum(each.spills for each in found),
-        shared_bytes=max(each.shared_bytes for each in found),
-        tensor_core={name: sum(each.tensor_core[name] for each in found) for name in found[0].tensor_core},
+        registers=max(each.registers for each in compiled),
+        stack_bytes=max(each.stack_bytes for each in compiled),
+        spills=sum(each.spills for each in compiled),
+        shared_bytes=max(each.shared_bytes for each in compiled),
+        tensor_core={name: sum(each.tensor_core[name] for each in compiled) for name in compiled[0].tensor_core},
         global_loads=dict(sorted(loads.items())),
-        barriers=sum(each.barriers for each in found),
+        barriers=sum(each.barriers for each in compiled),
     )
 
 
 def shorthand(tiling: Tiling) -> str:
-    """A tiling in a word, such as `m128 e64 mma w8 s2`; of three launches what the first one has of it."""
+    """A tiling in a few letters, such as `m128 e64 mma w8 s2`; for three launches only what the first one uses."""
     shape = f"{tiling.rows}x{tiling.columns}" if tiling.rows > 1 else f"m{tiling.block_m}"
     if tiling.launches > 1:
         return (
@@ -173,26 +174,21 @@ def shorthand(tiling: Tiling) -> str:
 
 def main(
     channels: Annotated[int, typer.Option(help="Input channels.")] = 64,
-    out_channels: Annotated[int | None, typer.Option(help="Output channels; as many as come in by default.")] = None,
+    out_channels: Annotated[int | None, typer.Option(help="Output channels (default: the input channels).")] = None,
     expansion: Annotated[float, typer.Option(help="Hidden over input channels.")] = 4.0,
-    kernel_size: Annotated[int, typer.Option(help="3, 5 or 7.")] = 3,
-    group_width: Annotated[int, typer.Option(help="Channels a group; 1 is depthwise.")] = 8,
-    stride: Annotated[int, typer.Option(help="1 or 2.")] = 1,
-    activation: Annotated[str, typer.Option(help="silu, relu, gelu or hard_swish.")] = "silu",
-    dtype: Annotated[str, typer.Option(help="float16, bfloat16 or float32.")] = "float16",
-    batch: Annotated[int, typer.Option(help="Images.")] = 128,
-    resolution: Annotated[int, typer.Option(help="Pixels of the square input map.")] = 56,
-    capability: Annotated[list[int] | None, typer.Option(help="80, 89 or 90; may be given several times.")] = None,
-    tilings: Annotated[int, typer.Option(min=1, help="How many, the likeliest first.")] = 3,
-    run: Annotated[bool, typer.Option("--run", help="Run them emulated, and count what they do.")] = False,
+    kernel_size: Annotated[int, typer.Option(help="Kernel size: 3, 5 or 7.")] = 3,
+    group_width: Annotated[int, typer.Option(help="Channels per group; 1 is depthwise.")] = 8,
+    stride: Annotated[int, typer.Option(help="Stride: 1 or 2.")] = 1,
+    activation: Annotated[str, typer.Option(help="Activation: silu, relu, gelu or hard_swish.")] = "silu",
+    dtype: Annotated[str, typer.Option(help="Data type: float16, bfloat16 or float32.")] = "float16",
+    batch: Annotated[int, typer.Option(help="Images per batch.")] = 128,
+    resolution: Annotated[int, typer.Option(help="Height and width of the input, in pixels.")] = 56,
+    capability: Annotated[list[int] | None, capability_option("all three")] = None,
+    tilings: Annotated[int, typer.Option(min=1, help="Show this many tilings, the likeliest first.")] = 3,
+    run: Annotated[bool, typer.Option("--run", help="Also run the kernels in the emulator, and count.")] = False,
 ) -> None:
-    """Compile a fused block for GPUs that need not be here, and show registers, spills, memory and instructions."""
-    if INTERPRETED:
-        raise typer.BadParameter("the compiler cannot run under TRITON_INTERPRET=1; unset it", param_hint="environment")
-    capabilities = capability or [80, 89, 90]
-    if unknown := set(capabilities) - set(SHARED_LIMIT_BYTES):
-        known = ", ".join(map(str, SHARED_LIMIT_BYTES))
-        raise typer.BadParameter(f"{unknown.pop()} is none of {known}", param_hint="--capability")
+    """Compile a fused block without a GPU, and show registers, spills, memory and instructions."""
+    capabilities = known_capabilities(capability or GPU_SPECS)
     out = channels if out_channels is None else out_channels
     hidden = max(8, round(channels * expansion / 8) * 8)
     problem = BlockProblem(
@@ -200,25 +196,27 @@ def main(
         stride == 1 and out == channels, dtype, MAX_SPLITS,
     )  # fmt: skip
     if why := unsupported(problem):
-        raise typer.BadParameter(why)
-    columns = ["sm", "tiling", "counted us", "registers", "spills", "shared KiB", "HGMMA", "HMMA", "loads by bits", "s"]
+        fail(why)
+    columns = [
+        "sm", "tiling", "predicted us", "registers", "spills", "shared KiB", "HGMMA", "HMMA", "loads by bits", "s",
+    ]  # fmt: skip
     if run:
         columns += ["instr", "on-chip KiB", "predicted KiB", "conflicts", "error"]
     table = Table(*columns, title=f"{channels} -> {hidden} -> {out}, k{kernel_size} g{group_width}, {dtype}")
     for number in capabilities:
-        limits = cost_model.LIMITS[number]
-        for tiling in cost_model.ranked(problem, limits)[:tilings]:
+        gpu = GPU_SPECS[number]
+        for tiling in cost_model.ranked(problem, gpu)[:tilings]:
             begin = time.perf_counter()
             statics = block_statics(problem, tiling, number)
             seconds = time.perf_counter() - begin
             loads = " ".join(f"{bits}:{count}" for bits, count in statics.global_loads.items())
             ran: tuple[str, ...] = ()
-            if run and statics.shared_bytes <= SHARED_LIMIT_BYTES[number]:
+            if run and statics.shared_bytes <= gpu.shared_bytes:
                 traffic = Traffic()
                 error = rehearse(problem, tiling, number, traffic)
-                # As many tiles as are rehearsed; programs of several launches have no one figure.
+                # `rehearse` runs two tiles per program at most; several launches have no single figure.
                 two = replace(tiling, tiles_each=min(tiling.tiles_each, 2))
-                counted = cost_model.on_chip_bytes(problem, two, limits.wgmma_macs > limits.mma_macs)
+                counted = cost_model.on_chip_bytes(problem, two, gpu.wgmma_macs > gpu.mma_macs)
                 ran = (
                     str(sum(traffic.instructions.values()) // traffic.programs),
                     f"{traffic.on_chip_bytes / traffic.programs / 1024:.0f}",
@@ -226,7 +224,7 @@ def main(
                     f"{traffic.shared_wavefronts / traffic.shared_least:.2f}", f"{error:.1e}",
                 )  # fmt: skip
             table.add_row(
-                str(number), shorthand(tiling), f"{1e6 * cost_model.estimate(problem, tiling, limits):.1f}",
+                str(number), shorthand(tiling), f"{1e6 * cost_model.estimate(problem, tiling, gpu):.1f}",
                 str(statics.registers), str(statics.spills), f"{statics.shared_bytes / 1024:.1f}",
                 *(str(statics.tensor_core[name]) for name in ("HGMMA", "HMMA")), loads, f"{seconds:.1f}", *ran,
             )  # fmt: skip

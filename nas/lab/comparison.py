@@ -1,7 +1,7 @@
-"""Samplers at equal seconds: `python -m nas.lab.comparison --sampler tpe --sampler random --seconds 480 --seeds 3`.
+"""Samplers at equal time: `python -m nas.lab.comparison --sampler tpe --sampler random --seconds 480 --seeds 3`.
 
-For each seed the samplers search side by side, each on one thread of its own, so that whatever disturbs the machine
-disturbs them alike. They take turns at the device: no one trains while another measures, which costs all of them alike.
+For each seed the samplers search side by side, each with one thread of its own, so that disturbances of the machine
+meet them alike. They take turns at the device: none trains while another measures, which costs all of them the same.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from nas.pareto import hypervolume
 from studies import Store
 
 UNLIMITED = 1_000_000
-# Hypervolume counted up to so many anchor latencies; the search itself reports it up to 2.
+# Latency references of the hypervolumes, as multiples of the anchor's latency; the search itself reports 2.
 REFERENCES = (1.0, 2.0, 4.0)
 
 
 def search(folder: Path, sampler: str, seed: int, seconds: int) -> subprocess.Popen[bytes]:
-    """Begin one search, in a process and a database of its own."""
+    """Start a search in a process of its own, with a database of its own."""
     name = f"{sampler}{seed}"
     command = [sys.executable, "-m", "run_search", "--budget", UNLIMITED, "--time-limit", seconds, "--threads", 1]
     command += ["--sampler", sampler, "--seed", seed, "--study", name, "--storage", url(folder, name)]
@@ -35,11 +35,12 @@ def search(folder: Path, sampler: str, seed: int, seconds: int) -> subprocess.Po
 
 
 def url(folder: Path, name: str) -> str:
+    """The URL of a search's database."""
     return f"sqlite:///{folder.resolve() / name}.db"
 
 
 def hypervolumes(folder: Path, name: str) -> tuple[int, list[float]]:
-    """Complete candidates of a study, and its hypervolume at each reference."""
+    """Count the complete candidates of a study, and compute its hypervolume at each reference."""
     store = Store.open(url(folder, name), create=False)
     study = store.find_study(name) if store else None
     if store is None or study is None:
@@ -51,12 +52,14 @@ def hypervolumes(folder: Path, name: str) -> tuple[int, list[float]]:
 
 
 def main(
-    folder: Annotated[Path, typer.Option(help="A new folder for the databases and logs.")],
-    sampler: Annotated[list[str] | None, typer.Option(help="May be given several times.")] = None,
-    seconds: Annotated[int, typer.Option(min=1, help="Of each search.")] = 480,
-    seeds: Annotated[int, typer.Option(min=1, help="Searches of each sampler, of seeds 0 and up.")] = 3,
+    folder: Annotated[Path, typer.Option(help="New folder for the databases and logs.")],
+    sampler: Annotated[
+        list[str] | None, typer.Option(help="Sampler; may be given several times (default: tpe and random).")
+    ] = None,
+    seconds: Annotated[int, typer.Option(min=1, help="Time of each search, in seconds.")] = 480,
+    seeds: Annotated[int, typer.Option(min=1, help="Searches of each sampler, with seeds 0 and up.")] = 3,
 ) -> None:
-    """Search with each sampler for the same time and print the hypervolumes side by side."""
+    """Search with each sampler for the same time, and print the hypervolumes side by side."""
     samplers = sampler or ["tpe", "random"]
     if unknown := set(samplers) - set(SAMPLERS):
         raise typer.BadParameter(f"{unknown.pop()} is none of {', '.join(SAMPLERS)}", param_hint="--sampler")
@@ -75,10 +78,10 @@ def main(
                 process.terminate()
     table = Table("sampler", "seed", "candidates", *(f"up to {k:g} x anchor" for k in REFERENCES))
     for each in samplers:
-        found = [hypervolumes(folder, f"{each}{seed}") for seed in range(seeds)]
-        for seed, (count, volumes) in enumerate(found):
+        results = [hypervolumes(folder, f"{each}{seed}") for seed in range(seeds)]
+        for seed, (count, volumes) in enumerate(results):
             table.add_row(each, str(seed), str(count), *(f"{volume:.4f}" for volume in volumes))
-        columns = zip(*(volumes for _, volumes in found), strict=True)
+        columns = zip(*(volumes for _, volumes in results), strict=True)
         table.add_row(each, "mean", "", *(f"{mean(column):.4f}" for column in columns), end_section=True)
     Console().print(table)
 

@@ -1,14 +1,13 @@
 """Compile the fused blocks of whole search spaces, without a GPU: `python -m nas.lab.kernel_sweep --space imagenet`.
 
-For every block that a space can sample, at each batch size, the tilings that would be tuned are compiled for each GPU,
-and what the compiler made of them is written at once, a line of JSON a block. With `--run` each is also run on a few
-pixels by the emulator (`kernels.lab.emulator`), and held against float64. The same command goes on where it was
-stopped.
+For every block that a space can sample, at each batch size, the tilings that tuning would try are compiled for each
+GPU, and what the compiler made of them is written at once, a line of JSON for each block. With `--run` the emulator
+(`kernels.lab.emulator`) also runs each on a few pixels, and the result is compared with float64. The same command goes
+on where it was stopped.
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
@@ -26,22 +25,23 @@ import typer
 from rich.progress import Progress
 
 from kernels import cost_model, ops, tune
-from kernels.device_functions import INTERPRETED
 from kernels.lab import emulator
+from kernels.lab.commands import capability_option, fail, known_capabilities
 from kernels.lab.emulator import EmulationError, rehearse
-from kernels.lab.inspect import SHARED_LIMIT_BYTES, block_statics
+from kernels.lab.inspect import block_statics
+from kernels.lab.results import ResultFile
 from kernels.problem import MAX_SPLITS, BlockProblem, Tiling, unsupported
 from search_spaces import SearchSpace, load_space
 from search_spaces.arch import STEM_STRIDE, BlockSpec
 
 BUILT_IN = ("small", "imagenet")
-# Root mean square of an error that a few roundings of the dtype come to, and no wrong tap does.
+# Root mean square of an error that a few roundings of the dtype explain, and that any wrong tap exceeds.
 ROUNDINGS = {"float16": 1.5e-3, "bfloat16": 1.2e-2}
 
 
 def block_specs(space: SearchSpace) -> Iterator[tuple[int, BlockSpec]]:
-    """Every block that a space can sample, with the resolution of its input; some come more than once."""
-    # Channels and total stride with which a network may enter the stage.
+    """Yield every block that a space can sample, with the resolution of its input, some more than once."""
+    # Channels and total stride at the entry of the stage.
     entries = {(width, STEM_STRIDE) for width in space.stem_width}
     for stage in space.stages:
         leaving = set()
@@ -58,63 +58,51 @@ def block_specs(space: SearchSpace) -> Iterator[tuple[int, BlockSpec]]:
 
 
 def problems(space: SearchSpace, batch: int, dtype: str) -> list[BlockProblem]:
-    """The distinct supported problems of a space, with and without splits, in a fixed order."""
-    found = {
+    """The distinct supported problems of a space's blocks, with and without splits, in a fixed order."""
+    distinct = {
         ops.with_splits(
             BlockProblem(
-                batch,
-                size,
-                size,
-                block.in_channels,
-                block.expanded_channels,
-                block.out_channels,
-                block.kernel_size,
-                block.group_width,
-                block.stride,
-                activation,
-                block.residual,
-                dtype,
-            ),
-            most,
+                batch, size, size, block.in_channels, block.expanded_channels, block.out_channels, block.kernel_size,
+                block.group_width, block.stride, activation, block.residual, dtype,
+            ), most
         )
         for size, block in block_specs(space)
         for activation in space.activation
         for most in (1, MAX_SPLITS)
-    }
-    return sorted((problem for problem in found if unsupported(problem) is None), key=str)
+    }  # fmt: skip
+    return sorted((problem for problem in distinct if unsupported(problem) is None), key=str)
 
 
 def sweep_tilings(problem: BlockProblem, capability: int, run: bool) -> dict[str, Any]:
-    """A line of the results: what the compiler made of the tilings that would be tuned.
+    """Compile the tilings that tuning would try, and return a line of the results.
 
-    Many problems share kernels, as batch and resolution are no part of them; Triton's cache has those at once.
+    Many problems share kernels, which do not depend on batch and resolution; Triton's cache holds those already.
 
     Args:
-        run: whether what was compiled is also run.
+        run: whether to run the kernels in the emulator, too.
     """
-    # One emulation keeps a core busy; several processes are at it.
+    # One emulation keeps a core busy, and several processes run.
     torch.set_num_threads(1)
-    found = []
-    for tiling in tune.tried(ops.BLOCK, problem, cost_model.LIMITS[capability]):
+    rows = []
+    for tiling in tune.tried(ops.BLOCK, problem, cost_model.GPU_SPECS[capability]):
         row: dict[str, Any] = {"tiling": asdict(tiling), "statics": None}
         try:
             statics = block_statics(problem, tiling, capability)
         except Exception as error:
-            # Whatever the compiler raises is a finding.
+            # Whatever the compiler raises is a result.
             message = (str(error).strip() or type(error).__name__).splitlines()[0]
             row["complaints"] = [f"does not compile: {message}"]
         else:
             row |= {"statics": asdict(statics), "complaints": statics.complaints(capability, problem.dtype)}
             if run:
                 row["complaints"] += _emulated_complaints(problem, tiling, capability)
-        found.append(row)
-    sources = sources_digest(run)
-    return {"problem": asdict(problem), "capability": capability, "sources": sources, "tilings": found}
+        rows.append(row)
+    return {"problem": asdict(problem), "capability": capability, "tilings": rows}
 
 
 @functools.cache
 def sources_digest(run: bool) -> str:
-    """Of what a line depends on."""
+    """A digest of the sources that a line of the results depends on: with `run` also the emulator's."""
     files = sorted(Path(emulator.__file__).parent.glob("*.py")) if run else []
     return tune.sources_digest() + hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:12] * run
 
@@ -122,73 +110,57 @@ def sources_digest(run: bool) -> str:
 def _emulated_complaints(problem: BlockProblem, tiling: Tiling, capability: int) -> list[str]:
     try:
         error = rehearse(problem, tiling, capability)
-    except Exception as told:
-        # One that does not fit is complained of already.
-        if not isinstance(told, EmulationError) and not tune.refuses(told):
+    except Exception as failure:
+        # A kernel that does not fit has a complaint already.
+        if not isinstance(failure, EmulationError) and not tune.refuses(failure):
             raise
-        return [f"does not run: {told}"]
+        return [f"does not run: {failure}"]
     return [] if error <= ROUNDINGS[problem.dtype] else [f"computes wrong, off by {error:.2g}"]
 
 
 def main(
-    space: Annotated[list[str] | None, typer.Option(help="Name or TOML file; both built-in ones by default.")] = None,
-    batch: Annotated[list[int] | None, typer.Option(min=1, help="1 and 128 by default.")] = None,
-    capability: Annotated[list[int] | None, typer.Option(help="80, 89 or 90; 90 by default.")] = None,
-    dtype: Annotated[str, typer.Option(help="float16 or bfloat16.")] = "float16",
-    limit: Annotated[int | None, typer.Option(min=1, help="So many blocks at most, drawn at random.")] = None,
-    run: Annotated[bool, typer.Option("--run", help="Also run what was compiled, emulated.")] = False,
+    space: Annotated[list[str] | None, typer.Option(help="Name or TOML file (default: both built-in spaces).")] = None,
+    batch: Annotated[list[int] | None, typer.Option(min=1, help="Images per batch (default: 1 and 128).")] = None,
+    capability: Annotated[list[int] | None, capability_option("90")] = None,
+    dtype: Annotated[str, typer.Option(help="Data type: float16 or bfloat16.")] = "float16",
+    limit: Annotated[int | None, typer.Option(min=1, help="Compile at most this many blocks, drawn at random.")] = None,
+    run: Annotated[bool, typer.Option("--run", help="Also run the kernels in the emulator.")] = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes that compile.")] = 2,
-    out: Annotated[Path, typer.Option(help="Results, one line of JSON each; appended to.")] = Path("sweep.jsonl"),
+    out: Annotated[Path, typer.Option(help="File of results, a line of JSON each; appended to.")] = Path("sweep.jsonl"),
 ) -> None:
-    """Compile, write a line for each, and print what there is to complain of."""
-    if INTERPRETED:
-        raise typer.BadParameter("the compiler cannot run under TRITON_INTERPRET=1; unset it", param_hint="environment")
-    capabilities = capability or [90]
-    if unknown := set(capabilities) - set(SHARED_LIMIT_BYTES):
-        known = ", ".join(map(str, SHARED_LIMIT_BYTES))
-        raise typer.BadParameter(f"{unknown.pop()} is none of {known}", param_hint="--capability")
+    """Compile the blocks of search spaces, write a line for each, and count the complaints."""
+    capabilities = known_capabilities(capability or [90])
     try:
         spaces = [load_space(name) for name in space or BUILT_IN]
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--space") from error
-    jobs = {
-        _key(asdict(problem), number, sources_digest(run)): (problem, number, run)
+        fail(f"--space {error}")
+    results = ResultFile(out, {"sources": sources_digest(run)}, ("problem", "capability"))
+    # A problem may belong to several spaces.
+    jobs = dict.fromkeys(
+        (problem, number)
         for each, images, number in product(spaces, batch or [1, 128], capabilities)
         for problem in problems(each, images, dtype)
-    }
-    rows = {}
-    for line in out.read_text().splitlines() if out.exists() else ():
-        # A run that was killed leaves half a line.
-        with contextlib.suppress(json.JSONDecodeError, KeyError):
-            row = json.loads(line)
-            if (key := _key(row["problem"], row["capability"], row["sources"])) in jobs:
-                rows[key] = row
-    left = sorted(set(jobs) - set(rows))
+    )
+    rows = {job: results.find(asdict(job[0]), job[1]) for job in jobs}
+    left = [job for job, row in rows.items() if row is None]
+    left.sort(key=lambda job: json.dumps([asdict(job[0]), job[1]], sort_keys=True))
     random.Random(0).shuffle(left)
-    typer.echo(f"{len(jobs)} blocks, {len(rows)} known, {len(left)} left")
+    typer.echo(f"{len(jobs)} blocks, {len(jobs) - len(left)} known, {len(left)} left")
     left = left[:limit]
-    with ProcessPoolExecutor(workers) as pool, Progress() as progress, out.open("a") as file:
+    with ProcessPoolExecutor(workers) as pool, Progress() as progress:
         bar = progress.add_task("compiling", total=len(left))
-        if out.read_text()[-1:] not in ("", "\n"):
-            file.write("\n")
-        futures = {pool.submit(sweep_tilings, *jobs[key]): key for key in left}
+        futures = {pool.submit(sweep_tilings, *job, run): job for job in left}
         for future in as_completed(futures):
-            rows[futures[future]] = row = future.result()
-            file.write(json.dumps(row) + "\n")
-            file.flush()
+            rows[futures[future]] = results.add(future.result())
             progress.advance(bar)
-    every = [compiled for row in rows.values() for compiled in row["tilings"]]
-    first = [row["tilings"][0] for row in rows.values()]
-    for name, compiled in (("first tilings", first), ("tilings", every)):
+    swept = [row["tilings"] for row in rows.values() if row is not None]
+    every = [compiled for tilings in swept for compiled in tilings]
+    for name, compiled in (("first tilings", [tilings[0] for tilings in swept]), ("tilings", every)):
         clean = sum(not each["complaints"] for each in compiled)
         typer.echo(f"{clean} of {len(compiled)} {name} have nothing to complain of")
     complaints = Counter(_kind(complaint) for each in every for complaint in each["complaints"])
     for complaint, count in complaints.most_common():
         typer.echo(f"{count:6} {complaint}")
-
-
-def _key(problem: dict[str, Any], capability: int, sources: str) -> str:
-    return json.dumps([problem, capability, sources], sort_keys=True)
 
 
 def _kind(complaint: str) -> str:

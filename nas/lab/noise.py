@@ -1,9 +1,9 @@
-"""How far latencies can be trusted: `python -m nas.lab.noise`, the same networks measured several times over.
+"""How far latencies can be trusted: `python -m nas.lab.noise` measures the same networks several times.
 
 Random networks of a space are measured one after the other, as a search does, and then all of them again, and again.
-Printed is how far a network's figures are apart, raw and drift-corrected, how often two networks change places between
-rounds, and how many measurements were ended by the time cap. `--out` keeps the figures, and with `--reference-ms` of a
-run before, which prints it, those of several runs are compared.
+The command prints how far a network's latencies are apart, raw and drift-corrected, how often two networks change
+places between rounds, and how many measurements ended at the time cap. `--out` keeps the latencies, and with
+`--reference-ms` from an earlier run, which prints it, several runs are compared.
 """
 
 from __future__ import annotations
@@ -23,38 +23,39 @@ from rich.table import Table
 
 from nas.config import LatencyConfig
 from nas.errors import UsageError
+from nas.lab.options import Space
 from nas.latency.devices import check_device
 from nas.latency.isolation import meter_for
 from nas.locks import WAITING, device_lock
 from search_spaces import load_space
 
 
-def spread(figures: np.ndarray) -> np.ndarray:
-    """(rounds, networks) ms -> (networks,): greatest over least, less 1."""
-    found: np.ndarray = figures.max(axis=0) / figures.min(axis=0) - 1
-    return found
+def spread(latencies_ms: np.ndarray) -> np.ndarray:
+    """The greatest latency of each network over its least, less 1: (rounds, networks) -> (networks,)."""
+    apart: np.ndarray = latencies_ms.max(axis=0) / latencies_ms.min(axis=0) - 1
+    return apart
 
 
-def exchanges(figures: np.ndarray) -> tuple[int, int]:
-    """(rounds, networks) -> pairs of networks that change places between two rounds, and pairs in all."""
+def exchanges(latencies_ms: np.ndarray) -> tuple[int, int]:
+    """Pairs of networks that change places between two rounds, and pairs in all, of latencies (rounds, networks)."""
     changed = total = 0
-    for one, other in itertools.combinations(figures, 2):
-        for a, b in itertools.combinations(range(figures.shape[1]), 2):
+    for one, other in itertools.combinations(latencies_ms, 2):
+        for a, b in itertools.combinations(range(latencies_ms.shape[1]), 2):
             changed += (one[a] < one[b]) != (other[a] < other[b])
             total += 1
     return changed, total
 
 
 def main(
-    networks: Annotated[int, typer.Option(min=2, help="Drawn at random from the space, always the same.")] = 10,
-    rounds: Annotated[int, typer.Option(min=2, help="How often each is measured.")] = 3,
-    space: Annotated[str, typer.Option(help="As run_search.py's.")] = "small",
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    seconds: Annotated[float, typer.Option(help="Time cap of a measurement.")] = LatencyConfig.seconds,
-    reference_ms: Annotated[float | None, typer.Option(help="The anchor's, as an earlier run printed it.")] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="A JSON file: figures of an earlier run, to which these come.")
+    networks: Annotated[int, typer.Option(min=2, help="Networks, drawn from the space with a fixed seed.")] = 10,
+    rounds: Annotated[int, typer.Option(min=2, help="Measurements of each network.")] = 3,
+    space: Space = "small",
+    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda or cuda:N.")] = "auto",
+    seconds: Annotated[float, typer.Option(help="Time cap per measurement, in seconds.")] = LatencyConfig.seconds,
+    reference_ms: Annotated[
+        float | None, typer.Option(help="Latency of the anchor that an earlier run printed (default: measure it).")
     ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file of latencies; those of this run are added.")] = None,
 ) -> None:
     """Print how far repeated measurements of the same networks are apart."""
     try:
@@ -70,31 +71,34 @@ def main(
     lock = device_lock(where)
     with lock.measuring(lambda: print(WAITING, file=sys.stderr)):
         meter = meter_for(config, loaded.anchor(), reference_ms)
-    found: list[list[Any]] = []
+    measured: list[list[Any]] = []
     for _ in track(range(rounds), "measuring"):
         row = []
         for arch in archs:
             with lock.measuring():
                 row += meter.measure_together([arch])
-        found.append(row)
+        measured.append(row)
     reference_ms = meter.reference_ms
     meter.close()
     runs.append({
-        "raw": [[measured.raw_median_ms for measured in row] for row in found],
-        "corrected": [[measured.median_ms for measured in row] for row in found],
-        "capped": sum(measured.latency.capped for row in found for measured in row),
+        "raw": [[result.raw_median_ms for result in row] for row in measured],
+        "corrected": [[result.median_ms for result in row] for row in measured],
+        "capped": sum(result.latency.capped for row in measured for result in row),
     })  # fmt: skip
     if out is not None:
         out.write_text(json.dumps(runs))
     console = Console(width=100)
-    shares = [measured.latency.interval_share for row in found for measured in row]
-    counts = [measured.latency.repeats for row in found for measured in row]
+    shares = [result.latency.interval_share for row in measured for result in row]
+    counts = [result.latency.repeats for row in measured for result in row]
     table = Table("", "spread: median", "greatest", "places changed", title=f"{networks} networks, {rounds} rounds")
     for name in ("raw", "corrected"):
-        figures = np.asarray(runs[-1][name])
-        changed, total = exchanges(figures)
+        latencies_ms = np.asarray(runs[-1][name])
+        changed, total = exchanges(latencies_ms)
         table.add_row(
-            name, f"{np.median(spread(figures)):.1%}", f"{spread(figures).max():.1%}", f"{changed} of {total} pairs"
+            name,
+            f"{np.median(spread(latencies_ms)):.1%}",
+            f"{spread(latencies_ms).max():.1%}",
+            f"{changed} of {total} pairs",
         )
     if len(runs) > 1:
         for name in ("raw", "corrected"):
@@ -112,7 +116,7 @@ def main(
 
 
 def _earlier(path: Path | None) -> list[dict[str, Any]]:
-    """The runs that a file holds.
+    """Read the runs that a file holds; none if there is no file yet.
 
     Raises:
         UsageError: it is no such file, or cannot be made.

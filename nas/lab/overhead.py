@@ -1,102 +1,23 @@
 """How much of a trial is neither training nor timing: `python -m nas.lab.overhead --trials 200 --trials 2000`.
 
-Runs the real search loop, on a real SQLite file, with an evaluator that invents accuracy and latency at once.
+The real search loop runs on a real SQLite file, with an evaluator that invents accuracy and latency at once.
 """
 
 from __future__ import annotations
 
-import math
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from kernels.timing import DeviceInfo
-from nas.config import LatencyConfig, SearchConfig
-from nas.errors import CandidateFailed
-from nas.latency.device_profile import DeviceProfile
-from nas.latency.parts import CALL, arch_parts, network_shape, shape_id
-from nas.latency.values import Latency, Measurement, ShapeLatency
+from nas.config import SearchConfig
+from nas.lab.invented import FakeEvaluator
+from nas.lab.options import Space
 from nas.search.loop import Event, Silent, run
-from nas.training.proxy import CurvePoint, ProxyResult
-from search_spaces import ArchSpec, Cost, cost, load_space
-
-FAKE_DEVICE = DeviceInfo("cpu", "invented", "none", "none", "none")
-
-
-class FakeEvaluator:
-    """Scores by formulas, in no time: accuracy saturates in MACs, latency grows with them and with depth.
-
-    Like a real landscape this one has hidden preferences that counting does not tell, so that there is something to
-    learn. With `build` the networks are made too, once to be timed and once to be trained.
-    """
-
-    device = FAKE_DEVICE
-    data_fingerprint = "invented"
-    notes: tuple[str, ...] = ()
-
-    def __init__(self, build: bool = False) -> None:
-        self.build = build
-
-    def anchor(self, references_ms: Sequence[float]) -> ShapeLatency:
-        shape = network_shape(str(load_space("small").anchor()), LatencyConfig(device="cpu"))
-        return ShapeLatency(shape, Latency(1.0, 1.0, 1.0, 10, 0.01))
-
-    def start(self, anchor_ms: float) -> None:
-        pass
-
-    def cost(self, arch: ArchSpec) -> Cost:
-        return cost(arch, resolution=32, num_classes=10)
-
-    def measure(self, arch: ArchSpec) -> Measurement:
-        if self.build:
-            arch.build(num_classes=10)
-        median_ms = 0.05 * len(arch.blocks) + self.cost(arch).macs / 2e7 * (1.3 if arch.activation == "gelu" else 1.0)
-        latency = Latency(median_ms, 0.9 * median_ms, 1.2 * median_ms, 100)
-        return Measurement(latency, median_ms, 1.0, weight_bytes=4 * self.cost(arch).params, workspace_bytes=0)
-
-    def train(self, arch: ArchSpec) -> ProxyResult:
-        if self.build:
-            arch.build(num_classes=10)
-        if arch.stages[0].kernel_size == 7 and arch.stages[0].group_width == 16:
-            raise CandidateFailed("the loss diverged (invented)")
-        preference = {"silu": 0.03, "hard_swish": 0.02, "gelu": 0.03, "relu": 0.0}[arch.activation]
-        preference += sum(0.01 for stage in arch.stages if stage.kernel_size == 5)
-        preference += sum(0.01 for stage in arch.stages if stage.group_width > 1)
-        accuracy = 0.9 * (1 - math.exp(-math.sqrt(self.cost(arch).macs / 4e6))) * (0.9 + preference)
-        curve = tuple(CurvePoint(10 * step, 2.0 / step, accuracy * step / 20, 0.3 * step) for step in range(1, 21))
-        return ProxyResult(accuracy, 1 - accuracy, curve, 0.0, 1_000_000)
-
-    def measure_together(self, archs: Sequence[ArchSpec]) -> list[Measurement]:
-        return [self.measure(arch) for arch in archs]
-
-    def measure_blocks(
-        self, archs: Sequence[ArchSpec], known: Mapping[str, float], references_ms: Sequence[float]
-    ) -> list[ShapeLatency]:
-        config = LatencyConfig(device="cpu")
-        shapes = {
-            CALL: 0.01,
-            network_shape(str(load_space("small").anchor()), config): 1.0,
-        }
-        shapes |= {part.shape: 0.015 for arch in archs for part in arch_parts(arch, config)}
-        return [
-            ShapeLatency(shape, Latency(median_ms, median_ms, median_ms, 10, 0.01))
-            for shape, median_ms in shapes.items()
-            if shape_id(shape) not in known
-        ]
-
-    def profile(self) -> DeviceProfile:
-        return DeviceProfile(copy_bytes_per_s=2e10, macs_per_s=4e10, launch_seconds=4e-6)
-
-    def determinism(self) -> str | None:
-        return None
-
-    def close(self) -> None:
-        pass
+from search_spaces import load_space
 
 
 class _Stopwatch(Silent):
@@ -108,11 +29,13 @@ class _Stopwatch(Silent):
 
 
 def main(
-    trials: Annotated[list[int] | None, typer.Option(help="Trials of a study; may be given several times.")] = None,
-    sampler: Annotated[str, typer.Option(help="As run_search.py's.")] = "tpe",
-    space: Annotated[str, typer.Option(help="As run_search.py's.")] = "small",
+    trials: Annotated[
+        list[int] | None, typer.Option(help="Trials of a study; may be given several times (default: 200 and 2000).")
+    ] = None,
+    sampler: Annotated[str, typer.Option(help="Sampler: tpe, nsga2 or random.")] = "tpe",
+    space: Space = "small",
 ) -> None:
-    """Print milliseconds a trial that are neither training nor timing: over all trials, and over the last tenth."""
+    """Print milliseconds per trial that are neither training nor timing, over all trials and over the last tenth."""
     for count in trials or [200, 2000]:
         with tempfile.TemporaryDirectory() as folder:
             watch = _Stopwatch()

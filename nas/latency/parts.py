@@ -112,7 +112,7 @@ def _fused_parts(arch: ArchSpec, config: LatencyConfig) -> tuple[set[str], dict[
     fused = fuse(arch.build(config.num_classes).eval(), getattr(torch, config.dtype))
     cut = _cut(fused.network)
     splits = {name: int(module.max_splits) for name, module in cut.items() if hasattr(module, "max_splits")}  # type: ignore[arg-type]
-    return {block_name(part.name) for part in fused.parts if part.fused}, splits
+    return {block_name(status.name) for status in fused.fusion if status.fused}, splits
 
 
 def block_name(module_name: str) -> str:

@@ -27,7 +27,7 @@ from search_spaces.space import Choice
 
 NSGA2_POPULATION = 20
 # Twice Optuna's default: with some twenty parameters multivariate TPE settles too early on the few points it has. On
-# the invented landscape of nas.lab.overhead with noise, hypervolume after 80 trials went from .581 to .591 (8 seeds,
+# the invented landscape of nas.lab.invented with noise, hypervolume after 80 trials went from .581 to .591 (8 seeds,
 # +-.004). It was picked among some two dozen variants tried there, so expect less of it elsewhere.
 TPE_STARTUP_TRIALS = 20
 FALLBACK_DRAWS = 1000

@@ -1,7 +1,7 @@
-"""What deterministic algorithms cost the proxy training: `python -m nas.training.determinism --device cuda`.
+"""What deterministic algorithms cost the proxy training; `nas.lab.determinism` is the command that trains longer.
 
-A search on CUDA says it when it begins a study, as the choice is the study's for good. The anchor of the space is
-trained with and without them in turns, on random images, in a process of its own: cuBLAS has to be told before its
+A search on CUDA prints it when it begins a study, as the choice holds for the whole study. The anchor of the space is
+trained with and without them in turns, on random images, in a process of its own: cuBLAS reads its setting before its
 first product.
 """
 
@@ -9,17 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from statistics import median
-from typing import Annotated
 
 import torch
-import typer
 
 from nas.child_process import ChildProcess
 from nas.config import ProxyConfig
 from nas.errors import CandidateFailed, memory_may_run_out
 from nas.training import proxy
 from nas.training.data import ImageData
-from search_spaces import ArchSpec, load_space
+from search_spaces import ArchSpec
 
 # Of each training, and trainings of either kind, when a search begins: some seconds in all.
 STEPS = 40
@@ -123,33 +121,3 @@ def _train(arch: ArchSpec, batches: proxy.Batches, config: ProxyConfig) -> proxy
         if "deterministic" not in str(error):
             raise
         raise CandidateFailed(str(error).splitlines()[0]) from error
-
-
-def main(
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cuda",
-    space: Annotated[str, typer.Option(help="The space whose anchor is trained.")] = "small",
-    steps: Annotated[int, typer.Option(min=1, help="Of each training.")] = 200,
-    rounds: Annotated[int, typer.Option(min=2, help="Trainings of either kind.")] = 4,
-) -> None:
-    """Print seconds of either kind of training side by side, their ratio, and whether equal trainings agree."""
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise typer.BadParameter(f"{device}: no CUDA device here", param_hint="--device")
-    try:
-        loaded = load_space(space)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--space") from None
-    try:
-        found = measure(loaded.anchor(), ProxyConfig(steps=steps), device, loaded.resolution, rounds)
-    except CandidateFailed as error:
-        print(f"--device {device}: {error}")
-        raise typer.Exit(1) from None
-    for name, seconds, losses in (
-        ("default", found.default_seconds, found.default_losses),
-        ("deterministic", found.deterministic_seconds, found.deterministic_losses),
-    ):
-        print(f"{name:13} {seconds:7.3f} s a training, {losses} different losses in {rounds}")
-    print(f"deterministic / default: {found.ratio:.2f}")
-
-
-if __name__ == "__main__":
-    typer.run(main)

@@ -15,12 +15,12 @@ from typer.testing import CliRunner, Result
 
 from kernels import cost_model
 from kernels.lab import benchmark, benchmark_machine, benchmark_report, benchmark_rows
-from kernels.lab.benchmark import Case, Contender, DeviceLost, Results, Unavailable
-from kernels.lab.benchmark_machine import MachineLimits
+from kernels.lab.benchmark import Case, DeviceLost, Engine, Unavailable
+from kernels.lab.benchmark_machine import MachineCeilings
 from kernels.lab.benchmark_rows import BLOCKS, CONVFIRST, NETWORKS, PEERS, Block, Network
 
 CPU = torch.device("cpu")
-LIMITS = MachineLimits(copy_bytes=1e10, product_macs=1e10, launch_seconds=1e-6)
+CEILINGS = MachineCeilings(copy_bytes=1e10, product_macs=1e10, launch_seconds=1e-6)
 
 
 def invoke(*arguments: object) -> Result:
@@ -108,10 +108,10 @@ def double(x: Tensor) -> Tensor:
 
 
 def case_of(**forwards: Callable[[Tensor], Tensor]) -> Case:
-    """A case whose reference doubles its input, which its contenders should do, too."""
+    """A case whose reference doubles its input, which its engines should do, too."""
     inputs = [torch.randn(3, 4, 5, 5) for _ in range(2)]
-    contenders = {name: lambda forward=forward: Contender(forward) for name, forward in forwards.items()}
-    return Case(inputs, double, 1, 1, contenders)  # type: ignore[arg-type]
+    engines = {name: lambda forward=forward: Engine(forward) for name, forward in forwards.items()}
+    return Case(inputs, double, 1, 1, engines)  # type: ignore[arg-type]
 
 
 def broken(x: Tensor) -> Tensor:
@@ -149,13 +149,13 @@ def test_a_wrong_result_has_no_time(forward: Callable[[Tensor], Tensor]) -> None
 
 
 @pytest.mark.usefixtures("_quick")
-def test_one_contenders_failure_is_its_own() -> None:
+def test_one_engines_failure_is_its_own() -> None:
     case = case_of(eager=double, compiled=broken)
 
-    def absent() -> Contender:
+    def absent() -> Engine:
         raise Unavailable("needs CUDA")
 
-    case.contenders["fused"] = absent
+    case.engines["fused"] = absent
     found = benchmark.measure(case, CPU, 0.0)
     assert found["compiled"].error == "RuntimeError: no kernel for this"
     assert found["fused"].error == "needs CUDA"
@@ -180,7 +180,7 @@ def test_no_memory_is_a_rows_error_and_not_the_runs_end(monkeypatch: pytest.Monk
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 TiB")
 
     monkeypatch.setattr(benchmark, "block_case", no_memory)
-    assert "out of memory" in benchmark.measured_row(Block(16, 7, 1), CPU, LIMITS)["error"]
+    assert "out of memory" in benchmark.measured_row(Block(16, 7, 1), CPU, CEILINGS)["error"]
 
 
 # -- What is written -------------------------------------------------------------------------------------------------
@@ -211,7 +211,7 @@ def test_the_small_version_end_to_end_and_again(tmp_path: Path, monkeypatch: pyt
         raise AssertionError("measured twice")
 
     monkeypatch.setattr(benchmark, "measured_row", again)
-    monkeypatch.setattr(benchmark_machine, "measure_limits", again)
+    monkeypatch.setattr(benchmark_machine, "measure_ceilings", again)
     second = invoke(*arguments)
     assert second.exit_code == 0, second.output
     assert "3 rows, 3 of them measured before" in second.output
@@ -220,13 +220,13 @@ def test_the_small_version_end_to_end_and_again(tmp_path: Path, monkeypatch: pyt
 
 @pytest.fixture
 def _invented(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows and limits that cost no time."""
+    """Rows and ceilings that cost no time."""
 
     def row(row: benchmark_rows.Row, *_: object) -> dict[str, Any]:
         return {"macs": 1, "contenders": {"eager": {"median_ms": 1.0, "error": None}}}
 
     monkeypatch.setattr(benchmark, "measured_row", row)
-    monkeypatch.setattr(benchmark_machine, "measure_limits", lambda device: LIMITS)
+    monkeypatch.setattr(benchmark_machine, "measure_ceilings", lambda device: CEILINGS)
 
 
 @pytest.mark.usefixtures("_invented")
@@ -263,19 +263,6 @@ def test_a_lost_device_ends_the_run_and_not_the_next(tmp_path: Path, monkeypatch
     records = json.loads((tmp_path / "summary.json").read_text())["records"]
     assert "illegal memory access" in records[1]["error"]
     assert len(records) == 4
-
-
-def test_half_a_line_and_other_machines_rows_are_passed_over(tmp_path: Path) -> None:
-    path = tmp_path / "results.jsonl"
-    Results(path, {"device": "other"}).add({"kind": "block", "name": "a"})
-    ours = Results(path, {"device": "this"})
-    assert ours.find("block", "a") is None
-    with path.open("a") as file:
-        file.write('{"kind": "block", "na')
-    ours.add({"kind": "block", "name": "b"})
-    again = Results(path, {"device": "this"})
-    assert again.records == ours.records
-    assert again.find("block", "b") is not None
 
 
 @pytest.mark.parametrize(
@@ -338,12 +325,12 @@ def synthetic_records() -> list[dict[str, Any]]:
 
 
 def test_means_are_geometric_and_stand_beside_their_goals() -> None:
-    found = {figure.name: figure for figure in benchmark_report.figures(synthetic_records())}
+    found = {each.name: each for each in benchmark_report.statistics(synthetic_records())}
 
     def value(name: str) -> tuple[float, int, bool | None]:
-        figure = found[name]
-        assert figure.value is not None
-        return pytest.approx(figure.value), figure.rows, figure.met
+        each = found[name]
+        assert each.value is not None
+        return pytest.approx(each.value), each.rows, each.met
 
     assert value("fused over compiled, batch 128, C <= 128") == ((2 * 8) ** 0.5, 2, True)
     assert value("fused over compiled, batch 128") == ((2 * 8 * 1) ** (1 / 3), 3, None)

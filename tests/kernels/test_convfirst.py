@@ -9,7 +9,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels.convfirst import BlockWeights, launch, layer_by_layer, pack
+from kernels.convfirst import launch, layer_by_layer
+from kernels.packing import BlockWeights, pack
 from kernels.problem import BlockProblem, Tiling, parts, unsupported
 from tests.kernels.cases import (
     AT_LEAST,
@@ -160,7 +161,7 @@ PROBLEM = BlockProblem(1, 7, 7, 64, 256, 64, 3, 8, 1, "silu", True, "float16")
         (dict(in_channels=24, hidden_channels=96, group_width=16, residual=False), "group_width=16"),
         (dict(stride=3), "stride=3"),
         (dict(activation="tanh"), "activation='tanh'"),
-        (dict(dtype="float64"), "dtype=float64"),
+        (dict(dtype="float64"), "dtype='float64'"),
         (dict(stride=2), "residual"),
     ],
 )

@@ -6,7 +6,7 @@ from math import ceil
 import pytest
 
 from kernels import cost_model
-from kernels.cost_model import H200, LIMITS
+from kernels.cost_model import GPU_SPECS, H200
 from kernels.problem import MAX_SPLITS, BlockProblem, Tiling
 from tests.kernels.cases import covering_cases
 
@@ -120,23 +120,23 @@ def test_small_batches_spread_over_the_chip() -> None:
         split = replace(small, max_splits=MAX_SPLITS)
         first = cost_model.ranked(split)[0]
         enough = 64 if first.launches == 1 else 48
-        assert all(launch.programs >= enough for launch in cost_model.counted(split, first))
+        assert all(launch.programs >= enough for launch in cost_model.launch_costs(split, first))
         unsplit = cost_model.ranked(small)[0]
         assert unsplit.partial_bytes(small) == 0
-        assert all(launch.programs >= 16 for launch in cost_model.counted(small, unsplit))
+        assert all(launch.programs >= 16 for launch in cost_model.launch_costs(small, unsplit))
 
 
-@pytest.mark.parametrize("capability", LIMITS)
+@pytest.mark.parametrize("capability", GPU_SPECS)
 def test_what_is_ranked_fits(capability: int) -> None:
-    limits = LIMITS[capability]
+    gpu = GPU_SPECS[capability]
     for case in covering_cases()[::6]:
-        found = cost_model.ranked(case.problem, limits)
+        found = cost_model.ranked(case.problem, gpu)
         assert found
         assert len(set(found)) == len(found)
         for tiling in found:
             assert tiling.fits(case.problem)
             assert tiling.splits <= case.problem.max_splits
-            assert cost_model.shared_bytes(case.problem, tiling) <= limits.shared_bytes
+            assert cost_model.shared_bytes(case.problem, tiling) <= gpu.shared_bytes
 
 
 def test_the_first_tilings_differ_in_more_than_pipelining() -> None:

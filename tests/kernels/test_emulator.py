@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from kernels import convfirst, cost_model, layered, ops, stem, tune
-from kernels.convfirst import launch, layer_by_layer, pack
-from kernels.cost_model import LIMITS
+from kernels.convfirst import launch, layer_by_layer
+from kernels.cost_model import GPU_SPECS
 from kernels.lab.emulator import EmulationError, Traffic, emulated
 from kernels.lab.emulator import launch as emulated_launch
 from kernels.lab.emulator.memory import GlobalMemory
@@ -25,6 +25,7 @@ from kernels.lab.emulator.program import Program
 from kernels.lab.emulator.ptx import parse
 from kernels.lab.emulator.values import described
 from kernels.lab.inspect import compile_block, shorthand
+from kernels.packing import pack
 from kernels.problem import BlockProblem, Tiling
 from tests.kernels.cases import BlockCase, covering_cases, error_bound, make_operands, new_scratch
 from tests.kernels.test_inspect import COVERING, problem_of
@@ -278,7 +279,7 @@ def test_the_likeliest_tiling_for_hopper_computes_right(row: tuple[object, ...],
     """Tilings of the real problems, products of warp groups among them, on a few of their pixels."""
     traffic = Traffic()
     problem = problem_of(row)
-    tiling = next(tiling for tiling in cost_model.ranked(problem, LIMITS[90]) if tiling.launches == 1)
+    tiling = next(tiling for tiling in cost_model.ranked(problem, GPU_SPECS[90]) if tiling.launches == 1)
     few = replace(problem, batch=min(problem.batch, 2), height=min(problem.height, 7), width=min(problem.width, 9))
     assert tiling.fits(few), shorthand(tiling)
     assert error_share(BlockCase(few, tiling), 90, traffic) <= 1, shorthand(tiling)

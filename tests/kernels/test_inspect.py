@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from kernels import cost_model, head, mbconv, stem
 from kernels.head import HeadProblem
 from kernels.lab import inspect
-from kernels.lab.inspect import SHARED_LIMIT_BYTES, Statics, block_statics, compile_for, read_statics
+from kernels.lab.inspect import Statics, block_statics, compile_for, read_statics
 from kernels.mbconv import MBConvProblem
 from kernels.problem import BlockProblem, Tiling
 from kernels.stem import StemProblem
@@ -76,7 +76,7 @@ OTHERS = [
 
 
 def test_the_set_is_small() -> None:
-    assert len(COVERING) * len(SHARED_LIMIT_BYTES) + len(OTHERS) <= 72
+    assert len(COVERING) * len(cost_model.GPU_SPECS) + len(OTHERS) <= 72
 
 
 @pytest.mark.parametrize("other", OTHERS, ids=lambda other: other[0].__name__)
@@ -87,13 +87,13 @@ def test_the_other_kernels_compile_and_do_not_spill(other: tuple[Any, dict[str, 
     assert bool(sum(statics.tensor_core.values())) == is_product
 
 
-@pytest.mark.parametrize("capability", SHARED_LIMIT_BYTES)
+@pytest.mark.parametrize("capability", cost_model.GPU_SPECS)
 @pytest.mark.parametrize("row", COVERING, ids=lambda row: "-".join(map(str, row)))
 def test_the_first_tiling_compiles_fits_does_not_spill_and_uses_tensor_cores(
     row: tuple[object, ...], capability: int
 ) -> None:
     problem = problem_of(row)
-    tiling = cost_model.ranked(problem, cost_model.LIMITS[capability])[0]
+    tiling = cost_model.ranked(problem, cost_model.GPU_SPECS[capability])[0]
     statics = block_statics(problem, tiling, capability)
     assert not statics.complaints(capability, problem.dtype), inspect.shorthand(tiling)
     if capability == 90 and tiling.block_m >= 64:
@@ -152,7 +152,7 @@ def test_a_kernel_that_spills_or_does_not_fit_is_complained_of() -> None:
     told = statics.complaints(90, "float16")
     assert any("shared memory" in each for each in told)
     assert any("spill" in each for each in told)
-    assert statics.registers == inspect.MAX_REGISTERS
+    assert statics.registers == 255
     bare = Statics(32, 0, 0, 0, {"HGMMA": 0, "HMMA": 0}, {}, 0)
     assert bare.complaints(90, "float16") == ["no tensor-core instruction"]
     assert bare.complaints(90, "float32") == []
@@ -198,7 +198,7 @@ def test_under_the_interpreter_it_is_said_why_not() -> None:
 @pytest.mark.gpu
 def test_what_is_counted_for_the_gpu_at_hand_holds_there() -> None:
     major, minor = torch.cuda.get_device_capability()
-    if 10 * major + minor not in SHARED_LIMIT_BYTES:
+    if 10 * major + minor not in cost_model.GPU_SPECS:
         pytest.skip(f"no limits are known for compute capability {major}.{minor}")
     shared = torch.cuda.get_device_properties().shared_memory_per_block_optin
-    assert shared == SHARED_LIMIT_BYTES[10 * major + minor]
+    assert shared == cost_model.GPU_SPECS[10 * major + minor].shared_bytes

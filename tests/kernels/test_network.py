@@ -68,10 +68,10 @@ def errors(model: nn.Module, fused: FusedNetwork, x: Tensor) -> tuple[float, flo
 def _tuned_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """No choice from before; and torch with all bits of float32, for it is what kernels are held against."""
     monkeypatch.setenv("CONVFIRST_CACHE", str(tmp_path))
-    tune.forget()
+    tune._chosen.clear()
     with tune.exact(torch.float32):
         yield
-    tune.forget()
+    tune._chosen.clear()
 
 
 @pytest.mark.kernels
@@ -83,8 +83,8 @@ def test_networks_of_the_search_space_are_fused_whole_and_exactly(
     arch = load_space("small").sample(random.Random(seed))
     model = as_if_trained(arch.build(num_classes=CLASSES)).to(kernel_device)
     fused = fuse(model, dtype=dtype)
-    assert all(part.fused for part in fused.parts), fused.report()
-    assert len(fused.parts) == 2 + len(arch.blocks)
+    assert all(status.fused for status in fused.fusion), fused.report()
+    assert len(fused.fusion) == 2 + len(arch.blocks)
     own, torchs = errors(model, fused, images(IMAGES, 16, dtype, kernel_device))
     assert own <= 2 * torchs
 
@@ -97,7 +97,7 @@ def test_blocks_with_the_convolution_in_the_middle(dtype: torch.dtype, kernel_de
         "uir_r1_a5_k0_s1_e4_c32_gs8", "ir_r1_k3_s1_e2_c32_gs8", layer_scale_init_value=0.5,
     ).to(kernel_device)  # fmt: skip
     fused = fuse(model, dtype=dtype)
-    assert all(part.fused for part in fused.parts), fused.report()
+    assert all(status.fused for status in fused.fusion), fused.report()
     own, torchs = errors(model, fused, images(IMAGES, 16, dtype, kernel_device))
     assert own <= 2 * torchs
 
@@ -111,23 +111,23 @@ def test_what_has_no_fused_form_runs_in_torch_and_is_named(kernel_device: torch.
     # One block whose activation is known, among those whose is not.
     model.blocks[2][0].pw_exp.bn.act = nn.ReLU()  # type: ignore[index, union-attr]
     fused = fuse(model, dtype=torch.float32)
-    by_name = {part.name: part for part in fused.parts}
+    by_name = {status.name: status for status in fused.fusion}
     assert "ReLU6" in by_name["conv_stem"].reason
     assert "ConvBnAct" in by_name["blocks.0.0"].reason
     assert "se=SqueezeExcite" in by_name["blocks.1.0"].reason
     assert by_name["blocks.2.0"].fused
     assert "EdgeResidual" in by_name["blocks.3.0"].reason
     assert "ReLU6" in by_name["head"].reason
-    assert fused.report().count("not fused") == sum(not part.fused for part in fused.parts) == 6
+    assert fused.report().count("not fused") == sum(not status.fused for status in fused.fusion) == 6
     own, torchs = errors(model, fused, images(IMAGES, 16, torch.float32, kernel_device))
     assert own <= 2 * torchs
 
 
 def test_predicates_reasons_reach_the_report() -> None:
     model = network("uir_r1_a9_k0_s1_e4_c24")
-    assert "kernel_size=9" in fuse(model).parts[1].reason
+    assert "kernel_size=9" in fuse(model).fusion[1].reason
     model = network("uir_r1_a3_k0_s1_e4_c640")
-    assert "out_channels=640" in fuse(model).parts[1].reason
+    assert "out_channels=640" in fuse(model).fusion[1].reason
 
 
 def test_what_a_part_has_read_is_freed_when_it_has_run() -> None:
@@ -182,7 +182,7 @@ def test_the_model_is_left_as_it_was_and_may_be_fused_again() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     fuse(model)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-    assert fuse(fold_batch_norms(model)).parts == fuse(model).parts
+    assert fuse(fold_batch_norms(model)).fusion == fuse(model).fusion
 
 
 def test_problems_are_those_of_the_shape() -> None:
@@ -229,12 +229,12 @@ def test_a_block_by_itself_exchanges_no_partial_sums_and_still_spreads() -> None
     tiling = tune.choose(block.kernel, block.problem((1, 256, 14, 14)), torch.device("cpu")).tiling
     assert tiling is not None
     assert tiling.partial_bytes(BLOCK_PROBLEM) == 0
-    assert all(launch.programs >= 26 for launch in cost_model.counted(BLOCK_PROBLEM, tiling))
+    assert all(launch.programs >= 26 for launch in cost_model.launch_costs(BLOCK_PROBLEM, tiling))
 
 
 def test_a_network_of_which_nothing_is_fused_runs_all_the_same() -> None:
     fused = fuse(network("cn_r1_k3_s1_e1_c16", activation=nn.ReLU6), dtype=torch.float32)
-    assert not any(part.fused for part in fused.parts)
+    assert not any(status.fused for status in fused.fusion)
     assert fused.problems(1, 16) == {}
     fused.prepare(1, 16)
     with torch.inference_mode():
@@ -364,7 +364,7 @@ def test_tuned_choices_are_remembered_on_disk_and_used_again() -> None:
     kernels = [module.kernel for module in fused.fused_modules.values()]
     first = [tune.choose(kernel, problem, device) for kernel, problem in zip(kernels, problems, strict=True)]
     assert all(choice.source == "tuned" for choice in first)
-    tune.forget()
+    tune._chosen.clear()
     again = [tune.choose(kernel, problem, device) for kernel, problem in zip(kernels, problems, strict=True)]
     assert all(choice.source == "remembered" for choice in again)
     assert [choice.tilings for choice in again] == [choice.tilings for choice in first]

@@ -157,8 +157,8 @@ def test_every_supported_problem_has_tilings_and_none_takes_more_splits_than_the
             batch, 14, 14, channels, hidden, channels, kernel_size, group, 1, "silu", True, dtype,
             rng.choice([1, 2, 8, 32]),
         )  # fmt: skip
-        for limits in cost_model.LIMITS.values():
-            ranked = cost_model.ranked(block, limits)
+        for gpu in cost_model.GPU_SPECS.values():
+            ranked = cost_model.ranked(block, gpu)
             assert ranked, block
             assert all(tiling.splits <= block.max_splits for tiling in ranked), block
         assert stem.tilings(replace(STEM, batch=batch, out_channels=min(channels, 256), dtype=dtype))
@@ -176,7 +176,7 @@ def test_every_supported_problem_has_tilings_and_none_takes_more_splits_than_the
         (stem, STEM, dict(width=0), "width=0"),
         (head, HEAD, dict(classes=0), "classes=0"),
         (head, HEAD, dict(features=12), "features=12"),
-        (head, HEAD, dict(dtype="int8"), "dtype=int8"),
+        (head, HEAD, dict(dtype="int8"), "dtype='int8'"),
         (mbconv, MBCONV, dict(hidden_channels=12), "hidden_channels=12"),
         (mbconv, MBCONV, dict(group_width=3), "group_width=3"),
         (mbconv, MBCONV, dict(out_channels=1024), "out_channels=1024"),

@@ -44,12 +44,12 @@ def timer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeTimer
     fake = FakeTimer()
     monkeypatch.setenv("CONVFIRST_CACHE", str(tmp_path))
     monkeypatch.setattr(tune, "_machine", lambda device: "GPU A, torch 2, triton 3")
-    monkeypatch.setattr(tune, "limits_of", lambda device: H200)
+    monkeypatch.setattr(tune, "gpu_spec", lambda device: H200)
     monkeypatch.setattr(tune, "time_tilings", fake.fastest)
     monkeypatch.setattr(tune, "compile_together", fake.compile_together)
-    tune.forget()
+    tune._chosen.clear()
     yield fake
-    tune.forget()
+    tune._chosen.clear()
 
 
 def task(problem: BlockProblem) -> Task:
@@ -67,7 +67,7 @@ def test_a_problem_is_tuned_once_per_machine(timer: FakeTimer, tmp_path: Path) -
     assert len(list(tmp_path.rglob("*.json"))) == 2
     assert tune.tune([task(PROBLEM)]) == choices[:1]
     # A new process finds it on disk.
-    tune.forget()
+    tune._chosen.clear()
     (again,) = tune.tune([task(PROBLEM)])
     assert again == replace(choices[0], source="remembered")
     assert len(timer.timed) == 2
@@ -75,13 +75,13 @@ def test_a_problem_is_tuned_once_per_machine(timer: FakeTimer, tmp_path: Path) -
 
 def test_another_machine_or_other_sources_are_tuned_anew(timer: FakeTimer, monkeypatch: pytest.MonkeyPatch) -> None:
     tune.tune([task(PROBLEM)])
-    tune.forget()
+    tune._chosen.clear()
     monkeypatch.setattr(tune, "_machine", lambda device: "GPU B, torch 2, triton 3")
     assert tune.choose(ops.BLOCK, PROBLEM, CUDA).source == "counted"
-    tune.forget()
+    tune._chosen.clear()
     monkeypatch.setattr(tune, "_machine", lambda device: "GPU A, torch 2, triton 3")
     assert tune.choose(ops.BLOCK, PROBLEM, CUDA).source == "remembered"
-    tune.forget()
+    tune._chosen.clear()
     monkeypatch.setattr(tune, "sources_digest", lambda: "changed")
     assert tune.choose(ops.BLOCK, PROBLEM, CUDA).source == "counted"
 
@@ -93,9 +93,9 @@ def test_an_unreadable_file_is_tuned_over(content: str, timer: FakeTimer, tmp_pa
     tune.tune([task(PROBLEM)])
     (path,) = tmp_path.rglob("*.json")
     path.write_text(content)
-    tune.forget()
+    tune._chosen.clear()
     assert tune.tune([task(PROBLEM)])[0].source == "tuned"
-    tune.forget()
+    tune._chosen.clear()
     assert tune.tune([task(PROBLEM)])[0].source == "remembered"
 
 

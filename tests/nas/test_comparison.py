@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from nas.config import SearchConfig
 from nas.lab import comparison
-from nas.lab.overhead import FakeEvaluator
+from nas.lab.invented import FakeEvaluator
 from nas.pareto import hypervolume
 from nas.search.loop import run
 

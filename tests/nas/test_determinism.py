@@ -17,7 +17,8 @@ from typer.testing import CliRunner
 
 from nas.config import DataConfig, LatencyConfig, ProxyConfig, SearchConfig
 from nas.errors import CandidateFailed, UsageError
-from nas.lab.overhead import FakeEvaluator
+from nas.lab import determinism as determinism_lab
+from nas.lab.invented import FakeEvaluator
 from nas.search import evaluation as evaluate
 from nas.search.evaluation import RealEvaluator
 from nas.search.loop import run
@@ -32,7 +33,7 @@ QUICK = ProxyConfig(steps=2, batch_size=4, threads=1)
 
 def invoke(*arguments: str) -> tuple[int, str]:
     app = typer.Typer()
-    app.command()(determinism.main)
+    app.command()(determinism_lab.main)
     result = CliRunner().invoke(app, list(arguments))
     return result.exit_code, result.output
 

@@ -140,7 +140,7 @@ def test_a_directory_is_served_with_fused_kernels(tmp_path: Path, kernel_device:
     (folder,) = write([made], tmp_path / "out")
     model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval().to(kernel_device)
     fused = kernels.fuse(model, dtype=torch.float32)
-    assert all(part.fused for part in fused.parts)
+    assert all(status.fused for status in fused.fusion)
     x = images(2).to(kernel_device).contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(fused(x), made.build().to(kernel_device)(x), atol=1e-3, rtol=1e-3)
 

@@ -44,4 +44,4 @@ def test_the_engine_deploys_a_fused_network(kernel_device: torch.device) -> None
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         module = deploy(network, config, x)
         torch.testing.assert_close(module(x), network(x), rtol=1e-4, atol=1e-4)
-    assert all(part.fused for part in module.parts)
+    assert all(status.fused for status in module.fusion)

@@ -10,7 +10,7 @@ import torch
 import typer
 from typer.testing import CliRunner
 
-from kernels import convfirst
+from kernels import packing
 from kernels.problem import BlockProblem, Tiling
 from nas.lab import kernel_sweep
 from search_spaces import load_space
@@ -74,12 +74,12 @@ def test_a_kernel_that_computes_wrong_is_complained_of(monkeypatch: pytest.Monke
     large = replace(problem, in_channels=128, hidden_channels=512, out_channels=128)
     told = kernel_sweep._emulated_complaints(large, Tiling(128, 128, "mma", num_stages=3, conv_stages=3), 89)
     assert "shared memory" in told[0]
-    packed = convfirst.pack
+    packed = packing.pack
     monkeypatch.setattr(
-        convfirst, "pack", lambda layers, problem: replace(packed(layers, problem), expand_bias=torch.zeros(128))
+        packing, "pack", lambda layers, problem: replace(packed(layers, problem), expand_bias=torch.zeros(128))
     )
     assert "computes wrong" in kernel_sweep._emulated_complaints(problem, tiling, 90)[0]
-    monkeypatch.setattr(convfirst, "pack", lambda layers, problem: replace(packed(layers, problem), conv=layers[0][:8]))
+    monkeypatch.setattr(packing, "pack", lambda layers, problem: replace(packed(layers, problem), conv=layers[0][:8]))
     assert "outside the tensors" in kernel_sweep._emulated_complaints(problem, tiling, 90)[0]
 
 

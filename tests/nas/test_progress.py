@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
-from nas.lab.overhead import FakeEvaluator
+from nas.lab.invented import FakeEvaluator
 from nas.search.evaluation import Outcome
 from nas.search.loop import Event
 from nas.search.progress import LiveProgress, front_table, scored

@@ -16,7 +16,7 @@ import torch
 from kernels.timing import DeviceInfo
 from nas.config import LatencyConfig, SearchConfig, moved
 from nas.errors import CandidateFailed, UsageError
-from nas.lab.overhead import FakeEvaluator
+from nas.lab.invented import FakeEvaluator
 from nas.latency import device_profile
 from nas.latency.block_table import BlockTable
 from nas.latency.device_profile import DeviceProfile

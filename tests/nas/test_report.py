@@ -19,7 +19,7 @@ from PIL import Image
 
 from nas.config import LatencyConfig, Limits, SearchConfig
 from nas.errors import CandidateFailed, UsageError
-from nas.lab.overhead import FakeEvaluator
+from nas.lab.invented import FakeEvaluator
 from nas.pareto import hypervolume, running_hypervolume
 from nas.recorded import RecordedStudy, deployment_of
 from nas.report import page as report

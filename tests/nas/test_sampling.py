@@ -9,7 +9,7 @@ from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from nas.config import SAMPLERS
-from nas.lab.overhead import FakeEvaluator
+from nas.lab.invented import FakeEvaluator
 from nas.search.sampling import Proposer, distribution
 from search_spaces import load_space
 

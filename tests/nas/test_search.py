@@ -19,7 +19,7 @@ from optuna.trial import TrialState
 
 from nas.config import SAMPLERS, LatencyConfig, Limits, ProxyConfig, SearchConfig
 from nas.errors import CandidateFailed, UsageError
-from nas.lab.overhead import FakeEvaluator
+from nas.lab.invented import FakeEvaluator
 from nas.latency.block_table import BlockTable
 from nas.latency.device_profile import DeviceProfile
 from nas.latency.parts import arch_parts

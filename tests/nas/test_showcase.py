@@ -23,7 +23,7 @@ from optuna_dashboard import get_note, save_note
 from nas.config import LatencyConfig, Limits, SearchConfig
 from nas.display import showcase
 from nas.errors import UsageError
-from nas.lab.overhead import FakeEvaluator
+from nas.lab.invented import FakeEvaluator
 from nas.recorded import RecordedStudy
 from nas.report.dashboard import Server
 from nas.search import loop as search
@@ -324,7 +324,7 @@ def test_an_address_that_is_taken_gets_one_line(config: SearchConfig, tmp_path: 
 def test_looking_does_not_disturb_a_running_search(config: SearchConfig, tmp_path: Path) -> None:
     """A search writes for some seconds in a process of its own, while three lookers ask for everything all the time."""
     script = (
-        "import sys; from nas import search; from nas.config import *; from nas.lab.overhead import FakeEvaluator\n"
+        "import sys; from nas import search; from nas.config import *; from nas.lab.invented import FakeEvaluator\n"
         "config = SearchConfig(budget=15, storage=sys.argv[1], latency=LatencyConfig(device='cpu'))\n"
         "print(search.run(config, FakeEvaluator()).complete)"
     )

@@ -16,7 +16,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from nas.config import SearchConfig
-from nas.lab.overhead import FakeEvaluator
+from nas.lab.invented import FakeEvaluator
 from nas.pareto import front
 from nas.search import loop as search
 from studies import Candidate, CandidateState, Deployment, StorageError, Store

@@ -1,4 +1,4 @@
-"""In Triton's place: a driver that compiles for a GPU that is not there, and launches on CPU tensors."""
+"""A driver for Triton that compiles for a GPU that is not there, and launches on CPU tensors."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import get_cache_manager
 
-from kernels import convfirst
-from kernels.cost_model import LIMITS
+from kernels import convfirst, packing
+from kernels.cost_model import GPU_SPECS
 from kernels.device_functions import EMULATED, INTERPRETED
 from kernels.lab.emulator.memory import WARP, GlobalMemory, Traffic
 from kernels.lab.emulator.program import Program
@@ -31,14 +31,14 @@ _TRAFFIC: ContextVar[Traffic | None] = ContextVar("_TRAFFIC", default=None)
 
 
 def _code(hash_: str, name: str) -> Code:
-    """Of a compiled kernel, from Triton's cache: a launcher is not told."""
+    """The PTX of a compiled kernel, from Triton's cache, as a launcher does not get it."""
     group = get_cache_manager(hash_).get_group(f"{name[:150]}.json")
     assert group is not None
     return parse(Path(next(path for file, path in group.items() if file.endswith(".ptx"))).read_text())
 
 
 class _Launcher:
-    """Launches one compiled kernel, as the driver's own would."""
+    """A launcher of one compiled kernel, in place of the driver's own."""
 
     def __init__(self, source: Any, metadata: Any) -> None:
         self.code = _code(metadata.hash, source.name)
@@ -46,14 +46,14 @@ class _Launcher:
         self.at_run_time = [kind != "constexpr" for kind in source.signature.values()]
 
     def __call__(self, grid_x: int, grid_y: int, grid_z: int, *rest: Any) -> None:
-        # Stream, function, metadata twice, two hooks; then the call's own arguments.
+        # The first are stream, function, metadata twice and two hooks; then come the call's own arguments.
         given = [each for each, wanted in zip(rest[6:], self.at_run_time, strict=True) if wanted]
         traffic = _TRAFFIC.get()
         memory = GlobalMemory([each for each in given if isinstance(each, Tensor)], traffic)
         values = [each.data_ptr() if isinstance(each, Tensor) else int(each) for each in given]
-        # Behind them come two pointers to scratch that these kernels do not use.
+        # They end with two pointers to scratch that these kernels do not use.
         arguments = dict(zip(self.code.params, [*values, 0, 0], strict=True))
-        # Which program comes first is nobody's promise.
+        # Hardware promises no order of programs.
         order = list(np.ndindex(grid_z, grid_y, grid_x))
         random.Random(0).shuffle(order)
         for place in order:
@@ -61,19 +61,19 @@ class _Launcher:
 
 
 class _Driver:
-    """A GPU of a compute capability, as far as Triton asks after it."""
+    """What Triton asks of a driver, answered for a GPU of a compute capability."""
 
     launcher_cls = _Launcher
 
     def __init__(self, capability: int) -> None:
         self.capability = capability
         self.utils = SimpleNamespace(
-            get_device_properties=lambda device: {"max_shared_mem": LIMITS[capability].shared_bytes},
+            get_device_properties=lambda device: {"max_shared_mem": GPU_SPECS[capability].shared_bytes},
             load_binary=lambda name, binary, shared, device: (object(), 0, 0, 0, 1024),
         )
 
     def get_current_device(self) -> int:
-        # Triton keeps what it compiled by device.
+        # Triton caches compiled kernels by device.
         return self.capability
 
     def get_current_stream(self, device: int) -> int:
@@ -88,14 +88,14 @@ def emulated(capability: int, traffic: Traffic | None = None) -> Iterator[None]:
     """Within it, Triton's kernels are compiled for a compute capability such as 90 and run on CPU tensors.
 
     Args:
-        traffic: where to count what they do.
+        traffic: counts what the kernels do.
 
     Raises:
-        ValueError: the capability is not one that the cost model knows.
-        RuntimeError: Triton's interpreter, which cannot share a process with its compiler, has the kernels.
+        ValueError: the cost model does not know the capability.
+        RuntimeError: the kernels run under Triton's interpreter, which cannot share a process with its compiler.
     """
-    if capability not in LIMITS:
-        raise ValueError(f"capability={capability} is none of {', '.join(map(str, LIMITS))}")
+    if capability not in GPU_SPECS:
+        raise ValueError(f"capability={capability} is none of {', '.join(map(str, GPU_SPECS))}")
     if INTERPRETED:
         raise RuntimeError("the kernels are interpreted: unset TRITON_INTERPRET")
     driver: Any = triton.runtime.driver
@@ -110,17 +110,17 @@ def emulated(capability: int, traffic: Traffic | None = None) -> Iterator[None]:
 
 
 def rehearse(problem: BlockProblem, tiling: Tiling, capability: int, traffic: Traffic | None = None) -> float:
-    """Run a block's compiled kernel on a few of its pixels: with 32-bit offsets, and in a tile of 128 pixels or two.
+    """Run a block's compiled kernel on a few of its pixels: with 32-bit offsets, and in one or two tiles of 128 pixels.
 
-    Of three launches the products are cut up as few pixels want it (`tests/kernels/test_layered.py` runs all cuts).
+    With three launches the products are tiled for few pixels (`tests/kernels/test_layered.py` runs all their tilings).
 
     Returns:
         The root mean square of its error against float64, over that of the output.
 
     Raises:
-        EmulationError: it does what hardware would not allow, or should not.
+        EmulationError: the kernel does something wrong, even if hardware would let it pass.
     """
-    # More tiles a program are the same kernel.
+    # More tiles per program run the same kernel.
     tiling = replace(tiling, tiles_each=min(tiling.tiles_each, 2))
     few = replace(problem, batch=min(problem.batch, 2), height=min(problem.height, 5), width=min(problem.width, 7))
     assert tiling.fits(few)
@@ -136,15 +136,15 @@ def rehearse(problem: BlockProblem, tiling: Tiling, capability: int, traffic: Tr
         draw(hidden, into, 1, 1, fan_in=into), draw(hidden), draw(out, hidden, 1, 1, fan_in=hidden), draw(out),
     ]  # fmt: skip
     x = draw(few.batch, into, few.height, few.width).contiguous(memory_format=torch.channels_last)
-    weights = convfirst.pack(layers, few)
+    weights = packing.pack(layers, few)
     deterministic = torch.are_deterministic_algorithms_enabled()
-    # New memory is NaN then: what the kernel forgets to write fails every comparison.
+    # This fills new memory with NaN, so that what the kernel forgets to write fails every comparison.
     torch.use_deterministic_algorithms(True)
     try:
         with emulated(capability, traffic):
             scratch = torch.empty(tiling.partial_bytes(few) // 4)
-            found = convfirst.launch(x, weights, few, tiling, scratch).double()
+            output = convfirst.launch(x, weights, few, tiling, scratch).double()
     finally:
         torch.use_deterministic_algorithms(deterministic)
     exact = convfirst.layer_by_layer(x.double(), [layer.double() for layer in layers], few)
-    return float((found - exact).norm() / exact.norm())
+    return float((output - exact).norm() / exact.norm())

@@ -1,4 +1,4 @@
-"""What a program's threads read and write: the launch's tensors and its own shared memory, watched and counted."""
+"""The memory of a program's threads, watched and counted: the launch's tensors, and shared memory of its own."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ Array = np.ndarray[Any, Any]
 
 @dataclass
 class Traffic:
-    """What launches did, summed over their programs: counts, which unlike time can be had here.
+    """Counts of what launches did, summed over their programs; unlike time, an emulator can tell them.
 
     Args:
-        programs: that ran.
-        instructions: of programs, by name without modifiers.
-        shared_wavefronts: accesses to shared memory as the hardware makes them, 128 bytes each at most; several where
-            threads want different words of one bank.
-        shared_least: what they would be if no two words shared a bank.
-        global_bytes: that threads loaded and stored, copies into shared memory included.
-        global_sectors: of 32 bytes, that were touched for it.
-        cached_bytes: of `global_bytes` those of plain loads and stores, which go through the first-level cache.
+        programs: programs that ran.
+        instructions: instructions of programs, by name without modifiers.
+        shared_wavefronts: accesses to shared memory as the hardware makes them, at most 128 bytes each; several where
+            threads need different words of one bank.
+        shared_least: the same if no two words shared a bank.
+        global_bytes: bytes that threads loaded and stored, copies into shared memory included.
+        global_sectors: sectors of 32 bytes that these accesses touched.
+        cached_bytes: those of `global_bytes` that go through the first-level cache, by plain loads and stores.
     """
 
     programs: int = 0
@@ -43,23 +43,23 @@ class Traffic:
 
     @property
     def on_chip_bytes(self) -> int:
-        """Of shared memory and first-level cache, which have one path of 128 bytes a clock."""
+        """Bytes through shared memory and first-level cache, which share one path of 128 bytes per clock."""
         return 128 * self.shared_wavefronts + self.cached_bytes
 
     def count_shared(self, addresses: Array, size: int, warps: Array) -> None:
-        """One instruction's accesses of `size` bytes a thread, (n,) each: 128 bytes of a warp at a time."""
+        """Count one instruction's accesses of `size` bytes per thread, (n,) each: 128 bytes of a warp at a time."""
         together = {8: 16, 16: 8}.get(size, WARP)
         rank = np.arange(len(warps)) - np.searchsorted(warps, warps)
         phase = warps.astype(np.int64) * WARP + rank // together
         words = (addresses.astype(np.int64)[:, None] + np.arange(0, max(size, 4), 4)) // 4
-        found = np.unique((phase[:, None] << 32) + words)
-        _, phases = np.unique(found >> 32, return_inverse=True)
-        banks = np.bincount(phases * WARP + found % WARP, minlength=WARP * (phases[-1] + 1)).reshape(-1, WARP)
+        distinct = np.unique((phase[:, None] << 32) + words)
+        _, phases = np.unique(distinct >> 32, return_inverse=True)
+        banks = np.bincount(phases * WARP + distinct % WARP, minlength=WARP * (phases[-1] + 1)).reshape(-1, WARP)
         self.shared_wavefronts += int(banks.max(axis=1).sum())
         self.shared_least += int((-(-np.bincount(phases) // WARP)).sum())
 
     def count_global(self, addresses: Array, size: int) -> None:
-        """One instruction's accesses of `size` bytes a thread, (n,)."""
+        """Count one instruction's accesses of `size` bytes per thread, (n,)."""
         self.global_bytes += size * len(addresses)
         for begin in range(0, len(addresses), WARP):
             first = addresses[begin : begin + WARP].astype(np.int64)
@@ -67,7 +67,7 @@ class Traffic:
 
 
 class GlobalMemory:
-    """The tensors of a launch at the addresses they have, and nothing else."""
+    """Global memory that holds the tensors of a launch at their addresses, and nothing else."""
 
     def __init__(self, tensors: Sequence[Tensor], traffic: Traffic | None = None) -> None:
         self.traffic = traffic
@@ -77,24 +77,24 @@ class GlobalMemory:
         self.bytes = [_memory(start, size) for start, size in self.ranges]
 
     def _where(self, addresses: Array, size: int) -> tuple[Array, Array]:
-        """The tensor's bytes, and where in them the accesses begin: all in one tensor, as an instruction's are."""
+        """A tensor's bytes, and the offsets of the accesses in it: an instruction accesses a single tensor."""
         if self.traffic is not None:
             self.traffic.count_global(addresses, size)
-        found = bisect_right(self.starts, int(addresses[0])) - 1
-        if found >= 0:
-            start, length = self.ranges[found]
+        index = bisect_right(self.starts, int(addresses[0])) - 1
+        if index >= 0:
+            start, length = self.ranges[index]
             offsets = addresses.astype(np.int64) - start
             if offsets.min() >= 0 and offsets.max() + size <= length:
-                return self.bytes[found], offsets
+                return self.bytes[index], offsets
         raise EmulationError(f"{size} bytes at {addresses.min():#x} to {addresses.max():#x} are outside the tensors")
 
     def load(self, addresses: Array, size: int) -> Array:
-        """(n,) addresses -> (n, size) bytes."""
+        """Load from (n,) addresses (n, size) bytes."""
         held, offsets = self._where(addresses, size)
         return held[offsets[:, None] + np.arange(size)]
 
     def store(self, addresses: Array, values: Array) -> None:
-        """(n,) addresses, (n, size) bytes."""
+        """Store (n, size) bytes at (n,) addresses."""
         held, offsets = self._where(addresses, values.shape[1])
         held[offsets[:, None] + np.arange(values.shape[1])] = values
 
@@ -112,20 +112,20 @@ NOBODY, SEVERAL = -1, -2
 
 
 class SharedMemory:
-    """A program's shared memory, which remembers who wrote and read each byte since all threads last met."""
+    """A program's shared memory, which remembers who wrote and read each byte since the last barrier."""
 
     def __init__(self, size: int, traffic: Traffic | None = None) -> None:
         self.traffic = traffic
         self.bytes = np.zeros(size, np.uint8)
         self.written = np.zeros(size, bool)
         self.pending = np.zeros(size, bool)
-        # How many products of warp groups that were not waited for read a byte.
+        # Number of warp groups' products in flight that read a byte.
         self.reading = np.zeros(size, np.int16)
         self.writer = np.full(size, NOBODY, np.int16)
         self.reader = np.full(size, NOBODY, np.int16)
 
     def meet(self) -> None:
-        """All threads are here: what was done before is done for all of them."""
+        """A barrier: all threads see what was done before."""
         self.writer.fill(NOBODY)
         self.reader.fill(NOBODY)
 
@@ -138,7 +138,7 @@ class SharedMemory:
         if self.traffic is None:
             return
         if warps[0] == SEVERAL:
-            # A warp group's product reads a matrix whole, and lays it out so that no banks are shared.
+            # A warp group's product reads a whole matrix, in a layout without bank conflicts.
             self.traffic.shared_wavefronts += size * len(addresses) // 128
             self.traffic.shared_least += size * len(addresses) // 128
         else:
@@ -159,7 +159,7 @@ class SharedMemory:
             raise EmulationError("a warp reads what another wrote, with no barrier between")
         reader = self.reader[where]
         self.reader[where] = np.where((reader == NOBODY) | (reader == warps[:, None]), warps[:, None], SEVERAL)
-        # Of several that read a place at once the last was noted.
+        # If several read a place at once, only the last was noted.
         self.reader[where[self.reader[where] != warps[:, None]]] = SEVERAL
         return self.bytes[where]
 
@@ -168,7 +168,7 @@ class SharedMemory:
         self._write(where, values, warps)
 
     def begin_copy(self, addresses: Array, values: Array, warps: Array) -> None:
-        """Until it is finished, nobody may read or write there."""
+        """Begin an asynchronous copy; until it is finished, nobody may read or write there."""
         self.pending[self._ours(addresses, values, warps)] = True
 
     def finish_copy(self, addresses: Array, values: Array, warps: Array) -> None:
@@ -182,7 +182,7 @@ class SharedMemory:
         reader, writer = self.reader[where], self.writer[where]
         if ((reader != NOBODY) & (reader != warps[:, None])).any():
             raise EmulationError("a warp overwrites what another reads, with no barrier between")
-        # Several may write the same, as they do where a tensor is smaller than a program.
+        # Several warps may write the same value, as they do if a tensor is smaller than a program.
         if ((writer != NOBODY) & (writer != warps[:, None]) & (self.bytes[where] != values)).any():
             raise EmulationError("two warps write to one place, with no barrier between")
         _, first, again = np.unique(where, return_index=True, return_inverse=True)

@@ -1,4 +1,4 @@
-"""One program of a launch, instruction by instruction, all its threads at once."""
+"""One program of a launch, which executes instruction after instruction for all its threads at once."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partialmethod
 from typing import Any
 
 import numpy as np
@@ -37,11 +38,11 @@ class Program:
 
     Args:
         code: the kernel.
-        arguments: by parameter's name.
+        arguments: by the parameter's name.
         memory: the launch's tensors.
-        shared_bytes: that the launch gives it.
-        place: along the axes of the grid.
-        traffic: where to count what it does.
+        shared_bytes: size of its shared memory.
+        place: its index along the axes of the grid.
+        traffic: counts what it does.
     """
 
     code: Code
@@ -58,12 +59,12 @@ class Program:
         self.lanes = np.arange(threads, dtype=np.uint32)
         self.warps = np.arange(threads) // WARP
         self.all = np.ones(threads, bool)
-        # Products of warp groups that were begun, as registers and places that they use, and in the same way by group.
+        # Products of warp groups in flight, as the registers and places that they use, and the same by group.
         self.products: list[tuple[set[str], set[str], list[Array]]] = []
         self.product_groups: list[list[tuple[set[str], set[str], list[Array]]]] = []
         self.results: Counter[str] = Counter()
         self.sources: Counter[str] = Counter()
-        # Copies that were begun: those of the group being made, and those of the groups committed.
+        # Copies in flight: those of the group being made, and those of the committed groups.
         self.copies: list[tuple[Array, Array, Array]] = []
         self.groups: list[list[tuple[Array, Array, Array]]] = []
         self.special: dict[str, Any] = {
@@ -73,15 +74,15 @@ class Program:
         }  # fmt: skip
 
     def run(self) -> None:
-        """To its end.
+        """Run the program to its end.
 
         Raises:
-            EmulationError: see the module.
+            EmulationError: it does something wrong (see `kernels.lab.emulator`).
         """
         instructions, end = self.code.instructions, len(self.code.instructions)
         if self.traffic is not None:
             self.traffic.programs += 1
-        # Where each thread is; one number while they are together, as nearly always.
+        # The next instruction of each thread; a single number while threads are together, as they nearly always are.
         at: int = 0
         apart: Array | None = None
         with np.errstate(all="ignore"):
@@ -126,12 +127,12 @@ class Program:
             raise EmulationError("not known")
 
     def _next(self, apart: Array) -> tuple[int, Array | None]:
-        """Which of the threads that parted go on, and where; those behind do, so that they meet where ways join."""
+        """Choose the threads that go on after a branch: those furthest behind, so that all meet where branches join."""
         places = np.unique(apart).tolist()
         if len(places) == 1:
             return places[0], None
         for at in places:
-            # What all do together waits for all.
+            # An instruction for all threads waits for all of them.
             if at < len(self.code.instructions) and self.code.instructions[at].name not in TOGETHER:
                 return at, apart
         return places[0], apart
@@ -145,7 +146,7 @@ class Program:
     # Operands
 
     def get(self, operand: Any, kind: str) -> Array:
-        """An operand's value in each thread, (threads,), as a type of PTX; of bfloat16 as float32."""
+        """An operand's value in each thread, (threads,), as a PTX type; bfloat16 becomes float32."""
         if isinstance(operand, Literal):
             wanted = np.dtype(KINDS[kind])
             if operand.is_float:
@@ -172,7 +173,7 @@ class Program:
         return widened(value) if kind == "bf16" else value
 
     def put(self, register: str, value: Any, active: Array) -> None:
-        """Write a register where threads are active; wider registers are filled with zeros, or the sign."""
+        """Write a register in the active threads; a wider register is filled with zeros, or with the sign."""
         if register == "_":
             return
         if self.results[register] or self.sources[register]:
@@ -185,7 +186,7 @@ class Program:
         value = value.view(wanted) if bits > 1 else value.astype(bool)
         if active is not self.all:
             before = self.registers.get(register)
-            # What no thread has set may be anything: all ones, which is NaN to a product and far outside to an address.
+            # An unset value may be anything; all ones are NaN in a product, and as an address far outside of memory.
             value = np.where(active, value, before if before is not None else ~np.zeros_like(value))
         # No register shares memory with another.
         self.registers[register] = np.array(value)
@@ -193,29 +194,23 @@ class Program:
     # Arithmetic
 
     def _each(self, instruction: Instruction, active: Array, function: Callable[..., Any]) -> None:
-        """A function of all sources, in the instruction's own type."""
+        """Apply a function to all sources, in the instruction's own type."""
         kind = instruction.modifiers[-1]
         target, *sources = instruction.operands
         if kind in ("f16x2", "bf16x2"):
             single = kind.removesuffix("x2")
             pairs = [parted(self.get(source, "b32"), single) for source in sources]
-            found = np.stack([np.asarray(function(*each)) for each in zip(*pairs, strict=True)], axis=-1)
-            self.put(target, joined(found, single), active)
+            result = np.stack([np.asarray(function(*each)) for each in zip(*pairs, strict=True)], axis=-1)
+            self.put(target, joined(result, single), active)
             return
-        found = function(*(self.get(source, kind) for source in sources))
-        self.put(target, to_bfloat16(found) if kind == "bf16" else np.asarray(found, KINDS[kind]), active)
+        result = function(*(self.get(source, kind) for source in sources))
+        self.put(target, to_bfloat16(result) if kind == "bf16" else np.asarray(result, KINDS[kind]), active)
 
     def _min(self, instruction: Instruction, active: Array) -> None:
         self._each(instruction, active, np.minimum if "NaN" in instruction.modifiers else np.fmin)
 
     def _max(self, instruction: Instruction, active: Array) -> None:
         self._each(instruction, active, np.maximum if "NaN" in instruction.modifiers else np.fmax)
-
-    def _mul(self, instruction: Instruction, active: Array) -> None:
-        self._product(instruction, active)
-
-    def _mad(self, instruction: Instruction, active: Array) -> None:
-        self._product(instruction, active)
 
     def _product(self, instruction: Instruction, active: Array) -> None:
         kind = instruction.modifiers[-1]
@@ -235,11 +230,7 @@ class Program:
                 product, result = (product >> bits).astype(KINDS[kind]), kind
         self.put(target, product + self.get(added[0], result) if added else product, active)
 
-    def _shl(self, instruction: Instruction, active: Array) -> None:
-        self._shift(instruction, active, operator.lshift)
-
-    def _shr(self, instruction: Instruction, active: Array) -> None:
-        self._shift(instruction, active, operator.rshift)
+    _mul = _mad = _product
 
     def _shift(self, instruction: Instruction, active: Array, function: Callable[..., Any]) -> None:
         kind = instruction.modifiers[-1]
@@ -250,6 +241,9 @@ class Program:
         if value.dtype.kind == "u":
             shifted = np.where(places > last, value.dtype.type(0), shifted)
         self.put(target, shifted, active)
+
+    _shl = partialmethod(_shift, function=operator.lshift)
+    _shr = partialmethod(_shift, function=operator.rshift)
 
     def _bfe(self, instruction: Instruction, active: Array) -> None:
         kind = instruction.modifiers[-1]
@@ -293,14 +287,14 @@ class Program:
             return
         value = self.get(sources[0], kind)
         if to == "bf16":
-            found = to_bfloat16(value)
+            result = to_bfloat16(value)
         elif np.dtype(KINDS[to]).kind != "f" and value.dtype.kind == "f":
             if "rzi" not in how:
                 raise EmulationError("not known")
-            found = np.trunc(value).astype(KINDS[to])
+            result = np.trunc(value).astype(KINDS[to])
         else:
-            found = value.astype(KINDS[to])
-        self.put(target, found, active)
+            result = value.astype(KINDS[to])
+        self.put(target, result, active)
 
     def _setp(self, instruction: Instruction, active: Array) -> None:
         compared, *combined, kind = instruction.modifiers
@@ -308,18 +302,18 @@ class Program:
         left, right = self.get(a, kind), self.get(b, kind)
         name = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}.get(compared, compared)
         if left.dtype.kind == "f" and len(name) == 3 and name.endswith("u"):
-            found = getattr(operator, name[:2])(left, right) | np.isnan(left) | np.isnan(right)
+            result = getattr(operator, name[:2])(left, right) | np.isnan(left) | np.isnan(right)
         elif name in ("nan", "num"):
-            found = (np.isnan(left) | np.isnan(right)) == (name == "nan")
+            result = (np.isnan(left) | np.isnan(right)) == (name == "nan")
         else:
-            found = getattr(operator, name)(left, right)
+            result = getattr(operator, name)(left, right)
             if left.dtype.kind == "f" and name == "ne":
-                found &= ~(np.isnan(left) | np.isnan(right))
+                result &= ~(np.isnan(left) | np.isnan(right))
         if third:
-            found = getattr(operator, {"and": "and_", "or": "or_", "xor": "xor"}[combined[0]])(
-                found, self.get(third[0], "pred")
+            result = getattr(operator, {"and": "and_", "or": "or_", "xor": "xor"}[combined[0]])(
+                result, self.get(third[0], "pred")
             )
-        self.put(target, found, active)
+        self.put(target, result, active)
 
     def _selp(self, instruction: Instruction, active: Array) -> None:
         target, a, b, chosen = instruction.operands
@@ -332,7 +326,7 @@ class Program:
         return self.get(address.base, "u64" if space == "global" else "u32").astype(np.int64) + address.offset
 
     def _transfer(self, instruction: Instruction, address: Address, active: Array) -> tuple[str, str, int, Array]:
-        """Space, kind, elements a thread, and the active threads' addresses."""
+        """Space, type, elements per thread, and the active threads' addresses."""
         kind = instruction.modifiers[-1]
         space = "global" if "global" in instruction.modifiers else "shared"
         if not any(each.split(":")[0] == space for each in instruction.modifiers):
@@ -417,7 +411,7 @@ class Program:
         self.shared.meet()
 
     def _fence(self, instruction: Instruction, active: Array) -> None:
-        """Threads in lockstep see each other's writes in order."""
+        """Do nothing, as threads in lockstep see each other's writes in order."""
 
     # Within warps
 
@@ -436,7 +430,7 @@ class Program:
         self.put(target, self.get(source, "b32")[other], active)
 
     def _matrices(self, instruction: Instruction, address: Address) -> tuple[int, Array]:
-        """How many matrices of 8 x 8, and the addresses of their rows, (warps, matrices, 8)."""
+        """Number of 8 x 8 matrices, and the addresses of their rows, (warps, matrices, 8)."""
         count = next(int(each[1:]) for each in instruction.modifiers if each in ("x1", "x2", "x4"))
         rows = self._addresses(address, "shared").reshape(-1, WARP)[:, : 8 * count].reshape(-1, count, 8)
         if (rows % 16).any():
@@ -496,11 +490,11 @@ class Program:
             raise EmulationError("not known")
 
     def _product_of_groups(self, instruction: Instruction, active: Array) -> None:
-        """Computed at once; that it is not yet to be had, and still reads, is noted until it is waited for."""
+        """Compute a product at once; until a wait, note that its result is not ready and its operands are in use."""
         shape, to, kind = (instruction.modifiers[index] for index in (3, 4, 5))
         match = re.fullmatch(r"m64n(\d+)k16", shape)
         d, a, b, scale, *signs = instruction.operands
-        # Of registers only B may be transposed.
+        # If A is in registers, only B may be transposed.
         transposed = [bool(each.value) for each in signs[2:]]
         if match is None or to != "f32" or any(sign.value != 1 for sign in signs[:2]):
             raise EmulationError("not known")
@@ -530,14 +524,14 @@ class Program:
         self.sources.update(self.products[-1][1])
 
     def _described(self, operand: str, rows: int, kind: str, major_rows: bool, places: list[Array]) -> Array:
-        """Each warp group's matrix, (groups, rows, 16), in float32; where it lies is added to `places`."""
+        """Each warp group's matrix, (groups, rows, 16), in float32; its bytes' places are added to `places`."""
         descriptors = self.get(operand, "u64").reshape(-1, 4 * WARP)
         if (descriptors != descriptors[:, :1]).any():
             raise EmulationError("threads of a warp group name different matrices")
         matrices = []
         for descriptor in descriptors[:, 0].tolist():
             addresses = described(descriptor, rows, 16, major_rows)
-            # Four warps read as one: what any of them wrote needs a barrier.
+            # Four warps read together: whatever any of them wrote needs a barrier.
             warps = np.full(addresses.size, SEVERAL)
             places.append(np.unique(addresses.ravel()[:, None] + np.arange(2)))
             loaded = self.shared.load(addresses.ravel(), 2, warps).view(np.uint16).reshape(addresses.shape)

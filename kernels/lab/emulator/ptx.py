@@ -1,4 +1,4 @@
-"""PTX as Triton writes it, parsed: one kernel a module, a statement a line or a few."""
+"""A parser of PTX as Triton writes it: one kernel in a module, and a statement on one line or a few."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class EmulationError(Exception):
-    """What the kernel did wrong, or an instruction that is not known, with its line of PTX."""
+    """The kernel did something wrong, or an instruction is not known; the message has its line of PTX."""
 
 
 @dataclass(frozen=True)
@@ -19,7 +19,7 @@ class Address:
 
 @dataclass(frozen=True)
 class Literal:
-    """An immediate: its bits, or for an integer its value."""
+    """An immediate operand: the bits of a float, or the value of an integer."""
 
     value: int
     is_float: bool = False
@@ -30,9 +30,9 @@ class Instruction:
     """One line of PTX.
 
     Args:
-        guard: predicate register, and what it must be; None where all threads take part.
+        guard: predicate register, and the value it must have; None if all threads take part.
         name: operation without its modifiers.
-        modifiers: the rest of the operation, split at its points.
+        modifiers: the rest of the operation, split at its dots.
         operands: registers by name, `Literal`s, `Address`es, and tuples of these.
     """
 
@@ -48,10 +48,11 @@ class Code:
     """One kernel.
 
     Args:
-        threads: of a program.
-        params: names, in order.
-        instructions, labels: the body; labels are places in it.
-        bits: of each class of registers, by prefix; 1 for predicates.
+        threads: threads of a program.
+        params: names of the parameters, in order.
+        instructions: the body.
+        labels: index of the instruction that follows each label.
+        bits: width of each class of registers, by prefix; 1 for predicates.
     """
 
     threads: int
@@ -65,7 +66,7 @@ _STATEMENT = re.compile(r"(?:@(!?)(%\w+)\s+)?([a-z][\w.:]*)\s*(.*)", re.DOTALL)
 
 
 def parse(ptx: str) -> Code:
-    """The one kernel in a module that Triton made."""
+    """Parse the one kernel of a module that Triton made."""
     text = re.sub(r"//[^\n]*", "", ptx)
     entry = re.search(r"\.entry\s+\w+\(([^)]*)\)(.*?)\{(.*)", text, re.DOTALL)
     if entry is None:
@@ -75,7 +76,7 @@ def parse(ptx: str) -> Code:
     instructions: list[Instruction] = []
     labels: dict[str, int] = {}
     bits: dict[str, int] = {}
-    # Statements end with a semicolon; labels with a colon; directives of debuggers with the line.
+    # Statements end with a semicolon, labels with a colon, and directives for debuggers with the line.
     body = re.sub(r"^\s*\.(loc|file|pragma)\b[^\n]*", "", entry[3], flags=re.MULTILINE)
     for statement in body.split(";"):
         rest = statement.strip()

@@ -1,4 +1,4 @@
-"""PTX's types and functions in NumPy's terms, and where a matrix product keeps its elements."""
+"""PTX's types and functions in NumPy, and the layouts of a matrix product's elements."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ UNSIGNED = {1: np.bool_, 8: np.uint8, 16: np.uint16, 32: np.uint32, 64: np.uint6
 
 
 def widened(bits: Array) -> Array:
-    """bfloat16's bits as float32."""
+    """Convert bfloat16's bits to float32."""
     return (bits.astype(np.uint32) << 16).view(np.float32)
 
 
 def to_bfloat16(values: Array) -> Array:
-    """float32 to bfloat16's bits, to nearest, ties to even."""
+    """Round float32 to bfloat16's bits, to nearest, ties to even."""
     bits = values.astype(np.float32).view(np.uint32)
     rounded = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
     return np.where(np.isnan(values), np.uint16(0x7FFF), rounded)
 
 
 def _rounded_to_bits(values: Array, bits: int) -> Array:
-    """float32 with so many bits of mantissa."""
+    """Round float32 to a mantissa of this many bits."""
     mantissa, exponent = np.frexp(values)
     return np.ldexp(np.round(mantissa * 2.0**bits) / 2.0**bits, exponent).astype(np.float32)
 
 
-# Lane l's elements of the matrices of a warp's product m16n8k16, by register and half; 8-bit places of PTX's figures.
+# Row and first column of each lane's elements in the 8x8 quarters of the matrices of a warp's product m16n8k16.
 LANE = np.arange(WARP)
 ROW, PAIR = LANE // 4, LANE % 4 * 2
 
 
 def fragment_a(registers: Sequence[Array], kind: str) -> Array:
-    """(warps, 16, 16) of four registers."""
+    """The first operand of m16n8k16, (warps, 16, 16), from its four registers."""
     halves = [_halves(register, kind) for register in registers]
     matrix = np.zeros((len(halves[0]), 16, 16), np.float32)
     for index, pair in enumerate(halves):
@@ -55,7 +55,7 @@ def fragment_a(registers: Sequence[Array], kind: str) -> Array:
 
 
 def fragment_b(registers: Sequence[Array], kind: str) -> Array:
-    """(warps, 16, 8) of two registers."""
+    """The second operand of m16n8k16, (warps, 16, 8), from its two registers."""
     halves = [_halves(register, kind) for register in registers]
     matrix = np.zeros((len(halves[0]), 16, 8), np.float32)
     for index, pair in enumerate(halves):
@@ -65,25 +65,25 @@ def fragment_b(registers: Sequence[Array], kind: str) -> Array:
 
 
 def _halves(register: Array, kind: str) -> Array:
-    """A register's two 16-bit numbers, (warps, lanes, 2)."""
+    """The two 16-bit numbers of a register, (warps, lanes, 2)."""
     pairs = np.ascontiguousarray(register).view(np.uint16).reshape(-1, WARP, 2)
     return widened(pairs) if kind == "bf16" else pairs.view(np.float16).astype(np.float32)
 
 
 def described(descriptor: int, rows: int, depth: int, major_rows: bool) -> Array:
-    """Shared addresses, (rows, depth), of a 16-bit matrix by its wgmma descriptor.
+    """Decode a wgmma descriptor into the shared addresses, (rows, depth), of a 16-bit matrix.
 
     The layouts are those of the PTX ISA's section on wgmma's shared memory, as CUTLASS writes them down in
     `cute/arch/mma_sm90_desc.hpp`.
 
     Args:
-        major_rows: whether rows, rather than depth, run along the contiguous dimension.
+        major_rows: whether rows, rather than depth, are the contiguous dimension.
     """
     start, leading, stride = (((descriptor >> shift) & 0x3FFF) << 4 for shift in (0, 16, 32))
     if (descriptor >> 49) & 7:
         raise EmulationError("a matrix descriptor with a base offset")
     swizzle_bits = {0: 0, 1: 3, 2: 2, 3: 1}[descriptor >> 62]
-    # Of a 16-bit type 8 elements make the 16 bytes that stay together.
+    # The 16 bytes that stay together are 8 elements of 16 bits.
     chunks = 2**swizzle_bits
     row, k = np.arange(rows)[:, None], np.arange(depth)[None, :]
     if swizzle_bits and major_rows:
@@ -102,7 +102,7 @@ def described(descriptor: int, rows: int, depth: int, major_rows: bool) -> Array
 def _divided(a: Array, b: Array) -> Array:
     if a.dtype.kind == "f":
         return np.asarray(a / b)
-    # Towards zero, not down; by zero anything.
+    # Division is towards zero, not down; by zero the result may be anything.
     return np.asarray(np.sign(a) * np.sign(b) * (np.abs(a) // np.maximum(np.abs(b), 1)), a.dtype)
 
 
@@ -110,17 +110,17 @@ def _remainder(a: Array, b: Array) -> Array:
     return np.asarray(np.sign(a) * (np.abs(a) % np.maximum(np.abs(b), 1)), a.dtype)
 
 
-# Instructions that do one thing to their sources, in their own type.
+# Instructions that apply one function to their sources, in their own type.
 ELEMENTWISE: dict[str, Callable[..., Any]] = {
     "add": operator.add, "sub": operator.sub, "neg": operator.neg, "abs": np.abs, "div": _divided, "rem": _remainder,
     "and": operator.and_, "or": operator.or_, "xor": operator.xor, "not": operator.invert,
     "ex2": np.exp2, "rcp": np.reciprocal,
-    # As inexact as the hardware's, which is off by 2^-11 of the value at most.
+    # As inexact as the hardware's, whose relative error is 2^-11 at most.
     "tanh": lambda x: _rounded_to_bits(np.tanh(x), 11),
     # The product of two float32 is exact in float64.
     "fma": lambda a, b, c: (a.astype(np.float64) * b + c).astype(a.dtype),
 }  # fmt: skip
-# Those that are followed, or that make no difference here; of products they are looked at one by one.
+# Modifiers that are obeyed, or that make no difference here; products check theirs one by one.
 MODIFIERS = {
     *KINDS, "rn", "rzi", "approx", "full", "ftz", "NaN", "lo", "hi", "wide", "uni", "sync", "aligned",
     "eq", "ne", "lt", "le", "gt", "ge", "ls", "hs", "equ", "neu", "ltu", "leu", "gtu", "geu", "nan", "num",
@@ -129,12 +129,12 @@ MODIFIERS = {
     "m8n8", "x1", "x2", "x4", "trans", "m16n8k16", "row", "col", "and", "or", "xor", "add",
     *(f"m64n{width}k16" for width in range(8, 257, 8)),
 }  # fmt: skip
-# What all threads of a warp, or of a program, do as one.
+# Instructions that all threads of a warp, or of a program, execute together.
 TOGETHER = {"bar", "ldmatrix", "mma", "shfl", "stmatrix", "wgmma"}
 
 
 def parted(register: Array, kind: str) -> tuple[Array, Array]:
-    """The two numbers of each thread's register, (threads,) each, the lower half first."""
+    """Split each thread's register into its two numbers, (threads,) each, the lower half first."""
     pairs = np.ascontiguousarray(register).view(np.uint16).reshape(-1, 2)
     lower, upper = np.ascontiguousarray(pairs[:, 0]), np.ascontiguousarray(pairs[:, 1])
     if kind == "bf16":
@@ -143,6 +143,6 @@ def parted(register: Array, kind: str) -> tuple[Array, Array]:
 
 
 def joined(values: Array, kind: str) -> Array:
-    """(threads, 2) numbers as one register of two halves."""
+    """Join (threads, 2) numbers into a register of two halves."""
     halves = to_bfloat16(values) if kind == "bf16" else values.astype(np.float16).view(np.uint16)
     return np.ascontiguousarray(halves).view(np.uint32)[:, 0]
