@@ -1,4 +1,8 @@
 """The search: the loop, the study that it fills, proposals, evaluation and progress.
 
-It stands on display, latency, training and the ground; cli, report, export and validation stand on it.
+It imports from display, latency, training and the modules of nas/ itself; cli, report, export and validation import it.
 """
+
+from nas.search.loop import SearchResult, run
+
+__all__ = ["SearchResult", "run"]
