@@ -1,8 +1,8 @@
 """What deterministic algorithms cost the proxy training: `python -m nas.training.determinism --device cuda`.
 
-A search on CUDA says it when it begins a study, as the choice is the study's for good. The anchor of the space is
-trained with and without them in turns, on random images, in a process of its own: cuBLAS has to be told before its
-first product.
+A search on CUDA prints it when it begins a study, because the choice cannot be changed later. The anchor of the space
+is trained with and without them in turns, on random images, in a process of its own: cuBLAS has to be set up before
+its first product.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from nas.training.data import ImageData
 from nas.worker import Worker
 from search_spaces import ArchSpec, load_space
 
-# Of each training, and trainings of either kind, when a search begins: some seconds in all.
+# Steps of each training, and trainings of either kind, when a search begins: some seconds in all.
 STEPS = 40
 ROUNDS = 3
 WARM_UP_STEPS = 10
 LEARNING_RATE = 1e-3
 CLASSES = 10
-# Drawn with repetition, so that a batch may be larger.
+# Batches are drawn with repetition, so that one may be larger than that.
 TRAIN_IMAGES, VAL_IMAGES = 64, 32
 
 
@@ -36,9 +36,9 @@ class Determinism:
     """Equal trainings with and without deterministic algorithms.
 
     Args:
-        default_seconds, deterministic_seconds: of a training, the median.
+        default_seconds, deterministic_seconds: median time of a training.
         default_losses, deterministic_losses: how many different losses the equal trainings of either kind ended with.
-        steps: of a training.
+        steps: of each training.
         rounds: trainings of either kind.
     """
 
@@ -67,18 +67,18 @@ def _losses(count: int) -> str:
 
 
 def measure_apart(arch: ArchSpec, config: ProxyConfig, device: str, resolution: int) -> Determinism:
-    """As `measure`, in a process of its own, which leaves nothing behind in this one and on the device."""
-    # At any rate a step takes as long; the user's may diverge on images that show nothing.
+    """Measure in a process of its own, which leaves nothing behind in this one and on the device; see `measure`."""
+    # A step takes as long at any learning rate; the user's may diverge on images that show nothing.
     config = replace(config, steps=min(config.steps, STEPS), learning_rate=LEARNING_RATE)
     with Worker() as worker:
         return worker.call(measure, arch, config, device, resolution, ROUNDS)
 
 
 def measure(arch: ArchSpec, config: ProxyConfig, device: str, resolution: int, rounds: int) -> Determinism:
-    """Train `arch` with and without deterministic algorithms, in turns, from the same seed.
+    """Train an architecture with and without deterministic algorithms, in turns, from the same seed.
 
     Args:
-        config: says steps, batch and threads.
+        config: its steps, batch size and threads are used.
         device: as torch names it; this process must not have multiplied matrices there before.
         resolution: of the images, in pixels.
         rounds: trainings of either kind.
@@ -96,13 +96,13 @@ def measure(arch: ArchSpec, config: ProxyConfig, device: str, resolution: int, r
     for _ in range(rounds):
         for kind, each in kinds.items():
             results[kind].append(_train(arch, batches, each))
-    seconds = {kind: median(result.seconds for result in found) for kind, found in results.items()}
-    losses = {kind: len({result.loss for result in found}) for kind, found in results.items()}
+    seconds = {kind: median(result.seconds for result in each) for kind, each in results.items()}
+    losses = {kind: len({result.loss for result in each}) for kind, each in results.items()}
     return Determinism(seconds[False], seconds[True], losses[False], losses[True], config.steps, rounds)
 
 
 def _random_images(resolution: int) -> ImageData:
-    """What they show changes neither the time of a step nor whether it can be repeated."""
+    """Random images: what images show changes neither the time of a step nor whether it can be repeated."""
     rng = torch.Generator().manual_seed(0)
 
     def draw(count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -128,7 +128,7 @@ def _train(arch: ArchSpec, batches: proxy.Batches, config: ProxyConfig) -> proxy
 def main(
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cuda",
     space: Annotated[str, typer.Option(help="The space whose anchor is trained.")] = "small",
-    steps: Annotated[int, typer.Option(min=1, help="Of each training.")] = 200,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each training.")] = 200,
     rounds: Annotated[int, typer.Option(min=2, help="Trainings of either kind.")] = 4,
 ) -> None:
     """Print seconds of either kind of training side by side, their ratio, and whether equal trainings agree."""
@@ -139,16 +139,16 @@ def main(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--space") from None
     try:
-        found = measure(loaded.anchor(), ProxyConfig(steps=steps), device, loaded.resolution, rounds)
+        measured = measure(loaded.anchor(), ProxyConfig(steps=steps), device, loaded.resolution, rounds)
     except CandidateFailed as error:
         print(f"--device {device}: {error}")
         raise typer.Exit(1) from None
     for name, seconds, losses in (
-        ("default", found.default_seconds, found.default_losses),
-        ("deterministic", found.deterministic_seconds, found.deterministic_losses),
+        ("default", measured.default_seconds, measured.default_losses),
+        ("deterministic", measured.deterministic_seconds, measured.deterministic_losses),
     ):
         print(f"{name:13} {seconds:7.3f} s a training, {losses} different losses in {rounds}")
-    print(f"deterministic / default: {found.ratio:.2f}")
+    print(f"deterministic / default: {measured.ratio:.2f}")
 
 
 if __name__ == "__main__":

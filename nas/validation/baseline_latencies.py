@@ -11,7 +11,7 @@ from typing import Any
 from kernels.timing import DeviceInfo
 from nas.config import LatencyConfig
 from nas.errors import CandidateFailed
-from nas.latency import ceilings as profile
+from nas.latency.ceilings import find_or_measure, references_ms
 from nas.latency.engines import deploy
 from nas.latency.meter import threads
 from nas.latency.yardsticks import Corrected, Timed, Yardsticks
@@ -43,10 +43,10 @@ class BaselineLatencies:
         """
         wanted = [*networks, *earlier]
         if not self._measured_together(wanted):
-            found = profile.find_or_measure(self.study.store, self.config, waiting=self.waiting)
+            known = find_or_measure(self.study.store, self.config, waiting=self.waiting)
             self.note(f"measuring {len(wanted)} networks in turns")
             with self.lock.measuring(self.waiting):
-                latencies = self._in_turns(wanted, profile.references_ms(found))
+                latencies = self._in_turns(wanted, references_ms(known))
             now = datetime.now(UTC)
             rows = [
                 self._row(network.name, network.engine, network.resolution, now, latency)

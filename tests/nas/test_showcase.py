@@ -323,7 +323,8 @@ def test_an_address_that_is_taken_gets_one_line(config: SearchConfig, tmp_path: 
 def test_looking_does_not_disturb_a_running_search(config: SearchConfig, tmp_path: Path) -> None:
     """A search writes for some seconds in a process of its own, while three lookers ask for everything all the time."""
     script = (
-        "import sys; from nas import search; from nas.config import *; from nas.lab.overhead import FakeEvaluator\n"
+        "import sys; from nas.search import loop as search; from nas.config import *\n"
+        "from nas.lab.overhead import FakeEvaluator\n"
         "config = SearchConfig(budget=15, storage=sys.argv[1], latency=LatencyConfig(device='cpu'))\n"
         "print(search.run(config, FakeEvaluator()).complete)"
     )
