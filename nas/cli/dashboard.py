@@ -29,6 +29,7 @@ def dashboard(
     """Open the Optuna dashboard on a study database, also while a search runs."""
     with reported(storage):
         from nas.display.showcase import show
+        from nas.errors import UsageError
         from nas.report.dashboard import Server
         from studies import StorageError
         from studies.display import artifact_folder
@@ -41,8 +42,8 @@ def dashboard(
                 try:
                     made = show(store, summary.name, folder)
                     out.print(f"{summary.name}: {made} files of its front made", highlight=False)
-                except StorageError as error:
-                    # A file that is read-only, say: what is there can be looked at.
+                except (StorageError, UsageError) as error:
+                    # The file is read-only, say, or another version wrote the study: what is there can be looked at.
                     err.print(f"{summary.name}: not brought up to date ({error})", highlight=False)
             server.warm_up()
             out.print(f"dashboard: {server.url} (Ctrl-C ends it)", highlight=False, soft_wrap=True)
