@@ -17,31 +17,34 @@ from nas.display.charts import BLUE, GREY, ORANGE, new_figure
 from nas.latency.roofline import Efficiency, NetworkEfficiency
 
 BOUND_COLOUR, GAP_COLOUR, REST_COLOUR = BLUE, ORANGE, GREY
-# Of Okabe and Ito's palette, which most kinds of colour blindness tell apart.
+# Most are from the palette of Okabe and Ito, which people with most kinds of colour blindness can tell apart.
 KIND_COLOURS = {
     "stem": "#56b4e9", "convfirst": "#0072b2", "mbconv": "#009e73", "head": "#cc79a7", "conv": "#e69f00",
     "depthwise": "#d55e00", "linear": "#6a51a3",
 }  # fmt: skip
 SPARE_COLOURS = ("#7f7f7f", "#a6761d", "#1b9e77", "#e7298a")
 KIND_NAMES = {"convfirst": "ConvFirst block", "mbconv": "MBConv block", "depthwise": "depthwise conv"}
-# Bars of this share of the operations fit the axis of the gap plot.
+# The share of the operations whose bars fit the axis of the gap plot.
 SHARE_OF_MACS = 0.95
 MOST_STAGES = 12
-# Areas of the marker that would stand for the whole time, and of the smallest, in points^2.
+# Areas of the marker that would stand for the whole time, and of the smallest marker, in points^2.
 WHOLE_MARKER, SMALLEST_MARKER = 1200, 6
-# A character and a line of 8-point text, in points.
+# Width of a character and height of a line of 8-point text, in points.
 CHARACTER, LINE = 5, 11
 
 
 def plot_efficiency_gap(networks: Sequence[NetworkEfficiency], path: Path) -> None:
-    """Latency as area: a bar a block, F / peak wide and 1 / efficiency high, its ideal time and its gap in two shades.
+    """Draw latency as area: a bar for each block, F / peak wide and 1 / efficiency high, in two shades.
 
-    At the right end, as areas to the same scale: time without operations, and what was cut off bars that are too high
-    for the axis. So areas sum to the time of all rows. Two networks share their axes.
-    After A. Lavin, arXiv 2404.03617. PNG, SVG or PDF by suffix.
+    The shades are the block's ideal time and its gap. At the right end stand, as areas to the same scale, the time
+    without operations and what was cut off bars that are too high for the axis: so the areas sum to the time of all
+    rows. Two networks share their axes. The figure follows A. Lavin, arXiv 2404.03617.
+
+    Args:
+        path: of a PNG, SVG or PDF file.
 
     Raises:
-        ValueError: not one or two networks; a row that is not measured; a suffix that matplotlib does not write.
+        ValueError: not one or two networks; a row that is not measured; a suffix that Matplotlib does not write.
     """
     _check_measured(networks)
     unit, scale = _time_unit(max(sum(row.compute_seconds for row in network.rows) for network in networks))
@@ -69,13 +72,16 @@ def plot_efficiency_gap(networks: Sequence[NetworkEfficiency], path: Path) -> No
 
 
 def plot_waterline(networks: Sequence[NetworkEfficiency], path: Path) -> None:
-    """Throughput over operational intensity under the roofline: each block at its bound and as measured.
+    """Draw throughput over operational intensity under the roofline: each block at its bound and as measured.
 
-    Horizontal lines are the network's waterline and what it achieves. Two networks share their axes.
-    After A. Lavin, arXiv 2404.03617. PNG, SVG or PDF by suffix.
+    Horizontal lines are the network's waterline and what it achieves. Two networks share their axes. The figure
+    follows A. Lavin, arXiv 2404.03617.
+
+    Args:
+        path: of a PNG, SVG or PDF file.
 
     Raises:
-        ValueError: not one or two networks; a row that is not measured; a suffix that matplotlib does not write.
+        ValueError: not one or two networks; a row that is not measured; a suffix that Matplotlib does not write.
     """
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -116,14 +122,14 @@ def _computing(network: NetworkEfficiency) -> list[Efficiency]:
 
 
 def _without_macs(network: NetworkEfficiency) -> tuple[str, float]:
-    """What the rows without operations are called, and their seconds."""
+    """The name of the rows without operations, and their seconds."""
     rows = [row for row in network.rows if not row.block.macs]
     name = rows[0].block.name if len(rows) == 1 else f"{len(rows)} without operations"
     return name, sum(_seconds(row) for row in rows)
 
 
 def _time_unit(seconds: float) -> tuple[str, float]:
-    """One in which so many seconds are no long row of zeros, and how many of it a second has."""
+    """The unit in which so many seconds are no long row of zeros, and how many of it make a second."""
     return ("ms", 1e3) if seconds >= 1e-4 else ("µs", 1e6)
 
 
@@ -141,7 +147,7 @@ def _percent(share: float) -> str:
 
 
 def _panels(networks: Sequence[NetworkEfficiency], height: float) -> tuple[Any, Any]:
-    """A figure, and axes for each network."""
+    """A figure with axes for each network."""
     figure = new_figure(10 if len(networks) == 1 else 16, height)
     return figure, figure.subplots(1, len(networks), sharex=True, sharey=True, squeeze=False)[0]
 
@@ -151,7 +157,7 @@ def _set_title(axes: Any, network: NetworkEfficiency, pad: float) -> None:
 
 
 def _set_legend(axes: Any, handles: Sequence[Any], columns: int, title: str | None = None) -> None:
-    """Below the axes, where it hides nothing."""
+    """Put a legend below the axes, where it hides nothing."""
     axes.legend(
         handles=handles, loc="upper center", bbox_to_anchor=(0.5, -0.12), ncols=columns, fontsize=8, frameon=False,
         title=title, title_fontsize=8,
@@ -169,23 +175,23 @@ def _summary(network: NetworkEfficiency) -> str:
 
 
 def _save(figure: Any, path: Path, what: str, networks: Sequence[NetworkEfficiency]) -> None:
-    """Write it, with what screen readers read in its place."""
+    """Write a figure, with a description for screen readers."""
     text = "; ".join(f"{network.title}, {network.subtitle}: {_summary(network)}" for network in networks)
     key = {".svg": "Description", ".png": "Description", ".pdf": "Subject"}.get(path.suffix.lower())
     figure.savefig(path, dpi=120, metadata={"Title": what, key: text} if key else None)
 
 
-# -- Its gaps
+# -- The gap plot ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Bars:
-    """The bars of what has operations: (n,) arrays, times in the unit of the axis.
+    """The bars of the blocks that have operations: (n,) arrays, times in the unit of the axis.
 
     Args:
-        rows: that have MACs.
-        lefts, widths: of the bars.
-        heights, bounds: of a bar, and what its height would be in its ideal time.
+        rows: the blocks.
+        lefts, widths, heights: of the bars.
+        bounds: the heights that the bars would have in their ideal times.
     """
 
     rows: list[Efficiency]
@@ -207,13 +213,13 @@ class _Bars:
 
     @property
     def ideal(self) -> np.ndarray:
-        """How high a bar is no gap: to its bound, or all of one that is faster."""
+        """The height of a bar that is no gap: up to its bound, or the whole bar of a block that is faster."""
         ideal: np.ndarray = np.minimum(self.bounds, self.heights)
         return ideal
 
     @property
     def highest(self) -> float:
-        """Upper end of an axis on which a few very tall bars, of few operations, do not flatten all others."""
+        """The upper end of an axis on which a few very tall bars of few operations do not flatten all others."""
         order, tallest = np.argsort(self.heights), float(self.heights.max())
         held = np.cumsum(self.widths[order]) >= SHARE_OF_MACS * self.right
         level = float(self.heights[order][held.argmax()])
@@ -222,7 +228,7 @@ class _Bars:
 
 
 def _draw_bars(axes: Any, bars: _Bars, highest: float) -> list[Any]:
-    """The bars as far as the axis is high; returns what the legend shows of them."""
+    """Draw the bars up to the height of the axis; return their entries of the legend."""
     from matplotlib.patches import Patch
 
     ideal, heights = np.minimum(bars.ideal, highest), np.minimum(bars.heights, highest)
@@ -251,7 +257,7 @@ def _draw_bars(axes: Any, bars: _Bars, highest: float) -> list[Any]:
 def _draw_areas(
     axes: Any, network: NetworkEfficiency, bars: _Bars, highest: float, scale: float
 ) -> tuple[list[Any], float]:
-    """At the right end, time without operations and what was cut off; returns what the legend shows, and the end."""
+    """Draw time without operations and what was cut off, at the right end; return entries of the legend and the end."""
     from matplotlib.patches import Patch
 
     # As high as the bars are on average, so that widths compare, too.
@@ -289,20 +295,20 @@ def _cut_name(bars: _Bars, highest: float) -> str:
 
 
 def stages(names: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Runs of names of one stage: what it is called, the index of its first name and that past its last.
+    """Runs of names of one stage: its name, the index of its first block and that past its last.
 
-    "stage2.3" is of "stage2", "blocks.1.0.conv_pw" of "blocks.1" and "head.fc" of "head".
+    "stage2.3" belongs to "stage2", "blocks.1.0.conv_pw" to "blocks.1" and "head.fc" to "head".
     """
     pattern = re.compile(r"(?:stages?|blocks|layers?|features)[._]?\d+|[^.]+")
-    found = [match.group() if (match := pattern.match(name)) else name for name in names]
-    runs = [[index for index, _ in run] for _, run in groupby(enumerate(found), key=itemgetter(1))]
-    return [(found[run[0]], run[0], run[-1] + 1) for run in runs]
+    stage_names = [match.group() if (match := pattern.match(name)) else name for name in names]
+    runs = [[index for index, _ in run] for _, run in groupby(enumerate(stage_names), key=itemgetter(1))]
+    return [(stage_names[run[0]], run[0], run[-1] + 1) for run in runs]
 
 
 def _label_bars(axes: Any, bars: _Bars, highest: float, above: float) -> None:
-    """Over the axes the heights of bars that were cut and, `above` points over it, stages: as far as there is room."""
+    """Write the heights of cut bars over the axes, and `above` points over these the stages, where they fit."""
     left, right = axes.get_xlim()
-    # What margins and labels leave of the figure, and of that what one unit of x takes.
+    # The width of one unit of x, in what margins and labels leave of the figure.
     points = (72 * axes.figure.get_figwidth() / len(axes.figure.axes) - 60) / (right - left)
     middles = bars.lefts + bars.widths / 2
     over: dict[str, Any] = dict(
@@ -316,11 +322,11 @@ def _label_bars(axes: Any, bars: _Bars, highest: float, above: float) -> None:
             placed.append(middle)
             text = f"{height:,.0f}" if height >= 100 else f"{height:.3g}"
             axes.annotate(text, (middle, 1), (0, 4), rotation=90, **over)
-    found = stages([row.block.name for row in bars.rows])
-    if len(found) > MOST_STAGES:
+    named = stages([row.block.name for row in bars.rows])
+    if len(named) > MOST_STAGES:
         return
     taken = 0.0
-    for number, (name, first, past) in enumerate(found):
+    for number, (name, first, past) in enumerate(named):
         begin, end = bars.lefts[first], bars.lefts[past - 1] + bars.widths[past - 1]
         if number % 2:
             axes.axvspan(begin, end, color="black", alpha=0.05, lw=0, zorder=0)
@@ -331,13 +337,13 @@ def _label_bars(axes: Any, bars: _Bars, highest: float, above: float) -> None:
         axes.annotate(name, ((begin + end) / 2, 1), (moved, above), arrowprops=leader, **over)
 
 
-# -- Its waterline
+# -- The waterline plot ----------------------------------------------------------------------------------------------
 
 
 def _draw_waterline(
     axes: Any, network: NetworkEfficiency, limits: tuple[float, float], unit: str, scale: float
 ) -> None:
-    """Roofline, blocks, lines and legend."""
+    """Draw roofline, blocks, lines and legend."""
     from matplotlib.lines import Line2D
 
     machine, rows, total = network.machine, _computing(network), network.rows_seconds
@@ -382,7 +388,7 @@ def _draw_waterline(
 def _draw_level(
     axes: Any, share: float, peak: float, unit: str, name: str, colour: str, style: str, above: bool
 ) -> None:
-    """A horizontal line at a share of the peak."""
+    """Draw a horizontal line at a share of the peak, and its name."""
     axes.axhline(share * peak, color=colour, lw=1.3, ls=style, zorder=2.5)
     axes.annotate(
         f"{name}: {_percent(share)} of peak, {share * peak:.3g} {unit}", (0, share * peak), (6, 3 if above else -3),

@@ -1,4 +1,4 @@
-"""What the dashboard shows of a study beyond its figures: every trial's note, and the front members' files."""
+"""The notes of all trials and the files of the front's members, which the dashboard shows beside its own figures."""
 
 from __future__ import annotations
 
@@ -61,31 +61,36 @@ def _write_notes(study: RecordedStudy) -> None:
 
 
 def _artifacts(store: Store, row: pd.Series, table: BlockTable) -> list[Artifact]:
-    """The files of a member of the front, a row of the view."""
+    """The files of a member of the front.
+
+    Args:
+        row: of the view `pareto_front`.
+    """
     config, arch, number = table.config, ArchSpec.from_json(row["arch"]), int(row["number"])
     prefix = f"t{number:04d}"
     ours = {"arch": str(arch), "arch_id": arch.arch_id}
     as_json = json.dumps(timm_config(arch, config.num_classes, config.resolution, convfirst=ours), indent=2).encode()
-    found = [Artifact(f"{prefix}_config.json", _stamp(as_json.decode()), lambda: as_json)]
+    artifacts = [Artifact(f"{prefix}_config.json", _stamp(as_json.decode()), lambda: as_json)]
     curve = store.learning_curve(int(row["trial_id"]))
     accuracy = float(row["accuracy"])
     title = f"trial {number}: {arch}"
     if curve:
-        found.append(Artifact(
+        artifacts.append(Artifact(
             f"{prefix}_learning_curve.png", _stamp(len(curve), accuracy),
             _drawn(lambda path: plot_learning_curve(curve, accuracy, title, path)),
         ))  # fmt: skip
     latency_ms = float(row["latency_ms"])
     efficiency = from_table(table, arch, f"trial {number}", latency_ms)
     if efficiency is not None:
-        found.append(Artifact(
+        artifacts.append(Artifact(
             f"{prefix}_efficiency_gap.png", _stamp(latency_ms, [part.seconds for part in efficiency.rows]),
             _drawn(lambda path: plot_efficiency_gap([efficiency], path)),
         ))  # fmt: skip
-    return found
+    return artifacts
 
 
 def _stamp(*values: object) -> str:
+    """A digest that changes when what a file is made of does."""
     return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
 

@@ -18,19 +18,19 @@ from optuna.storages import get_storage
 from nas.errors import UsageError
 from studies import Store
 
-# Of requests that are answered at once: a page asks for several things, and several may look.
+# Requests that are answered at once: a page asks for several things, and several people may look.
 THREADS = 4
 
 
 class Server:
-    """A dashboard that listens from now on, and answers once it is run.
+    """A dashboard that listens as soon as it is made, and answers once it is run.
 
     Args:
         folder: of the artifacts.
-        host, port: to listen on; port 0 takes a free one.
+        host, port: the address to listen on; port 0 takes a free one.
 
     Raises:
-        UsageError: the address is not to be had.
+        UsageError: the address cannot be listened on.
     """
 
     def __init__(self, store: Store, folder: Path, host: str, port: int) -> None:
@@ -39,7 +39,7 @@ class Server:
 
         _serialize_once()
         folder.mkdir(parents=True, exist_ok=True)
-        # One that remembers finished trials: reading 2,000 takes seconds, and a page asks for them several times over.
+        # `get_storage` adds a cache of finished trials: reading 2,000 takes seconds, and a page asks for them often.
         storage = get_storage(store.optuna_storage)
         app = _keeping_names(optuna_dashboard.wsgi(storage, FileSystemArtifactStore(folder)))
         self.app = app
@@ -72,8 +72,10 @@ class Server:
 
 
 def _keeping_names(app: Any) -> Any:
-    """The dashboard's application, but for renaming a study: it copies the trials into a new one and deletes the old,
-    and all that is ours would go with that."""
+    """The dashboard's application, which refuses to rename a study.
+
+    It would copy the trials into a new study and delete the old one, and our rows with it.
+    """
 
     def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
         if not re.fullmatch(r"/api/studies/\d+/rename", environ["PATH_INFO"]):
@@ -88,11 +90,11 @@ def _keeping_names(app: Any) -> Any:
 
 
 def _serialize_once() -> None:
-    """Let the dashboard serialize a finished trial once, and find its notes and files without reading all others'.
+    """Let the dashboard serialize a finished trial once, and find its notes and files without those of all others.
 
     optuna-dashboard 0.21 serializes all trials for each page, and for each of them goes through all attributes of the
-    study twice: with a note for each of 2,000 trials that is sixteen million comparisons. Given only the attributes
-    that are a trial's it finds the same; and while these do not change, nor does a trial that is finished.
+    study twice: with a note for each of 2,000 trials that is sixteen million comparisons. Given only the attributes of
+    the trial it finds the same; and as long as these do not change, neither does a finished trial.
     """
     from optuna_dashboard import _serializer
 
@@ -117,13 +119,16 @@ def _serialize_once() -> None:
 
 
 class _Index(threading.local):
-    """The attributes "dashboard:<trial_id>:..." and "dashboard:artifacts:<trial_id>:..." by trial, of the mapping that
-    was asked for last. Threads have one each."""
+    """The attributes "dashboard:<trial_id>:..." and "dashboard:artifacts:<trial_id>:..." of a study, by trial.
+
+    It holds those of the mapping that was asked for last, for each thread.
+    """
 
     indexed: Mapping[str, Any] | None = None
     by_trial: dict[int, dict[str, Any]]
 
     def of(self, attrs: Mapping[str, Any], trial_id: int) -> dict[str, Any]:
+        """The attributes of one trial."""
         if self.indexed is not attrs:
             self.by_trial, self.indexed = {}, attrs
             for key, value in attrs.items():

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
@@ -20,10 +19,6 @@ from studies import OBJECTIVES, Candidate, CandidateState, Deployment, Owner
 # Numbers within a reason: losses, steps and excesses differ where what went wrong is the same.
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:[.,]\d+)*(?:e[-+]?\d+)?(?: ?%)?(?![\w])")
 _SHOWN_TRIALS = 5
-LIMITS = {
-    "latency_ms": "latency at most {:g} ms", "params": "at most {:,} parameters", "macs": "at most {:,} MACs",
-    "memory_mb": "memory at most {:g} MB",
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -160,26 +155,3 @@ def incomplete_trials(candidates: Sequence[Candidate], trials: Sequence[FrozenTr
         reason = members[0][1] if len(reasons) == 1 else general
         incomplete.append(IncompleteTrials(outcome, reason, tuple(number for number, _ in members)))
     return sorted(incomplete, key=lambda group: -len(group.numbers))
-
-
-def set_up(material: Material) -> str:
-    """A paragraph that says how the study was searched."""
-    study = material.study
-    row, config, device = study.row, study.config, study.device
-    data, training, latency = config.data, config.proxy, config.latency
-    limits = [LIMITS[name].format(value) for name, value in asdict(config.limits).items() if value is not None]
-    driver = f", {device.driver}" if device.driver not in ("", "none") else ""
-    versions = ", ".join(f"{name} {value}" for name, value in json.loads(row.versions).items() if value != "none")
-    return (
-        f"The space {config.space.name} was searched by {config.sampler} with seed {config.seed}; "
-        f"candidates evaluated: {len(material.candidates)}, of which complete: {material.complete}. "
-        f"Each was timed on {device.name} ({device.kind}{driver}) by the engine {latency.engine} in "
-        f"{latency.dtype}: batch {latency.batch_size}, {latency.resolution}x{latency.resolution} pixels, "
-        f"{latency.num_classes} classes, {latency.threads} CPU thread(s), medians corrected for drift by an "
-        f"anchor network ({study.anchor}) of {row.anchor_ms:.4g} ms. "
-        f"It was trained on {data.source} at {data.resolution}x{data.resolution} pixels (fingerprint "
-        f"{row.data_fingerprint}) for {training.steps} steps of {training.batch_size} images with AdamW, "
-        f"learning rate up to {training.learning_rate:g}, weight decay {training.weight_decay:g}, label "
-        f"smoothing {training.label_smoothing:g}, {training.threads} thread(s). "
-        f"Limits: {', '.join(limits) or 'none'}. Begun {row.created_at:%Y-%m-%d %H:%M} UTC. Versions: {versions}."
-    )

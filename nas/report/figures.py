@@ -32,16 +32,16 @@ def time_unit(seconds: float) -> tuple[str, float]:
 
 def contender_series(contenders: Sequence[Contender]) -> list[Series]:
     """A series for each kind of contender, each point under its name."""
-    found = []
+    series = []
     for kind, (marker, colour, name) in KIND_STYLES.items():
         members = [contender for contender in contenders if contender.kind == kind]
         if members:
-            found.append(Series(
+            series.append(Series(
                 name, [each.latency_ms for each in members], [100 * each.accuracy for each in members], colour, marker,
                 size=10, low=[each.latency_p20_ms for each in members], high=[each.latency_p80_ms for each in members],
                 labels=[each.name for each in members], details=[_details(each) for each in members],
             ))  # fmt: skip
-    return found
+    return series
 
 
 def _details(contender: Contender) -> str:

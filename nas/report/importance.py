@@ -1,4 +1,4 @@
-"""Which parameters of a space an objective depends on."""
+"""Importances: how much each parameter of a space explains of an objective."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ FEWEST_TRIALS = 10
 
 @dataclass(frozen=True)
 class Importances:
-    """Of one objective.
+    """The importances of the parameters for one objective.
 
     Args:
         objective: its name.
         shares: parameter -> its share of what all explain, 0 to 1; the greatest first.
-        why_not: where there are none, the reason as a sentence.
+        why_not: the reason as a sentence, where there are no shares.
     """
 
     objective: str
@@ -35,9 +35,9 @@ class Importances:
 
 
 def importances(study: optuna.Study, objectives: Sequence[str]) -> list[Importances]:
-    """Of each objective of a study, in Optuna's order of values."""
+    """Importances for each objective of a study, in Optuna's order of values."""
     trials = study.get_trials(deepcopy=False, states=(TrialState.COMPLETE,))
-    # Optuna reads them several times for each objective, from a database at length.
+    # Optuna reads the trials several times for each objective, which takes long from a database.
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     copy = optuna.create_study(directions=study.directions)
     copy.add_trials(trials)
@@ -54,11 +54,11 @@ def _of_objective(study: optuna.Study, trials: Sequence[FrozenTrial], index: int
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            found = get_param_importances(study, evaluator=evaluator, target=target)
-    # Whatever Optuna and scikit-learn make of unusual values, a report has more to tell than this.
+            shares = get_param_importances(study, evaluator=evaluator, target=target)
+    # Whatever Optuna and scikit-learn make of unusual values: a report has more to show than importances.
     except (ArithmeticError, RuntimeError, ValueError) as error:
         return Importances(name, {}, f"Optuna could not tell them ({error}).")
-    shares = {parameter: float(share) for parameter, share in found.items()}
+    shares = {parameter: float(share) for parameter, share in shares.items()}
     if not any(shares.values()):
         return Importances(name, {}, "No parameter explains any of it.")
     return Importances(name, dict(sorted(shares.items(), key=lambda item: -item[1])))

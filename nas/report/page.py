@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pandas as pd
 from markupsafe import Markup, escape
 
@@ -23,10 +22,11 @@ from nas.display.study_plots import front_chart
 from nas.errors import UsageError
 from nas.recorded import RecordedStudy
 from nas.report.architectures import MOST_COLUMNS, chosen_members, figure_width, plot_architectures
-from nas.report.data import Material, gather, set_up
+from nas.report.data import Material, gather
 from nas.report.figures import PARTS, contender_series, contenders_chart, hypervolume_charts, plot_time
 from nas.report.importance import EVALUATOR
 from nas.report.interactive import plotly_figure
+from nas.report.words import front_words, history_words, set_up
 from nas.search.progress import duration
 from nas.validation.contenders import Contender
 from studies import displayed
@@ -34,8 +34,6 @@ from studies import displayed
 PAGE = "report.html"
 # Rows of a table at most: nobody reads longer ones, and the database has all rows.
 MOST_ROWS, MOST_ROWS_ELSEWHERE = 40, 10
-# The share of the candidates, at the end, over which the page says how much was still gained.
-LAST_SHARE = 0.25
 
 # Name of a PNG -> the charts that stand in it side by side, each by its name in the page.
 Charts = dict[str, dict[str, Chart]]
@@ -43,7 +41,13 @@ Charts = dict[str, dict[str, Chart]]
 
 @dataclass(frozen=True)
 class Picture:
-    """A PNG in the page, and beside it."""
+    """A PNG in the page and beside it.
+
+    Args:
+        file: its name.
+        data: its bytes in base64.
+        alt: what it shows, in words.
+    """
 
     file: str
     data: str
@@ -130,33 +134,7 @@ def draw(material: Material, charts: Charts, contenders: Sequence[Contender], fo
     return pictures
 
 
-# -- Words and rows --------------------------------------------------------------------------------------------------
-
-
-def front_words(front: pd.DataFrame) -> str:
-    """The front in a sentence."""
-    first, last = front.iloc[0], front.iloc[-1]
-    if len(front) == 1:
-        return f"The front is one network: {first['accuracy']:.1%} at {first['latency_ms']:.3g} ms."
-    return (
-        f"The front has {len(front)} networks, from {first['accuracy']:.1%} at {first['latency_ms']:.3g} ms "
-        f"to {last['accuracy']:.1%} at {last['latency_ms']:.3g} ms."
-    )
-
-
-def history_words(material: Material) -> str:
-    """Whether the search was still improving."""
-    volumes = material.history["hypervolume"].to_numpy()
-    reached = f"It came to {volumes[-1]:.4f} after {len(volumes)} candidate{'s' if len(volumes) > 1 else ''}."
-    recent = round(LAST_SHARE * len(volumes))
-    if not volumes[-1] or not recent:
-        return reached
-    gained = volumes[-1] / volumes[-1 - recent] - 1 if volumes[-1 - recent] else np.inf
-    last = int(np.flatnonzero(np.diff(volumes, prepend=0))[-1]) + 1
-    if not gained:
-        return f"{reached} The last {recent} added nothing: the last improvement was at candidate {last}."
-    grew = f"it grew by {gained:.2%}" if np.isfinite(gained) else "it grew from nothing"
-    return f"{reached} Over the last {recent} candidates {grew}; the last improvement was at candidate {last}."
+# -- Rows of tables --------------------------------------------------------------------------------------------------
 
 
 def parts_of_time(material: Material) -> list[dict[str, Any]]:

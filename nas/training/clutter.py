@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Raise it when the recipe changes: cached images are keyed by it.
+# To be raised when the recipe changes: cached images are keyed by it.
 RECIPE_VERSION = 1
 
 MIN_SCALE, MAX_SCALE = 0.7, 1.0

@@ -31,16 +31,16 @@ COMPOSING_SECONDS = 5e-7  # a pixel, on one core of an EPYC
 DATA_SEED = 0
 VAL_SHARE = 0.1  # held out of the training data where there is no validation split
 MAX_VAL_IMAGES = 5_000
-MAX_BYTES = 2 * 2**30  # of training images; a stratified subset of larger sets is used
-# Mean and deviation are taken of a sample, which becomes float32: all of a set of 2 GiB would take 16.
+MAX_BYTES = 2 * 2**30  # of training images; a random subset of larger sets is used
+# Mean and deviation come from a sample, for it becomes float32: a whole set of 2 GiB would take 16 GiB.
 MEAN_IMAGES, MEAN_VALUES = 10_000, 50_000_000
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"}
 TRAIN_FOLDERS, VAL_FOLDERS, TEST_FOLDERS = ("train", "training"), ("val", "validation", "valid"), ("test", "testing")
-# What Pillow makes RGB of as one sees it; sixteen bits a channel it would cut off at 255.
+# Modes that Pillow converts to RGB as one sees them; of sixteen bits a channel it would cut off all above 255.
 CONVERTIBLE = ("1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
-# Fewer images than that hardly tell one network from another.
+# Fewer validation images than that hardly tell one network from another.
 FEW_VAL_IMAGES = 200
-# Of timm's data set names; without one timm would take any word for a folder of images, and --data-dir for that folder.
+# Prefixes of timm's data set names; a name without one timm would take for a folder of images below --data-dir.
 TIMM_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
 # Handwriting: a mirrored 2 is no 2.
 NEVER_MIRRORED = ("mnist", "svhn")
@@ -53,7 +53,7 @@ class ImageData:
     Args:
         train_images, val_images: (N, 3, H, W) uint8; the validation images are held out of training.
         train_labels, val_labels: (N,) int64.
-        classes: a name per label.
+        classes: the name of each label.
         flip: whether a mirrored image keeps its label.
         notes: lines the user should see, such as that a subset is used.
     """
@@ -68,14 +68,14 @@ class ImageData:
 
     @cached_property
     def mean_std(self) -> tuple[Tensor, Tensor]:
-        """Per channel (3,), in 0..1, of an even sample of the training images."""
+        """Mean and standard deviation of each channel, (3,) each, in 0..1, of an even sample of the training images."""
         stride = max(len(self.train_images) // MEAN_IMAGES, -(-self.train_images.numel() // MEAN_VALUES), 1)
         sample = self.train_images[::stride].float() / 255
         return sample.mean(dim=(0, 2, 3)), sample.std(dim=(0, 2, 3)).clamp_min(1e-3)
 
     @property
     def summary(self) -> str:
-        """What was loaded, in a line."""
+        """A line that says what was loaded."""
         shown = ", ".join(self.classes) if len(self.classes) <= 5 else f"{self.classes[0]} to {self.classes[-1]}"
         line = (
             f"data: {len(self.classes)} classes ({shown}), {len(self.train_labels):,} training and "
@@ -86,7 +86,10 @@ class ImageData:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Twelve hex digits of the labels and a sample of the pixels: other data under the same name shows."""
+        """Twelve hex digits of a hash of the labels and of a sample of the pixels.
+
+        It shows when other data lie under the same name.
+        """
         digest = hashlib.sha256()
         for images, labels in ((self.train_images, self.train_labels), (self.val_images, self.val_labels)):
             digest.update(repr(tuple(images.shape)).encode())
@@ -99,7 +102,7 @@ def load(config: DataConfig, note: Callable[[str], None] = lambda line: None) ->
     """The data set that `config` names.
 
     Args:
-        note: told of what takes long.
+        note: receives a line before what takes long.
 
     Raises:
         UsageError: unknown data, missing files, an empty or single-class set, an unreadable or non-RGB image.
@@ -126,7 +129,7 @@ def load(config: DataConfig, note: Callable[[str], None] = lambda line: None) ->
 
 
 def cache_folder() -> Path:
-    """Where made data is kept: `$XDG_CACHE_HOME/convfirst-nas`, by default under `~/.cache`."""
+    """The folder of data that were made here: `$XDG_CACHE_HOME/convfirst-nas`, by default under `~/.cache`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convfirst-nas"
 
 
@@ -215,12 +218,12 @@ def _folder(root: Path, config: DataConfig) -> ImageData:
 
 def _subfolder(root: Path, names: Sequence[str]) -> Path | None:
     """The folder of one of these names, in capitals or not."""
-    found = {entry.name.lower(): entry for entry in sorted(root.iterdir()) if entry.is_dir()}
-    return next((found[name] for name in names if name in found), None)
+    folders = {entry.name.lower(): entry for entry in sorted(root.iterdir()) if entry.is_dir()}
+    return next((folders[name] for name in names if name in folders), None)
 
 
 def _class_names(root: Path, train_root: Path) -> list[str]:
-    """Folders of the training images. Beside classes, those of validation and test are none."""
+    """Names of the folders of training images; folders of validation and test images beside them are no classes."""
     names = sorted(entry.name for entry in train_root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if train_root != root:
         return names
@@ -228,7 +231,7 @@ def _class_names(root: Path, train_root: Path) -> list[str]:
 
 
 def class_count(config: DataConfig) -> int | None:
-    """How many classes the data have, by a quick look; None where that does not tell."""
+    """The number of classes, by a quick look; None where that does not show it."""
     if config.source in ("digits", "cifar10"):
         return 10
     if config.source == "cifar100":
@@ -241,7 +244,7 @@ def class_count(config: DataConfig) -> int | None:
 
 
 def _image_files(root: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
-    """Images with their labels. Hidden files are none: editors and systems keep copies in them, and leftovers."""
+    """Image files with their labels, without hidden files: editors and systems keep copies and leftovers in these."""
     return [
         (path, label)
         for label, name in enumerate(classes)
@@ -262,7 +265,7 @@ def _read_image(config: DataConfig, path: Path) -> Tensor:
                 remedy = "; --to-rgb converts such" if image.mode in CONVERTIBLE else ", and cannot be made one"
                 raise UsageError(f"--data {data}: {path} is not an RGB image (its mode is {image.mode}){remedy}")
             return _to_tensor(image if image.mode == "RGB" else image.convert("RGB"), config.resolution)
-    # A damaged chunk of a PNG is a SyntaxError to Pillow.
+    # Pillow raises a SyntaxError for a damaged chunk of a PNG.
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UsageError(f"--data {data}: {path} cannot be read as an image ({error})") from error
 
@@ -322,7 +325,7 @@ def _timm(config: DataConfig) -> ImageData:
         dataset = open_split("train")
         if isinstance(dataset, IterableDataset):
             raise TypeError("its images can only be streamed, and the proxy needs them in memory")
-        # torchvision knows the labels; from others they come with the image.
+        # torchvision's data sets know their labels; those of others come with each image.
         known = getattr(dataset, "targets", None)
         labels = (dataset[index][1] for index in range(len(dataset))) if known is None else known
         targets = [int(label) for label in labels]
@@ -354,7 +357,7 @@ def _first_line(error: BaseException) -> str:
 def _split(
     items: Sequence[Any], labels: Sequence[int], data: str, classes: Sequence[str] | None = None
 ) -> tuple[list[Any], list[Any]]:
-    """Items into training and validation, `VAL_SHARE` of every class (at least one image) for validation."""
+    """Split items into training and validation, with `VAL_SHARE` of every class (at least one image) for validation."""
     by_class = defaultdict(list)
     for index, label in enumerate(labels):
         by_class[label].append(index)
@@ -378,7 +381,7 @@ def _assemble(
     read: Callable[[Any], tuple[Tensor, int]],
     resolution: int,
 ) -> ImageData:
-    """Read the items into tensors; of more than fits `MAX_BYTES` or `MAX_VAL_IMAGES`, an even random subset."""
+    """Read the items into tensors; where they exceed `MAX_BYTES` or `MAX_VAL_IMAGES`, a random subset of them."""
     notes = []
     parts: list[Tensor] = []
     rng = np.random.default_rng(DATA_SEED)

@@ -1,8 +1,8 @@
 """What deterministic algorithms cost the proxy training; `nas.lab.determinism` is the command that trains longer.
 
-A search on CUDA prints it when it begins a study, as the choice holds for the whole study. The anchor of the space is
-trained with and without them in turns, on random images, in a process of its own: cuBLAS reads its setting before its
-first product.
+A search on CUDA prints it when it begins a study, because the choice cannot be changed later. The anchor of the space
+is trained with and without them in turns, on random images, in a process of its own: cuBLAS has to be set up before
+its first product.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from nas.training import proxy
 from nas.training.data import ImageData
 from search_spaces import ArchSpec
 
-# Of each training, and trainings of either kind, when a search begins: some seconds in all.
+# Steps of each training, and trainings of either kind, when a search begins: some seconds in all.
 STEPS = 40
 ROUNDS = 3
 WARM_UP_STEPS = 10
 LEARNING_RATE = 1e-3
 CLASSES = 10
-# Drawn with repetition, so that a batch may be larger.
+# Batches are drawn with repetition, so that one may be larger than that.
 TRAIN_IMAGES, VAL_IMAGES = 64, 32
 
 
@@ -34,9 +34,9 @@ class Determinism:
     """Equal trainings with and without deterministic algorithms.
 
     Args:
-        default_seconds, deterministic_seconds: of a training, the median.
+        default_seconds, deterministic_seconds: median time of a training.
         default_losses, deterministic_losses: how many different losses the equal trainings of either kind ended with.
-        steps: of a training.
+        steps: of each training.
         rounds: trainings of either kind.
     """
 
@@ -65,18 +65,18 @@ def _losses(count: int) -> str:
 
 
 def measure_apart(arch: ArchSpec, config: ProxyConfig, device: str, resolution: int) -> Determinism:
-    """As `measure`, in a process of its own, which leaves nothing behind in this one and on the device."""
-    # At any rate a step takes as long; the user's may diverge on images that show nothing.
+    """Measure in a process of its own, which leaves nothing behind in this one and on the device; see `measure`."""
+    # A step takes as long at any learning rate; the user's may diverge on images that show nothing.
     config = replace(config, steps=min(config.steps, STEPS), learning_rate=LEARNING_RATE)
     with ChildProcess() as child:
         return child.call(measure, arch, config, device, resolution, ROUNDS)
 
 
 def measure(arch: ArchSpec, config: ProxyConfig, device: str, resolution: int, rounds: int) -> Determinism:
-    """Train `arch` with and without deterministic algorithms, in turns, from the same seed.
+    """Train an architecture with and without deterministic algorithms, in turns, from the same seed.
 
     Args:
-        config: says steps, batch and threads.
+        config: its steps, batch size and threads are used.
         device: as torch names it; this process must not have multiplied matrices there before.
         resolution: of the images, in pixels.
         rounds: trainings of either kind.
@@ -94,13 +94,13 @@ def measure(arch: ArchSpec, config: ProxyConfig, device: str, resolution: int, r
     for _ in range(rounds):
         for kind, each in kinds.items():
             results[kind].append(_train(arch, batches, each))
-    seconds = {kind: median(result.seconds for result in found) for kind, found in results.items()}
-    losses = {kind: len({result.loss for result in found}) for kind, found in results.items()}
+    seconds = {kind: median(result.seconds for result in each) for kind, each in results.items()}
+    losses = {kind: len({result.loss for result in each}) for kind, each in results.items()}
     return Determinism(seconds[False], seconds[True], losses[False], losses[True], config.steps, rounds)
 
 
 def _random_images(resolution: int) -> ImageData:
-    """What they show changes neither the time of a step nor whether it can be repeated."""
+    """Random images: what images show changes neither the time of a step nor whether it can be repeated."""
     rng = torch.Generator().manual_seed(0)
 
     def draw(count: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -31,7 +31,7 @@ CURVE_POINTS = 20
 MAX_SHIFT = 1 / 16  # of the image's width, the random shift of training images
 # On a CPU small batches stay in its caches (125 took 0.7 of the time of 500); a GPU wants to be filled.
 EVAL_BATCH = {"cpu": 125, "cuda": 1000}
-# Of larger images fewer: 1,000 of 224 pixels would take some 13 GB in the largest networks.
+# Batches of larger images are smaller: 1,000 of 224 pixels would take some 13 GB in the largest networks.
 EVAL_RESOLUTION = 64
 MIN_EVAL_BATCH = 16
 
@@ -48,14 +48,14 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class ProxyResult:
-    """What a training gave.
+    """The result of a training.
 
     Args:
         accuracy, loss: on the validation images; the loss is plain cross-entropy.
         curve: the course of the training.
-        seconds: training and evaluation.
-        train_memory_bytes: most tensor memory that the first training step took beside the weights and the data set:
-            activations, gradients and the optimizer's state.
+        seconds: of training and evaluation.
+        train_memory_bytes: peak of the tensor memory that the first training step took beside the weights and the
+            data set: activations, gradients and the optimizer's state.
         trained: the weights, if they are to be kept.
     """
 
@@ -122,14 +122,14 @@ class Batches:
 
 
 def _take_workspaces(device: torch.device) -> None:
-    """Multiply once, forward and backward: what cuBLAS keeps for good is not the memory of the first training."""
+    """Multiply once, forward and backward: what cuBLAS keeps for good is then not counted in the first training."""
     x = torch.zeros(8, 8, device=device, requires_grad=True)
     with torch.autocast(device.type, torch.bfloat16):
         functional.linear(x, x).sum().backward()
 
 
 def eval_batch(kind: str, resolution: int) -> int:
-    """Validation images in a batch, on a kind of device."""
+    """The number of validation images in a batch, on a kind of device."""
     most = EVAL_BATCH[kind]
     return max(MIN_EVAL_BATCH, min(most, most * EVAL_RESOLUTION**2 // resolution**2))
 
@@ -138,7 +138,7 @@ def eval_batch(kind: str, resolution: int) -> int:
 
 
 def learning_rate(step: int, config: ProxyConfig) -> float:
-    """Rate of a step counted from 0: linear up to the peak, then a cosine that reaches zero after the last step."""
+    """Rate of a step, counted from 0: linear up to the peak, then a cosine that reaches zero after the last step."""
     warmup_steps = config.warmup * config.steps
     if step + 1 <= warmup_steps:
         return config.learning_rate * (step + 1) / warmup_steps
@@ -161,11 +161,11 @@ def algorithms(deterministic: bool) -> Iterator[None]:
     On CUDA the environment variable CUBLAS_WORKSPACE_CONFIG has to be set before the process multiplies its first
     matrices (`prepare_determinism`).
     """
-    # A module whose attribute is made at run time.
+    # The attribute of this module is made at run time, so that mypy does not know it.
     settings: Any = torch.utils.deterministic
     before, filling = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(deterministic)
-    # Else torch fills each new tensor, too, for those who read what they never wrote.
+    # Otherwise torch also fills each new tensor, for programs that read memory which they never wrote.
     settings.fill_uninitialized_memory = False
     try:
         yield
@@ -175,7 +175,7 @@ def algorithms(deterministic: bool) -> Iterator[None]:
 
 
 def prepare_determinism() -> None:
-    """Let cuBLAS be deterministic, before it is first used."""
+    """Let cuBLAS be deterministic; it has to be called before cuBLAS is first used."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
@@ -216,11 +216,11 @@ def train(network: nn.Module, batches: Batches, config: ProxyConfig, seed: int) 
         pending.append(step(0))
 
     with algorithms(config.deterministic):
-        # One step tells the memory, and the profiler that sees it on the CPU would slow the others.
+        # One step shows the memory, and the profiler that measures it on the CPU would slow the others.
         train_memory_bytes = peak_memory_bytes(first_step, device)
         for number in range(1, config.steps + 1):
             if number % every == 0 or number == config.steps:
-                # Losses are looked at here only: reading one waits for the GPU.
+                # Losses are read here only: reading one waits for the GPU.
                 loss, accuracy = torch.stack([torch.stack(pair) for pair in pending]).mean(dim=0).tolist()
                 if not math.isfinite(loss):
                     raise CandidateFailed(f"the loss diverged before step {number} of {config.steps}")

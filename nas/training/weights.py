@@ -16,19 +16,19 @@ from nas.errors import UsageError
 from nas.training.data import ImageData
 from studies.display import artifact_folder
 
-# While a search runs, weights are kept of those candidates, too, that no other beats with so much less latency: the
-# front is measured again at the end, and may take them in.
+# While a search runs, it also keeps the weights of candidates that no other beats at less than this share of their
+# latency: the front is measured again at the end, and may take them in.
 NEAR_FRONT = 0.8
 
 
 @dataclass(frozen=True)
 class Images:
-    """What weights were trained for.
+    """The images that weights were trained for.
 
     Args:
         classes: a name per output.
         resolution: pixels of the square images.
-        mean, std: of their channels, in 0..1, as the training normalised them.
+        mean, std: (3,) each, of the channels, in 0..1, as the training normalised them.
     """
 
     classes: tuple[str, ...]
@@ -56,21 +56,21 @@ class Trained:
 
     @classmethod
     def of(cls, network: nn.Module, images: Images) -> Trained:
-        # Of their own and contiguous: channels_last tensors are not, which safetensors refuses.
+        # safetensors refuses tensors that are not contiguous, as channels_last tensors are not.
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in network.state_dict().items()}
         return cls(weights, images)
 
 
 def weight_folder(url: str) -> Path:
-    """Where the weights of a database's candidates lie."""
+    """The folder of the weights of a database's candidates."""
     return artifact_folder(url).with_suffix(".weights")
 
 
 class Weights:
-    """Those of one study's candidates.
+    """The kept weights of one study's candidates.
 
     Args:
-        folder: made when something is kept.
+        folder: of the files, which is made when the first is written.
     """
 
     def __init__(self, folder: Path, study_id: int) -> None:
@@ -82,7 +82,7 @@ class Weights:
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
         metadata = {"arch_id": arch_id, "images": json.dumps(asdict(trained.images))}
-        # Not `save_file`, whose files nobody else may read.
+        # `save_file` would make files that no other user may read.
         part.write_bytes(save(trained.weights, metadata=metadata))
         os.replace(part, path)
 
@@ -90,7 +90,7 @@ class Weights:
         """A candidate's weights, if they were kept.
 
         Args:
-            arch_id: weights of another architecture are of a study that was deleted since.
+            arch_id: weights of another architecture belong to a study that was deleted, and are not returned.
 
         Raises:
             UsageError: the file is damaged.
@@ -108,7 +108,7 @@ class Weights:
             raise UsageError(f"{self._path(number)}: cannot be read ({error})") from error
 
     def keep_only(self, numbers: Collection[int]) -> None:
-        """Delete the others."""
+        """Delete the weights of all other candidates."""
         kept = {self._path(number) for number in numbers}
         for path in self.folder.glob(f"study{self.study_id}_t*.safetensors"):
             if path not in kept:
@@ -119,7 +119,7 @@ class Weights:
 
 
 def near_front(accuracy: float, latency_ms: float, others: Sequence[tuple[float, float]]) -> bool:
-    """Whether a candidate may come on the front when that is measured again.
+    """Whether a candidate may join the front when that is measured again.
 
     Args:
         others: (accuracy, latency_ms) of each other candidate.

@@ -105,7 +105,7 @@ def compare(study: RecordedStudy, config: BaselineConfig, note: Note = lambda li
     with the rest, so that all latencies are of the same minutes.
 
     Args:
-        note: told what is done.
+        note: receives a line for each step of the work.
 
     Raises:
         UsageError: timm has no such model, the study has no complete candidate, its device is not here, or its data
@@ -171,7 +171,7 @@ class _Run:
         return NetworkSpec(name, kind, trial, arch, self.latency.engine, resolution, counted.params, counted.macs)
 
     def timm_networks(self) -> list[NetworkSpec]:
-        """The timm models that run; the database is told why the others do not."""
+        """The timm models that run; why the others do not is written down."""
         worker, networks = self.trainer.workers[0], []
         for model in self.models:
             try:

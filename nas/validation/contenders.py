@@ -38,8 +38,8 @@ class Contender:
         engine: that of the study, or the best standard one for networks that are not ours.
         resolution: pixels of the images it was trained on, and of its deployment.
         learning_rate, steps, batch_size: of the best training.
-        converged: whether the training had come to an end of its improvement; see `training`.
-        training: the state of the training, in words.
+        rates: how many learning rates were tried.
+        converged, reason: whether the training had come to an end of its improvement, and why; see `convergence`.
     """
 
     name: str
@@ -57,8 +57,19 @@ class Contender:
     learning_rate: float
     steps: int
     batch_size: int
+    rates: int
     converged: bool
-    training: str
+    reason: str
+
+    @property
+    def training(self) -> str:
+        """The best training and its state, in words."""
+        of_rates = f"the best of {self.rates}" if self.rates > 1 else "the only one"
+        state = "converged" if self.converged else "not converged"
+        return (
+            f"{self.steps} steps of {self.batch_size} images at learning rate {self.learning_rate:g}, {of_rates}; "
+            f"{state}: {self.reason}"
+        )
 
 
 def convergence(
@@ -127,7 +138,6 @@ def _contender(rows: Sequence[BaselineTraining], steps: int, latency: BaselineLa
     wholes = {rate: accuracy for (count, rate), accuracy in accuracies.items() if count == steps}
     half = accuracies.get((steps // 2, best.learning_rate))
     converged, reason = convergence(wholes, best.learning_rate, half, 1 / best.classes)
-    of_rates = f"the best of {len(wholes)}" if len(wholes) > 1 else "the only one"
     assert latency.median_ms is not None
     assert latency.p20_ms is not None
     assert latency.p80_ms is not None
@@ -135,11 +145,8 @@ def _contender(rows: Sequence[BaselineTraining], steps: int, latency: BaselineLa
         name=best.name, kind=ContenderKind(best.kind), summary=best.summary, trial=best.trial, params=best.params,
         macs=best.macs, accuracy=wholes[best.learning_rate], latency_ms=latency.median_ms,
         latency_p20_ms=latency.p20_ms, latency_p80_ms=latency.p80_ms, engine=latency.engine, resolution=best.resolution,
-        learning_rate=best.learning_rate, steps=steps, batch_size=best.batch_size, converged=converged,
-        training=(
-            f"{steps} steps of {best.batch_size} images at learning rate {best.learning_rate:g}, {of_rates}; "
-            f"{'converged' if converged else 'not converged'}: {reason}"
-        ),
+        learning_rate=best.learning_rate, steps=steps, batch_size=best.batch_size, rates=len(wholes),
+        converged=converged, reason=reason,
     )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from nas.validation.contenders import ContenderKind
 from search_spaces import ArchSpec
 from search_spaces.arch import strided
 
-# Pixels of the image with which the stride of a timm model is found out.
+# Pixels of the image that shows the stride of a timm model.
 PROBE_PIXELS = 224
 # What a network that is not ours raises where it does not run.
 FOREIGN_ERRORS = (RuntimeError, ValueError, AssertionError, TypeError)

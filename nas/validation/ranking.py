@@ -1,4 +1,4 @@
-"""How well one figure of networks ranks them by another: Kendall's tau and Spearman's rho, with bootstrap intervals."""
+"""How well predictors rank networks by accuracy: Kendall's tau and Spearman's rho, with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from scipy import stats
 RESAMPLES = 500
 # Networks are compared where they would be chosen: among those of about the same latency.
 BANDS = 3
-# Fewer have no rank to speak of.
+# Fewer networks than that are not ranked.
 MIN_COUNT = 4
 
 
@@ -45,17 +45,17 @@ class Ranking:
 
 
 def bands(latency_ms: Sequence[float], count: int = BANDS) -> list[tuple[str, np.ndarray]]:
-    """All networks, and as many bands of latency as that, of equally many networks each: name, and a mask."""
+    """All networks, and `count` bands of latency with equally many networks each: a name and a mask of each band."""
     values = np.asarray(latency_ms, dtype=float)
-    found = [("all", np.full(len(values), True))]
+    named = [("all", np.full(len(values), True))]
     order = np.argsort(values, kind="stable")
     for members in np.array_split(order, count):
         if len(members) < MIN_COUNT:
             continue
         mask = np.full(len(values), False)
         mask[members] = True
-        found.append((f"{values[members].min():.3g} to {values[members].max():.3g} ms", mask))
-    return found
+        named.append((f"{values[members].min():.3g} to {values[members].max():.3g} ms", mask))
+    return named
 
 
 def rankings(
@@ -64,10 +64,12 @@ def rankings(
     """How each predictor ranks networks by their accuracy, overall and within bands of latency.
 
     Args:
-        predictors: name -> a figure of each network; more is taken to promise more accuracy.
+        predictors: name -> a value for each network; a greater value predicts more accuracy.
+        accuracy, latency_ms: of the networks.
+        seed: of the resampling.
     """
     truth = np.asarray(accuracy, dtype=float)
-    found = []
+    ranked = []
     for band, mask in bands(latency_ms):
         for name, values in predictors.items():
             pair, count = (np.asarray(values, dtype=float)[mask], truth[mask]), int(mask.sum())
@@ -75,12 +77,12 @@ def rankings(
                 _interval(lambda picked, of=of, pair=pair: of(*(each[picked] for each in pair)), count, seed)  # type: ignore[misc]
                 for of in (_kendall, _spearman)
             )
-            found.append(Ranking(name, band, count, kendall, spearman))
-    return found
+            ranked.append(Ranking(name, band, count, kendall, spearman))
+    return ranked
 
 
 def gain(predictor: Sequence[float], rival: Sequence[float], accuracy: Sequence[float], seed: int = 0) -> Coefficient:
-    """By how much a predictor's tau is above a rival's, of the same networks, resampled together."""
+    """The difference between a predictor's tau and a rival's, of the same networks, resampled together."""
     columns = [np.asarray(values, dtype=float) for values in (predictor, rival, accuracy)]
 
     def difference(picked: np.ndarray) -> float:
@@ -95,7 +97,7 @@ def _kendall(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def _spearman(one: np.ndarray, other: np.ndarray) -> float:
-    # By ranks, as scipy's own warns of constant input, which resamples are now and then.
+    # On ranks, as scipy's own warns of constant input, which resamples are now and then.
     ranks = stats.rankdata(one), stats.rankdata(other)
     if any(np.ptp(each) == 0 for each in ranks):
         return float("nan")
@@ -103,7 +105,11 @@ def _spearman(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def _interval(statistic: Callable[[np.ndarray], float], count: int, seed: int) -> Coefficient:
-    """A statistic of some of `count` networks, of all of them and the percentiles of resampled ones."""
+    """A statistic of all `count` networks, with percentiles of its values for resampled networks.
+
+    Args:
+        statistic: of some networks, given by their indices.
+    """
     value = statistic(np.arange(count)) if count > 1 else float("nan")
     if np.isnan(value):
         return Coefficient(value, value, value)

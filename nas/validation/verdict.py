@@ -29,7 +29,7 @@ def verdict(contenders: Sequence[Contender]) -> list[str]:
         lacking, which = (found, "found network") if not ready else (others, "baseline")
         if not lacking:
             return [f"No verdict: no {which} has been trained and measured."]
-        reasons = "; ".join(f"{each.name}: {each.training.rpartition(': ')[2]}" for each in lacking)
+        reasons = "; ".join(f"{each.name}: {each.reason}" for each in lacking)
         return [
             f"No verdict: the training of no {which} has converged ({reasons}). A longer schedule (--steps) may help."
         ]
@@ -39,7 +39,7 @@ def verdict(contenders: Sequence[Contender]) -> list[str]:
     sentences.append(f"All of these have converged: {gains}.")
     left_out = [each for each in contenders if not each.converged]
     if left_out:
-        reasons = "; ".join(f"{each.name} ({each.training.rpartition(': ')[2]})" for each in left_out)
+        reasons = "; ".join(f"{each.name} ({each.reason})" for each in left_out)
         sentences.append(f"Not compared, as not converged: {reasons}.")
     return sentences
 

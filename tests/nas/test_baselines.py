@@ -12,7 +12,6 @@ from torch import nn
 
 from nas.config import LatencyConfig, SearchConfig
 from nas.errors import CandidateFailed, UsageError
-from nas.pareto import evenly_spaced
 from nas.recorded import RecordedStudy
 from nas.training import pool as trainings
 from nas.validation import baseline_latencies
@@ -86,13 +85,6 @@ def test_features_that_are_no_map_have_no_stride() -> None:
         total_stride(Tokens())
 
 
-def test_members_of_the_front_from_one_end_to_the_other() -> None:
-    assert evenly_spaced(9, 3) == [0, 4, 8]
-    assert evenly_spaced(4, 3) == [0, 2, 3]
-    assert evenly_spaced(2, 3) == [0, 1]
-    assert evenly_spaced(5, 1) == [4]
-
-
 # -- What converged is ---------------------------------------------------------------------------------------------
 
 
@@ -128,8 +120,7 @@ def contender(
     return Contender(
         name=name, kind=kind, summary=name, trial=None, params=1, macs=1, accuracy=accuracy, latency_ms=latency_ms,
         latency_p20_ms=latency_ms, latency_p80_ms=latency_ms, engine="eager", resolution=32, learning_rate=1e-3,
-        steps=800, batch_size=32, converged=converged,
-        training=f"800 steps; {'converged' if converged else 'not converged'}: doubling the steps gained 9 points",
+        steps=800, batch_size=32, rates=3, converged=converged, reason="doubling the steps gained 9 points",
     )  # fmt: skip
 
 

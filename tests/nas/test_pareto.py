@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nas.pareto import front, hypervolume
+from nas.pareto import evenly_spaced, front, hypervolume
 
 
 def dominates(a: tuple[float, float], b: tuple[float, float]) -> bool:
@@ -60,3 +60,11 @@ def test_small_truth_table(points: list[tuple[float, float]], members: list[int]
 def test_points_slower_than_the_reference_count_for_nothing() -> None:
     assert hypervolume([0.9], [2.0], 1.0) == 0.0
     assert hypervolume([0.9, 0.5], [2.0, 0.5], 1.0) == pytest.approx(0.25)
+
+
+def test_members_of_the_front_from_one_end_to_the_other() -> None:
+    assert evenly_spaced(9, 3) == [0, 4, 8]
+    assert evenly_spaced(4, 3) == [0, 2, 3]
+    assert evenly_spaced(2, 3) == [0, 1]
+    assert evenly_spaced(5, 1) == [4]
+    assert evenly_spaced(0, 3) == []

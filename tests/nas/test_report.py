@@ -24,9 +24,10 @@ from nas.pareto import hypervolume, running_hypervolume
 from nas.recorded import RecordedStudy, deployment_of
 from nas.report import page as report
 from nas.report.architectures import MOST_COLUMNS, chosen_members
-from nas.report.data import Material, gather, incomplete_trials, set_up
+from nas.report.data import Material, gather, incomplete_trials
 from nas.report.importance import FEWEST_TRIALS, importances
 from nas.report.page import comparable, write_report
+from nas.report.words import set_up
 from nas.search.loop import run
 from nas.training.proxy import ProxyResult
 from nas.validation.contenders import Contender, ContenderKind
@@ -116,7 +117,7 @@ def contender(name: str = "resnet18", kind: ContenderKind = ContenderKind.TIMM, 
     fields: dict[str, Any] = dict(
         name=name, kind=kind, summary=name, trial=None, params=11_000_000, macs=37_000_000, accuracy=0.9,
         latency_ms=4.0, latency_p20_ms=3.9, latency_p80_ms=4.2, engine="channels_last", resolution=64,
-        learning_rate=0.002, steps=2000, batch_size=32, converged=True, training="at rest",
+        learning_rate=0.002, steps=2000, batch_size=32, rates=3, converged=True, reason="at rest",
     )  # fmt: skip
     return Contender(**{**fields, **changes})
 
@@ -224,7 +225,7 @@ def test_whoever_cannot_see_it_is_told(shown: tuple[Page, Path]) -> None:
 def test_texts_of_a_database_are_no_markup(sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nas.search.loop.MAX_BARREN", 3)
     store = searched(sqlite_url, Failing(), study=HOSTILE)
-    hostile = contender(HOSTILE, training=HOSTILE, summary=HOSTILE, engine=HOSTILE)
+    hostile = contender(HOSTILE, reason=HOSTILE, summary=HOSTILE, engine=HOSTILE)
     page = made(store, tmp_path / "out", HOSTILE, [hostile], [HOSTILE], storage=f"sqlite:///{HOSTILE}.db")
     # Plotly, its figures, and the few lines that draw them.
     assert len(page.scripts) == 3
@@ -240,7 +241,7 @@ def test_baselines_get_a_plot_of_their_own_unless_they_were_trained_alike(
 ) -> None:
     store, _ = study
     alike = contender("a twin", ContenderKind.DEFAULT, resolution=32, steps=200, latency_ms=0.5)
-    longer = contender("resnet18", converged=False, training="still rising", latency_ms=6.0)
+    longer = contender("resnet18", converged=False, reason="still rising", latency_ms=6.0)
     assert comparable(material.study, alike)
     assert not comparable(material.study, longer)
     assert not comparable(material.study, replace(alike, resolution=64))
