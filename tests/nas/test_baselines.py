@@ -16,7 +16,6 @@ from nas.errors import CandidateFailed, UsageError
 from nas.training import pool as trainings
 from nas.validation import baselines
 from nas.validation.baselines import (
-    BaselineConfig,
     compare,
     contenders,
     convergence,
@@ -30,6 +29,7 @@ from nas.validation.baselines import (
     training_lines,
     verdict,
 )
+from nas.validation.config import BaselineConfig
 from nas.validation.contenders import Contender, ContenderKind
 from nas.worker import Worker
 from search_spaces import load_space
