@@ -4,13 +4,13 @@ precisely latencies are measured is part of the study's identity: a study is nev
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any
 
+from nas.options import FINITE, NAME, POSITIVE, SHARE, Checked, Keep, at_least, between, one_of, option, options, parts
 from search_spaces import SearchSpace, load_space
 
 DEFAULT_STORAGE = "sqlite:///studies/convfirst.db"
@@ -38,31 +38,26 @@ class Dtype(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
-SAMPLERS = tuple(sampler.value for sampler in Sampler)
-DTYPES = tuple(dtype.value for dtype in Dtype)
-
-
 def default_threads() -> int:
     """CPU threads to train with: all, up to four. On two cores two threads trained 1.1 to 1.6 times as fast as one."""
     return min(4, os.cpu_count() or 1)
 
 
-def _require(condition: bool, name: str, value: object, expected: str) -> None:
-    if not condition:
-        raise ValueError(f"{name}={value!r} is not {expected}")
+def _by_device(defaults: dict[str, Any]) -> str:
+    """The defaults of each kind of device, in words."""
+    return ", ".join(f"{value} on {kind}" for kind, value in defaults.items())
 
 
-def _require_resolution(resolution: int) -> None:
-    _require(8 <= resolution <= MAX_RESOLUTION, "resolution", resolution, f"between 8 and {MAX_RESOLUTION} pixels")
+PIXELS = between(8, MAX_RESOLUTION, "pixels")
+# Torch would start as many as it is told to, and a machine drown in them.
+THREADS = between(1, MAX_THREADS)
 
-
-def _require_threads(threads: int) -> None:
-    # Torch would start as many as it is told to, and a machine drown in them.
-    _require(1 <= threads <= MAX_THREADS, "threads", threads, f"between 1 and {MAX_THREADS}")
+DATA = "Data and training"
+LATENCY = "Latency"
 
 
 @dataclass(frozen=True)
-class DataConfig:
+class DataConfig(Checked):
     """Where images come from.
 
     Args:
@@ -74,18 +69,25 @@ class DataConfig:
         to_rgb: convert a folder's images that are not RGB (ImageNet has some) instead of refusing them.
     """
 
-    source: str = "digits"
-    resolution: int = 32
-    data_dir: str = "data"
-    download: bool = False
-    to_rgb: bool = False
-
-    def __post_init__(self) -> None:
-        _require_resolution(self.resolution)
+    source: str = option(
+        "digits", "--data", "Images: digits (embedded), cifar10, cifar100, a folder with one subfolder per class, or "
+        "timm's name of a data set, such as torch/mnist", panel=DATA,
+    )  # fmt: skip
+    resolution: int = option(
+        32, "--resolution", "Width and height of the training images, in pixels", default="the space's", panel=DATA,
+        bounds=PIXELS,
+    )  # fmt: skip
+    data_dir: str = option(
+        "data", "--data-dir", "Folder of the files of CIFAR and of timm's data sets", panel=DATA, keep=Keep.TRANSIENT
+    )
+    download: bool = option(
+        False, "--download", "Download the data set of CIFAR or timm", panel=DATA, keep=Keep.TRANSIENT
+    )
+    to_rgb: bool = option(False, "--to-rgb", "Convert images that are not RGB, which are refused otherwise", panel=DATA)
 
 
 @dataclass(frozen=True)
-class ProxyConfig:
+class ProxyConfig(Checked):
     """The short training: AdamW, linear warm-up, cosine to zero, label smoothing.
 
     Args:
@@ -96,27 +98,28 @@ class ProxyConfig:
         deterministic: deterministic algorithms on CUDA too; `nas.training.determinism` measures what they cost.
     """
 
-    steps: int = 200
-    batch_size: int = 32
-    learning_rate: float = 8e-3
+    steps: int = option(200, "--proxy-steps", "Training steps per candidate", panel=DATA, bounds=at_least(1))
+    # One image leaves batch norm nothing to normalise over once the map is a single pixel.
+    batch_size: int = option(32, "--proxy-batch", "Images per training step", panel=DATA, bounds=at_least(2))
+    learning_rate: float = option(8e-3, "--proxy-lr", "Peak learning rate", panel=DATA, bounds=FINITE)
     weight_decay: float = 0.02
     betas: tuple[float, float] = (0.9, 0.98)
     warmup: float = 0.2
     label_smoothing: float = 0.1
-    threads: int = field(default_factory=default_threads)
-    deterministic: bool = False
+    threads: int = option(
+        default_threads, "--threads", "CPU threads that train", default="all, up to 4", panel=DATA, bounds=THREADS
+    )
+    deterministic: bool = option(
+        False, "--deterministic", "Make trainings on CUDA repeatable; a new study reports what that costs", panel=DATA
+    )
 
     def __post_init__(self) -> None:
-        _require(self.steps >= 1, "steps", self.steps, "at least 1")
-        # One image leaves batch norm nothing to normalise over once the map is a single pixel.
-        _require(self.batch_size >= 2, "batch_size", self.batch_size, "at least 2")
-        _require(0 < self.learning_rate < math.inf, "learning_rate", self.learning_rate, "positive and finite")
-        _require_threads(self.threads)
+        super().__post_init__()
         object.__setattr__(self, "betas", tuple(self.betas))
 
 
 @dataclass(frozen=True)
-class LatencyConfig:
+class LatencyConfig(Checked):
     """The deployment whose latency is measured, which may differ from the training's set-up.
 
     Args:
@@ -130,15 +133,35 @@ class LatencyConfig:
         seconds: or when it has lasted so long, which the measurement then says of itself.
     """
 
-    device: str = AUTO
-    engine: str = AUTO
-    dtype: str = AUTO
-    batch_size: int = 1
-    resolution: int = 32
-    num_classes: int = 10
-    threads: int = 1
-    precision: float | None = None
-    seconds: float = 3.0
+    device: str = option(
+        AUTO, "--device", "Device: cpu, cuda or cuda:N", default="cuda where there is one, else cpu", panel=LATENCY
+    )
+    engine: str = option(
+        AUTO, "--engine", "Engine that runs the deployed network: fused, eager, torchscript or compile",
+        default=_by_device(DEFAULT_ENGINE), panel=LATENCY,
+    )  # fmt: skip
+    dtype: str = option(
+        AUTO, "--dtype", "Data type of weights and activations", default=_by_device(DEFAULT_DTYPE), panel=LATENCY,
+        bounds=one_of(Dtype), typed=Dtype, parse=str,
+    )  # fmt: skip
+    batch_size: int = option(1, "--latency-batch", "Images per measured batch", panel=LATENCY, bounds=at_least(1))
+    resolution: int = option(
+        32, "--latency-resolution", "Width and height of the measured images, in pixels", default="the training's",
+        panel=LATENCY, bounds=PIXELS,
+    )  # fmt: skip
+    num_classes: int = option(
+        10, "--latency-classes", "Classes of the deployed network",
+        default="the data's where known, else 10, in the imagenet space 1000", panel=LATENCY, bounds=at_least(1),
+    )  # fmt: skip
+    threads: int = option(1, "--latency-threads", "CPU threads of a measurement", panel=LATENCY, bounds=THREADS)
+    precision: float | None = option(
+        None, "--latency-precision", "Share of the median that its 95 % confidence interval may be wide",
+        default=_by_device(DEFAULT_PRECISION), panel=LATENCY, bounds=SHARE, keep=Keep.STORED,
+    )  # fmt: skip
+    seconds: float = option(
+        3.0, "--latency-seconds", "Time cap per measurement, in seconds", panel=LATENCY, bounds=POSITIVE,
+        keep=Keep.STORED,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         if self.device == AUTO:
@@ -152,18 +175,20 @@ class LatencyConfig:
             object.__setattr__(self, "dtype", DEFAULT_DTYPE.get(kind, "float32"))
         if self.precision is None:
             object.__setattr__(self, "precision", DEFAULT_PRECISION.get(kind, 0.05))
-        _require(self.dtype in DTYPES, "dtype", self.dtype, f"one of {', '.join(DTYPES)}")
-        _require(self.batch_size >= 1, "batch_size", self.batch_size, "at least 1")
-        _require_resolution(self.resolution)
-        _require(self.num_classes >= 1, "num_classes", self.num_classes, "at least 1")
-        _require_threads(self.threads)
-        assert self.precision is not None
-        _require(0 < self.precision < 1, "precision", self.precision, "a share between 0 and 1")
-        _require(self.seconds > 0, "seconds", self.seconds, "positive")
+        super().__post_init__()
 
 
-def moved(base: LatencyConfig, **changes: Any) -> LatencyConfig:
-    """A deployment with some fields changed; what suits one kind of device is not carried over to another."""
+def moved(base: LatencyConfig | None, **changes: Any) -> LatencyConfig:
+    """A deployment with some fields changed; what suits one kind of device is not carried over to another.
+
+    Args:
+        base: the deployment that has the other fields (default: `LatencyConfig()`).
+
+    Raises:
+        FieldError: a field has a value that it cannot have.
+    """
+    if base is None:
+        return LatencyConfig(**changes)
     kind = changes.get("device", base.device).partition(":")[0]
     if kind != base.device.partition(":")[0]:
         changes = {"engine": AUTO, "dtype": AUTO, "precision": None, **changes}
@@ -171,17 +196,21 @@ def moved(base: LatencyConfig, **changes: Any) -> LatencyConfig:
 
 
 @dataclass(frozen=True)
-class Limits:
+class Limits(Checked):
     """Hard limits on a candidate; one over any of them is not trained. None is no limit."""
 
-    latency_ms: float | None = None
-    params: int | None = None
-    macs: int | None = None
-    memory_mb: float | None = None
-
-    def __post_init__(self) -> None:
-        for name, value in dataclasses.asdict(self).items():
-            _require(value is None or value > 0, name, value, "positive")
+    latency_ms: float | None = option(
+        None, "--max-latency-ms", "Upper limit on a batch's latency in ms; slower candidates are not trained",
+        panel="Limits", bounds=POSITIVE,
+    )  # fmt: skip
+    params: int | None = option(None, "--max-params", "Upper limit on the parameters", panel="Limits", bounds=POSITIVE)
+    macs: int | None = option(
+        None, "--max-macs", "Upper limit on the multiply-accumulates of one image", panel="Limits", bounds=POSITIVE
+    )
+    memory_mb: float | None = option(
+        None, "--max-memory-mb", "Upper limit on the MB of inference: weights and peak workspace", panel="Limits",
+        bounds=POSITIVE,
+    )  # fmt: skip
 
     def excess(self, **measured: float) -> dict[str, float]:
         """Limit name -> measured / limit - 1 for each measured quantity that has a limit; above 0 is a violation."""
@@ -190,7 +219,7 @@ class Limits:
 
 
 @dataclass(frozen=True)
-class SearchConfig:
+class SearchConfig(Checked):
     """A whole search: `nas.search.run(SearchConfig(budget=200))` is what `python run_search.py --budget 200` does.
 
     Args:
@@ -202,38 +231,54 @@ class SearchConfig:
         keep_weights: keep the proxy-trained weights of the front's members.
 
     Raises:
-        ValueError: naming the field and its value.
+        FieldError: a field has a value that it cannot have.
     """
 
-    budget: int = 200
-    time_limit_s: float | None = None
-    storage: str = DEFAULT_STORAGE
-    study: str = DEFAULT_STUDY
-    space: SearchSpace = field(default_factory=lambda: load_space("small"))
+    budget: int = option(
+        200, "--budget", "Distinct architectures that the study holds at the end, trained and timed", panel="Search",
+        bounds=between(1, MAX_BUDGET), keep=Keep.TRANSIENT,
+    )  # fmt: skip
+    time_limit_s: float | None = option(
+        None, "--time-limit", "Seconds after which no candidate is begun", panel="Search", bounds=POSITIVE,
+        keep=Keep.TRANSIENT,
+    )  # fmt: skip
+    storage: str = option(
+        DEFAULT_STORAGE, "--storage", "SQLAlchemy URL of the study database: SQLite or PostgreSQL", panel="Study",
+        keep=Keep.TRANSIENT,
+    )  # fmt: skip
+    study: str = option(
+        DEFAULT_STUDY, "--study", "Name of the study in that database", panel="Study", bounds=NAME, keep=Keep.TRANSIENT
+    )
+    space: SearchSpace = option(
+        lambda: load_space("small"), "--space", "Search space: small, imagenet or a TOML file (see the command space)",
+        default="small", panel="Search", typed=str, parse=load_space,
+    )  # fmt: skip
     data: DataConfig = field(default_factory=DataConfig)
     proxy: ProxyConfig = field(default_factory=ProxyConfig)
     latency: LatencyConfig = field(default_factory=LatencyConfig)
     limits: Limits = field(default_factory=Limits)
-    sampler: str = "tpe"
-    seed: int = 0
-    block_table: bool = False
-    keep_weights: bool = False
-
-    def __post_init__(self) -> None:
-        _require(1 <= self.budget <= MAX_BUDGET, "budget", self.budget, f"between 1 and {MAX_BUDGET:,}")
-        _require(self.time_limit_s is None or self.time_limit_s > 0, "time_limit", self.time_limit_s, "positive")
-        _require(self.sampler in SAMPLERS, "sampler", self.sampler, f"one of {', '.join(SAMPLERS)}")
-        _require(bool(self.study), "study", self.study, "a name")
-        _require(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 2^32 - 1")
+    sampler: str = option(
+        "tpe", "--sampler", "Optuna sampler that proposes candidates", panel="Search", bounds=one_of(Sampler),
+        typed=Sampler, parse=str,
+    )  # fmt: skip
+    seed: int = option(0, "--seed", "Seed of the proposals and trainings", panel="Search", bounds=between(0, 2**32 - 1))
+    block_table: bool = option(
+        False, "--block-table", "Measure the blocks of every candidate alone, not only those of the front's networks",
+        panel=LATENCY, keep=Keep.TRANSIENT,
+    )  # fmt: skip
+    keep_weights: bool = option(
+        False, "--keep-weights", "Keep the trained weights of the front's networks, for export", panel="Study",
+        keep=Keep.TRANSIENT,
+    )  # fmt: skip
 
     def identity(self) -> dict[str, Any]:
         """What a study remembers and a resumed search must equal, as plain JSON values."""
         fields = dataclasses.asdict(self)
-        for transient in ("budget", "time_limit_s", "storage", "study", "block_table", "keep_weights"):
-            del fields[transient]
+        for name in _transient(type(self)):
+            del fields[name]
         # Where files lie and how they came there does not change what they hold.
-        for transient in ("data_dir", "download"):
-            del fields["data"][transient]
+        for name in _transient(DataConfig):
+            del fields["data"][name]
         # Studies that were begun before there was a choice do not have it.
         if not self.data.to_rgb:
             del fields["data"]["to_rgb"]
@@ -249,26 +294,29 @@ class SearchConfig:
         Raises:
             ValueError: a field is missing, unknown or impossible; another version of the program wrote the study.
         """
-        known = {name: {**ABSENT.get(name, {}), **value} if isinstance(value, dict) else value
-                 for name, value in identity.items()}  # fmt: skip
-        parts = {"data": DataConfig, "proxy": ProxyConfig, "latency": LatencyConfig, "limits": Limits}
-        made: dict[str, Any] = {name: _of_fields(part, known.pop(name)) for name, part in parts.items()}
+        known = dict(identity)
+        made = {
+            name: _of_fields(part, {**ABSENT.get(name, {}), **known.pop(name)}) for name, part in parts(cls).items()
+        }
         made["space"] = SearchSpace.from_dict(known.pop("space"))
-        for name in ("sampler", "seed"):
-            made[name] = known.pop(name)
+        made |= {name: known.pop(name) for name in ("sampler", "seed")}
         if known:
             raise ValueError(f"{', '.join(known)}: unknown")
         return cls(**made, **transient)
 
 
-# What studies mean by fields that they do not have, as they were begun before there was a choice.
+def _transient(owner: type[Any]) -> set[str]:
+    """Fields that a study does not store."""
+    return {name for name, each in options(owner).items() if each.keep is Keep.TRANSIENT}
+
+
+# What studies mean by fields that they do not have, because they were begun before there was a choice.
 ABSENT: dict[str, dict[str, Any]] = {"data": {"to_rgb": False}, "latency": {"precision": None, "seconds": 3.0}}
 
 
 def _of_fields(part: type[Any], stored: Mapping[str, Any]) -> Any:
     """A value of stored fields. All that are stored have to be there: a default may have changed since."""
-    unstored = {"data_dir", "download"}
-    wanted = {each.name for each in dataclasses.fields(part)} - unstored
+    wanted = {each.name for each in dataclasses.fields(part)} - _transient(part)
     if differing := wanted ^ set(stored):
         raise ValueError(f"{', '.join(sorted(differing))}: unknown or missing")
     return part(**stored)

@@ -10,6 +10,22 @@ class UsageError(Exception):
     """What the user asked for cannot be done. The message is one line that names the flag and the value."""
 
 
+class FieldError(ValueError):
+    """A field of a dataclass has a value that it cannot have: "steps=0 is not at least 1".
+
+    Attributes:
+        owner: the dataclass.
+        expected: what the value has to be, in words.
+    """
+
+    def __init__(self, owner: type[object], field: str, value: object, expected: str) -> None:
+        super().__init__(owner, field, value, expected)
+        self.owner, self.field, self.value, self.expected = owner, field, value, expected
+
+    def __str__(self) -> str:
+        return f"{self.field}={self.value!r} is not {self.expected}"
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether memory ran out, of the device or of the machine; not all of torch's libraries have a class for it."""
     import torch

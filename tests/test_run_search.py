@@ -135,7 +135,7 @@ def test_flags_become_the_configuration(monkeypatch: pytest.MonkeyPatch, tmp_pat
 @pytest.mark.usefixtures("fake")
 def test_names_are_printed_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     """Brackets and colons mean something to the library that prints tables."""
-    monkeypatch.setattr(run_search.out, "width", 140)
+    monkeypatch.setattr("nas.cli.console.out.width", 140)
     name = "[/x] [red]b :smile:"
     storage = "sqlite:///[v3]/a.db"
     for command in ("--budget 2", "pareto", "studies"):
@@ -150,13 +150,13 @@ def test_names_are_printed_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_an_interrupt_while_torch_is_imported_ends_as_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(**_: object) -> None:
+    def interrupted(typed: object) -> None:
         raise KeyboardInterrupt
 
     def leave(code: int) -> None:
         raise SystemExit(code)
 
-    monkeypatch.setattr(run_search, "_config", interrupted)
+    monkeypatch.setattr("nas.cli.search._config", interrupted)
     monkeypatch.setattr("os._exit", leave)
     result = call("--budget 1")
     assert result.exit_code == 130
@@ -170,7 +170,7 @@ def test_the_deployments_classes_are_by_default_those_of_the_data(tmp_path: Path
 
     def classes(line: str) -> int:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(run_search, "_run", lambda config, take_over: seen.append(config.latency.num_classes))
+            patch.setattr("nas.cli.search._run", lambda config, take_over: seen.append(config.latency.num_classes))
             assert call(line).exit_code == 0
         return seen[-1]
 
@@ -570,7 +570,7 @@ def test_sums_are_held_against_networks_on_the_day_of_the_studys_anchor() -> Non
 @pytest.fixture
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """A terminal that has room for all columns."""
-    monkeypatch.setattr(run_search, "out", Console(width=140))
+    monkeypatch.setattr("nas.cli.analyze.out", Console(width=140))
 
 
 @pytest.mark.usefixtures("wide")
@@ -599,7 +599,7 @@ def test_an_architecture_is_analysed_and_drawn(tmp_path: Path, monkeypatch: pyte
     assert again.stdout == result.stdout
     assert again.stderr == ""
     # On a narrow terminal some columns are left out, and no figure is cut.
-    monkeypatch.setattr(run_search, "out", Console(width=80))
+    monkeypatch.setattr("nas.cli.analyze.out", Console(width=80))
     narrow = call(f"analyze --arch '{ARCH}' {QUICK}").stdout
     assert "workspace" not in narrow
     assert max(map(len, narrow.splitlines()[:8])) <= 80
@@ -796,7 +796,7 @@ def test_the_front_is_exported_and_directories_are_given_weights(
         ("export", "--out exports: is not empty"),
         ("export --force --trial 99", "--trial 99: there is no such candidate"),
         ("export --force --top 0", "--top 0: "),
-        ("export --force --min-accuracy 1.1", "--min-accuracy 1.1: is not at most 1, which is 100 %"),
+        ("export --force --min-accuracy 1.1", "--min-accuracy 1.1: is not between 0 and 1, which is 100 %"),
         ("export --force --max-latency-ms 0.000001", "--max-latency-ms 1e-06: the fastest takes"),
         ("export --force --study nosuch", "--study nosuch: not in"),
         ("export --force --format onnx", "--format onnx: .* has no weights"),
@@ -809,7 +809,7 @@ def test_the_front_is_exported_and_directories_are_given_weights(
         ("retrain --dominated -1", "--dominated -1: "),
         ("retrain --steps 0", "--steps 0: "),
         ("retrain --resolution 1", "--resolution 1: "),
-        ("retrain --resolution 3000", "--resolution 3000: is not at most 2048 pixels"),
+        ("retrain --resolution 3000", "--resolution 3000: is not between 8 and 2048 pixels"),
         ("retrain --data ./nowhere", "--data ./nowhere: no such folder"),
     ):
         before = {path: path.stat().st_mtime_ns for path in (tmp_path / "exports").rglob("*")}
@@ -885,7 +885,7 @@ def test_baselines_of_a_study_of_nothing_are_refused() -> None:
         ("--found 0", "--found 0: .*at least 1"),
         ("--steps 1", "--steps 1: .*at least 2"),
         ("--learning-rates 0.1,x", "--learning-rates 0.1,x: not numbers"),
-        ("--learning-rates -1", "--learning-rates -1: .*positive"),
+        ("--learning-rates -1", "--learning-rates -1.0: .*positive"),
         ("--map 0", "--map 0: .*at least 1"),
     ):
         assert re.search(told, refused(f"baselines {line}")), line

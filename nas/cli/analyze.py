@@ -10,59 +10,38 @@ import typer
 
 from nas.cli.console import err, note, out, reported
 from nas.cli.opening import require_folder, store_if_any, writable_store
-from nas.cli.options import (
-    BatchOption,
-    ClassesOption,
-    DeviceOption,
-    DtypeOption,
-    EngineOption,
-    PrecisionOption,
-    ResolutionOption,
-    SecondsOption,
-    Storage,
-    StudyName,
-    ThreadsOption,
-    deployment,
-    given_fields,
-)
-from nas.config import AUTO, DEFAULT_STORAGE, DEFAULT_STUDY, Dtype
+from nas.cli.options import Storage, StudyName, given, takes
+from nas.config import DEFAULT_STORAGE, DEFAULT_STUDY, LatencyConfig, moved
+from nas.errors import CandidateFailed, UsageError
 
 if TYPE_CHECKING:
     from nas.latency.analysis import Analysis
 
 
+@takes(LatencyConfig, resolution="the network's own", num_classes="1000 for timm models and total stride 32, else 10")
 def analyze(
     context: typer.Context,
     storage: Storage = DEFAULT_STORAGE,
     study: StudyName = DEFAULT_STUDY,
-    trial: Annotated[int | None, typer.Option(help="A candidate of the study.")] = None,
-    arch: Annotated[str | None, typer.Option(help="An architecture's line, or its JSON.")] = None,
-    timm: Annotated[str | None, typer.Option(help="A timm model, by its layers.")] = None,
-    against: Annotated[
-        str | None, typer.Option(help="Beside it another: a trial's number, an architecture or a timm model.")
+    trial: Annotated[
+        int | None, typer.Option(help="Number of a trial of the study; its deployment is the default here")
     ] = None,
-    layers: Annotated[bool, typer.Option("--layers", help="Show the layers of each block, too.")] = False,
-    again: Annotated[bool, typer.Option("--again", help="Measure all of it anew.")] = False,
-    out_dir: Annotated[Path | None, typer.Option("--out", help="Folder for the plots, PNG and SVG.")] = None,
-    device: DeviceOption = AUTO,
-    engine: EngineOption = AUTO,
-    dtype: DtypeOption = Dtype.AUTO,
-    latency_batch: BatchOption = None,
-    latency_resolution: ResolutionOption = None,
-    latency_classes: ClassesOption = None,
-    latency_threads: ThreadsOption = None,
-    latency_precision: PrecisionOption = None,
-    latency_seconds: SecondsOption = None,
+    arch: Annotated[str | None, typer.Option(help="Architecture, as its line or as JSON")] = None,
+    timm: Annotated[str | None, typer.Option(help="Name of a timm model, which is analysed by its layers")] = None,
+    against: Annotated[
+        str | None, typer.Option(help="Network to compare with: a trial's number, an architecture or a timm model")
+    ] = None,
+    layers: Annotated[bool, typer.Option("--layers", help="Show the layers of each block, too")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure all parts anew")] = False,
+    out_dir: Annotated[Path | None, typer.Option("--out", help="Folder for the plots, as PNG and SVG")] = None,
 ) -> None:
     """Show where a network's time goes: each part's operations, bytes, ideal and measured time, and efficiency."""
     with reported(storage):
-        from nas.errors import CandidateFailed, UsageError
         from nas.latency.analysis import analyse
         from nas.latency.analysis_table import analysis_lines, analysis_table
         from nas.latency.devices import check_device
         from nas.latency.subjects import choose
 
-        given = given_fields(context)
         named = {"--trial": trial, "--arch": arch, "--timm": timm}
         chosen = [(flag, value) for flag, value in named.items() if value is not None]
         if len(chosen) != 1:
@@ -70,7 +49,7 @@ def analyze(
         if out_dir is not None:
             require_folder("--out", out_dir)
         with store_if_any(storage) as found:
-            subjects = choose(found, study, chosen[0], against, given, deployment)
+            subjects = choose(found, study, chosen[0], against, given(LatencyConfig, context), moved)
         for subject in subjects:
             check_device(subject.config)
         with writable_store(storage) as store:

@@ -1,8 +1,9 @@
-"""The commands, put together."""
+"""All commands as one program."""
 
 from __future__ import annotations
 
 import typer
+from typer import rich_utils
 
 from nas.cli import (
     analyze,
@@ -20,6 +21,9 @@ from nas.cli import (
     space,
     studies,
 )  # fmt: skip
+
+# Defaults are told as in the help of options that dataclasses declare.
+rich_utils.DEFAULT_STRING = "(default: {})"
 
 app = typer.Typer(add_completion=False, no_args_is_help=False, pretty_exceptions_enable=False, rich_markup_mode="rich")
 app.callback(invoke_without_command=True)(search.search)

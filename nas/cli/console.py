@@ -12,14 +12,15 @@ from typing import NoReturn
 import typer
 from rich.console import Console
 
+from nas.errors import FieldError, UsageError
+from nas.options import options
+
 # In a pipe or a file there is no edge at which lines would have to be broken.
 WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
 
 
 # Brackets and colons in names and paths are the user's own.
 out = Console(markup=False, emoji=False, width=WIDTH)
-
-
 err = Console(stderr=True, markup=False, emoji=False)
 
 
@@ -36,13 +37,16 @@ def fail(message: str) -> NoReturn:
 @contextlib.contextmanager
 def reported(storage: str) -> Iterator[None]:
     """Turns what a user can mend into one line and exit code 2; anything else is a bug and keeps its traceback."""
-    from nas.errors import UsageError
     from studies import StorageError, displayed
 
     try:
         yield
     except UsageError as error:
         fail(str(error))
+    except FieldError as error:
+        values = error.value if isinstance(error.value, tuple) else (error.value,)
+        flag = options(error.owner)[error.field].flag
+        fail(f"{flag} {','.join(map(str, values))}: is not {error.expected}")
     except StorageError as error:
         fail(f"--storage {displayed(storage)}: {error}")
 

@@ -10,23 +10,21 @@ import typer
 
 from nas.cli.console import err, out, reported
 from nas.cli.opening import existing_store, require_folder
-from nas.cli.options import (
-    Storage,
-)
+from nas.cli.options import Storage
 from nas.config import DEFAULT_STORAGE
 
 
 def dashboard(
     storage: Storage = DEFAULT_STORAGE,
-    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's own let others in.")] = (
+    host: Annotated[str, typer.Option(help="Address to listen on; any but this machine's own lets others in")] = (
         "127.0.0.1"
     ),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="By default a free one.")] = 0,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one")] = 0,
     artifacts: Annotated[
-        Path | None, typer.Option(help="Folder of the trials' files; by default next to the database.")
+        Path | None, typer.Option(help="Folder of the trials' files (default: next to the database)")
     ] = None,
 ) -> None:
-    """Open the Optuna dashboard on a study database, also while a search runs."""
+    """Serve the Optuna dashboard on a study database, also while a search runs."""
     with reported(storage):
         from nas.display.showcase import show
         from nas.errors import UsageError

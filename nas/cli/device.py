@@ -9,33 +9,24 @@ import typer
 
 from nas.cli.console import note, out, reported
 from nas.cli.opening import writable_store
-from nas.cli.options import (
-    DeviceOption,
-    DtypeOption,
-    Storage,
-    ThreadsOption,
-    deployment,
-    given_fields,
-)
-from nas.config import AUTO, DEFAULT_STORAGE, Dtype
+from nas.cli.options import Storage, given, takes
+from nas.config import DEFAULT_STORAGE, LatencyConfig
 
 
+@takes(LatencyConfig, "device", "dtype", "threads")
 def device(
     context: typer.Context,
     storage: Storage = DEFAULT_STORAGE,
-    device: DeviceOption = AUTO,
-    dtype: DtypeOption = Dtype.AUTO,
-    latency_threads: ThreadsOption = None,
-    again: Annotated[bool, typer.Option("--again", help="Measure it also where it was measured before.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure the device again if it was measured before")] = False,
 ) -> None:
-    """Measure what a device can do, once, and print it: bandwidth, matrix rate, launch overhead."""
+    """Measure a device's limits once and print them: bandwidth, matrix rate and launch overhead."""
     with reported(storage):
         from nas.latency.device_profile import find_or_measure_profile, profile_lines
         from nas.latency.devices import check_device
         from nas.locks import WAITING
 
         # Any engine will do: none runs.
-        config = deployment(**{**given_fields(context), "engine": "eager"})
+        config = LatencyConfig(**{**given(LatencyConfig, context), "engine": "eager"})
         check_device(config)
         with writable_store(storage) as store:
             find_or_measure_profile(store, config, again, partial(note, WAITING))

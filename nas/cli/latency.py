@@ -8,50 +8,29 @@ import typer
 
 from nas.cli.console import note, out, reported
 from nas.cli.opening import existing_store, writable_store
-from nas.cli.options import (
-    BatchOption,
-    ClassesOption,
-    DeviceOption,
-    DtypeOption,
-    EngineOption,
-    PrecisionOption,
-    ResolutionOption,
-    SecondsOption,
-    Storage,
-    ThreadsOption,
-    deployment,
-    given_fields,
-)
-from nas.config import AUTO, DEFAULT_STORAGE, DEFAULT_STUDY, Dtype
+from nas.cli.options import Storage, given, takes
+from nas.config import DEFAULT_STORAGE, DEFAULT_STUDY, LatencyConfig, moved
+from nas.errors import CandidateFailed, UsageError
 
 
+@takes(LatencyConfig, resolution="224 for total stride 32, else 32", num_classes="1000 for total stride 32, else 10")
 def latency(
     context: typer.Context,
-    arch: Annotated[str, typer.Option(help="An architecture's line, or its JSON.")],
+    arch: Annotated[str, typer.Option(help="Architecture, as its line or as JSON")],
     measure: Annotated[
-        bool, typer.Option("--measure", help="Measure what the block latency table lacks of it.")
+        bool, typer.Option("--measure", help="Measure the parts that the block latency table lacks")
     ] = False,
-    again: Annotated[bool, typer.Option("--again", help="Measure all of it anew.")] = False,
+    again: Annotated[bool, typer.Option("--again", help="Measure all parts anew")] = False,
     storage: Storage = DEFAULT_STORAGE,
-    device: DeviceOption = AUTO,
-    engine: EngineOption = AUTO,
-    dtype: DtypeOption = Dtype.AUTO,
-    latency_batch: BatchOption = None,
-    latency_resolution: ResolutionOption = None,
-    latency_classes: ClassesOption = None,
-    latency_threads: ThreadsOption = None,
-    latency_precision: PrecisionOption = None,
-    latency_seconds: SecondsOption = None,
 ) -> None:
-    """An architecture's latency by the block latency table, at once: what it adds up to, and what is missing."""
+    """Print an architecture's latency as the sum of its blocks in the block latency table."""
     with reported(storage):
-        from nas.errors import CandidateFailed, UsageError
         from nas.latency.analysis import analyse
         from nas.latency.analysis_table import table_lines
         from nas.latency.devices import check_device
         from nas.latency.subjects import choose
 
-        (subject,) = choose(None, DEFAULT_STUDY, ("--arch", arch), None, given_fields(context), deployment)
+        (subject,) = choose(None, DEFAULT_STUDY, ("--arch", arch), None, given(LatencyConfig, context), moved)
         check_device(subject.config)
         measure = measure or again
         with writable_store(storage) if measure else existing_store(storage) as store:

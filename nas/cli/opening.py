@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from nas.errors import UsageError
+
 if TYPE_CHECKING:
     from studies import Store
 
@@ -42,7 +44,6 @@ def store_if_any(storage: str) -> Iterator[Store | None]:
 @contextlib.contextmanager
 def existing_store(storage: str, study: str | None = None, write: bool = False) -> Iterator[Store]:
     """A database that is there, and holds the study."""
-    from nas.errors import UsageError
     from studies import Store, displayed
 
     store = Store.open(storage, create=False)
@@ -62,8 +63,6 @@ def existing_store(storage: str, study: str | None = None, write: bool = False) 
 
 def require_folder(flag: str, folder: Path) -> None:
     """Raises UsageError where a folder is none, or could not be made or written to; makes nothing."""
-    from nas.errors import UsageError
-
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not existing.is_dir():
         raise UsageError(f"{flag} {folder}: {existing} is not a folder")

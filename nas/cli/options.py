@@ -1,132 +1,115 @@
-"""Options that several commands share, and values made of what was typed."""
+"""The command line's options, made of what dataclasses declare (see `nas.options`), and values of what was typed."""
 
 from __future__ import annotations
 
-from enum import StrEnum
-from functools import partial
-from typing import TYPE_CHECKING, Annotated, Any
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from inspect import Parameter, Signature
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
-from nas.config import AUTO, Dtype
+from nas.config import AUTO, SearchConfig
+from nas.options import Checked, Option, options, parts
 
-if TYPE_CHECKING:
-    from nas.config import LatencyConfig
-
-
-# What several commands share: a deployment, of which a study's is the default where there is a study.
-DeviceOption = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.", rich_help_panel="Deployment")]
+Made = TypeVar("Made", bound=Checked)
 
 
-EngineOption = Annotated[
-    str, typer.Option("--engine", help="auto, fused, eager, torchscript or compile.", rich_help_panel="Deployment")
-]
+def _typers(option: Option, *value: Any) -> Any:
+    """An option as Typer takes it: after its value, or, in an annotation, without one."""
+    default = f" (default: {option.default})" if option.default else ""
+    return typer.Option(
+        *value, option.flag, help=option.help + default, rich_help_panel=option.panel, show_default=False
+    )
 
 
-DtypeOption = Annotated[
-    Dtype, typer.Option("--dtype", help="auto is float16 on CUDA, else float32.", rich_help_panel="Deployment")
-]
+Storage = Annotated[str, _typers(options(SearchConfig)["storage"])]
+StudyName = Annotated[str, _typers(options(SearchConfig)["study"])]
 
 
-BatchOption = Annotated[
-    int | None,
-    typer.Option("--latency-batch", help="Images; by default 1, or the study's.", rich_help_panel="Deployment"),
-]
+def _declared(owner: type[Any]) -> Iterator[tuple[str, Option, Any]]:
+    """Each field that declares an option, those of nested dataclasses included: name, option, and type when typed."""
+    hints = get_type_hints(owner)
+    declared, nested = options(owner), parts(owner)
+    for name in hints:
+        if name in declared:
+            yield name, declared[name], declared[name].typed or hints[name]
+        elif name in nested:
+            yield from _declared(nested[name])
 
 
-ResolutionOption = Annotated[
-    int | None,
-    typer.Option("--latency-resolution", help="Pixels; by default the network's own.", rich_help_panel="Deployment"),
-]
+def takes(
+    owner: type[Checked], *names: str, default: str | None = None, **defaults: str
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator that gives a command the options of a dataclass; the command reads them with `given`.
+
+    Args:
+        names: the fields whose options the command takes (default: all).
+        default, defaults: the defaults in words, of all fields and of single ones, where they are not the declared.
+    """
+
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = inspect.signature(command, eval_str=True).parameters
+        declared, added = {}, []
+        for name, option, typed in _declared(owner):
+            if not names or name in names:
+                option = replace(option, default=defaults.get(name, default or option.default))
+                declared[option.parameter] = option
+                # Left open, since the default is a matter of what is made of it: of the study, say.
+                value, kind = (False, bool) if typed is bool else (None, typed | None)
+                added.append(
+                    Parameter(option.parameter, Parameter.KEYWORD_ONLY, default=_typers(option, value), annotation=kind)
+                )
+
+        @functools.wraps(command)
+        def wrapper(**typed: Any) -> None:
+            command(**{name: typed[name] for name in own})
+
+        after = [parameter.replace(kind=Parameter.KEYWORD_ONLY) for parameter in own.values()]
+        vars(wrapper).update(__signature__=Signature([*added, *after]), declared=declared)
+        return wrapper
+
+    return decorate
 
 
-ClassesOption = Annotated[
-    int | None,
-    typer.Option(
-        "--latency-classes",
-        help="By default 10, with total stride 32 and of timm models 1000; or the study's.",
-        rich_help_panel="Deployment",
-    ),
-]
+def given(owner: type[Checked], context: typer.Context) -> dict[str, Any]:
+    """The fields of a dataclass whose flags were given, nested as the dataclass; those left to `auto` are left out.
 
-
-ThreadsOption = Annotated[
-    int | None,
-    typer.Option("--latency-threads", help="CPU threads; by default 1, or the study's.", rich_help_panel="Deployment"),
-]
-
-
-PrecisionOption = Annotated[
-    float | None,
-    typer.Option(
-        "--latency-precision", help="Share of the median that its 95 % interval may be wide; 0.05, on CUDA 0.02.",
-        rich_help_panel="Deployment",
-    ),
-]  # fmt: skip
-
-
-SecondsOption = Annotated[
-    float | None,
-    typer.Option("--latency-seconds", help="Sampling ends then all the same; 3.", rich_help_panel="Deployment"),
-]
-
-
-Storage = Annotated[
-    str,
-    typer.Option(
-        help="URL of the study database: SQLite or PostgreSQL, as SQLAlchemy writes it.", rich_help_panel="Study"
-    ),
-]
-
-
-StudyName = Annotated[str, typer.Option("--study", help="Name of the study in that database.", rich_help_panel="Study")]
-
-
-# Field of LatencyConfig -> flag.
-DEPLOYMENT_FLAGS = {
-    "device": "--device", "engine": "--engine", "dtype": "--dtype", "batch_size": "--latency-batch",
-    "resolution": "--latency-resolution", "num_classes": "--latency-classes", "threads": "--latency-threads",
-    "precision": "--latency-precision", "seconds": "--latency-seconds",
-}  # fmt: skip
-
-
-def checked(make: Any, names: dict[str, tuple[str, Any]], /, **fields: Any) -> Any:
-    """A value of these fields; what it refuses is told by the flag that the user typed."""
+    Raises:
+        UsageError: what was typed cannot be read.
+    """
     from nas.errors import UsageError
 
-    try:
-        return make(**fields)
-    except ValueError as error:
-        # "budget=0 is not at least 1" is the value's own word.
-        field, _, rest = str(error).partition("=")
-        flag, value = names[field]
-        raise UsageError(f"{flag} {value}: {rest.partition(' ')[2]}") from error
-
-
-def given_fields(context: typer.Context) -> dict[str, Any]:
-    """The fields of a deployment that the command's flags give; not those left out, or left to `auto`."""
-    found = {}
-    for field, flag in DEPLOYMENT_FLAGS.items():
-        value = context.params.get(flag.removeprefix("--").replace("-", "_"))
-        if value is not None and value != AUTO:
-            found[field] = str(value) if isinstance(value, StrEnum) else value
+    found: dict[str, Any] = {name: given(part, context) for name, part in parts(owner).items()}
+    for name, option in options(owner).items():
+        value = context.params.get(option.parameter)
+        if value is None or value is False or value == [] or value == AUTO:
+            continue
+        try:
+            found[name] = option.parse(value) if option.parse else value
+        except ValueError as error:
+            raise UsageError(f"{option.flag} {error}") from error
     return found
 
 
-def given_options(context: typer.Context) -> list[str]:
+def made(owner: type[Made], given: Mapping[str, Any], base: Made | None = None) -> Made:
+    """A value of given fields, nested as the dataclass; the others are those of `base`, or the defaults.
+
+    Raises:
+        FieldError: a field has a value that it cannot have.
+    """
+    values = dict(given)
+    for name, part in parts(owner).items():
+        values[name] = made(part, values.get(name, {}), getattr(base, name, None))
+    return owner(**values) if base is None else replace(base, **values)  # type: ignore[type-var]
+
+
+def typed_options(context: typer.Context) -> list[str]:
     """Options that were typed, which would be ignored without a word: before a subcommand, say."""
     return [
         parameter.opts[0]
         for parameter in context.command.params
         if parameter.name and getattr(context.get_parameter_source(parameter.name), "name", "") == "COMMANDLINE"
     ]
-
-
-def deployment(base: LatencyConfig | None = None, **given: Any) -> LatencyConfig:
-    """A deployment of the flags that were given, and what they leave open: `base`'s, or the defaults."""
-    from nas.config import LatencyConfig, moved
-
-    fields = {name: value for name, value in given.items() if value is not None}
-    names = {name: (flag, given.get(name)) for name, flag in DEPLOYMENT_FLAGS.items()}
-    config: LatencyConfig = checked(LatencyConfig if base is None else partial(moved, base), names, **fields)
-    return config

@@ -13,11 +13,9 @@ import typer
 from nas.cli.console import err, reported
 from nas.cli.fronts import print_front
 from nas.cli.opening import existing_store
-from nas.cli.options import (
-    Storage,
-    StudyName,
-)
+from nas.cli.options import Storage, StudyName
 from nas.config import DEFAULT_STORAGE, DEFAULT_STUDY
+from nas.errors import UsageError
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,10 +30,10 @@ class Format(StrEnum):
 def pareto(
     storage: Storage = DEFAULT_STORAGE,
     study: StudyName = DEFAULT_STUDY,
-    format: Annotated[Format, typer.Option(help="How to print it.")] = Format.TABLE,
-    plot: Annotated[Path | None, typer.Option(help="Draw it, too: a PNG, SVG or PDF file.")] = None,
+    format: Annotated[Format, typer.Option(help="Format of the output: table, csv or json")] = Format.TABLE,
+    plot: Annotated[Path | None, typer.Option(help="PNG, SVG or PDF file to draw the front in")] = None,
 ) -> None:
-    """Print a study's Pareto front, now."""
+    """Print a study's Pareto front as it is now."""
     with reported(storage), existing_store(storage, study) as store:
         front = store.front(study)
         if plot is not None:
@@ -50,7 +48,6 @@ def pareto(
 
 def _plot_front(evaluations: pd.DataFrame, front: pd.DataFrame, study: str, path: Path) -> None:
     from nas.display.study_plots import plot_front
-    from nas.errors import UsageError
     from studies import Deployment
 
     if path.suffix not in (".png", ".svg", ".pdf"):

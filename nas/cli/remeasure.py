@@ -9,35 +9,22 @@ import typer
 
 from nas.cli.console import out, reported
 from nas.cli.opening import existing_store
-from nas.cli.options import (
-    BatchOption,
-    PrecisionOption,
-    SecondsOption,
-    Storage,
-    StudyName,
-    ThreadsOption,
-    deployment,
-    given_fields,
+from nas.cli.options import Storage, StudyName, given, takes
+from nas.config import DEFAULT_STORAGE, DEFAULT_STUDY, LatencyConfig, moved
+
+
+@takes(
+    LatencyConfig, "device", "engine", "dtype", "batch_size", "threads", "precision", "seconds", default="the study's"
 )
-from nas.config import DEFAULT_STORAGE, DEFAULT_STUDY, Dtype
-
-
 def remeasure(
     context: typer.Context,
     storage: Storage = DEFAULT_STORAGE,
     study: StudyName = DEFAULT_STUDY,
-    everything: Annotated[bool, typer.Option("--all", help="All complete candidates, not the front only.")] = False,
-    device: Annotated[
-        str | None, typer.Option(help="By default the study's, as all that follows.", rich_help_panel="Deployment")
-    ] = None,
-    engine: Annotated[str | None, typer.Option(rich_help_panel="Deployment")] = None,
-    dtype: Annotated[Dtype | None, typer.Option(rich_help_panel="Deployment")] = None,
-    latency_batch: BatchOption = None,
-    latency_threads: ThreadsOption = None,
-    latency_precision: PrecisionOption = None,
-    latency_seconds: SecondsOption = None,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Measure all complete candidates, not only the front")
+    ] = False,
 ) -> None:
-    """Measure a study's front again, in turns; with other settings all candidates, as a second latency of theirs."""
+    """Measure a study's front again, in turns; in another deployment, measure all of its candidates there."""
     with reported(storage), existing_store(storage, study, write=True) as store:
         from nas.display.notes import deployment_line
         from nas.recorded import RecordedStudy
@@ -46,7 +33,9 @@ def remeasure(
 
         recorded = RecordedStudy.open(store, study)
         note = partial(out.print, highlight=False, soft_wrap=True)
-        done = measure_again(recorded, deployment(recorded.config.latency, **given_fields(context)), everything, note)
+        done = measure_again(
+            recorded, moved(recorded.config.latency, **given(LatencyConfig, context)), everything, note
+        )
         if done is None:
             out.print("The front is empty: nothing was measured.")
             return

@@ -2,33 +2,44 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Annotated
 
 import typer
 from rich.table import Table
 
 from nas.cli.console import out, reported
+from nas.cli.options import given, made, takes
+from nas.config import PIXELS
+from nas.errors import UsageError
+from nas.options import Checked, at_least, option
 
 
+@dataclass(frozen=True)
+class Counted(Checked):
+    """The networks whose parameters and operations are counted; a resolution of None is the space's."""
+
+    classes: int = option(10, "--classes", "Classes of the networks", bounds=at_least(1))
+    resolution: int | None = option(
+        None, "--resolution", "Width and height of the images, in pixels", default="the space's", bounds=PIXELS
+    )
+
+
+@takes(Counted)
 def space(
-    name: Annotated[str, typer.Argument(help="small, imagenet, or a TOML file.")] = "small",
-    classes: Annotated[int, typer.Option(help="Of the classifier that is counted in.")] = 10,
-    resolution: Annotated[int | None, typer.Option(help="Pixels; by default the space's.")] = None,
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="Search space: small, imagenet or a TOML file")] = "small",
 ) -> None:
-    """Print a search space: its choices, what is excluded, how many architectures, and what they cost."""
+    """Print a search space: its choices and exclusions, the number of its architectures, and their cost."""
     with reported(name):
-        from nas.errors import UsageError
         from search_spaces import load_space
 
+        counted = made(Counted, given(Counted, context))
         try:
             loaded = load_space(name)
         except ValueError as error:
             raise UsageError(f"space {error}") from error
-        if classes < 1:
-            raise UsageError(f"--classes {classes}: not at least 1")
-        if resolution is not None and resolution < 8:
-            raise UsageError(f"--resolution {resolution}: not at least 8 pixels")
-        pixels = resolution or loaded.resolution
+        pixels, classes = counted.resolution or loaded.resolution, counted.classes
         table = Table("parameter", "choices", title=f"{loaded.name}: {loaded.description}", title_justify="left")
         for parameter, choices in loaded.choices().items():
             table.add_row(parameter, "  ".join(f"{c:g}" if isinstance(c, float) else str(c) for c in choices))

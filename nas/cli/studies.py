@@ -9,15 +9,13 @@ from rich.table import Table
 
 from nas.cli.console import out, reported
 from nas.cli.opening import existing_store
-from nas.cli.options import (
-    Storage,
-)
+from nas.cli.options import Storage
 from nas.config import DEFAULT_STORAGE
 
 
 def studies(
     storage: Storage = DEFAULT_STORAGE,
-    study: Annotated[str | None, typer.Option("--study", help="List only this one.", rich_help_panel="Study")] = None,
+    study: Annotated[str | None, typer.Option(help="Name of the only study to list", rich_help_panel="Study")] = None,
 ) -> None:
     """List the studies of a database."""
     with reported(storage), existing_store(storage, study) as store:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from nas.config import LatencyConfig
 from nas.display.notes import stage_table
 from nas.errors import UsageError, of_this_version
+from nas.export.selection import Selection
 from nas.latency.analysis import from_table
 from nas.latency.block_table import BlockTable
 from nas.recorded import RecordedStudy
@@ -46,29 +47,6 @@ SECTION = "convfirst"
 PROXY_WEIGHTS = "proxy"
 
 Formats = Sequence[Callable[["Exported", Path], object]]
-
-
-@dataclass(frozen=True)
-class Selection:
-    """Which candidates of a study: the front's members that pass, or trials by their numbers.
-
-    Args:
-        trials: numbers of complete trials, on the front or not; empty means the front.
-        top: the most accurate of them.
-    """
-
-    trials: tuple[int, ...] = ()
-    top: int | None = None
-    max_latency_ms: float | None = None
-    min_accuracy: float | None = None
-
-    def __post_init__(self) -> None:
-        for name, least in (("top", 1), ("max_latency_ms", 0.0), ("min_accuracy", 0.0)):
-            value = getattr(self, name)
-            if value is not None and not value >= least:
-                raise ValueError(f"{name}={value!r} is not at least {least:g}")
-        if self.min_accuracy is not None and self.min_accuracy > 1:
-            raise ValueError(f"min_accuracy={self.min_accuracy!r} is not at most 1, which is 100 %")
 
 
 @dataclass(frozen=True, eq=False)

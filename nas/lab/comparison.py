@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from nas.config import SAMPLERS
+from nas.config import Sampler
 from nas.pareto import hypervolume
 from studies import Store
 
@@ -61,8 +61,8 @@ def main(
 ) -> None:
     """Search with each sampler for the same time, and print the hypervolumes side by side."""
     samplers = sampler or ["tpe", "random"]
-    if unknown := set(samplers) - set(SAMPLERS):
-        raise typer.BadParameter(f"{unknown.pop()} is none of {', '.join(SAMPLERS)}", param_hint="--sampler")
+    if unknown := set(samplers) - set(Sampler):
+        raise typer.BadParameter(f"{unknown.pop()} is none of {', '.join(Sampler)}", param_hint="--sampler")
     try:
         folder.mkdir(parents=True)
     except OSError as error:

@@ -12,12 +12,13 @@ import optuna
 from optuna.trial import TrialState
 
 import studies
-from nas.config import SearchConfig
+from nas.config import LatencyConfig, SearchConfig
 from nas.display import notes
 from nas.errors import UsageError
 from nas.latency.block_table import BlockTable
 from nas.latency.device_profile import store_profile
 from nas.latency.parts import network_shape
+from nas.options import Keep, options
 from nas.pareto import hypervolume
 from nas.recorded import RecordedStudy
 from nas.search.evaluation import Evaluator, Outcome
@@ -49,8 +50,8 @@ def differences(stored: Any, now: Any, path: str = "") -> list[str]:
 
 
 def plain(value: Any) -> Any:
-    """As JSON gives it back: tuples become lists."""
-    return json.loads(json.dumps(value))
+    """As JSON gives it back: tuples become lists, and dataclasses mappings."""
+    return json.loads(json.dumps(value, default=asdict))
 
 
 @dataclass(frozen=True)
@@ -65,15 +66,25 @@ def check_same_config(config: SearchConfig, study: studies.Study) -> None:
     """Raises UsageError where the study was begun under another configuration."""
     stored = json.loads(study.config)
     if lines := differences(_compared(stored), _compared(plain(config.identity()))):
-        raise UsageError(
-            f"--study {config.study}: was begun with another configuration ({'; '.join(lines)}); "
-            "use its settings, or another --study"
-        )
+        raise other_configuration(config.study, lines)
+
+
+def other_configuration(study: str, lines: Sequence[str]) -> UsageError:
+    """The refusal of going on with a study under another configuration, with a line for each difference."""
+    return UsageError(
+        f"--study {study}: was begun with another configuration ({'; '.join(lines)}); "
+        "use its settings, or another --study"
+    )
 
 
 def _compared(identity: dict[str, Any]) -> dict[str, Any]:
-    """Of a stored configuration what must not change: how long one samples for a median does not change it."""
-    latency = {name: value for name, value in identity["latency"].items() if name not in ("precision", "seconds")}
+    """The part of a stored configuration that must not change: how long one samples for a median does not change it."""
+    declared = options(LatencyConfig)
+    latency = {
+        name: value
+        for name, value in identity["latency"].items()
+        if name not in declared or declared[name].keep is Keep.FIXED
+    }
     return {**identity, "latency": latency}
 
 

@@ -28,9 +28,6 @@ from nas.training.data import ImageData
 from nas.training.proxy import ProxyResult
 from studies import BaselineTraining, Retraining
 
-# Steps of a long training, in those of a study's proxy training.
-LONG = 4
-
 
 class Trainable(Protocol):
     """A network that is to be trained; it goes to another process.

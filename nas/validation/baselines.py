@@ -9,7 +9,7 @@ yardsticks, so that their latencies compare. A run that ends early keeps each tr
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from nas import pareto
 from nas.errors import CandidateFailed, UsageError
@@ -18,9 +18,10 @@ from nas.latency.timm_networks import TIMM_ENGINE, require_timm_model
 from nas.recorded import RecordedStudy
 from nas.reporting import Note
 from nas.training.data import ImageData
-from nas.training.pool import LONG, Trainer, TrainingJob, fill
+from nas.training.pool import Trainer, TrainingJob, fill
 from nas.training.proxy import ProxyResult
 from nas.validation.baseline_latencies import BaselineLatencies
+from nas.validation.config import ALL, LONG, RATES, BaselineConfig
 from nas.validation.contenders import ContenderKind, best_training
 from nas.validation.networks import NetworkSpec, default_map_size, own_map_size, timm_network
 from search_spaces import ArchSpec, cost
@@ -33,66 +34,7 @@ MODELS = (
 )  # fmt: skip
 # On a CPU the one of them that learns in minutes: mobilenetv4_conv_small takes twice as long to be near chance still.
 DEFAULT_MODELS = {"cpu": ("regnety_002",), "cuda": MODELS}
-ALL = "all"
-# The learning rates, in those of the study.
-RATES = (1 / 8, 1 / 2, 2.0)
 ANCHOR = "ConvFirst anchor"
-
-
-@dataclass(frozen=True)
-class BaselineConfig:
-    """What is compared with a study's networks, and how long all are trained.
-
-    Args:
-        models: names of timm models; None for those that suit the kind of device, `("all",)` for all of `MODELS`.
-        found: how many members of the study's front, from the fastest to the most accurate.
-        steps: of the long schedule; None is `LONG` times the study's.
-        learning_rates: of which the best is taken; None are `RATES` times the study's.
-        map_size: pixels of the final feature map that sets the resolution of networks that are not ours, see
-            `suited_resolution`; None is `default_map_size`.
-        data_dir, download: as in `DataConfig`.
-
-    Raises:
-        ValueError: naming the field and its value.
-    """
-
-    models: tuple[str, ...] | None = None
-    found: int = 3
-    steps: int | None = None
-    learning_rates: tuple[float, ...] | None = None
-    map_size: int | None = None
-    data_dir: str = "data"
-    download: bool = False
-
-    def __post_init__(self) -> None:
-        def require(name: str, true: bool, expected: str) -> None:
-            if not true:
-                raise ValueError(f"{name}={getattr(self, name)!r} is not {expected}")
-
-        require("models", self.models is None or bool(self.models), "a list of timm models")
-        require("found", self.found >= 1, "at least 1")
-        require("steps", self.steps is None or self.steps >= 2, "at least 2, of which a half can be compared")
-        rates = self.learning_rates
-        positive = rates is None or (bool(rates) and all(0 < rate < float("inf") for rate in rates))
-        require("learning_rates", positive, "positive numbers")
-        require("map_size", self.map_size is None or self.map_size >= 1, "at least 1")
-
-
-def names(text: str | None) -> tuple[str, ...] | None:
-    """The models that a user typed, separated by commas."""
-    return None if text is None else tuple(name.strip() for name in text.split(",") if name.strip())
-
-
-def rates(text: str | None) -> tuple[float, ...] | None:
-    """The learning rates that a user typed, separated by commas.
-
-    Raises:
-        UsageError: one is no number.
-    """
-    try:
-        return None if text is None else tuple(float(rate) for rate in text.split(","))
-    except ValueError as error:
-        raise UsageError(f"--learning-rates {text}: not numbers separated by commas") from error
 
 
 # -- A run -----------------------------------------------------------------------------------------------------------

@@ -11,14 +11,14 @@ import pandas as pd
 from rich.table import Table
 
 from nas import pareto
-from nas.config import MAX_RESOLUTION
 from nas.errors import CandidateFailed, UsageError, of_this_version
 from nas.latency.devices import check_device
 from nas.recorded import RecordedStudy
 from nas.reporting import Note
 from nas.training.data import ImageData
-from nas.training.pool import LONG, Trainer, TrainingJob, fill
+from nas.training.pool import Trainer, TrainingJob, fill
 from nas.training.proxy import ProxyResult
+from nas.validation.config import LONG, RetrainConfig
 from nas.validation.contenders import ContenderKind
 from nas.validation.networks import NetworkSpec
 from nas.validation.ranking import Coefficient, Ranking, gain, rankings
@@ -26,40 +26,6 @@ from search_spaces import ArchSpec
 from studies import Retraining
 
 PROXY, PARAMS, MACS = "proxy accuracy", "params", "MACs"
-
-
-@dataclass(frozen=True)
-class RetrainConfig:
-    """Which candidates are trained longer, on what, and how long.
-
-    Args:
-        top: the most accurate members of the front; None is all of it.
-        dominated: candidates that are not on the front, spread over the range of latencies.
-        steps: None is `LONG` times the study's.
-        data: a source as `DataConfig`'s; None is the study's.
-        resolution: of the training images; None is the study's.
-        data_dir, download, to_rgb: as in `DataConfig`; a study that converts does so here, too.
-
-    Raises:
-        ValueError: naming the field and its value.
-    """
-
-    top: int | None = None
-    dominated: int = 20
-    steps: int | None = None
-    data: str | None = None
-    resolution: int | None = None
-    data_dir: str = "data"
-    download: bool = False
-    to_rgb: bool = False
-
-    def __post_init__(self) -> None:
-        for name, least in (("top", 1), ("dominated", 0), ("steps", 1), ("resolution", 8)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                raise ValueError(f"{name}={value!r} is not at least {least}")
-        if self.resolution is not None and self.resolution > MAX_RESOLUTION:
-            raise ValueError(f"resolution={self.resolution!r} is not at most {MAX_RESOLUTION} pixels")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,8 @@ from nas.errors import CandidateFailed, UsageError
 from nas.recorded import RecordedStudy
 from nas.training import pool as trainings
 from nas.validation import baseline_latencies
-from nas.validation.baselines import BaselineConfig, compare
+from nas.validation.baselines import compare
+from nas.validation.config import BaselineConfig
 from nas.validation.contenders import Contender, ContenderKind, contenders, convergence, failures
 from nas.validation.networks import (
     NetworkSpec,

@@ -16,11 +16,11 @@ from nas.errors import CandidateFailed, UsageError
 from nas.recorded import RecordedStudy
 from nas.training import pool as trainings
 from nas.training.proxy import ProxyResult
+from nas.validation.config import RetrainConfig
 from nas.validation.retrain import (
     MACS,
     PARAMS,
     PROXY,
-    RetrainConfig,
     remarks,
     retrain,
     spread_over,
@@ -177,5 +177,5 @@ def test_undominated() -> None:
 
 @pytest.mark.parametrize("fields", [{"top": 0}, {"dominated": -1}, {"steps": 0}, {"resolution": 7}])
 def test_impossible_settings(fields: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match="is not at least"):
+    with pytest.raises(ValueError, match=r"is not (at least|between 8 and 2048 pixels)"):
         RetrainConfig(**fields)

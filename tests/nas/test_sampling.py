@@ -8,7 +8,7 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from nas.config import SAMPLERS
+from nas.config import Sampler
 from nas.lab.invented import FakeEvaluator
 from nas.search.sampling import Proposer, distribution
 from search_spaces import load_space
@@ -31,7 +31,7 @@ def advance(into: Proposer, trials: int) -> list[str]:
     return arch_ids
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", Sampler)
 def test_the_same_seed_and_values_give_the_same_proposals_also_after_a_restart(sampler: str) -> None:
     whole = proposer(sampler)
     expected = advance(whole, 45)
@@ -41,7 +41,7 @@ def test_the_same_seed_and_values_give_the_same_proposals_also_after_a_restart(s
     assert advance(resumed, 15) == expected[30:]
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", Sampler)
 def test_a_restart_does_not_repeat_the_first_proposals(sampler: str) -> None:
     """A sampler built with a fixed seed would: every trial has a seed of its own."""
     first = proposer(sampler)
@@ -49,7 +49,7 @@ def test_a_restart_does_not_repeat_the_first_proposals(sampler: str) -> None:
     assert not set(beginning) & set(advance(proposer(sampler, history=first.study.get_trials()), 5))
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", Sampler)
 def test_another_seed_gives_other_proposals(sampler: str) -> None:
     assert advance(proposer(sampler, seed=0), 3) != advance(proposer(sampler, seed=1), 3)
 
@@ -120,7 +120,7 @@ def test_evenly_spaced_numbers_are_ordered_and_all_else_are_categories(
 
 
 @pytest.mark.parametrize("expansion", [(1.2, 1.4, 1.6), (1.4, 1.6), (1.1, 1.2, 1.3), (2.3, 3.4, 4.5, 5.6)])
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", Sampler)
 def test_decimal_choices_are_proposed_as_they_are_written(sampler: str, expansion: tuple[float, ...]) -> None:
     """1.2 + 2 * (1.4 - 1.2) is 1.5999999999999999: another architecture to us, and to Optuna no value of 1.2 to 1.6."""
     from tests.conftest import make_tiny_space

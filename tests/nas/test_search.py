@@ -17,7 +17,7 @@ import pytest
 import torch
 from optuna.trial import TrialState
 
-from nas.config import SAMPLERS, LatencyConfig, Limits, ProxyConfig, SearchConfig
+from nas.config import LatencyConfig, Limits, ProxyConfig, Sampler, SearchConfig
 from nas.errors import CandidateFailed, UsageError
 from nas.lab.invented import FakeEvaluator
 from nas.latency.block_table import BlockTable
@@ -96,7 +96,7 @@ def config(sqlite_url: str) -> SearchConfig:
     return SearchConfig(budget=12, storage=sqlite_url)
 
 
-@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("sampler", Sampler)
 def test_a_search_ends_with_exactly_its_budget(config: SearchConfig, sampler: str) -> None:
     config = replace(config, sampler=sampler)
     result = search.run(config, FakeEvaluator())

@@ -1,0 +1,104 @@
+"""What longer trainings and known networks are made with, as values."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from fractions import Fraction
+
+from nas.config import PIXELS, DataConfig
+from nas.options import Bounds, Checked, at_least, option, same_as
+
+# The long schedule, in a study's proxy steps, and the learning rates, in its own.
+LONG = 4
+RATES = (1 / 8, 1 / 2, 2.0)
+ALL = "all"
+
+LONG_STEPS = f"{LONG} times the study's"
+
+
+def _names(text: str) -> tuple[str, ...]:
+    """The models that a user typed, separated by commas."""
+    return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    """The learning rates that a user typed, separated by commas.
+
+    Raises:
+        ValueError: one is no number.
+    """
+    try:
+        return tuple(float(rate) for rate in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"{text}: not numbers separated by commas") from error
+
+
+@dataclass(frozen=True)
+class BaselineConfig(Checked):
+    """What is compared with a study's networks, and how long all are trained.
+
+    Args:
+        models: names of timm models; None for those that suit the kind of device, `("all",)` for all of
+            `nas.validation.baselines.MODELS`.
+        found: how many members of the study's front, from the fastest to the most accurate.
+        steps: of the long schedule, of which a half can be compared; None is `LONG` times the study's.
+        learning_rates: of which the best is taken; None are `RATES` times the study's.
+        map_size: pixels of the final feature map that sets the resolution of networks that are not ours, see
+            `nas.validation.networks.suited_resolution`; None is `default_map_size` there.
+        data_dir, download: as in `DataConfig`.
+
+    Raises:
+        FieldError: a field has a value that it cannot have.
+    """
+
+    models: tuple[str, ...] | None = option(
+        None, "--models", f"Comma-separated names of timm models, or {ALL}", default="those that suit the device",
+        bounds=Bounds(bool, "a list of timm models"), typed=str, parse=_names,
+    )  # fmt: skip
+    found: int = option(3, "--found", "Members of the front, from the fastest to the most accurate", bounds=at_least(1))
+    steps: int | None = option(None, "--steps", "Training steps per network", default=LONG_STEPS, bounds=at_least(2))
+    learning_rates: tuple[float, ...] | None = option(
+        None, "--learning-rates", "Comma-separated rates; each network keeps its best",
+        default=f"{', '.join(str(Fraction(rate)) for rate in RATES)} times the study's", typed=str, parse=_rates,
+        bounds=Bounds(lambda rates: rates and all(0 < rate < math.inf for rate in rates), "positive numbers"),
+    )  # fmt: skip
+    map_size: int | None = option(
+        None, "--map", "Width of the final feature map of networks that are not ours, in pixels",
+        default="the study's, on a CPU half of it", bounds=at_least(1),
+    )  # fmt: skip
+    data_dir: str = same_as(DataConfig, "data_dir")
+    download: bool = same_as(DataConfig, "download")
+
+
+@dataclass(frozen=True)
+class RetrainConfig(Checked):
+    """Which candidates are trained longer, on what, and how long.
+
+    Args:
+        top: the most accurate members of the front; None is all of it.
+        dominated: candidates that are not on the front, spread over the range of latencies.
+        steps: None is `LONG` times the study's.
+        data: a source as `DataConfig`'s; None is the study's.
+        resolution: of the training images; None is the study's.
+        data_dir, download, to_rgb: as in `DataConfig`; a study that converts does so here, too.
+
+    Raises:
+        FieldError: a field has a value that it cannot have.
+    """
+
+    top: int | None = option(
+        None, "--top", "Number of the front's networks, the most accurate", default="all", bounds=at_least(1)
+    )
+    dominated: int = option(
+        20, "--dominated", "Number of networks off the front, spread over the latencies", bounds=at_least(0)
+    )
+    steps: int | None = option(None, "--steps", "Training steps per network", default=LONG_STEPS, bounds=at_least(1))
+    data: str | None = option(None, "--data", "Images, named as for the search", default="the study's")
+    resolution: int | None = option(
+        None, "--resolution", "Width and height of the training images, in pixels", default="the study's",
+        bounds=PIXELS,
+    )  # fmt: skip
+    data_dir: str = same_as(DataConfig, "data_dir")
+    download: bool = same_as(DataConfig, "download")
+    to_rgb: bool = same_as(DataConfig, "to_rgb")
