@@ -1,0 +1,187 @@
+"""Whether today's search does what an earlier version did: `python -m nas.lab.replay sqlite:///studies/convfirst.db`.
+
+A recorded study is searched again in a new database, by an evaluator that replays the accuracies and latencies that the
+study holds. Today's search then has to propose the same architectures, and to store the same columns with the same
+values, but for the times at which something happened and how long it took.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import pandas as pd
+import typer
+
+from nas.config import DEFAULT_STUDY
+from nas.errors import CandidateFailed
+from nas.latency.device_profile import DeviceProfile
+from nas.latency.values import Latency, Measurement, ShapeLatency
+from nas.recorded import RecordedStudy
+from nas.search import run
+from nas.training.proxy import CurvePoint, ProxyResult
+from search_spaces import ArchSpec, Cost, cost
+from studies import BlockLatency, Candidate, Store
+from studies.tables import Latency as LatencyRow
+
+# What differs from run to run though nothing else does.
+TIMES = ("latency_seconds", "total_seconds", "finished_at", "created_at", "owner")
+ATTRIBUTES_OF_TIME = ("seconds",)
+
+
+class ReplayingEvaluator:
+    """Scores candidates as a recorded study did; what the study does not hold cannot be scored.
+
+    Args:
+        recorded: the study, of which candidates, block latencies and the device's profile are read at once.
+    """
+
+    notes: tuple[str, ...] = ()
+
+    def __init__(self, recorded: RecordedStudy) -> None:
+        self.recorded = recorded
+        self.device, self.data_fingerprint = recorded.device, recorded.row.data_fingerprint
+        self.candidates = {candidate.arch_id: candidate for candidate in recorded.candidates()}
+        config, info = recorded.config.latency, recorded.row.device
+        device = {name: getattr(info, name) for name in ("kind", "name", "driver", "torch", "triton")}
+        devices = recorded.store.devices
+        self.stored_profile = devices.find_profile(device, config.dtype, config.threads)
+        self.blocks = devices.block_latencies(device, config.engine, config.dtype, config.batch_size, config.threads)
+
+    def anchor(self, references_ms: Sequence[float]) -> ShapeLatency:
+        anchor_ms = self.recorded.row.anchor_ms
+        return ShapeLatency("", Latency(anchor_ms, anchor_ms, anchor_ms, repeats=1))
+
+    def start(self, anchor_ms: float) -> None:
+        pass
+
+    def cost(self, arch: ArchSpec) -> Cost:
+        config = self.recorded.config.latency
+        return cost(arch, config.resolution, config.num_classes)
+
+    def measure(self, arch: ArchSpec) -> Measurement:
+        candidate = self._candidate(arch)
+        if not candidate.latencies:
+            raise CandidateFailed(candidate.reason or "")
+        return _measurement(candidate.latencies[0])
+
+    def train(self, arch: ArchSpec) -> ProxyResult:
+        candidate = self._candidate(arch)
+        if candidate.accuracy is None or candidate.loss is None:
+            raise CandidateFailed(candidate.reason or "")
+        points = self.recorded.store.learning_curve(candidate.trial_id)
+        curve = tuple(CurvePoint(each.step, each.train_loss, each.train_accuracy, each.seconds) for each in points)
+        seconds, memory_bytes = candidate.train_seconds or 0.0, candidate.train_memory_bytes or 0
+        return ProxyResult(candidate.accuracy, candidate.loss, curve, seconds, memory_bytes)
+
+    def measure_together(self, archs: Sequence[ArchSpec]) -> list[Measurement]:
+        rows = [self._candidate(arch).latency_in(self.recorded.deployment) for arch in archs]
+        return [_measurement(row) for row in rows if row is not None]
+
+    def measure_blocks(
+        self, archs: Sequence[ArchSpec], known: Mapping[str, float], references_ms: Sequence[float]
+    ) -> list[ShapeLatency]:
+        return [ShapeLatency(row.shape, _latency(row)) for key, row in self.blocks.items() if key not in known]
+
+    def profile(self) -> DeviceProfile:
+        assert self.stored_profile is not None
+        names = DeviceProfile.__dataclass_fields__
+        return DeviceProfile(**{name: getattr(self.stored_profile, name) for name in names})
+
+    def determinism(self) -> str | None:
+        return None
+
+    def close(self) -> None:
+        pass
+
+    def _candidate(self, arch: ArchSpec) -> Candidate:
+        if arch.arch_id not in self.candidates:
+            raise SystemExit(f"different: today's search proposes {arch}, which the study does not hold")
+        return self.candidates[arch.arch_id]
+
+
+def _latency(row: LatencyRow | BlockLatency) -> Latency:
+    return Latency(
+        row.median_ms, row.p20_ms, row.p80_ms, row.repeats, row.interval_share or 0.0, bool(row.capped), row.throttled
+    )
+
+
+def _measurement(row: LatencyRow) -> Measurement:
+    return Measurement(
+        _latency(row), row.raw_median_ms, row.anchor_median_ms, row.weight_bytes, row.workspace_bytes,
+        row.sm_clock_mhz, row.temperature_c,
+    )  # fmt: skip
+
+
+def tables_of(recorded: RecordedStudy) -> dict[str, pd.DataFrame]:
+    """What a search stores, without ids of rows and without times: trials, candidates, latencies, curves, fronts."""
+    store = recorded.store
+    candidates = [_columns(each) for each in recorded.candidates()]
+    latencies = [{"number": each.number} | _columns(row) for each in recorded.candidates() for row in each.latencies]
+    curves = [
+        {"number": each.number} | _columns(point)
+        for each in recorded.candidates()
+        for point in store.learning_curve(each.trial_id)
+    ]
+    trials = [
+        {
+            "number": trial.number, "state": trial.state.name, "params": trial.params, "constraints": trial.constraints,
+            "objectives": trial.values,  # noqa: PD011
+            "attributes": {k: v for k, v in trial.user_attrs.items() if k not in ATTRIBUTES_OF_TIME},
+        }
+        for trial in store.load_optuna_study(recorded.name).get_trials(deepcopy=False)
+    ]  # fmt: skip
+    views = {"evaluations": recorded.evaluations(), "front": recorded.front()}
+    return {
+        "trials": pd.DataFrame(trials), "candidates": pd.DataFrame(candidates), "latencies": pd.DataFrame(latencies),
+        "curves": pd.DataFrame(curves),
+        **{name: view.drop(columns=[c for c in view if _passes(str(c))]) for name, view in views.items()},
+    }  # fmt: skip
+
+
+def _columns(row: Any) -> dict[str, Any]:
+    names = row.__table__.columns.keys()
+    return {name: getattr(row, name) for name in names if not _passes(name)}
+
+
+def _passes(column: str) -> bool:
+    return column in TIMES or column.endswith(("_at", "trial_id", "study_id", "device_id", "latency_id"))
+
+
+def main(
+    storage: Annotated[str, typer.Argument(help="SQLAlchemy URL of the database that holds the recorded study.")],
+    study: Annotated[str, typer.Option(help="Name of the recorded study.")] = DEFAULT_STUDY,
+) -> None:
+    """Search a recorded study again from its own figures, and say whether proposals and stored columns are the same."""
+    store = Store.open(storage, create=False)
+    if store is None:
+        raise typer.BadParameter(f"{storage}: holds no studies", param_hint="STORAGE")
+    recorded = RecordedStudy.open(store, study)
+    before = tables_of(recorded)
+    complete = len(recorded.evaluations())
+    with tempfile.TemporaryDirectory() as folder:
+        url = f"sqlite:///{Path(folder) / 'replayed.db'}"
+        run(replace(recorded.config, budget=complete, storage=url), ReplayingEvaluator(recorded))
+        again = Store.open(url, create=False)
+        assert again is not None
+        after = tables_of(RecordedStudy.open(again, study))
+        again.close()
+    differing = [name for name in before if not _same(before[name], after[name])]
+    for name in differing:
+        print(f"{name}: {len(before[name])} rows of {list(before[name])}")
+        print(f"  now {len(after[name])} rows of {list(after[name])}")
+        if before[name].shape == after[name].shape and list(before[name]) == list(after[name]):
+            print(before[name].reset_index(drop=True).compare(after[name].reset_index(drop=True)).head().to_string())
+    print(f"{complete} candidates, {len(before['trials'])} trials: " + ("different" if differing else "the same"))
+    raise typer.Exit(bool(differing))
+
+
+def _same(one: pd.DataFrame, other: pd.DataFrame) -> bool:
+    return list(one) == list(other) and one.reset_index(drop=True).equals(other.reset_index(drop=True))
+
+
+if __name__ == "__main__":
+    typer.run(main)
