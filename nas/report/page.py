@@ -128,7 +128,8 @@ def draw(material: Material, charts: Charts, contenders: Sequence[Contender], fo
         shares = ", ".join(f"{part['name']} {part['time']} ({part['share']:.0%})" for part in parts_of_time(material))
         add("time", f"Time by part, piled up over the candidates: {shares}.")
     if "contenders" in charts:
-        save_charts(charts["contenders"].values(), folder / "contenders.png")
+        title = "networks that were trained alike, bars from p20 to p80"
+        save_charts(charts["contenders"].values(), folder / "contenders.png", title=title)
         listed = "; ".join(f"{each.name} {each.accuracy:.1%} at {each.latency_ms:.3g} ms" for each in contenders)
         add("contenders", f"Accuracy against latency of networks trained alike: {listed}.")
     return pictures
