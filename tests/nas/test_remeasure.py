@@ -167,7 +167,8 @@ def test_what_was_capped_is_told(config: SearchConfig, monkeypatch: pytest.Monke
     store, study = searched(config, monkeypatch, evaluator)
 
     def measure(archs: Sequence[ArchSpec]) -> list[Measurement]:
-        return [replace(latency, capped=True, throttled=True) for latency in evaluator.measure_together(archs)]
+        found = evaluator.measure_together(archs)
+        return [replace(each, latency=replace(each.latency, capped=True, throttled=True)) for each in found]
 
     changes = remeasure_front(store, config.study, study.study_id, config.latency, study.device_id, measure)
     assert changes is not None
