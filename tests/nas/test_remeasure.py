@@ -170,7 +170,8 @@ def test_what_was_capped_is_told(config: SearchConfig, monkeypatch: pytest.Monke
     store, _ = searched(config, monkeypatch, evaluator)
 
     def measure(archs: Sequence[ArchSpec]) -> list[Measurement]:
-        return [replace(latency, capped=True, throttled=True) for latency in evaluator.measure_together(archs)]
+        found = evaluator.measure_together(archs)
+        return [replace(each, latency=replace(each.latency, capped=True, throttled=True)) for each in found]
 
     recorded = RecordedStudy.open(store, config.study)
     changes = measure_front(recorded, recorded.deployment, measure)
