@@ -1,4 +1,4 @@
-"""A front for a person."""
+"""Pareto fronts as tables."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ DEPLOYMENT = ["device_id", "engine", "dtype", "batch_size", "resolution", "threa
 
 
 def print_front(front: pd.DataFrame, title: str) -> None:
+    """Print a table of the front for each deployment in it."""
     from nas.display.plots import deployment_line
     from nas.search.progress import front_table
 
