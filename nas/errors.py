@@ -1,4 +1,4 @@
-"""The few exceptions of our own."""
+"""The few exceptions of this project, and what turns others into them."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 class CandidateFailed(Exception):
-    """One candidate cannot be evaluated, which is a result; the message is the reason that is recorded."""
+    """A candidate cannot be evaluated, which is a result; the message is the reason that is recorded."""
 
 
 @contextmanager
 def of_this_version(study: str) -> Iterator[None]:
-    """For reading what a study holds, which may be of a version that knows more than this one.
+    """Reads what a study holds, which another version of the program may have written.
 
     Raises:
-        UsageError: so it is.
+        UsageError: the study holds what this version does not know.
     """
     try:
         yield

@@ -10,7 +10,7 @@ import typer
 
 from nas.cli.console import err, note, out, reported
 from nas.cli.opening import require_folder, store_if_any, writable_store
-from nas.cli.options import Storage, StudyName, given, takes
+from nas.cli.options import ARCH, Again, Storage, StudyName, given, takes
 from nas.config import DEFAULT_STORAGE, DEFAULT_STUDY, LatencyConfig, moved
 from nas.errors import CandidateFailed, UsageError
 
@@ -26,13 +26,13 @@ def analyze(
     trial: Annotated[
         int | None, typer.Option(help="Number of a trial of the study; its deployment is the default here")
     ] = None,
-    arch: Annotated[str | None, typer.Option(help="Architecture, as its line or as JSON")] = None,
+    arch: Annotated[str | None, ARCH] = None,
     timm: Annotated[str | None, typer.Option(help="Name of a timm model, which is analysed by its layers")] = None,
     against: Annotated[
         str | None, typer.Option(help="Network to compare with: a trial's number, an architecture or a timm model")
     ] = None,
     layers: Annotated[bool, typer.Option("--layers", help="Show the layers of each block, too")] = False,
-    again: Annotated[bool, typer.Option("--again", help="Measure all parts anew")] = False,
+    again: Again = False,
     out_dir: Annotated[Path | None, typer.Option("--out", help="Folder for the plots, as PNG and SVG")] = None,
 ) -> None:
     """Show where a network's time goes: each part's operations, bytes, ideal and measured time, and efficiency."""

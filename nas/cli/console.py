@@ -1,4 +1,4 @@
-"""What commands print on, and how they end."""
+"""The streams that commands print on, and the ways in which they end."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ err = Console(stderr=True, markup=False, emoji=False)
 
 
 def note(line: str) -> None:
-    """Progress, beside what a command prints."""
+    """Print a line of progress, apart from what the command prints."""
     err.print(line, highlight=False, soft_wrap=True)
 
 
 def fail(message: str) -> NoReturn:
+    """End the command with one line and exit code 2."""
     err.print(f"Error: {message}", highlight=False, markup=False, soft_wrap=True)
     raise typer.Exit(2)
 
 
 @contextlib.contextmanager
 def reported(storage: str) -> Iterator[None]:
-    """Turns what a user can mend into one line and exit code 2; anything else is a bug and keeps its traceback."""
+    """Turns errors that a user can mend into one line and exit code 2; any other is a bug and keeps its traceback."""
     from studies import StorageError, displayed
 
     try:
@@ -44,6 +45,7 @@ def reported(storage: str) -> Iterator[None]:
     except UsageError as error:
         fail(str(error))
     except FieldError as error:
+        # The field is told by the flag that declares it.
         values = error.value if isinstance(error.value, tuple) else (error.value,)
         flag = options(error.owner)[error.field].flag
         fail(f"{flag} {','.join(map(str, values))}: is not {error.expected}")
@@ -53,8 +55,8 @@ def reported(storage: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """For work of which all that is finished is kept. A polite kill, as schedulers and containers send it, ends it as
-    Ctrl-C does."""
+    """Ends a command by Ctrl-C with one line and exit code 130, if all that was finished is kept. SIGTERM, which
+    schedulers and containers send, does the same."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield

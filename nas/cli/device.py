@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Annotated
 
 import typer
 
 from nas.cli.console import note, out, reported
 from nas.cli.opening import writable_store
-from nas.cli.options import Storage, given, takes
+from nas.cli.options import Again, Storage, given, takes
 from nas.config import DEFAULT_STORAGE, LatencyConfig
 
 
@@ -17,7 +16,7 @@ from nas.config import DEFAULT_STORAGE, LatencyConfig
 def device(
     context: typer.Context,
     storage: Storage = DEFAULT_STORAGE,
-    again: Annotated[bool, typer.Option("--again", help="Measure the device again if it was measured before")] = False,
+    again: Again = False,
 ) -> None:
     """Measure a device's limits once and print them: bandwidth, matrix rate and launch overhead."""
     with reported(storage):

@@ -1,4 +1,4 @@
-"""A front for a person."""
+"""Pareto fronts as tables."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 
 
 def print_front(front: pd.DataFrame, title: str) -> None:
+    """Print a table of the front for each deployment in it."""
     from nas.display.notes import deployment_line
     from nas.search.progress import front_table
     from studies import Deployment

@@ -8,7 +8,7 @@ import typer
 
 from nas.cli.console import note, out, reported
 from nas.cli.opening import existing_store, writable_store
-from nas.cli.options import Storage, given, takes
+from nas.cli.options import ARCH, Again, Storage, given, takes
 from nas.config import DEFAULT_STORAGE, DEFAULT_STUDY, LatencyConfig, moved
 from nas.errors import CandidateFailed, UsageError
 
@@ -16,11 +16,11 @@ from nas.errors import CandidateFailed, UsageError
 @takes(LatencyConfig, resolution="224 for total stride 32, else 32", num_classes="1000 for total stride 32, else 10")
 def latency(
     context: typer.Context,
-    arch: Annotated[str, typer.Option(help="Architecture, as its line or as JSON")],
+    arch: Annotated[str, ARCH],
     measure: Annotated[
         bool, typer.Option("--measure", help="Measure the parts that the block latency table lacks")
     ] = False,
-    again: Annotated[bool, typer.Option("--again", help="Measure all parts anew")] = False,
+    again: Again = False,
     storage: Storage = DEFAULT_STORAGE,
 ) -> None:
     """Print an architecture's latency as the sum of its blocks in the block latency table."""

@@ -1,4 +1,4 @@
-"""Databases and folders that commands work on."""
+"""The databases and folders that commands work on."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def writable_store(storage: str) -> Iterator[Store]:
-    """The database of a command that writes, made if there is none."""
+    """A database to write to, which is made if there is none."""
     from studies import Store, check_writable
 
     check_writable(storage)
@@ -30,7 +30,7 @@ def writable_store(storage: str) -> Iterator[Store]:
 
 @contextlib.contextmanager
 def store_if_any(storage: str) -> Iterator[Store | None]:
-    """A database to look something up in, if there is one."""
+    """A database to read, or None where there is none."""
     from studies import Store
 
     store = Store.open(storage, create=False)
@@ -43,7 +43,11 @@ def store_if_any(storage: str) -> Iterator[Store | None]:
 
 @contextlib.contextmanager
 def existing_store(storage: str, study: str | None = None, write: bool = False) -> Iterator[Store]:
-    """A database that is there, and holds the study."""
+    """A database that must be there and hold the study, opened to read or to write.
+
+    Raises:
+        UsageError: there is no such database or study.
+    """
     from studies import Store, displayed
 
     store = Store.open(storage, create=False)
@@ -62,7 +66,11 @@ def existing_store(storage: str, study: str | None = None, write: bool = False) 
 
 
 def require_folder(flag: str, folder: Path) -> None:
-    """Raises UsageError where a folder is none, or could not be made or written to; makes nothing."""
+    """Check, without making anything, that a folder is there or can be made, and can be written to.
+
+    Raises:
+        UsageError: it cannot.
+    """
     existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
     if not existing.is_dir():
         raise UsageError(f"{flag} {folder}: {existing} is not a folder")

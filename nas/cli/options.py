@@ -12,13 +12,14 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 import typer
 
 from nas.config import AUTO, SearchConfig
+from nas.errors import UsageError
 from nas.options import Checked, Option, options, parts
 
 Made = TypeVar("Made", bound=Checked)
 
 
 def _typers(option: Option, *value: Any) -> Any:
-    """An option as Typer takes it: after its value, or, in an annotation, without one."""
+    """An option as Typer declares it, with its value on the command line or, in an annotation, without one."""
     default = f" (default: {option.default})" if option.default else ""
     return typer.Option(
         *value, option.flag, help=option.help + default, rich_help_panel=option.panel, show_default=False
@@ -27,10 +28,12 @@ def _typers(option: Option, *value: Any) -> Any:
 
 Storage = Annotated[str, _typers(options(SearchConfig)["storage"])]
 StudyName = Annotated[str, _typers(options(SearchConfig)["study"])]
+Again = Annotated[bool, typer.Option("--again", help="Measure anew what was measured before")]
+ARCH = typer.Option("--arch", help="Architecture, as its line or as JSON")
 
 
 def _declared(owner: type[Any]) -> Iterator[tuple[str, Option, Any]]:
-    """Each field that declares an option, those of nested dataclasses included: name, option, and type when typed."""
+    """Name, option and type on the command line of each field that declares an option, nested ones included."""
     hints = get_type_hints(owner)
     declared, nested = options(owner), parts(owner)
     for name in hints:
@@ -47,7 +50,7 @@ def takes(
 
     Args:
         names: the fields whose options the command takes (default: all).
-        default, defaults: the defaults in words, of all fields and of single ones, where they are not the declared.
+        default, defaults: words for the defaults of all fields, and of single ones (default: those declared).
     """
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
@@ -57,7 +60,7 @@ def takes(
             if not names or name in names:
                 option = replace(option, default=defaults.get(name, default or option.default))
                 declared[option.parameter] = option
-                # Left open, since the default is a matter of what is made of it: of the study, say.
+                # What is left out is None: its default may be a study's value.
                 value, kind = (False, bool) if typed is bool else (None, typed | None)
                 added.append(
                     Parameter(option.parameter, Parameter.KEYWORD_ONLY, default=_typers(option, value), annotation=kind)
@@ -75,13 +78,11 @@ def takes(
 
 
 def given(owner: type[Checked], context: typer.Context) -> dict[str, Any]:
-    """The fields of a dataclass whose flags were given, nested as the dataclass; those left to `auto` are left out.
+    """The fields of a dataclass whose flags were given, nested as the dataclass is. `auto` is as good as not given.
 
     Raises:
         UsageError: what was typed cannot be read.
     """
-    from nas.errors import UsageError
-
     found: dict[str, Any] = {name: given(part, context) for name, part in parts(owner).items()}
     for name, option in options(owner).items():
         value = context.params.get(option.parameter)
@@ -95,7 +96,7 @@ def given(owner: type[Checked], context: typer.Context) -> dict[str, Any]:
 
 
 def made(owner: type[Made], given: Mapping[str, Any], base: Made | None = None) -> Made:
-    """A value of given fields, nested as the dataclass; the others are those of `base`, or the defaults.
+    """A dataclass made of the fields that `given` found; the others are those of `base` (default: the class's).
 
     Raises:
         FieldError: a field has a value that it cannot have.
@@ -107,7 +108,7 @@ def made(owner: type[Made], given: Mapping[str, Any], base: Made | None = None) 
 
 
 def typed_options(context: typer.Context) -> list[str]:
-    """Options that were typed, which would be ignored without a word: before a subcommand, say."""
+    """The flags that were typed, for commands that must not ignore them without a word."""
     return [
         parameter.opts[0]
         for parameter in context.command.params
