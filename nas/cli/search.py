@@ -53,7 +53,7 @@ def _config(typed: dict[str, Any]) -> SearchConfig:
         FieldError: a flag has a value that it cannot have.
     """
     from nas.recorded import RecordedStudy
-    from nas.search.live_study import other_configuration
+    from nas.search.opening import other_configuration
 
     name = typed.get("study", DEFAULT_STUDY)
     with store_if_any(typed.get("storage", DEFAULT_STORAGE)) as store:
@@ -67,7 +67,7 @@ def _config(typed: dict[str, Any]) -> SearchConfig:
 
 def _changes(owner: type[Any], stored: Any, typed: dict[str, Any]) -> Iterator[str]:
     """A line for each flag that says something else than the study."""
-    from nas.search.live_study import differences, plain
+    from nas.search.opening import differences, plain
 
     for name, option in options(owner).items():
         if name in typed and option.keep is Keep.FIXED:
@@ -92,13 +92,13 @@ def _completed(typed: dict[str, Any]) -> dict[str, Any]:
 
 
 def _run(config: SearchConfig, take_over: bool) -> None:
-    from nas.search import live_study as study
+    from nas.search import opening
     from nas.search.loop import run
     from nas.search.progress import LiveProgress, PlainProgress, shares_line
     from studies import displayed
 
     if take_over:
-        study.take_over(config)
+        opening.take_over(config)
     if out.is_terminal:
         with LiveProgress(out) as progress:
             result = run(config, progress=progress)

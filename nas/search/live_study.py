@@ -1,57 +1,24 @@
-"""A study that is being searched: claimed, recovered, proposing and recording."""
+"""A study that is being searched: recovered, proposing and recording."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-import optuna
 from optuna.trial import TrialState
 
-import studies
-from nas.config import LatencyConfig, SearchConfig
-from nas.display import notes
-from nas.errors import UsageError
-from nas.latency.block_table import BlockTable
-from nas.latency.device_profile import store_profile
-from nas.latency.parts import network_shape
-from nas.options import Keep, options
 from nas.pareto import hypervolume
 from nas.recorded import RecordedStudy
-from nas.search.evaluation import Evaluator, Outcome
+from nas.search.evaluation import Outcome
 from nas.search.rows import candidate_row, constraints, objectives
 from nas.search.sampling import Proposal, Proposer
 from nas.search.trials import TRIAL_STATES, Trials
 from search_spaces import ArchSpec
-from studies import Candidate, CandidateState, Owner, Store, guarded
-from studies.display import write_note
+from studies import Candidate, CandidateState, Owner
 
 # After this many known architectures in a row the sampler is helped out by a random draw. TPE proposes the known
 # the more often the longer a study is (after 1,950 candidates eight proposals for a new one), and so goes on exploring.
 MAX_DUPLICATES = 2
-
-
-def differences(stored: Any, now: Any, path: str = "") -> list[str]:
-    """One `name: study has A, now B` for each value that differs between two nested plain values."""
-    if isinstance(stored, dict) and isinstance(now, dict):
-        lines = []
-        for key in dict.fromkeys([*stored, *now]):
-            lines += differences(stored.get(key), now.get(key), f"{path}.{key}" if path else str(key))
-        return lines
-    if isinstance(stored, list) and isinstance(now, list) and len(stored) == len(now) and path.endswith("stages"):
-        lines = []
-        for number, (one, other) in enumerate(zip(stored, now, strict=True), start=1):
-            lines += differences(one, other, f"{path}.{number}")
-        return lines
-    return [] if stored == now else [f"{path}: study has {stored}, now {now}"]
-
-
-def plain(value: Any) -> Any:
-    """As JSON gives it back: tuples become lists, and dataclasses mappings."""
-    return json.loads(json.dumps(value, default=asdict))
 
 
 @dataclass(frozen=True)
@@ -60,96 +27,6 @@ class Measured:
 
     accuracy: float
     latency_ms: float
-
-
-def check_same_config(config: SearchConfig, study: studies.Study) -> None:
-    """Raises UsageError where the study was begun under another configuration."""
-    stored = json.loads(study.config)
-    if lines := differences(_compared(stored), _compared(plain(config.identity()))):
-        raise other_configuration(config.study, lines)
-
-
-def other_configuration(study: str, lines: Sequence[str]) -> UsageError:
-    """The refusal of going on with a study under another configuration, with a line for each difference."""
-    return UsageError(
-        f"--study {study}: was begun with another configuration ({'; '.join(lines)}); "
-        "use its settings, or another --study"
-    )
-
-
-def _compared(identity: dict[str, Any]) -> dict[str, Any]:
-    """The part of a stored configuration that must not change: how long one samples for a median does not change it."""
-    declared = options(LatencyConfig)
-    latency = {
-        name: value
-        for name, value in identity["latency"].items()
-        if name not in declared or declared[name].keep is Keep.FIXED
-    }
-    return {**identity, "latency": latency}
-
-
-@contextmanager
-def _existing(config: SearchConfig) -> Iterator[tuple[Store | None, studies.Study | None]]:
-    """The study that `config` names, if it was begun, and begun under this configuration."""
-    store = Store.open(config.storage, create=False)
-    try:
-        row = store.find_study(config.study) if store else None
-        if row:
-            check_same_config(config, row)
-        yield store, row
-    finally:
-        if store:
-            store.close()
-
-
-def refuse_early(config: SearchConfig) -> None:
-    """What can be refused before data are loaded: another configuration, another owner, an unusable storage, a limit
-    that nothing of the space keeps.
-
-    Raises:
-        UsageError, StorageError: with the reason.
-    """
-    _require_possible(config)
-    studies.check_writable(config.storage)
-    studies.check_free(config.storage, config.study)
-    with _existing(config) as (store, row):
-        if store and row:
-            studies.check_claimable(row.owner, Owner.me())
-
-
-def _require_possible(config: SearchConfig) -> None:
-    limits, latency = config.limits, config.latency
-    if limits.params is None and limits.macs is None:
-        return
-    least, _ = config.space.cost_range(latency.resolution, latency.num_classes)
-    for flag, limit, smallest in (
-        ("--max-params", limits.params, least.params),
-        ("--max-macs", limits.macs, least.macs),
-    ):
-        if limit is not None and limit < smallest:
-            raise UsageError(f"{flag} {limit}: the least of the space {config.space.name!r} is {smallest:,}")
-
-
-def take_over(config: SearchConfig) -> None:
-    """Free a study from the claim of a process on another host that is gone.
-
-    Raises:
-        UsageError, StorageError: it was begun under another configuration, or its process lives on this host.
-    """
-    with _existing(config) as (store, row):
-        if store and row:
-            store.ownership.disown(row.study_id)
-
-
-def check_same_set_up(config: SearchConfig, study: studies.Study, evaluator: Evaluator) -> None:
-    """Raises UsageError where the study's figures come from another device, other versions or other data."""
-    device = {name: getattr(study.device, name) for name in asdict(evaluator.device)}
-    if lines := differences(device, asdict(evaluator.device)):
-        raise UsageError(
-            f"--study {config.study}: its latencies were measured elsewhere ({'; '.join(lines)}); use another --study"
-        )
-    if study.data_fingerprint != evaluator.data_fingerprint:
-        raise UsageError(f"--data {config.data.source}: holds other images than when --study {config.study} was begun")
 
 
 class LiveStudy:
@@ -254,80 +131,3 @@ class LiveStudy:
         self.known[proposal.arch.arch_id] = proposal.number
         if outcome.state == CandidateState.COMPLETE and outcome.proxy and outcome.latency:
             self.complete.append(Measured(outcome.proxy.accuracy, outcome.latency.median_ms))
-
-
-@contextmanager
-def open_study(
-    config: SearchConfig, evaluator: Evaluator, versions: str, note: Callable[[str], None]
-) -> Iterator[LiveStudy]:
-    """The study that `config` names, made if it is new, held for this process while the block runs.
-
-    Args:
-        versions: of the libraries, as JSON.
-        note: told what is to be known when a study begins.
-
-    Raises:
-        UsageError: it was begun under another configuration, device or data; or the storage cannot be used.
-    """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    store = Store.open(config.storage, create=True)
-    assert store is not None
-    owner = Owner.me()
-    try:
-        row = store.find_study(config.study)
-        if row is None:
-            # Measured before anything is made: a study is whole or is not there.
-            note(f"measuring {evaluator.device.name} and the anchor network, once")
-            if cost := evaluator.determinism():
-                note(cost)
-            profile = _profile(store, config, evaluator)
-            anchor_ms = _anchor_ms(store, config, evaluator)
-            evaluator.start(anchor_ms)
-            row = store.create_study(
-                config.study, config=json.dumps(config.identity()), data_fingerprint=evaluator.data_fingerprint,
-                versions=versions, device=asdict(evaluator.device), anchor=config.space.anchor().to_json(),
-                anchor_ms=anchor_ms,
-            )  # fmt: skip
-            store.ownership.claim(row.study_id, owner)
-            recorded = RecordedStudy.open(store, config.study)
-            write_note(store.optuna_storage, row.study_id, None, notes.study_note(recorded))
-        else:
-            check_same_config(config, row)
-            check_same_set_up(config, row, evaluator)
-            store.ownership.claim(row.study_id, owner)
-            profile = _profile(store, config, evaluator)
-            evaluator.start(row.anchor_ms)
-        try:
-            study = LiveStudy(RecordedStudy.open(store, config.study), profile.macs_per_s, owner)
-            try:
-                with guarded():
-                    yield study
-            finally:
-                # Deleted in the dashboard, say, or taken over: then whatever went wrong went wrong for that reason, and
-                # a trial that is running is another's.
-                store.ownership.require(row.study_id, owner)
-                study.recover()
-        finally:
-            store.ownership.release(row.study_id, owner)
-    finally:
-        store.close()
-
-
-def _profile(store: Store, config: SearchConfig, evaluator: Evaluator) -> studies.Profile:
-    """The device's, measured if the database has none."""
-    deployment = config.latency
-    found = store.devices.find_profile(asdict(evaluator.device), deployment.dtype, deployment.threads)
-    if found is not None:
-        return found
-    return store_profile(store, evaluator.device, deployment.dtype, deployment.threads, evaluator.profile())
-
-
-def _anchor_ms(store: Store, config: SearchConfig, evaluator: Evaluator) -> float:
-    """The anchor's latency in the block latency table, measured if it is not there: so studies' latencies compare."""
-    table = BlockTable(store, evaluator.device, config.latency)
-    shape = network_shape(str(config.space.anchor()), config.latency)
-    if table.median_ms(shape) is None:
-        table.add([replace(evaluator.anchor(table.references_ms), shape=shape)])
-    found = table.median_ms(shape)
-    assert found is not None
-    return found

@@ -20,7 +20,8 @@ from nas.latency.parts import arch_parts, network_shape
 from nas.pareto import front
 from nas.search.evaluation import Evaluator, Outcome, RealEvaluator, evaluate
 from nas.search.front_measurement import measure_front
-from nas.search.live_study import LiveStudy, open_study, refuse_early
+from nas.search.live_study import LiveStudy
+from nas.search.opening import open_study, refuse_early
 from nas.search.sampling import Proposal
 from nas.training.weights import Weights, near_front, weight_folder
 from nas.versions import versions
