@@ -139,8 +139,8 @@ class LatencyConfig(Checked):
     """
 
     device: str = option(
-        AUTO, "--device", "Device: auto, cpu, cuda or cuda:N", default="cuda where there is one, else cpu", panel=LATENCY,
-        parse=_unless_auto,
+        AUTO, "--device", "Device: auto, cpu, cuda or cuda:N", default="cuda where there is one, else cpu",
+        panel=LATENCY, parse=_unless_auto,
     )  # fmt: skip
     engine: str = option(
         AUTO, "--engine", "Engine that runs the deployed network: auto, fused, eager, torchscript or compile",

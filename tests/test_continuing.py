@@ -173,5 +173,7 @@ def test_every_flag_that_says_something_else_is_refused_by_name(asked: list[Sear
         if flag != "--space":
             # Nothing else is refused along with it.
             assert named.count("study has") == 1, line
+    # What no study could have is told as for a new one.
+    assert "--seed -1: is not between 0 and" in call("--budget 6 --seed -1").stderr
     assert asked == []
     assert Path("studies/convfirst.db").read_bytes() == before
