@@ -48,6 +48,11 @@ def _by_device(defaults: dict[str, Any]) -> str:
     return ", ".join(f"{value} on {kind}" for kind, value in defaults.items())
 
 
+def _unless_auto(typed: str) -> str | None:
+    """What was typed; None for `auto`, which leaves the choice to the study or to the device."""
+    return None if typed == AUTO else str(typed)
+
+
 PIXELS = between(8, MAX_RESOLUTION, "pixels")
 # Torch would start as many as it is told to, and a machine drown in them.
 THREADS = between(1, MAX_THREADS)
@@ -134,15 +139,16 @@ class LatencyConfig(Checked):
     """
 
     device: str = option(
-        AUTO, "--device", "Device: cpu, cuda or cuda:N", default="cuda where there is one, else cpu", panel=LATENCY
-    )
+        AUTO, "--device", "Device: auto, cpu, cuda or cuda:N", default="cuda where there is one, else cpu",
+        panel=LATENCY, parse=_unless_auto,
+    )  # fmt: skip
     engine: str = option(
-        AUTO, "--engine", "Engine that runs the deployed network: fused, eager, torchscript or compile",
-        default=_by_device(DEFAULT_ENGINE), panel=LATENCY,
+        AUTO, "--engine", "Engine that runs the deployed network: auto, fused, eager, torchscript or compile",
+        default=_by_device(DEFAULT_ENGINE), panel=LATENCY, parse=_unless_auto,
     )  # fmt: skip
     dtype: str = option(
         AUTO, "--dtype", "Data type of weights and activations", default=_by_device(DEFAULT_DTYPE), panel=LATENCY,
-        bounds=one_of(Dtype), typed=Dtype, parse=str,
+        bounds=one_of(Dtype), typed=Dtype, parse=_unless_auto,
     )  # fmt: skip
     batch_size: int = option(1, "--latency-batch", "Images per measured batch", panel=LATENCY, bounds=at_least(1))
     resolution: int = option(

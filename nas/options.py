@@ -59,7 +59,8 @@ class Option:
         default: the default in words; empty where there is none.
         panel: the heading under which `--help` lists it; None is the command's own.
         typed: the type on the command line, where it is not the field's.
-        parse: makes the field's value of what was typed; its ValueError begins with that.
+        parse: makes the field's value of what was typed, None where that leaves it open; its ValueError begins with
+            what was typed.
     """
 
     flag: str

@@ -147,6 +147,9 @@ def test_flags_may_repeat_what_a_study_has(recorded: RecordedStudy, asked: list[
 def test_auto_is_as_good_as_left_out(recorded: RecordedStudy, asked: list[SearchConfig]) -> None:
     line = "--budget 6 --device auto --engine auto --dtype auto"
     assert continued(recorded, asked, line).latency == recorded.config.latency
+    # To a name it means nothing.
+    assert call("--budget 1 --study auto").exit_code == 0
+    assert asked[-1].study == "auto"
 
 
 def test_the_precision_of_measurements_is_a_runs_own(recorded: RecordedStudy, asked: list[SearchConfig]) -> None:
@@ -170,5 +173,7 @@ def test_every_flag_that_says_something_else_is_refused_by_name(asked: list[Sear
         if flag != "--space":
             # Nothing else is refused along with it.
             assert named.count("study has") == 1, line
+    # What no study could have is told as for a new one.
+    assert "--seed -1: is not between 0 and" in call("--budget 6 --seed -1").stderr
     assert asked == []
     assert Path("studies/convfirst.db").read_bytes() == before

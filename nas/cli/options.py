@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 import typer
 
-from nas.config import AUTO, SearchConfig
+from nas.config import SearchConfig
 from nas.errors import UsageError
 from nas.options import Checked, Option, options, parts
 
@@ -78,7 +78,7 @@ def takes(
 
 
 def given(owner: type[Checked], context: typer.Context) -> dict[str, Any]:
-    """The fields of a dataclass whose flags were given, nested as the dataclass is. `auto` is as good as not given.
+    """The fields of a dataclass whose flags were given, nested as the dataclass is.
 
     Raises:
         UsageError: what was typed cannot be read.
@@ -86,12 +86,14 @@ def given(owner: type[Checked], context: typer.Context) -> dict[str, Any]:
     found: dict[str, Any] = {name: given(part, context) for name, part in parts(owner).items()}
     for name, option in options(owner).items():
         value = context.params.get(option.parameter)
-        if value is None or value is False or value == [] or value == AUTO:
+        if value is None or value is False:
             continue
         try:
-            found[name] = option.parse(value) if option.parse else value
+            value = option.parse(value) if option.parse else value
         except ValueError as error:
             raise UsageError(f"{option.flag} {error}") from error
+        if value is not None:
+            found[name] = value
     return found
 
 

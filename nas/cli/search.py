@@ -60,9 +60,10 @@ def _config(typed: dict[str, Any]) -> SearchConfig:
         study = RecordedStudy.find(store, name) if store else None
     if study is None:
         return made(SearchConfig, _completed(typed))
+    config = made(SearchConfig, typed, study.config)
     if lines := list(_changes(SearchConfig, study.config, typed)):
         raise other_configuration(name, lines)
-    return made(SearchConfig, typed, study.config)
+    return config
 
 
 def _changes(owner: type[Any], stored: Any, typed: dict[str, Any]) -> Iterator[str]:
