@@ -23,7 +23,7 @@ from studies.errors import StorageError, guarded
 from studies.opening import OBJECTIVES, open_storage, require_ours
 from studies.ownership import Owner, Ownership, require_owner
 from studies.sql import device_row, read_view, transaction, transaction_on, upsert
-from studies.tables import Candidate, CandidateState, CurvePoint, Latency, Study
+from studies.tables import Candidate, CandidateLatency, CandidateState, CurvePoint, Study
 from studies.validation import Baselines, Retrainings
 
 if TYPE_CHECKING:
@@ -156,7 +156,7 @@ class Store:
             session.flush()
             require_owner(session, candidate.study_id, owner)
 
-    def add_latencies(self, study_id: int, rows: Sequence[Latency]) -> None:
+    def add_latencies(self, study_id: int, rows: Sequence[CandidateLatency]) -> None:
         """Write latencies of candidates that are stored, in the place of any older ones, all or nothing.
 
         Raises:
@@ -165,7 +165,7 @@ class Store:
         trial_ids = {row.trial_id for row in rows}
         try:
             with transaction(self.engine) as session:
-                upsert(session, Latency, rows)
+                upsert(session, CandidateLatency, rows)
                 # The candidates are counted last, because from here until the commit nobody can delete them.
                 _require_candidates(session, study_id, trial_ids)
         except IntegrityError:

@@ -173,18 +173,18 @@ class Candidate(Base):
     total_seconds: Mapped[float]
     finished_at: Mapped[datetime] = mapped_column(default=now)
 
-    latencies: Mapped[list[Latency]] = relationship(
-        cascade="all, delete-orphan", passive_deletes=True, order_by="Latency.latency_id"
+    latencies: Mapped[list[CandidateLatency]] = relationship(
+        cascade="all, delete-orphan", passive_deletes=True, order_by="CandidateLatency.latency_id"
     )
     curve: Mapped[list[CurvePoint]] = relationship(cascade="all, delete-orphan", passive_deletes=True)
 
-    def latency_in(self, deployment: Deployment) -> Latency | None:
+    def latency_in(self, deployment: Deployment) -> CandidateLatency | None:
         """The latency in one deployment: the final one if there is one, else the search's."""
         rows = [row for row in self.latencies if Deployment.of(row) == deployment]
         return min(rows, key=lambda row: row.stage != LatencyStage.FINAL, default=None)
 
 
-class Latency(InDeployment, Base):
+class CandidateLatency(InDeployment, Base):
     """A candidate's latency in one deployment. `median_ms` is drift-corrected; the raw figures stand beside it.
 
     Attributes:

@@ -11,7 +11,7 @@ import typer
 from nas.cli.console import err, note, out, reported
 from nas.cli.opening import require_folder, store_if_any, writable_store
 from nas.cli.options import ARCH, Again, Storage, StudyName, given, takes
-from nas.config import DEFAULT_STORAGE, DEFAULT_STUDY, LatencyConfig, moved
+from nas.config import DEFAULT_STORAGE, DEFAULT_STUDY, LatencyConfig
 from nas.errors import CandidateFailed, UsageError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def analyze(
         if out_dir is not None:
             require_folder("--out", out_dir)
         with store_if_any(storage) as found:
-            subjects = choose(found, study, chosen[0], against, given(LatencyConfig, context), moved)
+            subjects = choose(found, study, chosen[0], against, given(LatencyConfig, context))
         for subject in subjects:
             check_device(subject.config)
         with writable_store(storage) as store:

@@ -76,10 +76,10 @@ def export(
 
 def _formats(named: list[str] | None) -> list[Any]:
     """The formats that a user typed, of which several may stand in one word."""
-    from nas.export.formats import Format
+    from nas.export.formats import ExportFormat
 
     words = [word.strip() for text in named or () for word in text.split(",") if word.strip()]
     for word in words:
-        if word not in set(Format):
-            raise UsageError(f"--format {word}: none of {', '.join(Format)}")
-    return [Format(word) for word in words]
+        if word not in set(ExportFormat):
+            raise UsageError(f"--format {word}: none of {', '.join(ExportFormat)}")
+    return [ExportFormat(word) for word in words]

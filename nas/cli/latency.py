@@ -9,7 +9,7 @@ import typer
 from nas.cli.console import note, out, reported
 from nas.cli.opening import existing_store, writable_store
 from nas.cli.options import ARCH, Again, Storage, given, takes
-from nas.config import DEFAULT_STORAGE, DEFAULT_STUDY, LatencyConfig, moved
+from nas.config import DEFAULT_STORAGE, DEFAULT_STUDY, LatencyConfig
 from nas.errors import CandidateFailed, UsageError
 
 
@@ -30,7 +30,7 @@ def latency(
         from nas.latency.devices import check_device
         from nas.latency.subjects import choose
 
-        (subject,) = choose(None, DEFAULT_STUDY, ("--arch", arch), None, given(LatencyConfig, context), moved)
+        (subject,) = choose(None, DEFAULT_STUDY, ("--arch", arch), None, given(LatencyConfig, context))
         check_device(subject.config)
         measure = measure or again
         with writable_store(storage) if measure else existing_store(storage) as store:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-class Format(StrEnum):
+class OutputFormat(StrEnum):
     TABLE = "table"
     CSV = "csv"
     JSON = "json"
@@ -30,7 +30,7 @@ class Format(StrEnum):
 def pareto(
     storage: Storage = DEFAULT_STORAGE,
     study: StudyName = DEFAULT_STUDY,
-    format: Annotated[Format, typer.Option(help="Format of the output: table, csv or json")] = Format.TABLE,
+    format: Annotated[OutputFormat, typer.Option(help="Format of the output: table, csv or json")] = OutputFormat.TABLE,
     plot: Annotated[Path | None, typer.Option(help="PNG, SVG or PDF file to draw the front in")] = None,
 ) -> None:
     """Print a study's Pareto front as it is now."""
@@ -38,9 +38,9 @@ def pareto(
         front = store.front(study)
         if plot is not None:
             _plot_front(store.evaluations(study), front, study, plot)
-        if format is Format.CSV:
+        if format is OutputFormat.CSV:
             sys.stdout.write(front.to_csv(index=False))
-        elif format is Format.JSON:
+        elif format is OutputFormat.JSON:
             sys.stdout.write(front.to_json(orient="records", indent=2) + "\n")
         else:
             print_front(front, f"Pareto front of {study}")

@@ -14,7 +14,7 @@ from nas.recorded import RecordedStudy
 from search_spaces import ArchSpec
 from search_spaces.arch import STEM_STRIDE, Step
 from search_spaces.cost import steps_cost
-from studies import Candidate, CandidateState, Latency, LatencyStage
+from studies import Candidate, CandidateLatency, CandidateState, LatencyStage
 
 # Names of user attributes of trials: why a trial is not complete, and which trial it repeats.
 REASON, DUPLICATE_OF = "reason", "duplicate_of"
@@ -61,7 +61,7 @@ def stage_table(arch: ArchSpec, resolution: int, num_classes: int) -> str:
     return markdown_table(HEADERS, rows)
 
 
-def trial_note(candidate: Candidate, latency: Latency | None, config: SearchConfig) -> str:
+def trial_note(candidate: Candidate, latency: CandidateLatency | None, config: SearchConfig) -> str:
     """The outcome of a candidate, and its stages as a table.
 
     Args:
@@ -80,7 +80,7 @@ def trial_note(candidate: Candidate, latency: Latency | None, config: SearchConf
     ])  # fmt: skip
 
 
-def latency_words(latency: Latency) -> str:
+def latency_words(latency: CandidateLatency) -> str:
     """A latency, its spread, and reasons to doubt it."""
     words = f"latency {latency.median_ms:.4g} ms (p20 to p80: {latency.p20_ms:.4g} to {latency.p80_ms:.4g}"
     if latency.interval_share is not None:

@@ -55,7 +55,7 @@ class Row:
 
 
 # With its forward passes, or none, and the MACs of each.
-Candidate = tuple[Row, Forwards | None, int]
+Prepared = tuple[Row, Forwards | None, int]
 
 
 def bench(folders: Sequence[tuple[Path, Exported]], config: LatencyConfig, note: Note = lambda line: None) -> list[Row]:
@@ -77,26 +77,26 @@ def bench(folders: Sequence[tuple[Path, Exported]], config: LatencyConfig, note:
     lock, waiting = device_lock(device), partial(note, WAITING)
     with tempfile.TemporaryDirectory() as aside, lock.measuring(waiting), cpu_threads(config.threads):
         yardsticks = Yardsticks(config)
-        candidates: list[Candidate] = []
+        prepared: list[Prepared] = []
         for index, (folder, network) in enumerate(folders):
             note(f"{network.name}: getting ready")
             work = Path(aside) / str(index)
             work.mkdir()
-            candidates += _Formats(folder, network, config, yardsticks, work).ready()
-        timed = [Timed(forwards, macs) for _, forwards, macs in candidates if forwards is not None]
+            prepared += _Formats(folder, network, config, yardsticks, work).ready()
+        timed = [Timed(forwards, macs) for _, forwards, macs in prepared if forwards is not None]
         anchor = _Anchor.of(folders[0][1], config, yardsticks)
         note(f"measuring {len(timed)} in turns")
         found = yardsticks.time([*timed, *([anchor.timed] if anchor else [])])
     if anchor is None:
-        return _rows(candidates, found, 1.0)
+        return _rows(prepared, found, 1.0)
     factor = anchor.recorded_ms / found[-1].median_ms
-    return _rows(candidates, found[:-1], factor)
+    return _rows(prepared, found[:-1], factor)
 
 
-def _rows(candidates: Sequence[Candidate], found: Sequence[Latency], factor: float) -> list[Row]:
+def _rows(prepared: Sequence[Prepared], found: Sequence[Latency], factor: float) -> list[Row]:
     times = iter(found)
     return [row if forwards is None else replace(row, latency=next(times).scaled(factor))
-            for row, forwards, _ in candidates]  # fmt: skip
+            for row, forwards, _ in prepared]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -153,9 +153,9 @@ class _Formats:
         # A file is for one resolution.
         self.files_fit = size == network.resolution
 
-    def ready(self) -> list[Candidate]:
+    def ready(self) -> list[Prepared]:
         """A row for each, with its forward passes or the reason why there are none."""
-        found: list[Candidate] = []
+        found: list[Prepared] = []
         engines = [name for name, engine in ENGINES.items() if runs_on(engine, self.device)]
         attempts: list[tuple[str, str, Callable[[], Forwards]]] = [
             (name, self.config.dtype, partial(self._engine, name)) for name in engines

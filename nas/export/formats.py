@@ -29,21 +29,21 @@ OPSET = 20
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-class Format(StrEnum):
+class ExportFormat(StrEnum):
     TIMM = "timm"
     ONNX = "onnx"
     TORCH_EXPORT = "torch-export"
 
 
-def makers(formats: Sequence[Format], note: Note) -> list[Callable[[Exported, Path], object]]:
+def makers(formats: Sequence[ExportFormat], note: Note) -> list[Callable[[Exported, Path], object]]:
     """Functions that make files of a network in its directory; timm's are there anyhow.
 
     Args:
         note: told what cannot be made on this machine.
     """
-    by_format: dict[Format, Callable[[Exported, Path], object]] = {
-        Format.ONNX: write_onnx,
-        Format.TORCH_EXPORT: partial(write_programs, note=note),
+    by_format: dict[ExportFormat, Callable[[Exported, Path], object]] = {
+        ExportFormat.ONNX: write_onnx,
+        ExportFormat.TORCH_EXPORT: partial(write_programs, note=note),
     }
     return [by_format[each] for each in dict.fromkeys(formats) if each in by_format]
 
@@ -54,7 +54,7 @@ def write_onnx(network: Exported, folder: Path) -> Path:
     Raises:
         UsageError: there are no weights, a package is missing, or onnxruntime gives other logits than torch.
     """
-    _require_weights(network, Format.ONNX)
+    _require_weights(network, ExportFormat.ONNX)
     return onnx_file(network.build(), network.resolution, folder / ONNX)
 
 
@@ -92,7 +92,7 @@ def write_programs(network: Exported, folder: Path, note: Note) -> list[Path]:
     Raises:
         UsageError: there are no weights, or a program gives other logits than torch.
     """
-    _require_weights(network, Format.TORCH_EXPORT)
+    _require_weights(network, ExportFormat.TORCH_EXPORT)
     model = network.build()
     made = [program_file(model, network.resolution, folder / PROGRAM)]
     on_cuda = torch.cuda.is_available()
@@ -169,7 +169,7 @@ def _has_compiler() -> bool:
     return any(shutil.which(name) for name in (named[:1] or ["g++", "clang++"]))
 
 
-def _require_weights(network: Exported, wanted: Format) -> None:
+def _require_weights(network: Exported, wanted: ExportFormat) -> None:
     if network.weights is None:
         raise UsageError(
             f"--format {wanted}: {network.name} has no weights (search with --keep-weights, or train it and export its "

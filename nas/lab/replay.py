@@ -24,8 +24,7 @@ from nas.recorded import RecordedStudy
 from nas.search import run
 from nas.training.proxy import CurvePoint, ProxyResult
 from search_spaces import ArchSpec, Cost, cost
-from studies import BlockLatency, Candidate, Store
-from studies.tables import Latency as LatencyRow
+from studies import BlockLatency, Candidate, CandidateLatency, Store
 
 # What differs from run to run though nothing else does.
 TIMES = ("latency_seconds", "total_seconds", "finished_at", "created_at", "owner")
@@ -103,13 +102,13 @@ class ReplayingEvaluator:
         return self.candidates[arch.arch_id]
 
 
-def _latency(row: LatencyRow | BlockLatency) -> Latency:
+def _latency(row: CandidateLatency | BlockLatency) -> Latency:
     return Latency(
         row.median_ms, row.p20_ms, row.p80_ms, row.repeats, row.interval_share or 0.0, bool(row.capped), row.throttled
     )
 
 
-def _measurement(row: LatencyRow) -> Measurement:
+def _measurement(row: CandidateLatency) -> Measurement:
     return Measurement(
         _latency(row), row.raw_median_ms, row.anchor_median_ms, row.weight_bytes, row.workspace_bytes,
         row.sm_clock_mhz, row.temperature_c,

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nas.config import LatencyConfig
+from nas.config import LatencyConfig, moved
 from nas.errors import UsageError
 from nas.latency.parts import network_shape
 from nas.latency.timm_networks import TIMM_ENGINE, require_timm_model, timm_resolution
+from nas.recorded import RecordedStudy
 from search_spaces import ArchSpec
 from studies import Store
 
@@ -37,15 +36,14 @@ class Subject:
         return network_shape(self.name, self.config)
 
 
-# Of a ConvFirst network, by its total stride, where nobody says: pixels and classes.
+# Pixels and classes of a ConvFirst network by its total stride, where nobody says them.
 DEPLOYED_AT = {32: (224, 1000)}
 SMALL_AT = (32, 10)
 
 
 def choose(
-    store: Store | None, study: str, chosen: tuple[str, Any], against: str | None, given: dict[str, Any],
-    make: Callable[..., LatencyConfig],
-) -> list[Subject]:  # fmt: skip
+    store: Store | None, study: str, chosen: tuple[str, Any], against: str | None, given: dict[str, Any]
+) -> list[Subject]:
     """The one or two networks that are meant, in one deployment but for the engine.
 
     Args:
@@ -55,7 +53,6 @@ def choose(
         against: the other one: a trial's number, an architecture or a timm model; None for none.
         given: the fields of `LatencyConfig` that the user gave, None for none; others are those of a trial's study, or
             the networks' own.
-        make: (base, **fields) -> the deployment.
 
     Raises:
         UsageError: something is not there, or does not parse.
@@ -76,7 +73,7 @@ def choose(
             (timm_resolution(models[0]), 1000) if models else DEPLOYED_AT.get(archs[0].total_stride, SMALL_AT)
         )
         given = {"resolution": pixels, "num_classes": classes, **given}
-    config = make(base, **given)
+    config = moved(base, **given)
     subjects = []
     for name, arch, _ in found:
         if arch is not None:
@@ -84,7 +81,7 @@ def choose(
             continue
         kind = config.device.partition(":")[0]
         plain = config.engine == "fused" or "engine" not in given
-        # Of a kind of device that is none, whoever checks it says so.
+        # `check_device` refuses a kind of device that there is not.
         engine = TIMM_ENGINE.get(kind, config.engine) if plain else config.engine
         subjects.append(Subject(name, name, None, replace(config, engine=engine)))
     return subjects
@@ -103,11 +100,11 @@ def _named(
         except ValueError as error:
             raise UsageError(f"{flag} {value}: {error}") from error
         return str(arch), arch, None
-    row = store.find_study(study) if store else None
-    if store is None or row is None:
+    recorded = RecordedStudy.find(store, study) if store else None
+    if recorded is None:
         raise UsageError(f"--study {study}: not in the database, so there is no {flag} {value}")
-    candidate = next((c for c in store.candidates(row.study_id) if c.number == int(value)), None)
+    candidate = next((each for each in recorded.candidates() if each.number == int(value)), None)
     if candidate is None:
         raise UsageError(f"{flag} {value}: the study {study} has no such candidate")
     arch = ArchSpec.from_json(candidate.arch)
-    return str(arch), arch, LatencyConfig(**json.loads(row.config)["latency"])
+    return str(arch), arch, recorded.config.latency

@@ -9,7 +9,7 @@ from nas.latency.values import Measurement
 from nas.recorded import RecordedStudy
 from nas.search.evaluation import Outcome
 from nas.search.sampling import Proposal
-from studies import Candidate, CandidateState, CurvePoint, Deployment, Latency, LatencyStage
+from studies import Candidate, CandidateLatency, CandidateState, CurvePoint, Deployment, LatencyStage
 
 
 def candidate_row(recorded: RecordedStudy, proposal: Proposal, trial_id: int, outcome: Outcome) -> Candidate:
@@ -32,9 +32,9 @@ def candidate_row(recorded: RecordedStudy, proposal: Proposal, trial_id: int, ou
 
 def latency_row(
     trial_id: int, measured: Measurement, deployment: Deployment, stage: LatencyStage, limit_ms: float | None = None
-) -> Latency:
+) -> CandidateLatency:
     """A measurement as the database has it. How long a compiler took is left out: it is no property of the network."""
-    return Latency(
+    return CandidateLatency(
         trial_id=trial_id, stage=stage, **deployment.as_columns(), **asdict(measured.latency),
         raw_median_ms=measured.raw_median_ms, anchor_median_ms=measured.anchor_median_ms,
         weight_bytes=measured.weight_bytes, workspace_bytes=measured.workspace_bytes,
@@ -43,7 +43,7 @@ def latency_row(
     )  # fmt: skip
 
 
-def searched_latency(row: Candidate) -> Latency | None:
+def searched_latency(row: Candidate) -> CandidateLatency | None:
     """The latency that the search measured, and judged the candidate by; it may have been measured again since."""
     return row.latencies[0] if row.latencies else None
 
@@ -64,6 +64,6 @@ def constraints(row: Candidate, limits: Limits) -> dict[str, float]:
     return found
 
 
-def memory_mb(latency: Latency) -> float:
+def memory_mb(latency: CandidateLatency) -> float:
     """Weights and peak workspace, in units of 10^6 bytes."""
     return (latency.weight_bytes + latency.workspace_bytes) / 1e6

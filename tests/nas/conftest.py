@@ -20,7 +20,7 @@ from nas.training import data as image_data
 from nas.training import pool as trainings
 from nas.validation import baseline_latencies
 from search_spaces import ArchSpec
-from studies import Candidate, CandidateState, Latency, Owner, Profile, Store
+from studies import Candidate, CandidateLatency, CandidateState, Owner, Profile, Store
 from tests.conftest import make_tiny_space
 
 HERE = asdict(DeviceInfo.of(torch.device("cpu")))
@@ -69,7 +69,7 @@ def add_candidates(
             arch_id=arch.arch_id, arch=arch.to_json(), summary=str(arch), params=1, macs=1,
             state=CandidateState.COMPLETE, seed=0, accuracy=accuracy, total_seconds=1.0,
         )  # fmt: skip
-        candidate.latencies = [Latency(
+        candidate.latencies = [CandidateLatency(
             device_id=device_id, engine=deployment.engine, dtype=deployment.dtype, batch_size=1, resolution=16,
             threads=1, median_ms=latency_ms, p20_ms=1.0, p80_ms=1.0, repeats=1, raw_median_ms=1.0,
             anchor_median_ms=1.0, weight_bytes=1, workspace_bytes=1,

@@ -17,7 +17,7 @@ from nas.export import bench as benches
 from nas.export import formats
 from nas.export.bench import bench, remarks, tables
 from nas.export.directories import COMPILED, FUSED, ONNX, PROGRAM, Exported, read, write
-from nas.export.formats import Format, makers, write_onnx, write_programs
+from nas.export.formats import ExportFormat, makers, write_onnx, write_programs
 from nas.latency.engines import ENGINES
 from search_spaces.timm_config import timm_config
 from tests.conftest import make_tiny_space
@@ -161,9 +161,9 @@ def test_what_gives_other_logits_is_refused(tmp_path: Path, monkeypatch: pytest.
         formats.program_file(network().build(), RESOLUTION, tmp_path / PROGRAM)
 
 
-@pytest.mark.parametrize("wanted", [Format.ONNX, Format.TORCH_EXPORT])
-def test_without_weights_nothing_is_deployed(wanted: Format, tmp_path: Path) -> None:
-    (make,) = makers([wanted, Format.TIMM], lambda line: None)
+@pytest.mark.parametrize("wanted", [ExportFormat.ONNX, ExportFormat.TORCH_EXPORT])
+def test_without_weights_nothing_is_deployed(wanted: ExportFormat, tmp_path: Path) -> None:
+    (make,) = makers([wanted, ExportFormat.TIMM], lambda line: None)
     with pytest.raises(UsageError, match=f"--format {wanted}: convfirst_1ms_t001 has no weights"):
         write([network(weights=False)], tmp_path / "out", [make])
     assert not (tmp_path / "out").exists()
@@ -187,7 +187,7 @@ def quick_engines(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("quick_engines")
 @pytest.mark.parametrize("weights", [False, True])
 def test_every_format_is_timed(weights: bool, tmp_path: Path) -> None:
-    make = makers([Format.ONNX], lambda line: None) if weights else []
+    make = makers([ExportFormat.ONNX], lambda line: None) if weights else []
     (folder,) = write([network(weights=weights)], tmp_path / "out", make)
     rows = bench([(folder, read(folder))], DEPLOYMENT)
     assert {row.what for row in rows} == {"eager", "torchscript", "torch.export", "ONNX Runtime"}

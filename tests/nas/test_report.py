@@ -32,7 +32,7 @@ from nas.search.loop import run
 from nas.training.proxy import ProxyResult
 from nas.validation.contenders import Contender, ContenderKind
 from search_spaces import ArchSpec
-from studies import Candidate, CandidateState, Latency, LatencyStage, Store
+from studies import Candidate, CandidateLatency, CandidateState, LatencyStage, Store
 
 HOSTILE = "<script>alert(1)</script> & 'Tom' $\\frac$"
 
@@ -265,7 +265,7 @@ def test_another_deployment_has_a_table_of_its_own_and_no_part_in_the_rest(sqlit
     device_id = store.devices.id_of(dict(kind="cuda", name="elsewhere <i>", driver="1", torch="2", triton="3"))
     config = LatencyConfig(device="cpu", engine="fused", batch_size=64)
     rows = [
-        Latency(
+        CandidateLatency(
             trial_id=candidate.trial_id, stage=LatencyStage.SEARCH, **deployment_of(config, device_id).as_columns(),
             median_ms=9.0, p20_ms=9.0, p80_ms=9.0, repeats=1, raw_median_ms=9.0, anchor_median_ms=1.0, weight_bytes=1,
             workspace_bytes=1,

@@ -11,9 +11,9 @@ from studies import (
     BaselineTraining,
     BlockLatency,
     Candidate,
+    CandidateLatency,
     CandidateState,
     CurvePoint,
-    Latency,
     LatencyStage,
     Owner,
     Profile,
@@ -39,14 +39,14 @@ def make_study(store: Store, name: str = "one", device: dict[str, str] = DEVICE)
     )  # fmt: skip
 
 
-def make_latency(median_ms: float, **fields: Any) -> Latency:
-    return Latency(
+def make_latency(median_ms: float, **fields: Any) -> CandidateLatency:
+    return CandidateLatency(
         median_ms=median_ms, p20_ms=median_ms, p80_ms=median_ms, repeats=10, raw_median_ms=median_ms,
         anchor_median_ms=1.0, weight_bytes=2**40, workspace_bytes=5, **fields,
     )  # fmt: skip
 
 
-def measured_again(candidate: Candidate, median_ms: float, **changes: Any) -> Latency:
+def measured_again(candidate: Candidate, median_ms: float, **changes: Any) -> CandidateLatency:
     """The final latency of a candidate in the deployment of its first."""
     first = candidate.latencies[0]
     deployment = {name: getattr(first, name) for name in ("engine", "dtype", "batch_size", "resolution", "threads")}

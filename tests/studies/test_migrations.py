@@ -14,7 +14,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Engine, create_engine, inspect, text
 
-from studies import Latency, LatencyStage, Owner, Profile, StorageError, Store, schema
+from studies import CandidateLatency, LatencyStage, Owner, Profile, StorageError, Store, schema
 from studies.tables import Base
 from tests.studies.rows import make_baseline_latency, make_training
 
@@ -185,7 +185,7 @@ def test_an_old_study_is_gone_on_with(old_url: str, engine: Engine) -> None:
     assert study is not None
     assert [summary.complete for summary in store.summaries()] == [3]
     assert list(store.front("one")["number"]) == [0, 2]
-    final = Latency(
+    final = CandidateLatency(
         trial_id=1, median_ms=3.0, stage=LatencyStage.FINAL, **DEPLOYMENT, **(FIGURES | {"measured_at": None})
     )
     store.add_latencies(study.study_id, [final])
