@@ -14,7 +14,7 @@ def test_all_rooms_are_installed_but_the_labs() -> None:
     folders = {
         path.parent.relative_to(ROOT)
         for top in ("nas", "search_spaces", "kernels", "studies")
-        for path in (ROOT / top).rglob("__init__.py")
+        for path in (ROOT / top).rglob("*.py")
     }
     assert sorted(listed) == sorted(".".join(folder.parts) for folder in folders if "lab" not in folder.parts)
 
