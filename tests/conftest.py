@@ -72,12 +72,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The interpreter and the compiler cannot share a process, so there are two runs.
+    """What needs a server or a browser is slow. The interpreter and the compiler cannot share a process, so there are two runs.
 
     With TRITON_INTERPRET=1 only the tests marked `kernels` run, on the CPU; without it they run where there is a GPU,
     or with --emulate.
     """
+    for item in items:
+        if item.get_closest_marker("postgres") or item.get_closest_marker("browser"):
+            item.add_marker("slow")
     if INTERPRETED:
         config.hook.pytest_deselected(items=[item for item in items if not item.get_closest_marker("kernels")])
         items[:] = [item for item in items if item.get_closest_marker("kernels")]
