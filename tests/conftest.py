@@ -74,9 +74,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What needs a server or a browser is slow. The interpreter and the compiler cannot share a process, so there are two runs.
+    """Mark what needs a server or a browser as slow, and choose what this run can run.
 
-    With TRITON_INTERPRET=1 only the tests marked `kernels` run, on the CPU; without it they run where there is a GPU,
+    The interpreter and the compiler cannot share a process, so there are two runs. With TRITON_INTERPRET=1 only the tests marked `kernels` run, on the CPU; without it they run where there is a GPU,
     or with --emulate.
     """
     for item in items:
