@@ -76,8 +76,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Mark what needs a server or a browser as slow, and choose what this run can run.
 
-    The interpreter and the compiler cannot share a process, so there are two runs. With TRITON_INTERPRET=1 only the tests marked `kernels` run, on the CPU; without it they run where there is a GPU,
-    or with --emulate.
+    The interpreter and the compiler cannot share a process, so there are two runs. With TRITON_INTERPRET=1 only the
+    tests marked `kernels` run, on the CPU; without it they run where there is a GPU, or with --emulate.
     """
     for item in items:
         if item.get_closest_marker("postgres") or item.get_closest_marker("browser"):
