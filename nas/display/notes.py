@@ -18,6 +18,8 @@ from studies import Candidate, CandidateLatency, CandidateState, LatencyStage
 
 # Names of user attributes of trials: why a trial is not complete, and which trial it repeats.
 REASON, DUPLICATE_OF = "reason", "duplicate_of"
+# The reason of a trial that nobody goes on with.
+INTERRUPTED = "interrupted"
 HEADERS = ("stage", "blocks", "kernel", "group width", "expansion", "width", "stride", "output", "MMACs", "params k")
 STATES = {
     CandidateState.COMPLETE: "complete", CandidateState.OVER_LIMIT: "over a limit, not trained",

@@ -7,6 +7,7 @@ values, but for the times at which something happened and how long it took.
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ import pandas as pd
 import typer
 
 from nas.config import DEFAULT_STUDY
+from nas.display.notes import INTERRUPTED, REASON
 from nas.errors import CandidateFailed
 from nas.latency.device_profile import DeviceProfile
 from nas.latency.values import Latency, Measurement, ShapeLatency
@@ -44,6 +46,9 @@ class ReplayingEvaluator:
         self.recorded = recorded
         self.device, self.data_fingerprint = recorded.device, recorded.row.data_fingerprint
         self.candidates = {candidate.arch_id: candidate for candidate in recorded.candidates()}
+        trials = recorded.store.load_optuna_study(recorded.name).get_trials(deepcopy=False)
+        # The study was interrupted while these were evaluated, and so is the replay.
+        self.interrupted = [t.user_attrs["arch_id"] for t in trials if t.user_attrs.get(REASON) == INTERRUPTED]
         config, info = recorded.config.latency, recorded.row.device
         device = {name: getattr(info, name) for name in ("kind", "name", "driver", "torch", "triton")}
         devices = recorded.store.devices
@@ -62,6 +67,9 @@ class ReplayingEvaluator:
         return cost(arch, config.resolution, config.num_classes)
 
     def measure(self, arch: ArchSpec) -> Measurement:
+        if arch.arch_id in self.interrupted:
+            self.interrupted.remove(arch.arch_id)
+            raise KeyboardInterrupt
         candidate = self._candidate(arch)
         if not candidate.latencies:
             raise CandidateFailed(candidate.reason or "")
@@ -163,7 +171,10 @@ def main(
     complete = len(recorded.evaluations())
     with tempfile.TemporaryDirectory() as folder:
         url = f"sqlite:///{Path(folder) / 'replayed.db'}"
-        run(replace(recorded.config, budget=complete, storage=url), ReplayingEvaluator(recorded))
+        evaluator = ReplayingEvaluator(recorded)
+        for _ in range(len(evaluator.interrupted) + 1):
+            with contextlib.suppress(KeyboardInterrupt):
+                run(replace(recorded.config, budget=complete, storage=url), evaluator)
         again = Store.open(url, create=False)
         assert again is not None
         after = tables_of(RecordedStudy.open(again, study))

@@ -7,7 +7,7 @@ from typing import Any
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from nas.display import notes
-from nas.display.notes import DUPLICATE_OF, REASON
+from nas.display.notes import DUPLICATE_OF, INTERRUPTED, REASON
 from nas.recorded import RecordedStudy
 from nas.search.rows import memory_mb, objectives
 from nas.search.sampling import Proposal
@@ -61,7 +61,7 @@ class Trials:
 
     def interrupt(self, trial: FrozenTrial) -> None:
         """Close a trial that nobody goes on with."""
-        self._set_attrs(trial._trial_id, {REASON: "interrupted"})
+        self._set_attrs(trial._trial_id, {REASON: INTERRUPTED})
         self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
     def finish(self, trial_id: int, row: Candidate, constraints: dict[str, float]) -> None:
