@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nas.cli.console import err, note, out, reported
+from nas.cli.console import note, out, reported, say
 from nas.cli.opening import require_folder, store_if_any, writable_store
 from nas.cli.options import ARCH, Again, Storage, StudyName, given, takes
 from nas.config import DEFAULT_STORAGE, DEFAULT_STUDY, LatencyConfig
@@ -60,11 +60,11 @@ def analyze(
         for analysis in analyses:
             out.print(analysis_table(analysis, out.width))
             for line in analysis_lines(analysis):
-                out.print(line, highlight=False, soft_wrap=True)
+                say(line)
             out.print()
         if out_dir is not None:
             for path in _draw(analyses, out_dir):
-                err.print(f"drawn: {path}", highlight=False, soft_wrap=True)
+                note(f"drawn: {path}")
 
 
 def _draw(analyses: Sequence[Analysis], folder: Path) -> list[Path]:

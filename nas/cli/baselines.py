@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from nas.cli.console import interruptible, note, out, reported
+from nas.cli.console import interruptible, note, out, reported, say
 from nas.cli.opening import existing_store
 from nas.cli.options import Storage, StudyName, given, made, takes
 from nas.config import DEFAULT_STORAGE, DEFAULT_STUDY
@@ -26,4 +26,4 @@ def baselines(context: typer.Context, storage: Storage = DEFAULT_STORAGE, study:
         compared = contenders(recorded)
         out.print(table(compared, f"Baselines of {study}"))
         for line in (*training_lines(compared), *failures(recorded), *verdict(compared)):
-            out.print(line, highlight=False, soft_wrap=True)
+            say(line)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nas.cli.console import note, out, reported
+from nas.cli.console import note, out, reported, say
 from nas.cli.options import given, takes
 from nas.config import LatencyConfig, moved
 from nas.errors import CandidateFailed, UsageError
@@ -38,4 +38,4 @@ def bench(
             out.print(table)
             out.print()
         for line in benches.remarks(rows):
-            out.print(line, highlight=False, soft_wrap=True)
+            say(line)

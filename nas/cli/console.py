@@ -20,18 +20,23 @@ WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
 
 
 # Brackets and colons in names and paths are the user's own.
-out = Console(markup=False, emoji=False, width=WIDTH)
-err = Console(stderr=True, markup=False, emoji=False)
+out = Console(markup=False, emoji=False, highlight=False, width=WIDTH)
+err = Console(stderr=True, markup=False, emoji=False, highlight=False)
+
+
+def say(line: str) -> None:
+    """Print a line of what the command prints, however long it is."""
+    out.print(line, soft_wrap=True)
 
 
 def note(line: str) -> None:
     """Print a line of progress, apart from what the command prints."""
-    err.print(line, highlight=False, soft_wrap=True)
+    err.print(line, soft_wrap=True)
 
 
 def fail(message: str) -> NoReturn:
     """End the command with one line and exit code 2."""
-    err.print(f"Error: {message}", highlight=False, markup=False, soft_wrap=True)
+    err.print(f"Error: {message}", soft_wrap=True)
     raise typer.Exit(2)
 
 
@@ -61,7 +66,7 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        err.print("Interrupted. What was finished is kept; the same command goes on from there.", highlight=False)
+        err.print("Interrupted. What was finished is kept; the same command goes on from there.")
         sys.stdout.flush()
         # Not sys.exit: worker threads of torch and OpenMP may take seconds to be joined.
         os._exit(130)

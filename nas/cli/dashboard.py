@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from nas.cli.console import err, out, reported
+from nas.cli.console import note, reported, say
 from nas.cli.opening import existing_store, require_folder
 from nas.cli.options import Storage
 from nas.config import DEFAULT_STORAGE
@@ -40,12 +40,12 @@ def dashboard(
             for summary in store.summaries():
                 try:
                     made = show(RecordedStudy.open(store, summary.name), folder)
-                    out.print(f"{summary.name}: {made} files of its front made", highlight=False)
+                    say(f"{summary.name}: {made} files of its front made")
                 except (StorageError, UsageError) as error:
                     # The file is read-only, say, or another version wrote the study: what is there can be looked at.
-                    err.print(f"{summary.name}: not brought up to date ({error})", highlight=False)
+                    note(f"{summary.name}: not brought up to date ({error})")
             server.warm_up()
-            out.print(f"dashboard: {server.url} (Ctrl-C ends it)", highlight=False, soft_wrap=True)
+            say(f"dashboard: {server.url} (Ctrl-C ends it)")
             # As Ctrl-C does.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             server.run()

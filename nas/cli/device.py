@@ -6,7 +6,7 @@ from functools import partial
 
 import typer
 
-from nas.cli.console import note, out, reported
+from nas.cli.console import note, reported, say
 from nas.cli.opening import writable_store
 from nas.cli.options import Again, Storage, given, takes
 from nas.config import DEFAULT_STORAGE, LatencyConfig
@@ -30,4 +30,4 @@ def device(
         with writable_store(storage) as store:
             find_or_measure_profile(store, config, again, partial(note, WAITING))
             for line in profile_lines(store.devices.profiles()):
-                out.print(line, highlight=False, soft_wrap=True)
+                say(line)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nas.cli.console import note, out, reported
+from nas.cli.console import note, reported, say
 from nas.cli.opening import existing_store, require_folder
 from nas.cli.options import Storage, StudyName, given, made, takes, typed_options
 from nas.config import DEFAULT_STORAGE, DEFAULT_STUDY
@@ -71,7 +71,7 @@ def export(
                     f"{networks[0].num_classes} classes: train.py takes another --num-classes"
                 )
         for path in written:
-            out.print(str(path), highlight=False, soft_wrap=True)
+            say(str(path))
 
 
 def _formats(named: list[str] | None) -> list[Any]:

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from nas.cli.console import note, out, reported
+from nas.cli.console import note, reported, say
 from nas.cli.opening import existing_store, writable_store
 from nas.cli.options import ARCH, Again, Storage, given, takes
 from nas.config import DEFAULT_STORAGE, DEFAULT_STUDY, LatencyConfig
@@ -40,4 +40,4 @@ def latency(
                 except CandidateFailed as error:
                     raise UsageError(f"--arch {arch}: {error}") from error
             for line in table_lines(store, subject):
-                out.print(line, highlight=False, soft_wrap=True)
+                say(line)

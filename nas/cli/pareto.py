@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nas.cli.console import err, reported
+from nas.cli.console import note, reported
 from nas.cli.fronts import print_front
 from nas.cli.opening import existing_store
 from nas.cli.options import Storage, StudyName
@@ -64,4 +64,4 @@ def _plot_front(evaluations: pd.DataFrame, front: pd.DataFrame, study: str, path
         rows = Deployment.of(members.iloc[0]).rows_of(evaluations)
         target = path if len(fronts) == 1 else path.with_stem(f"{path.stem}_{number}")
         plot_front(rows, members, f"{study}: {len(rows)} candidates", target)
-        err.print(f"drawn: {target}", highlight=False)
+        note(f"drawn: {target}")

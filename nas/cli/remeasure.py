@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Annotated
 
 import typer
 
-from nas.cli.console import out, reported
+from nas.cli.console import out, reported, say
 from nas.cli.opening import existing_store
 from nas.cli.options import Storage, StudyName, given, takes
 from nas.config import DEFAULT_STORAGE, DEFAULT_STUDY, LatencyConfig, moved
@@ -32,16 +31,13 @@ def remeasure(
         from nas.validation.remeasure import remeasure as measure_again
 
         recorded = RecordedStudy.open(store, study)
-        note = partial(out.print, highlight=False, soft_wrap=True)
-        done = measure_again(
-            recorded, moved(recorded.config.latency, **given(LatencyConfig, context)), everything, note
-        )
+        done = measure_again(recorded, moved(recorded.config.latency, **given(LatencyConfig, context)), everything, say)
         if done is None:
-            out.print("The front is empty: nothing was measured.")
+            say("The front is empty: nothing was measured.")
             return
         front = done.deployment.rows_of(store.front(study))
         if front.empty:
-            out.print("The front is empty now.")
+            say("The front is empty now.")
         else:
             out.print(front_table(front, f"Pareto front of {study}\n{deployment_line(front.iloc[0])}"))
-        note(str(done))
+        say(str(done))

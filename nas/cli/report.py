@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from nas.cli.console import out, reported
+from nas.cli.console import reported, say
 from nas.cli.opening import existing_store, require_folder
 from nas.cli.options import Storage, StudyName
 from nas.config import DEFAULT_STORAGE, DEFAULT_STUDY
@@ -30,4 +30,4 @@ def report(
             recorded = RecordedStudy.open(store, study)
             compared = contenders(recorded)
             for path in write_report(recorded, storage, out_dir, compared, verdict(compared)):
-                out.print(f"made: {path}", highlight=False, soft_wrap=True)
+                say(f"made: {path}")

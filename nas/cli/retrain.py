@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from nas.cli.console import interruptible, note, out, reported
+from nas.cli.console import interruptible, note, out, reported, say
 from nas.cli.opening import existing_store
 from nas.cli.options import Storage, StudyName, given, made, takes
 from nas.config import DEFAULT_STORAGE, DEFAULT_STUDY
@@ -20,9 +20,9 @@ def retrain(context: typer.Context, storage: Storage = DEFAULT_STORAGE, study: S
 
         config = made(RetrainConfig, given(RetrainConfig, context))
         found = retraining.retrain(RecordedStudy.open(store, study), config, note)
-        out.print(found.set_up, highlight=False, soft_wrap=True)
+        say(found.set_up)
         for table in retraining.tables(found, f"Longer trainings of {study}"):
             out.print(table)
             out.print()
         for line in retraining.remarks(found):
-            out.print(line, highlight=False, soft_wrap=True)
+            say(line)

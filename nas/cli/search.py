@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nas.cli.console import fail, interruptible, out, reported
+from nas.cli.console import fail, interruptible, out, reported, say
 from nas.cli.fronts import print_front
 from nas.cli.opening import store_if_any
 from nas.cli.options import given, made, takes, typed_options
@@ -114,4 +114,4 @@ def _run(config: SearchConfig, take_over: bool) -> None:
         f"study {config.study!r} is in {shown}",
         f"front again: python run_search.py pareto --storage {shlex.quote(shown)} --study {shlex.quote(config.study)}",
     ):
-        out.print(line, highlight=False, soft_wrap=True)
+        say(line)

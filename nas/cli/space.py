@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from nas.cli.console import out, reported
+from nas.cli.console import out, reported, say
 from nas.cli.options import given, made, takes
 from nas.config import PIXELS
 from nas.errors import UsageError
@@ -46,8 +46,8 @@ def space(
         out.print(table)
         low, high = loaded.cost_range(pixels, classes)
         for line in loaded.exclusions():
-            out.print(f"excluded: {line}", highlight=False)
-        out.print(f"architectures: {loaded.size():,}", highlight=False)
-        out.print(f"params: {low.params:,} to {high.params:,} ({classes} classes)", highlight=False)
-        out.print(f"MACs:   {low.macs:,} to {high.macs:,} (one image of {pixels}x{pixels})", highlight=False)
-        out.print(f"anchor: {loaded.anchor()}", highlight=False, soft_wrap=True)
+            say(f"excluded: {line}")
+        say(f"architectures: {loaded.size():,}")
+        say(f"params: {low.params:,} to {high.params:,} ({classes} classes)")
+        say(f"MACs:   {low.macs:,} to {high.macs:,} (one image of {pixels}x{pixels})")
+        say(f"anchor: {loaded.anchor()}")
