@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.table import Table
@@ -241,7 +240,7 @@ class _Called(nn.Module):
 
 def tables(rows: Sequence[Row], where: str) -> list[Table]:
     """A table for each network, the fastest format first, which fits into 80 columns."""
-    lists = []
+    network_tables = []
     for network in dict.fromkeys(row.network for row in rows):
         table = Table(title=f"{network}, {where}", title_justify="left", show_edge=False, padding=(0, 0, 0, 1))
         for header in ("format", "dtype", "latency ms", "p20 to p80", "recorded ms"):
@@ -252,8 +251,8 @@ def tables(rows: Sequence[Row], where: str) -> list[Table]:
                 row.what, row.dtype, f"{latency.median_ms:.4f}", f"{latency.p20_ms:.4f} to {latency.p80_ms:.4f}",
                 "" if row.recorded_ms is None else f"{row.recorded_ms:.4f}",
             )  # fmt: skip
-        lists.append(table)
-    return lists
+        network_tables.append(table)
+    return network_tables
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
