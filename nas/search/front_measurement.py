@@ -1,4 +1,4 @@
-"""The last measurement of a search: the front's members are measured again, in turns with one another."""
+"""The measurement of a front, with which a search ends: its members are measured again, in turns with one another."""
 
 from __future__ import annotations
 
