@@ -86,7 +86,7 @@ class Evaluator(Protocol):
         ...
 
     def determinism(self) -> str | None:
-        """Measure what deterministic trainings cost, and say so in a line; None where all trainings are deterministic."""
+        """Measure what deterministic trainings cost, and say so in a line; None where all are deterministic."""
         ...
 
     def close(self) -> None:
