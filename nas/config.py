@@ -1,5 +1,8 @@
-"""What a search does, as values. Everything but the budget, the time limit, where it is stored, what is kept and how
-precisely latencies are measured is part of the study's identity: a study is never continued under another one."""
+"""The configuration of a search, as values.
+
+All of it is part of the study's identity, and the same in every run of the study, but for the budget, the time limit,
+the storage, what is kept and how precisely latencies are measured.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +42,7 @@ class Dtype(StrEnum):
 
 
 def default_threads() -> int:
-    """CPU threads to train with: all, up to four. On two cores two threads trained 1.1 to 1.6 times as fast as one."""
+    """CPU threads for training: all, up to four. On two cores two threads trained 1.1 to 1.6 times as fast as one."""
     return min(4, os.cpu_count() or 1)
 
 
@@ -63,15 +66,15 @@ LATENCY = "Latency"
 
 @dataclass(frozen=True)
 class DataConfig(Checked):
-    """Where images come from.
+    """The source and size of the images.
 
     Args:
         source: `digits` (embedded), `cifar10`, `cifar100`, a folder of class subfolders, or a name that
             `timm.data.create_dataset` takes.
-        resolution: pixels of the square training and validation images.
-        data_dir: where CIFAR's and timm's files are.
-        download: let torchvision or timm download them.
-        to_rgb: convert a folder's images that are not RGB (ImageNet has some) instead of refusing them.
+        resolution: width and height of the training and validation images, in pixels.
+        data_dir: folder of CIFAR's and timm's files.
+        download: whether torchvision or timm may download them.
+        to_rgb: whether a folder's images that are not RGB (ImageNet has some) are converted instead of refused.
     """
 
     source: str = option(
@@ -97,10 +100,10 @@ class ProxyConfig(Checked):
 
     Args:
         steps, batch_size: the schedule; 200 x 32 beat fewer steps of a larger batch at equal CPU time.
-        learning_rate: its peak.
-        warmup: share of the steps spent warming up.
+        learning_rate: peak learning rate.
+        warmup: share of the steps during which the learning rate rises.
         threads: CPU threads that train (they change the rounding, so they are part of the identity).
-        deterministic: deterministic algorithms on CUDA too; `nas.training.determinism` measures what they cost.
+        deterministic: whether algorithms are deterministic on CUDA, too; `nas.training.determinism` measures the cost.
     """
 
     steps: int = option(200, "--proxy-steps", "Training steps per candidate", panel=DATA, bounds=at_least(1))
@@ -125,17 +128,19 @@ class ProxyConfig(Checked):
 
 @dataclass(frozen=True)
 class LatencyConfig(Checked):
-    """The deployment whose latency is measured, which may differ from the training's set-up.
+    """The deployment in which latency is measured; it may differ from the training's set-up.
 
     Args:
-        device: `cpu`, `cuda` or `cuda:N`; it trains, too. `auto` becomes `cuda` where there is a CUDA device.
-        engine: what runs the network; see `nas.latency.engines.ENGINES`. `auto` becomes `DEFAULT_ENGINE`'s.
-        dtype: of weights and activations. `auto` becomes `DEFAULT_DTYPE`'s.
-        batch_size, resolution, num_classes: of the deployed network.
+        device: `cpu`, `cuda` or `cuda:N`; candidates are trained on it, too. `auto` becomes `cuda` where there is a
+            CUDA device, else `cpu`.
+        engine: name of the engine that runs the network, see `nas.latency.engines.ENGINES`. `auto` becomes the
+            device's `DEFAULT_ENGINE`.
+        dtype: data type of weights and activations. `auto` becomes the device's `DEFAULT_DTYPE`.
+        batch_size, resolution, num_classes: sizes of the deployed network's input (in pixels) and output.
         threads: CPU threads; one by default, so that a figure does not depend on how many cores happen to be free.
-        precision: sampling ends when the 95 % confidence interval of the median is no wider than this share of it.
-            None becomes `DEFAULT_PRECISION`'s.
-        seconds: or when it has lasted so long, which the measurement then says of itself.
+        precision: share of the median; sampling ends when the median's 95 % confidence interval is no wider. None
+            becomes the device's `DEFAULT_PRECISION`.
+        seconds: time after which sampling ends anyway; the measurement is then marked as capped.
     """
 
     device: str = option(
@@ -203,7 +208,7 @@ def moved(base: LatencyConfig | None, **changes: Any) -> LatencyConfig:
 
 @dataclass(frozen=True)
 class Limits(Checked):
-    """Hard limits on a candidate; one over any of them is not trained. None is no limit."""
+    """Hard limits on a candidate; a candidate over any of them is not trained. None means no limit."""
 
     latency_ms: float | None = option(
         None, "--max-latency-ms", "Upper limit on a batch's latency in ms; slower candidates are not trained",
@@ -229,12 +234,12 @@ class SearchConfig(Checked):
     """A whole search: `nas.search.run(SearchConfig(budget=200))` is what `python run_search.py --budget 200` does.
 
     Args:
-        budget: distinct architectures fully evaluated in the study when it is done, earlier runs counted in.
-        time_limit_s: end earlier, as cleanly; None is no limit.
-        storage: any SQLAlchemy URL.
+        budget: number of distinct architectures fully evaluated in the study at the end, earlier runs included.
+        time_limit_s: seconds after which the search ends as if the budget were met; None means no limit.
+        storage: SQLAlchemy URL of the study database.
         study: name of the study in that database.
-        block_table: measure the blocks of every candidate alone, and not only those of the front at the end.
-        keep_weights: keep the proxy-trained weights of the front's members.
+        block_table: whether the blocks of every candidate are measured alone, not only those of the front at the end.
+        keep_weights: whether the proxy-trained weights of the front's members are kept.
 
     Raises:
         FieldError: a field has a value that it cannot have.
@@ -278,7 +283,7 @@ class SearchConfig(Checked):
     )  # fmt: skip
 
     def identity(self) -> dict[str, Any]:
-        """What a study remembers and a resumed search must equal, as plain JSON values."""
+        """The configuration that a study stores and that every later run must equal, as plain JSON values."""
         fields = dataclasses.asdict(self)
         for name in _transient(type(self)):
             del fields[name]
@@ -292,10 +297,10 @@ class SearchConfig(Checked):
 
     @classmethod
     def of_identity(cls, identity: Mapping[str, Any], **transient: Any) -> SearchConfig:
-        """The search that a study remembers: the inverse of `identity`, which went through JSON since.
+        """The search that a study stores: the inverse of `identity`, also after a round trip through JSON.
 
         Args:
-            transient: the fields that are no part of the identity (default: those of the class).
+            transient: values of fields that are no part of the identity (default: those of the class).
 
         Raises:
             ValueError: a field is missing, unknown or impossible; another version of the program wrote the study.
@@ -312,7 +317,7 @@ class SearchConfig(Checked):
 
 
 def _transient(owner: type[Any]) -> set[str]:
-    """Fields that a study does not store."""
+    """Names of the fields that a study does not store."""
     return {name for name, each in options(owner).items() if each.keep is Keep.TRANSIENT}
 
 
@@ -321,7 +326,11 @@ ABSENT: dict[str, dict[str, Any]] = {"data": {"to_rgb": False}, "latency": {"pre
 
 
 def _of_fields(part: type[Any], stored: Mapping[str, Any]) -> Any:
-    """A value of stored fields. All that are stored have to be there: a default may have changed since."""
+    """A value made from stored fields, all of which must be there, as a default may have changed since.
+
+    Raises:
+        ValueError: a field is missing, unknown or impossible.
+    """
     wanted = {each.name for each in dataclasses.fields(part)} - _transient(part)
     if differing := wanted ^ set(stored):
         raise ValueError(f"{', '.join(sorted(differing))}: unknown or missing")

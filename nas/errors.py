@@ -1,4 +1,4 @@
-"""The few exceptions of this project, and what turns others into them."""
+"""The exceptions of nas/, and functions that turn other exceptions into them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 
 class UsageError(Exception):
-    """What the user asked for cannot be done. The message is one line that names the flag and the value."""
+    """The user asked for something impossible. The message is one line that names the flag and the value."""
 
 
 class FieldError(ValueError):
@@ -15,7 +15,7 @@ class FieldError(ValueError):
 
     Attributes:
         owner: the dataclass.
-        expected: what the value has to be, in words.
+        expected: the values that are allowed, in words that follow "is not".
     """
 
     def __init__(self, owner: type[object], field: str, value: object, expected: str) -> None:
@@ -27,7 +27,7 @@ class FieldError(ValueError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory ran out, of the device or of the machine; not all of torch's libraries have a class for it."""
+    """Whether the memory of the device or of the machine ran out; some libraries of torch have no class for that."""
     import torch
 
     words = ("can't allocate memory", "not enough memory", "out of memory", "_STATUS_ALLOC_FAILED")
@@ -36,16 +36,22 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def message_line(error: BaseException, line: int = 0) -> str:
+    """A line of an exception's type and message; the last one where there are fewer."""
+    lines = [line.strip() for line in f"{type(error).__name__}: {error}".splitlines()]
+    return lines[min(line, len(lines) - 1)]
+
+
 class CandidateFailed(Exception):
-    """A candidate cannot be evaluated, which is a result; the message is the reason that is recorded."""
+    """A candidate cannot be evaluated, which is a result; the message is recorded as the reason."""
 
 
 @contextmanager
 def of_this_version(study: str) -> Iterator[None]:
-    """Reads what a study holds, which another version of the program may have written.
+    """Context in which a study's content is read; another version of the program may have written it.
 
     Raises:
-        UsageError: the study holds what this version does not know.
+        UsageError: the study holds something that this version does not know.
     """
     try:
         yield
@@ -56,7 +62,11 @@ def of_this_version(study: str) -> Iterator[None]:
 
 @contextmanager
 def memory_may_run_out() -> Iterator[None]:
-    """Turns running out of memory into a CandidateFailed."""
+    """Context in which running out of memory means that the candidate failed.
+
+    Raises:
+        CandidateFailed: memory ran out.
+    """
     import torch
 
     try:

@@ -1,12 +1,12 @@
-"""A lock on each device: on one machine nobody trains on a device while somebody measures latencies there.
+"""A lock on each device: on one machine, no process trains on a device while another measures latencies there.
 
-Many processes may train at once; one that measures is alone. The locks are `flock`s on two files a device. The files
-are in the machine's temporary folder, which all users share, or in the folder that the environment variable
+Many processes may train at once; a process that measures is alone. The locks are `flock`s on two files for each device.
+The files are in the machine's temporary folder, which all users share, or in the folder that the environment variable
 CONVFIRST_LOCKS names; processes that do not share the folder (containers, jobs with a TMPDIR of their own) do not see
 each other. A lock ends with its process, however that ends.
 
-The first file is a turnstile: everybody holds it while waiting for the second, which is the lock itself. Whoever waits
-thus keeps newcomers out, so that neither a stream of trainings nor one of measurements can starve the other kind.
+The first file is a turnstile: a process holds it while it waits for the second, which is the lock itself, and so keeps
+newcomers out. Thus neither a stream of trainings nor one of measurements can starve the other kind.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ if TYPE_CHECKING:
 
 FOLDER_VARIABLE = "CONVFIRST_LOCKS"
 
-# The message for a user who has to wait.
+# The message for the user while this process waits.
 WAITING = "waiting for another process that measures or trains on this device"
 
-# Device -> what this process does there, or waits to do.
+# What this process does on each device, or waits to do.
 _held: dict[str, str] = {}
 
 
@@ -38,29 +38,32 @@ _held: dict[str, str] = {}
 class DeviceLock:
     """The lock of one device; `device_lock` makes it.
 
-    Where no lock can be had (the folder is missing or not writable, or its file system has no locks), a warning says so
-    once and the body runs without a lock.
+    Where there can be no lock (the folder is missing or not writable, or its file system has no locks), a warning says
+    so once and the body runs without a lock.
 
     Args:
-        name: the same in all processes, such as "cpu" or a GPU's UUID.
+        name: the device's name, which is the same in all processes, such as "cpu" or a GPU's UUID.
     """
 
     name: str
 
     def measuring(self, on_wait: Callable[[], None] | None = None) -> AbstractContextManager[None]:
-        """Be alone on the device while the body runs: nobody trains, and nobody else measures.
+        """Be alone on the device while the body runs: no process trains, and no other measures.
 
         Args:
-            on_wait: called once if the lock cannot be had at once, even for a moment.
+            on_wait: function that is called once if the lock is not free at once.
 
         Raises:
-            RuntimeError: on entering, this process has the lock of the device already and would wait for itself.
+            RuntimeError: this process has the device's lock already, on entering, and would wait for itself.
         """
         return self._hold("measuring", fcntl.LOCK_EX, on_wait)
 
     def training(self, on_wait: Callable[[], None] | None = None) -> AbstractContextManager[None]:
-        """Be on the device while the body runs and nobody measures; others may train too. Else like `measuring`."""
-        # A second one in the same process would wait for a measurer at the turnstile who waits for the first.
+        """Train on the device while the body runs: no process measures, others may train too.
+
+        The arguments and exceptions are those of `measuring`.
+        """
+        # A second training in this process could wait at the turnstile for a measurement that waits for the first.
         return self._hold("training", fcntl.LOCK_SH, on_wait)
 
     @contextmanager
@@ -95,12 +98,16 @@ def device_lock(device: torch.device) -> DeviceLock:
 
 
 class _NoLock(Exception):
-    """Locks cannot be had here; the message is the reason. Not an OSError, which a caller's code may raise too."""
+    """There can be no locks here; the message is the reason. It is no OSError, as a caller's code may raise these."""
 
 
 @contextmanager
 def _locked(file_name: str, operation: int, wait: Callable[[], None]) -> Iterator[None]:
-    """Hold a file's lock while the body runs; `wait` is called before waiting for it."""
+    """Hold a file's lock while the body runs; `wait` is called first if another process holds it.
+
+    Raises:
+        _NoLock: there can be no lock here.
+    """
     try:
         path = Path(os.environ.get(FOLDER_VARIABLE) or tempfile.gettempdir()) / file_name
         file = _open(path)
@@ -113,14 +120,18 @@ def _locked(file_name: str, operation: int, wait: Callable[[], None]) -> Iterato
         try:
             yield
         finally:
-            # Closing is not enough: a child process that was forked meanwhile has the file open too.
+            # To close the file is not enough: a child process that was forked meanwhile has it open too.
             _flock(file, fcntl.LOCK_UN)
     finally:
         os.close(file)
 
 
 def _flock(file: int, operation: int) -> bool:
-    """Take or release a file's lock; False if LOCK_NB is given and another process has it."""
+    """Take or release a file's lock; False if LOCK_NB is given and another process has it.
+
+    Raises:
+        _NoLock: the file system has no locks.
+    """
     try:
         fcntl.flock(file, operation)
     except BlockingIOError:
@@ -133,7 +144,7 @@ def _flock(file: int, operation: int) -> bool:
 def _open(path: Path) -> int:
     """Open a file for reading, and create it first if there is none.
 
-    Reading is all that flock needs, so that the file may be another user's.
+    flock needs no more than reading, so the file may belong to another user.
     """
     # In a sticky folder Linux (fs.protected_regular) refuses O_CREAT on another user's file, hence never both at once.
     try:
@@ -143,14 +154,14 @@ def _open(path: Path) -> int:
     try:
         file = os.open(path, os.O_RDONLY | os.O_CREAT | os.O_EXCL, 0o644)
     except FileExistsError:
-        # Somebody else was faster.
+        # Another process was faster.
         return os.open(path, os.O_RDONLY)
-    # Readable by all users whatever the umask.
+    # All users can read it, whatever the umask.
     os.fchmod(file, 0o644)
     return file
 
 
 @cache
 def _warn(message: str) -> None:
-    """Warn once in a process, as the lock is asked for twice a candidate."""
+    """Warn once in a process: the lock is used twice for each candidate."""
     warnings.warn(message, stacklevel=2)

@@ -17,7 +17,7 @@ from nas.errors import FieldError
 
 @dataclass(frozen=True)
 class Bounds:
-    """What a value may be: a test, and the words that follow "is not" where it fails."""
+    """The values that are allowed: a test, and the words that follow "is not" in the message where it fails."""
 
     hold: Callable[[Any], bool]
     expected: str
@@ -43,7 +43,7 @@ NAME = Bounds(bool, "a name")
 
 
 class Keep(Enum):
-    """What a study does with an option's value."""
+    """Ways in which a study keeps an option's value."""
 
     FIXED = "stored, and the same in every run of the study"
     STORED = "stored, and replaced for one run where a flag says so"
@@ -55,12 +55,15 @@ class Option:
     """The declaration of one option.
 
     Args:
-        help: what the option is, without its default.
+        flag: the flag on the command line, such as `--budget`.
+        help: the help text, without the default.
         default: the default in words; empty where there is none.
-        panel: the heading under which `--help` lists it; None is the command's own.
-        typed: the type on the command line, where it is not the field's.
-        parse: makes the field's value of what was typed, None where that leaves it open; its ValueError begins with
-            what was typed.
+        panel: the heading under which `--help` lists it (default: that of the command itself).
+        bounds: the values that are allowed (default: all).
+        keep: the way in which a study keeps the value.
+        typed: the type on the command line (default: the field's).
+        parse: function that makes the field's value from what was typed, or None, which leaves the field open; its
+            ValueError begins with what was typed.
     """
 
     flag: str
@@ -100,12 +103,12 @@ def same_as(owner: Any, name: str) -> Any:
 
 
 def options(owner: Any) -> dict[str, Option]:
-    """Name of each field that declares an option, and that option; without those of nested dataclasses."""
+    """The options that a dataclass's fields declare, by field name; without those of nested dataclasses."""
     return {each.name: each.metadata["option"] for each in dataclasses.fields(owner) if "option" in each.metadata}
 
 
 def parts(owner: Any) -> dict[str, type[Any]]:
-    """Name of each field that is a dataclass of options in its turn, and that class."""
+    """The classes of the fields that are dataclasses of options themselves, by field name."""
     made = {
         each.name: each.default_factory for each in dataclasses.fields(owner) if each.default_factory is not MISSING
     }
@@ -113,7 +116,7 @@ def parts(owner: Any) -> dict[str, type[Any]]:
 
 
 class Checked:
-    """Base of dataclasses whose fields declare options: a value checks itself when it is made.
+    """Base of dataclasses whose fields declare options; an instance checks its fields when it is made.
 
     Raises:
         FieldError: a field is out of its bounds. None, which leaves a field open, is not checked.

@@ -10,16 +10,16 @@ Vector = Sequence[float] | np.ndarray
 
 
 def front(accuracy: Vector, latency_ms: Vector) -> np.ndarray:
-    """Indices of the points that no other dominates, from the fastest to the slowest.
+    """Indices of the points that no other point dominates, from the fastest to the slowest.
 
     A point dominates another if it is at least as accurate and at least as fast, and better in one of the two. Equal
     points do not dominate each other: both are in the front.
 
     Args:
-        accuracy, latency_ms: (n,) each.
+        accuracy, latency_ms: the points' coordinates, (n,) each.
     """
     accuracy, latency_ms = np.asarray(accuracy, float), np.asarray(latency_ms, float)
-    # By latency, and within equal latencies from the most accurate down.
+    # The order is by latency, and at equal latency from the most accurate down.
     order = np.lexsort((-accuracy, latency_ms))
     members: list[int] = []
     best, best_latency = -np.inf, np.nan
@@ -34,13 +34,13 @@ def front(accuracy: Vector, latency_ms: Vector) -> np.ndarray:
 def hypervolume(accuracy: Vector, latency_ms: Vector, reference_latency_ms: float) -> float:
     """Share of the rectangle (accuracy 0 to 1) x (latency 0 to the reference) that the points dominate, in 0..1.
 
-    Points slower than the reference count for nothing.
+    Points slower than the reference do not count.
     """
     accuracy, latency_ms = np.asarray(accuracy, float), np.asarray(latency_ms, float)
     inside = latency_ms < reference_latency_ms
     accuracy, latency_ms = accuracy[inside], latency_ms[inside]
     members = front(accuracy, latency_ms)
-    # From one member's latency to the next slower one's (the last: to the reference) its accuracy is the height.
+    # A member's accuracy is the height from its latency to that of the next slower one, or to the reference.
     edges = np.append(latency_ms[members], reference_latency_ms)
     return float((np.diff(edges) * accuracy[members]).sum() / reference_latency_ms)
 
@@ -48,10 +48,10 @@ def hypervolume(accuracy: Vector, latency_ms: Vector, reference_latency_ms: floa
 def running_hypervolume(accuracy: Vector, latency_ms: Vector, reference_latency_ms: float) -> np.ndarray:
     """The hypervolume of the first point, of the first two, and so on: (n,), in 0..1.
 
-    Only a point that enters the front costs more than a look at its members.
+    Only a point that enters the front costs more than a comparison with its members.
 
     Args:
-        accuracy, latency_ms: (n,) each, in the order in which the points were found.
+        accuracy, latency_ms: the points' coordinates, (n,) each, in the order of the search.
     """
     accuracy, latency_ms = np.asarray(accuracy, float), np.asarray(latency_ms, float)
     volumes = np.zeros(len(accuracy))
@@ -67,7 +67,7 @@ def running_hypervolume(accuracy: Vector, latency_ms: Vector, reference_latency_
 
 
 def evenly_spaced(size: int, count: int) -> list[int]:
-    """At most `count` indices of a front of `size` members, as even as may be, both ends included; of one the last."""
+    """At most `count` indices of a front of `size` members, evenly spaced, with both ends; the last if `count` is 1."""
     if count >= size:
         return list(range(size))
     if count == 1:

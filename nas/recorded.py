@@ -18,24 +18,26 @@ from studies.tables import Device
 
 def deployment_of(config: LatencyConfig, device_id: int) -> Deployment:
     """The deployment that a configuration describes on a device of the database."""
-    return Deployment(
-        device_id, config.engine, config.dtype, config.batch_size, config.resolution, config.threads
-    )  # fmt: skip
+    return Deployment(device_id, config.engine, config.dtype, config.batch_size, config.resolution, config.threads)
 
 
 def device_info(row: Device) -> DeviceInfo:
-    """A device of the database."""
+    """The device that a row of the database describes."""
     return DeviceInfo(row.kind, row.name, row.driver, row.torch, row.triton)
 
 
 @dataclass(frozen=True)
 class RecordedStudy:
-    """What a study remembers. `RecordedStudy.open` reads it, and refuses what this version does not know.
+    """A study with its settings; `RecordedStudy.open` reads it, and refuses what this version does not know.
 
     Args:
-        row: the study's own row; its texts are what the other fields are made of.
-        config: the search, with the defaults of what is no part of a study's identity.
-        deployment: the one that is searched; of others, a study may hold latencies too.
+        store: the database.
+        name: the study's name.
+        row: the study's own row, from whose texts the other fields are made.
+        config: the study's configuration, with default values in the fields that a study does not store.
+        anchor: the anchor network.
+        device: the device of the search.
+        deployment: the deployment of the search; the study may hold latencies in others, too.
     """
 
     store: Store
@@ -52,7 +54,7 @@ class RecordedStudy:
 
         Raises:
             UsageError: another version of the program wrote it, with fields that this one does not know.
-            studies.StorageError: another program made a study of that name.
+            studies.StorageError: another program made the study of that name.
         """
         row = store.find_study(name)
         if row is None:
@@ -66,16 +68,17 @@ class RecordedStudy:
 
     @classmethod
     def open(cls, store: Store, name: str) -> RecordedStudy:
-        """The study of that name, as `find`.
+        """The study of that name, which must exist.
 
         Raises:
-            UsageError: as `find`, or the database has no such study.
+            UsageError: the database has no such study, or another version of the program wrote it.
+            studies.StorageError: another program made the study of that name.
         """
-        found = cls.find(store, name)
-        if found is None:
+        recorded = cls.find(store, name)
+        if recorded is None:
             known = ", ".join(row.name for row in store.summaries()) or "none"
             raise UsageError(f"--study {name}: not in {displayed(str(store.engine.url))} (there: {known})")
-        return found
+        return recorded
 
     @property
     def study_id(self) -> int:
@@ -84,14 +87,14 @@ class RecordedStudy:
     @property
     def identity(self) -> dict[str, Any]:
         """The configuration as it is stored, in plain JSON values."""
-        found: dict[str, Any] = json.loads(self.row.config)
-        return found
+        identity: dict[str, Any] = json.loads(self.row.config)
+        return identity
 
     @property
     def reference_latency_ms(self) -> float:
         """The hypervolume's reference: the latency limit, or else twice the anchor's latency.
 
-        A choice, and one that favours fast networks: docs/measurements.md shows how a comparison turns with it.
+        This choice favours fast networks: docs/measurements.md shows how a comparison of samplers depends on it.
         """
         return self.config.limits.latency_ms or 2 * self.row.anchor_ms
 
@@ -104,5 +107,5 @@ class RecordedStudy:
         return self.deployment.rows_of(self.store.front(self.name))
 
     def evaluations(self) -> pd.DataFrame:
-        """The complete rows of the view `convfirst_evaluations` in the study's own deployment, in order of trials."""
+        """The complete rows of the view `convfirst_evaluations` in the study's own deployment, by trial number."""
         return self.deployment.rows_of(self.store.evaluations(self.name))

@@ -1,6 +1,6 @@
-"""How code that takes a while tells its user what it does, without knowing of terminals."""
+"""The way in which slow code reports its progress to the user, without knowing about terminals."""
 
 from collections.abc import Callable
 
-# Takes one line for the user.
+# A function that takes one line for the user.
 Note = Callable[[str], None]

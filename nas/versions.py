@@ -1,4 +1,4 @@
-"""The versions that a study's figures depend on."""
+"""The versions on which a study's figures depend."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ PACKAGES = ("convfirst-nas", "torch", "torchvision", "triton", "timm", "optuna",
 
 
 def versions() -> dict[str, str]:
-    """Package -> version, with Python's; `none` where a package is not installed."""
-    found = {"python": platform.python_version()}
+    """Versions of Python and of each package; `none` where a package is not installed."""
+    installed = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            found[package] = version(package)
+            installed[package] = version(package)
         except PackageNotFoundError:
-            found[package] = "none"
-    return found
+            installed[package] = "none"
+    return installed

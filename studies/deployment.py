@@ -1,4 +1,4 @@
-"""A deployment: what a latency was measured on and how, and the columns that say so in every table and view."""
+"""A deployment: the device and settings of a latency measurement, and their columns in every table and view."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Deployment:
-    """What latencies must share to be compared. The fields are the columns of that name.
+    """Conditions that latencies must share to be compared. Each field is the column of that name.
 
     Args:
-        device_id: id of the row of `convfirst_devices`, which names device and software versions.
-        resolution: pixels of the square images.
+        device_id: id of the row of `convfirst_devices`, which names the device and the software versions.
+        batch_size: images in a batch.
+        resolution: width and height of the images, in pixels.
         threads: CPU threads.
     """
 
@@ -33,11 +34,11 @@ class Deployment:
 
     @classmethod
     def of(cls, row: Any) -> Deployment:
-        """The deployment that a row has, of a table (by attribute) or of a view (by column)."""
+        """The deployment of a row of a table or of a view; the row has the columns as attributes."""
         return cls(*(getattr(row, name) for name in cls.columns()))
 
     def as_columns(self) -> dict[str, Any]:
-        """Column -> value."""
+        """The value of each column."""
         return asdict(self)
 
     def rows_of(self, frame: pd.DataFrame) -> pd.DataFrame:

@@ -1,4 +1,4 @@
-"""What leaves the house: exported directories, their templates, deployable formats, and their timing side by side.
+"""Export of networks: directories, their templates, formats to deploy, and the timing of these side by side.
 
-It imports from display, latency, training and the modules of nas/ itself; only cli imports it.
+This room imports from display, latency, training and the modules of nas/ itself; only cli imports it.
 """

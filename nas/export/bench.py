@@ -1,4 +1,4 @@
-"""Exported networks measured again on this machine: every format that runs here, in turns with one another."""
+"""The timing of exported networks on this machine: all formats that run here, in turns with one another."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from rich.table import Table
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from kernels.timing import DeviceInfo
 from nas.config import LatencyConfig
-from nas.errors import CandidateFailed, UsageError, memory_may_run_out
+from nas.errors import CandidateFailed, UsageError, memory_may_run_out, message_line
 from nas.export.directories import COMPILED, FUSED, ONNX, PROGRAM, SECTION, Exported
 from nas.export.formats import INPUT, onnx_file, program_file, quiet
 from nas.latency.devices import check_device
@@ -28,7 +27,7 @@ from nas.locks import WAITING, device_lock
 from nas.reporting import Note
 from search_spaces import ArchSpec, cost
 
-# What runs a file that is there.
+# What runs a file of the directory, in words.
 PACKAGES = {COMPILED: "AOTInductor", FUSED: "torch.export, fused"}
 
 Forwards = list[Callable[[], object]]
@@ -36,14 +35,14 @@ Forwards = list[Callable[[], object]]
 
 @dataclass(frozen=True)
 class Row:
-    """A format of a network.
+    """The latency of one format of a network.
 
     Args:
-        what: an engine, or what runs a file.
-        dtype: what it computes in.
-        latency: None where it does not run.
-        reason: why not.
-        recorded_ms: the latency that the directory tells, if it is of this very deployment.
+        what: the name of an engine, or of what runs a file.
+        dtype: the data type of the computation.
+        latency: the latency; None where the format does not run here.
+        reason: the reason why it does not run.
+        recorded_ms: the latency that the directory records, if it is that of the same deployment.
     """
 
     network: str
@@ -54,24 +53,26 @@ class Row:
     recorded_ms: float | None = None
 
 
-# With its forward passes, or none, and the MACs of each.
+# A row, its forward passes (None where the format does not run), and the MACs of each pass.
 Prepared = tuple[Row, Forwards | None, int]
 
 
 def bench(folders: Sequence[tuple[Path, Exported]], config: LatencyConfig, note: Note = lambda line: None) -> list[Row]:
     """Latencies of all formats of some exported networks, sampled in turns with each other and the yardsticks.
 
-    On the device and in the deployment of the first one's search they are told as that told its own: as if its anchor
-    took as long now as then. Elsewhere they are those of now.
+    On the device and in the deployment of the first network's search, they are corrected as that search corrected its
+    own: as if its anchor took as long now as then. Elsewhere they are not corrected.
 
-    Formats that a directory lacks and that take seconds to make are made aside. Networks without weights get random
-    ones: latencies do not depend on them.
+    Formats that a directory lacks and that take seconds to make are made in a temporary folder. Networks without
+    weights get random ones, as latencies do not depend on them.
 
     Args:
+        folders: each directory, and the network that was read from it.
         config: the deployment.
+        note: function that takes lines on the progress.
 
     Raises:
-        UsageError: the device is not here.
+        UsageError: the device does not exist here.
     """
     device = check_device(config)
     lock, waiting = device_lock(device), partial(note, WAITING)
@@ -86,59 +87,54 @@ def bench(folders: Sequence[tuple[Path, Exported]], config: LatencyConfig, note:
         timed = [Timed(forwards, macs) for _, forwards, macs in prepared if forwards is not None]
         anchor = _Anchor.of(folders[0][1], config, yardsticks)
         note(f"measuring {len(timed)} in turns")
-        found = yardsticks.time([*timed, *([anchor.timed] if anchor else [])])
-    if anchor is None:
-        return _rows(prepared, found, 1.0)
-    factor = anchor.recorded_ms / found[-1].median_ms
-    return _rows(prepared, found[:-1], factor)
-
-
-def _rows(prepared: Sequence[Prepared], found: Sequence[Latency], factor: float) -> list[Row]:
-    times = iter(found)
+        latencies = yardsticks.time([*timed, *([anchor.timed] if anchor else [])])
+    factor = anchor.recorded_ms / latencies[-1].median_ms if anchor else 1.0
+    times = iter(latencies)
     return [row if forwards is None else replace(row, latency=next(times).scaled(factor))
             for row, forwards, _ in prepared]  # fmt: skip
 
 
 @dataclass(frozen=True)
 class _Anchor:
-    """The network that latencies of the search were corrected by."""
+    """The anchor network, by which the search corrected its latencies."""
 
     timed: Timed
     recorded_ms: float
 
     @classmethod
     def of(cls, network: Exported, config: LatencyConfig, yardsticks: Yardsticks) -> _Anchor | None:
-        """Where the search measured on this very device and deployment: so what is measured now compares with it."""
-        told = network.deployment
-        if not _same(config, told) or network.config[SECTION]["latency"]["device"] != asdict(
+        """The anchor of a network's search; None where that measured on another device or in another deployment."""
+        deployment = network.deployment
+        if not _same(config, deployment) or network.config[SECTION]["latency"]["device"] != asdict(
             DeviceInfo.of(torch.device(config.device))
         ):
             return None
         anchor = network.config[SECTION]["latency"]["anchor"]
         arch = ArchSpec.from_json(json.dumps(anchor["arch_spec"]))
-        inputs = yardsticks.meter.random_inputs((told.batch_size, 3, told.resolution, told.resolution))
+        size = deployment.resolution
+        inputs = yardsticks.meter.random_inputs((deployment.batch_size, 3, size, size))
         with quiet():
-            module = deploy(arch.build(told.num_classes), told, inputs[0])
-        macs = told.batch_size * cost(arch, told.resolution, told.num_classes).macs
+            module = deploy(arch.build(deployment.num_classes), deployment, inputs[0])
+        macs = deployment.batch_size * cost(arch, size, deployment.num_classes).macs
         return cls(Timed(yardsticks.meter.forwards(module, inputs), macs), float(anchor["median_ms"]))
 
 
 def _same(one: LatencyConfig, other: LatencyConfig) -> bool:
-    """But for the engine, and how precisely it is measured."""
+    """Whether two deployments are the same but for the engine and the precision of the measurement."""
     return replace(one, engine=other.engine, precision=other.precision, seconds=other.seconds) == other
 
 
-def device_here(told: str) -> str:
-    """The device of an exported deployment, or what there is here instead of it."""
-    if told.partition(":")[0] != "cuda":
-        return told
+def device_here(device: str) -> str:
+    """The device of an exported deployment if it exists here, else the one in its place."""
+    if device.partition(":")[0] != "cuda":
+        return device
     if not torch.cuda.is_available():
         return "cpu"
-    return told if (torch.device(told).index or 0) < torch.cuda.device_count() else "cuda"
+    return device if (torch.device(device).index or 0) < torch.cuda.device_count() else "cuda"
 
 
 class _Formats:
-    """Those of one network, ready to be timed."""
+    """Prepares the formats of one network for timing."""
 
     def __init__(
         self, folder: Path, network: Exported, config: LatencyConfig, yardsticks: Yardsticks, work: Path
@@ -150,44 +146,43 @@ class _Formats:
         size = config.resolution
         self.inputs = self.meter.random_inputs((config.batch_size, 3, size, size))
         self.macs = config.batch_size * cost(network.arch, size, network.num_classes).macs
-        # A file is for one resolution.
+        # A file works at one resolution only.
         self.files_fit = size == network.resolution
 
     def ready(self) -> list[Prepared]:
-        """A row for each, with its forward passes or the reason why there are none."""
-        found: list[Prepared] = []
+        """A row for each format, with its forward passes or the reason why it has none."""
+        prepared: list[Prepared] = []
         engines = [name for name, engine in ENGINES.items() if runs_on(engine, self.device)]
         attempts: list[tuple[str, str, Callable[[], Forwards]]] = [
             (name, self.config.dtype, partial(self._engine, name)) for name in engines
         ]
-        # As `formats.write_programs` compiles it.
+        # `formats.write_programs` compiles for this dtype.
         self.compiled_dtype = self.config.dtype if self.device.type == "cuda" else "float32"
         attempts.append(("torch.export", "float32", self._program))
         if self.files_fit:
             for name in (COMPILED, FUSED):
                 if (self.folder / name).exists():
                     attempts.append((PACKAGES[name], self.compiled_dtype, partial(self._package, name)))
-        # On CUDA its sessions stand apart from torch's streams and graphs.
+        # On CUDA, ONNX Runtime's sessions are apart from torch's streams and graphs.
         if self.device.type == "cpu":
             attempts.append(("ONNX Runtime", "float32", self._onnx))
         for what, dtype, make in attempts:
             row = Row(self.network.name, what, dtype, None, recorded_ms=self._recorded_ms(what))
             try:
                 with memory_may_run_out(), quiet():
-                    found.append((row, make(), self.macs))
+                    prepared.append((row, make(), self.macs))
             except (CandidateFailed, UsageError) as error:
-                found.append((replace(row, reason=str(error)), None, 0))
+                prepared.append((replace(row, reason=str(error)), None, 0))
             except Exception as error:
-                # An engine of ours raises bugs only; a file may be damaged, or of another machine.
+                # What an engine of ours raises here is a bug; a file may be damaged, or made for another machine.
                 if what in ENGINES:
                     raise
-                words = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-                found.append((replace(row, reason=words), None, 0))
-        return found
+                prepared.append((replace(row, reason=message_line(error)), None, 0))
+        return prepared
 
     def _recorded_ms(self, what: str) -> float | None:
-        told = self.network.deployment
-        if what != told.engine or not _same(self.config, told):
+        deployment = self.network.deployment
+        if what != deployment.engine or not _same(self.config, deployment):
             return None
         return float(self.network.config[SECTION]["latency"]["median_ms"])
 
@@ -209,11 +204,9 @@ class _Formats:
 
             module: nn.Module = torch.export.load(path).module()
         else:
-            # Otherwise the package asks CUDA whether its last run has ended, which a graph's capture does not allow.
-            loaded: Any = torch._inductor.aoti_load_package(
-                str(path), run_single_threaded=self.device.type == "cuda"
-            )  # fmt: skip
-            module = _Called(loaded)
+            # With more threads it asks CUDA whether its last run has ended, which a graph's capture does not allow.
+            on_cuda = self.device.type == "cuda"
+            module = _Called(torch._inductor.aoti_load_package(str(path), run_single_threaded=on_cuda))
         return self._checked(module, [x.to(getattr(torch, self.compiled_dtype)) for x in self.inputs])
 
     def _checked(self, module: nn.Module, inputs: Sequence[Tensor]) -> Forwards:
@@ -235,7 +228,7 @@ class _Formats:
 
 
 class _Called(nn.Module):
-    """Something that is called, as a module."""
+    """A module whose forward pass is a function."""
 
     def __init__(self, called: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -246,8 +239,8 @@ class _Called(nn.Module):
 
 
 def tables(rows: Sequence[Row], where: str) -> list[Table]:
-    """One for each network, the fastest format first; for a terminal of 80 columns."""
-    found = []
+    """A table for each network, the fastest format first, which fits into 80 columns."""
+    network_tables = []
     for network in dict.fromkeys(row.network for row in rows):
         table = Table(title=f"{network}, {where}", title_justify="left", show_edge=False, padding=(0, 0, 0, 1))
         for header in ("format", "dtype", "latency ms", "p20 to p80", "recorded ms"):
@@ -258,15 +251,15 @@ def tables(rows: Sequence[Row], where: str) -> list[Table]:
                 row.what, row.dtype, f"{latency.median_ms:.4f}", f"{latency.p20_ms:.4f} to {latency.p80_ms:.4f}",
                 "" if row.recorded_ms is None else f"{row.recorded_ms:.4f}",
             )  # fmt: skip
-        found.append(table)
-    return found
+        network_tables.append(table)
+    return network_tables
 
 
 def remarks(rows: Sequence[Row]) -> list[str]:
-    """A line for each format that does not run here, and each whose figure is doubtful."""
-    found = [f"{row.network}, {row.what}: left out ({row.reason})" for row in rows if row.latency is None]
+    """A line for each format that does not run here, and for each whose latency is doubtful."""
+    lines = [f"{row.network}, {row.what}: left out ({row.reason})" for row in rows if row.latency is None]
     for row in rows:
         if row.latency is not None and (row.latency.capped or row.latency.throttled):
             why = "on a throttling GPU" if row.latency.throttled else "ended by the time cap"
-            found.append(f"{row.network}, {row.what}: {why}")
-    return found
+            lines.append(f"{row.network}, {row.what}: {why}")
+    return lines

@@ -1,7 +1,7 @@
-"""Winners leave the house: a directory for each, which timm builds, trains and publishes, and our kernels deploy.
+"""Directories of exported networks, which timm builds, trains and publishes, and our kernels deploy.
 
-All that stands in a directory's files comes from its config.json: a study's figures are written there once, and the
-other files are made of it. Directories are written aside and then renamed, so that none is ever half there.
+The content of all files comes from config.json: a study's figures are written there, and the other files are made from
+it. Directories are written in a temporary folder and then renamed, so that no directory is ever incomplete.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from nas.config import LatencyConfig
 from nas.display.notes import stage_table
-from nas.errors import UsageError, of_this_version
+from nas.errors import UsageError, message_line, of_this_version
 from nas.export.selection import Selection
 from nas.latency.analysis import from_table
 from nas.latency.block_table import BlockTable
@@ -40,9 +40,9 @@ from search_spaces.timm_file import timm_file
 from studies import displayed
 
 CONFIG, WEIGHTS, RECIPE, CARD = "config.json", "model.safetensors", "train.yaml", "README.md"
-# What `nas.export.formats` makes of the weights.
+# Files that `nas.export.formats` makes from the weights.
 FILES = ONNX, PROGRAM, COMPILED, FUSED = "model.onnx", "model.pt2", "model_aoti.pt2", "model_fused.pt2"
-# Of config.json, what is ours.
+# Our section of config.json.
 SECTION = "convfirst"
 PROXY_WEIGHTS = "proxy"
 
@@ -51,11 +51,11 @@ Formats = Sequence[Callable[["Exported", Path], object]]
 
 @dataclass(frozen=True, eq=False)
 class Exported:
-    """An exported network, as its directory has it.
+    """An exported network, which is the content of its directory.
 
     Args:
         config: the content of config.json.
-        weights: of model.safetensors, if there is one.
+        weights: the content of model.safetensors, if there is one.
     """
 
     config: dict[str, Any]
@@ -63,7 +63,7 @@ class Exported:
 
     @property
     def name(self) -> str:
-        """A Python identifier; of the directory, as it was exported."""
+        """The name under which it was exported, a Python identifier; its directory may have been renamed since."""
         return str(self.config[SECTION]["name"])
 
     @cached_property
@@ -80,25 +80,25 @@ class Exported:
 
     @property
     def deployment(self) -> LatencyConfig:
-        """In which its latency was measured."""
+        """The deployment in which its latency was measured."""
         return LatencyConfig(**self.config[SECTION]["latency"]["deployment"])
 
     def build(self) -> nn.Module:
-        """The network with its weights, or new random ones, in evaluation mode."""
+        """The network with its weights, or with new random ones, in evaluation mode."""
         network = self.arch.build(self.num_classes)
         if self.weights is not None:
             network.load_state_dict(self.weights)
         return network.eval()
 
 
-# -- Of a study ------------------------------------------------------------------------------------------------------
+# -- From a study ----------------------------------------------------------------------------------------------------
 
 
 def chosen(recorded: RecordedStudy, selection: Selection) -> pd.DataFrame:
-    """The rows of a study's candidates that are to be exported, fastest first, in the study's own deployment.
+    """The rows of the selected candidates in the study's own deployment, fastest first.
 
     Raises:
-        UsageError: a trial is not there or not complete, or nothing is left.
+        UsageError: a trial does not exist or is not complete, or nothing passes.
     """
     rows = recorded.evaluations()
     if selection.trials:
@@ -114,7 +114,8 @@ def chosen(recorded: RecordedStudy, selection: Selection) -> pd.DataFrame:
     if selection.max_latency_ms is not None:
         passing = passing[passing["latency_ms"] <= selection.max_latency_ms]
         if passing.empty:
-            raise UsageError(f"--max-latency-ms {selection.max_latency_ms:g}: the fastest takes {_least(rows):.4g} ms")
+            least = rows["latency_ms"].min()
+            raise UsageError(f"--max-latency-ms {selection.max_latency_ms:g}: the fastest takes {least:.4g} ms")
     if selection.min_accuracy is not None:
         accurate = passing[passing["accuracy"] >= selection.min_accuracy]
         if accurate.empty:
@@ -123,10 +124,6 @@ def chosen(recorded: RecordedStudy, selection: Selection) -> pd.DataFrame:
     if selection.top is not None:
         passing = passing.sort_values(["accuracy", "latency_ms"], ascending=[False, True]).head(selection.top)
     return passing.sort_values(["latency_ms", "number"])
-
-
-def _least(rows: pd.DataFrame) -> float:
-    return float(rows["latency_ms"].min())
 
 
 def _why_not(recorded: RecordedStudy, number: int) -> str:
@@ -138,18 +135,18 @@ def _why_not(recorded: RecordedStudy, number: int) -> str:
 
 
 def directory_name(latency_ms: float, number: int) -> str:
-    """Readable, and a Python identifier: 0.8 ms of trial 42 are `convfirst_0p8ms_t042`."""
-    # Two digits, and never an exponent.
+    """The name of a candidate's directory, a Python identifier: `convfirst_0p8ms_t042` for trial 42 with 0.8 ms."""
+    # The latency has two digits and never an exponent.
     shown = f"{Decimal(f'{latency_ms:.2g}'):f}".replace(".", "p")
     return f"convfirst_{shown}ms_t{number:03d}"
 
 
 def of_study(recorded: RecordedStudy, storage: str, rows: pd.DataFrame) -> list[Exported]:
-    """What the directories of some candidates will hold.
+    """The exported networks of some candidates.
 
     Args:
         storage: URL of the study database.
-        rows: of `chosen`.
+        rows: rows that `chosen` returned.
 
     Raises:
         UsageError: another version of the program wrote a candidate.
@@ -160,7 +157,7 @@ def of_study(recorded: RecordedStudy, storage: str, rows: pd.DataFrame) -> list[
     table = BlockTable(recorded.store, recorded.device, config)
     anchor = {"arch_spec": json.loads(study.anchor), "median_ms": study.anchor_ms}
     kept = Weights(weight_folder(storage), study.study_id)
-    found = []
+    networks = []
     for arch, (_, row) in zip(archs, rows.iterrows(), strict=True):
         number, latency_ms = int(row["number"]), float(row["latency_ms"])
         trained = kept.find(number, arch.arch_id)
@@ -175,8 +172,8 @@ def of_study(recorded: RecordedStudy, storage: str, rows: pd.DataFrame) -> list[
             },
             "weights": None if trained is None else PROXY_WEIGHTS,
         }  # fmt: skip
-        found.append(_exported(arch, section, config, trained))
-    return found
+        networks.append(_exported(arch, section, config, trained))
+    return networks
 
 
 def _study_section(recorded: RecordedStudy, storage: str, number: int) -> dict[str, Any]:
@@ -214,7 +211,7 @@ def _number(value: Any) -> float | None:
 
 def _exported(arch: ArchSpec, section: dict[str, Any], config: LatencyConfig, trained: Trained | None) -> Exported:
     latency = section["latency"]
-    # timm keeps these through training and publishing; of the rest of our section it knows nothing.
+    # timm keeps these through training and publishing, but not our section.
     notes = [
         f"convfirst arch_id: {arch.arch_id}",
         "convfirst study: " + json.dumps({key: section["study"][key] for key in ("name", "trial", "storage")}),
@@ -222,8 +219,7 @@ def _exported(arch: ArchSpec, section: dict[str, Any], config: LatencyConfig, tr
     ]
     fields: dict[str, Any] = {"notes": notes, SECTION: section}
     if trained is None:
-        made = timm_config(arch, config.num_classes, config.resolution, **fields)
-        return Exported(made, None)
+        return Exported(timm_config(arch, config.num_classes, config.resolution, **fields), None)
     images = trained.images
     made = timm_config(
         arch, len(images.classes), images.resolution, mean=images.mean, std=images.std, whole_image=True,
@@ -260,12 +256,12 @@ def render(exported: Exported) -> dict[str, str]:
 
 
 def recipe(params: int, resolution: int) -> dict[str, Any]:
-    """Regularisation for an ImageNet-style training: the larger the network, the more of it.
+    """Regularisation for an ImageNet-style training, which is stronger for larger networks.
 
     Small networks underfit: strong augmentation costs them accuracy (Steiner et al., arXiv 2106.10270; Tan and Le,
-    arXiv 2104.00298, table 6). The strongest is that of ConvNeXt (arXiv 2201.03545), the schedule its, too.
+    arXiv 2104.00298, table 6). The strongest recipe is that of ConvNeXt (arXiv 2201.03545), and so is the schedule.
     """
-    # Millions of parameters at most; RandAugment's magnitude, mixup, cutmix, random erasing, stochastic depth.
+    # Upper bound in millions of parameters; RandAugment's magnitude, mixup, cutmix, random erasing, stochastic depth.
     steps = (
         (3, 5, 0.0, 0.0, 0.0, 0.0), (12, 7, 0.2, 0.2, 0.1, 0.05), (30, 9, 0.8, 1.0, 0.25, 0.1),
         (math.inf, 9, 0.8, 1.0, 0.25, 0.2),
@@ -274,22 +270,22 @@ def recipe(params: int, resolution: int) -> dict[str, Any]:
     return {
         "aa": f"rand-m{magnitude}-mstd0.5-inc1", "mixup": mixup, "cutmix": cutmix, "reprob": reprob,
         "drop_path": drop_path,
-        # Of a small image a small part shows nothing.
+        # A small part of a small image shows nothing.
         "scale": [0.35 if resolution < 128 else 0.08, 1.0],
     }  # fmt: skip
 
 
 def write(networks: Sequence[Exported], out_dir: Path, formats: Formats = (), force: bool = False) -> list[Path]:
-    """Write a directory for each network; all of them, or none.
+    """Write a directory for each network, all of them or none, and return their paths.
 
     Args:
-        formats: what else is to be made of each network, in its directory.
-        force: into a folder that is not empty, too. Of a directory that is there already ours is replaced, file by
-            file, and whatever else lies in it stays.
+        formats: functions that make more files of each network in its directory.
+        force: whether to write into a folder that is not empty, too. In a directory that exists already, our files are
+            replaced one by one, and all other files stay.
 
     Raises:
-        UsageError: the folder is not empty, or cannot be written to, a format cannot be made, or a directory that is
-            there holds weights of a training.
+        UsageError: the folder is not empty or cannot be written to, a format cannot be made, or an existing directory
+            holds the weights of a training.
     """
     places = [out_dir / network.name for network in networks]
     try:
@@ -322,7 +318,11 @@ def write(networks: Sequence[Exported], out_dir: Path, formats: Formats = (), fo
 
 
 def _require_no_training(place: Path) -> None:
-    """Raises UsageError where a directory holds more than a search gave it."""
+    """Refuse a directory that holds the weights of a longer training, which would be lost.
+
+    Raises:
+        UsageError: it holds such weights.
+    """
     if not (place / CONFIG).exists():
         return
     there = read(place)
@@ -332,13 +332,14 @@ def _require_no_training(place: Path) -> None:
 
 
 def rewrite(folder: Path, network: Exported, formats: Formats = (), note: Note = lambda line: None) -> None:
-    """Write a network into the directory that it was read from, file by file.
+    """Write a network into the directory from which it was read, file by file.
 
-    What is not ours stays, and of ours what was edited: the recipe, and the card. Where the weights are others than
-    those that are there, formats that were made of these go.
+    Files that are not ours stay, and so do the recipe and the card if they were edited. Where the weights change, the
+    formats that were made from the old ones are deleted.
 
     Args:
-        note: told what stays.
+        formats: functions that make more files of the network in its directory.
+        note: function that takes a line on each edited file that stays.
 
     Raises:
         UsageError: the directory cannot be written to, or a format cannot be made.
@@ -369,7 +370,7 @@ _ASIDE = ".export-"
 
 @contextlib.contextmanager
 def _aside(parent: Path) -> Iterator[Path]:
-    """A folder on the same file system, so that what is in it can be renamed; gone in the end."""
+    """A temporary folder on the same file system, so that its files can be renamed into their places."""
     with tempfile.TemporaryDirectory(dir=parent, prefix=_ASIDE) as aside:
         yield Path(aside)
 
@@ -379,14 +380,14 @@ def _fill(folder: Path, network: Exported, formats: Formats) -> None:
     for name, text in render(network).items():
         (folder / name).write_text(text, encoding="utf-8")
     if network.weights is not None:
-        # Not `save_file`, whose files nobody else may read.
+        # `save_file` would make a file that no other user may read.
         (folder / WEIGHTS).write_bytes(save(network.weights, metadata={"format": "pt"}))
     for make in formats:
         make(network, folder)
 
 
 def _merge(made: Path, place: Path, stale: Sequence[str]) -> None:
-    """Rename files into a directory that is there, the configuration last; `stale` ones that were not made go."""
+    """Rename files into an existing directory, the configuration last; `stale` files that were not made are deleted."""
     for name in stale:
         if not (made / name).exists():
             (place / name).unlink(missing_ok=True)
@@ -395,10 +396,10 @@ def _merge(made: Path, place: Path, stale: Sequence[str]) -> None:
 
 
 def read(folder: Path) -> Exported:
-    """An exported directory.
+    """Read an exported directory.
 
     Raises:
-        UsageError: it is none, or damaged.
+        UsageError: the folder is no exported directory, or is damaged.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such directory")
@@ -410,22 +411,20 @@ def read(folder: Path) -> Exported:
     except (OSError, ValueError) as error:
         raise UsageError(f"{path}: cannot be read ({error})") from error
     try:
-        weights = _read_weights(folder / WEIGHTS)
-        found = Exported(config, weights)
+        network = Exported(config, _read_weights(folder / WEIGHTS))
         section = config[SECTION]
-        if found.arch.arch_id != section["arch_id"]:
+        if network.arch.arch_id != section["arch_id"]:
             raise ValueError("its arch_id is that of another architecture")
-        if not found.name.isidentifier():
-            raise ValueError(f"its name {found.name!r} is no Python identifier")
-        # All that is read of it anywhere.
-        _ = found.deployment, float(section["latency"]["median_ms"]), dict(section["latency"]["device"])
+        if not network.name.isidentifier():
+            raise ValueError(f"its name {network.name!r} is no Python identifier")
+        # These fields are read elsewhere.
+        _ = network.deployment, float(section["latency"]["median_ms"]), dict(section["latency"]["device"])
         ArchSpec.from_json(json.dumps(section["latency"]["anchor"]["arch_spec"]))
-        render(found)
-        found.build()
+        render(network)
+        network.build()
     except (AttributeError, LookupError, TypeError, ValueError, RuntimeError, TemplateError) as error:
-        words = f"{type(error).__name__}: {error}".splitlines()[0]
-        raise UsageError(f"{path}: damaged, or not one that `export` wrote ({words})") from error
-    return found
+        raise UsageError(f"{path}: damaged, or not one that `export` wrote ({message_line(error)})") from error
+    return network
 
 
 def _read_weights(path: Path) -> dict[str, Tensor] | None:
@@ -438,38 +437,33 @@ def _read_weights(path: Path) -> dict[str, Tensor] | None:
 
 
 def trained(network: Exported, checkpoint: Path) -> Exported:
-    """A network with the weights of a training by timm, whose checkpoint holds the averaged weights, too, if it kept
-    them; these are taken.
+    """A network with the weights of a checkpoint of timm's; the averaged ones (EMA), if it has them.
 
     Raises:
-        UsageError: the file cannot be read, or is another network's.
+        UsageError: the file cannot be read, or holds another network's weights.
     """
     from timm.models import load_state_dict
 
-    # timm says so, too, in words of its own.
+    # timm would refuse it, too, but in other words.
     if not checkpoint.is_file():
         raise UsageError(f"--checkpoint {checkpoint}: no such file")
     try:
         loaded = dict(load_state_dict(str(checkpoint), use_ema=True))
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in loaded.items()}
         classes = int(weights["classifier.weight"].shape[0])
-    except Exception as error:  # whatever a file that is none raises
-        raise UsageError(f"--checkpoint {checkpoint}: holds no weights of a network ({_first_line(error)})") from error
+    except Exception as error:  # a file that is no checkpoint may raise anything
+        raise UsageError(f"--checkpoint {checkpoint}: holds no weights of a network ({message_line(error)})") from error
     config: dict[str, Any] = json.loads(json.dumps(network.config))
     for fields in (config, config["model_args"], config["pretrained_cfg"]):
         fields["num_classes"] = classes
-    # The checkpoint does not tell what it was trained on.
+    # The checkpoint does not say which data it was trained on.
     config.pop("label_names", None)
     config[SECTION]["weights"] = checkpoint.name
-    found = Exported(config, weights)
+    network = Exported(config, weights)
     try:
-        found.build()
+        network.build()
     except RuntimeError as error:
-        words = _first_line(error, 1)
+        # torch names the first difference in the second line.
+        words = message_line(error, 1)
         raise UsageError(f"--checkpoint {checkpoint}: holds another network's weights ({words})") from error
-    return found
-
-
-def _first_line(error: Exception, line: int = 0) -> str:
-    lines = [line.strip() for line in f"{type(error).__name__}: {error}".splitlines()]
-    return lines[min(line, len(lines) - 1)]
+    return network

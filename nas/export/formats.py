@@ -1,4 +1,4 @@
-"""What else a directory may hold of a trained network: ONNX, and torch.export's programs, plain, compiled, fused."""
+"""Formats in which a trained network is deployed: ONNX, and torch.export's programs, plain, compiled and fused."""
 
 from __future__ import annotations
 
@@ -18,28 +18,31 @@ import torch
 from torch import Tensor, nn
 
 from kernels.fold import fold_batch_norms
-from nas.errors import UsageError
+from nas.errors import UsageError, message_line
 from nas.export.directories import COMPILED, FUSED, ONNX, PROGRAM, Exported
 from nas.reporting import Note
 
 INPUT, OUTPUT = "images", "logits"
-# What torch 2.11 writes by itself: newer ones give these networks nothing, and fewer runtimes read them.
+# torch 2.11 writes this one by default: newer ones gain these networks nothing, and fewer runtimes read them.
 OPSET = 20
-# Logits of a format may differ from torch's by so much of the largest: float32 summed in another order, and 16 bits.
+# Largest difference of a format's logits from torch's, as a share of the largest logit: float32 is summed in another
+# order, and the other two have 16 bits.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 class ExportFormat(StrEnum):
+    """Values of `export --format`."""
+
     TIMM = "timm"
     ONNX = "onnx"
     TORCH_EXPORT = "torch-export"
 
 
 def makers(formats: Sequence[ExportFormat], note: Note) -> list[Callable[[Exported, Path], object]]:
-    """Functions that make files of a network in its directory; timm's are there anyhow.
+    """Functions that write a network in these formats into its directory; timm's files are always there.
 
     Args:
-        note: told what cannot be made on this machine.
+        note: function that takes a line on each file that cannot be made on this machine.
     """
     by_format: dict[ExportFormat, Callable[[Exported, Path], object]] = {
         ExportFormat.ONNX: write_onnx,
@@ -49,7 +52,7 @@ def makers(formats: Sequence[ExportFormat], note: Note) -> list[Callable[[Export
 
 
 def write_onnx(network: Exported, folder: Path) -> Path:
-    """`model.onnx`: images (N, 3, H, W) float32 to logits (N, classes), N free.
+    """Write `model.onnx`: images (N, 3, H, W) float32 to logits (N, classes), for any N.
 
     Raises:
         UsageError: there are no weights, a package is missing, or onnxruntime gives other logits than torch.
@@ -59,14 +62,18 @@ def write_onnx(network: Exported, folder: Path) -> Path:
 
 
 def onnx_file(model: nn.Module, resolution: int, path: Path) -> Path:
-    """As `write_onnx`, of any network in evaluation mode."""
+    """Write an ONNX file of any network in evaluation mode, as `write_onnx` does.
+
+    Raises:
+        UsageError: a package is missing, or onnxruntime gives other logits than torch.
+    """
     try:
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise UsageError(f"--format onnx: {error.name} is not installed (pip install 'convfirst-nas[onnx]')") from error
     folded = fold_batch_norms(model)
-    # Two, as torch.export takes an example's batch of one for all there is.
+    # The batch is two: torch.export would take an example's batch of one for the only one.
     images = torch.randn(2, 3, resolution, resolution)
     with quiet():
         program: Any = torch.onnx.export(
@@ -84,10 +91,13 @@ def onnx_file(model: nn.Module, resolution: int, path: Path) -> Path:
 
 
 def write_programs(network: Exported, folder: Path, note: Note) -> list[Path]:
-    """`model.pt2`, and where this machine can make them `model_aoti.pt2` and `model_fused.pt2`.
+    """Write `model.pt2`, and where this machine can make them `model_aoti.pt2` and `model_fused.pt2`.
 
-    The first is in float32, for any device. The others are in the dtype of the deployment on CUDA where there is CUDA,
-    else in float32 for the CPU.
+    The first is in float32, for any device. The others are for CUDA and in the deployment's dtype where there is CUDA,
+    else for the CPU and in float32.
+
+    Args:
+        note: function that takes a line on each file that cannot be made on this machine.
 
     Raises:
         UsageError: there are no weights, or a program gives other logits than torch.
@@ -103,10 +113,9 @@ def write_programs(network: Exported, folder: Path, note: Note) -> list[Path]:
             made.append(_compiled_file(model, network.resolution, device, dtype, folder / COMPILED))
         except UsageError:
             raise
-        except Exception as error:  # whatever a compiler raises whose headers are not there
+        except Exception as error:  # a compiler without its headers may raise anything
             (folder / COMPILED).unlink(missing_ok=True)
-            words = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-            note(f"{COMPILED}: left out, it does not compile here ({words})")
+            note(f"{COMPILED}: left out, it does not compile here ({message_line(error)})")
     else:
         note(f"{COMPILED}: left out, there is no C++ compiler here")
     if on_cuda or os.environ.get("TRITON_INTERPRET") == "1":
@@ -117,7 +126,13 @@ def write_programs(network: Exported, folder: Path, note: Note) -> list[Path]:
 
 
 def program_file(model: nn.Module, resolution: int, path: Path) -> Path:
-    """`model.pt2` of any network in evaluation mode: batch norms folded, channels_last, float32, any batch."""
+    """Write a `torch.export` program of any network in evaluation mode.
+
+    Batch norms are folded, memory is channels_last, data are float32, and the batch is free.
+
+    Raises:
+        UsageError: the program gives other logits than torch.
+    """
     folded = fold_batch_norms(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = _images(resolution, torch.device("cpu"), torch.float32)
     with quiet():
@@ -142,7 +157,8 @@ def _fused_file(model: nn.Module, resolution: int, device: torch.device, dtype: 
 
     fused = fuse(model.to(device), dtype=dtype)
     images = _images(resolution, device, dtype)
-    # Tuned for what is checked below: of what was not, the first tiling counted need not run on every GPU.
+    # The batches that are checked below are tuned: without tuning, the tiling that is counted best may not run on this
+    # GPU.
     for batch in (len(images), 1):
         fused.prepare(batch, resolution)
     with quiet():
@@ -164,7 +180,7 @@ def _program(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
 
 
 def _has_compiler() -> bool:
-    """Inductor compiles the host's part of a package in C++, whatever the device."""
+    """Whether there is a C++ compiler: Inductor compiles the host's part of a package in C++, whatever the device."""
     named = os.environ.get("CXX", "").split()
     return any(shutil.which(name) for name in (named[:1] or ["g++", "clang++"]))
 
@@ -179,19 +195,23 @@ def _require_weights(network: Exported, wanted: ExportFormat) -> None:
 
 @torch.no_grad()
 def _check(run: Callable[[Tensor], Tensor], model: nn.Module, images: Tensor, name: str) -> None:
-    """Raises UsageError where a format does not give a network's logits, of its own batch and of one image."""
+    """Hold a format's logits against the network's, for the given images and for the first of them alone.
+
+    Raises:
+        UsageError: they differ by more than the tolerance.
+    """
     for x in (images, images[:1].contiguous(memory_format=torch.channels_last)):
-        # On CUDA convolutions of float32 would drop 13 bits, which the tolerance does not allow for.
+        # With TF32, convolutions of float32 on CUDA would drop 13 bits, for which the tolerance does not allow.
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            expected, found = model(x).float(), run(x).float()
-        error = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
+            expected, actual = model(x).float(), run(x).float()
+        error = (actual - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
         if not error <= TOLERANCE[images.dtype]:
             raise UsageError(f"{name}: gives other logits than torch, by {error:.1e} of the largest")
 
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Exporters and compilers talk about themselves, on all channels there are."""
+    """Context without output and logs: exporters and compilers write on every channel."""
     disabled = logging.root.manager.disable
     with (
         warnings.catch_warnings(),

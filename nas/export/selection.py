@@ -1,4 +1,4 @@
-"""Which networks of a study are exported, as a value."""
+"""The selection of a study's networks for export."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ PANEL = "Which networks"
 
 @dataclass(frozen=True)
 class Selection(Checked):
-    """Which candidates of a study: the front's members that pass, or trials by their numbers.
+    """The candidates of a study to export: members of the front or given trials, within the bounds.
 
     Args:
         trials: numbers of complete trials, on the front or not; empty means the front.
-        top: the most accurate of them.
+        top: number of networks, the most accurate of those within the bounds.
 
     Raises:
         FieldError: a field has a value that it cannot have.

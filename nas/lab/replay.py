@@ -1,8 +1,8 @@
-"""Whether today's search does what an earlier version did: `python -m nas.lab.replay sqlite:///studies/convfirst.db`.
+"""Replay of a recorded study: `python -m nas.lab.replay sqlite:///studies/convfirst.db`.
 
-A recorded study is searched again in a new database, by an evaluator that replays the accuracies and latencies that the
-study holds. Today's search then has to propose the same architectures, and to store the same columns with the same
-values, but for the times at which something happened and how long it took.
+The command checks whether today's search does what an earlier version did. It searches the study again in a new
+database, with an evaluator that replays the accuracies and latencies that the study holds. Today's search then has to
+propose the same architectures, and to store the same columns with the same values, except points in time and durations.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from nas.training.proxy import CurvePoint, ProxyResult
 from search_spaces import ArchSpec, Cost, cost
 from studies import BlockLatency, Candidate, CandidateLatency, Store
 
-# What differs from run to run though nothing else does.
+# Columns and attributes that differ from run to run though nothing else does.
 TIMES = ("latency_seconds", "total_seconds", "finished_at", "created_at", "owner")
 ATTRIBUTES_OF_TIME = ("seconds",)
 
 
 class ReplayingEvaluator:
-    """Scores candidates as a recorded study did; what the study does not hold cannot be scored.
+    """Scores candidates as a recorded study did; it ends the program at an architecture that the study does not hold.
 
     Args:
-        recorded: the study, of which candidates, block latencies and the device's profile are read at once.
+        recorded: the study, whose candidates, block latencies and device profile are read at once.
     """
 
     notes: tuple[str, ...] = ()
@@ -124,7 +124,7 @@ def _measurement(row: CandidateLatency) -> Measurement:
 
 
 def tables_of(recorded: RecordedStudy) -> dict[str, pd.DataFrame]:
-    """What a search stores, without ids of rows and without times: trials, candidates, latencies, curves, fronts."""
+    """The tables that a search stores, without row ids and times: trials, candidates, latencies, curves and views."""
     store = recorded.store
     candidates = [_columns(each) for each in recorded.candidates()]
     latencies = [{"number": each.number} | _columns(row) for each in recorded.candidates() for row in each.latencies]

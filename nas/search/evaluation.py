@@ -1,4 +1,4 @@
-"""One candidate, scored: counted, timed, and, unless a limit forbids it, trained."""
+"""Evaluation of one candidate: it is counted, timed and, unless it breaks a limit, trained."""
 
 from __future__ import annotations
 
@@ -32,7 +32,13 @@ from studies import CandidateState
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a candidate. `constraints` are shares over each limit, above 0 where it is broken."""
+    """Result of evaluating a candidate.
+
+    Args:
+        reason: why it failed, or which limits it broke.
+        latency_seconds: time that measuring the latency took.
+        constraints: excess over each limit as a share of the limit, above 0 where it is broken.
+    """
 
     state: CandidateState
     cost: Cost
@@ -45,14 +51,14 @@ class Outcome:
 
 
 class Evaluator(Protocol):
-    """What the search needs to know of a candidate; the tests put a fast fake in its place."""
+    """Measures and trains candidates for the search; the tests put a fast fake in its place."""
 
     device: DeviceInfo
     data_fingerprint: str
     notes: tuple[str, ...]
 
     def anchor(self, references_ms: Sequence[float]) -> ShapeLatency:
-        """The anchor network's latency, measured now on the scale of the yardsticks' references."""
+        """Measure the anchor network's latency, on the scale of the yardsticks' references."""
         ...
 
     def start(self, anchor_ms: float) -> None:
@@ -66,38 +72,38 @@ class Evaluator(Protocol):
     def train(self, arch: ArchSpec) -> ProxyResult: ...
 
     def measure_together(self, archs: Sequence[ArchSpec]) -> list[Measurement]:
-        """Latencies of several networks, sampled in turns with each other."""
+        """Measure the latencies of several networks, sampled in turns with each other."""
         ...
 
     def measure_blocks(
         self, archs: Sequence[ArchSpec], known: Mapping[str, float], references_ms: Sequence[float]
     ) -> list[ShapeLatency]:
-        """What the block latency table lacks of some architectures; see `BlockMeter.measure_archs`."""
+        """Measure the blocks of some architectures that are not `known`; see `BlockMeter.measure_archs`."""
         ...
 
     def profile(self) -> DeviceProfile:
-        """What the device can do in the deployment's dtype, measured now."""
+        """Measure what the device can do in the deployment's dtype."""
         ...
 
     def determinism(self) -> str | None:
-        """What deterministic trainings cost, measured now, in a line; None where all trainings are."""
+        """Measure what deterministic trainings cost, and say so in a line; None where all are deterministic."""
         ...
 
     def close(self) -> None:
-        """The search is over."""
+        """End the search's use of the device."""
         ...
 
 
 class RealEvaluator:
-    """Trains and times for real, as `config` says.
+    """Trains and times candidates for real, as `config` says.
 
-    While it trains, no process measures on the device, and while it measures none trains there or measures.
+    While it trains, no process measures on the device; while it measures, no other process trains or measures there.
 
     Args:
-        note: told, once, when it has to wait for another process.
+        note: takes lines on the data, and one when another process must be waited for.
 
     Raises:
-        UsageError: the data cannot be loaded, or the device is not there.
+        UsageError: the data cannot be loaded, or the device does not exist.
     """
 
     def __init__(self, config: SearchConfig, note: Callable[[str], None] = lambda line: None) -> None:
@@ -130,6 +136,7 @@ class RealEvaluator:
 
     @contextlib.contextmanager
     def _anchor_runs(self) -> Iterator[None]:
+        """Turns the failure of the anchor network into a UsageError that names the engine."""
         try:
             yield
         except CandidateFailed as error:
@@ -174,7 +181,8 @@ class RealEvaluator:
                 raise UsageError(f"--deterministic: not on {self.torch_device} ({error})") from error
             return f"--deterministic would not work here ({error})"
         except RuntimeError as error:
-            # Its process has printed why; a GPU may be for one process alone, say. To know it is no condition.
+            # The child process has printed the reason: a GPU may admit one process only, for example. The search goes
+            # on without this figure.
             return f"what --deterministic costs here could not be measured ({error})"
 
     def train(self, arch: ArchSpec) -> ProxyResult:
@@ -189,7 +197,7 @@ class RealEvaluator:
             trim_heap()
 
     def close(self) -> None:
-        """Let go of the device; `start` may follow again."""
+        """Release the device; `start` may follow again."""
         if self.meter is not None:
             self.meter.close()
         self.meter = None
@@ -198,18 +206,18 @@ class RealEvaluator:
 def trim_heap() -> None:
     """Give freed memory back to the system.
 
-    Each network has tensors of other sizes, and glibc keeps the holes: without this, training some twenty candidates
-    grows the process from 0.8 to 1.4 GB.
+    Each network has tensors of other sizes, and glibc keeps the holes between them: without this call, training some
+    twenty candidates grows the process from 0.8 to 1.4 GB.
     """
     if sys.platform == "linux":
-        with contextlib.suppress(AttributeError, OSError):  # another libc than glibc
+        with contextlib.suppress(AttributeError, OSError):  # the libc is not glibc
             ctypes.CDLL(None).malloc_trim(0)
 
 
 def evaluate(arch: ArchSpec, evaluator: Evaluator, limits: Limits) -> Outcome:
-    """Count, time and train one candidate, cheapest first, stopping at the first broken limit.
+    """Count, time and train one candidate, in this order of cost, and stop at the first broken limit.
 
-    A candidate that cannot run is a result; anything else that goes wrong is a bug, and raised.
+    A candidate that cannot run is a result; every other exception is a bug and is raised.
     """
     begin = time.perf_counter()
     counted = evaluator.cost(arch)
@@ -238,5 +246,6 @@ def evaluate(arch: ArchSpec, evaluator: Evaluator, limits: Limits) -> Outcome:
 
 
 def _broken(constraints: dict[str, float]) -> str | None:
+    """The broken limits in words; None where there are none."""
     parts = [f"{name} {excess:+.0%} over the limit" for name, excess in constraints.items() if excess > 0]
     return ", ".join(parts) or None

@@ -1,4 +1,4 @@
-"""The front's members measured again, in turns with one another: what a search ends with."""
+"""The measurement of a front, with which a search ends: its members are measured again, in turns with one another."""
 
 from __future__ import annotations
 
@@ -17,24 +17,24 @@ from studies import Deployment, LatencyStage
 
 Measure = Callable[[Sequence[ArchSpec]], list[Measurement]]
 
-# Networks that are sampled in turns: all their weights and graphs are in memory together.
+# Networks that are sampled in turns at most: all their weights and graphs are in memory together.
 TOGETHER = 24
-# A member that turns out slower may let others in, which are then measured too, and so on.
+# A member that turns out slower may let other candidates join the front, which are then measured too, and so on.
 MAX_ROUNDS = 5
 
 
 @dataclass(frozen=True)
 class FrontChanges:
-    """What measuring the front again has changed.
+    """The changes of a front that was measured again.
 
     Args:
-        deployment: in which it was measured.
-        ratios: new over old latency of each candidate that was measured.
-        left, joined: numbers of the trials that are no longer, or newly, on the front.
+        deployment: the deployment of the measurement.
+        ratios: new latency / old latency of each candidate that was measured.
+        left, joined: numbers of the trials that left and that joined the front.
         capped: number of measurements that the time cap ended.
         over_limit: numbers of the trials that turned out to break the study's limit on the latency.
-        size: number of the front's members now.
-        unmeasured: number of members that came on the front last, and were not measured again.
+        size: number of the front's members after the measurement.
+        unmeasured: number of members that joined the front last and were not measured again.
     """
 
     deployment: Deployment
@@ -69,16 +69,17 @@ def measure_front(
     recorded: RecordedStudy, deployment: Deployment, measure: Measure, *, again: bool = False,
     limit_ms: float | None = None, before: pd.DataFrame | None = None,
 ) -> FrontChanges | None:  # fmt: skip
-    """Measure the members of a front again, until all its members were; None where all have been, or it is empty.
-
-    They are measured in turns with each other; those whom a slower one lets in, in turns among themselves.
+    """Measure a front's members again, in turns with each other, and then those that join it, until none is left.
 
     Args:
-        deployment: whose front it is; of one study, there may be several.
-        measure: times several architectures in turns.
-        again: measure also where all members were measured already.
-        limit_ms: the study's limit in this deployment: slower candidates leave the front.
-        before: the front that changes are counted from (default: that of now).
+        deployment: the front's deployment; a study may have a front in each of several deployments.
+        measure: function that times several architectures in turns.
+        again: whether to measure also where all members were measured already.
+        limit_ms: the study's limit in this deployment; slower candidates leave the front.
+        before: the front from which changes are counted (default: the current one).
+
+    Returns:
+        The changes; None where the front is empty, or all members were measured already.
 
     Raises:
         CandidateFailed: a member does not run, not even alone.
@@ -121,7 +122,7 @@ def measure_front(
 
 
 def _in_turns(measure: Measure, archs: Sequence[ArchSpec]) -> list[Measurement]:
-    """As many at once as run together: all their weights and graphs are in memory."""
+    """Measure as many networks at once as run together: all their weights and graphs are in memory."""
     try:
         return measure(archs)
     except CandidateFailed:

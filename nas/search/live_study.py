@@ -1,4 +1,4 @@
-"""A study that is being searched: recovered, proposing and recording."""
+"""A study that is being searched: it closes interrupted trials, proposes candidates and records them."""
 
 from __future__ import annotations
 
@@ -16,14 +16,15 @@ from nas.search.trials import TRIAL_STATES, Trials
 from search_spaces import ArchSpec
 from studies import Candidate, CandidateState, Owner
 
-# After this many known architectures in a row the sampler is helped out by a random draw. TPE proposes the known
-# the more often the longer a study is (after 1,950 candidates eight proposals for a new one), and so goes on exploring.
+# After this many known architectures in a row, a random draw takes the sampler's place. TPE proposes known
+# architectures more often the longer a study is (after 1,950 candidates, eight proposals for a new one); thanks to the
+# random draws it goes on exploring.
 MAX_DUPLICATES = 2
 
 
 @dataclass(frozen=True)
 class Measured:
-    """A complete candidate's two objectives."""
+    """The two objectives of a complete candidate."""
 
     accuracy: float
     latency_ms: float
@@ -54,13 +55,13 @@ class LiveStudy:
         self.openers = () if config.sampler == "random" else (config.space.smallest(), config.space.anchor())
 
     def _objectives(self, candidates: Sequence[Candidate]) -> list[Measured]:
-        """Accuracy and latency of the complete candidates, with the latency that was measured last."""
-        found = []
+        """Accuracy and latest latency of the complete candidates."""
+        complete = []
         for candidate in candidates:
             latency = candidate.latency_in(self.recorded.deployment)
             if candidate.state == CandidateState.COMPLETE and candidate.accuracy is not None and latency is not None:
-                found.append(Measured(candidate.accuracy, latency.median_ms))
-        return found
+                complete.append(Measured(candidate.accuracy, latency.median_ms))
+        return complete
 
     def timed_archs(self) -> list[ArchSpec]:
         """The architectures of all candidates that were timed in the deployment that is searched."""
@@ -68,7 +69,7 @@ class LiveStudy:
         return [ArchSpec.from_json(each.arch) for each in candidates if each.latency_in(deployment) is not None]
 
     def reload(self) -> None:
-        """Read the candidates' latencies anew, of which some were measured again."""
+        """Read the candidates' latencies anew, after some were measured again."""
         self.complete = self._objectives(self.recorded.candidates())
 
     @property
@@ -79,9 +80,9 @@ class LiveStudy:
         return hypervolume(accuracy, latency_ms, self.recorded.reference_latency_ms)
 
     def recover(self) -> None:
-        """Close every trial left running: as its row says if it has one, else as failed.
+        """Close every trial that was left running: as its row says if it has one, else as failed.
 
-        Only the one process that holds the claim may call this: then no owner of such a trial still lives.
+        Only the process that holds the claim may call this: then no other process still evaluates such a trial.
         """
         left = self.trials.unfinished()
         if not left:
@@ -97,8 +98,8 @@ class LiveStudy:
     def propose(self) -> tuple[Proposal, int] | None:
         """The next architecture that was never evaluated, and its trial's id; None where the space has no more.
 
-        A known architecture that the sampler proposes is recorded as a pruned trial of its own: to the samplers a
-        place where nothing is to be gained, and in the dashboard visibly not a result.
+        A known architecture that the sampler proposes is recorded as a pruned trial of its own: so the samplers learn
+        that nothing is to be gained there, and the dashboard shows that it is no result.
         """
         self.recorded.store.ownership.require(self.recorded.study_id, self.owner)
         duplicates = 0
@@ -122,7 +123,7 @@ class LiveStudy:
         return None
 
     def record(self, proposal: Proposal, trial_id: int, outcome: Outcome) -> None:
-        """Write a candidate's rows, then tell Optuna, then the sampler's copy."""
+        """Write a candidate's rows, then close its trial in Optuna's tables, then in the sampler's copy."""
         row = candidate_row(self.recorded, proposal, trial_id, outcome)
         self.recorded.store.add_candidate(row, self.owner)
         broken = outcome.constraints or {}

@@ -29,13 +29,13 @@ from search_spaces import ArchSpec
 from studies import CandidateState, LatencyStage
 from studies.display import artifact_folder
 
-# Candidates in a row that failed or broke a limit: past this the limits or the machine want a look.
+# Candidates in a row that failed or broke a limit, after which the user should look at the limits or the machine.
 MAX_BARREN = 200
 
 
 @dataclass(frozen=True)
 class Event:
-    """A candidate has been recorded."""
+    """The state of a search after a candidate was recorded."""
 
     arch: ArchSpec
     outcome: Outcome
@@ -48,7 +48,7 @@ class Event:
 
 
 class Progress(Protocol):
-    """Who is told of a search's course."""
+    """Shows the course of a search."""
 
     def note(self, line: str) -> None: ...
 
@@ -58,7 +58,7 @@ class Progress(Protocol):
 
 
 class Silent:
-    """Progress that nobody looks at."""
+    """Progress that shows nothing."""
 
     def note(self, line: str) -> None:
         pass
@@ -72,7 +72,7 @@ class Silent:
 
 @dataclass(frozen=True)
 class Shares:
-    """Seconds that this run spent: on training, on latency, and in all."""
+    """Seconds that this run spent on training, on latency, and in all."""
 
     training: float
     latency: float
@@ -81,15 +81,15 @@ class Shares:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a run ends with.
+    """The result of a run.
 
     Args:
-        complete: distinct architectures fully evaluated in the study, earlier runs counted in.
-        why: the line that says why the run ended.
-        pareto_front: the study's front as the view of that name shows it, fastest first.
-        hypervolume: of the front, in 0..1; see `RecordedStudy.reference_latency_ms`.
-        shares: where this run's time went.
-        remarks: what measuring the front and its blocks at the end has shown, a line each.
+        complete: number of distinct architectures fully evaluated in the study, earlier runs included.
+        why: the reason for which the run ended, a line.
+        pareto_front: the study's rows of the view of that name, fastest first.
+        hypervolume: hypervolume of the front, in 0..1; see `RecordedStudy.reference_latency_ms`.
+        shares: the seconds that this run spent, and on what.
+        remarks: lines on the last measurement of the front and its blocks.
     """
 
     complete: int
@@ -105,13 +105,13 @@ def run(config: SearchConfig, evaluator: Evaluator | None = None, progress: Prog
 
     Args:
         config: the whole search.
-        evaluator: scores candidates; by default trains and times them for real.
-        progress: told of every candidate.
+        evaluator: what scores candidates (default: a `RealEvaluator`, which trains and times them).
+        progress: what shows the course of the search (default: nothing does).
 
     Raises:
-        UsageError: what was asked for cannot be done; nothing was begun.
-        studies.StorageError: the database cannot be used, or no longer; what was finished is kept.
-        KeyboardInterrupt: after the running candidate was closed.
+        UsageError: the search is impossible; nothing was begun.
+        studies.StorageError: the database cannot be used, or no longer; all finished candidates are kept.
+        KeyboardInterrupt: the user stopped the search; the running candidate was closed first.
     """
     begin = time.perf_counter()
     progress = progress or Silent()
@@ -141,7 +141,7 @@ def run(config: SearchConfig, evaluator: Evaluator | None = None, progress: Prog
 
 
 def _finish(config: SearchConfig, study: LiveStudy, evaluator: Evaluator, progress: Progress) -> tuple[str, ...]:
-    """Measure the front's members again in turns, then their blocks; returns what that has shown."""
+    """Measure the front's members again in turns, then their blocks, and return remarks on the results."""
     if not study.complete:
         return ()
     deployment, recorded = config.latency, study.recorded
@@ -156,7 +156,7 @@ def _finish(config: SearchConfig, study: LiveStudy, evaluator: Evaluator, progre
             )
             remarks += [] if changes is None else [str(changes)]
         except CandidateFailed as error:
-            # Each ran before; now one does not.
+            # Each member ran before; now one does not.
             remarks.append(f"the front could not be measured again ({error})")
         study.reload()
         front = recorded.front()
@@ -171,7 +171,7 @@ def _finish(config: SearchConfig, study: LiveStudy, evaluator: Evaluator, progre
 
 
 def _show(config: SearchConfig, study: LiveStudy) -> tuple[str, ...]:
-    """Make the dashboard's files. Where they cannot be written a remark says so: no reason to lose the rest."""
+    """Make the dashboard's files; where they cannot be written, return a remark, so that the other results are kept."""
     folder = artifact_folder(config.storage)
     try:
         show(study.recorded, folder)
@@ -181,18 +181,18 @@ def _show(config: SearchConfig, study: LiveStudy) -> tuple[str, ...]:
 
 
 def _measure_blocks(table: BlockTable, evaluator: Evaluator, archs: Sequence[ArchSpec], progress: Progress) -> None:
-    """Fill the table with what it lacks of these architectures."""
+    """Measure the blocks of these architectures that the table lacks."""
     lacking = [arch for arch in archs if table.lacks(arch_parts(arch, table.config))]
     if lacking:
         progress.note(f"measuring the blocks of {len(lacking)} network{'s' if len(lacking) > 1 else ''}")
     for arch in lacking:
-        # One after the other: what was measured is kept if somebody interrupts.
+        # One after the other, so that an interrupt loses one network's measurements at most.
         _add_blocks(table, evaluator, arch)
 
 
 def _add_blocks(table: BlockTable, evaluator: Evaluator, arch: ArchSpec) -> None:
     if table.lacks(arch_parts(arch, table.config)):
-        # What fails as a block alone is missing from the table, and no reason to end a search.
+        # A block that fails alone is missing from the table; that is no reason to end a search.
         with contextlib.suppress(CandidateFailed):
             table.add(evaluator.measure_blocks([arch], table.known, table.references_ms))
 
@@ -200,14 +200,14 @@ def _add_blocks(table: BlockTable, evaluator: Evaluator, arch: ArchSpec) -> None
 def _loop(
     config: SearchConfig, study: LiveStudy, evaluator: Evaluator, progress: Progress, begin: float
 ) -> tuple[str, float, float]:
-    """Returns why it ended, and the seconds spent training and measuring latency."""
+    """Evaluate candidates; return why that ended, and the seconds spent on training and on measuring latency."""
     training = latency = 0.0
     barren = 0
     table: BlockTable | None = None
     if config.block_table:
         blocks_begin = time.perf_counter()
         table = BlockTable(study.recorded.store, evaluator.device, config.latency)
-        # Earlier runs need not have measured them.
+        # Earlier runs may not have measured them.
         _measure_blocks(table, evaluator, study.timed_archs(), progress)
         latency += time.perf_counter() - blocks_begin
     loop_begin, complete_before = time.perf_counter(), len(study.complete)
@@ -252,7 +252,7 @@ def _keep_weights(
         try:
             _weights(config, study).keep(proposal.number, proposal.arch.arch_id, outcome.proxy.trained)
         except OSError as error:
-            # No reason to lose the candidate.
+            # The candidate is recorded all the same.
             progress.note(f"weights of trial {proposal.number} could not be kept ({error})")
 
 

@@ -1,4 +1,4 @@
-"""Opening a study to search it: refusals, and the claim for this process; a new study is made whole or not at all."""
+"""Opening a study to search it: it is refused or claimed for this process; a new one is made whole or not at all."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from studies.display import write_note
 
 
 def differences(stored: Any, now: Any, path: str = "") -> list[str]:
-    """One `name: study has A, now B` for each value that differs between two nested plain values."""
+    """A line `name: study has A, now B` for each value that differs between two nested plain values."""
     if isinstance(stored, dict) and isinstance(now, dict):
         lines = []
         for key in dict.fromkeys([*stored, *now]):
@@ -41,18 +41,22 @@ def differences(stored: Any, now: Any, path: str = "") -> list[str]:
 
 
 def plain(value: Any) -> Any:
-    """As JSON gives it back: tuples become lists, and dataclasses mappings."""
+    """A value after a round trip through JSON: tuples become lists, and dataclasses mappings."""
     return json.loads(json.dumps(value, default=asdict))
 
 
 def check_same_config(config: SearchConfig, recorded: RecordedStudy) -> None:
-    """Raises UsageError where the study was begun under another configuration."""
+    """Refuse a study that was begun with another configuration.
+
+    Raises:
+        UsageError: the configurations differ.
+    """
     if lines := differences(_compared(recorded.identity), _compared(plain(config.identity()))):
         raise other_configuration(config.study, lines)
 
 
 def other_configuration(study: str, lines: Sequence[str]) -> UsageError:
-    """The refusal of going on with a study under another configuration, with a line for each difference."""
+    """The error for a study that was begun with another configuration; each of `lines` names a difference."""
     return UsageError(
         f"--study {study}: was begun with another configuration ({'; '.join(lines)}); "
         "use its settings, or another --study"
@@ -60,7 +64,7 @@ def other_configuration(study: str, lines: Sequence[str]) -> UsageError:
 
 
 def _compared(identity: dict[str, Any]) -> dict[str, Any]:
-    """The part of a stored configuration that must not change: how long one samples for a median does not change it."""
+    """The part of a stored configuration that must stay the same: how precisely a latency is measured may change."""
     declared = options(LatencyConfig)
     latency = {
         name: value
@@ -72,7 +76,11 @@ def _compared(identity: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _existing(config: SearchConfig) -> Iterator[RecordedStudy | None]:
-    """The study that `config` names, if it was begun, and begun under this configuration."""
+    """The study that `config` names, open while the block runs; None where there is none.
+
+    Raises:
+        UsageError: it was begun with another configuration.
+    """
     store = Store.open(config.storage, create=False)
     try:
         recorded = RecordedStudy.find(store, config.study) if store else None
@@ -85,10 +93,10 @@ def _existing(config: SearchConfig) -> Iterator[RecordedStudy | None]:
 
 
 def refuse_early(config: SearchConfig) -> None:
-    """Refuse what can be refused before data are loaded.
+    """Refuse a search where that is possible before data are loaded.
 
     Raises:
-        UsageError: the study was begun under another configuration, or nothing in the space keeps a limit.
+        UsageError: the study was begun with another configuration, or every network of the space breaks a limit.
         StorageError: the storage cannot be used, or another process searches the study.
     """
     _require_possible(config)
@@ -109,14 +117,15 @@ def _require_possible(config: SearchConfig) -> None:
         ("--max-macs", limits.macs, least.macs),
     ):
         if limit is not None and limit < smallest:
-            raise UsageError(f"{flag} {limit}: the least of the space {config.space.name!r} is {smallest:,}")
+            raise UsageError(f"{flag} {limit}: the smallest value in the space {config.space.name!r} is {smallest:,}")
 
 
 def take_over(config: SearchConfig) -> None:
-    """Free a study from the claim of a process on another host that is gone.
+    """Remove the claim on a study of a process on another host that is gone.
 
     Raises:
-        UsageError, StorageError: it was begun under another configuration, or its process lives on this host.
+        UsageError: the study was begun with another configuration.
+        StorageError: its process runs on this host.
     """
     with _existing(config) as recorded:
         if recorded:
@@ -124,7 +133,11 @@ def take_over(config: SearchConfig) -> None:
 
 
 def check_same_set_up(config: SearchConfig, recorded: RecordedStudy, evaluator: Evaluator) -> None:
-    """Raises UsageError where the study's figures come from another device, other versions or other data."""
+    """Refuse a study that was measured elsewhere.
+
+    Raises:
+        UsageError: the study's figures come from another device, other versions or other data.
+    """
     if lines := differences(asdict(recorded.device), asdict(evaluator.device)):
         raise UsageError(
             f"--study {config.study}: its latencies were measured elsewhere ({'; '.join(lines)}); use another --study"
@@ -137,14 +150,14 @@ def check_same_set_up(config: SearchConfig, recorded: RecordedStudy, evaluator: 
 def open_study(
     config: SearchConfig, evaluator: Evaluator, versions: str, note: Callable[[str], None]
 ) -> Iterator[LiveStudy]:
-    """The study that `config` names, made if it is new, held for this process while the block runs.
+    """The study that `config` names, made if it is new, and claimed for this process while the block runs.
 
     Args:
-        versions: of the libraries, as JSON.
-        note: takes a line of what is to be known when a study begins.
+        versions: the libraries' versions, as JSON.
+        note: function that takes a line for the user when a study begins.
 
     Raises:
-        UsageError: the study was begun under another configuration, device or data.
+        UsageError: the study was begun with another configuration, device or data.
         StorageError: the storage cannot be used, or another process searches the study.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -167,8 +180,8 @@ def open_study(
                 with guarded():
                     yield study
             finally:
-                # Deleted in the dashboard, say, or taken over: then whatever went wrong went wrong for that reason, and
-                # a trial that is running is another's.
+                # The study may have been deleted in the dashboard, for example, or taken over. Then that is the cause
+                # of whatever went wrong, and a running trial belongs to another process.
                 store.ownership.require(recorded.study_id, owner)
                 study.recover()
         finally:
@@ -180,8 +193,10 @@ def open_study(
 def _begin(
     store: Store, config: SearchConfig, evaluator: Evaluator, owner: Owner, versions: str, note: Callable[[str], None]
 ) -> tuple[RecordedStudy, studies.Profile]:
-    """Make a new study, claimed, with the device's profile. All is measured before anything is made: so a study is
-    whole or is not there."""
+    """Make a new study, claim it, and return it with the device's profile.
+
+    All is measured before anything is stored, so that there is a whole study or none.
+    """
     note(f"measuring {evaluator.device.name} and the anchor network, once")
     if cost := evaluator.determinism():
         note(cost)
@@ -200,20 +215,18 @@ def _begin(
 
 
 def _profile(store: Store, config: SearchConfig, evaluator: Evaluator) -> studies.Profile:
-    """The device's profile, measured if the database has none."""
+    """The device's profile, which is measured if the database has none."""
     deployment = config.latency
-    found = store.devices.find_profile(asdict(evaluator.device), deployment.dtype, deployment.threads)
-    if found is not None:
-        return found
-    return store_profile(store, evaluator.device, deployment.dtype, deployment.threads, evaluator.profile())
+    stored = store.devices.find_profile(asdict(evaluator.device), deployment.dtype, deployment.threads)
+    return stored or store_profile(store, evaluator.device, deployment.dtype, deployment.threads, evaluator.profile())
 
 
 def _anchor_ms(store: Store, config: SearchConfig, evaluator: Evaluator) -> float:
-    """The anchor's latency in the block latency table, measured if it is not there: so studies' latencies compare."""
+    """The anchor's latency in the block latency table, where it is measured once, so that studies can be compared."""
     table = BlockTable(store, evaluator.device, config.latency)
     shape = network_shape(str(config.space.anchor()), config.latency)
     if table.median_ms(shape) is None:
         table.add([replace(evaluator.anchor(table.references_ms), shape=shape)])
-    found = table.median_ms(shape)
-    assert found is not None
-    return found
+    anchor_ms = table.median_ms(shape)
+    assert anchor_ms is not None
+    return anchor_ms

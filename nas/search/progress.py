@@ -1,4 +1,4 @@
-"""What a person sees while a search runs: a live line on a terminal, plain lines elsewhere."""
+"""The display of a running search: a live line on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from nas.search.loop import Event, SearchResult
 from studies import CandidateState
 
 WIDE = 105  # columns
-# Seconds that compiling and tuning a candidate took before it could be timed, from which on they are shown.
+# Seconds of compiling and tuning a candidate from which on they are shown.
 WORTH_SAYING = 0.5
 
 
 def duration(seconds: float) -> str:
-    """`0:00:42`."""
+    """A duration as text, such as `0:00:42`."""
     return str(timedelta(seconds=round(seconds)))
 
 
@@ -33,7 +33,7 @@ def scored(event: Event) -> str:
 
 
 def ready_in(event: Event) -> str:
-    """How long the candidate's network took to be ready to be timed, where that is worth saying."""
+    """The time that the network took to be ready to be timed, in words; empty where it was short."""
     latency = event.outcome.latency
     if latency is None or latency.ready_seconds < WORTH_SAYING:
         return ""
@@ -46,19 +46,19 @@ def scored_briefly(event: Event) -> str:
     if outcome.state == CandidateState.COMPLETE and outcome.proxy and outcome.latency:
         return f"{outcome.proxy.accuracy:.3f} at {outcome.latency.median_ms:.3f} ms"
     if outcome.state == CandidateState.OVER_LIMIT and outcome.reason:
-        # One is enough, without the words that it stands in.
+        # The first broken limit is enough, in fewer words.
         return outcome.reason.partition(",")[0].replace(" the limit", "")
     return outcome.state.value.replace("_", " ")
 
 
 def standing(event: Event) -> str:
-    """Where the search stands."""
+    """The state of the search in a few words."""
     left = f"  {duration(event.seconds_left)} left" if event.seconds_left is not None else ""
     return f"best {event.best_accuracy:.3f}  front {event.front_size}  hypervolume {event.hypervolume:.4f}{left}"
 
 
 class PlainProgress:
-    """One line a candidate: for logs and pipes."""
+    """Prints one line for each candidate, for logs and pipes."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -78,11 +78,11 @@ class PlainProgress:
 
 
 class LiveProgress:
-    """A bar that stays in place, with the last candidate and the standing beside it. A context manager."""
+    """Shows a bar that stays in place, with the last candidate and the search's state beside it; a context manager."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        # On a narrow terminal the bar goes first, and never the figures.
+        # On a narrow terminal the bar is left out, never the figures.
         bar = [BarColumn(bar_width=20)] if console.width >= WIDE else []
         self.bar = RichProgress(
             *bar, MofNCompleteColumn(), TextColumn("{task.description}", markup=False), console=console
@@ -98,7 +98,7 @@ class LiveProgress:
     def note(self, line: str) -> None:
         self.console.print(line, highlight=False, markup=False)
         if self.task is not None:
-            # What it does now, which no candidate's figures tell.
+            # The bar says what the search is doing, which a candidate's figures do not say.
             self.bar.update(self.task, description=line)
 
     def begin(self, complete: int, budget: int) -> None:
@@ -107,7 +107,7 @@ class LiveProgress:
 
     def candidate(self, event: Event) -> None:
         assert self.task is not None, "begin comes first"
-        # The line has no room for it.
+        # The live line has no room for these words.
         if event.outcome.state == CandidateState.FAILED:
             self.note(f"{event.arch}: {scored(event)}")
         elif ready := ready_in(event):
@@ -127,7 +127,7 @@ FRONT_COLUMNS = {
 
 
 def front_table(front: pd.DataFrame, title: str) -> Table:
-    """The rows of the view `pareto_front` as a table for a person, 80 columns wide if need be."""
+    """Rows of the view `pareto_front` as a table for the terminal, which fits into 80 columns."""
     front = front.assign(params=front["params"] / 1e3, macs=front["macs"] / 1e6)
     table = Table(title=title, title_justify="left", padding=(0, 0, 0, 1), show_edge=False)
     for name, (header, _) in FRONT_COLUMNS.items():
@@ -136,7 +136,7 @@ def front_table(front: pd.DataFrame, title: str) -> Table:
         else:
             table.add_column(header, justify="right", no_wrap=True)
     for row in front.to_dict("records"):
-        # An efficiency is not known where the device was never profiled.
+        # The efficiency is unknown where the device was never profiled.
         table.add_row(
             *("" if pd.isna(row[name]) else form.format(row[name]) for name, (_, form) in FRONT_COLUMNS.items())
         )
@@ -144,7 +144,7 @@ def front_table(front: pd.DataFrame, title: str) -> Table:
 
 
 def shares_line(result: SearchResult) -> str:
-    """Where the time of this run went."""
+    """The time that this run spent, and on what, in a line."""
     shares = result.shares
     rest = shares.total - shares.training - shares.latency
     parts = {"training": shares.training, "latency": shares.latency, "all else": rest}

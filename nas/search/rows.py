@@ -1,4 +1,4 @@
-"""Candidates and their latencies as rows of the database, and what the rows say again later."""
+"""Candidates and their latencies as rows of the database, and the figures that are derived from such rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from studies import Candidate, CandidateLatency, CandidateState, CurvePoint, Dep
 
 
 def candidate_row(recorded: RecordedStudy, proposal: Proposal, trial_id: int, outcome: Outcome) -> Candidate:
-    """A candidate with its latency and learning curve, as the database has it."""
+    """The row of a candidate, with its latency and learning curve."""
     row = Candidate(
         trial_id=trial_id, study_id=recorded.study_id, number=proposal.number, arch_id=proposal.arch.arch_id,
         arch=proposal.arch.to_json(), summary=str(proposal.arch), params=outcome.cost.params,
@@ -33,7 +33,11 @@ def candidate_row(recorded: RecordedStudy, proposal: Proposal, trial_id: int, ou
 def latency_row(
     trial_id: int, measured: Measurement, deployment: Deployment, stage: LatencyStage, limit_ms: float | None = None
 ) -> CandidateLatency:
-    """A measurement as the database has it. How long a compiler took is left out: it is no property of the network."""
+    """The row of a measurement. The compiler's time is left out, as it is no property of the network.
+
+    Args:
+        limit_ms: limit on the latency in this deployment, if there is one.
+    """
     return CandidateLatency(
         trial_id=trial_id, stage=stage, **deployment.as_columns(), **asdict(measured.latency),
         raw_median_ms=measured.raw_median_ms, anchor_median_ms=measured.anchor_median_ms,
@@ -44,12 +48,12 @@ def latency_row(
 
 
 def searched_latency(row: Candidate) -> CandidateLatency | None:
-    """The latency that the search measured, and judged the candidate by; it may have been measured again since."""
+    """The latency by which the search judged the candidate; it may have been measured again since."""
     return row.latencies[0] if row.latencies else None
 
 
 def objectives(row: Candidate) -> list[float] | None:
-    """Accuracy and latency in ms as the search measured them; None of a candidate that is not complete."""
+    """Accuracy and latency in ms as the search measured them; None where the candidate is not complete."""
     latency = searched_latency(row)
     if row.state != CandidateState.COMPLETE or row.accuracy is None or latency is None:
         return None
@@ -57,11 +61,11 @@ def objectives(row: Candidate) -> list[float] | None:
 
 
 def constraints(row: Candidate, limits: Limits) -> dict[str, float]:
-    """Excess over each limit, as `Limits.excess` counts it, of a candidate that was stored."""
-    found = limits.excess(params=row.params, macs=row.macs)
+    """Excess of a stored candidate over each limit, as `Limits.excess` counts it."""
+    excess = limits.excess(params=row.params, macs=row.macs)
     if latency := searched_latency(row):
-        found |= limits.excess(latency_ms=latency.median_ms, memory_mb=memory_mb(latency))
-    return found
+        excess |= limits.excess(latency_ms=latency.median_ms, memory_mb=memory_mb(latency))
+    return excess
 
 
 def memory_mb(latency: CandidateLatency) -> float:

@@ -1,8 +1,9 @@
-"""Proposals: from a space's choices, by Optuna's samplers, to architectures.
+"""Proposals of architectures: Optuna's samplers draw from the choices of a space.
 
-Sampling happens on a copy of the study in memory, which holds the same trials under the same numbers: asking a study
-in SQL takes many small transactions, asking this one none. A choice that breaks the space's rule is repaired before it
-is recorded, so the sampler learns from what was evaluated and equal architectures always have equal parameters.
+Sampling uses a copy of the study in memory, which holds the same trials under the same numbers: a proposal from a
+study in SQL takes many small transactions, a proposal from the copy none. A choice that breaks the space's rule is
+repaired before it is recorded, so that the sampler learns from what was evaluated and equal architectures always have
+equal parameters.
 """
 
 from __future__ import annotations
@@ -26,20 +27,20 @@ from search_spaces import ArchSpec, SearchSpace
 from search_spaces.space import Choice
 
 NSGA2_POPULATION = 20
-# Twice Optuna's default: with some twenty parameters multivariate TPE settles too early on the few points it has. On
-# the invented landscape of nas.lab.invented with noise, hypervolume after 80 trials went from .581 to .591 (8 seeds,
-# +-.004). It was picked among some two dozen variants tried there, so expect less of it elsewhere.
+# This is twice Optuna's default: with some twenty parameters, multivariate TPE settles too early on the few points it
+# has. On the invented landscape of nas.lab.invented with noise, hypervolume after 80 trials went from .581 to .591 (8
+# seeds, +-.004). The value was picked among some two dozen variants tried there, so it may gain less elsewhere.
 TPE_STARTUP_TRIALS = 20
 FALLBACK_DRAWS = 1000
-# Of larger spaces a thousand draws in a row do not all miss what is left, unless nearly nothing is.
+# In a larger space, a thousand draws in a row miss all architectures that are left only if nearly none is left.
 LARGEST_ENUMERATED = 50_000
 
 
 def distribution(choices: Sequence[Choice]) -> BaseDistribution:
-    """The distribution of one parameter: evenly spaced numbers are ordered ones to a sampler, all else categories."""
+    """The distribution of one parameter: ordered for evenly spaced numbers, categories for all other choices."""
     numbers = [choice for choice in choices if isinstance(choice, int | float)]
     if len(numbers) == len(choices) > 1:
-        # As decimals: 1.4 - 1.2 in binary is a little less than the 0.2 that was meant, and 1.6 would be out of reach.
+        # In binary, 1.4 - 1.2 is a little less than the 0.2 that was meant, and 1.6 would be out of reach.
         decimals = [Decimal(str(number)) for number in numbers]
         steps = {after - before for before, after in pairwise(decimals)}
         if len(steps) == 1:
@@ -51,18 +52,18 @@ def distribution(choices: Sequence[Choice]) -> BaseDistribution:
 
 
 def chosen(choices: Sequence[Choice], value: Any) -> Choice:
-    """The choice that a sampled value stands for: low + 2 * step need not be the number that was written."""
+    """The choice that a sampled value stands for: low + 2 * step is not always exactly the number that was written."""
     if value in choices:
-        found: Choice = value
-        return found
+        choice: Choice = value
+        return choice
     return min(choices, key=lambda choice: abs(float(choice) - value))
 
 
 class OrderedNSGAII(NSGAIISampler):
-    """NSGA-II whose parents come in one order.
+    """NSGA-II whose parents always come in the order of their numbers.
 
-    Optuna returns them as selected when a generation begins, and as numbered afterwards; a search that is resumed
-    within a generation would then draw other children than an unbroken one.
+    Optuna returns them in the order of selection when a generation begins, and in that of their numbers afterwards; a
+    search that is resumed within a generation would then draw other children than an unbroken one.
     """
 
     def get_parent_population(self, study: optuna.Study, generation: int) -> list[FrozenTrial]:
@@ -70,15 +71,15 @@ class OrderedNSGAII(NSGAIISampler):
 
 
 class FixedSpaceTPE(TPESampler):
-    """TPE that is told its search space.
+    """TPE with a given search space.
 
-    Optuna finds it by going through all trials, anew for each new sampler: at 2,000 trials that took two thirds of a
+    Optuna infers the space from all trials, anew for each new sampler: at 2,000 trials that took two thirds of a
     proposal's time.
     """
 
     def __init__(self, space: dict[str, BaseDistribution], **options: Any) -> None:
         super().__init__(**options)
-        # In Optuna's own order, which the draws depend on.
+        # The parameters stand in Optuna's own order, on which the draws depend.
         self.space = dict(sorted(space.items()))
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
@@ -91,18 +92,18 @@ def make_sampler(name: str, seed: int, space: dict[str, BaseDistribution]) -> Ba
         return RandomSampler(seed=seed)
     if name == "nsga2":
         return OrderedNSGAII(population_size=NSGA2_POPULATION, seed=seed)
-    # One process searches a study, so there is no liar to tell other workers of running trials.
+    # One process searches a study, so no constant liar has to stand for trials that other workers run.
     return FixedSpaceTPE(space, n_startup_trials=TPE_STARTUP_TRIALS, multivariate=True, constant_liar=False, seed=seed)
 
 
 def trial_seed(seed: int, number: int) -> int:
-    """The sampler's seed for one trial: a resumed search goes on where it was instead of repeating its first draws."""
+    """The sampler's seed for one trial, so that a resumed search goes on instead of repeating its first draws."""
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
 
 
 @dataclass(frozen=True)
 class Proposal:
-    """An architecture and what Optuna's storage is to record of its trial."""
+    """An architecture, and what Optuna's storage records of its trial."""
 
     number: int
     arch: ArchSpec
@@ -112,11 +113,13 @@ class Proposal:
 
 
 class Proposer:
-    """Asks a sampler for architectures, and tells it what became of them.
+    """Asks a sampler for architectures, and tells it their results.
 
     Args:
-        space, sampler, seed: of the search.
-        directions: of the objectives.
+        space: the search space.
+        sampler: the sampler's name, see `nas.config.Sampler`.
+        seed: the search's seed.
+        directions: the objectives' directions.
         history: all finished trials of the study, in the order of their numbers.
     """
 
@@ -131,7 +134,7 @@ class Proposer:
         self.space = space
         self.sampler = sampler
         self.seed = seed
-        # A parameter with one choice is not a parameter: samplers would only carry it along.
+        # Samplers gain nothing from a parameter with a single choice.
         self.choices = {name: choices for name, choices in space.choices().items() if len(choices) > 1}
         self.distributions = {name: distribution(choices) for name, choices in self.choices.items()}
         self.fixed = {name: choices[0] for name, choices in space.choices().items() if len(choices) == 1}
@@ -141,14 +144,14 @@ class Proposer:
         self.pending: Trial | None = None
 
     def propose(self) -> Proposal:
-        """The sampler's next architecture, which may be one it has seen. `tell` must follow."""
+        """The sampler's next architecture, which may be a known one. `tell` must follow."""
         trial = self._ask(self.sampler)
         values = {name: chosen(choices, trial.params[name]) for name, choices in self.choices.items()} | self.fixed
         return self._proposal(trial, self.space.assemble(values))
 
     def propose_this(self, arch: ArchSpec) -> Proposal:
-        """A given architecture instead of the sampler's, which learns from it all the same."""
-        # NSGA-II marks a trial's generation when it is asked; of any other sampler the answer would be thrown away.
+        """A given architecture in the place of the sampler's; the sampler learns from it all the same."""
+        # NSGA-II marks a trial's generation when it is asked; the answer of any other sampler would be thrown away.
         return self._proposal(self._ask("nsga2" if self.sampler == "nsga2" else "random"), arch)
 
     def propose_unseen(self, seen: Collection[str]) -> Proposal | None:
@@ -164,7 +167,7 @@ class Proposer:
         return self.propose_this(rng.choice(left)) if left else None
 
     def tell(self, values: Sequence[float] | None, state: TrialState, constraints: dict[str, float]) -> None:
-        """Close the trial proposed last. Values go with COMPLETE only."""
+        """Close the trial that was proposed last. `values` are for the state COMPLETE only."""
         assert self.pending is not None, "tell comes after propose"
         for key, value in constraints.items():
             self.pending.set_constraint(key, value)
@@ -176,7 +179,7 @@ class Proposer:
         number = len(self.study.get_trials(deepcopy=False))
         self.study.sampler = make_sampler(sampler, trial_seed(self.seed, number), self.distributions)
         with warnings.catch_warnings():
-            # Multivariate TPE is experimental to Optuna, and says so at each trial.
+            # Optuna calls multivariate TPE experimental, and warns at each trial.
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self.pending = self.study.ask(self.distributions)
         return self.pending

@@ -1,4 +1,4 @@
-"""A study's trials in Optuna's tables, which samplers learn from and the dashboard shows."""
+"""The trials of a study in Optuna's tables, from which samplers learn and which the dashboard shows."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from nas.search.sampling import Proposal
 from studies import Candidate, CandidateState, StorageError
 from studies.display import write_note
 
-# Optuna's word for each of our outcomes.
+# Optuna's state for each of our outcomes.
 TRIAL_STATES = {
     CandidateState.COMPLETE: TrialState.COMPLETE,
-    # Never COMPLETE: the dashboard does not read Optuna 5's constraints, and would draw it on the front.
+    # It is never COMPLETE: the dashboard does not read Optuna 5's constraints, and would draw it on the front.
     CandidateState.OVER_LIMIT: TrialState.PRUNED,
     CandidateState.FAILED: TrialState.FAIL,
 }
@@ -27,7 +27,7 @@ class Trials:
     """Writes the trials of a study that is searched.
 
     Args:
-        peak_macs_per_s: rate of operations that efficiencies are shares of.
+        peak_macs_per_s: the device's peak in MACs per second; efficiencies are shares of it.
     """
 
     def __init__(self, recorded: RecordedStudy, peak_macs_per_s: float) -> None:
@@ -36,11 +36,11 @@ class Trials:
         self.study = recorded.store.load_optuna_study(recorded.name)
 
     def unfinished(self) -> list[FrozenTrial]:
-        """The trials that nobody has finished."""
+        """The trials that were never closed."""
         return self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
 
     def begin(self, proposal: Proposal) -> int:
-        """Add a trial that runs, and return its id.
+        """Add a running trial and return its id.
 
         Raises:
             StorageError: another program adds trials, too.
@@ -50,7 +50,7 @@ class Trials:
         return self._add(proposal, TrialState.RUNNING, attrs)
 
     def add_duplicate(self, proposal: Proposal, first: int) -> None:
-        """Add a pruned trial that proposed again what trial number `first` is.
+        """Add a pruned trial that proposed the architecture of trial number `first` again.
 
         Raises:
             StorageError: another program adds trials, too.
@@ -60,21 +60,21 @@ class Trials:
         self._write_note(trial_id, notes.duplicate_note(proposal.arch, first))
 
     def interrupt(self, trial: FrozenTrial) -> None:
-        """Close a trial that nobody goes on with."""
+        """Close a trial that was interrupted, as failed."""
         self._set_attrs(trial._trial_id, {REASON: INTERRUPTED})
         self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
     def finish(self, trial_id: int, row: Candidate, constraints: dict[str, float]) -> None:
-        """Close a trial as the candidate's row says, with what the dashboard shows beside its objectives.
+        """Close a trial as the candidate's row says, with the note and attributes that the dashboard shows.
 
         Args:
-            constraints: excess over each limit, as `Limits.excess` counts it.
+            constraints: the excess over each limit, as `Limits.excess` counts it.
         """
         self._set_attrs(trial_id, self._attributes(row))
         latency = row.latency_in(self.recorded.deployment)
         self._write_note(trial_id, notes.trial_note(row, latency, self.recorded.config))
         trial = self.storage.get_trial(trial_id)
-        # Some may be there already, if an earlier process was killed just here.
+        # Some constraints may be stored already, if an earlier process was killed here.
         if missing := constraints.keys() - trial.constraints.keys():
             live = Trial(self.study, trial_id)
             for key in sorted(missing):
