@@ -24,6 +24,8 @@ from nas.latency.device_profile import DeviceProfile, store_profile
 from studies import Store
 from tests.conftest import TINY_TOML
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 KILLS = 10
 BUDGET = 120

@@ -8,11 +8,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import sqrt
 
+import pytest
 import torch
 from torch import Tensor
 
 from kernels.convfirst import ACTIVATE
+from kernels.cost_model import GPU_SPECS
 from kernels.problem import ACTIVATIONS, BlockProblem, Splittable, Tiling, conv_forms, unsupported
+
+# Compiling takes seconds a kernel: the older GPUs are for the slow tier.
+CAPABILITIES = [pytest.param(each, marks=[] if each == 90 else [pytest.mark.slow]) for each in GPU_SPECS]
 
 AXES: dict[str, tuple[object, ...]] = {
     "batch": (1, 3),

@@ -186,6 +186,7 @@ def test_no_memory_is_a_rows_error_and_not_the_runs_end(monkeypatch: pytest.Monk
 # -- What is written -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_small_version_end_to_end_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ("--device", "cpu", "--minutes", 10, "--out", tmp_path / "out")
     first = invoke(*arguments)

@@ -274,7 +274,14 @@ def test_blocks_of_the_covering_set(case: BlockCase, poisoned: None) -> None:
     assert error_share(case, 80) <= 1
 
 
-@pytest.mark.parametrize("row", [row for row in COVERING if row[2] <= 320], ids=lambda row: "-".join(map(str, row)))  # type: ignore[operator]
+@pytest.mark.parametrize(
+    "row",
+    [
+        pytest.param(row, id="-".join(map(str, row)), marks=[pytest.mark.slow] if row[2] > 64 else [])  # type: ignore[operator]
+        for row in COVERING
+        if row[2] <= 320  # type: ignore[operator]
+    ],
+)
 def test_the_likeliest_tiling_for_hopper_computes_right(row: tuple[object, ...], poisoned: None) -> None:
     """Tilings of the real problems, products of warp groups among them, on a few of their pixels."""
     traffic = Traffic()
@@ -345,6 +352,7 @@ def test_shared_memory_is_used_without_conflicts_and_as_much_as_the_cost_model_c
     ],
     ids=lambda value: shorthand(value) if isinstance(value, Tiling) else value.dtype,
 )
+@pytest.mark.slow
 @pytest.mark.parametrize("wide", [False, True], ids=["32 bits", "64 bits"])
 def test_tiles_of_rows_with_offsets_of_32_and_64_bits(
     problem: BlockProblem, tiling: Tiling, wide: bool, monkeypatch: pytest.MonkeyPatch

@@ -19,6 +19,7 @@ from kernels.lab.inspect import Statics, block_statics, compile_for, read_static
 from kernels.mbconv import MBConvProblem
 from kernels.problem import BlockProblem, Tiling
 from kernels.stem import StemProblem
+from tests.kernels.cases import CAPABILITIES
 
 # batch, map, C, E, C', k, group width, stride, activation, dtype, most splits: every width of channels, form of
 # convolution, kernel size, stride, activation and 16-bit dtype, small batches (split tiles) and large ones.
@@ -87,7 +88,7 @@ def test_the_other_kernels_compile_and_do_not_spill(other: tuple[Any, dict[str, 
     assert bool(sum(statics.tensor_core.values())) == is_product
 
 
-@pytest.mark.parametrize("capability", cost_model.GPU_SPECS)
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("row", COVERING, ids=lambda row: "-".join(map(str, row)))
 def test_the_first_tiling_compiles_fits_does_not_spill_and_uses_tensor_cores(
     row: tuple[object, ...], capability: int
@@ -110,6 +111,7 @@ ROWS = Tiling(64, 64, "mma", conv_stages=3, rows=4)
 FLOAT32 = (*COVERING[0][:-2], "float32", 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("row", "tiling"),
     [

@@ -12,7 +12,7 @@ from kernels.convfirst import launch, layer_by_layer
 from kernels.lab.inspect import block_statics
 from kernels.packing import pack
 from kernels.problem import PRODUCT_TILINGS, BlockProblem, ProductTiling, Tiling, product_tilings
-from tests.kernels.cases import error_bound, make_operands
+from tests.kernels.cases import CAPABILITIES, error_bound, make_operands
 
 # More pixels than the largest tile, more outputs and inputs than any step, and none of them a multiple of one.
 AWKWARD = BlockProblem(1, 9, 15, 40, 200, 136, 3, 8, 1, "silu", False, "float16")
@@ -33,7 +33,7 @@ def test_products_of_every_size(
     assert bool(((out.double().cpu() - exact).abs() <= error_bound(x, layers, block)).all())
 
 
-@pytest.mark.parametrize("capability", cost_model.GPU_SPECS)
+@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("cut", PRODUCT_TILINGS, ids=lambda cut: f"{cut.block_m}x{cut.block_n}x{cut.block_k}")
 def test_products_compile_and_do_not_spill(
     cut: ProductTiling, capability: int, monkeypatch: pytest.MonkeyPatch

@@ -136,6 +136,7 @@ def test_mbconv(problem: MBConvProblem, tiling: Tiling, kernel_device: torch.dev
     check(ops.MBCONV, mbconv.pack, problem, tiling, shape, layers if problem.expands else layers[2:], kernel_device)
 
 
+@pytest.mark.slow
 def test_every_supported_problem_has_tilings_and_none_takes_more_splits_than_there_is_scratch_for() -> None:
     rng = random.Random(0)
     for hidden in range(8, 2600, 8):

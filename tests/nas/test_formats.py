@@ -97,6 +97,7 @@ def test_a_program_gives_torchs_logits_of_any_batch(tmp_path: Path, monkeypatch:
         torch.testing.assert_close(program(images(count)), made.build()(images(count)), atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not formats._has_compiler(), reason="no C++ compiler: AOTInductor was not tested")
 def test_a_compiled_package_gives_torchs_logits_of_any_batch(tmp_path: Path) -> None:
     made = network()

@@ -37,6 +37,7 @@ def invoke(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
+@pytest.mark.slow
 def test_a_sweep_writes_a_line_a_block_and_goes_on(tmp_path: Path) -> None:
     toml, out = tmp_path / "tiny.toml", tmp_path / "out.jsonl"
     toml.write_text(TINY_TOML)
@@ -56,6 +57,7 @@ def test_a_sweep_writes_a_line_a_block_and_goes_on(tmp_path: Path) -> None:
     assert all(row["tilings"][0]["statics"]["registers"] <= 255 for row in rows)
 
 
+@pytest.mark.slow
 def test_what_was_compiled_is_also_run(tmp_path: Path) -> None:
     toml, out = tmp_path / "tiny.toml", tmp_path / "out.jsonl"
     toml.write_text(TINY_TOML)

@@ -321,6 +321,7 @@ def test_an_address_that_is_taken_gets_one_line(config: SearchConfig, tmp_path: 
     store.close()
 
 
+@pytest.mark.slow
 def test_looking_does_not_disturb_a_running_search(config: SearchConfig, tmp_path: Path) -> None:
     """A search writes for some seconds in a process of its own, while three lookers ask for everything all the time."""
     script = (
