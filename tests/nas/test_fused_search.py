@@ -17,6 +17,8 @@ from search_spaces import load_space
 from tests.conftest import INTERPRETED, TINY_TOML
 
 
+# Interpreted, a search of two networks takes minutes.
+@pytest.mark.slow
 @pytest.mark.kernels
 def test_a_search_with_the_fused_engine(tmp_path: Path, sqlite_url: str, kernel_device: torch.device) -> None:
     if run_on_cpu() and not INTERPRETED:
