@@ -34,8 +34,13 @@ class Deployment:
 
     @classmethod
     def of(cls, row: Any) -> Deployment:
-        """The deployment of a row of a table or of a view; the row has the columns as attributes."""
+        """The deployment of a row of a table, which has the columns as attributes."""
         return cls(*(getattr(row, name) for name in cls.columns()))
+
+    @classmethod
+    def of_view(cls, row: pd.Series) -> Deployment:
+        """The deployment of a row of a view. (As an attribute, `dtype` would be the Series' own.)"""
+        return cls(*(row[name] for name in cls.columns()))
 
     def as_columns(self) -> dict[str, Any]:
         """The value of each column."""

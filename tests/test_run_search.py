@@ -222,6 +222,9 @@ def test_the_front_can_be_drawn(tmp_path: Path, suffix: str) -> None:
     drawn = (tmp_path / f"front.{suffix}").read_bytes()
     assert drawn.startswith({"png": b"\x89PNG", "svg": b"<?xml", "pdf": b"%PDF"}[suffix])
     assert f"front.{suffix}" in result.stderr
+    if suffix == "svg":
+        # All candidates of the front's deployment are in it.
+        assert b"convfirst: 6 candidates" in drawn
     assert "--plot front.txt: not a .png" in refused("pareto --plot front.txt")
     assert "--plot no/front.png: its folder" in refused("pareto --plot no/front.png")
     with pytest.MonkeyPatch.context() as patch:

@@ -61,7 +61,7 @@ def _plot_front(evaluations: pd.DataFrame, front: pd.DataFrame, study: str, path
         raise UsageError(f"--plot {path}: the front of {study} is empty")
     fronts = list(front.groupby(Deployment.columns(), sort=False))
     for number, (_, members) in enumerate(fronts, start=1):
-        rows = Deployment.of(members.iloc[0]).rows_of(evaluations)
+        rows = Deployment.of_view(members.iloc[0]).rows_of(evaluations)
         target = path if len(fronts) == 1 else path.with_stem(f"{path.stem}_{number}")
         plot_front(rows, members, f"{study}: {len(rows)} candidates", target)
         note(f"drawn: {target}")
