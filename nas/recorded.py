@@ -26,6 +26,12 @@ def device_info(row: Device) -> DeviceInfo:
     return DeviceInfo(row.kind, row.name, row.driver, row.torch, row.triton)
 
 
+def not_there(store: Store, name: str) -> UsageError:
+    """The refusal of a study that a database does not have."""
+    known = ", ".join(row.name for row in store.summaries()) or "none"
+    return UsageError(f"--study {name}: not in {displayed(str(store.engine.url))} (there: {known})")
+
+
 @dataclass(frozen=True)
 class RecordedStudy:
     """A study with its settings; `RecordedStudy.open` reads it, and refuses what this version does not know.
@@ -76,8 +82,7 @@ class RecordedStudy:
         """
         recorded = cls.find(store, name)
         if recorded is None:
-            known = ", ".join(row.name for row in store.summaries()) or "none"
-            raise UsageError(f"--study {name}: not in {displayed(str(store.engine.url))} (there: {known})")
+            raise not_there(store, name)
         return recorded
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import typer
 
 from nas.cli.console import interruptible, note, out, reported, say
-from nas.cli.opening import existing_store
+from nas.cli.opening import existing_study
 from nas.cli.options import Storage, StudyName, given, made, takes
 from nas.config import DEFAULT_STORAGE, DEFAULT_STUDY
 from nas.validation.config import BaselineConfig
@@ -14,14 +14,12 @@ from nas.validation.config import BaselineConfig
 @takes(BaselineConfig)
 def baselines(context: typer.Context, storage: Storage = DEFAULT_STORAGE, study: StudyName = DEFAULT_STUDY) -> None:
     """Train and measure known networks beside a study's own, and print how they compare."""
-    with interruptible(), reported(storage), existing_store(storage, study, write=True) as store:
-        from nas.recorded import RecordedStudy
+    with interruptible(), reported(storage), existing_study(storage, study, write=True) as recorded:
         from nas.validation import baselines as known
         from nas.validation.contenders import contenders, failures
         from nas.validation.verdict import table, training_lines, verdict
 
         config = made(BaselineConfig, given(BaselineConfig, context))
-        recorded = RecordedStudy.open(store, study)
         known.compare(recorded, config, note)
         compared = contenders(recorded)
         out.print(table(compared, f"Baselines of {study}"))

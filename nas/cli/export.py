@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from nas.cli.console import note, reported, say
-from nas.cli.opening import existing_store, require_folder
+from nas.cli.opening import existing_study, require_folder
 from nas.cli.options import Storage, StudyName, given, made, takes, typed_options
 from nas.config import DEFAULT_STORAGE, DEFAULT_STUDY
 from nas.errors import UsageError
@@ -42,7 +42,6 @@ def export(
     with reported(storage):
         from nas.export import directories as exports
         from nas.export.formats import makers
-        from nas.recorded import RecordedStudy
 
         formats = makers(_formats(format), note)
         if directory is not None:
@@ -61,8 +60,7 @@ def export(
                 raise UsageError(f"--checkpoint {checkpoint}: belongs to one DIRECTORY that was exported before")
             selection = made(Selection, given(Selection, context))
             require_folder("--out", out_dir)
-            with existing_store(storage, study) as store:
-                recorded = RecordedStudy.open(store, study)
+            with existing_study(storage, study) as recorded:
                 networks = exports.of_study(recorded, storage, exports.chosen(recorded, selection))
             written = exports.write(networks, out_dir, formats, force)
             if all(network.weights is None for network in networks):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from nas.errors import UsageError
 
 if TYPE_CHECKING:
+    from nas.recorded import RecordedStudy
     from studies import Store
 
 
@@ -48,6 +49,7 @@ def existing_store(storage: str, study: str | None = None, write: bool = False) 
     Raises:
         UsageError: there is no such database or study.
     """
+    from nas.recorded import not_there
     from studies import Store, displayed
 
     store = Store.open(storage, create=False)
@@ -58,11 +60,23 @@ def existing_store(storage: str, study: str | None = None, write: bool = False) 
         raise UsageError(f"--storage {displayed(storage)}: there is no study database of ours; a search makes one")
     try:
         if study is not None and store.find_study(study) is None:
-            known = ", ".join(row.name for row in store.summaries()) or "none"
-            raise UsageError(f"--study {study}: not in {displayed(storage)} (there: {known})")
+            raise not_there(store, study)
         yield store
     finally:
         store.close()
+
+
+@contextlib.contextmanager
+def existing_study(storage: str, study: str, write: bool = False) -> Iterator[RecordedStudy]:
+    """A study that must be there, in a database opened to read or to write.
+
+    Raises:
+        UsageError: there is no such database or study, or another version of the program wrote the study.
+    """
+    from nas.recorded import RecordedStudy
+
+    with existing_store(storage, write=write) as store:
+        yield RecordedStudy.open(store, study)
 
 
 def require_folder(flag: str, folder: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from nas.cli.console import out, reported, say
-from nas.cli.opening import existing_store
+from nas.cli.opening import existing_study
 from nas.cli.options import Storage, StudyName, given, takes
 from nas.config import DEFAULT_STORAGE, DEFAULT_STUDY, LatencyConfig, moved
 
@@ -24,18 +24,16 @@ def remeasure(
     ] = False,
 ) -> None:
     """Measure a study's front again, in turns; in another deployment, measure all of its candidates there."""
-    with reported(storage), existing_store(storage, study, write=True) as store:
+    with reported(storage), existing_study(storage, study, write=True) as recorded:
         from nas.display.notes import deployment_line
-        from nas.recorded import RecordedStudy
         from nas.search.progress import front_table
         from nas.validation.remeasure import remeasure as measure_again
 
-        recorded = RecordedStudy.open(store, study)
         done = measure_again(recorded, moved(recorded.config.latency, **given(LatencyConfig, context)), everything, say)
         if done is None:
             say("The front is empty: nothing was measured.")
             return
-        front = done.deployment.rows_of(store.front(study))
+        front = done.deployment.rows_of(recorded.store.front(study))
         if front.empty:
             say("The front is empty now.")
         else:

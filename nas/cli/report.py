@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from nas.cli.console import reported, say
-from nas.cli.opening import existing_store, require_folder
+from nas.cli.opening import existing_study, require_folder
 from nas.cli.options import Storage, StudyName
 from nas.config import DEFAULT_STORAGE, DEFAULT_STUDY
 
@@ -21,13 +21,11 @@ def report(
     """Write a study's report: one HTML file to hand around, and its main figures as PNGs."""
     with reported(storage):
         require_folder("--out", out_dir)
-        with existing_store(storage, study) as store:
-            from nas.recorded import RecordedStudy
+        with existing_study(storage, study) as recorded:
             from nas.report.page import write_report
             from nas.validation.contenders import contenders
             from nas.validation.verdict import verdict
 
-            recorded = RecordedStudy.open(store, study)
             compared = contenders(recorded)
             for path in write_report(recorded, storage, out_dir, compared, verdict(compared)):
                 say(f"made: {path}")
