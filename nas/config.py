@@ -115,7 +115,7 @@ class ProxyConfig(Checked):
     warmup: float = 0.2
     label_smoothing: float = 0.1
     threads: int = option(
-        default_threads, "--threads", "CPU threads that train", default="all, up to 4", panel=DATA, bounds=THREADS
+        default_threads, "--threads", "CPU threads for training", default="all, up to 4", panel=DATA, bounds=THREADS
     )
     deterministic: bool = option(
         False, "--deterministic", "Make trainings on CUDA repeatable; a new study reports what that costs", panel=DATA
@@ -162,11 +162,12 @@ class LatencyConfig(Checked):
     )  # fmt: skip
     num_classes: int = option(
         10, "--latency-classes", "Classes of the deployed network",
-        default="the data's where known, else 10, in the imagenet space 1000", panel=LATENCY, bounds=at_least(1),
+        default="the data's if known, else 10; 1000 in the imagenet space", panel=LATENCY, bounds=at_least(1),
     )  # fmt: skip
     threads: int = option(1, "--latency-threads", "CPU threads of a measurement", panel=LATENCY, bounds=THREADS)
     precision: float | None = option(
-        None, "--latency-precision", "Share of the median that its 95 % confidence interval may be wide",
+        None, "--latency-precision",
+        "Largest width of the 95 % confidence interval of the median, as a share of the median",
         default=_by_device(DEFAULT_PRECISION), panel=LATENCY, bounds=SHARE, keep=Keep.STORED,
     )  # fmt: skip
     seconds: float = option(

@@ -38,8 +38,8 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def message_line(error: BaseException, line: int = 0) -> str:
     """A line of an exception's type and message; the last one where there are fewer."""
-    lines = [line.strip() for line in f"{type(error).__name__}: {error}".splitlines()]
-    return lines[min(line, len(lines) - 1)]
+    lines = f"{type(error).__name__}: {error}".splitlines()
+    return lines[min(line, len(lines) - 1)].strip()
 
 
 class CandidateFailed(Exception):
@@ -56,8 +56,8 @@ def of_this_version(study: str) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError) as error:
-        words = str(error).splitlines()[0]
-        raise UsageError(f"--study {study}: holds what this version does not know ({words})") from error
+        reason = message_line(error)
+        raise UsageError(f"--study {study}: holds what this version does not know ({reason})") from error
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -10,16 +11,23 @@ import typer
 
 from nas.cli.console import note, reported, say
 from nas.cli.opening import existing_store, require_folder
-from nas.cli.options import Storage
+from nas.cli.options import Storage, given, made, takes
 from nas.config import DEFAULT_STORAGE
+from nas.options import Checked, between, option
 
 
+@dataclass(frozen=True)
+class Address(Checked):
+    """The address that the dashboard listens on."""
+
+    host: str = option("127.0.0.1", "--host", "Address to listen on; any but this machine's own lets others in")
+    port: int = option(0, "--port", "Port to listen on; 0 takes a free one", bounds=between(0, 65535))
+
+
+@takes(Address)
 def dashboard(
+    context: typer.Context,
     storage: Storage = DEFAULT_STORAGE,
-    host: Annotated[str, typer.Option(help="Address to listen on; any but this machine's own lets others in")] = (
-        "127.0.0.1"
-    ),
-    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one")] = 0,
     artifacts: Annotated[
         Path | None, typer.Option(help="Folder of the trials' files (default: next to the database)")
     ] = None,
@@ -34,13 +42,14 @@ def dashboard(
         from studies.display import artifact_folder
 
         folder = artifact_folder(storage) if artifacts is None else artifacts
+        address = made(Address, given(Address, context))
         require_folder("--artifacts", folder)
         with existing_store(storage) as store:
-            server = Server(store, folder, host, port)
+            server = Server(store, folder, address.host, address.port)
             for summary in store.summaries():
                 try:
-                    made = show(RecordedStudy.open(store, summary.name), folder)
-                    say(f"{summary.name}: {made} files of its front made")
+                    count = show(RecordedStudy.open(store, summary.name), folder)
+                    say(f"{summary.name}: {count} files of its front made")
                 except (StorageError, UsageError) as error:
                     # The file is read-only, say, or another version wrote the study: what is there can be looked at.
                     note(f"{summary.name}: not brought up to date ({error})")

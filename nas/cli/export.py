@@ -29,7 +29,7 @@ def export(
     storage: Storage = DEFAULT_STORAGE,
     study: StudyName = DEFAULT_STUDY,
     format: Annotated[
-        list[str] | None, typer.Option(help="Further format, onnx or torch-export; may be repeated")
+        list[str] | None, typer.Option(help="Format to write beside timm's: onnx or torch-export; may be repeated")
     ] = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Checkpoint of timm's train.py, whose weights DIRECTORY gets")

@@ -22,7 +22,9 @@ def search(
     take_over: Annotated[
         bool,
         typer.Option(
-            "--take-over", help="Continue a study that a vanished machine left claimed", rich_help_panel="Study"
+            "--take-over",
+            help="Free a study whose process ran on a machine that is gone for good",
+            rich_help_panel="Study",
         ),
     ] = False,
 ) -> None:
