@@ -773,7 +773,7 @@ def test_a_front_of_which_all_break_the_limit_is_empty(
     meters(10.0)
     result = call("remeasure")
     assert result.exit_code == 0, result.output
-    assert "The front is empty now." in result.stdout
+    assert "The front is empty: no candidate is complete, or all turned out over a limit." in result.stdout
     assert "broke the latency limit" in result.stdout
     assert "all turned out over a limit" in call("pareto").stdout
     # The search goes on from there.
