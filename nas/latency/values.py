@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 if TYPE_CHECKING:
+    # A child process that measures imports no database.
     from studies import CandidateLatency
 
 
