@@ -1,7 +1,8 @@
 """Fused Triton kernels for timm's ConvFirst networks (`kernels.fuse(model)`), and the one place that times.
 
-Import `fuse` and `FusedNetwork` from here and everything else from its own module; this package knows neither `nas` nor
-`search_spaces`. Triton is imported with the first kernel, so that `TRITON_INTERPRET=1` may still be set before.
+Import `fuse` and `FusedNetwork` from here and everything else from its own module. This package imports none of `nas`,
+`search_spaces` and `studies`. Triton is imported with the first kernel, so that `TRITON_INTERPRET=1` may still be set
+before.
 """
 
 from __future__ import annotations

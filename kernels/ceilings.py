@@ -21,11 +21,11 @@ LAUNCHES = 1000
 
 @dataclass(frozen=True)
 class CeilingRun:
-    """Something to time; see `rate` for what its time says.
+    """A run to time; `rate` turns its time into a ceiling.
 
     Args:
-        run: enqueues (CUDA) or does (CPU) the work once.
-        amount: bytes, MACs or launches of one run.
+        run: function that enqueues (CUDA) or does (CPU) the work once.
+        amount: number of bytes, MACs or launches of one run.
         macs: multiply-accumulates of one run, for a caller that corrects times by them.
     """
 
@@ -96,7 +96,7 @@ def rate(name: str, run: CeilingRun, seconds: float) -> float:
 
 @contextmanager
 def tensor_float32() -> Iterator[None]:
-    """Within it float32 products on CUDA use TF32, as cuDNN's convolutions do by default."""
+    """Context in which float32 products on CUDA use TF32, as cuDNN's convolutions do by default."""
     before = torch.backends.cuda.matmul.allow_tf32
     torch.backends.cuda.matmul.allow_tf32 = True
     try:

@@ -53,7 +53,7 @@ def layer_by_layer(x: Tensor, layers: Sequence[Tensor], problem: BlockProblem) -
     """The block as torch runs it, in the dtype of its operands.
 
     Args:
-        x: (N, C, H, W).
+        x: input (N, C, H, W).
         layers: weight and bias of the grouped convolution, of expansion and of projection, as `nn.Conv2d` has them.
 
     Returns:
@@ -203,8 +203,8 @@ def launch(x: Tensor, weights: BlockWeights, problem: BlockProblem, tiling: Tili
     Only the output is allocated, and with three launches their intermediates.
 
     Args:
-        x: (N, C, H, W), channels_last.
-        scratch: float32, of `tiling.partial_bytes`; overwritten. Without splits it may be any tensor.
+        x: input (N, C, H, W), channels_last.
+        scratch: float32 memory of `tiling.partial_bytes`, which is overwritten. Without splits it may be any tensor.
 
     Returns:
         (N, C', H', W'), channels_last.

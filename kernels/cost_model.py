@@ -36,17 +36,18 @@ PIXEL_SLOTS, ROW_PIXEL_SLOTS, WEIGHT_SLOTS, OUT_SLOTS, FMA_SLOTS, DIAGONAL_SLOTS
 
 @dataclass(frozen=True, slots=True)
 class GpuSpec:
-    """What a GPU can do. The defaults are an H200's, partly assumed: see `docs/kernels.md`.
+    """The sizes and rates of a GPU. The defaults are an H200's, partly assumed: see `docs/kernels.md`.
 
     Args:
-        multiprocessors: of the chip.
-        clock_hz: of the multiprocessors.
-        registers: 32-bit registers of a multiprocessor.
+        multiprocessors: number of multiprocessors.
+        clock_hz: clock of the multiprocessors.
+        registers: number of 32-bit registers of a multiprocessor.
         shared_bytes: shared memory that one program may use; a multiprocessor has hardly more.
-        dram_bytes, l2_bytes: bytes per second, read and written together.
+        dram_bytes, l2_bytes: bytes per second of memory and second-level cache, read and written together.
         wgmma_macs, mma_macs: multiply-accumulates per second of 16-bit operands, by Hopper's warp-group products and by
             the older ones; the two are equal for a chip without warp-group products.
-        l1_bytes, special_functions, lanes: per clock and multiprocessor.
+        l1_bytes, special_functions, lanes: bytes from the first-level cache, special functions and instructions of
+            threads, each per clock and multiprocessor.
         launch_seconds: time of one launch inside a CUDA graph.
         latency_seconds: time of a load that misses the first-level cache.
     """
@@ -588,7 +589,7 @@ def compiles(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec) -> bool:
 
 
 def is_large(problem: BlockProblem, tiling: Tiling, wgmma: bool) -> bool:
-    """Whether it is a large tile of many channels, of which more tilings were compiled than of others."""
+    """Whether a tiling has a large tile of many channels, of which more tilings were compiled than of others."""
     of_hopper = wgmma and tiling.num_warps == 8 and tiling.block_m == 128 and tiling.block_e <= 64
     return of_hopper and tiling.num_stages > 1 and 128 < problem.padded_in <= 256
 

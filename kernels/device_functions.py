@@ -308,7 +308,7 @@ def convolve(
 
     Args:
         pixel: index of tap (0, 0) of each output pixel.
-        top, left: its coordinates.
+        top, left: coordinates of that tap.
         taps: number of taps.
     """
     columns = first + tl.arange(0, WIDTH)
@@ -372,7 +372,7 @@ def convolve_rows(
 
     Args:
         pixel: index of tap (0, 0) of each column's first output pixel.
-        top, left: its coordinates; `top` is a scalar.
+        top, left: coordinates of that tap; `top` is a scalar.
         taps: number of columns of taps.
     """
     INPUT_ROWS: tl.constexpr = (ROWS - 1) * STRIDE + KERNEL

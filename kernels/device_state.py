@@ -30,7 +30,7 @@ class DeviceState:
     Args:
         sm_clock_mhz: clock of the multiprocessors.
         temperature_c: temperature in degrees Celsius.
-        throttled_by: why the clocks are lower than requested; values of `THROTTLING`.
+        throttled_by: reasons for which the clocks are lower than requested; values of `THROTTLING`.
     """
 
     sm_clock_mhz: float

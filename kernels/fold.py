@@ -31,7 +31,7 @@ def fold_batch_norms(model: nn.Module) -> nn.Module:
     efficient networks and blocks is left as it is, which costs time but not exactness.
 
     Args:
-        model: in evaluation mode; it is left as it is.
+        model: the model, in evaluation mode; it is left as it is.
 
     Raises:
         ValueError: the model is in training mode.

@@ -31,13 +31,13 @@ POOL_CHANNELS = 64
 
 @dataclass(frozen=True, slots=True)
 class HeadProblem:
-    """A head on one input.
+    """One head on one input: everything that decides what is computed.
 
     Args:
-        batch, pixels, in_channels: of the input.
+        batch, pixels, in_channels: the input's sizes; `pixels` are those of one image.
         features, classes: outputs of the 1x1 convolution and of the classifier.
-        activation: between the 1x1 convolution and the classifier.
-        dtype: of input, weights and output.
+        activation: name of the activation between the 1x1 convolution and the classifier.
+        dtype: data type of input, weights and output.
     """
 
     batch: int
@@ -51,7 +51,7 @@ class HeadProblem:
 
 @dataclass(frozen=True, slots=True)
 class HeadTiling:
-    """How the head is divided.
+    """The division of the head's work.
 
     Args:
         pools: whether the first product's programs pool for themselves, one image each.

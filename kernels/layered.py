@@ -58,9 +58,9 @@ def product_kernel(
     Neighbouring programs share rows.
 
     Args:
-        a: (rows, IN).
-        matrix: rows of PADDED elements, one row for each output if BY_OUTPUT, else one for each input.
-        shortcut, out: (rows, OUT).
+        a: input, (rows, IN).
+        matrix: weights as rows of PADDED elements, one row for each output if BY_OUTPUT, else one for each input.
+        shortcut, out: tensors (rows, OUT).
     """
     ACROSS: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
     row = tl.program_id(0) // ACROSS * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -57,7 +57,7 @@ class MBConvProblem(Splittable):
     """One block on one input, with fields like `BlockProblem`'s.
 
     Args:
-        expands: whether there is a 1x1 expansion; without it in_channels equals hidden_channels.
+        expands: whether the block has a 1x1 expansion; without it in_channels equals hidden_channels.
     """
 
     batch: int

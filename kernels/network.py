@@ -245,7 +245,7 @@ def _no_activation(module: nn.Module, where: str) -> None:
 
 
 class _Fuser:
-    """Makes fused modules in one dtype, from modules whose batch norms are folded."""
+    """Maker of fused modules in one dtype, from modules whose batch norms are folded."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         self.dtype = dtype
@@ -259,7 +259,7 @@ class _Fuser:
         ]
 
     def universal(self, block: UniversalInvertedResidual) -> nn.Module:
-        """A ConvFirst block; with a convolution in the middle MBConv, perhaps after a convolution of torch's."""
+        """Fuse a universal block: ConvFirst, or MBConv, perhaps after a convolution of torch's."""
         _require_identity(block, "se", "dw_end")
         act = _activation(block.pw_exp.bn, "pw_exp.bn")
         _require_identity(block.pw_exp, "aa")
@@ -333,13 +333,13 @@ class _Fuser:
 
 @dataclass(frozen=True)
 class FusionStatus:
-    """Whether a module of a network was fused: a block, the stem or the head.
+    """The status of a module of a network, which is fused or not: a block, the stem or the head.
 
     Args:
         name: the module's name in timm's network.
-        kind: its class there.
+        kind: the name of the module's class in timm.
         fused: whether a fused kernel can run it.
-        reason: why it is not fused; empty if it is.
+        reason: reason for which it is not fused; empty if it is.
     """
 
     name: str
@@ -409,9 +409,9 @@ class FusedNetwork(nn.Module):
     """A timm network for inference, made by `fuse`, with fused modules where possible.
 
     Attributes:
-        fusion: which modules were fused, in the order of the network.
-        dtype: of input, weights and output.
-        in_channels: of the input.
+        fusion: the status of each module, in the order of the network.
+        dtype: data type of input, weights and output.
+        in_channels: number of the input's channels.
     """
 
     def __init__(
@@ -425,7 +425,7 @@ class FusedNetwork(nn.Module):
         self.eval().requires_grad_(False)
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> FusedNetwork:
-        """Move to another device; the dtype is fixed, as weights are packed for it.
+        """Move the network to another device; the dtype is fixed, as weights are packed for it.
 
         Raises:
             ValueError: the dtype would change.
@@ -508,7 +508,7 @@ class FusedNetwork(nn.Module):
         """Prepare for batches of this shape: on CUDA, tune every problem that is new to this machine.
 
         Returns:
-            Seconds it took.
+            Duration in seconds.
         """
         begin = time.perf_counter()
         problems = self.problems(batch, resolution)

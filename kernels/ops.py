@@ -135,7 +135,7 @@ def require(x: Tensor, channels: int, dtype: torch.dtype, device: torch.device) 
 
     Args:
         x: input (N, C, H, W), channels_last.
-        channels, dtype, device: of the layer.
+        channels, dtype, device: the layer's input channels, data type and device.
 
     Raises:
         ValueError: the input has another shape, dtype, device or layout than the layer takes.

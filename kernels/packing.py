@@ -18,12 +18,12 @@ class BlockWeights:
     """A block's weights as the kernel reads them, zero where channels are padded.
 
     Args:
-        conv: flat, see `pack_conv`; in the block's dtype, as `expand` and `project` are.
-        conv_bias: (padded C,) float32, as are the other biases.
-        expand: (padded E, padded C).
-        expand_bias: (padded E,).
-        project: (padded E, padded C').
-        project_bias: (padded C',).
+        conv: flat weights, see `pack_conv`; in the block's dtype, as `expand` and `project` are.
+        conv_bias: float32 bias, (padded C,); the other biases are float32, too.
+        expand: weights, (padded E, padded C).
+        expand_bias: bias, (padded E,).
+        project: weights, (padded E, padded C').
+        project_bias: bias, (padded C',).
         counters: (`COUNTERS`,) int32 zeros, which tell the splits of a tile which of them ends last; zeros again after
             every launch. Launches with the same weights must therefore not overlap, as on two streams.
     """
@@ -57,8 +57,8 @@ def grouped_weights(weight: Tensor, padded: int, block: int) -> Tensor:
 
     Args:
         weight: (channels, group width, K, K), as `nn.Conv2d` has it.
-        padded: channels to pad to.
-        block: D, a multiple of the group width, or no less than all channels.
+        padded: number of channels to pad to.
+        block: channels of a dense block, D: a multiple of the group width, or no less than all channels.
 
     Returns:
         Flat; of depthwise weights (K*K, padded), of others block-diagonal dense blocks (K*K, padded / D, D in, D out).

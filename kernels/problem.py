@@ -1,4 +1,4 @@
-"""What a fused block computes (the problem), how its work is divided (the tiling), and which problems are supported.
+"""Problems (what a fused block computes), tilings (how its work is divided), and the rules of which are supported.
 
 These are values without tensors and Triton, so that tilings can be counted, and support be asked for, on any machine.
 """
@@ -71,9 +71,9 @@ def shares(columns: int, width: int, block: int, warps: int) -> int:
     columns of their own, as far as there are enough.
 
     Args:
-        columns: pixels; each share has at least `MIN_DOT`.
+        columns: number of pixels; each share has at least `MIN_DOT`.
         width, block: channels of the tensor and of one block.
-        warps: of the program.
+        warps: number of warps of the program.
     """
     return max(1, min(columns // MIN_DOT, warps * block // width))
 
@@ -124,12 +124,12 @@ class BlockProblem(Splittable):
     """One ConvFirst block on one input: everything that decides what is computed.
 
     Args:
-        batch, height, width: of the input.
-        in_channels, hidden_channels, out_channels: of the block.
-        kernel_size, group_width, stride: of the grouped convolution, padded by kernel_size // 2.
+        batch, height, width: the input's sizes.
+        in_channels, hidden_channels, out_channels: numbers of channels that enter the block, lie within and leave it.
+        kernel_size, group_width, stride: the grouped convolution's; it is padded by kernel_size // 2.
         activation: one of `ACTIVATIONS`.
         residual: whether the input is added to the output.
-        dtype: of input, weights and output; one of `DTYPE_BYTES`.
+        dtype: data type of input, weights and output; one of `DTYPE_BYTES`.
         max_splits: most programs that may share a tile's hidden channels; for their float32 partial sums the caller
             lends scratch. With 1 no tile is split.
     """
@@ -192,7 +192,7 @@ class BlockProblem(Splittable):
 
 
 class Tiled(Protocol):
-    """What a tiling needs to know of a problem."""
+    """The sizes of a problem from which a tiling is counted."""
 
     @property
     def batch(self) -> int: ...
@@ -214,7 +214,7 @@ class Tiled(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Tiling:
-    """How the work of a fused block is divided.
+    """The division of a fused block's work.
 
     Args:
         block_m: output pixels of a tile; a power of two, at least 16.
@@ -263,7 +263,7 @@ class Tiling:
         return kernel_size if self.rows > 1 else kernel_size**2
 
     def fits(self, problem: Tiled) -> bool:
-        """Whether the kernel can run it: no split lacks scratch or work, and none reads past the padded weights."""
+        """Whether the kernel can run the tiling: no split lacks scratch or work, or reads past the padded weights."""
         steps = self.steps(problem)
         covered = steps * self.block_e * self.splits
         idle = steps * self.block_e * (self.splits - 1) >= problem.hidden_channels
@@ -306,7 +306,7 @@ class Tiling:
 
 @dataclass(frozen=True, slots=True)
 class ProductTiling:
-    """How a product of matrices is divided.
+    """The division of a product of matrices.
 
     Args:
         block_m, block_n, block_k: pixels, outputs and inputs of one step.
@@ -359,9 +359,9 @@ def first_unsupported_field(
     """The first field of a problem whose value no kernel takes, with that value; None if there is none.
 
     Args:
-        problem: its kernel size, stride and dtype are checked, if it has them.
-        positive: fields that must be 1 or more.
-        channels: fields that must be a positive multiple of `CHANNEL_MULTIPLE`.
+        problem: the problem, of which kernel size, stride and dtype are checked, too, if it has them.
+        positive: names of fields that must be 1 or more.
+        channels: names of fields that must be a positive multiple of `CHANNEL_MULTIPLE`.
         activations: values that `activation` may have.
     """
     supported = {**SUPPORTED, "activation": activations}

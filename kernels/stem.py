@@ -27,7 +27,7 @@ MAX_CHANNELS = 256
 
 @dataclass(frozen=True, slots=True)
 class StemProblem(Convolved):
-    """A stem on one input, with fields like `BlockProblem`'s; its convolution is a full one."""
+    """One stem on one input, with fields like `BlockProblem`'s; its convolution is a full one."""
 
     batch: int
     height: int
@@ -51,7 +51,7 @@ class StemProblem(Convolved):
 
 @dataclass(frozen=True, slots=True)
 class StemTiling:
-    """How a stem is divided: each program computes `block_m` output pixels of all channels."""
+    """The division of a stem's work: each program computes `block_m` output pixels of all channels."""
 
     block_m: int
     num_warps: int = 4

@@ -38,7 +38,7 @@ _Device = torch.device
 
 @dataclass(frozen=True, slots=True)
 class DeviceInfo:
-    """What a measurement ran on: the device, its driver and the libraries."""
+    """Identity of what a measurement ran on: the device, its driver and the libraries."""
 
     kind: str
     name: str
@@ -87,7 +87,7 @@ def _triton_version() -> str:
 
 
 class Clock(Protocol):
-    """Times `calls` runs of a function, in seconds on the device's own clock."""
+    """Function that times `calls` runs of another, in seconds on the device's own clock."""
 
     def __call__(self, run: Callable[[], None], calls: int) -> float: ...
 
@@ -152,10 +152,10 @@ def time_interleaved(
     """Time the runs in turn, round after round, so that disturbances meet all of them alike.
 
     Args:
-        runs: each enqueues (CUDA) or does (CPU) one forward pass.
-        clock: measures a number of calls.
+        runs: functions, each of which enqueues (CUDA) or does (CPU) one forward pass.
+        clock: clock that times a number of calls.
         seconds: time of sampling, without warm-up; there are at least `MIN_ROUNDS` rounds.
-        min_sample_seconds: calls are repeated until a sample lasts this long.
+        min_sample_seconds: least duration of a sample, which repeats calls for as long.
         warmup_seconds: least warm-up of each run (default: `WARMUP_SECONDS`).
 
     Returns:
@@ -187,12 +187,12 @@ def _rounds(runs: Sequence[Callable[[], None]], calls: Sequence[int], clock: Clo
 def warm_up(
     run: Callable[[], None], clock: Clock, min_sample_seconds: float, seconds: float | None = None
 ) -> int:  # fmt: skip
-    """Run until the run gets no faster.
+    """Call a run until it gets no faster.
 
     It gets faster as long as the median of `WARMUP_WINDOW` samples falls by more than `WARMUP_TOLERANCE`.
 
     Args:
-        seconds: least time to go on (default: `WARMUP_SECONDS`).
+        seconds: least duration (default: `WARMUP_SECONDS`).
 
     Returns:
         The number of calls that make a sample of `min_sample_seconds`.
@@ -224,7 +224,7 @@ def warm_up(
 
 @dataclass(frozen=True, slots=True)
 class Precision:
-    """When sampling ends: once the median is known well enough, or at a cap.
+    """The precision at which sampling ends, and the cap at which it ends in any case.
 
     Args:
         share: greatest width of the median's 95 % confidence interval, as a share of the median.
@@ -240,7 +240,7 @@ class Sampled:
     """The result of sampling.
 
     Args:
-        seconds: per call, (rounds, runs).
+        seconds: samples, (rounds, runs), in seconds per call.
         interval_shares: width of each checked median's confidence interval, over the median.
         capped: whether the cap ended sampling.
     """
@@ -282,8 +282,9 @@ def sample_until(
     is therefore a stopping rule and a measure of noise, and covers somewhat less than 95 %.
 
     Args:
-        checked: (rounds, runs) seconds per call -> the quantities, (rounds,) each, whose medians are wanted.
-        between: called at every check, including the first and the last.
+        checked: function from (rounds, runs) seconds per call to the quantities, (rounds,) each, whose medians are
+            wanted.
+        between: function that is called at every check, including the first and the last.
         now: the clock of the cap, in seconds.
     """
     calls = [warm_up(run, clock, min_sample_seconds) for run in runs]

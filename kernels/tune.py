@@ -28,6 +28,7 @@ import triton
 from torch import Tensor
 
 from kernels import timing
+from kernels.cache import cache_folder
 from kernels.cost_model import GPU_SPECS, H200, GpuSpec
 
 # Tilings that are compiled and timed; the goal is that the best is among the cost model's first three.
@@ -65,18 +66,18 @@ _REFUSALS = (
 
 
 def refuses(error: BaseException) -> bool:
-    """Whether the error says that Triton cannot compile or run a tiling here; any other error is a bug."""
+    """Whether an error says that Triton cannot compile or run a tiling here; any other error is a bug."""
     # A failing pass of the compiler has no exception class of its own.
     return isinstance(error, _REFUSALS) or (isinstance(error, RuntimeError) and "PassManager" in str(error))
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What runs a problem.
+    """The choice of what runs a problem.
 
     Args:
-        tilings: of the fused kernel, the fastest or likeliest first.
-        source: "counted" by the cost model, "tuned", or "remembered".
+        tilings: tilings of the fused kernel, the fastest or likeliest first.
+        source: origin of the choice: "counted" by the cost model, "tuned", or "remembered".
         times_ms: measured times of the tilings; empty if counted.
         layers_ms: measured time of torch layer by layer; None if counted.
     """
@@ -110,9 +111,9 @@ class Kernel:
     Args:
         name: part of the key under which choices are remembered.
         tiling: the class of its tilings.
-        tilings: (problem, GPU) -> the tilings that are worth trying, the likeliest first.
-        launch: (x, packed weights and a block's scratch, problem, tiling) -> output.
-        layer_by_layer: (x, layers, problem) -> output, as torch runs it.
+        tilings: function (problem, GPU) -> the tilings that are worth trying, the likeliest first.
+        launch: function (x, packed weights and a block's scratch, problem, tiling) -> output.
+        layer_by_layer: function (x, layers, problem) -> output, as torch runs it.
     """
 
     name: str
@@ -120,13 +121,6 @@ class Kernel:
     tilings: Callable[[Any, GpuSpec], Sequence[Any]]
     launch: Callable[[Tensor, Sequence[Tensor], Any, Any], Tensor]
     layer_by_layer: Callable[[Tensor, Sequence[Tensor], Any], Tensor]
-
-
-def cache_folder() -> Path:
-    """The folder of remembered choices: `CONVFIRST_CACHE`, or convfirst-nas in the user's cache folder."""
-    if folder := os.environ.get("CONVFIRST_CACHE"):
-        return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convfirst-nas"
 
 
 @functools.cache
@@ -146,7 +140,7 @@ def _machine(device: torch.device) -> str:
 
 @functools.cache
 def gpu_spec(device: torch.device) -> GpuSpec:
-    """The device for the cost model: its own sizes, and the rates of the nearest GPU in `GPU_SPECS`."""
+    """A device's data for the cost model: its own sizes, and the rates of the nearest GPU in `GPU_SPECS`."""
     if device.type != "cuda":
         return H200
     major, minor = torch.cuda.get_device_capability(device)
@@ -232,7 +226,7 @@ def tune(tasks: Sequence[Task]) -> list[Choice]:
     All tilings of all tasks compile in parallel first; then each task is timed alone.
 
     Args:
-        tasks: equal problems are tuned once.
+        tasks: the problems, of which equal ones are tuned once.
 
     Returns:
         The choices, in the order of the tasks.
@@ -276,7 +270,7 @@ def compile_together(jobs: Sequence[tuple[Task, Any]]) -> float:
 
 @contextlib.contextmanager
 def _warming_up() -> Iterator[None]:
-    """Within it launches compile and do not run."""
+    """Context in which launches compile and do not run."""
     launchable = triton.runtime.jit.JITFunction
     before = launchable.__getitem__
     launchable.__getitem__ = lambda kernel, grid: functools.partial(kernel.run, grid=grid, warmup=True)
@@ -311,9 +305,9 @@ def is_wrong(output: Tensor, expected: Tensor) -> bool:
 
 
 def exact(dtype: torch.dtype) -> AbstractContextManager[None]:
-    """Within it cuDNN's float32 convolutions, which serve for checking, do not use TF32; nothing else changes.
+    """Context in which cuDNN's float32 convolutions, which serve for checking, do not use TF32.
 
-    `enabled` is set because the default of `torch.backends.cudnn.flags` would turn cuDNN off.
+    Nothing else changes: `enabled` is set because the default of `torch.backends.cudnn.flags` would turn cuDNN off.
     """
     if dtype != torch.float32:
         return contextlib.nullcontext()

@@ -1,4 +1,8 @@
-"""What a network may be: architectures as values, the spaces they are drawn from, their cost and their timm build."""
+"""Architectures as values, the spaces that they are drawn from, their cost, and their networks made by timm.
+
+Import the names below from here and everything else from its own module. This package imports none of `nas`, `kernels`
+and `studies`, and only `nas`, `kernels.lab` and tests import it.
+"""
 
 from importlib import import_module
 

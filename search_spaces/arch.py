@@ -28,7 +28,7 @@ ACTIVATIONS = ("silu", "relu", "hard_swish", "gelu")
 # timm rounds widths to multiples of 8; a width that it would change is refused instead.
 CHANNEL_MULTIPLE = 8
 
-STEM_KERNEL_SIZE, STEM_STRIDE = 3, 2
+IMAGE_CHANNELS, STEM_KERNEL_SIZE, STEM_STRIDE = 3, 3, 2
 
 # timm's builder turns strides past this one into dilations, which would be another network.
 MAX_TOTAL_STRIDE = 32
@@ -98,7 +98,7 @@ class StageSpec:
         kernel_size: kernel size of the grouped convolution, odd.
         group_width: channels per group of the grouped convolution; 1 is depthwise.
         expansion: expanded channels over input channels of the block.
-        blocks: how many blocks.
+        blocks: number of blocks.
         stride: stride of the first block's grouped convolution, 1 or 2.
 
     Raises:
@@ -199,8 +199,8 @@ class Step:
 
     Args:
         name: "stem", "stage1.0", "stage1.1", ..., "head".
-        spec: what the part is.
-        in_size, out_size: pixels, height or width, of what enters and leaves it.
+        spec: the stem, block or head.
+        in_size, out_size: height or width in pixels of the tensors that enter and leave the part.
     """
 
     name: str
@@ -227,8 +227,8 @@ class ArchSpec:
 
     Args:
         stem_width: channels of the 3x3 stride-2 stem, a multiple of 8.
-        stages: from the stem to the head.
-        activation: one of `ACTIVATIONS`, used throughout.
+        stages: the stages, from the stem to the head.
+        activation: name of the activation used throughout, one of `ACTIVATIONS`.
         head_width: channels of the 1x1 convolution after the pool, a multiple of 8.
 
     Raises:
@@ -278,10 +278,10 @@ class ArchSpec:
             in_channels = stage.width
         return blocks
 
-    def walk(self, resolution: int, in_chans: int = 3) -> tuple[Step, ...]:
-        """Stem, blocks and head in order, for images (N, in_chans, resolution, resolution)."""
+    def walk(self, resolution: int) -> tuple[Step, ...]:
+        """Stem, blocks and head in order, for images (N, 3, resolution, resolution)."""
         size = strided(resolution, STEM_STRIDE)
-        steps = [Step("stem", StemSpec(in_chans, self.stem_width), resolution, size)]
+        steps = [Step("stem", StemSpec(IMAGE_CHANNELS, self.stem_width), resolution, size)]
         names = (f"stage{number}.{index}" for number, s in enumerate(self.stages, 1) for index in range(s.blocks))
         for name, block in zip(names, self.blocks, strict=True):
             in_size, size = size, strided(size, block.stride)
@@ -304,7 +304,7 @@ class ArchSpec:
 
     @classmethod
     def parse(cls, text: str) -> ArchSpec:
-        """The inverse of `str(arch)`, for people: extra spaces do not matter, and the JSON of `to_json` will do.
+        """The inverse of `str(arch)`: extra spaces do not matter, and the JSON of `to_json` is also read.
 
         Raises:
             ValueError: one line, with the piece that does not parse and what it should be, or with the field that is
@@ -348,13 +348,8 @@ class ArchSpec:
         except (AttributeError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"not an architecture: {_quoted(text)} ({error})") from error
 
-    def build(self, num_classes: int, in_chans: int = 3) -> nn.Module:
-        """The network, made by timm's own builder from timm's own classes, freshly initialised.
-
-        Args:
-            num_classes: outputs of the classifier.
-            in_chans: channels of the input images (N, in_chans, H, W).
-        """
+    def build(self, num_classes: int) -> nn.Module:
+        """The network for images (N, 3, H, W), made by timm's own builder from its own classes, freshly initialised."""
         from timm.layers import get_act_layer
         from timm.models._efficientnet_builder import decode_arch_def
         from timm.models.mobilenetv3 import MobileNetV3
@@ -362,7 +357,6 @@ class ArchSpec:
         return MobileNetV3(
             decode_arch_def(self.arch_def),
             num_classes=num_classes,
-            in_chans=in_chans,
             stem_size=self.stem_width,
             num_features=self.head_width,
             act_layer=get_act_layer(self.activation),

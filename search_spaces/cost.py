@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import reduce
 
 from search_spaces.arch import (
+    IMAGE_CHANNELS,
     STEM_KERNEL_SIZE,
     STEM_STRIDE,
     ArchSpec,
@@ -35,7 +36,7 @@ class Cost:
 
 
 def conv_norm_cost(in_channels: int, out_channels: int, kernel_size: int, group_width: int, out_size: int) -> Cost:
-    """A bias-free convolution on to (out_size, out_size) pixels, followed by a batch norm.
+    """Cost of a bias-free convolution on to (out_size, out_size) pixels, followed by a batch norm.
 
     `group_width` is the number of input channels that each output channel reads.
     """
@@ -44,7 +45,7 @@ def conv_norm_cost(in_channels: int, out_channels: int, kernel_size: int, group_
 
 
 def block_cost(block: BlockSpec, size: int) -> Cost:
-    """A ConvFirst block whose input is (size, size) pixels."""
+    """Cost of a ConvFirst block whose input is (size, size) pixels."""
     out_size = strided(size, block.stride)
     inner, expanded = block.in_channels, block.expanded_channels
     return (
@@ -54,13 +55,14 @@ def block_cost(block: BlockSpec, size: int) -> Cost:
     )
 
 
-def stem_cost(stem_width: int, resolution: int, in_chans: int = 3) -> Cost:
-    """The 3x3 stride-2 stem on (in_chans, resolution, resolution) images."""
-    return conv_norm_cost(in_chans, stem_width, STEM_KERNEL_SIZE, in_chans, strided(resolution, STEM_STRIDE))
+def stem_cost(stem_width: int, resolution: int) -> Cost:
+    """Cost of the 3x3 stride-2 stem on (3, resolution, resolution) images."""
+    out_size = strided(resolution, STEM_STRIDE)
+    return conv_norm_cost(IMAGE_CHANNELS, stem_width, STEM_KERNEL_SIZE, IMAGE_CHANNELS, out_size)
 
 
 def stage_cost(in_channels: int, stage: StageSpec, size: int) -> Cost:
-    """A stage that (size, size) pixels of `in_channels` channels enter."""
+    """Cost of a stage that (size, size) pixels of `in_channels` channels enter."""
     first, *rest = stage_blocks(in_channels, stage)
     total = block_cost(first, size)
     if rest:
@@ -71,7 +73,7 @@ def stage_cost(in_channels: int, stage: StageSpec, size: int) -> Cost:
 
 
 def head_cost(in_channels: int, head_width: int, num_classes: int) -> Cost:
-    """1x1 convolution with bias on the pooled pixel, then the classifier with bias."""
+    """Cost of the 1x1 convolution with bias on the pooled pixel, and of the classifier with bias."""
     weights = in_channels * head_width + head_width * num_classes
     return Cost(params=weights + head_width + num_classes, macs=weights)
 
@@ -82,7 +84,7 @@ def steps_cost(steps: Iterable[Step], num_classes: int) -> Cost:
     def step_cost(step: Step) -> Cost:
         spec = step.spec
         if isinstance(spec, StemSpec):
-            return stem_cost(spec.out_channels, step.in_size, spec.in_channels)
+            return stem_cost(spec.out_channels, step.in_size)
         if isinstance(spec, BlockSpec):
             return block_cost(spec, step.in_size)
         return head_cost(spec.in_channels, spec.width, num_classes)
@@ -90,6 +92,6 @@ def steps_cost(steps: Iterable[Step], num_classes: int) -> Cost:
     return reduce(Cost.__add__, map(step_cost, steps))
 
 
-def cost(arch: ArchSpec, resolution: int, num_classes: int, in_chans: int = 3) -> Cost:
-    """Parameters of the network, and MACs of one (in_chans, resolution, resolution) image."""
-    return steps_cost(arch.walk(resolution, in_chans), num_classes)
+def cost(arch: ArchSpec, resolution: int, num_classes: int) -> Cost:
+    """Parameters of the network, and MACs of one (3, resolution, resolution) image."""
+    return steps_cost(arch.walk(resolution), num_classes)

@@ -35,11 +35,11 @@ def timm_config(
     """The fields of timm's hub format, as `timm.models.save_for_hf` writes them.
 
     Args:
-        resolution: pixels of the square images that the network is for.
-        mean, std: mean and standard deviation of their channels, in 0..1.
-        whole_image: whether nothing is cropped off, as when the weights were trained.
+        resolution: height and width in pixels of the images that the network is for.
+        mean, std: mean and standard deviation of the images' channels, in 0..1.
+        whole_image: whether nothing is cropped off the images, as when the weights were trained.
         notes: lines that timm keeps with the network.
-        ours: fields that timm does not read.
+        ours: further fields, which timm does not read.
     """
     return {
         "architecture": ARCHITECTURE,

@@ -59,7 +59,7 @@ def timm_file(name: str, arch: ArchSpec, config: dict[str, Any]) -> str:
 
     Args:
         name: a Python identifier.
-        config: as `timm_config` gives it.
+        config: fields as `timm_config` gives them.
     """
     shared = Path(__file__).with_name("timm_models.py").read_text(encoding="utf-8")
     # Imports may follow other imports, but a docstring may not.

@@ -21,11 +21,12 @@ def build(
 
     Args:
         variant: the registered name.
-        arch_def: a list of arch strings for each stage, such as `uir_r2_a3_k0_s2_e4_c64_gs8`.
+        arch_def: arch strings of each stage, such as `uir_r2_a3_k0_s2_e4_c64_gs8`.
         stem_size: channels of the stem.
         num_features: channels of the 1x1 convolution after the pool.
         act_layer: one of timm's names of activations.
-        kwargs: as of any timm model: `pretrained`, `num_classes`, `in_chans`, `drop_path_rate`, `features_only`, ...
+        kwargs: arguments that any timm model takes: `pretrained`, `num_classes`, `in_chans`, `drop_path_rate`,
+            `features_only`, ...
     """
     stages = decode_arch_def(arch_def)
     # timm's builder offers the features before each stage that begins with a stride, and the last; by default timm

@@ -34,6 +34,7 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     base = tmp_path_factory.getbasetemp()
     # Of several workers each has a folder of its own in that of the run.
     shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "cache"
+    monkeypatch.delenv("CONVFIRST_CACHE", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(shared))
 
 

@@ -23,13 +23,13 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import run_search
+from kernels.timing import DeviceInfo
 from nas.config import LatencyConfig, SearchConfig
 from nas.errors import CandidateFailed
 from nas.lab.invented import FakeEvaluator
 from nas.latency import device_profile
 from nas.latency.block_table import BlockTable, sum_errors, sum_errors_line
 from nas.latency.device_profile import DeviceProfile
-from nas.latency.devices import device_info
 from nas.latency.engines import ENGINES
 from nas.latency.parts import CALL, arch_parts, network_shape
 from nas.latency.values import Latency, Measurement, ShapeLatency
@@ -458,7 +458,7 @@ def profiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         return DeviceProfile(copy_bytes_per_s=1e10 * len(asked), macs_per_s=5e10 * len(asked), launch_seconds=1e-6)
 
     monkeypatch.setattr(device_profile, "measure_profile", measure)
-    monkeypatch.setattr("nas.validation.remeasure._anchor_ms", lambda table, anchor: 1.0)
+    monkeypatch.setattr(BlockTable, "anchor_ms", lambda table, anchor, measure: 1.0)
     return asked
 
 
@@ -498,7 +498,7 @@ def filled(config: LatencyConfig, arch: ArchSpec, leave_out: int = 0) -> None:
     assert store is not None
     parts = arch_parts(arch, config)
     shapes = [CALL, *(part.shape for part in parts[: len(parts) - leave_out])]
-    table = BlockTable(store, device_info(config), config)
+    table = BlockTable(store, DeviceInfo.of(torch.device(config.device)), config)
     table.add([ShapeLatency(shape, Latency(4.0, 4.0, 4.0, 10, 0.01)) for shape in dict.fromkeys(shapes)])
     if not leave_out:
         table.add([ShapeLatency(network_shape(str(arch), config), Latency(7.5, 7.5, 7.5, 10, 0.01))])
@@ -558,7 +558,7 @@ def test_sums_are_held_against_networks_on_the_day_of_the_studys_anchor() -> Non
     filled(config, arch)
     store = Store.open("sqlite:///studies/convfirst.db", create=False)
     assert store is not None
-    table = BlockTable(store, device_info(config), config)
+    table = BlockTable(store, DeviceInfo.of(torch.device(config.device)), config)
     unknown = load_space("small").anchor()
     found = sum_errors(table, [arch, unknown, arch], [20.0, 1.0, 64.0], anchor_ms=2.0, anchor_in_table_ms=1.0)
     assert found == pytest.approx([0.6, -0.5])
@@ -638,7 +638,7 @@ def test_parts_that_the_cap_ended_are_told() -> None:
     store = Store.open("sqlite:///studies/convfirst.db", create=True)
     assert store is not None
     (part, *_) = arch_parts(arch, config)
-    BlockTable(store, device_info(config), config).add(
+    BlockTable(store, DeviceInfo.of(torch.device(config.device)), config).add(
         [ShapeLatency(part.shape, Latency(4.0, 4.0, 4.0, 10, 0.123, True))]
     )
     store.close()
@@ -768,7 +768,7 @@ def test_a_front_of_which_all_break_the_limit_is_empty(
     meters: Callable[[float], list[LatencyConfig]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # At home, where the limit holds.
-    monkeypatch.setattr(FakeEvaluator, "device", device_info(LatencyConfig(device="cpu")))
+    monkeypatch.setattr(FakeEvaluator, "device", DeviceInfo.of(torch.device("cpu")))
     assert call("--budget 3 --device cpu --max-latency-ms 1.5").exit_code == 0
     meters(10.0)
     result = call("remeasure")

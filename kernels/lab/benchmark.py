@@ -62,11 +62,11 @@ Forward = Callable[[Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Engine:
-    """One way to run a row, ready to run.
+    """One way to run a row, which is ready to run.
 
     Args:
-        forward: (N, C, H, W), channels_last -> output.
-        notes: what else is worth recording, for JSON.
+        forward: function from (N, C, H, W), channels_last, to the output.
+        notes: further facts worth recording, for JSON.
     """
 
     forward: Forward
@@ -83,10 +83,10 @@ class Case:
 
     Args:
         inputs: batches (N, C, H, W), channels_last, in the row's dtype.
-        reference: the same function layer by layer in float64.
+        reference: function that computes the same layer by layer in float64.
         depth: number of layers that round their result, one after the other.
         macs: multiply-accumulates of a whole batch.
-        engines: by name, a function that makes the engine, eager first; it may compile and tune.
+        engines: functions that make the engines, by name, eager first; they may compile and tune.
     """
 
     inputs: Sequence[Tensor]
@@ -134,7 +134,7 @@ def block_problem(row: Block, layers: Sequence[Tensor], dtype: torch.dtype) -> B
 
 
 def block_task(problem: BlockProblem, layers: Sequence[Tensor], x: Tensor) -> tune.Task:
-    """A block to tune, with scratch of its own."""
+    """A task of the tuner for a block, with scratch of its own."""
     scratch = x.new_empty(problem.scratch_elements, dtype=torch.float32)
     return tune.Task(ops.BLOCK, problem, x, [*vars(packing.pack(layers, problem)).values(), scratch], layers)
 
@@ -200,15 +200,15 @@ def network_case(row: Network, dtype: torch.dtype, device: torch.device) -> Case
 
 @dataclass(frozen=True)
 class Measured:
-    """What was measured of one engine.
+    """The measured times, error and memory of one engine.
 
     Args:
         median_ms, p20_ms, p80_ms: time of one forward pass; None if there is an error.
         relative_error: root mean square of the difference from float64, over that of the float64 output.
         workspace_bytes: most memory that a forward pass holds beyond weights and input, its output included.
         ready_seconds: time to compile, tune and run once.
-        notes: see `Engine`.
-        error: why the engine was not timed; None if it was.
+        notes: the engine's notes, see `Engine`.
+        error: reason for which the engine was not timed; None if it was.
     """
 
     median_ms: float | None = None
@@ -255,7 +255,7 @@ class Passes:
 
 
 class DeviceLost(Exception):
-    """CUDA met an error that it does not recover from: nothing runs any more in this process."""
+    """An error that CUDA does not recover from: nothing runs any more in this process."""
 
 
 def _one_line(error: BaseException) -> str:
@@ -295,7 +295,7 @@ def measure(case: Case, device: torch.device, seconds: float) -> dict[str, Measu
     """Check all engines of a case, and time the correct ones in turns.
 
     Args:
-        seconds: of sampling, for all engines together.
+        seconds: duration of sampling, for all engines together.
 
     Raises:
         DeviceLost: nothing runs any more.
@@ -412,7 +412,7 @@ def measured_row(row: Row, device: torch.device, ceilings: MachineCeilings) -> d
 
 
 def predictions(gpu: cost_model.GpuSpec) -> list[dict[str, Any]]:
-    """What the cost model predicts for every row that has a fused engine, in microseconds; needs no GPU.
+    """Predict the time of every row that has a fused engine by the cost model, in microseconds, without a GPU.
 
     A network's blocks are estimated one by one; its stem and head count by the bytes they move and by their launches.
     """

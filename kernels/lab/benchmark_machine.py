@@ -1,4 +1,4 @@
-"""What the benchmark's machine is, and what it can do, measured in the benchmark's own run.
+"""The identity of the benchmark's machine, and its limits, measured in the benchmark's own run.
 
 The rates are ceilings that real kernels reach: a large copy, a large product, a loop of nothing but tensor-core
 instructions. Data sheets name higher rates that nothing reaches.
@@ -55,7 +55,7 @@ class MachineCeilings:
     graph_launch_seconds: float | None = None
 
     def gpu_spec(self) -> GpuSpec:
-        """The current CUDA device for the cost model, as measured; what is not measured is an H200's."""
+        """The current CUDA device's data for the cost model, as measured; what is not measured is an H200's."""
         assert self.l2_bytes is not None
         assert self.mma_macs is not None
         assert self.graph_launch_seconds is not None
@@ -165,7 +165,7 @@ def measure_ceilings(device: torch.device) -> MachineCeilings:
 
 
 def identity(device: torch.device) -> dict[str, str]:
-    """What rows must share to be compared: machine, versions, and the code that measured and was measured.
+    """The facts that rows must share to be compared: machine, versions, and the code that measured and was measured.
 
     The code is identified by a digest, which is the same in a copy without git and differs where a checkout was edited.
     """
@@ -198,7 +198,7 @@ def clocks(device: torch.device) -> dict[str, str]:
 
 
 def _output(command: tuple[str, ...], folder: Path | None = None) -> str:
-    """What a program prints; empty if it cannot be run or fails."""
+    """The output of a program; empty if it cannot be run or fails."""
     try:
         done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=30)
     except (OSError, subprocess.TimeoutExpired):
@@ -211,7 +211,7 @@ def now() -> str:
 
 
 def describe(ceilings: MachineCeilings) -> dict[str, Any]:
-    """The ceilings in the units of data sheets, for people to read."""
+    """A line with the ceilings in the units of data sheets."""
     scaled = {
         "copy, read + written, TB/s": ceilings.copy_bytes / 1e12,
         "product, TFLOP/s": 2 * ceilings.product_macs / 1e12,

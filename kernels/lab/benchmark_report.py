@@ -33,7 +33,7 @@ REFERENCE, PEER = "b128 convfirst_4.5g", "b128 convnext_tiny"
 
 
 def measured(record: Record, engine: str) -> Mapping[str, Any]:
-    """What was measured of an engine, the fields of `benchmark.Measured`; empty if it did not take part."""
+    """The measured values of an engine, the fields of `benchmark.Measured`; empty if it did not take part."""
     return cast(Mapping[str, Any], record.get("contenders", {}).get(engine, {}))
 
 
@@ -43,7 +43,7 @@ def median_ms(record: Record, engine: str) -> float | None:
 
 
 def speed_up(record: Record, engine: str, over: str) -> float | None:
-    """How many times as fast one engine is as another; None if either has no time."""
+    """The speed of one engine over that of another; None if either has no time."""
     own, other = median_ms(record, engine), median_ms(record, over)
     return other / own if own and other else None
 
@@ -71,7 +71,7 @@ class Statistic:
     """One number that summarises rows.
 
     Args:
-        name: what it measures.
+        name: name of the number.
         value: a geometric mean, a ratio or a share; None if no row has one.
         rows: number of rows that it summarises.
         goal: the least value that counts as success; None if there is no goal.
@@ -144,7 +144,7 @@ def _time(record: Record, engine: str) -> str:
 
 
 def _cell(record: Record, engine: str) -> str:
-    """The same as `_time`, without the long reasons, which `failures` lists below the tables."""
+    """An engine's time as `_time` gives it, without the long reasons, which `failures` lists below the tables."""
     text = _time(record, engine)
     return text if len(text) <= LONGEST_CELL else "failed"
 
@@ -297,7 +297,7 @@ def write(folder: Path, records: Sequence[Record], provenance: Mapping[str, Any]
     """Write summary.json and plot.png into the folder, each whole or not at all, and print the tables.
 
     Args:
-        records: from one machine, with the same versions and sources.
+        records: records of one machine, with the same versions and sources.
         provenance: device, versions, limits, clocks and command, which belong beside every number.
     """
     summarised = statistics(records)

@@ -1,4 +1,4 @@
-"""What `python -m kernels.lab.benchmark` measures: blocks, and networks at 224 pixels, the most telling first.
+"""The rows of `python -m kernels.lab.benchmark`: blocks, and networks at 224 pixels, the most telling first.
 
 Weights and norms are random, but as large as training leaves them: fresh ones let activations grow past float16 in a
 deep residual network, and make whole branches zero (the last norms of a ResNet, the layer scales of a ConvNeXt).
@@ -34,11 +34,11 @@ class Block:
     """A ConvFirst block with stride 1 and a residual, whose input and output have the same shape.
 
     Args:
-        channels, resolution: of input and output; maps are square.
-        batch: images.
-        kernel_size, group_width: of the grouped convolution.
+        channels, resolution: channels, and height or width, of input and output.
+        batch: number of images.
+        kernel_size, group_width: the grouped convolution's.
         expansion: hidden over input channels.
-        activation: after the expansion.
+        activation: name of the activation after the expansion.
     """
 
     kind: ClassVar[str] = "block"
@@ -240,7 +240,7 @@ def as_if_trained(model: nn.Module, resolution: int) -> nn.Module:
     The batch's statistics alone would blow up what hardly differs between random images, as after a global pool.
 
     Args:
-        model: changed in place, on its device; it ends in evaluation mode.
+        model: the network, which is changed in place, on its device, and ends in evaluation mode.
     """
     device = next(model.parameters()).device
     rng = torch.Generator(device).manual_seed(0)

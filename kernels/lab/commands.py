@@ -1,4 +1,4 @@
-"""What the labs' commands share: options, refusals, and the folder for results."""
+"""Functions that the labs' commands share: options, refusals, and the folder for results."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whether the cost model ranks the best tilings first: `python -m kernels.lab.exhaustive --rows 8`, on a GPU.
+"""A check that the cost model ranks the best tilings first: `python -m kernels.lab.exhaustive --rows 8`, on a GPU.
 
 For some blocks of the benchmark it times every tiling that fits, or those that tuning tries and others drawn at random.
 It prints the rank at which the cost model had the fastest one, and how much slower the best of the first few is.

@@ -1,4 +1,4 @@
-"""What the compiler makes of a kernel, read from the machine code: `python -m kernels.lab.inspect --channels 64`.
+"""Inspection of the machine code that the compiler makes: `python -m kernels.lab.inspect --channels 64`.
 
 No GPU is needed: Triton compiles for a named target without a driver, and brings the tools that read the machine code.
 With `--run` the kernels also run in the emulator (`kernels.lab.emulator`), which counts what they do.
@@ -36,17 +36,18 @@ POINTERS = {"float16": "*fp16", "bfloat16": "*bf16", "float32": "*fp32"}
 
 @dataclass(frozen=True)
 class Statics:
-    """What the machine code of one compiled kernel uses.
+    """The resources and instructions of one compiled kernel.
 
     Args:
-        registers: per thread.
+        registers: registers per thread.
         stack_bytes: local memory per thread.
-        spills: instructions that load or store local memory.
-        shared_bytes: per program.
-        tensor_core: instructions of Hopper's warp-group products (HGMMA) and of the older ones (HMMA), as written: the
-            body of a loop counts once.
-        global_loads: instructions that load from global memory, by bits per thread, copies into shared memory included.
-        barriers: instructions at which all warps wait for one another.
+        spills: number of instructions that load or store local memory.
+        shared_bytes: shared memory per program.
+        tensor_core: number of instructions of Hopper's warp-group products (HGMMA) and of the older ones (HMMA), as
+            written: the body of a loop counts once.
+        global_loads: number of instructions that load from global memory, by bits per thread, copies into shared
+            memory included.
+        barriers: number of instructions at which all warps wait for one another.
     """
 
     registers: int
@@ -83,7 +84,7 @@ def compile_for(kernel: Any, constexprs: Mapping[str, object], dtype: str, num_w
     Args:
         kernel: a function of `triton.jit`.
         constexprs: all compile-time arguments of the kernel.
-        dtype: of the input, such as "float16".
+        dtype: data type of the input, such as "float16".
     """
     types = {
         name: "constexpr" if name in constexprs else OTHER_ARGUMENTS.get(name, POINTERS[dtype])
@@ -142,7 +143,7 @@ def compile_block(problem: BlockProblem, tiling: Tiling, capability: int) -> lis
 
 
 def block_statics(problem: BlockProblem, tiling: Tiling, capability: int) -> Statics:
-    """What the compiler makes of a block: the most memory that one of its launches takes, and all instructions."""
+    """The resources and instructions of a block: the most memory of one of its launches, and all instructions."""
     compiled = [read_statics(each) for each in compile_block(problem, tiling, capability)]
     loads: Counter[int] = sum((Counter(each.global_loads) for each in compiled), Counter())
     return Statics(

@@ -167,8 +167,7 @@ def _set_legend(axes: Any, handles: Sequence[Any], columns: int, title: str | No
 def _summary(network: NetworkEfficiency) -> str:
     one_by_one, share = network.rows_seconds, network.achieved
     assert one_by_one is not None
-    assert share is not None
-    time, parts = _time(network.seconds or one_by_one), _time(one_by_one)
+    time, parts = _time(network.seconds), _time(one_by_one)
     if parts != time:
         time += f" (one by one {parts})"
     return f"{time}; {_percent(share)} of peak achieved, waterline {_percent(network.waterline)}"
@@ -368,7 +367,6 @@ def _draw_waterline(
         axes.scatter(x, measured, s=areas, color=colour, alpha=0.75, lw=0, zorder=5)
         handles.append(Line2D([], [], color=colour, marker="o", ls="", label=_kind(members[0])))
     _draw_level(axes, network.waterline, peak, unit, "waterline", "#1a6fb5", "--", above=True)
-    assert network.achieved is not None
     _draw_level(
         axes, network.achieved, peak, unit, "achieved", "#b5301a", "-", above=network.achieved > network.waterline
     )

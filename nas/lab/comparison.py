@@ -1,4 +1,4 @@
-"""Samplers at equal time: `python -m nas.lab.comparison --sampler tpe --sampler random --seconds 480 --seeds 3`.
+"""Comparison of samplers at equal time: `python -m nas.lab.comparison --sampler tpe --sampler random --seeds 3`.
 
 For each seed the samplers search side by side, each with one thread of its own, so that disturbances of the machine
 meet them alike. They take turns at the device: none trains while another measures, which costs all of them the same.

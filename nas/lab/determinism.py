@@ -1,4 +1,4 @@
-"""What deterministic algorithms cost, by longer trainings than a search makes: `python -m nas.lab.determinism`."""
+"""The cost of deterministic algorithms, by longer trainings than a search makes: `python -m nas.lab.determinism`."""
 
 from __future__ import annotations
 

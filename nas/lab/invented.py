@@ -16,12 +16,12 @@ from search_spaces import ArchSpec, Cost, cost, load_space
 
 
 class FakeEvaluator:
-    """Scores by formulas, in no time: accuracy saturates in MACs, latency grows with them and with depth.
+    """Evaluator that scores by formulas: accuracy saturates in MACs, latency grows with them and with depth.
 
     As in a real landscape, some choices are better than their MACs tell, so that a sampler has something to learn.
 
     Args:
-        build: also build every network, once to be timed and once to be trained, as a real evaluator does.
+        build: whether every network is built, too, once to be timed and once to be trained, as a real evaluator does.
     """
 
     device = DeviceInfo("cpu", "invented", "none", "none", "none")

@@ -1,4 +1,4 @@
-"""How far latencies can be trusted: `python -m nas.lab.noise` measures the same networks several times.
+"""The noise of latencies: `python -m nas.lab.noise` measures the same networks several times.
 
 Random networks of a space are measured one after the other, as a search does, and then all of them again, and again.
 The command prints how far a network's latencies are apart, raw and drift-corrected, how often two networks change
@@ -119,7 +119,7 @@ def _earlier(path: Path | None) -> list[dict[str, Any]]:
     """Read the runs that a file holds; none if there is no file yet.
 
     Raises:
-        UsageError: it is no such file, or cannot be made.
+        UsageError: the file holds something else, or cannot be made.
     """
     if path is None or not path.exists():
         if path is not None and not path.absolute().parent.is_dir():

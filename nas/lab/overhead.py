@@ -1,4 +1,4 @@
-"""How much of a trial is neither training nor timing: `python -m nas.lab.overhead --trials 200 --trials 2000`.
+"""The time of a trial that is neither training nor timing: `python -m nas.lab.overhead --trials 200 --trials 2000`.
 
 The real search loop runs on a real SQLite file, with an evaluator that invents accuracy and latency at once.
 """

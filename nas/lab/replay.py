@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +34,7 @@ ATTRIBUTES_OF_TIME = ("seconds",)
 
 
 class ReplayingEvaluator:
-    """Scores candidates as a recorded study did; it ends the program at an architecture that the study does not hold.
+    """Evaluator that scores candidates as a recorded study did, and ends the program at an architecture that it lacks.
 
     Args:
         recorded: the study, whose candidates, block latencies and device profile are read at once.
@@ -49,9 +49,7 @@ class ReplayingEvaluator:
         trials = recorded.store.load_optuna_study(recorded.name).get_trials(deepcopy=False)
         # The study was interrupted while these were evaluated, and so is the replay.
         self.interrupted = [t.user_attrs["arch_id"] for t in trials if t.user_attrs.get(REASON) == INTERRUPTED]
-        config, info = recorded.config.latency, recorded.row.device
-        device = {name: getattr(info, name) for name in ("kind", "name", "driver", "torch", "triton")}
-        devices = recorded.store.devices
+        config, device, devices = recorded.config.latency, asdict(recorded.device), recorded.store.devices
         self.stored_profile = devices.find_profile(device, config.dtype, config.threads)
         self.blocks = devices.block_latencies(device, config.engine, config.dtype, config.batch_size, config.threads)
 

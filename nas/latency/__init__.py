@@ -1,5 +1,4 @@
-"""Latencies of networks and of their parts on a device, and what the device could do at best.
+"""Latencies of networks and of their parts on a device, and the device's limits.
 
-Imports the ground (`nas.config`, `nas.errors`, `nas.locks`, `nas.child_process`, `nas.reporting`) and the rooms below
-it: kernels, search_spaces and studies.
+This room imports from the modules of nas/ itself (`recorded` and those below it), kernels, search_spaces and studies.
 """

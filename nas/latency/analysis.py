@@ -1,4 +1,4 @@
-"""Where a network's time goes: its parts measured, and held against what the device can do."""
+"""Analysis of where a network's time goes: its parts' measured latencies, compared with the device's limits."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from functools import partial
 import torch
 from torch import nn
 
+from kernels.timing import DeviceInfo
 from nas.config import LatencyConfig
 from nas.errors import UsageError, is_out_of_memory, memory_may_run_out
 from nas.latency.block_table import BlockTable
 from nas.latency.device_profile import find_or_measure_profile
-from nas.latency.devices import check_device, device_info
+from nas.latency.devices import check_device
 from nas.latency.parts import CALL_ID, Part, arch_parts, block_name, layer_parts, shape_id
 from nas.latency.roofline import Efficiency, NetworkEfficiency, everything_else, single
 from nas.latency.subjects import Subject
@@ -33,11 +34,11 @@ class Analysis:
     """A network's parts on a device.
 
     Args:
-        efficiency: the rows, and the network's own latency.
-        sum_ms: latency that the parts add up to.
-        network_ms: the network's own latency.
-        layers: name of a part -> its layers, if they were asked for.
-        doubtful: rows of parts, call and network that were measured less precisely than asked for.
+        efficiency: the efficiencies of the parts and of the network.
+        sum_ms: the latency that the parts add up to.
+        network_ms: the latency of the network measured as a whole.
+        layers: the layers of each part, by the part's name, if they were asked for.
+        doubtful: the table's rows of parts, call and network that were measured less precisely than asked for.
     """
 
     efficiency: NetworkEfficiency
@@ -56,8 +57,8 @@ def from_table(table: BlockTable, arch: ArchSpec, title: str, network_ms: float)
     """The efficiency of an architecture by the table alone, without measuring; None where a part is not in it.
 
     Args:
-        title: of its figures.
-        network_ms: its own latency.
+        title: the title of the network's figures.
+        network_ms: the latency of the network measured as a whole.
     """
     parts = arch_parts(arch, table.config)
     if table.lacks(parts) or table.profile is None:
@@ -66,7 +67,7 @@ def from_table(table: BlockTable, arch: ArchSpec, title: str, network_ms: float)
 
 
 def _rows(table: BlockTable, parts: Sequence[Part]) -> list[Efficiency]:
-    """The parts, all of them in the table, on its device."""
+    """The efficiencies of parts that are all in the table, on the table's device."""
     rows = []
     for part, ms in zip(parts, table.add_up(parts).part_ms, strict=True):
         assert ms is not None
@@ -76,7 +77,7 @@ def _rows(table: BlockTable, parts: Sequence[Part]) -> list[Efficiency]:
 
 
 def _network(config: LatencyConfig, title: str, rows: list[Efficiency], network_ms: float) -> NetworkEfficiency:
-    """Rows with what they leave unexplained of a network's latency."""
+    """A network's efficiency: its rows, and one more for what they leave unexplained of its latency."""
     left_seconds = network_ms / 1e3 - sum(row.seconds or 0.0 for row in rows)
     if left_seconds > NOISE * network_ms / 1e3:
         rows = [*rows, Efficiency(everything_else(), rows[0].machine, False, left_seconds)]
@@ -93,20 +94,20 @@ def analyse(
     """Measure what the table lacks of a network, and compare all of it with the device's profile.
 
     Args:
-        note: receives a line about each thing that is measured.
-        again: measure all of the network again.
-        by_layer: analyse the layers of an architecture's blocks, too. They are measured where the engine runs them one
-            by one, and else only counted.
+        note: function that receives a line about each thing that is measured.
+        again: whether all of the network is measured again.
+        by_layer: whether the layers of an architecture's blocks are analysed, too. They are measured where the engine
+            runs them one by one, and else only counted.
 
     Raises:
         UsageError: the device is not here, or the engine cannot run the network.
         CandidateFailed: the engine cannot compile it, or memory runs out.
     """
     config = subject.config
-    check_device(config)
+    device = check_device(config)
     with memory_may_run_out():
         find_or_measure_profile(store, config, waiting=partial(note, WAITING))
-        table = BlockTable(store, device_info(config), config)
+        table = BlockTable(store, DeviceInfo.of(device), config)
         filler = TableFiller(subject.title, config.device, note, again)
         if subject.arch is None:
             return _analyse_timm(subject, table, filler)
@@ -135,7 +136,7 @@ def _analyse_arch(subject: Subject, arch: ArchSpec, table: BlockTable, filler: T
 def _layers_by_part(
     subject: Subject, arch: ArchSpec, table: BlockTable, filler: TableFiller
 ) -> dict[str, tuple[Efficiency, ...]]:
-    """Name of a part -> its layers, each measured alone."""
+    """The layers of each part, by the part's name, each measured alone."""
     layer_table, layers = _measured_layers(subject, arch.build(subject.config.num_classes), table, filler)
     by_part: dict[str, tuple[Efficiency, ...]] = {}
     for row in _rows(layer_table, layers):

@@ -1,15 +1,16 @@
-"""Tables and lines for a terminal: of an analysis, and of what the block latency table holds of a network."""
+"""Tables and lines for a terminal that show an analysis, or what the block latency table holds of a network."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
 
+import torch
 from rich.table import Table
 
+from kernels.timing import DeviceInfo
 from nas.latency.analysis import Analysis
 from nas.latency.block_table import BlockTable
-from nas.latency.devices import device_info
 from nas.latency.parts import arch_parts
 from nas.latency.roofline import Efficiency, waterline
 from nas.latency.subjects import Subject
@@ -24,10 +25,10 @@ WIDE, WIDE_ONLY = 120, ("kind", "KB fused", "KB by layer", "workspace KB")
 
 
 def analysis_table(analysis: Analysis, width: int) -> Table:
-    """The rows of an analysis, times in microseconds; on a narrow terminal not all columns.
+    """The rows of an analysis as a table, with times in microseconds; a narrow terminal does not show all columns.
 
     Args:
-        width: of the terminal, in characters.
+        width: the terminal's width, in characters.
     """
     efficiency = analysis.efficiency
     columns = [name for name in COLUMNS if width >= WIDE or name not in WIDE_ONLY]
@@ -46,7 +47,7 @@ def analysis_table(analysis: Analysis, width: int) -> Table:
 
 
 def cells(row: Efficiency) -> tuple[str, ...]:
-    """A row of the table, in the order of `COLUMNS`; what was not measured is empty."""
+    """The cells of a row, in the order of `COLUMNS`; those of what was not measured are empty."""
     block = row.block
     taken = "" if row.seconds is None else f"{1e6 * row.seconds:,.1f}"
     if not block.macs:
@@ -65,7 +66,6 @@ def analysis_lines(analysis: Analysis) -> list[str]:
     """The totals of an analysis, and a warning if some of it is doubtful."""
     efficiency = analysis.efficiency
     macs = sum(row.block.macs for row in efficiency.rows)
-    assert efficiency.achieved is not None
     rows = [row for row in efficiency.rows if row.block.macs]
     best = f"waterline {efficiency.waterline:.1%}"
     if any(len(row.block.layers) > 1 and not row.fused for row in rows):
@@ -95,7 +95,7 @@ def table_lines(store: Store, subject: Subject) -> list[str]:
     """The latency of an architecture by the block latency table, and what is missing there; nothing is measured."""
     config = subject.config
     assert subject.arch is not None
-    table = BlockTable(store, device_info(config), config)
+    table = BlockTable(store, DeviceInfo.of(torch.device(config.device)), config)
     parts = arch_parts(subject.arch, config)
     added = table.add_up(parts)
     where = (

@@ -53,8 +53,8 @@ class _Made:
 
 
 class _Repeated(nn.Module):
-    """Runs a module on each of several inputs, (repeats, N, ...), and returns all outputs, so that no run is optimised
-    away."""
+    """Module that runs another on each of several inputs, (repeats, N, ...); it returns all outputs, so that no run is
+    optimised away."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -65,7 +65,7 @@ class _Repeated(nn.Module):
 
 
 class BlockMeter:
-    """Measures parts of networks, and networks, in one deployment.
+    """Meter of parts of networks, and of whole networks, in one deployment.
 
     Args:
         config: the deployment.
@@ -85,7 +85,7 @@ class BlockMeter:
 
         Args:
             archs: the architectures whose parts are measured.
-            known: shape_id -> latency in ms of what needs no measuring.
+            known: the latencies in ms of what needs no measuring, by `shape_id`.
             whole: the architectures that are measured as networks, too.
 
         Raises:
@@ -125,7 +125,7 @@ class BlockMeter:
 
         Args:
             name: an architecture's line or a timm model's name.
-            macs: of a batch.
+            macs: multiply-accumulates of a batch.
             reference: whether other latencies are scaled by this one.
 
         Raises:
@@ -172,7 +172,7 @@ class BlockMeter:
         return arch_modules(anchor, config)[REFERENCE_BLOCK], part
 
     def _part(self, part: Part, module: nn.Module, repeats: int | None = None, launched: bool = True) -> _Made:
-        """Calls of a part, each of which runs it several times over."""
+        """Make calls of a part, each of which runs it several times over."""
         meter, repeats = self.yardsticks.meter, repeats or self.repeats
         x = torch.stack([each.contiguous() for each in meter.random_inputs(part.input_shape, repeats)])
         if len(part.input_shape) == 4 and part.block.kind != "linear":
@@ -190,7 +190,7 @@ class BlockMeter:
     def _time(
         self, makers: Sequence[Callable[[], _Made]], call_ms: float, reference: bool = False
     ) -> list[ShapeLatency]:
-        """Time what these make; only a group of them is in memory at a time."""
+        """Time the calls that functions make; only a group of them is in memory at a time."""
         found: list[ShapeLatency] = []
         for begin in range(0, len(makers), GROUP):
             group = [make() for make in makers[begin : begin + GROUP]]

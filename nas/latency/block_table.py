@@ -1,15 +1,15 @@
-"""The block latency table: latencies of parts measured alone, kept in the study database, and what they add up to."""
+"""The block latency table: latencies of parts measured alone, kept in the study database, and their sums."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, replace
 from statistics import median
 
 from kernels.timing import DeviceInfo
 from nas.config import LatencyConfig
 from nas.latency import device_profile
-from nas.latency.parts import CALL, CALL_ID, Part, arch_parts, shape_id
+from nas.latency.parts import CALL, CALL_ID, Part, arch_parts, network_shape, shape_id
 from nas.latency.roofline import Machine
 from nas.latency.values import ShapeLatency
 from search_spaces import ArchSpec
@@ -18,12 +18,12 @@ from studies import BlockLatency, Profile, Store
 
 @dataclass(frozen=True)
 class Sum:
-    """What a network's parts add up to.
+    """The sum of the latencies of a network's parts.
 
     Args:
-        parts: of the network, in order.
-        part_ms: what each adds to the network, t_i of `nas.latency.block_meter`; None where it was not measured.
-        call_ms: what a call costs besides, c; None if it was not measured.
+        parts: the network's parts, in order.
+        part_ms: the latency of each part, t_i of `nas.latency.block_meter`; None where it was not measured.
+        call_ms: the cost of a call besides what it runs, c; None if it was not measured.
     """
 
     parts: tuple[Part, ...]
@@ -44,15 +44,15 @@ class Sum:
 
 
 class BlockTable:
-    """The rows of one deployment in a study database.
+    """The block latency table of one deployment in a study database.
 
     Args:
         store: the database.
         device: the device that the latencies were measured on.
-        config: the deployment; its resolution and classes do not matter, as they are part of the rows' shapes.
+        config: the deployment, whose resolution and classes do not matter, as they are part of the rows' shapes.
 
     Attributes:
-        rows: shape_id -> row.
+        rows: the table's rows, by `shape_id`.
         profile: the device's profile; None before it was measured.
     """
 
@@ -73,7 +73,7 @@ class BlockTable:
 
     @property
     def known(self) -> dict[str, float]:
-        """shape_id -> latency in ms."""
+        """The latencies in ms, by `shape_id`."""
         return {key: row.median_ms for key, row in self.rows.items()}
 
     def median_ms(self, shape: str) -> float | None:
@@ -107,16 +107,27 @@ class BlockTable:
             self.store.devices.add_block_latencies(asdict(self.device), rows)
             self.load()
 
+    def anchor_ms(self, anchor: ArchSpec, measure: Callable[[Sequence[float]], ShapeLatency]) -> float:
+        """The anchor's latency, measured only where the table lacks it, so that all studies of a database compare.
+
+        Args:
+            measure: function from the yardsticks' references to the anchor's measured latency.
+        """
+        shape = network_shape(str(anchor), self.config)
+        if self.median_ms(shape) is None:
+            self.add([replace(measure(self.references_ms), shape=shape)])
+        return self.rows[shape_id(shape)].median_ms
+
     def add_up(self, parts: Sequence[Part]) -> Sum:
-        """What the parts of a network add up to."""
+        """The sum of the latencies of a network's parts."""
         return Sum(tuple(parts), tuple(self.median_ms(part.shape) for part in parts), self.median_ms(CALL))
 
     def doubtful(self, parts: Sequence[Part]) -> list[BlockLatency]:
-        """Rows of these parts, and of a call, that ended at the time cap or were measured on a throttling GPU."""
+        """The doubtful rows among those of some parts and of a call."""
         return self.doubtful_rows([CALL_ID, *(part.shape_id for part in parts)])
 
     def doubtful_rows(self, ids: Iterable[str]) -> list[BlockLatency]:
-        """The same of the rows with these ids."""
+        """The rows with these ids that ended at the time cap or were measured on a throttling GPU."""
         rows = [self.rows[key] for key in dict.fromkeys(ids) if key in self.rows]
         return [row for row in rows if row.capped or row.throttled]
 
@@ -125,7 +136,7 @@ class BlockTable:
         return self.add_up(parts).total_ms is None
 
     def add_up_arch(self, arch: ArchSpec) -> Sum:
-        """What the parts of an architecture add up to."""
+        """The sum of the latencies of an architecture's parts."""
         return self.add_up(arch_parts(arch, self.config))
 
 
@@ -150,7 +161,7 @@ def sum_errors(
     Args:
         latencies_ms: the networks' own latencies.
         anchor_ms: the anchor's latency in the study.
-        anchor_in_table_ms: its latency in the table; without it there are no errors.
+        anchor_in_table_ms: the anchor's latency in the table; without it there are no errors.
     """
     if anchor_in_table_ms is None:
         return []
@@ -164,7 +175,7 @@ def sum_errors(
 
 
 def sum_errors_line(errors: Sequence[float]) -> str:
-    """The errors in words, for a person."""
+    """A line with the median and the greatest size of the errors."""
     sizes = [abs(error) for error in errors]
     return (
         f"parts measured alone add up to the networks' latencies within {median(sizes):.1%} "

@@ -1,4 +1,4 @@
-"""The profile of a device: what it does at most in a dtype, measured. Efficiencies are shares of it.
+"""The profile of a device: its measured limits in a dtype. Efficiencies are shares of them.
 
 A profile is measured once per device, versions, dtype and thread count, and kept in the study database
 (`studies.Profile`). Datasheets are not asked: they name rates that no kernel reaches. The yardsticks' latencies are
@@ -20,6 +20,7 @@ from nas.errors import CandidateFailed, UsageError, memory_may_run_out
 from nas.latency.roofline import Machine
 from nas.latency.yardsticks import Timed, Yardsticks
 from nas.locks import device_lock
+from nas.recorded import device_info
 from studies import Profile, Store
 
 # Time cap of the sampling; that of the yardsticks' references is `ANCHOR_FACTOR` times as long.
@@ -28,14 +29,14 @@ SECONDS = 2.0
 
 @dataclass(frozen=True)
 class DeviceProfile:
-    """What a device does at most, measured once; `studies.Profile` is its row in the database.
+    """The limits of a device, measured once; `studies.Profile` is its row in the database.
 
     Args:
-        copy_bytes_per_s: of a large copy, read and written together.
-        macs_per_s: of a large square product.
+        copy_bytes_per_s: bytes per second of a large copy, read and written together.
+        macs_per_s: multiply-accumulates per second of a large square product.
         launch_seconds: time of the smallest operation launched from Python.
-        graph_launch_seconds: time of the same operation in a CUDA graph of many; None on a CPU.
-        network_yardstick_ms, product_yardstick_ms: latencies of the yardsticks.
+        graph_launch_seconds: time of one such operation in a CUDA graph of many; None on a CPU.
+        network_yardstick_ms, product_yardstick_ms: latencies of the two yardsticks (`nas.latency.yardsticks`).
         interval_share: width of the widest of the medians' 95 % confidence intervals, over the median.
         throttled: whether the GPU throttled; None where nothing tells.
     """
@@ -57,17 +58,19 @@ def measure_profile(config: LatencyConfig) -> DeviceProfile:
     depend on it.
 
     Args:
-        config: gives device, dtype and threads.
+        config: the deployment; only its device, dtype and threads matter.
 
     Raises:
-        CandidateFailed: memory runs out.
+        UsageError: memory runs out.
     """
     config = replace(config, precision=None, seconds=SECONDS)
-    device = torch.device(config.device)
-    with memory_may_run_out():
-        yardsticks = Yardsticks(config)
-        runs = ceiling_runs(device, getattr(torch, config.dtype))
-        latencies = yardsticks.time([Timed([each.run], each.macs) for each in runs.values()])
+    try:
+        with memory_may_run_out():
+            yardsticks = Yardsticks(config)
+            runs = ceiling_runs(torch.device(config.device), getattr(torch, config.dtype))
+            latencies = yardsticks.time([Timed([each.run], each.macs) for each in runs.values()])
+    except CandidateFailed as error:
+        raise UsageError(f"--device {config.device}: its limits cannot be measured ({error})") from error
     rates = {name: rate(name, runs[name], of.median_ms / 1e3) for name, of in zip(runs, latencies, strict=True)}
     network_ms, product_ms = yardsticks.references_ms
     throttled = latencies[0].throttled
@@ -81,7 +84,7 @@ def measure_profile(config: LatencyConfig) -> DeviceProfile:
 def store_profile(
     store: Store, info: DeviceInfo, dtype: str, thread_count: int, measured: DeviceProfile, again: bool = False
 ) -> Profile:
-    """Store a profile, unless another process was faster; returns the stored one.
+    """Store a profile, unless another process was faster, and return the stored one.
 
     With `again` it takes the place of the older one. That changes the scale: what the block latency table holds in the
     older profile's scale is deleted.
@@ -96,8 +99,8 @@ def find_or_measure_profile(
     """The stored profile of a deployment's device, dtype and threads, measured now if there is none.
 
     Args:
-        again: measure it in any case, see `store_profile`.
-        waiting: called once if another process measures or trains on the device.
+        again: whether it is measured in any case, see `store_profile`.
+        waiting: function that is called once if another process measures or trains on the device.
 
     Raises:
         UsageError: memory runs out.
@@ -114,10 +117,7 @@ def find_or_measure_profile(
         # Somebody else may have measured it while we waited.
         if (found := known()) is not None:
             return found
-        try:
-            return store_profile(store, info, config.dtype, config.threads, measure_profile(config), again)
-        except CandidateFailed as error:
-            raise UsageError(f"--device {config.device}: what it can do cannot be measured ({error})") from error
+        return store_profile(store, info, config.dtype, config.threads, measure_profile(config), again)
 
 
 def references_ms(profile: Profile | DeviceProfile) -> tuple[float, float]:
@@ -143,7 +143,7 @@ def profile_lines(profiles: Sequence[Profile]) -> list[str]:
         if profile.throttled:
             measured += ", while the GPU throttled"
         found += [
-            str(DeviceInfo(device.kind, device.name, device.driver, device.torch, device.triton)),
+            str(device_info(device)),
             f"  {profile.dtype}{threads}: copy {profile.copy_bytes_per_s / 1e9:,.1f} GB/s (read and written), matrix "
             f"product {2 * profile.macs_per_s / 1e9:,.1f} GFLOP/s, {launch}; {measured}",
         ]

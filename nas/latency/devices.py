@@ -1,12 +1,14 @@
-"""The device of a deployment: whether it is here, and what it is."""
+"""Checks that a deployment's device is here, and that its engine runs on it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
-from kernels.timing import DeviceInfo
 from nas.config import LatencyConfig
-from nas.errors import UsageError
+from nas.errors import CandidateFailed, UsageError
 from nas.latency.engines import ENGINES, runs_on
 
 
@@ -38,6 +40,14 @@ def check_device(config: LatencyConfig) -> torch.device:
     return device
 
 
-def device_info(config: LatencyConfig) -> DeviceInfo:
-    """The device of a deployment, with its driver and libraries, as latencies are stored with it."""
-    return DeviceInfo.of(torch.device(config.device))
+@contextmanager
+def anchor_must_run(config: LatencyConfig) -> Iterator[None]:
+    """Context in which the anchor network is deployed or measured.
+
+    Raises:
+        UsageError: the engine cannot run the anchor network, or memory runs out.
+    """
+    try:
+        yield
+    except CandidateFailed as error:
+        raise UsageError(f"--engine {config.engine}: does not run even the anchor network ({error})") from error

@@ -1,4 +1,4 @@
-"""Engines run a network when its latency is measured: one function each, by its name in `ENGINES`.
+"""Engines, each of which is one way to run a network when its latency is measured, by name in `ENGINES`.
 
 An engine takes a timm network in evaluation mode and returns the module that would be deployed, on the device and in
 the dtype asked for. The latency meter knows nothing else about it, so that a new engine is one entry of `ENGINES`.
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from kernels.fold import fold_batch_norms
 from nas.config import LatencyConfig
-from nas.errors import CandidateFailed, is_out_of_memory
+from nas.errors import CandidateFailed, is_out_of_memory, message_line
 
 Prepare = Callable[[nn.Module, Tensor], nn.Module]
 
@@ -27,7 +27,7 @@ class Engine:
     """One way to run a network.
 
     Args:
-        prepare: makes the deployed module of a folded channels_last one, given an example input (N, C, H, W).
+        prepare: function from a folded channels_last module and an example input (N, C, H, W) to the deployed module.
         devices: kinds of device it runs on; "interpreter" is a CPU under TRITON_INTERPRET=1.
         isolated: whether to measure in a child process (see `nas.latency.isolation`).
         refuses: whether an error means that its compiler refuses the network, which is no bug but a failed candidate.
@@ -44,7 +44,7 @@ def _eager(model: nn.Module, example: Tensor) -> nn.Module:
 
 
 def _torchscript(model: nn.Module, example: Tensor) -> nn.Module:
-    """Traced and frozen: at batch 1 half of the eager time on a CPU is dispatch."""
+    """Trace and freeze a module: at batch 1 half of the eager time on a CPU is dispatch."""
     with warnings.catch_warnings():
         # Deprecated in torch 2.11, and still the fastest engine that needs no compiler.
         warnings.simplefilter("ignore")
@@ -60,7 +60,7 @@ def _compile(model: nn.Module, example: Tensor) -> nn.Module:
 
 
 def _fused(model: nn.Module, example: Tensor) -> nn.Module:
-    """Block-fused Triton kernels; problems this machine has not met are tuned first."""
+    """Replace blocks by fused Triton kernels, and tune the problems that this machine has not met."""
     from kernels import fuse
 
     fused = fuse(model, dtype=example.dtype)
@@ -121,6 +121,5 @@ def ready(folded: nn.Module, config: LatencyConfig, example: Tensor) -> nn.Modul
         # Running out of memory is handled further out.
         if is_out_of_memory(error) or not engine.refuses(error):
             raise
-        reason = f"{type(error).__name__}: {error}".strip().splitlines()[0]
-        raise CandidateFailed(f"engine {config.engine} does not compile it ({reason})") from error
+        raise CandidateFailed(f"engine {config.engine} does not compile it ({message_line(error)})") from error
     return module

@@ -27,7 +27,7 @@ Result = TypeVar("Result")
 
 
 class ArchMeter(Protocol):
-    """Measures architectures in one deployment; `meter_for` makes the right one.
+    """Meter of architectures in one deployment; `meter_for` makes the right one.
 
     Attributes:
         reference_ms: the anchor's reference latency.
@@ -46,7 +46,7 @@ class ArchMeter(Protocol):
     def measure_blocks(
         self, archs: Sequence[ArchSpec], known: Mapping[str, float], references_ms: Sequence[float]
     ) -> list[ShapeLatency]:
-        """Measure what the block latency table lacks of them, and the anchor; see `BlockMeter.measure_archs`."""
+        """Measure what the block latency table lacks of networks and the anchor; see `BlockMeter.measure_archs`."""
         ...
 
     def close(self) -> None:

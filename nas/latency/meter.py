@@ -1,9 +1,9 @@
 """Latency of a network on the target device, measured against one fixed anchor network.
 
 A machine's speed drifts. Every candidate is therefore timed in turns with the study's anchor, and its latency is the
-median ratio to the anchor times the anchor's reference latency, measured once when the study began. The raw medians
-are kept beside it. Sampling goes on until that median is known well enough, or a time cap is reached; if the GPU
-throttled meanwhile, it is given a rest and the measurement is repeated.
+median ratio to the anchor times the anchor's reference latency, which is measured once for all studies of a database
+(`nas.latency.block_table`). The raw medians are kept beside it. Sampling goes on until that median is known well
+enough, or a time cap is reached; if the GPU throttled meanwhile, it is given a rest and the measurement is repeated.
 """
 
 from __future__ import annotations
@@ -54,14 +54,14 @@ class Deployed:
 
 
 class LatencyMeter:
-    """Measures networks in one deployment, each in turns with the anchor.
+    """Meter of networks in one deployment, each sampled in turns with the anchor.
 
     Args:
         config: the deployment.
         anchor: the anchor network, as built by timm.
         reference_ms: the anchor's reference latency; None measures it now.
-        state: reads the device's clocks and sensors.
-        rest: sleeps for a number of seconds.
+        state: function that reads the device's clocks and sensors.
+        rest: function that sleeps for a number of seconds.
 
     Attributes:
         reference_ms: the anchor's reference latency.
@@ -155,9 +155,9 @@ class LatencyMeter:
         """Sample to the precision asked for; where the GPU throttled, again after a rest, at most `MAX_RETRIES` times.
 
         Args:
-            checked: see `sample_until`.
-            factor: multiplies the time cap.
-            min_sample_seconds: a sample lasts at least so long (default: `MIN_SAMPLE_SECONDS`).
+            checked: function from samples to the quantities whose medians are wanted, see `sample_until`.
+            factor: factor by which the time cap is longer.
+            min_sample_seconds: least duration of a sample (default: `MIN_SAMPLE_SECONDS`).
             reference: whether other latencies are scaled by this one, which then has to be known more precisely.
 
         Returns:
@@ -238,7 +238,7 @@ def _captured(module: nn.Module, x: Tensor) -> Callable[[], object]:
 
 @contextmanager
 def cpu_threads(count: int) -> Iterator[None]:
-    """Runs the body with a fixed number of CPU threads."""
+    """Context in which torch uses a fixed number of CPU threads."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:

@@ -1,5 +1,5 @@
-"""A network cut into the parts that are measured alone: a ConvFirst network into stem, blocks and head, any other into
-its convolutions and linear layers.
+"""Cutting of networks into the parts that are measured alone: a ConvFirst network into stem, blocks and head, any other
+into its convolutions and linear layers.
 
 A part is identified by its shape, a canonical JSON text: parts of one shape share one row of the block latency table,
 whatever networks they are in.
@@ -28,7 +28,7 @@ class Part:
     """One part of a network in one deployment.
 
     Args:
-        block: its name, and what it computes and moves.
+        block: the part's name, and what it computes and moves.
         shape: canonical JSON of everything that decides what is run, except device, engine, dtype and batch.
         input_shape: shape of the tensor that enters it, batch included.
         fused: whether fused kernels can run it. Then its ideal time is that of one kernel, also where it runs as two or

@@ -1,4 +1,4 @@
-"""The roofline model: operations, bytes, the time they must take, and so how far a network is from a machine's limits.
+"""The roofline model: the least time that operations and bytes take, and how far a network is from a machine's limits.
 
     latency = F / (peak x efficiency)       of a kernel or a network
     t*      = max(F / peak, B / bandwidth)  ideal time of a kernel: the roofline's
@@ -45,8 +45,8 @@ class Machine:
     """Measured limits of a device in a dtype, which are lower than its datasheet's.
 
     Args:
-        macs_per_s: MACs a second of a large matrix product.
-        bytes_per_s: bytes a second of a large copy, read and written together.
+        macs_per_s: MACs per second of a large matrix product.
+        bytes_per_s: bytes per second of a large copy, read and written together.
     """
 
     macs_per_s: float
@@ -63,11 +63,11 @@ class Machine:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One layer run as one kernel, its bias and activation in it.
+    """One layer that runs as one kernel, with its bias and activation.
 
     Args:
-        macs: of the whole batch.
-        input_bytes, weight_bytes, output_bytes: each moved once; biases are weights.
+        macs: MACs of the whole batch.
+        input_bytes, weight_bytes, output_bytes: bytes of each tensor, which are moved once; biases are weights.
         shortcut_bytes: bytes of the tensor that is read besides the input and added to the output.
     """
 
@@ -93,7 +93,7 @@ class Layer:
 
 @dataclass(frozen=True, slots=True)
 class Block:
-    """What is run as one unit, either as one kernel (fused) or layer by layer.
+    """Layers that run as one unit, either as one kernel (fused) or layer by layer.
 
     Args:
         kind: "stem", "convfirst", "mbconv" or "head", for example; "conv", "depthwise" or "linear" for single layers;
@@ -141,9 +141,9 @@ def conv_layer(
     name: str, batch: int, height: int, width: int, in_channels: int, out_channels: int, kernel_size: int,
     group_width: int, stride: int, itemsize: int, residual: bool = False,
 ) -> Layer:  # fmt: skip
-    """A convolution of (batch, in_channels, height, width), padded by kernel_size // 2, with bias.
+    """The layer of a convolution of (batch, in_channels, height, width), padded by kernel_size // 2, with bias.
 
-    MACs: batch x out pixels x out_channels x group_width x kernel_size^2. The whole input is read.
+    Its MACs are batch x out pixels x out_channels x group_width x kernel_size^2. The whole input is read.
 
     Args:
         group_width: input channels that each output channel reads; 1 is depthwise.
@@ -174,7 +174,7 @@ def conv_layer(
 
 
 def linear_layer(name: str, rows: int, in_features: int, out_features: int, itemsize: int) -> Layer:
-    """A product of (rows, in_features) with (in_features, out_features) weights, and biases of the same itemsize."""
+    """The layer of a product of (rows, in_features) with (in_features, out_features) weights, with biases."""
     _require_whole(1, rows=rows, in_features=in_features, out_features=out_features, itemsize=itemsize)
     return Layer(
         name,
@@ -188,9 +188,9 @@ def linear_layer(name: str, rows: int, in_features: int, out_features: int, item
 def chain(name: str, kind: str, layers: Sequence[Layer]) -> Block:
     """A block of layers each of which reads what the one before it wrote; a shortcut of the last is the block's input.
 
-    Bytes, fused: input, all weights, output; the shortcut is not read a second time.
-    Workspace, fused: input and output. Unfused: the most of any layer's input and output, together with the block's
-    input where a shortcut keeps it alive. So at stride 2, where the input is large, fusing may take the more.
+    As one kernel it moves its input, all weights and its output; the shortcut is not read a second time. Its workspace
+    is then input and output. Layer by layer the workspace is the most of any layer's input and output, together with
+    the block's input where a shortcut keeps it alive. So at stride 2, where the input is large, fusing may take more.
 
     Raises:
         ValueError: the layers do not follow each other.
@@ -223,20 +223,20 @@ def chain(name: str, kind: str, layers: Sequence[Layer]) -> Block:
 
 
 def single(layer: Layer, kind: str) -> Block:
-    """A layer on its own, for which fused or not makes no difference. A shortcut is a tensor besides its input."""
+    """The block of one layer, which is the same fused or not. A shortcut is a tensor besides its input."""
     alive = layer.input_bytes + layer.shortcut_bytes + layer.output_bytes
     return Block(layer.name, kind, (layer,), layer.moved_bytes, alive, alive)
 
 
 def everything_else(name: str = "everything else") -> Block:
-    """Norms, activations, copies: what takes time, and whose operations and bytes are not counted."""
+    """The block of norms, activations and copies, whose time counts, but not their operations and bytes."""
     return Block(name, "other", (), 0, 0, 0)
 
 
 def stem_block(
     name: str, batch: int, height: int, width: int, in_channels: int, out_channels: int, itemsize: int
 ) -> Block:
-    """The 3x3 stride-2 stem of (batch, in_channels, height, width)."""
+    """The block of the 3x3 stride-2 stem of (batch, in_channels, height, width)."""
     return chain(
         name,
         "stem",
@@ -251,7 +251,7 @@ def convfirst_block(
     name: str, batch: int, height: int, width: int, in_channels: int, hidden_channels: int, out_channels: int,
     kernel_size: int, group_width: int, stride: int, residual: bool, itemsize: int,
 ) -> Block:  # fmt: skip
-    """Grouped convolution, 1x1 expansion, 1x1 projection (+ input) of (batch, in_channels, height, width)."""
+    """The ConvFirst block of (batch, in_channels, height, width): grouped convolution, 1x1 expansion and projection."""
     if residual and (stride != 1 or in_channels != out_channels):
         raise ValueError(f"residual with stride={stride}, {in_channels} -> {out_channels} channels")
     conv = conv_layer(
@@ -268,7 +268,7 @@ def convfirst_block(
 def head_block(
     name: str, batch: int, height: int, width: int, in_channels: int, head_width: int, num_classes: int, itemsize: int
 ) -> Block:
-    """Global pool of (batch, in_channels, height, width), 1x1 convolution on the pooled pixel, classifier.
+    """The head of (batch, in_channels, height, width): global pool, 1x1 convolution on the pooled pixel, classifier.
 
     The pool has no MACs: its additions are not counted.
     """
@@ -280,10 +280,8 @@ def head_block(
     return chain(name, "head", [pool, conv, classifier])
 
 
-def arch_blocks(
-    arch: ArchSpec, batch: int, resolution: int, num_classes: int, itemsize: int, in_chans: int = 3
-) -> tuple[Block, ...]:
-    """A network's blocks on (batch, in_chans, resolution, resolution): "stem", "stage1.0", "stage1.1", ..., "head".
+def arch_blocks(arch: ArchSpec, batch: int, resolution: int, num_classes: int, itemsize: int) -> tuple[Block, ...]:
+    """A network's blocks on (batch, 3, resolution, resolution): "stem", "stage1.0", "stage1.1", ..., "head".
 
     Batch norms are folded into the convolutions as biases. MACs sum to `batch` times those of `search_spaces.cost`.
     """
@@ -299,7 +297,7 @@ def arch_blocks(
             )  # fmt: skip
         return head_block(step.name, batch, size, size, spec.in_channels, spec.width, num_classes, itemsize)
 
-    return tuple(block(step) for step in arch.walk(resolution, in_chans))
+    return tuple(block(step) for step in arch.walk(resolution))
 
 
 # -- Time ------------------------------------------------------------------------------------------------------------
@@ -325,11 +323,11 @@ def computational_efficiency(macs: int, seconds: float, machine: Machine) -> flo
 
 @dataclass(frozen=True, slots=True)
 class Efficiency:
-    """A block on a machine.
+    """The efficiency of a block on a machine.
 
     Args:
-        fused: whether it runs, and is bounded, as one kernel.
-        seconds: measured; None if not.
+        fused: whether the block runs, and is bounded, as one kernel.
+        seconds: the block's measured time; None if it was not measured.
     """
 
     block: Block
@@ -343,7 +341,7 @@ class Efficiency:
 
     @property
     def compute_seconds(self) -> float:
-        """F / peak."""
+        """F / peak: the least time of the operations."""
         return self.block.macs / self.machine.macs_per_s
 
     @property
@@ -358,7 +356,7 @@ class Efficiency:
 
     @property
     def efficiency(self) -> float | None:
-        """F / (peak x t)."""
+        """F / (peak x t), None if the block was not measured."""
         if self.seconds is None:
             return None
         return computational_efficiency(self.block.macs, self.seconds, self.machine)
@@ -370,19 +368,9 @@ class Efficiency:
 
     @property
     def bound_by(self) -> Literal["compute", "memory"]:
-        """Whichever takes longer, all of its operations at peak or all of its bytes at full bandwidth."""
+        """The resource that takes longer: all operations at peak, or all bytes at full bandwidth."""
         memory_seconds = self.block.moved_bytes(self.fused) / self.machine.bytes_per_s
         return "compute" if self.compute_seconds >= memory_seconds else "memory"
-
-
-def _machine(rows: Sequence[Efficiency]) -> Machine:
-    if not rows:
-        raise ValueError("rows is empty")
-    machine = rows[0].machine
-    for row in rows:
-        if row.machine != machine:
-            raise ValueError(f"{row.block.name} has machine={row.machine}, {rows[0].block.name} has {machine}")
-    return machine
 
 
 def _macs(rows: Sequence[Efficiency]) -> int:
@@ -395,42 +383,36 @@ def waterline(rows: Sequence[Efficiency]) -> float:
     Raises:
         ValueError: there are no rows, none has MACs, or they are of several machines.
     """
-    machine = _machine(rows)
+    if not rows:
+        raise ValueError("rows is empty")
+    machine = rows[0].machine
+    for row in rows:
+        if row.machine != machine:
+            raise ValueError(f"{row.block.name} has machine={row.machine}, {rows[0].block.name} has {machine}")
     if not _macs(rows):
         raise ValueError(f"macs=0 in all {len(rows)} rows")
     return computational_efficiency(_macs(rows), sum(row.ideal_seconds for row in rows), machine)
 
 
-def achieved(rows: Sequence[Efficiency]) -> float | None:
-    """sum(F) / (peak x sum(t)), None if a row is not measured. Rows without MACs count with their time.
-
-    Raises:
-        ValueError: there are no rows, or they are of several machines.
-    """
-    machine = _machine(rows)
-    seconds = [row.seconds for row in rows if row.seconds is not None]
-    return computational_efficiency(_macs(rows), sum(seconds), machine) if len(seconds) == len(rows) else None
-
-
 @dataclass(frozen=True, slots=True)
 class NetworkEfficiency:
-    """A network's blocks in order, on one machine.
+    """The efficiency of a network, with its blocks in order, on one machine.
 
     Args:
-        title, subtitle: which network it is, and how it was measured.
-        seconds: time of the whole network, to which those of its blocks need not sum; None if it was not measured.
+        title, subtitle: the names of the network and of its deployment.
+        rows: the efficiencies of the blocks.
+        seconds: time of the whole network, to which those of its blocks need not sum.
     """
 
     title: str
     subtitle: str
     rows: tuple[Efficiency, ...]
-    seconds: float | None = None
+    seconds: float
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "rows", tuple(self.rows))
         waterline(self.rows)
-        if self.seconds is not None:
-            _require_positive(seconds=self.seconds)
+        _require_positive(seconds=self.seconds)
 
     @property
     def machine(self) -> Machine:
@@ -438,7 +420,7 @@ class NetworkEfficiency:
 
     @property
     def waterline(self) -> float:
-        """See the function `waterline`."""
+        """The waterline of the rows, see the function `waterline`."""
         return waterline(self.rows)
 
     @property
@@ -448,8 +430,6 @@ class NetworkEfficiency:
         return sum(seconds) if len(seconds) == len(self.rows) else None
 
     @property
-    def achieved(self) -> float | None:
-        """F / (peak x t), t being the network's own seconds, or else those of its rows; None if neither is known."""
-        if self.seconds is None:
-            return achieved(self.rows)
+    def achieved(self) -> float:
+        """F / (peak x t), t being the network's own seconds."""
         return computational_efficiency(_macs(self.rows), self.seconds, self.machine)

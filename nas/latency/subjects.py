@@ -1,4 +1,4 @@
-"""The choice of networks to analyse: a study's candidate, an architecture or a timm model, and their deployment."""
+"""Choice of the networks to analyse: a study's candidate, an architecture or a timm model, and their deployment."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class Subject:
     """A network to analyse.
 
     Args:
-        title: for people.
-        name: its name in the table: an architecture's line, or a timm model's name.
-        arch: None for a timm model.
+        title: the name in figures and messages.
+        name: the name in the block latency table: an architecture's line, or a timm model's name.
+        arch: the architecture; None for a timm model.
         config: the deployment.
     """
 
@@ -47,17 +47,16 @@ def choose(
     """The one or two networks that are meant, in one deployment but for the engine.
 
     Args:
-        store: None where there is no database yet.
-        study: where trials are looked up.
-        chosen: "--trial", "--arch" or "--timm", and its value.
-        against: the other one: a trial's number, an architecture or a timm model; None for none.
-        given: the fields of `LatencyConfig` that the user gave, None for none; others are those of a trial's study, or
-            the networks' own.
+        store: the database; None where there is none yet.
+        study: the study in which trials are looked up.
+        chosen: the flag "--trial", "--arch" or "--timm", and its value.
+        against: the second network: a trial's number, an architecture or a timm model; None for none.
+        given: the fields of `LatencyConfig` that the user gave; others are those of a trial's study, or the networks'
+            own.
 
     Raises:
         UsageError: something is not there, or does not parse.
     """
-    given = {name: value for name, value in given.items() if value is not None}
     wanted = [(*chosen, chosen[0])]
     if against is not None:
         is_arch = "|" in against or against.lstrip().startswith("{")

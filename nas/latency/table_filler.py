@@ -1,4 +1,4 @@
-"""Filling the block latency table with what it lacks of a network, while nobody else uses the device."""
+"""Measurement of what the block latency table lacks of a network, while nobody else uses the device."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from nas.latency.values import ShapeLatency
 from nas.locks import WAITING, device_lock
 from nas.reporting import Note
 
-# Given a meter, and shape_id -> latency in ms of what needs no measuring.
+# Function from a meter, and the latencies in ms of what needs no measuring by `shape_id`, to measured latencies.
 Measure = Callable[[BlockMeter, Mapping[str, float]], Sequence[ShapeLatency]]
 
 
 class TableFiller:
-    """Fills tables of one device for one network.
+    """Filler of the tables of one device with the latencies of one network.
 
     Args:
-        title: of the network, for people.
-        device: as torch names it.
-        note: receives a line about what is measured.
-        again: measure also what is in a table already.
+        title: the network's name in messages.
+        device: torch's name of the device.
+        note: function that receives a line about what is measured.
+        again: whether what is in a table already is measured, too.
     """
 
     def __init__(self, title: str, device: str, note: Note, again: bool) -> None:
@@ -36,8 +36,8 @@ class TableFiller:
 
         Args:
             ids: the shapes' `shape_id`s.
-            measure: measures those of them that are not known.
-            what: the shapes in words.
+            measure: function that measures those shapes that are not known.
+            what: the words for the shapes in messages.
 
         Raises:
             CandidateFailed: the engine cannot compile one of them, or memory runs out.

@@ -1,4 +1,4 @@
-"""Networks of timm, by name, which are measured besides ConvFirst networks."""
+"""Networks of timm, which are measured besides ConvFirst networks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,11 @@ TIMM_ENGINE = {"cpu": "torchscript", "cuda": "compile"}
 
 
 def require_timm_model(name: str, flag: str) -> None:
-    """Raises UsageError where timm has no model, or no such variant of it, of that name."""
+    """Check that timm has a model of that name.
+
+    Raises:
+        UsageError: timm has no such model, or no such weights of it.
+    """
     import timm
     from timm.models import split_model_name_tag
 
@@ -36,7 +40,7 @@ def timm_model(name: str, classes: int) -> nn.Module:
 
 
 def timm_resolution(name: str) -> int:
-    """Pixels of the images that a timm model was made for."""
+    """Width and height in pixels of the images that a timm model was made for."""
     import timm
 
     config = timm.get_pretrained_cfg(name)

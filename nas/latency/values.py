@@ -1,21 +1,26 @@
-"""What measuring yields: a latency, and the two things that have one, a network and a shape."""
+"""Results of measuring: a latency, and what has one, a network or a shape."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    # A child process that measures imports no database.
+    from studies import CandidateLatency
 
 
 @dataclass(frozen=True, slots=True)
 class Latency:
-    """A latency, corrected for the drift of the machine, and how well it is known.
+    """A latency, corrected for the drift of the machine, and its precision.
 
     Args:
-        median_ms, p20_ms, p80_ms: of the samples.
+        median_ms, p20_ms, p80_ms: percentiles 50, 20 and 80 of the samples.
         repeats: number of samples.
         interval_share: width of the 95 % confidence interval of the median, over the median.
-        capped: whether the time cap ended sampling before that was narrow enough.
+        capped: whether the time cap ended sampling before the interval was narrow enough.
         throttled: whether the GPU throttled, also when it was measured again; None where nothing tells.
     """
 
@@ -34,7 +39,7 @@ class Latency:
         return cls(median, p20, p80, len(samples_ms), interval_share, capped, throttled)
 
     def scaled(self, factor: float) -> Latency:
-        """The same measurement as it would be where everything takes `factor` times as long."""
+        """The latency multiplied by a factor."""
         return replace(
             self, median_ms=factor * self.median_ms, p20_ms=factor * self.p20_ms, p80_ms=factor * self.p80_ms
         )
@@ -49,16 +54,16 @@ class Latency:
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """What measuring a network yields.
+    """The measured latency and memory of a network.
 
     Args:
-        latency: of one forward pass of a batch, corrected by the anchor.
-        raw_median_ms: the network's median by the clock alone.
-        anchor_median_ms: the anchor's median by the clock alone, in the same minutes.
-        weight_bytes: of the deployed module.
-        workspace_bytes: most tensor memory one forward pass holds beside weights and input.
-        sm_clock_mhz, temperature_c: of the GPU, as it was last read while sampling.
-        ready_seconds: from the network to what can be timed: folding, compiling, tuning.
+        latency: the latency of one forward pass of a batch, corrected by the anchor.
+        raw_median_ms: the network's median, not corrected.
+        anchor_median_ms: the anchor's median, not corrected, over the same rounds.
+        weight_bytes: size of the deployed module's weights.
+        workspace_bytes: the most tensor memory that one forward pass holds beside weights and input.
+        sm_clock_mhz, temperature_c: the GPU's clock and temperature at the last reading while sampling.
+        ready_seconds: time to fold, compile and tune the network, until it can be timed.
     """
 
     latency: Latency
@@ -72,21 +77,21 @@ class Measurement:
 
     @property
     def median_ms(self) -> float:
-        """The latency's median: what searches, fronts and limits use."""
+        """The latency's median, which searches, fronts and limits use."""
         return self.latency.median_ms
 
-    @property
-    def memory_mb(self) -> float:
-        """Weights and peak workspace, in units of 10^6 bytes."""
-        return (self.weight_bytes + self.workspace_bytes) / 1e6
+
+def memory_mb(measured: Measurement | CandidateLatency) -> float:
+    """Weights and peak workspace, in units of 10^6 bytes."""
+    return (measured.weight_bytes + measured.workspace_bytes) / 1e6
 
 
 @dataclass(frozen=True, slots=True)
 class ShapeLatency:
-    """The latency of whatever has a shape (a part, a whole network, a call), corrected by the yardsticks.
+    """The latency of a part, a whole network or a call, corrected by the yardsticks.
 
     Args:
-        shape: canonical JSON, see `nas.latency.parts`.
+        shape: canonical JSON text that identifies what was measured, see `nas.latency.parts`.
     """
 
     shape: str

@@ -1,4 +1,4 @@
-"""Latencies that hold for another day: timed in turns with two fixed yardsticks, and corrected by them.
+"""Timing in turns with two fixed yardsticks, which correct latencies so that those of different days compare.
 
 The yardsticks are a network of many small layers and a product. Their latencies, measured once for a device, are the
 references of all that is timed with them: latencies are corrected to what they would be if the yardsticks took exactly
@@ -34,21 +34,22 @@ MIN_SAMPLE_SECONDS = 1e-3
 
 @dataclass(frozen=True)
 class Timed:
-    """Something to time: calls to make in turn, and the MACs of each."""
+    """Calls to time, which are made in turn, and the MACs of each."""
 
     forwards: list[Callable[[], object]]
     macs: int = 0
 
 
 class Yardsticks:
-    """Times things in one dtype with a number of CPU threads on one device.
+    """Meter that times calls in turns with the yardsticks, in one dtype, on one device, with a number of CPU threads.
 
     Args:
-        config: gives device, dtype, threads and the precision.
-        references_ms: latencies of the network and the product; None measures them now.
+        config: the deployment; only its device, dtype, threads and precision matter.
+        references_ms: reference latencies of the network and the product; None measures them now.
 
     Attributes:
-        interval_share, throttled: of the references, if they were measured now; see `nas.latency.values.Latency`.
+        interval_share, throttled: precision of the references, if they were measured now; see
+            `nas.latency.values.Latency`.
     """
 
     def __init__(self, config: LatencyConfig, references_ms: Sequence[float] | None = None) -> None:
@@ -102,12 +103,12 @@ class Yardsticks:
         ]
 
     def corrected_ms(self, own: np.ndarray, yardsticks: np.ndarray, macs: int) -> np.ndarray:
-        """Samples as if the yardsticks had run at their reference latencies.
+        """Samples of a call in ms, as if the yardsticks had run at their reference latencies.
 
         Args:
-            own: (rounds,) seconds of a call.
-            yardsticks: (rounds, 2) seconds, of the network and of the product.
-            macs: of the call.
+            own: (rounds,) seconds of the call.
+            yardsticks: (rounds, 2) seconds of the network and of the product.
+            macs: MACs of the call.
         """
         by_network, by_product = (
             own / yardsticks[:, k] * reference_ms for k, reference_ms in enumerate(self.references_ms)
@@ -118,7 +119,7 @@ class Yardsticks:
 
 
 class _Product(nn.Module):
-    """A square product."""
+    """Module that multiplies its input with a fixed square matrix."""
 
     def __init__(self, right: Tensor) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Evaluation of one candidate: it is counted, timed and, unless it breaks a limit, trained."""
+"""Evaluation of one candidate, which is counted, timed and, unless it breaks a limit, trained."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -17,9 +17,9 @@ from nas.config import Limits, SearchConfig
 from nas.errors import CandidateFailed, UsageError, memory_may_run_out
 from nas.latency.block_meter import BlockMeter
 from nas.latency.device_profile import DeviceProfile, measure_profile
-from nas.latency.devices import check_device
+from nas.latency.devices import anchor_must_run, check_device
 from nas.latency.isolation import ArchMeter, meter_for
-from nas.latency.values import Measurement, ShapeLatency
+from nas.latency.values import Measurement, ShapeLatency, memory_mb
 from nas.locks import WAITING, device_lock
 from nas.training import data as image_data
 from nas.training import proxy
@@ -35,8 +35,10 @@ class Outcome:
     """Result of evaluating a candidate.
 
     Args:
-        reason: why it failed, or which limits it broke.
-        latency_seconds: time that measuring the latency took.
+        cost: parameters and MACs.
+        total_seconds: duration of the evaluation.
+        reason: reason for which the candidate failed, or the limits that it broke.
+        latency_seconds: duration of the latency's measurement.
         constraints: excess over each limit as a share of the limit, above 0 where it is broken.
     """
 
@@ -51,7 +53,7 @@ class Outcome:
 
 
 class Evaluator(Protocol):
-    """Measures and trains candidates for the search; the tests put a fast fake in its place."""
+    """Interface to what measures and trains candidates for the search; tests put a fast fake in its place."""
 
     device: DeviceInfo
     data_fingerprint: str
@@ -62,7 +64,7 @@ class Evaluator(Protocol):
         ...
 
     def start(self, anchor_ms: float) -> None:
-        """Get ready to measure against the anchor's reference latency."""
+        """Prepare to measure against the anchor's reference latency."""
         ...
 
     def cost(self, arch: ArchSpec) -> Cost: ...
@@ -82,11 +84,11 @@ class Evaluator(Protocol):
         ...
 
     def profile(self) -> DeviceProfile:
-        """Measure what the device can do in the deployment's dtype."""
+        """Measure the device's limits in the deployment's dtype."""
         ...
 
     def determinism(self) -> str | None:
-        """Measure what deterministic trainings cost, and say so in a line; None where all are deterministic."""
+        """Measure the cost of deterministic trainings, and return it as a line; None where all are deterministic."""
         ...
 
     def close(self) -> None:
@@ -95,12 +97,13 @@ class Evaluator(Protocol):
 
 
 class RealEvaluator:
-    """Trains and times candidates for real, as `config` says.
+    """Evaluator that trains and times candidates for real.
 
     While it trains, no process measures on the device; while it measures, no other process trains or measures there.
 
     Args:
-        note: takes lines on the data, and one when another process must be waited for.
+        config: the search's configuration.
+        note: function that receives lines about the data, and one when another process must be waited for.
 
     Raises:
         UsageError: the data cannot be loaded, or the device does not exist.
@@ -127,21 +130,12 @@ class RealEvaluator:
         self.note = lambda line: None
 
     def anchor(self, references_ms: Sequence[float]) -> ShapeLatency:
-        with self._anchor_runs(), self.lock.measuring(self._waiting), memory_may_run_out():
+        with anchor_must_run(self.config.latency), self.lock.measuring(self._waiting), memory_may_run_out():
             return BlockMeter(self.config.latency, references_ms).measure_anchor(self.config.space.anchor())
 
     def start(self, anchor_ms: float) -> None:
-        with self._anchor_runs(), self.lock.measuring(self._waiting):
+        with anchor_must_run(self.config.latency), self.lock.measuring(self._waiting):
             self.meter = meter_for(self.config.latency, self.config.space.anchor(), anchor_ms)
-
-    @contextlib.contextmanager
-    def _anchor_runs(self) -> Iterator[None]:
-        """Turns the failure of the anchor network into a UsageError that names the engine."""
-        try:
-            yield
-        except CandidateFailed as error:
-            engine = self.config.latency.engine
-            raise UsageError(f"--engine {engine}: does not run even the anchor network ({error})") from error
 
     def cost(self, arch: ArchSpec) -> Cost:
         return cost(arch, self.config.latency.resolution, self.config.latency.num_classes)
@@ -162,11 +156,8 @@ class RealEvaluator:
             return self.meter.measure_blocks(archs, known, references_ms)
 
     def profile(self) -> DeviceProfile:
-        try:
-            with self.lock.measuring(self._waiting):
-                return measure_profile(self.config.latency)
-        except CandidateFailed as error:
-            raise UsageError(f"--device {self.torch_device}: what it can do cannot be measured ({error})") from error
+        with self.lock.measuring(self._waiting):
+            return measure_profile(self.config.latency)
 
     def determinism(self) -> str | None:
         if self.torch_device.type != "cuda":
@@ -197,7 +188,7 @@ class RealEvaluator:
             trim_heap()
 
     def close(self) -> None:
-        """Release the device; `start` may follow again."""
+        """Release the device; `start` may be called again."""
         if self.meter is not None:
             self.meter.close()
         self.meter = None
@@ -236,7 +227,7 @@ def evaluate(arch: ArchSpec, evaluator: Evaluator, limits: Limits) -> Outcome:
         with memory_may_run_out():
             latency = evaluator.measure(arch)
         latency_seconds = time.perf_counter() - latency_begin
-        constraints |= limits.excess(latency_ms=latency.median_ms, memory_mb=latency.memory_mb)
+        constraints |= limits.excess(latency_ms=latency.median_ms, memory_mb=memory_mb(latency))
         if broken := _broken(constraints):
             return outcome(CandidateState.OVER_LIMIT, broken)
         with memory_may_run_out():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from typing import Any
 
 import optuna
@@ -16,7 +16,6 @@ from nas.display import notes
 from nas.errors import UsageError
 from nas.latency.block_table import BlockTable
 from nas.latency.device_profile import store_profile
-from nas.latency.parts import network_shape
 from nas.options import Keep, options
 from nas.recorded import RecordedStudy
 from nas.search.evaluation import Evaluator
@@ -201,7 +200,7 @@ def _begin(
     if cost := evaluator.determinism():
         note(cost)
     profile = _profile(store, config, evaluator)
-    anchor_ms = _anchor_ms(store, config, evaluator)
+    anchor_ms = BlockTable(store, evaluator.device, config.latency).anchor_ms(config.space.anchor(), evaluator.anchor)
     evaluator.start(anchor_ms)
     row = store.create_study(
         config.study, config=json.dumps(config.identity()), data_fingerprint=evaluator.data_fingerprint,
@@ -219,14 +218,3 @@ def _profile(store: Store, config: SearchConfig, evaluator: Evaluator) -> studie
     deployment = config.latency
     stored = store.devices.find_profile(asdict(evaluator.device), deployment.dtype, deployment.threads)
     return stored or store_profile(store, evaluator.device, deployment.dtype, deployment.threads, evaluator.profile())
-
-
-def _anchor_ms(store: Store, config: SearchConfig, evaluator: Evaluator) -> float:
-    """The anchor's latency in the block latency table, where it is measured once, so that studies can be compared."""
-    table = BlockTable(store, evaluator.device, config.latency)
-    shape = network_shape(str(config.space.anchor()), config.latency)
-    if table.median_ms(shape) is None:
-        table.add([replace(evaluator.anchor(table.references_ms), shape=shape)])
-    anchor_ms = table.median_ms(shape)
-    assert anchor_ms is not None
-    return anchor_ms

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from nas.config import Limits
-from nas.latency.values import Measurement
+from nas.latency.values import Measurement, memory_mb
 from nas.recorded import RecordedStudy
 from nas.search.evaluation import Outcome
 from nas.search.sampling import Proposal
@@ -66,8 +66,3 @@ def constraints(row: Candidate, limits: Limits) -> dict[str, float]:
     if latency := searched_latency(row):
         excess |= limits.excess(latency_ms=latency.median_ms, memory_mb=memory_mb(latency))
     return excess
-
-
-def memory_mb(latency: CandidateLatency) -> float:
-    """Weights and peak workspace, in units of 10^6 bytes."""
-    return (latency.weight_bytes + latency.workspace_bytes) / 1e6

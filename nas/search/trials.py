@@ -8,8 +8,9 @@ from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
 
 from nas.display import notes
 from nas.display.notes import DUPLICATE_OF, INTERRUPTED, REASON
+from nas.latency.values import memory_mb
 from nas.recorded import RecordedStudy
-from nas.search.rows import memory_mb, objectives
+from nas.search.rows import objectives
 from nas.search.sampling import Proposal
 from studies import Candidate, CandidateState, StorageError
 from studies.display import write_note

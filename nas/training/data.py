@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from kernels.cache import cache_folder
 from nas.config import DataConfig
 from nas.errors import UsageError
 from nas.training import clutter
@@ -126,11 +127,6 @@ def load(config: DataConfig, note: Callable[[str], None] = lambda line: None) ->
     if len(data.classes) < 2 or len(data.train_labels.unique()) < 2:
         raise UsageError(f"--data {name}: holds images of {len(data.classes)} class(es), at least 2 are needed")
     return data
-
-
-def cache_folder() -> Path:
-    """The folder of data that were made here: `$XDG_CACHE_HOME/convfirst-nas`, by default under `~/.cache`."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "convfirst-nas"
 
 
 # -- the embedded digits -------------------------------------------------------------------------------------------

@@ -13,9 +13,8 @@ from nas.errors import CandidateFailed, UsageError, memory_may_run_out
 from nas.latency.block_meter import BlockMeter
 from nas.latency.block_table import BlockTable
 from nas.latency.device_profile import find_or_measure_profile
-from nas.latency.devices import check_device
+from nas.latency.devices import anchor_must_run, check_device
 from nas.latency.isolation import meter_for
-from nas.latency.parts import network_shape
 from nas.latency.values import Measurement
 from nas.locks import WAITING, device_lock
 from nas.recorded import RecordedStudy, deployment_of
@@ -60,13 +59,13 @@ def remeasure(
     try:
         lock, waiting = device_lock(device), partial(note, WAITING)
         find_or_measure_profile(store, config, waiting=waiting)
-        try:
-            with lock.measuring(waiting), memory_may_run_out():
-                table = BlockTable(store, info, config)
-                reference_ms = recorded.row.anchor_ms if at_home else _anchor_ms(table, recorded.anchor)
-                meter = meter_for(config, recorded.anchor, reference_ms)
-        except CandidateFailed as error:
-            raise UsageError(f"--engine {config.engine}: does not run even the anchor network ({error})") from error
+        with anchor_must_run(config), lock.measuring(waiting), memory_may_run_out():
+            anchor, reference_ms = recorded.anchor, recorded.row.anchor_ms
+            if not at_home:
+                reference_ms = BlockTable(store, info, config).anchor_ms(
+                    anchor, lambda references_ms: BlockMeter(config, references_ms).measure_anchor(anchor)
+                )
+            meter = meter_for(config, anchor, reference_ms)
 
         def measure(archs: Sequence[ArchSpec]) -> list[Measurement]:
             with lock.measuring(waiting):
@@ -91,13 +90,3 @@ def remeasure(
                 raise UsageError(f"--study {name}: its front could not be measured in turns ({error})") from error
     finally:
         store.ownership.release(study_id, owner)
-
-
-def _anchor_ms(table: BlockTable, anchor: ArchSpec) -> float:
-    """The anchor's latency on the table's scale, measured if it lacks there; the caller holds the device's lock."""
-    known = table.median_ms(network_shape(str(anchor), table.config))
-    if known is not None:
-        return known
-    measured = BlockMeter(table.config, table.references_ms).measure_anchor(anchor)
-    table.add([measured])
-    return measured.latency.median_ms

@@ -14,7 +14,6 @@ from nas.config import LatencyConfig
 from nas.latency.block_meter import GROUP, REPEATS, BlockMeter, _Made
 from nas.latency.block_table import BlockTable
 from nas.latency.device_profile import DeviceProfile, store_profile
-from nas.latency.devices import device_info
 from nas.latency.meter import cpu_threads
 from nas.latency.parts import CALL, Part, arch_parts, layer_parts, network_shape, shape_id
 from nas.latency.timm_networks import timm_model
@@ -176,7 +175,7 @@ def shapes(parts: Collection[Part]) -> set[str]:
 def test_what_is_missing_is_measured_and_no_more(store: Store, meter: BlockMeter) -> None:
     """The smallest network, then nothing, then one that shares all but its head with it."""
     arch = make_tiny_space().smallest()
-    table = BlockTable(store, device_info(TINY), TINY)
+    table = BlockTable(store, DeviceInfo.of(torch.device(TINY.device)), TINY)
     before = torch.get_num_threads()
     found = meter.measure_archs([arch], table.known, [arch])
     assert measured(found) == {CALL, network_shape(str(arch), TINY)} | shapes(arch_parts(arch, TINY))

@@ -68,17 +68,18 @@ def test_clutter_hides_the_digit_from_a_linear_model() -> None:
     assert cluttered.score(val_images.flatten(1).numpy() / 255, val_labels.numpy()) < 0.4
 
 
+@pytest.mark.parametrize(("variable", "folder"), [("XDG_CACHE_HOME", "convfirst-nas"), ("CONVFIRST_CACHE", "")])
 def test_digits_are_cached_whole_and_a_damaged_cache_is_made_again(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    variable: str, folder: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv(variable, str(tmp_path))
     monkeypatch.setattr(data, "DIGITS_TRAIN", 60)
     monkeypatch.setattr(data, "DIGITS_VAL", 40)
     said: list[str] = []
     first = data.load(DataConfig(resolution=16), said.append)
     assert said == ["composing 100 images of 16x16, once: some 0 s"]
     assert (len(first.train_labels), len(first.val_labels)) == (60, 40)
-    (cached,) = (tmp_path / "convfirst-nas").iterdir()
+    (cached,) = (tmp_path / folder).iterdir()
     again = data.load(DataConfig(resolution=16), said.append)
     assert len(said) == 1
     assert again.fingerprint == first.fingerprint

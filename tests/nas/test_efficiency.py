@@ -14,7 +14,6 @@ from nas.latency.roofline import (
     Layer,
     Machine,
     NetworkEfficiency,
-    achieved,
     arch_blocks,
     chain,
     computational_efficiency,
@@ -198,8 +197,8 @@ def test_waterline_of_two_kernels_by_hand() -> None:
         Efficiency(everything_else(), ROUND, True, 0.75),
     ]
     assert waterline(rows) == pytest.approx(0.5)
-    assert achieved(rows) == pytest.approx(0.2)
-    assert achieved(rows[:2]) == pytest.approx(0.32)
+    assert NetworkEfficiency("network", "", tuple(rows), seconds=2.0).achieved == pytest.approx(0.2)
+    assert NetworkEfficiency("network", "", tuple(rows[:2]), seconds=1.25).achieved == pytest.approx(0.32)
     # One roofline of all operations and bytes would promise more: 400 / 700.
     assert waterline(rows) < 400 / 700
     other = rows[2]
@@ -209,15 +208,13 @@ def test_waterline_of_two_kernels_by_hand() -> None:
     assert network.waterline == waterline(rows)
     assert network.achieved == pytest.approx(0.25)
     assert network.rows_seconds == pytest.approx(2)
-    assert NetworkEfficiency("network", "", tuple(rows)).achieved == achieved(rows)
 
 
-def test_nothing_is_achieved_where_a_row_is_not_measured() -> None:
+def test_rows_do_not_add_up_where_one_is_not_measured() -> None:
     rows = [Efficiency(single(layer(300, 200), "conv"), ROUND, True, seconds) for seconds in (0.5, None)]
-    assert achieved(rows) is None
     assert waterline(rows) == 1
-    network = NetworkEfficiency("network", "", tuple(rows))
-    assert network.achieved is None
+    network = NetworkEfficiency("network", "", tuple(rows), seconds=1.0)
+    assert network.achieved == pytest.approx(0.6)
     assert network.rows_seconds is None
 
 
@@ -269,11 +266,11 @@ BLOCK = single(layer(300, 200), "conv")
         (lambda: waterline([]), "rows is empty"),
         (lambda: waterline([Efficiency(everything_else(), ROUND, True, 1.0)]), "macs=0 in all 1 rows"),
         (
-            lambda: achieved([Efficiency(BLOCK, machine, True, 1.0) for machine in (ROUND, Machine(1, 1))]),
+            lambda: waterline([Efficiency(BLOCK, machine, True, 1.0) for machine in (ROUND, Machine(1, 1))]),
             "macs_per_s=1,",
         ),
         (lambda: NetworkEfficiency("n", "", (Efficiency(BLOCK, ROUND, True, 1.0),), -1.0), "seconds=-1.0"),
-        (lambda: NetworkEfficiency("n", "", ()), "rows is empty"),
+        (lambda: NetworkEfficiency("n", "", (), 1.0), "rows is empty"),
     ],
 )
 def test_nonsense_is_refused_by_name_and_value(make: Callable[[], object], told: str) -> None:

@@ -65,7 +65,9 @@ def of_layers(batch: int = 32) -> NetworkEfficiency:
         size //= 2
     measured = rows(blocks, H200, False, depthwise=9)
     rest = Efficiency(everything_else(), H200, False, 4e-4)
-    return NetworkEfficiency("like a ConvNeXt", "invented times", (*measured, rest))
+    every = (*measured, rest)
+    seconds = sum(row.seconds for row in every if row.seconds is not None)
+    return NetworkEfficiency("like a ConvNeXt", "invented times", every, seconds)
 
 
 @pytest.mark.parametrize("plot", PLOTS)
@@ -132,7 +134,7 @@ def test_a_slow_machine_has_smaller_units(tmp_path: Path) -> None:
 @pytest.mark.parametrize("plot", PLOTS)
 def test_a_single_block_of_an_unknown_kind(plot: Plot, tmp_path: Path) -> None:
     block = dataclasses.replace(single(linear_layer("attention", 64, 64, 64, 2), "linear"), kind="attention")
-    network = NetworkEfficiency("one", "invented", (Efficiency(block, CPU, True, 1e-3),))
+    network = NetworkEfficiency("one", "invented", (Efficiency(block, CPU, True, 1e-3),), 1e-3)
     assert "attention" in svg_text(plot, [network], tmp_path)
 
 

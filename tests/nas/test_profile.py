@@ -138,7 +138,7 @@ def test_memory_that_runs_out_gets_one_line(store: Store, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(device_profile, "ceiling_runs", too_large)
     monkeypatch.setattr(device_profile, "SECONDS", 0.02)
-    with pytest.raises(UsageError, match=r"--device cpu: what it can do cannot be measured \(out of memory\)"):
+    with pytest.raises(UsageError, match=r"--device cpu: its limits cannot be measured \(out of memory\)"):
         find_or_measure_profile(store, QUICK)
     assert store.devices.profiles() == []
 

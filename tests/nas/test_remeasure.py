@@ -18,10 +18,11 @@ from nas.config import LatencyConfig, SearchConfig, moved
 from nas.errors import CandidateFailed, UsageError
 from nas.lab.invented import FakeEvaluator
 from nas.latency import device_profile
+from nas.latency.block_meter import BlockMeter
 from nas.latency.block_table import BlockTable
 from nas.latency.device_profile import DeviceProfile
 from nas.latency.parts import network_shape
-from nas.latency.values import Latency, Measurement
+from nas.latency.values import Latency, Measurement, ShapeLatency
 from nas.recorded import RecordedStudy, deployment_of
 from nas.search import front_measurement
 from nas.search import loop as search
@@ -280,7 +281,7 @@ def profiled(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
         return DeviceProfile(copy_bytes_per_s=1e10, macs_per_s=1e11, launch_seconds=1e-6)
 
     monkeypatch.setattr(device_profile, "measure_profile", measure)
-    monkeypatch.setattr(remeasure, "_anchor_ms", lambda table, anchor: 3.0)
+    monkeypatch.setattr(BlockTable, "anchor_ms", lambda table, anchor, measure: 3.0)
     return asked
 
 
@@ -520,9 +521,13 @@ def test_the_reference_elsewhere_is_the_anchors_in_the_table(
     device_profile.find_or_measure_profile(store, there)
     table = BlockTable(store, HERE, there)
     anchor = load_space("small").smallest()
-    first = remeasure._anchor_ms(table, anchor)
+
+    def measure(references_ms: Sequence[float]) -> ShapeLatency:
+        return BlockMeter(there, references_ms).measure_anchor(anchor)
+
+    first = table.anchor_ms(anchor, measure)
     assert first > 0
-    assert remeasure._anchor_ms(BlockTable(store, HERE, there), anchor) == first
+    assert BlockTable(store, HERE, there).anchor_ms(anchor, measure) == first
     assert table.median_ms(network_shape(str(anchor), there)) == first
     store.close()
 

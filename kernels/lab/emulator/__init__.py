@@ -8,6 +8,8 @@ and a use of what is still being copied or multiplied. It does not watch races i
 the other, in a shuffled order) nor fences between the ways into shared memory. It cannot tell time, but it counts what
 takes time (`Traffic`). It knows the instructions that Triton makes of these kernels, by the definitions of the PTX ISA
 (https://docs.nvidia.com/cuda/parallel-thread-execution); any other is an error.
+
+Import the names below from here. This package imports only `kernels`; `kernels.lab`, `nas.lab` and tests import it.
 """
 
 from kernels.lab.emulator.launch import emulated, rehearse

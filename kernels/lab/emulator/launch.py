@@ -61,7 +61,7 @@ class _Launcher:
 
 
 class _Driver:
-    """What Triton asks of a driver, answered for a GPU of a compute capability."""
+    """A driver for Triton that answers for a GPU of a compute capability."""
 
     launcher_cls = _Launcher
 
@@ -85,10 +85,10 @@ class _Driver:
 
 @contextmanager
 def emulated(capability: int, traffic: Traffic | None = None) -> Iterator[None]:
-    """Within it, Triton's kernels are compiled for a compute capability such as 90 and run on CPU tensors.
+    """Context in which Triton's kernels are compiled for a compute capability such as 90 and run on CPU tensors.
 
     Args:
-        traffic: counts what the kernels do.
+        traffic: counts, to which those of the kernels are added.
 
     Raises:
         ValueError: the cost model does not know the capability.

@@ -23,14 +23,14 @@ class Traffic:
     """Counts of what launches did, summed over their programs; unlike time, an emulator can tell them.
 
     Args:
-        programs: programs that ran.
-        instructions: instructions of programs, by name without modifiers.
-        shared_wavefronts: accesses to shared memory as the hardware makes them, at most 128 bytes each; several where
-            threads need different words of one bank.
-        shared_least: the same if no two words shared a bank.
+        programs: number of programs that ran.
+        instructions: number of the programs' instructions, by name without modifiers.
+        shared_wavefronts: number of accesses to shared memory as the hardware makes them, at most 128 bytes each;
+            several where threads need different words of one bank.
+        shared_least: number of these accesses if no two words shared a bank.
         global_bytes: bytes that threads loaded and stored, copies into shared memory included.
-        global_sectors: sectors of 32 bytes that these accesses touched.
-        cached_bytes: those of `global_bytes` that go through the first-level cache, by plain loads and stores.
+        global_sectors: number of sectors of 32 bytes that these accesses touched.
+        cached_bytes: the part of `global_bytes` that goes through the first-level cache, by plain loads and stores.
     """
 
     programs: int = 0
@@ -125,7 +125,7 @@ class SharedMemory:
         self.reader = np.full(size, NOBODY, np.int16)
 
     def meet(self) -> None:
-        """A barrier: all threads see what was done before."""
+        """Pass a barrier: all threads see what was done before."""
         self.writer.fill(NOBODY)
         self.reader.fill(NOBODY)
 

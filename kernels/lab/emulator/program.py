@@ -38,11 +38,11 @@ class Program:
 
     Args:
         code: the kernel.
-        arguments: by the parameter's name.
+        arguments: the launch's arguments, by the parameter's name.
         memory: the launch's tensors.
-        shared_bytes: size of its shared memory.
-        place: its index along the axes of the grid.
-        traffic: counts what it does.
+        shared_bytes: size of the program's shared memory.
+        place: the program's index along the axes of the grid.
+        traffic: counts, to which those of the program are added.
     """
 
     code: Code

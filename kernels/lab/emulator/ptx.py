@@ -8,7 +8,7 @@ from typing import Any
 
 
 class EmulationError(Exception):
-    """The kernel did something wrong, or an instruction is not known; the message has its line of PTX."""
+    """An error of the kernel, or an instruction that is not known; the message has its line of PTX."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Code:
     """One kernel.
 
     Args:
-        threads: threads of a program.
+        threads: number of threads of a program.
         params: names of the parameters, in order.
         instructions: the body.
         labels: index of the instruction that follows each label.
