@@ -25,8 +25,8 @@ def remeasure(
 ) -> None:
     """Measure a study's front again, in turns; in another deployment, measure all of its candidates there."""
     with reported(storage), existing_study(storage, study, write=True) as recorded:
+        from nas.display.front_table import front_table
         from nas.display.notes import deployment_line
-        from nas.search.progress import front_table
         from nas.validation.remeasure import remeasure as measure_again
 
         done = measure_again(recorded, moved(recorded.config.latency, **given(LatencyConfig, context)), everything, say)

@@ -1,9 +1,9 @@
 """The embedded data set: real handwritten digits composed with clutter.
 
-scikit-learn ships 1,797 scanned digits of 8x8 pixels. Bare, they saturate: a linear model reads 94 % of them. Here each
-image is one digit under a random affine map, amid three fragments of other digits at half contrast, in random colour
-and polarity, over a random low-frequency background, with noise. Training and validation images are made from disjoint
-digits.
+scikit-learn ships 1,797 scanned digits of 8x8 pixels. By themselves they are too easy: a linear model reads 94 % of
+them. Here each image is one digit under a random affine map, amid three fragments of other digits at half contrast, in
+random colour and polarity, over a random low-frequency background, with noise. Training and validation images are made
+from disjoint digits.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# To be raised when the recipe changes: cached images are keyed by it.
+# Part of the key of cached images, so it has to be raised when the recipe changes.
 RECIPE_VERSION = 1
 
 MIN_SCALE, MAX_SCALE = 0.7, 1.0
@@ -30,7 +30,7 @@ BACKGROUND_SIZE = 4  # pixels across, before upsampling
 BACKGROUND_CONTRAST = 0.08
 DIGIT_CONTRAST = 1.1
 NOISE = 0.15
-CHUNK = 1000  # images made at a time, to bound memory
+CHUNK = 1000  # number of images made at a time, to bound memory
 
 
 @dataclass(frozen=True)
