@@ -90,7 +90,7 @@ def save_charts(charts: Iterable[Chart], path: Path, width: float = 8, height: f
     for axes, chart in zip(panels, charts, strict=True):
         _draw(axes, chart)
     panels[0].set_ylabel(charts[0].y_title)
-    panels[0].set_title(without_formulas(title), fontsize=10)
+    panels[0].set_title(escaped(title), fontsize=10)
     if len(charts[0].series) > 1:
         # The legend is below the axes, where it hides nothing.
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
@@ -109,9 +109,7 @@ def _draw(axes: Any, chart: Chart) -> None:
         # Above and to the left of a staircase there is no line.
         offset, align = ((-2, 3), "right") if each.stairs else ((0, 5), "center")
         for x, y, label in zip(each.x, each.y, each.labels, strict=False):
-            axes.annotate(
-                without_formulas(label), (x, y), offset, textcoords="offset points", ha=align, va="bottom", fontsize=8
-            )
+            axes.annotate(escaped(label), (x, y), offset, textcoords="offset points", ha=align, va="bottom", fontsize=8)
     if chart.log_x:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -125,6 +123,6 @@ def _draw(axes: Any, chart: Chart) -> None:
     axes.grid(alpha=0.3)
 
 
-def without_formulas(text: str) -> str:
+def escaped(text: str) -> str:
     """A text with escaped dollar signs, between which Matplotlib would otherwise read formulas."""
     return text.replace("$", r"\$")

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from nas.display.charts import BLUE, DARK_GREY, ORANGE, RED, Chart, Series, new_figure, save_charts, without_formulas
+from nas.display.charts import BLUE, DARK_GREY, ORANGE, RED, Chart, Series, escaped, new_figure, save_charts
 from nas.display.notes import deployment_line
 from studies import CurvePoint
 
@@ -85,7 +85,7 @@ def plot_learning_curve(curve: Sequence[CurvePoint], validation_accuracy: float 
     losses.plot(steps, [point.train_loss for point in curve], color=ORANGE, label="training loss")
     losses.set_ylim(bottom=0)
     losses.set_ylabel("loss (label smoothing included)")
-    axes.set_title(without_formulas(title), fontsize=10, loc="left")
+    axes.set_title(escaped(title), fontsize=10, loc="left")
     handles = [handle for each in (axes, losses) for handle in each.get_legend_handles_labels()[0]]
     axes.legend(handles=handles, loc="center right", frameon=False)
     figure.savefig(path, dpi=110)

@@ -242,9 +242,8 @@ def tables(rows: Sequence[Row], where: str) -> list[Table]:
     """A table for each network, the fastest format first, which fits into 80 columns."""
     network_tables = []
     for network in dict.fromkeys(row.network for row in rows):
-        table = console_table(f"{network}, {where}")
-        for header in ("format", "dtype", "latency ms", "p20 to p80", "recorded ms"):
-            table.add_column(header, justify="left" if header in ("format", "dtype") else "right")
+        headers = ("format", "dtype", "latency ms", "p20 to p80", "recorded ms")
+        table = console_table(f"{network}, {where}", *headers, text=headers[:2])
         timed = [(row, row.latency) for row in rows if row.network == network and row.latency is not None]
         for row, latency in sorted(timed, key=lambda pair: pair[1].median_ms):
             table.add_row(

@@ -37,10 +37,8 @@ class Latency:
     @classmethod
     def of_row(cls, row: Any) -> Latency:
         """The latency of a row of a table, which has the columns as attributes."""
-        return cls(
-            row.median_ms, row.p20_ms, row.p80_ms, row.repeats, row.interval_share or 0.0, bool(row.capped),
-            row.throttled,
-        )  # fmt: skip
+        interval_share, capped = row.interval_share or 0.0, bool(row.capped)
+        return cls(row.median_ms, row.p20_ms, row.p80_ms, row.repeats, interval_share, capped, row.throttled)
 
     def scaled(self, factor: float) -> Latency:
         """The same measurement as it would be where everything takes `factor` times as long."""

@@ -212,12 +212,9 @@ def page(
     from plotly.offline import get_plotlyjs
 
     environment = Environment(
-        loader=PackageLoader("nas.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
+        loader=PackageLoader("nas.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
-    )
+    )  # fmt: skip
     environment.filters["command"] = command
     plots = {name: plotly_figure(chart) for members in charts.values() for name, chart in members.items()}
     of_study = f"--study {shlex.quote(material.recorded.name)} --storage {shlex.quote(displayed(storage))}"

@@ -21,12 +21,12 @@ RECIPE_VERSION = 1
 
 MIN_SCALE, MAX_SCALE = 0.7, 1.0
 MAX_ROTATION_DEGREES = 12.0
-MAX_SHIFT = 0.2  # of the image's width
+MAX_SHIFT = 0.2  # share of the image's width
 FRAGMENTS = 3
 FRAGMENT_CONTRAST = 0.5
-FRAGMENT_SIZE = 5  # of a digit's 8 pixels
-FRAGMENT_SCALE = 0.35  # of the image's width
-BACKGROUND_SIZE = 4  # pixels across, before upsampling
+FRAGMENT_SIZE = 5  # width in pixels, of a digit's 8
+FRAGMENT_SCALE = 0.35  # share of the image's width
+BACKGROUND_SIZE = 4  # width in pixels, before upsampling
 BACKGROUND_CONTRAST = 0.08
 DIGIT_CONTRAST = 1.1
 NOISE = 0.15

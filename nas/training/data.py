@@ -83,7 +83,7 @@ class ImageData:
             f"{len(self.val_labels):,} validation images of {self.val_images.shape[-1]}x{self.val_images.shape[-1]}"
         )
         few = len(self.val_labels) < FEW_VAL_IMAGES
-        return f"{line}; with so few validation images accuracies are only rough" if few else line
+        return f"{line}; so few validation images give only rough accuracies" if few else line
 
     @cached_property
     def fingerprint(self) -> str:
@@ -203,7 +203,7 @@ def _folder(root: Path, config: DataConfig) -> ImageData:
             - set(classes)
         )
         if strangers:
-            raise UsageError(f"--data {root}: {val_root.name} has the class {strangers[0]}, which the training images lack")
+            raise UsageError(f"--data {root}: {val_root.name} has the class {strangers[0]}, which training lacks")
         if not val:
             raise UsageError(f"--data {root}: no images in class subfolders of {val_root}")
     else:
@@ -371,13 +371,9 @@ def _split(
 
 
 def _assemble(
-    data: str,
-    train: Sequence[Any],
-    val: Sequence[Any],
-    classes: Sequence[str],
-    read: Callable[[Any], tuple[Tensor, int]],
-    resolution: int,
-) -> ImageData:
+    data: str, train: Sequence[Any], val: Sequence[Any], classes: Sequence[str],
+    read: Callable[[Any], tuple[Tensor, int]], resolution: int,
+) -> ImageData:  # fmt: skip
     """Read the items, or a random subset where they exceed `MAX_BYTES` or `MAX_VAL_IMAGES`, into tensors."""
     notes = []
     parts: list[Tensor] = []

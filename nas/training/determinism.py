@@ -14,7 +14,7 @@ import torch
 
 from nas.child_process import ChildProcess
 from nas.config import ProxyConfig
-from nas.errors import CandidateFailed, memory_may_run_out, message_line
+from nas.errors import CandidateFailed, memory_may_run_out
 from nas.training import proxy
 from nas.training.data import ImageData
 from search_spaces import ArchSpec
@@ -120,4 +120,4 @@ def _train(arch: ArchSpec, batches: proxy.Batches, config: ProxyConfig) -> proxy
     except RuntimeError as error:
         if "deterministic" not in str(error):
             raise
-        raise CandidateFailed(message_line(error)) from error
+        raise CandidateFailed(str(error).splitlines()[0]) from error

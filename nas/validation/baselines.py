@@ -32,7 +32,7 @@ MODELS = (
     "mobilenetv4_conv_medium", "efficientnet_b0", "efficientnetv2_rw_t", "resnet18", "resnet26", "resnet50",
     "regnety_002", "regnety_004", "repvgg_a0",
 )  # fmt: skip
-# On a CPU the one of them that learns in minutes: mobilenetv4_conv_small takes twice as long to be near chance still.
+# On a CPU only the model that learns in minutes: mobilenetv4_conv_small takes twice as long and is still near chance.
 DEFAULT_MODELS = {"cpu": ("regnety_002",), "cuda": MODELS}
 ANCHOR = "ConvFirst anchor"
 
@@ -47,10 +47,10 @@ def compare(recorded: RecordedStudy, config: BaselineConfig, note: Note = lambda
     rest, so that all latencies come from the same minutes.
 
     Args:
-        note: receives a line for each step of the work.
+        note: function that takes a line for each step of the work.
 
     Raises:
-        UsageError: timm has no such model, the study has no complete candidate, its device is not here, or its data
+        UsageError: timm lacks the model, the study has no complete candidate, its device is not here, or its data
             are missing or have changed.
         studies.StorageError: the study was deleted meanwhile.
     """

@@ -9,9 +9,9 @@ import numpy as np
 from scipy import stats
 
 RESAMPLES = 500
-# Networks are compared where they would be chosen: among those of about the same latency.
+# Number of bands of latency: a user chooses among networks of about the same latency.
 BANDS = 3
-# Fewer networks than that are not ranked.
+# Fewer networks than this are not ranked.
 MIN_COUNT = 4
 
 

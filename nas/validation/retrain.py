@@ -116,10 +116,7 @@ class _Run:
         return {f"trial {row['number']}": int(row["trial_id"]) for _, row in self.chosen.iterrows()}
 
     def lacking(self) -> list[TrainingJob]:
-        """The trainings of chosen networks that are not in the database.
-
-        Failed trainings are among them: memory may have run out because another process used it.
-        """
+        """The missing trainings, and those that failed: memory may have run out because another process used it."""
         done = {row.trial_id for row in self._of_this_kind() if row.accuracy is not None}
         with of_this_version(self.recorded.name):
             return [
@@ -170,18 +167,15 @@ class _Run:
             on_retrained_front=undominated(accuracy, latency_ms),
         )
         predictors = {PROXY: list(rows["accuracy"]), PARAMS: list(rows["params"]), MACS: list(rows["macs"])}
-        failed = [
-            f"{names[row.trial_id]}: {row.reason}"
-            for row in self._of_this_kind()
-            if row.trial_id in names and row.reason is not None
-        ]
+        rows_of_kind = [row for row in self._of_this_kind() if row.trial_id in names]
+        failed = [f"{names[row.trial_id]}: {row.reason}" for row in rows_of_kind if row.reason is not None]
         ranked = rankings(predictors, accuracy, latency_ms)
         gains = {rival: gain(predictors[PROXY], predictors[rival], accuracy) for rival in (PARAMS, MACS)}
         return Retrained(rows, ranked, gains, failed, self.set_up)
 
 
 def spread_over(latencies_ms: Sequence[float], count: int) -> list[int]:
-    """At most `count` indices of candidates, the nearest ones to an even division of the logarithm of the latency."""
+    """At most `count` indices of candidates, spread evenly over the logarithm of the latency."""
     if count >= len(latencies_ms):
         return list(range(len(latencies_ms)))
     logs = np.log(np.asarray(latencies_ms, dtype=float))
@@ -195,28 +189,29 @@ def spread_over(latencies_ms: Sequence[float], count: int) -> list[int]:
 
 
 def undominated(accuracy: Sequence[float], latency_ms: Sequence[float]) -> list[bool]:
-    """Whether each network is on the front: no other is better in one of both objectives and as good in the other."""
+    """For each network, whether it is on the front: no other is better in one objective and as good in the other."""
     members = set(pareto.front(accuracy, latency_ms))
     return [index in members for index in range(len(accuracy))]
 
 
-# -- For a person ----------------------------------------------------------------------------------------------------
+# -- For the terminal --------------------------------------------------------------------------------------------------
 
 
 def tables(found: Retrained, title: str) -> list[Table]:
     """A table of the networks and one of the rankings, which fit into 80 columns."""
-    networks = console_table(title)
-    for header in ("trial", "latency ms", "proxy", "longer", "front was", "front is", "params k", "MMACs"):
-        networks.add_column(header, justify="right")
+    networks = console_table(
+        title, "trial", "latency ms", "proxy", "longer", "front was", "front is", "params k", "MMACs"
+    )
     for row in found.rows.to_dict("records"):
         networks.add_row(
             str(row["number"]), f"{row['latency_ms']:.4f}", f"{row['accuracy']:.1%}",
             f"{row['retrained_accuracy']:.1%}", "yes" if row["on_front"] else "",
             "yes" if row["on_retrained_front"] else "", f"{row['params'] / 1e3:,.0f}", f"{row['macs'] / 1e6:,.1f}",
         )  # fmt: skip
-    ranks = console_table("How well they rank the longer trainings (95 % intervals)")
-    for header in ("networks", "count", "by", "Kendall's tau", "Spearman's rho"):
-        ranks.add_column(header, justify="right" if header == "count" else "left", overflow="fold")
+    ranks = console_table(
+        "Ranking of the longer trainings (95 % intervals)", "networks", "count", "by", "Kendall's tau",
+        "Spearman's rho", text=("networks", "by", "Kendall's tau", "Spearman's rho"),
+    )  # fmt: skip
     for each in found.rankings:
         ranks.add_row(each.band, str(each.count), each.predictor, str(each.kendall), str(each.spearman))
     return [networks, ranks]

@@ -81,10 +81,8 @@ def _figures(contender: Contender) -> str:
 
 def table(contenders: Sequence[Contender], title: str) -> Table:
     """The contenders as a table for a terminal of 80 columns."""
-    made = console_table(title)
-    for header in ("network", "accuracy", "latency ms", "px", "params k", "MMACs", "converged"):
-        left = header == "network"
-        made.add_column(header, justify="left" if left else "right", overflow="fold" if left else "ellipsis")
+    headers = ("network", "accuracy", "latency ms", "px", "params k", "MMACs", "converged")
+    made = console_table(title, *headers, text=("network",))
     for each in contenders:
         made.add_row(
             each.name, f"{each.accuracy:.1%}", f"{each.latency.median_ms:.4f}", str(each.resolution),

@@ -83,7 +83,7 @@ def test_features_that_are_no_map_have_no_stride() -> None:
         def forward_features(self, x: torch.Tensor) -> torch.Tensor:
             return x.flatten(2)
 
-    with pytest.raises(CandidateFailed, match="no map"):
+    with pytest.raises(CandidateFailed, match="not a map"):
         total_stride(Tokens())
 
 
