@@ -103,6 +103,16 @@ class RecordedStudy:
         """
         return self.config.limits.latency_ms or 2 * self.row.anchor_ms
 
+    def check_images(self, fingerprint: str) -> None:
+        """Refuse images that are not those of the search.
+
+        Raises:
+            UsageError: the study has another fingerprint.
+        """
+        if fingerprint != self.row.data_fingerprint:
+            reason = f"holds other images than when --study {self.name} was begun"
+            raise UsageError(f"--data {self.config.data.source}: {reason}")
+
     def candidates(self) -> list[Candidate]:
         """All evaluated candidates, in the order of their trials."""
         return self.store.candidates(self.study_id)

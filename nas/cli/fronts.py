@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 def print_front(front: pd.DataFrame, title: str) -> None:
     """Print a table of the front for each deployment in it."""
+    from nas.display.front_table import front_table
     from nas.display.notes import deployment_line
-    from nas.search.progress import front_table
     from studies import Deployment
 
     if front.empty:

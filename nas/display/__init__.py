@@ -1,4 +1,4 @@
-"""Figures, notes and files of a study that a running search draws, too.
+"""Figures, notes, tables and files that show a study; a running search uses them as well as the commands.
 
 It may import nas.latency, the modules of nas itself and the lower packages; nas.search and all above import it.
 """

@@ -1,4 +1,4 @@
-"""Charts as values, of which Matplotlib makes files here, and the report's Plotly interactive figures."""
+"""Charts as values: Matplotlib draws them into files here, and Plotly shows them in the report."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 
 RED, BLUE, ORANGE, GREY, DARK_GREY, INK = "#d1495b", "#3d6f9e", "#f0a35e", "#9aa5b1", "#8a949f", "#1b1f24"
 DPI = 150
-# Matplotlib's points for a pixel of the interactive figures, whose markers are larger on a screen.
+# Size of a Matplotlib marker in points per pixel of the interactive figures, whose markers are larger on a screen.
 POINTS = 0.6
-# Opacity of the bars: those of close points lie one over the other.
+# Opacity of the bars, because those of close points overlap.
 BAR_OPACITY = 0.5
 
 
@@ -20,15 +20,15 @@ class Series:
     """Points of one kind in a chart.
 
     Args:
-        name: in the legend.
-        x, y: (n,) each.
-        colour: as #rrggbb.
-        marker: "o", "s", "D" or "x"; "" draws none.
-        size: of a marker, in pixels of an interactive figure.
+        name: name in the legend.
+        x, y: coordinates of the points, (n,) each.
+        colour: colour of points, line and bars, as #rrggbb.
+        marker: shape of the points: "o", "s", "D", "x", or "" for none.
+        size: width of a marker, in pixels of an interactive figure.
         stairs: whether a line joins the points, which keeps its height up to the next point.
-        low, high: (n,) each, the ends of a horizontal bar through each point; empty draws none.
-        labels: (n,) words beside the points; empty draws none.
-        details: (n,) texts of several lines, which an interactive figure shows of the point under the pointer.
+        low, high: ends of a horizontal bar through each point, (n,) each; empty for no bars.
+        labels: words beside the points, (n,); empty for none.
+        details: texts of several lines, (n,), which an interactive figure shows for the point under the pointer.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Series:
 
     @property
     def bar_lengths(self) -> tuple[list[float], list[float]]:
-        """How far each bar reaches to the left and to the right of its point."""
+        """Lengths of the parts of each bar to the left and to the right of its point."""
         return (
             [max(0.0, x - low) for x, low in zip(self.x, self.low, strict=False)],
             [max(0.0, high - x) for x, high in zip(self.x, self.high, strict=False)],
@@ -57,7 +57,7 @@ class Chart:
     """Series over common axes.
 
     Args:
-        log_x: whether equal ratios of x are equally wide.
+        log_x: whether the x axis is logarithmic.
         from_zero: whether both axes begin at 0.
     """
 
@@ -69,17 +69,17 @@ class Chart:
 
 
 def new_figure(width: float, height: float) -> Any:
-    """A Matplotlib figure of that size in inches, which needs no display and leaves the state of pyplot alone."""
+    """A Matplotlib figure of this size in inches, which needs no display and does not touch the state of pyplot."""
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), layout="constrained")
 
 
 def save_charts(charts: Iterable[Chart], path: Path, width: float = 8, height: float = 5, title: str = "") -> None:
-    """Draw charts side by side, whose y axes are one, into a PNG, SVG or PDF file by its suffix.
+    """Draw charts side by side with a common y axis into a PNG, SVG or PDF file, by its suffix.
 
     Args:
-        width, height: of the figure, in inches.
+        width, height: size of the figure, in inches.
 
     Raises:
         ValueError: Matplotlib does not write files of this suffix.
@@ -90,9 +90,9 @@ def save_charts(charts: Iterable[Chart], path: Path, width: float = 8, height: f
     for axes, chart in zip(panels, charts, strict=True):
         _draw(axes, chart)
     panels[0].set_ylabel(charts[0].y_title)
-    panels[0].set_title(plain(title), fontsize=10)
+    panels[0].set_title(escaped(title), fontsize=10)
     if len(charts[0].series) > 1:
-        # Below the axes, where it hides nothing.
+        # The legend is below the axes, where it hides nothing.
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
     figure.savefig(path, dpi=DPI)
 
@@ -109,7 +109,7 @@ def _draw(axes: Any, chart: Chart) -> None:
         # Above and to the left of a staircase there is no line.
         offset, align = ((-2, 3), "right") if each.stairs else ((0, 5), "center")
         for x, y, label in zip(each.x, each.y, each.labels, strict=False):
-            axes.annotate(plain(label), (x, y), offset, textcoords="offset points", ha=align, va="bottom", fontsize=8)
+            axes.annotate(escaped(label), (x, y), offset, textcoords="offset points", ha=align, va="bottom", fontsize=8)
     if chart.log_x:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -123,6 +123,6 @@ def _draw(axes: Any, chart: Chart) -> None:
     axes.grid(alpha=0.3)
 
 
-def plain(text: str) -> str:
-    """A text in which Matplotlib finds no formulas."""
+def escaped(text: str) -> str:
+    """A text with escaped dollar signs, between which Matplotlib would otherwise read formulas."""
     return text.replace("$", r"\$")

@@ -1,4 +1,4 @@
-"""Figures of where a network's time goes, drawn from the values of `nas.latency.roofline`."""
+"""Figures of the time and the efficiency of a network's blocks, from the values of `nas.latency.roofline`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nas.display.charts import BLUE, GREY, ORANGE, new_figure
 from nas.latency.roofline import Efficiency, NetworkEfficiency
 
 BOUND_COLOUR, GAP_COLOUR, REST_COLOUR = BLUE, ORANGE, GREY
-# Most are from the palette of Okabe and Ito, which people with most kinds of colour blindness can tell apart.
+# Most colours are from the palette of Okabe and Ito, which people with most kinds of colour blindness can distinguish.
 KIND_COLOURS = {
     "stem": "#56b4e9", "convfirst": "#0072b2", "mbconv": "#009e73", "head": "#cc79a7", "conv": "#e69f00",
     "depthwise": "#d55e00", "linear": "#6a51a3",
@@ -37,14 +37,14 @@ def plot_efficiency_gap(networks: Sequence[NetworkEfficiency], path: Path) -> No
     """Draw latency as area: a bar for each block, F / peak wide and 1 / efficiency high, in two shades.
 
     The shades are the block's ideal time and its gap. At the right end stand, as areas to the same scale, the time
-    without operations and what was cut off bars that are too high for the axis: so the areas sum to the time of all
-    rows. Two networks share their axes. The figure follows A. Lavin, arXiv 2404.03617.
+    without operations and the parts cut off bars that are too high for the axis, so that the areas sum to the time of
+    all rows. Two networks share their axes. The figure follows A. Lavin, arXiv 2404.03617.
 
     Args:
-        path: of a PNG, SVG or PDF file.
+        path: path of a PNG, SVG or PDF file.
 
     Raises:
-        ValueError: not one or two networks; a row that is not measured; a suffix that Matplotlib does not write.
+        ValueError: there are not one or two networks, a row is not measured, or Matplotlib does not write this suffix.
     """
     _check_measured(networks)
     unit, scale = _time_unit(max(sum(row.compute_seconds for row in network.rows) for network in networks))
@@ -78,10 +78,10 @@ def plot_waterline(networks: Sequence[NetworkEfficiency], path: Path) -> None:
     follows A. Lavin, arXiv 2404.03617.
 
     Args:
-        path: of a PNG, SVG or PDF file.
+        path: path of a PNG, SVG or PDF file.
 
     Raises:
-        ValueError: not one or two networks; a row that is not measured; a suffix that Matplotlib does not write.
+        ValueError: there are not one or two networks, a row is not measured, or Matplotlib does not write this suffix.
     """
     from matplotlib.ticker import LogLocator, NullFormatter
 
@@ -129,7 +129,7 @@ def _without_macs(network: NetworkEfficiency) -> tuple[str, float]:
 
 
 def _time_unit(seconds: float) -> tuple[str, float]:
-    """The unit in which so many seconds are no long row of zeros, and how many of it make a second."""
+    """The unit in which a time is a short number, and how many of this unit are a second."""
     return ("ms", 1e3) if seconds >= 1e-4 else ("µs", 1e6)
 
 
@@ -189,8 +189,8 @@ class _Bars:
 
     Args:
         rows: the blocks.
-        lefts, widths, heights: of the bars.
-        bounds: the heights that the bars would have in their ideal times.
+        lefts, widths, heights: left ends, widths and heights of the bars.
+        bounds: heights that the bars would have in their ideal times.
     """
 
     rows: list[Efficiency]
@@ -212,22 +212,22 @@ class _Bars:
 
     @property
     def ideal(self) -> np.ndarray:
-        """The height of a bar that is no gap: up to its bound, or the whole bar of a block that is faster."""
+        """The height of each bar below its gap: up to its bound, or the whole bar of a block that is faster."""
         ideal: np.ndarray = np.minimum(self.bounds, self.heights)
         return ideal
 
     @property
     def highest(self) -> float:
-        """The upper end of an axis on which a few very tall bars of few operations do not flatten all others."""
+        """The upper end of the axis, so low that a few very tall, narrow bars do not flatten all others."""
         order, tallest = np.argsort(self.heights), float(self.heights.max())
         held = np.cumsum(self.widths[order]) >= SHARE_OF_MACS * self.right
         level = float(self.heights[order][held.argmax()])
-        # With so little above it there is no need to cut; and the line at 1 is always in sight.
+        # Bars that are only a little taller are not cut, and the line at 1 is always visible.
         return max(1.3, 1.05 * tallest if tallest < 1.5 * level else 1.15 * level)
 
 
 def _draw_bars(axes: Any, bars: _Bars, highest: float) -> list[Any]:
-    """Draw the bars up to the height of the axis; return their entries of the legend."""
+    """Draw the bars up to the height of the axis; return their legend entries."""
     from matplotlib.patches import Patch
 
     ideal, heights = np.minimum(bars.ideal, highest), np.minimum(bars.heights, highest)
@@ -256,10 +256,10 @@ def _draw_bars(axes: Any, bars: _Bars, highest: float) -> list[Any]:
 def _draw_areas(
     axes: Any, network: NetworkEfficiency, bars: _Bars, highest: float, scale: float
 ) -> tuple[list[Any], float]:
-    """Draw time without operations and what was cut off, at the right end; return entries of the legend and the end."""
+    """Draw the time without operations and the parts cut off at the right end; return legend entries and the end."""
     from matplotlib.patches import Patch
 
-    # As high as the bars are on average, so that widths compare, too.
+    # These areas are as high as the bars are on average, so that widths can be compared, too.
     level, right = float(np.minimum(bars.heights, highest) @ bars.widths) / bars.right, bars.right
     name, seconds = _without_macs(network)
     ideal = float(np.maximum(bars.ideal - highest, 0) @ bars.widths)
@@ -294,7 +294,7 @@ def _cut_name(bars: _Bars, highest: float) -> str:
 
 
 def stages(names: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Runs of names of one stage: its name, the index of its first block and that past its last.
+    """The stages in a list of block names: name, index of the first block, and index after the last block.
 
     "stage2.3" belongs to "stage2", "blocks.1.0.conv_pw" to "blocks.1" and "head.fc" to "head".
     """
@@ -305,9 +305,9 @@ def stages(names: Sequence[str]) -> list[tuple[str, int, int]]:
 
 
 def _label_bars(axes: Any, bars: _Bars, highest: float, above: float) -> None:
-    """Write the heights of cut bars over the axes, and `above` points over these the stages, where they fit."""
+    """Write the heights of cut bars over the axes, and the stages `above` points over the axes, where they fit."""
     left, right = axes.get_xlim()
-    # The width of one unit of x, in what margins and labels leave of the figure.
+    # Points per unit of x, in the part of the figure that margins and labels leave.
     points = (72 * axes.figure.get_figwidth() / len(axes.figure.axes) - 60) / (right - left)
     middles = bars.lefts + bars.widths / 2
     over: dict[str, Any] = dict(
@@ -342,7 +342,7 @@ def _label_bars(axes: Any, bars: _Bars, highest: float, above: float) -> None:
 def _draw_waterline(
     axes: Any, network: NetworkEfficiency, limits: tuple[float, float], unit: str, scale: float
 ) -> None:
-    """Draw roofline, blocks, lines and legend."""
+    """Draw the roofline, the blocks, the waterline and the achieved throughput, and the legend."""
     from matplotlib.lines import Line2D
 
     machine, rows, total = network.machine, _computing(network), network.rows_seconds

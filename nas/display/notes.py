@@ -1,10 +1,11 @@
-"""What a person reads of a study and its trials: words, names of attributes, and the dashboard's notes in Markdown."""
+"""Words for a study and its trials, names of attributes, and the dashboard's notes in Markdown."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from datetime import timedelta
 from typing import Any
 
 import pandas as pd
@@ -16,9 +17,9 @@ from search_spaces.arch import STEM_STRIDE, Step
 from search_spaces.cost import steps_cost
 from studies import Candidate, CandidateLatency, CandidateState, LatencyStage
 
-# Names of user attributes of trials: why a trial is not complete, and which trial it repeats.
+# Names of user attributes of trials: the reason why a trial is not complete, and the number of the trial it repeats.
 REASON, DUPLICATE_OF = "reason", "duplicate_of"
-# The reason of a trial that nobody goes on with.
+# The reason of a trial whose search was interrupted.
 INTERRUPTED = "interrupted"
 HEADERS = ("stage", "blocks", "kernel", "group width", "expansion", "width", "stride", "output", "MMACs", "params k")
 STATES = {
@@ -27,8 +28,13 @@ STATES = {
 }  # fmt: skip
 
 
+def duration(seconds: float) -> str:
+    """A duration as text, such as `0:00:42`."""
+    return str(timedelta(seconds=round(seconds)))
+
+
 def deployment_line(row: Mapping[str, Any] | pd.Series) -> str:
-    """What the latencies of a row of `pareto_front` were measured on, in words."""
+    """The deployment of a row of `pareto_front`, in words."""
     return (
         f"{row['device_name']}, {row['engine']}, {row['dtype']}, batch {row['batch_size']}, "
         f"{row['resolution']}x{row['resolution']}, {row['threads']} thread(s)"
@@ -42,7 +48,7 @@ def markdown_table(headers: tuple[str, ...], rows: list[tuple[object, ...]]) -> 
 
 
 def stage_table(arch: ArchSpec, resolution: int, num_classes: int) -> str:
-    """Stem, stages and head of an architecture with what each costs."""
+    """A Markdown table of an architecture's stem, stages and head, with the cost of each."""
 
     def row(steps: Sequence[Step], name: object, *fields: object) -> tuple[object, ...]:
         cost = steps_cost(steps, num_classes)
@@ -67,8 +73,8 @@ def trial_note(candidate: Candidate, latency: CandidateLatency | None, config: S
     """The outcome of a candidate, and its stages as a table.
 
     Args:
-        latency: in the study's deployment; None where it was not measured.
-        config: of the study.
+        latency: latency in the study's deployment; None where it was not measured.
+        config: configuration of the study.
     """
     arch = ArchSpec.from_json(candidate.arch)
     lines = [f"**{STATES[CandidateState(candidate.state)]}**" + (f": {candidate.reason}" if candidate.reason else "")]
@@ -101,14 +107,14 @@ def duplicate_note(arch: ArchSpec, first: int) -> str:
     """The note of a trial that proposed the architecture of an earlier one.
 
     Args:
-        first: the number of that trial.
+        first: number of the earlier trial.
     """
-    return f"`{arch}`\n\n**known already**: proposed again what trial {first} is; nothing was measured"
+    return f"`{arch}`\n\n**duplicate**: the architecture of trial {first}, not evaluated again"
 
 
-def study_note(study: RecordedStudy) -> str:
-    """The set-up of a study."""
-    row, config = study.row, study.config
+def study_note(recorded: RecordedStudy) -> str:
+    """The note of a study, with its set-up as a table."""
+    row, config = recorded.row, recorded.config
     data, proxy, latency = config.data, config.proxy, config.latency
     limits = [f"{name} at most {value:g}" for name, value in asdict(config.limits).items() if value is not None]
     versions = json.loads(row.versions)
@@ -126,8 +132,8 @@ def study_note(study: RecordedStudy) -> str:
             f"{latency.resolution}x{latency.resolution}, {latency.num_classes} classes, "
             f"{latency.threads} CPU thread(s); medians, corrected for drift by the anchor",
         ),
-        ("device", f"{study.device.name} ({study.device.driver})"),
-        ("anchor", f"`{study.anchor}`, {row.anchor_ms:.4g} ms".replace("|", "\\|")),
+        ("device", f"{recorded.device.name} ({recorded.device.driver})"),
+        ("anchor", f"`{recorded.anchor}`, {row.anchor_ms:.4g} ms".replace("|", "\\|")),
         ("limits", ", ".join(limits) or "none"),
         ("sampler", f"{config.sampler}, seed {config.seed}"),
         ("space", config.space.name),
@@ -135,8 +141,8 @@ def study_note(study: RecordedStudy) -> str:
         ("begun", f"{row.created_at:%Y-%m-%d %H:%M} UTC"),
     ]
     return "\n\n".join([
-        f"Search for ConvFirst networks, study `{study.name}`.", markdown_table(("what", "how"), rows),
-        "Pruned trials broke a limit or proposed what was known already, failed ones could not run; user attributes "
-        "and notes tell why. The front is also the view `pareto_front` of this database; its latencies were measured "
-        "again at the end of the search, so that they may differ from the objective of the same trial.",
+        f"Search for ConvFirst networks, study `{recorded.name}`.", markdown_table(("what", "how"), rows),
+        "Pruned trials broke a limit or proposed the architecture of an earlier trial, failed ones could not run; user "
+        "attributes and notes give the reasons. The front is also the view `pareto_front` of this database; its "
+        "latencies were measured again at the end of the search, so that they may differ from the objectives.",
     ])  # fmt: skip

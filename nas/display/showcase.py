@@ -22,49 +22,49 @@ from search_spaces.timm_config import timm_config
 from studies import Store
 from studies.display import Artifact, Artifacts, update_notes
 
-# Members of a front that carry files, at most: drawing those of one takes a good part of a second.
+# Greatest number of members of a front that have files: drawing those of one takes a good part of a second.
 MOST_MEMBERS = 40
 
 
-def show(study: RecordedStudy, folder: Path) -> int:
+def show(recorded: RecordedStudy, folder: Path) -> int:
     """Bring a study's notes and the files of its front's members up to date; return how many files were made.
 
-    Nothing is measured. A user's own edits of notes are left alone.
+    Nothing is measured. A user's own edits of notes are kept.
 
     Args:
-        folder: of the files.
+        folder: folder of the files.
     """
-    _write_notes(study)
-    front = study.front()
+    _write_notes(recorded)
+    front = recorded.front()
     if front.empty:
         return 0
-    table = BlockTable(study.store, study.device, study.config.latency)
-    artifacts = Artifacts(study.store.optuna_storage, study.study_id, folder)
+    table = BlockTable(recorded.store, recorded.device, recorded.config.latency)
+    artifacts = Artifacts(recorded.store.optuna_storage, recorded.study_id, folder)
     front = front.iloc[pareto.evenly_spaced(len(front), MOST_MEMBERS)]
     made = 0
     for _, row in front.iterrows():
-        made += sum(artifacts.attach(int(row["trial_id"]), each) for each in _artifacts(study.store, row, table))
+        made += sum(artifacts.attach(int(row["trial_id"]), each) for each in _artifacts(recorded.store, row, table))
     artifacts.keep_only({int(trial_id) for trial_id in front["trial_id"]})
     return made
 
 
-def _write_notes(study: RecordedStudy) -> None:
-    bodies: dict[int | None, str] = {None: notes.study_note(study)}
-    for candidate in study.candidates():
-        latency = candidate.latency_in(study.deployment)
-        bodies[candidate.trial_id] = notes.trial_note(candidate, latency, study.config)
-    for trial in study.store.load_optuna_study(study.name).get_trials(deepcopy=False):
+def _write_notes(recorded: RecordedStudy) -> None:
+    bodies: dict[int | None, str] = {None: notes.study_note(recorded)}
+    for candidate in recorded.candidates():
+        latency = candidate.latency_in(recorded.deployment)
+        bodies[candidate.trial_id] = notes.trial_note(candidate, latency, recorded.config)
+    for trial in recorded.store.load_optuna_study(recorded.name).get_trials(deepcopy=False):
         first = trial.user_attrs.get(notes.DUPLICATE_OF)
         if first is not None:
             bodies[trial._trial_id] = notes.duplicate_note(ArchSpec.parse(trial.user_attrs["arch"]), first)
-    update_notes(study.store.optuna_storage, study.study_id, bodies)
+    update_notes(recorded.store.optuna_storage, recorded.study_id, bodies)
 
 
 def _artifacts(store: Store, row: pd.Series, table: BlockTable) -> list[Artifact]:
     """The files of a member of the front.
 
     Args:
-        row: of the view `pareto_front`.
+        row: row of the view `pareto_front`.
     """
     config, arch, number = table.config, ArchSpec.from_json(row["arch"]), int(row["number"])
     prefix = f"t{number:04d}"
@@ -90,12 +90,12 @@ def _artifacts(store: Store, row: pd.Series, table: BlockTable) -> list[Artifact
 
 
 def _stamp(*values: object) -> str:
-    """A digest that changes when what a file is made of does."""
+    """A digest of the values from which a file is made."""
     return hashlib.sha256(repr(values).encode()).hexdigest()[:16]
 
 
 def _drawn(draw: Callable[[Path], None]) -> Callable[[], bytes]:
-    """The PNG that a plot makes."""
+    """A function that returns the bytes of the PNG that `draw` makes."""
 
     def make() -> bytes:
         with tempfile.TemporaryDirectory() as folder:

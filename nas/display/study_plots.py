@@ -8,21 +8,21 @@ from typing import Any
 
 import pandas as pd
 
-from nas.display.charts import BLUE, DARK_GREY, ORANGE, RED, Chart, Series, new_figure, plain, save_charts
+from nas.display.charts import BLUE, DARK_GREY, ORANGE, RED, Chart, Series, escaped, new_figure, save_charts
 from nas.display.notes import deployment_line
 from studies import CurvePoint
 
 LATENCY_TITLE = "drift-corrected latency of one batch in ms"
-# More trial numbers than this would lie one over the other.
+# More trial numbers than this would overlap.
 MOST_LABELS = 12
 
 
 def front_chart(evaluations: pd.DataFrame, front: pd.DataFrame) -> Chart:
-    """Accuracy against latency: the front as a staircase with the spread of each latency, all else in grey.
+    """Accuracy against latency: the front as a staircase with the spread of each latency, other candidates in grey.
 
     Args:
         evaluations: complete candidates of one deployment, rows of the view `convfirst_evaluations`.
-        front: the rows of `pareto_front` for the same deployment.
+        front: rows of `pareto_front` for the same deployment.
     """
     front = front.sort_values("latency_ms")
     over = evaluations["latency_over_limit"].fillna(False).astype(bool)
@@ -48,7 +48,7 @@ def _points(rows: pd.DataFrame, name: str, **style: Any) -> Series:
 
 
 def _details(row: Mapping[Hashable, Any]) -> str:
-    """A candidate, with its architecture a stage a line."""
+    """A description of a candidate, with one line for each stage."""
     stages = row["summary"].replace(" | ", "\n")
     return (
         f"trial {row['number']}\n{100 * row['accuracy']:.2f} % at {row['latency_ms']:.4g} ms\n"
@@ -85,7 +85,7 @@ def plot_learning_curve(curve: Sequence[CurvePoint], validation_accuracy: float 
     losses.plot(steps, [point.train_loss for point in curve], color=ORANGE, label="training loss")
     losses.set_ylim(bottom=0)
     losses.set_ylabel("loss (label smoothing included)")
-    axes.set_title(plain(title), fontsize=10, loc="left")
+    axes.set_title(escaped(title), fontsize=10, loc="left")
     handles = [handle for each in (axes, losses) for handle in each.get_legend_handles_labels()[0]]
     axes.legend(handles=handles, loc="center right", frameon=False)
     figure.savefig(path, dpi=110)

@@ -24,7 +24,7 @@ from nas.latency.meter import cpu_threads
 from nas.latency.values import Latency
 from nas.latency.yardsticks import Timed, Yardsticks
 from nas.locks import WAITING, device_lock
-from nas.reporting import Note
+from nas.reporting import Note, console_table
 from search_spaces import ArchSpec, cost
 
 # What runs a file of the directory, in words.
@@ -242,9 +242,8 @@ def tables(rows: Sequence[Row], where: str) -> list[Table]:
     """A table for each network, the fastest format first, which fits into 80 columns."""
     network_tables = []
     for network in dict.fromkeys(row.network for row in rows):
-        table = Table(title=f"{network}, {where}", title_justify="left", show_edge=False, padding=(0, 0, 0, 1))
-        for header in ("format", "dtype", "latency ms", "p20 to p80", "recorded ms"):
-            table.add_column(header, justify="left" if header in ("format", "dtype") else "right")
+        headers = ("format", "dtype", "latency ms", "p20 to p80", "recorded ms")
+        table = console_table(f"{network}, {where}", *headers, text=headers[:2])
         timed = [(row, row.latency) for row in rows if row.network == network and row.latency is not None]
         for row, latency in sorted(timed, key=lambda pair: pair[1].median_ms):
             table.add_row(

@@ -26,7 +26,7 @@ from nas.recorded import RecordedStudy
 from nas.search import run
 from nas.training.proxy import CurvePoint, ProxyResult
 from search_spaces import ArchSpec, Cost, cost
-from studies import BlockLatency, Candidate, CandidateLatency, Store
+from studies import Candidate, CandidateLatency, Store
 
 # Columns and attributes that differ from run to run though nothing else does.
 TIMES = ("latency_seconds", "total_seconds", "finished_at", "created_at", "owner")
@@ -89,7 +89,7 @@ class ReplayingEvaluator:
     def measure_blocks(
         self, archs: Sequence[ArchSpec], known: Mapping[str, float], references_ms: Sequence[float]
     ) -> list[ShapeLatency]:
-        return [ShapeLatency(row.shape, _latency(row)) for key, row in self.blocks.items() if key not in known]
+        return [ShapeLatency(row.shape, Latency.of_row(row)) for key, row in self.blocks.items() if key not in known]
 
     def profile(self) -> DeviceProfile:
         assert self.stored_profile is not None
@@ -108,15 +108,9 @@ class ReplayingEvaluator:
         return self.candidates[arch.arch_id]
 
 
-def _latency(row: CandidateLatency | BlockLatency) -> Latency:
-    return Latency(
-        row.median_ms, row.p20_ms, row.p80_ms, row.repeats, row.interval_share or 0.0, bool(row.capped), row.throttled
-    )
-
-
 def _measurement(row: CandidateLatency) -> Measurement:
     return Measurement(
-        _latency(row), row.raw_median_ms, row.anchor_median_ms, row.weight_bytes, row.workspace_bytes,
+        Latency.of_row(row), row.raw_median_ms, row.anchor_median_ms, row.weight_bytes, row.workspace_bytes,
         row.sm_clock_mhz, row.temperature_c,
     )  # fmt: skip
 

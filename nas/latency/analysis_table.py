@@ -14,6 +14,7 @@ from nas.latency.block_table import BlockTable
 from nas.latency.parts import arch_parts
 from nas.latency.roofline import Efficiency, waterline
 from nas.latency.subjects import Subject
+from nas.reporting import console_table
 from studies import BlockLatency, Store
 
 COLUMNS = (
@@ -33,7 +34,7 @@ def analysis_table(analysis: Analysis, width: int) -> Table:
     efficiency = analysis.efficiency
     columns = [name for name in COLUMNS if width >= WIDE or name not in WIDE_ONLY]
     title = f"{efficiency.title}\n{efficiency.subtitle}"
-    table = Table(title=title, title_justify="left", show_edge=False, padding=(0, 0, 0, 1))
+    table = console_table(title)
     for name in columns:
         left = name in ("part", "kind", "bound by")
         table.add_column(name, justify="left" if left else "right", no_wrap=name != "part", overflow="fold")

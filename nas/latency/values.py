@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -37,6 +37,12 @@ class Latency:
         """The latency that (repeats,) samples show."""
         p20, median, p80 = map(float, np.percentile(samples_ms, [20, 50, 80]))
         return cls(median, p20, p80, len(samples_ms), interval_share, capped, throttled)
+
+    @classmethod
+    def of_row(cls, row: Any) -> Latency:
+        """The latency of a row of a table, which has the columns as attributes."""
+        interval_share, capped = row.interval_share or 0.0, bool(row.capped)
+        return cls(row.median_ms, row.p20_ms, row.p80_ms, row.repeats, interval_share, capped, row.throttled)
 
     def scaled(self, factor: float) -> Latency:
         """The latency multiplied by a factor."""

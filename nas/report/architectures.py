@@ -13,23 +13,23 @@ from nas import pareto
 from nas.display.charts import INK
 from search_spaces import ArchSpec, StageSpec
 
-# Letters are small; the page shows the figure at half of its pixels.
+# The letters are small, so the page shows the figure at half of its pixels.
 DPI = 200
-# Light enough for black letters, each darker than the one before: kernel sizes have an order.
+# Colours light enough for black letters; each is darker than the one before, as kernel sizes have an order.
 KERNEL_COLOURS = ("#fdeebf", "#fbcb74", "#f2994a", "#dd6e42", "#c0563f")
 ENDS_COLOUR, PALE = "#d5dae0", "#69737d"
 MOST_COLUMNS = 12
-# In inches: a column, the margin on the left, a block, a line of text, the space between rows, the height of the key.
+# Inches: widths of a column and of the left margin; heights of a block, a line of text, a row's gap and the key.
 COLUMN, MARGIN, BLOCK, LINE, GAP, KEY = 1.06, 0.95, 0.16, 0.15, 0.14, 0.64
 
 
 @dataclass(frozen=True)
 class _Cell:
-    """A network's part of one row: a box, and words below it, two a line.
+    """A network's part of one row: a box, and words below it, two per line.
 
     Args:
-        share: of the widest box.
-        blocks: how many are piled up.
+        share: width of the box, as a share of the widest box.
+        blocks: number of blocks in the box.
     """
 
     share: float
@@ -39,20 +39,20 @@ class _Cell:
 
 
 def chosen_members(front: pd.DataFrame) -> pd.DataFrame:
-    """The members of a front that there is room to draw, both ends among them, from the fastest."""
+    """At most `MOST_COLUMNS` members of a front, evenly spaced, both ends among them, from the fastest."""
     return front.iloc[pareto.evenly_spaced(len(front), MOST_COLUMNS)]
 
 
 def figure_width(columns: int) -> float:
-    """Width of the figure of so many networks, in inches."""
+    """Width in inches of the figure that shows this number of networks."""
     return max(MARGIN + COLUMN * columns, 5.5)
 
 
 def plot_architectures(front: pd.DataFrame, path: Path) -> None:
     """Draw networks as stacks of stages, a column each, their stages side by side, into a PNG file.
 
-    A box is as wide as its stage has channels, as high as it has blocks, and has the colour of its kernel size. Words
-    that differ from those of the column before are bold.
+    A box's width shows the channels of its stage, its height the blocks, and its colour the kernel size. Words that
+    differ from those of the column before are bold.
 
     Args:
         front: rows of `pareto_front`, from the fastest to the most accurate.
@@ -97,7 +97,7 @@ def plot_architectures(front: pd.DataFrame, path: Path) -> None:
 
 
 def _rows(archs: Sequence[ArchSpec]) -> list[tuple[str, list[_Cell | None]]]:
-    """Stem, stages and head: what a row is called, and a cell for each network that has it."""
+    """A row for the stem, each stage and the head: its name, and a cell for each network that has it."""
     colours = _kernel_colours(archs)
     widest = max(max(arch.stem_width, *(stage.width for stage in arch.stages)) for arch in archs)
     widest_head = max(arch.head_width for arch in archs)
@@ -123,7 +123,7 @@ def _rows(archs: Sequence[ArchSpec]) -> list[tuple[str, list[_Cell | None]]]:
 
 
 def _words(stage: StageSpec, with_stride: bool) -> tuple[str, ...]:
-    """As in an architecture's line."""
+    """The words of a stage, as in the text form of an architecture."""
     stride = f"/{stage.stride}" if with_stride and stage.stride > 1 else ""
     return (
         f"{stage.blocks}×{stage.width}{stride}", f"k{stage.kernel_size}", f"g{stage.group_width}",
@@ -153,7 +153,7 @@ def _draw_key(axes: Any, archs: Sequence[ArchSpec]) -> None:
 
 
 def _draw_words(axes: Any, top: float, lines: Sequence[tuple[str, Sequence[str]]], bold: bool) -> float:
-    """A line a quantity, its name on the left; returns where they end."""
+    """Draw a line for each quantity, with its name on the left; return the position below the last line."""
     for index, (name, words) in enumerate(lines):
         y = top + LINE * index
         _word(axes, 0.08, y, name, INK, ha="left")

@@ -18,7 +18,7 @@ from optuna.storages import get_storage
 from nas.errors import UsageError
 from studies import Store
 
-# Requests that are answered at once: a page asks for several things, and several people may look.
+# Number of requests that are answered at the same time: a page asks for several things, and several people may look.
 THREADS = 4
 
 
@@ -26,11 +26,11 @@ class Server:
     """A dashboard that listens as soon as it is made, and answers once it is run.
 
     Args:
-        folder: of the artifacts.
-        host, port: the address to listen on; port 0 takes a free one.
+        folder: folder of the artifacts, made if need be.
+        host, port: address to listen on; port 0 takes a free one.
 
     Raises:
-        UsageError: the address cannot be listened on.
+        UsageError: the server cannot listen on that address.
     """
 
     def __init__(self, store: Store, folder: Path, host: str, port: int) -> None:
@@ -74,7 +74,7 @@ class Server:
 def _keeping_names(app: Any) -> Any:
     """The dashboard's application, which refuses to rename a study.
 
-    It would copy the trials into a new study and delete the old one, and our rows with it.
+    The dashboard would copy the trials into a new study and delete the old one together with our rows.
     """
 
     def answer(environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
@@ -93,8 +93,8 @@ def _serialize_once() -> None:
     """Let the dashboard serialize a finished trial once, and find its notes and files without those of all others.
 
     optuna-dashboard 0.21 serializes all trials for each page, and for each of them goes through all attributes of the
-    study twice: with a note for each of 2,000 trials that is sixteen million comparisons. Given only the attributes of
-    the trial it finds the same; and as long as these do not change, neither does a finished trial.
+    study twice: with a note for each of 2,000 trials that is sixteen million comparisons. The result is the same with
+    the attributes of the trial alone, and while these do not change, a finished trial does not change either.
     """
     from optuna_dashboard import _serializer
 
@@ -121,7 +121,7 @@ def _serialize_once() -> None:
 class _Index(threading.local):
     """The attributes "dashboard:<trial_id>:..." and "dashboard:artifacts:<trial_id>:..." of a study, by trial.
 
-    It holds those of the mapping that was asked for last, for each thread.
+    Each thread keeps the attributes of the mapping that it was last asked for.
     """
 
     indexed: Mapping[str, Any] | None = None

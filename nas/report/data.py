@@ -16,7 +16,7 @@ from nas.recorded import RecordedStudy
 from nas.report.importance import Importances, importances
 from studies import OBJECTIVES, Candidate, CandidateState, Deployment, Owner
 
-# Numbers within a reason: losses, steps and excesses differ where what went wrong is the same.
+# Numbers within a reason: trials with the same fault differ in losses, steps and excesses.
 _NUMBER = re.compile(r"(?<![\w.])[-+]?\d+(?:[.,]\d+)*(?:e[-+]?\d+)?(?: ?%)?(?![\w])")
 _SHOWN_TRIALS = 5
 
@@ -26,9 +26,9 @@ class IncompleteTrials:
     """Trials that gave no complete candidate, all for one reason.
 
     Args:
-        outcome: what became of them.
-        reason: without its numbers, where these differ between the trials.
-        numbers: of the trials, in order.
+        outcome: outcome of the trials: "failed", "over a limit", "duplicate" or "interrupted".
+        reason: the common reason, without its numbers where these differ between the trials.
+        numbers: numbers of the trials, in order.
     """
 
     outcome: str
@@ -37,26 +37,26 @@ class IncompleteTrials:
 
     @property
     def shown(self) -> str:
-        """The first of the numbers."""
+        """The first numbers, as text."""
         listed = ", ".join(map(str, self.numbers[:_SHOWN_TRIALS]))
         return listed + (", ..." if len(self.numbers) > _SHOWN_TRIALS else "")
 
 
 @dataclass(frozen=True)
 class Material:
-    """All that a report shows, of one moment as near as the database's separate answers allow.
+    """All that a report shows, read at nearly the same moment: the database answers several queries.
 
     Args:
-        candidates: all that were evaluated, in order.
+        candidates: all evaluated candidates, in order.
         history: a row for each complete candidate of the study's own deployment: `number`, `accuracy`, `latency_ms`,
-            `hypervolume` so far, and `seconds` that all candidates up to it took.
+            `hypervolume` up to it, and `seconds` that all candidates up to it took.
         time_spent: a row for each candidate, with the seconds of `training`, `latency` and `all else`.
         evaluations, front: rows of the two views in the study's own deployment, the front fastest first.
         elsewhere: fronts in other deployments, each with the deployment in words.
         incomplete: trials without a result, the most frequent reason first.
     """
 
-    study: RecordedStudy
+    recorded: RecordedStudy
     candidates: list[Candidate]
     history: pd.DataFrame
     time_spent: pd.DataFrame
@@ -69,32 +69,32 @@ class Material:
     @property
     def deployment(self) -> str:
         """The study's own deployment in words."""
-        return deployment_line({"device_name": self.study.device.name, **self.study.deployment.as_columns()})
+        return deployment_line({"device_name": self.recorded.device.name, **self.recorded.deployment.as_columns()})
 
     @property
     def complete(self) -> int:
-        """How many candidates are complete."""
+        """Number of complete candidates."""
         return len(self.history)
 
     @property
     def is_searched(self) -> bool:
         """Whether a process may be searching the study now."""
-        owner = self.study.row.owner
+        owner = self.recorded.row.owner
         return owner is not None and Owner.parse(owner).may_live()
 
 
-def gather(study: RecordedStudy) -> Material:
+def gather(recorded: RecordedStudy) -> Material:
     """Read what the database holds of a study."""
-    candidates, front = study.candidates(), study.front()
-    every_front = study.store.front(study.name)
+    candidates, front = recorded.candidates(), recorded.front()
+    every_front = recorded.store.front(recorded.name)
     others = every_front[~every_front.index.isin(front.index)]
-    optuna_study = study.store.load_optuna_study(study.name)
+    optuna_study = recorded.store.load_optuna_study(recorded.name)
     return Material(
-        study=study,
+        recorded=recorded,
         candidates=candidates,
-        history=_history(candidates, study.deployment, study.reference_latency_ms),
+        history=_history(candidates, recorded.deployment, recorded.reference_latency_ms),
         time_spent=_time_spent(candidates),
-        evaluations=study.evaluations(),
+        evaluations=recorded.evaluations(),
         front=front.reset_index(drop=True),
         elsewhere=[
             (deployment_line(members.iloc[0]), members)
@@ -130,22 +130,22 @@ def incomplete_trials(candidates: Sequence[Candidate], trials: Sequence[FrozenTr
     """The trials that did not become complete candidates, grouped by reason, the most frequent first.
 
     Args:
-        trials: Optuna's, among them those that were never evaluated: duplicates and the interrupted.
+        trials: Optuna's trials, among them duplicates and interrupted ones, which were never evaluated.
     """
     outcomes = {CandidateState.FAILED: "failed", CandidateState.OVER_LIMIT: "over a limit"}
     rows: list[tuple[int, str, str]] = []
     for candidate in candidates:
         if candidate.state in outcomes:
             outcome = outcomes[CandidateState(candidate.state)]
-            rows.append((candidate.number, outcome, candidate.reason or "not told"))
+            rows.append((candidate.number, outcome, candidate.reason or "unknown"))
     evaluated = {candidate.number for candidate in candidates}
     for trial in trials:
         if trial.number in evaluated:
             continue
         if DUPLICATE_OF in trial.user_attrs:
-            rows.append((trial.number, "duplicate", "proposed again what was known: nothing was measured"))
+            rows.append((trial.number, "duplicate", "architecture of an earlier trial, not evaluated again"))
         elif trial.state == TrialState.FAIL:
-            rows.append((trial.number, "interrupted", str(trial.user_attrs.get(REASON, "not told"))))
+            rows.append((trial.number, "interrupted", str(trial.user_attrs.get(REASON, "unknown"))))
     groups: dict[tuple[str, str], list[tuple[int, str]]] = {}
     for number, outcome, reason in rows:
         groups.setdefault((outcome, _NUMBER.sub("…", reason)), []).append((number, reason))

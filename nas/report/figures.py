@@ -1,4 +1,4 @@
-"""The report's figures beside the front: charts of contenders and of hypervolume, and where the time went."""
+"""Figures of the report other than the front: contenders, hypervolume, and the time spent."""
 
 from __future__ import annotations
 
@@ -19,27 +19,28 @@ KIND_STYLES = {
     ContenderKind.FOUND: ("o", RED, "found by this search"),
 }
 MOST_MARKERS = 40
-# Latencies of which the longest is more than so many times the shortest get an axis of equal ratios.
+# Ratio of the longest to the shortest latency above which the axis is logarithmic.
 WIDE_RATIO = 8
 
 
 def time_unit(seconds: float) -> tuple[str, float]:
-    """The unit in which a span of time is a short number, and its seconds."""
+    """The unit in which a time is a short number, and the length of the unit in seconds."""
     if seconds < 300:
         return "seconds", 1
     return ("minutes", 60) if seconds < 3 * 3600 else ("hours", 3600)
 
 
 def contender_series(contenders: Sequence[Contender]) -> list[Series]:
-    """A series for each kind of contender, each point under its name."""
+    """A series for each kind of contender, with the contenders' names as labels."""
     series = []
     for kind, (marker, colour, name) in KIND_STYLES.items():
         members = [contender for contender in contenders if contender.kind == kind]
         if members:
             series.append(Series(
-                name, [each.latency_ms for each in members], [100 * each.accuracy for each in members], colour, marker,
-                size=10, low=[each.latency_p20_ms for each in members], high=[each.latency_p80_ms for each in members],
-                labels=[each.name for each in members], details=[_details(each) for each in members],
+                name, [each.latency.median_ms for each in members], [100 * each.accuracy for each in members], colour,
+                marker, size=10, low=[each.latency.p20_ms for each in members],
+                high=[each.latency.p80_ms for each in members], labels=[each.name for each in members],
+                details=[_details(each) for each in members],
             ))  # fmt: skip
     return series
 
@@ -47,27 +48,27 @@ def contender_series(contenders: Sequence[Contender]) -> list[Series]:
 def _details(contender: Contender) -> str:
     stages = contender.summary.replace(" | ", "\n")
     return (
-        f"{contender.name}\n{100 * contender.accuracy:.2f} % at {contender.latency_ms:.4g} ms ({contender.engine})\n"
-        f"{contender.resolution}x{contender.resolution}, {contender.steps} steps, learning rate "
+        f"{contender.name}\n{100 * contender.accuracy:.2f} % at {contender.latency.median_ms:.4g} ms "
+        f"({contender.engine})\n{contender.resolution}x{contender.resolution}, {contender.steps} steps, learning rate "
         f"{contender.learning_rate:g}\n{contender.training}\n{stages}"
     )
 
 
 def contenders_chart(contenders: Sequence[Contender]) -> Chart:
     """Accuracy against latency of networks that were trained alike."""
-    latencies_ms = [contender.latency_ms for contender in contenders]
+    latencies_ms = [contender.latency.median_ms for contender in contenders]
     log_x = max(latencies_ms) > WIDE_RATIO * min(latencies_ms)
     return Chart(LATENCY_TITLE, "accuracy of the long training in %", contender_series(contenders), log_x=log_x)
 
 
 def hypervolume_charts(history: pd.DataFrame, reference_latency_ms: float) -> dict[str, Chart]:
-    """Hypervolume over candidates and over time, by their names in the page.
+    """Charts of hypervolume over candidates and over time, by their names in the page.
 
     Args:
         history: a row for each complete candidate, with `number`, `seconds` since the beginning and `hypervolume`.
-        reference_latency_ms: the latency up to which hypervolume is counted.
+        reference_latency_ms: latency up to which hypervolume is counted.
     """
-    # Of 2,000 candidates a few dozen change it, and the last tells how long it has stayed.
+    # Of 2,000 candidates a few dozen change it, and the last shows for how long it has not changed.
     changed = history["hypervolume"].diff().fillna(1) != 0
     changed.iloc[-1] = True
     rows = history.assign(count=range(1, len(history) + 1))[changed]
@@ -93,7 +94,7 @@ def hypervolume_charts(history: pd.DataFrame, reference_latency_ms: float) -> di
 
 
 def plot_time(time_spent: pd.DataFrame, path: Path) -> None:
-    """Draw the time by part, piled up over the candidates.
+    """Draw the time spent on each part, stacked and summed over the candidates.
 
     Args:
         time_spent: a row for each candidate, with a column for each of `PARTS`, in seconds.

@@ -1,4 +1,4 @@
-"""Importances: how much each parameter of a space explains of an objective."""
+"""Importances: the shares of an objective's variation that the parameters of a space explain."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 # and these 1.2 s; no share moved by more than 0.05.
 TREES, DEPTH = 32, 8
 EVALUATOR = f"fANOVA, {TREES} trees of a depth of up to {DEPTH}"
-# With fewer a forest has nothing to learn from.
+# A forest has nothing to learn from fewer trials.
 FEWEST_TRIALS = 10
 
 
@@ -24,9 +24,9 @@ class Importances:
     """The importances of the parameters for one objective.
 
     Args:
-        objective: its name.
-        shares: parameter -> its share of what all explain, 0 to 1; the greatest first.
-        why_not: the reason as a sentence, where there are no shares.
+        objective: name of the objective.
+        shares: share of each parameter in what all explain, 0 to 1, by the parameter's name; the greatest first.
+        why_not: a sentence with the reason where there are no shares; None elsewhere.
     """
 
     objective: str
@@ -55,9 +55,9 @@ def _of_objective(study: optuna.Study, trials: Sequence[FrozenTrial], index: int
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             shares = get_param_importances(study, evaluator=evaluator, target=target)
-    # Whatever Optuna and scikit-learn make of unusual values: a report has more to show than importances.
+    # Optuna and scikit-learn raise these for unusual values, and a report has more to show than importances.
     except (ArithmeticError, RuntimeError, ValueError) as error:
-        return Importances(name, {}, f"Optuna could not tell them ({error}).")
+        return Importances(name, {}, f"Optuna could not compute them ({error}).")
     shares = {parameter: float(share) for parameter, share in shares.items()}
     if not any(shares.values()):
         return Importances(name, {}, "No parameter explains any of it.")

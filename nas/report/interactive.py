@@ -1,6 +1,6 @@
-"""Interactive figures: a chart as the plain values of a Plotly figure, which the page hands to Plotly's JavaScript.
+"""Interactive figures: charts as the plain values of a Plotly figure, which the page passes to Plotly's JavaScript.
 
-Plotly takes texts for a kind of HTML, so all that comes from the database or from a user is escaped.
+Plotly reads texts as a kind of HTML, so all texts from the database or a user are escaped.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ LOG_TICKS = [digit * 10**power for power in range(-4, 6) for digit in (1, 2, 5)]
 
 
 def plotly_figure(chart: Chart) -> PlotlyFigure:
-    """A light figure; a finger that is drawn over it scrolls the page."""
+    """The Plotly figure of a chart; dragging a finger over it scrolls the page."""
     axis: PlotlyFigure = {
         "gridcolor": "#e3e7eb", "zeroline": False, "linecolor": DARK_GREY, "ticks": "outside", "automargin": True,
         "rangemode": "tozero" if chart.from_zero else "normal",
@@ -37,7 +37,7 @@ def plotly_figure(chart: Chart) -> PlotlyFigure:
 
 
 def _title(text: str) -> PlotlyFigure:
-    # Of Plotly's own size the longest would not fit the screen of a telephone.
+    # The longest titles in Plotly's own size do not fit the screen of a telephone.
     return {"text": text, "font": {"size": 13}}
 
 
@@ -67,6 +67,6 @@ def _trace(series: Series) -> PlotlyFigure:
 
 
 def _hover_text(details: str) -> str:
-    """Lines as Plotly's HTML, the first of them bold."""
+    """The lines of a text in Plotly's HTML, the first of them bold."""
     first, *others = (escape(line) for line in details.split("\n"))
     return "<br>".join([f"<b>{first}</b>", *others])

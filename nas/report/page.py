@@ -1,4 +1,4 @@
-"""A study as one HTML file to hand around, that needs no network, and its main figures as PNGs beside it."""
+"""The report of a study: one HTML file, which needs no network connection, and its main figures as PNGs beside it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 
 from nas import pareto
 from nas.display.charts import Chart, save_charts
-from nas.display.notes import deployment_line
+from nas.display.notes import deployment_line, duration
 from nas.display.study_plots import front_chart
 from nas.errors import UsageError
 from nas.recorded import RecordedStudy
@@ -27,12 +27,11 @@ from nas.report.figures import PARTS, contender_series, contenders_chart, hyperv
 from nas.report.importance import EVALUATOR
 from nas.report.interactive import plotly_figure
 from nas.report.words import front_words, history_words, set_up
-from nas.search.progress import duration
 from nas.validation.contenders import Contender
 from studies import displayed
 
 PAGE = "report.html"
-# Rows of a table at most: nobody reads longer ones, and the database has all rows.
+# Greatest numbers of rows in a table: nobody reads longer ones, and the database has all rows.
 MOST_ROWS, MOST_ROWS_ELSEWHERE = 40, 10
 
 # Name of a PNG -> the charts that stand in it side by side, each by its name in the page.
@@ -44,9 +43,9 @@ class Picture:
     """A PNG in the page and beside it.
 
     Args:
-        file: its name.
-        data: its bytes in base64.
-        alt: what it shows, in words.
+        file: name of the PNG file.
+        data: bytes of the file in base64.
+        alt: description of the picture in words.
     """
 
     file: str
@@ -55,21 +54,22 @@ class Picture:
 
 
 def write_report(
-    study: RecordedStudy, storage: str, folder: Path, contenders: Sequence[Contender] = (), verdict: Sequence[str] = (),
+    recorded: RecordedStudy, storage: str, folder: Path, contenders: Sequence[Contender] = (),
+    verdict: Sequence[str] = (),
 ) -> list[Path]:  # fmt: skip
-    """Make `report.html` and PNGs in a folder, which is made if need be; return their paths, the page first.
+    """Write `report.html` and PNGs into a folder, made if need be; return their paths, the page first.
 
-    Each file is whole or is what it was before.
+    Each file is replaced as a whole or stays as it was.
 
     Args:
-        storage: the database's URL, for the commands that the page shows.
+        storage: URL of the database, for the commands that the page shows.
         contenders: networks that were trained alike, to compare with.
-        verdict: sentences that say what they show.
+        verdict: sentences that compare the contenders.
 
     Raises:
         UsageError: the folder cannot be written to.
     """
-    material = gather(study)
+    material = gather(recorded)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder, prefix=".report-") as made_in:
@@ -78,7 +78,7 @@ def write_report(
             pictures = draw(material, charts, contenders, aside)
             (aside / PAGE).write_text(page(material, storage, charts, pictures, contenders, verdict), encoding="utf-8")
             names = [PAGE, *(picture.file for picture in pictures.values())]
-            # The page last: who finds it new finds the pictures, too.
+            # The page comes last, so that the pictures beside a new page are new, too.
             for made in reversed(names):
                 os.replace(aside / made, folder / made)
     except OSError as error:
@@ -90,21 +90,21 @@ def write_report(
 
 
 def charts_of(material: Material, contenders: Sequence[Contender]) -> Charts:
-    """The charts that there is something to show in."""
+    """The charts for which the study has data."""
     charts: Charts = {}
     if len(material.front):
         chart = front_chart(material.evaluations, material.front)
-        alike = [contender for contender in contenders if comparable(material.study, contender)]
+        alike = [contender for contender in contenders if comparable(material.recorded, contender)]
         charts["front"] = {"front": replace(chart, series=[*chart.series, *contender_series(alike)])}
     if len(material.history):
-        charts["hypervolume"] = hypervolume_charts(material.history, material.study.reference_latency_ms)
+        charts["hypervolume"] = hypervolume_charts(material.history, material.recorded.reference_latency_ms)
     if contenders:
         charts["contenders"] = {"contenders": contenders_chart(contenders)}
     return charts
 
 
 def draw(material: Material, charts: Charts, contenders: Sequence[Contender], folder: Path) -> dict[str, Picture]:
-    """Draw the charts, the architectures and the time into PNGs."""
+    """Draw the charts, the architectures and the time into PNGs; return the pictures by their names in the template."""
     pictures = {}
 
     def add(key: str, alt: str) -> None:
@@ -113,7 +113,7 @@ def draw(material: Material, charts: Charts, contenders: Sequence[Contender], fo
 
     front = material.front
     if "front" in charts:
-        title = f"{material.study.name}: {material.complete} candidates\n{deployment_line(front.iloc[0])}"
+        title = f"{material.recorded.name}: {material.complete} candidates\n{deployment_line(front.iloc[0])}"
         save_charts(charts["front"].values(), folder / "front.png", title=title)
         add("front", f"Accuracy against latency of {material.complete} candidates. {front_words(front)}")
         drawn = chosen_members(front)
@@ -130,7 +130,7 @@ def draw(material: Material, charts: Charts, contenders: Sequence[Contender], fo
     if "contenders" in charts:
         title = "networks that were trained alike, bars from p20 to p80"
         save_charts(charts["contenders"].values(), folder / "contenders.png", title=title)
-        listed = "; ".join(f"{each.name} {each.accuracy:.1%} at {each.latency_ms:.3g} ms" for each in contenders)
+        listed = "; ".join(f"{each.name} {each.accuracy:.1%} at {each.latency.median_ms:.3g} ms" for each in contenders)
         add("contenders", f"Accuracy against latency of networks trained alike: {listed}.")
     return pictures
 
@@ -149,7 +149,7 @@ def parts_of_time(material: Material) -> list[dict[str, Any]]:
 
 
 def tiles(material: Material) -> list[tuple[str, str]]:
-    """The numbers that a reader looks for first, each with its meaning."""
+    """The main numbers of a study, each with its meaning."""
     front, history = material.front, material.history
     shown = [
         (str(material.complete), f"complete of {len(material.candidates)} candidates"),
@@ -161,13 +161,13 @@ def tiles(material: Material) -> list[tuple[str, str]]:
             (f"{front['latency_ms'].min():.3g} ms", "fastest of the front"),
         ]
     if len(history):
-        reference = f"hypervolume up to {material.study.reference_latency_ms:.3g} ms"
+        reference = f"hypervolume up to {material.recorded.reference_latency_ms:.3g} ms"
         shown.append((f"{history['hypervolume'].iloc[-1]:.4f}", reference))
     return [*shown, (duration(float(material.time_spent.to_numpy().sum())), "spent on candidates")]
 
 
 def some_rows(rows: pd.DataFrame, most: int) -> list[dict[str, Any]]:
-    """Rows of a front, at most so many, evenly spaced, as dictionaries; what is not known is None."""
+    """At most `most` rows of a front, evenly spaced, as dictionaries; unknown values are None."""
     rows = rows.iloc[pareto.evenly_spaced(len(rows), most)]
     return [
         {str(key): None if pd.isna(value) else value for key, value in row.items()} for row in rows.to_dict("records")
@@ -184,9 +184,9 @@ def importance_rows(material: Material) -> list[dict[str, Any]]:
     ]
 
 
-def comparable(study: RecordedStudy, contender: Contender) -> bool:
+def comparable(recorded: RecordedStudy, contender: Contender) -> bool:
     """Whether a contender was trained and measured as the search's candidates were."""
-    config = study.config
+    config = recorded.config
     own = (config.latency.resolution, config.proxy.steps, config.proxy.batch_size)
     return (
         own == (contender.resolution, contender.steps, contender.batch_size)
@@ -195,7 +195,7 @@ def comparable(study: RecordedStudy, contender: Contender) -> bool:
 
 
 def command(line: str) -> Markup:
-    """A command's line that breaks at spaces, and not within a flag."""
+    """A command line in HTML that breaks at spaces, and not within a flag."""
     words = (Markup("<span>{}</span>").format(w) if w.startswith("--") else escape(w) for w in line.split(" "))
     return Markup(" ").join(words)
 
@@ -212,18 +212,15 @@ def page(
     from plotly.offline import get_plotlyjs
 
     environment = Environment(
-        loader=PackageLoader("nas.report"),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
+        loader=PackageLoader("nas.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
-    )
+    )  # fmt: skip
     environment.filters["command"] = command
     plots = {name: plotly_figure(chart) for members in charts.values() for name, chart in members.items()}
-    of_study = f"--study {shlex.quote(material.study.name)} --storage {shlex.quote(displayed(storage))}"
+    of_study = f"--study {shlex.quote(material.recorded.name)} --storage {shlex.quote(displayed(storage))}"
     return environment.get_template(PAGE).render(
         material=material,
-        study=material.study,
+        recorded=material.recorded,
         made_at=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         set_up=set_up(material),
         tiles=tiles(material),
@@ -237,7 +234,7 @@ def page(
         front_rows=some_rows(material.front, MOST_ROWS),
         columns_drawn=min(len(material.front), MOST_COLUMNS),
         architectures_px=round(100 * figure_width(min(len(material.front), MOST_COLUMNS))),
-        contenders=sorted(contenders, key=lambda contender: contender.latency_ms),
+        contenders=sorted(contenders, key=lambda contender: contender.latency.median_ms),
         history_words=history_words(material) if len(material.history) else "",
         importance_rows=importance_rows(material),
         evaluator=EVALUATOR,

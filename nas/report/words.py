@@ -1,4 +1,4 @@
-"""Sentences of the report that its numbers are put into."""
+"""Sentences of the report that contain its numbers."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ LIMITS = {
     "latency_ms": "latency at most {:g} ms", "params": "at most {:,} parameters", "macs": "at most {:,} MACs",
     "memory_mb": "memory at most {:g} MB",
 }  # fmt: skip
-# The share of the candidates, at the end, over which the page says how much was still gained.
+# The share of the last candidates for which the page says how much they gained.
 LAST_SHARE = 0.25
 
 
 def set_up(material: Material) -> str:
     """A paragraph that says how the study was searched."""
-    study = material.study
-    row, config, device = study.row, study.config, study.device
+    recorded = material.recorded
+    row, config, device = recorded.row, recorded.config, recorded.device
     data, training, latency = config.data, config.proxy, config.latency
     limits = [LIMITS[name].format(value) for name, value in asdict(config.limits).items() if value is not None]
     driver = f", {device.driver}" if device.driver not in ("", "none") else ""
@@ -32,7 +32,7 @@ def set_up(material: Material) -> str:
         f"Each was timed on {device.name} ({device.kind}{driver}) by the engine {latency.engine} in "
         f"{latency.dtype}: batch {latency.batch_size}, {latency.resolution}x{latency.resolution} pixels, "
         f"{latency.num_classes} classes, {latency.threads} CPU thread(s), medians corrected for drift by an "
-        f"anchor network ({study.anchor}) of {row.anchor_ms:.4g} ms. "
+        f"anchor network ({recorded.anchor}) of {row.anchor_ms:.4g} ms. "
         f"It was trained on {data.source} at {data.resolution}x{data.resolution} pixels (fingerprint "
         f"{row.data_fingerprint}) for {training.steps} steps of {training.batch_size} images with AdamW, "
         f"learning rate up to {training.learning_rate:g}, weight decay {training.weight_decay:g}, label "
@@ -53,7 +53,7 @@ def front_words(front: pd.DataFrame) -> str:
 
 
 def history_words(material: Material) -> str:
-    """Whether the search was still improving."""
+    """Sentences that say whether the search was still improving."""
     volumes = material.history["hypervolume"].to_numpy()
     reached = f"It came to {volumes[-1]:.4f} after {len(volumes)} candidate{'s' if len(volumes) > 1 else ''}."
     recent = round(LAST_SHARE * len(volumes))

@@ -141,8 +141,7 @@ def check_same_set_up(config: SearchConfig, recorded: RecordedStudy, evaluator: 
         raise UsageError(
             f"--study {config.study}: its latencies were measured elsewhere ({'; '.join(lines)}); use another --study"
         )
-    if recorded.row.data_fingerprint != evaluator.data_fingerprint:
-        raise UsageError(f"--data {config.data.source}: holds other images than when --study {config.study} was begun")
+    recorded.check_images(evaluator.data_fingerprint)
 
 
 @contextmanager

@@ -2,25 +2,17 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
-
-import pandas as pd
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
-from rich.table import Table
 
+from nas.display.notes import duration
 from nas.search.loop import Event, SearchResult
 from studies import CandidateState
 
 WIDE = 105  # columns
 # Seconds of compiling and tuning a candidate from which on they are shown.
 WORTH_SAYING = 0.5
-
-
-def duration(seconds: float) -> str:
-    """A duration as text, such as `0:00:42`."""
-    return str(timedelta(seconds=round(seconds)))
 
 
 def scored(event: Event) -> str:
@@ -113,34 +105,6 @@ class LiveProgress:
         elif ready := ready_in(event):
             self.note(f"{event.arch}: {ready}")
         self.bar.update(self.task, completed=event.complete, description=f"{scored_briefly(event)}  {standing(event)}")
-
-
-FRONT_COLUMNS = {
-    "number": ("trial", "{:d}"),
-    "accuracy": ("accuracy", "{:.4f}"),
-    "latency_ms": ("latency ms", "{:.4f}"),
-    "computational_efficiency": ("of peak", "{:.1%}"),
-    "params": ("params k", "{:,.0f}"),
-    "macs": ("MMACs", "{:,.2f}"),
-    "summary": ("architecture", "{}"),
-}
-
-
-def front_table(front: pd.DataFrame, title: str) -> Table:
-    """Rows of the view `pareto_front` as a table for the terminal, which fits into 80 columns."""
-    front = front.assign(params=front["params"] / 1e3, macs=front["macs"] / 1e6)
-    table = Table(title=title, title_justify="left", padding=(0, 0, 0, 1), show_edge=False)
-    for name, (header, _) in FRONT_COLUMNS.items():
-        if name == "summary":
-            table.add_column(header, overflow="fold")
-        else:
-            table.add_column(header, justify="right", no_wrap=True)
-    for row in front.to_dict("records"):
-        # The efficiency is unknown where the device was never profiled.
-        table.add_row(
-            *("" if pd.isna(row[name]) else form.format(row[name]) for name, (_, form) in FRONT_COLUMNS.items())
-        )
-    return table
 
 
 def shares_line(result: SearchResult) -> str:

@@ -1,4 +1,5 @@
 """Data sets, the proxy training of one network, longer trainings side by side, and the weights that are kept.
 
-It may import the modules of nas itself and the lower packages; nothing of nas.latency.
+It may import the modules of nas itself and the lower packages, but not nas.latency; nas.search, nas.validation,
+nas.export and the labs import it.
 """

@@ -1,9 +1,9 @@
 """The embedded data set: real handwritten digits composed with clutter.
 
-scikit-learn ships 1,797 scanned digits of 8x8 pixels. Bare, they saturate: a linear model reads 94 % of them. Here each
-image is one digit under a random affine map, amid three fragments of other digits at half contrast, in random colour
-and polarity, over a random low-frequency background, with noise. Training and validation images are made from disjoint
-digits.
+scikit-learn ships 1,797 scanned digits of 8x8 pixels. By themselves they are too easy: a linear model reads 94 % of
+them. Here each image is one digit under a random affine map, amid three fragments of other digits at half contrast, in
+random colour and polarity, over a random low-frequency background, with noise. Training and validation images are made
+from disjoint digits.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# To be raised when the recipe changes: cached images are keyed by it.
+# Part of the key of cached images, so it has to be raised when the recipe changes.
 RECIPE_VERSION = 1
 
 MIN_SCALE, MAX_SCALE = 0.7, 1.0
 MAX_ROTATION_DEGREES = 12.0
-MAX_SHIFT = 0.2  # of the image's width
+MAX_SHIFT = 0.2  # share of the image's width
 FRAGMENTS = 3
 FRAGMENT_CONTRAST = 0.5
-FRAGMENT_SIZE = 5  # of a digit's 8 pixels
-FRAGMENT_SCALE = 0.35  # of the image's width
-BACKGROUND_SIZE = 4  # pixels across, before upsampling
+FRAGMENT_SIZE = 5  # width in pixels, of a digit's 8
+FRAGMENT_SCALE = 0.35  # share of the image's width
+BACKGROUND_SIZE = 4  # width in pixels, before upsampling
 BACKGROUND_CONTRAST = 0.08
 DIGIT_CONTRAST = 1.1
 NOISE = 0.15
-CHUNK = 1000  # images made at a time, to bound memory
+CHUNK = 1000  # number of images made at a time, to bound memory
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Data sets as tensors in memory: the embedded digits in clutter, image folders, CIFAR, and what timm can open."""
+"""Data sets as tensors in memory: the embedded digits in clutter, image folders, CIFAR, and data sets of timm."""
 
 from __future__ import annotations
 
@@ -20,30 +20,31 @@ from torch.utils.data import IterableDataset
 
 from kernels.cache import cache_folder
 from nas.config import DataConfig
-from nas.errors import UsageError
+from nas.errors import UsageError, message_line
+from nas.reporting import Note
 from nas.training import clutter
 
 if TYPE_CHECKING:
     from PIL import Image
 
 DIGITS_TRAIN, DIGITS_VAL = 16_000, 3_000
-COMPOSING_SECONDS = 5e-7  # a pixel, on one core of an EPYC
+COMPOSING_SECONDS = 5e-7  # time per pixel, on one core of an EPYC
 # The data are the same whatever the search's seed, so that searches of different seeds can be compared.
 DATA_SEED = 0
-VAL_SHARE = 0.1  # held out of the training data where there is no validation split
+VAL_SHARE = 0.1  # share held out of the training data where there is no validation split
 MAX_VAL_IMAGES = 5_000
-MAX_BYTES = 2 * 2**30  # of training images; a random subset of larger sets is used
-# Mean and deviation come from a sample, for it becomes float32: a whole set of 2 GiB would take 16 GiB.
+MAX_BYTES = 2 * 2**30  # size of the training images; a random subset of larger sets is used
+# Mean and deviation come from a sample, which is converted to float32: a whole set of 2 GiB would take 16 GiB.
 MEAN_IMAGES, MEAN_VALUES = 10_000, 50_000_000
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"}
 TRAIN_FOLDERS, VAL_FOLDERS, TEST_FOLDERS = ("train", "training"), ("val", "validation", "valid"), ("test", "testing")
-# Modes that Pillow converts to RGB as one sees them; of sixteen bits a channel it would cut off all above 255.
+# Modes that Pillow converts to RGB without visible changes; in modes of 16 bits per channel it clips above 255.
 CONVERTIBLE = ("1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
-# Fewer validation images than that hardly tell one network from another.
+# Fewer validation images than this hardly distinguish one network from another.
 FEW_VAL_IMAGES = 200
-# Prefixes of timm's data set names; a name without one timm would take for a folder of images below --data-dir.
+# Prefixes of timm's data set names; timm takes a name without one for a folder of images below --data-dir.
 TIMM_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
-# Handwriting: a mirrored 2 is no 2.
+# Data sets of digits: a mirrored 2 is not a 2.
 NEVER_MIRRORED = ("mnist", "svhn")
 
 
@@ -52,11 +53,11 @@ class ImageData:
     """A classification data set in memory.
 
     Args:
-        train_images, val_images: (N, 3, H, W) uint8; the validation images are held out of training.
-        train_labels, val_labels: (N,) int64.
-        classes: the name of each label.
+        train_images, val_images: images, (N, 3, H, W) uint8; the validation images are held out of training.
+        train_labels, val_labels: labels, (N,) int64.
+        classes: name of each label.
         flip: whether a mirrored image keeps its label.
-        notes: lines the user should see, such as that a subset is used.
+        notes: lines that the user should see, for example that a subset is used.
     """
 
     train_images: Tensor
@@ -76,20 +77,20 @@ class ImageData:
 
     @property
     def summary(self) -> str:
-        """A line that says what was loaded."""
+        """A line on the loaded classes and images."""
         shown = ", ".join(self.classes) if len(self.classes) <= 5 else f"{self.classes[0]} to {self.classes[-1]}"
         line = (
             f"data: {len(self.classes)} classes ({shown}), {len(self.train_labels):,} training and "
             f"{len(self.val_labels):,} validation images of {self.val_images.shape[-1]}x{self.val_images.shape[-1]}"
         )
         few = len(self.val_labels) < FEW_VAL_IMAGES
-        return f"{line}; so few to validate with tell networks apart only roughly" if few else line
+        return f"{line}; so few validation images give only rough accuracies" if few else line
 
     @cached_property
     def fingerprint(self) -> str:
         """Twelve hex digits of a hash of the labels and of a sample of the pixels.
 
-        It shows when other data lie under the same name.
+        It changes when a source of the same name holds other data.
         """
         digest = hashlib.sha256()
         for images, labels in ((self.train_images, self.train_labels), (self.val_images, self.val_labels)):
@@ -99,11 +100,11 @@ class ImageData:
         return digest.hexdigest()[:12]
 
 
-def load(config: DataConfig, note: Callable[[str], None] = lambda line: None) -> ImageData:
+def load(config: DataConfig, note: Note = lambda line: None) -> ImageData:
     """The data set that `config` names.
 
     Args:
-        note: receives a line before what takes long.
+        note: function that takes a line before a long step.
 
     Raises:
         UsageError: unknown data, missing files, an empty or single-class set, an unreadable or non-RGB image.
@@ -119,7 +120,7 @@ def load(config: DataConfig, note: Callable[[str], None] = lambda line: None) ->
         raise UsageError(f"--data {name}: no such folder")
     elif not name.lower().startswith(TIMM_PREFIXES):
         raise UsageError(
-            f"--data {name}: not digits, cifar10 or cifar100, no such folder, and not a data set of timm's, "
+            f"--data {name}: not digits, cifar10 or cifar100, no such folder, and not a data set of timm, "
             "whose names begin with torch/ or hfds/"
         )
     else:
@@ -132,7 +133,7 @@ def load(config: DataConfig, note: Callable[[str], None] = lambda line: None) ->
 # -- the embedded digits -------------------------------------------------------------------------------------------
 
 
-def _digits(resolution: int, note: Callable[[str], None]) -> ImageData:
+def _digits(resolution: int, note: Note) -> ImageData:
     most = MAX_BYTES // (3 * resolution**2)
     train_count, val_count = min(DIGITS_TRAIN, most), min(DIGITS_VAL, most)
     fewer = "" if train_count == DIGITS_TRAIN else f"_{train_count}"
@@ -160,7 +161,7 @@ def _read_cache(path: Path) -> dict[str, Tensor] | None:
         return tensors
     except FileNotFoundError:
         return None
-    except Exception as error:  # whatever a damaged file makes torch.load raise: the cache can be made again
+    except Exception as error:  # torch.load raises many kinds for damaged files, and the cache can be made again
         warnings.warn(f"{path}: made again, the cached copy cannot be read ({error})", stacklevel=2)
         return None
 
@@ -170,7 +171,7 @@ def _write_cache(path: Path, tensors: dict[str, Tensor]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
             torch.save(tensors, part)
-        # Two processes may make it at once; each renames a whole file.
+        # Two processes may make the file at once; each renames a whole one.
         os.replace(part.name, path)
     except OSError as error:
         warnings.warn(f"{path}: not cached ({error}); it is made anew each time", stacklevel=2)
@@ -198,7 +199,7 @@ def _folder(root: Path, config: DataConfig) -> ImageData:
             - set(classes)
         )
         if strangers:
-            raise UsageError(f"--data {root}: {val_root.name} has the class {strangers[0]}, which training has not")
+            raise UsageError(f"--data {root}: {val_root.name} has the class {strangers[0]}, which training lacks")
         if not val:
             raise UsageError(f"--data {root}: no images in class subfolders of {val_root}")
     else:
@@ -209,17 +210,17 @@ def _folder(root: Path, config: DataConfig) -> ImageData:
     left_out = _subfolder(root, TEST_FOLDERS) if train_root == root else None
     if left_out is None:
         return loaded
-    return replace(loaded, notes=(*loaded.notes, f"{root}: {left_out.name} is not taken for a class"))
+    return replace(loaded, notes=(*loaded.notes, f"{root}: {left_out.name} is a test set, not a class"))
 
 
 def _subfolder(root: Path, names: Sequence[str]) -> Path | None:
-    """The folder of one of these names, in capitals or not."""
+    """The subfolder with one of these names, in upper or lower case."""
     folders = {entry.name.lower(): entry for entry in sorted(root.iterdir()) if entry.is_dir()}
     return next((folders[name] for name in names if name in folders), None)
 
 
 def _class_names(root: Path, train_root: Path) -> list[str]:
-    """Names of the folders of training images; folders of validation and test images beside them are no classes."""
+    """Names of the folders of training images; folders of validation and test images beside them are not classes."""
     names = sorted(entry.name for entry in train_root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     if train_root != root:
         return names
@@ -227,7 +228,7 @@ def _class_names(root: Path, train_root: Path) -> list[str]:
 
 
 def class_count(config: DataConfig) -> int | None:
-    """The number of classes, by a quick look; None where that does not show it."""
+    """The number of classes, as far as it is known without loading images; None elsewhere."""
     if config.source in ("digits", "cifar10"):
         return 10
     if config.source == "cifar100":
@@ -240,7 +241,7 @@ def class_count(config: DataConfig) -> int | None:
 
 
 def _image_files(root: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
-    """Image files with their labels, without hidden files: editors and systems keep copies and leftovers in these."""
+    """Image files with their labels, except hidden files, in which editors and systems keep copies and leftovers."""
     return [
         (path, label)
         for label, name in enumerate(classes)
@@ -258,7 +259,7 @@ def _read_image(config: DataConfig, path: Path) -> Tensor:
     try:
         with Image.open(path) as image:
             if image.mode != "RGB" and not (config.to_rgb and image.mode in CONVERTIBLE):
-                remedy = "; --to-rgb converts such" if image.mode in CONVERTIBLE else ", and cannot be made one"
+                remedy = "; --to-rgb converts it" if image.mode in CONVERTIBLE else ", and cannot be converted to one"
                 raise UsageError(f"--data {data}: {path} is not an RGB image (its mode is {image.mode}){remedy}")
             return _to_tensor(image if image.mode == "RGB" else image.convert("RGB"), config.resolution)
     # Pillow raises a SyntaxError for a damaged chunk of a PNG.
@@ -288,7 +289,7 @@ def _cifar(config: DataConfig) -> ImageData:
         hint = "" if config.download else "; --download fetches them"
         raise UsageError(
             f"--data {config.source}: its official files cannot be read in --data-dir {config.data_dir}"
-            f" ({_first_line(error)}){hint}"
+            f" ({message_line(error)}){hint}"
         ) from error
     items = list(zip(dataset.data, dataset.targets, strict=True))
     train, val = _split(items, dataset.targets, config.source)
@@ -320,8 +321,8 @@ def _timm(config: DataConfig) -> ImageData:
     try:
         dataset = open_split("train")
         if isinstance(dataset, IterableDataset):
-            raise TypeError("its images can only be streamed, and the proxy needs them in memory")
-        # torchvision's data sets know their labels; those of others come with each image.
+            raise TypeError("its images can only be streamed, but the proxy needs them in memory")
+        # torchvision's data sets list their labels; other data sets return them with each image.
         known = getattr(dataset, "targets", None)
         labels = (dataset[index][1] for index in range(len(dataset))) if known is None else known
         targets = [int(label) for label in labels]
@@ -331,20 +332,16 @@ def _timm(config: DataConfig) -> ImageData:
         return replace(loaded, flip=not _never_mirrored(config.source))
     except UsageError:
         raise
-    except Exception as error:  # the readers behind these calls raise whatever their libraries raise
+    except Exception as error:  # these calls let through every exception of the libraries that read the data
         raise UsageError(
             f"--data {config.source}: timm's create_dataset cannot open it in --data-dir {config.data_dir} "
-            f"({type(error).__name__}: {_first_line(error)})"
+            f"({message_line(error)})"
         ) from error
 
 
 def _never_mirrored(name: str) -> bool:
     name = name.lower()
     return "fashion" not in name and any(word in name for word in NEVER_MIRRORED)
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
 # -- shared --------------------------------------------------------------------------------------------------------
@@ -362,7 +359,7 @@ def _split(
     for label, indices in sorted(by_class.items()):
         if len(indices) < 2:
             name = label if classes is None else classes[label]
-            raise UsageError(f"--data {data}: class {name} has one image, and one is needed on each side of the split")
+            raise UsageError(f"--data {data}: class {name} has one image, but training and validation need one each")
         count = max(1, round(VAL_SHARE * len(indices)))
         held_out.update(rng.permutation(indices)[:count].tolist())
     train = [item for index, item in enumerate(items) if index not in held_out]
@@ -370,14 +367,10 @@ def _split(
 
 
 def _assemble(
-    data: str,
-    train: Sequence[Any],
-    val: Sequence[Any],
-    classes: Sequence[str],
-    read: Callable[[Any], tuple[Tensor, int]],
-    resolution: int,
-) -> ImageData:
-    """Read the items into tensors; where they exceed `MAX_BYTES` or `MAX_VAL_IMAGES`, a random subset of them."""
+    data: str, train: Sequence[Any], val: Sequence[Any], classes: Sequence[str],
+    read: Callable[[Any], tuple[Tensor, int]], resolution: int,
+) -> ImageData:  # fmt: skip
+    """Read the items, or a random subset where they exceed `MAX_BYTES` or `MAX_VAL_IMAGES`, into tensors."""
     notes = []
     parts: list[Tensor] = []
     rng = np.random.default_rng(DATA_SEED)

@@ -1,8 +1,8 @@
-"""What deterministic algorithms cost the proxy training; `nas.lab.determinism` is the command that trains longer.
+"""The cost of deterministic algorithms in the proxy training; the command `nas.lab.determinism` trains for longer.
 
-A search on CUDA prints it when it begins a study, because the choice cannot be changed later. The anchor of the space
-is trained with and without them in turns, on random images, in a process of its own: cuBLAS has to be set up before
-its first product.
+A search on CUDA prints this cost when it begins a study, because the choice cannot be changed later. The anchor of the
+space is trained with and without these algorithms in turns, on random images, in a process of its own: cuBLAS has to
+be set up before its first product.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from nas.training import proxy
 from nas.training.data import ImageData
 from search_spaces import ArchSpec
 
-# Steps of each training, and trainings of either kind, when a search begins: some seconds in all.
+# Number of steps of each training, and of trainings of each kind, when a search begins: some seconds in all.
 STEPS = 40
 ROUNDS = 3
 WARM_UP_STEPS = 10
 LEARNING_RATE = 1e-3
 CLASSES = 10
-# Batches are drawn with repetition, so that one may be larger than that.
+# Batches are drawn with repetition, so that a batch may be larger than the set.
 TRAIN_IMAGES, VAL_IMAGES = 64, 32
 
 
@@ -34,10 +34,10 @@ class Determinism:
     """Equal trainings with and without deterministic algorithms.
 
     Args:
-        default_seconds, deterministic_seconds: median time of a training.
-        default_losses, deterministic_losses: how many different losses the equal trainings of either kind ended with.
-        steps: of each training.
-        rounds: trainings of either kind.
+        default_seconds, deterministic_seconds: median time of a training of each kind.
+        default_losses, deterministic_losses: number of different final losses among the equal trainings of each kind.
+        steps: number of steps of each training.
+        rounds: number of trainings of each kind.
     """
 
     default_seconds: float
@@ -49,7 +49,7 @@ class Determinism:
 
     @property
     def ratio(self) -> float:
-        """How many times as long a training takes with deterministic algorithms."""
+        """The time of a training with deterministic algorithms over that of one without."""
         return self.deterministic_seconds / self.default_seconds
 
     def __str__(self) -> str:
@@ -65,8 +65,8 @@ def _losses(count: int) -> str:
 
 
 def measure_apart(arch: ArchSpec, config: ProxyConfig, device: str, resolution: int) -> Determinism:
-    """Measure in a process of its own, which leaves nothing behind in this one and on the device; see `measure`."""
-    # A step takes as long at any learning rate; the user's may diverge on images that show nothing.
+    """Call `measure` in a process of its own, which leaves nothing behind in this process and on the device."""
+    # A step takes the same time at any learning rate, and the user's rate may diverge on random images.
     config = replace(config, steps=min(config.steps, STEPS), learning_rate=LEARNING_RATE)
     with ChildProcess() as child:
         return child.call(measure, arch, config, device, resolution, ROUNDS)
@@ -76,10 +76,10 @@ def measure(arch: ArchSpec, config: ProxyConfig, device: str, resolution: int, r
     """Train an architecture with and without deterministic algorithms, in turns, from the same seed.
 
     Args:
-        config: its steps, batch size and threads are used.
-        device: as torch names it; this process must not have multiplied matrices there before.
-        resolution: of the images, in pixels.
-        rounds: trainings of either kind.
+        config: configuration whose steps, batch size and threads are used.
+        device: torch's name of the device, on which this process must not have multiplied matrices before.
+        resolution: width and height of the images, in pixels.
+        rounds: number of trainings of each kind.
 
     Raises:
         CandidateFailed: an operation has no deterministic algorithm there, or memory runs out.
@@ -100,7 +100,7 @@ def measure(arch: ArchSpec, config: ProxyConfig, device: str, resolution: int, r
 
 
 def _random_images(resolution: int) -> ImageData:
-    """Random images: what images show changes neither the time of a step nor whether it can be repeated."""
+    """Random images: the content changes neither the time of a step nor whether it can be repeated exactly."""
     rng = torch.Generator().manual_seed(0)
 
     def draw(count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -112,7 +112,7 @@ def _random_images(resolution: int) -> ImageData:
 
 
 def _train(arch: ArchSpec, batches: proxy.Batches, config: ProxyConfig) -> proxy.ProxyResult:
-    """One training from the same seed as all others."""
+    """Train a new network from the seed that all trainings share."""
     torch.manual_seed(0)
     try:
         with memory_may_run_out():

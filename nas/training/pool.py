@@ -1,4 +1,4 @@
-"""Trainings side by side, in processes of their own, on data that all of them map from one file."""
+"""Parallel trainings in processes of their own, which map their data from one file."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ from studies import BaselineTraining, Retraining
 
 
 class Trainable(Protocol):
-    """A network that is to be trained; it goes to another process.
+    """A network to train; it is sent to another process.
 
     Attributes:
-        resolution: pixels of the training images.
-        ours: whether what it raises is a bug of this program, and it leaves its process as it was.
+        resolution: width and height of the training images, in pixels.
+        ours: whether it is a ConvFirst network; others may raise errors that are no bugs, and may break their process.
     """
 
     @property
@@ -54,13 +54,13 @@ class Trainable(Protocol):
         ...
 
     def failing(self) -> AbstractContextManager[None]:
-        """Turns what is the network's failure into a CandidateFailed."""
+        """Context that turns errors for which the network is to blame into a CandidateFailed."""
         ...
 
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """One training, which is kept or made anew as a whole."""
+    """One training, which is stored or repeated as a whole."""
 
     network: Trainable
     steps: int
@@ -71,14 +71,14 @@ class Trainer:
     """Trains networks on one data set, which it keeps in files of a temporary folder.
 
     Args:
-        data: the data set; each network says its own resolution.
-        config: of the training, but for steps and learning rate.
-        seed: of weights, order and augmentation, the same for all.
-        note: receives a line for each step of the work.
-        check: receives the data at each resolution when they are loaded; may raise.
+        data: the data set, whose resolution is replaced by that of each network.
+        config: configuration of the trainings, whose steps and learning rate are replaced by those of each job.
+        seed: seed of weights, order and augmentation, the same for all networks.
+        note: function that takes a line for each step of the work.
+        check: function that is called with the data at each resolution when they are loaded, and may raise.
 
     Attributes:
-        classes: how many classes the data have; 0 until they are loaded.
+        classes: number of classes of the data; 0 until they are loaded.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Trainer:
     ) -> None:  # fmt: skip
         self.data, self.config, self.device, self.seed, self.note, self.check = data, config, device, seed, note, check
         self.lock, self.waiting = device_lock(device), partial(note, WAITING)
-        # On a CPU processes side by side share the threads: they train more in the same time than one process with all.
+        # On a CPU several processes share the threads: they train more in the same time than one process with all.
         self.processes = min(config.threads, os.cpu_count() or 1) if device.type == "cpu" else 1
         self.classes = 0
 
@@ -103,7 +103,7 @@ class Trainer:
         self.stack.close()
 
     def data_path(self, resolution: int) -> str:
-        """Path of the file that holds the data at a resolution, which is made if need be."""
+        """Path of the file with the data at a resolution, which is written if need be."""
         path = self.folder / f"{resolution}.pt"
         if not path.exists():
             data = image_data.load(replace(self.data, resolution=resolution), self.note)
@@ -118,10 +118,10 @@ class Trainer:
     def train(
         self, jobs: Sequence[TrainingJob], done: Callable[[TrainingJob, ProxyResult | CandidateFailed], str]
     ) -> None:
-        """Train all, the quickest first, so that trainings side by side take about as long as each other.
+        """Train all networks, the quickest first, so that parallel trainings take about the same time.
 
         Args:
-            done: receives each result as its training ends; returns a line for the user.
+            done: function that takes each result when its training ends, and returns a line for the user.
         """
         jobs = sorted(jobs, key=lambda job: (job.network.macs, job.network.name))
         for begin in range(0, len(jobs), self.processes):
@@ -144,15 +144,15 @@ class Trainer:
                     raise
 
     def _make_ready(self, worker: ChildProcess, network: Trainable) -> None:
-        """Start a worker's process, anew after a network that is not ours and may have broken it."""
+        """Start a worker's process; start it anew after a network that is not ours, which may have broken it."""
         if self.trained_last.get(worker) not in (None, network.name):
             worker.close()
         self.trained_last[worker] = None if network.ours else network.name
-        # In this thread: a process ends with the thread that started it, and the threads of the pool end soon.
+        # Started in this thread: a process ends with the thread that started it, and the pool's threads end soon.
         worker.start()
 
     def _one(self, worker: ChildProcess, job: TrainingJob, path: str) -> ProxyResult | CandidateFailed:
-        # The same number for all, however many train at once: it changes the rounding.
+        # The same number for all trainings, because it changes the rounding.
         threads = self.config.threads // self.processes
         config = replace(self.config, steps=job.steps, learning_rate=job.learning_rate, threads=threads)
         try:
@@ -189,6 +189,6 @@ def train_one(network: Trainable, data_path: str, config: ProxyConfig, device: s
 
 @cache
 def _batches(path: str, device: str) -> tuple[proxy.Batches, int]:
-    """The data in a file, which all processes map, and how many classes they have."""
+    """The data in a file, which all processes map, and the number of their classes."""
     data = ImageData(**torch.load(path, mmap=True, weights_only=True))
     return proxy.Batches(data, torch.device(device)), len(data.classes)

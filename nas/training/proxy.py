@@ -1,10 +1,10 @@
 """The proxy: a short training of one network, and its accuracy on held-out images.
 
-Shapes: N batch, H W pixels. Read from top to bottom: data, network, loop, evaluation.
+Shapes: N batch, H W pixels. The order from top to bottom is data, loop, validation.
 
-The schedule is AdamW with linear warm-up, cosine to zero and label smoothing;
-channels_last throughout, and bfloat16 autocast on CUDA. On the CPU the same seed, architecture and thread count give
-the same accuracy; on CUDA that needs `deterministic`.
+The optimizer is AdamW with linear warm-up, cosine to zero and label smoothing; memory is channels_last throughout, and
+CUDA uses bfloat16 autocast. On the CPU the same seed, architecture and thread count give the same accuracy; on CUDA
+this needs `deterministic`.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from nas.training.data import ImageData
 from nas.training.weights import Trained
 
 CURVE_POINTS = 20
-MAX_SHIFT = 1 / 16  # of the image's width, the random shift of training images
-# On a CPU small batches stay in its caches (125 took 0.7 of the time of 500); a GPU wants to be filled.
+MAX_SHIFT = 1 / 16  # greatest random shift of training images, as a share of their width
+# On a CPU small batches stay in its caches (125 took 0.7 of the time of 500); a GPU needs large ones to be busy.
 EVAL_BATCH = {"cpu": 125, "cuda": 1000}
 # Batches of larger images are smaller: 1,000 of 224 pixels would take some 13 GB in the largest networks.
 EVAL_RESOLUTION = 64
@@ -38,7 +38,7 @@ MIN_EVAL_BATCH = 16
 
 @dataclass(frozen=True, slots=True)
 class CurvePoint:
-    """Training loss and accuracy averaged over the steps since the last point."""
+    """Training loss and accuracy, averaged over the steps since the last point, and the seconds since the beginning."""
 
     step: int
     train_loss: float
@@ -51,12 +51,12 @@ class ProxyResult:
     """The result of a training.
 
     Args:
-        accuracy, loss: on the validation images; the loss is plain cross-entropy.
-        curve: the course of the training.
-        seconds: of training and evaluation.
+        accuracy, loss: accuracy and plain cross-entropy on the validation images.
+        curve: learning curve of the training.
+        seconds: time of training and validation.
         train_memory_bytes: peak of the tensor memory that the first training step took beside the weights and the
             data set: activations, gradients and the optimizer's state.
-        trained: the weights, if they are to be kept.
+        trained: the weights; None where they are not to be kept.
     """
 
     accuracy: float
@@ -73,7 +73,7 @@ class ProxyResult:
 class Batches:
     """Random training batches and ordered validation batches from tensors on the device.
 
-    The whole set moves to a CUDA device if it takes less than half of the free memory there.
+    The whole set is moved to a CUDA device if it takes less than half of the free memory there.
     """
 
     def __init__(self, data: ImageData, device: torch.device) -> None:
@@ -122,7 +122,7 @@ class Batches:
 
 
 def _take_workspaces(device: torch.device) -> None:
-    """Multiply once, forward and backward: what cuBLAS keeps for good is then not counted in the first training."""
+    """Multiply once, forward and backward, so that the first training does not count memory that cuBLAS then keeps."""
     x = torch.zeros(8, 8, device=device, requires_grad=True)
     with torch.autocast(device.type, torch.bfloat16):
         functional.linear(x, x).sum().backward()
@@ -156,16 +156,16 @@ def make_optimizer(network: nn.Module, config: ProxyConfig) -> torch.optim.Optim
 
 @contextmanager
 def algorithms(deterministic: bool) -> Iterator[None]:
-    """Run the body, and no more than that, with deterministic algorithms only, or without asking for them.
+    """Context in which torch uses deterministic algorithms only, or any; its end restores the previous settings.
 
     On CUDA the environment variable CUBLAS_WORKSPACE_CONFIG has to be set before the process multiplies its first
     matrices (`prepare_determinism`).
     """
-    # The attribute of this module is made at run time, so that mypy does not know it.
+    # This module makes its attribute at run time, so mypy does not know it.
     settings: Any = torch.utils.deterministic
     before, filling = torch.are_deterministic_algorithms_enabled(), settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(deterministic)
-    # Otherwise torch also fills each new tensor, for programs that read memory which they never wrote.
+    # By default torch then also fills each new tensor, for programs that read memory which they never wrote.
     settings.fill_uninitialized_memory = False
     try:
         yield
@@ -175,15 +175,15 @@ def algorithms(deterministic: bool) -> Iterator[None]:
 
 
 def prepare_determinism() -> None:
-    """Let cuBLAS be deterministic; it has to be called before cuBLAS is first used."""
+    """Let cuBLAS be deterministic; the call must come before the first use of cuBLAS."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
 def train(network: nn.Module, batches: Batches, config: ProxyConfig, seed: int) -> ProxyResult:
-    """Train `network` from its present weights, in place, and evaluate it.
+    """Train `network` from its present weights, in place, and validate it.
 
     Args:
-        seed: of the order and the augmentation of the images.
+        seed: seed of the order and the augmentation of the images.
 
     Raises:
         CandidateFailed: the loss is no longer finite.
@@ -216,11 +216,11 @@ def train(network: nn.Module, batches: Batches, config: ProxyConfig, seed: int) 
         pending.append(step(0))
 
     with algorithms(config.deterministic):
-        # One step shows the memory, and the profiler that measures it on the CPU would slow the others.
+        # Memory is measured in one step only, as the profiler that measures it on the CPU would slow the others.
         train_memory_bytes = peak_memory_bytes(first_step, device)
         for number in range(1, config.steps + 1):
             if number % every == 0 or number == config.steps:
-                # Losses are read here only: reading one waits for the GPU.
+                # Losses are read only here, because reading one waits for the GPU.
                 loss, accuracy = torch.stack([torch.stack(pair) for pair in pending]).mean(dim=0).tolist()
                 if not math.isfinite(loss):
                     raise CandidateFailed(f"the loss diverged before step {number} of {config.steps}")
@@ -228,15 +228,15 @@ def train(network: nn.Module, batches: Batches, config: ProxyConfig, seed: int) 
                 pending.clear()
             if number < config.steps:
                 pending.append(step(number))
-        accuracy, loss = evaluate(network, batches)
+        accuracy, loss = validate(network, batches)
     return ProxyResult(accuracy, loss, tuple(curve), time.perf_counter() - begin, train_memory_bytes)
 
 
-# -- evaluation ----------------------------------------------------------------------------------------------------
+# -- validation ----------------------------------------------------------------------------------------------------
 
 
 @torch.inference_mode()
-def evaluate(network: nn.Module, batches: Batches) -> tuple[float, float]:
+def validate(network: nn.Module, batches: Batches) -> tuple[float, float]:
     """Accuracy and mean cross-entropy on the validation images.
 
     Raises:

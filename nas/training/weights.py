@@ -1,4 +1,4 @@
-"""Weights that a search keeps of its candidates (`--keep-weights`): a safetensors file each, next to the database."""
+"""Weights that a search keeps of its candidates (`--keep-weights`), each in a safetensors file beside the database."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from nas.errors import UsageError
 from nas.training.data import ImageData
 from studies.display import artifact_folder
 
-# While a search runs, it also keeps the weights of candidates that no other beats at less than this share of their
-# latency: the front is measured again at the end, and may take them in.
+# A running search also keeps the weights of candidates that no other beats at less than this share of their latency:
+# these may join the front when it is measured again at the end.
 NEAR_FRONT = 0.8
 
 
@@ -26,9 +26,9 @@ class Images:
     """The images that weights were trained for.
 
     Args:
-        classes: a name per output.
-        resolution: pixels of the square images.
-        mean, std: (3,) each, of the channels, in 0..1, as the training normalised them.
+        classes: name of each output.
+        resolution: width and height of the images, in pixels.
+        mean, std: mean and deviation of each channel, (3,) each, in 0..1, by which the training normalised the images.
     """
 
     classes: tuple[str, ...]
@@ -70,14 +70,14 @@ class Weights:
     """The kept weights of one study's candidates.
 
     Args:
-        folder: of the files, which is made when the first is written.
+        folder: folder of the files, which is made when the first is written.
     """
 
     def __init__(self, folder: Path, study_id: int) -> None:
         self.folder, self.study_id = folder, study_id
 
     def keep(self, number: int, arch_id: str, trained: Trained) -> None:
-        """Write down a candidate's weights."""
+        """Write a candidate's weights into a file."""
         path = self._path(number)
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_suffix(".part")
@@ -87,10 +87,10 @@ class Weights:
         os.replace(part, path)
 
     def find(self, number: int, arch_id: str) -> Trained | None:
-        """A candidate's weights, if they were kept.
+        """A candidate's weights; None where they were not kept.
 
         Args:
-            arch_id: weights of another architecture belong to a study that was deleted, and are not returned.
+            arch_id: id of the candidate's architecture; weights of another one belong to a study that was deleted.
 
         Raises:
             UsageError: the file is damaged.
@@ -119,9 +119,9 @@ class Weights:
 
 
 def near_front(accuracy: float, latency_ms: float, others: Sequence[tuple[float, float]]) -> bool:
-    """Whether a candidate may join the front when that is measured again.
+    """Whether a candidate may join the front when the front is measured again.
 
     Args:
-        others: (accuracy, latency_ms) of each other candidate.
+        others: pairs (accuracy, latency_ms) of the other candidates.
     """
     return not any(theirs >= accuracy and ms < NEAR_FRONT * latency_ms for theirs, ms in others)

@@ -1,4 +1,4 @@
-"""Latencies of baselines: networks timed in turns with one another and the device's yardsticks, and written down."""
+"""Latencies of baselines: networks are timed in turns with one another and the device's yardsticks, and stored."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from nas.latency.engines import deploy
 from nas.latency.meter import cpu_threads
 from nas.latency.values import Latency
 from nas.latency.yardsticks import Timed, Yardsticks
-from nas.recorded import RecordedStudy
+from nas.recorded import RecordedStudy, deployment_of
 from nas.search.front_measurement import TOGETHER
 from nas.training.pool import Trainer
 from nas.validation.networks import NetworkSpec
-from studies import BaselineLatency
+from studies import BaselineLatency, Deployment
 
 
 class BaselineLatencies:
-    """The latencies of a study's baselines in one deployment, but for resolution and engine.
+    """The latencies of a study's baselines in one deployment, in which only resolution and engine vary.
 
     Args:
-        config: the deployment.
-        trainer: says the device, how to lock it, and where notes go.
+        config: the deployment; its resolution and engine are not used.
+        trainer: the trainer of the same networks, whose device, lock and notes are used.
     """
 
-    def __init__(self, study: RecordedStudy, config: LatencyConfig, trainer: Trainer) -> None:
-        self.study, self.config = study, config
+    def __init__(self, recorded: RecordedStudy, config: LatencyConfig, trainer: Trainer) -> None:
+        self.recorded, self.config = recorded, config
         self.device, self.lock, self.waiting, self.note = trainer.device, trainer.lock, trainer.waiting, trainer.note
 
     def measure(self, networks: Sequence[NetworkSpec], earlier: Sequence[NetworkSpec]) -> list[NetworkSpec]:
-        """Those of the networks that have a latency, which is measured now unless all were measured together before.
+        """The networks that have a latency, which is measured now unless all were measured together before.
 
         Args:
             earlier: networks of earlier runs, which are measured in turns with these.
         """
         wanted = [*networks, *earlier]
         if not self._measured_together(wanted):
-            profile = find_or_measure_profile(self.study.store, self.config, waiting=self.waiting)
+            profile = find_or_measure_profile(self.recorded.store, self.config, waiting=self.waiting)
             self.note(f"measuring {len(wanted)} networks in turns")
             with self.lock.measuring(self.waiting):
                 latencies = self._in_turns(wanted, references_ms(profile))
@@ -53,22 +53,23 @@ class BaselineLatencies:
                 self._row(network.name, network.engine, network.resolution, now, latency)
                 for network, latency in zip(wanted, latencies, strict=True)
             ]
-            self.study.store.baselines.add(self.study.study_id, rows)
+            self.recorded.store.baselines.add(self.recorded.study_id, rows)
             for row in rows:
                 self.note(f"{row.name}: " + (f"failed ({row.reason})" if row.reason else f"{row.median_ms:.4f} ms"))
         failed = {(row.name, row.resolution) for row in self._rows() if row.reason is not None}
         return [network for network in networks if network.key not in failed]
 
     def add_failure(self, name: str, engine: str, reason: str) -> None:
-        """Write down that a network runs at no resolution that suits it."""
+        """Store the reason why a network does not run at the resolution that suits it."""
         self.note(f"{name}: failed ({reason})")
-        self.study.store.baselines.add(self.study.study_id, [self._row(name, engine, 0, datetime.now(UTC), reason)])
+        row = self._row(name, engine, 0, datetime.now(UTC), reason)
+        self.recorded.store.baselines.add(self.recorded.study_id, [row])
 
     def _in_turns(self, networks: Sequence[NetworkSpec], yardsticks_ms: Sequence[float]) -> list[Latency | str]:
-        """A latency for each network, or why it has none; as many are timed at once as run together."""
+        """A latency for each network, or the reason why it has none; groups that fail together are halved."""
         half = len(networks) // 2
         if len(networks) <= TOGETHER:
-            # Compilers never give their memory back, so in a process that ends.
+            # In a process that ends, for compilers never give their memory back.
             with ChildProcess() as worker:
                 try:
                     return worker.call(time_in_turns, networks, self.config, yardsticks_ms)
@@ -80,12 +81,11 @@ class BaselineLatencies:
         return self._in_turns(networks[:half], yardsticks_ms) + self._in_turns(networks[half:], yardsticks_ms)
 
     def _rows(self) -> list[BaselineLatency]:
-        """The rows of this deployment."""
-        here = (self._device_id, self.config.dtype, self.config.batch_size, self.config.threads)
+        """The study's rows in this deployment, at any resolution and engine."""
         return [
             row
-            for row in self.study.store.baselines.latencies(self.study.study_id)
-            if (row.device_id, row.dtype, row.batch_size, row.threads) == here
+            for row in self.recorded.store.baselines.latencies(self.recorded.study_id)
+            if Deployment.of(row) == replace(self._deployment, engine=row.engine, resolution=row.resolution)
         ]
 
     def _measured_together(self, networks: Sequence[NetworkSpec]) -> bool:
@@ -94,16 +94,13 @@ class BaselineLatencies:
         return len(times) == 1 and None not in times
 
     def _row(self, name: str, engine: str, resolution: int, when: datetime, latency: Latency | str) -> BaselineLatency:
-        config = self.config
         fields: dict[str, Any] = {"reason": latency} if isinstance(latency, str) else asdict(latency)
-        return BaselineLatency(
-            name=name, device_id=self._device_id, engine=engine, dtype=config.dtype, batch_size=config.batch_size,
-            resolution=resolution, threads=config.threads, measured_at=when, **fields,
-        )  # fmt: skip
+        deployment = replace(self._deployment, engine=engine, resolution=resolution)
+        return BaselineLatency(name=name, **deployment.as_columns(), measured_at=when, **fields)
 
     @cached_property
-    def _device_id(self) -> int:
-        return self.study.store.devices.id_of(asdict(DeviceInfo.of(self.device)))
+    def _deployment(self) -> Deployment:
+        return deployment_of(self.config, self.recorded.store.devices.id_of(asdict(DeviceInfo.of(self.device))))
 
 
 # -- In a process of its own -----------------------------------------------------------------------------------------
@@ -112,7 +109,7 @@ class BaselineLatencies:
 def time_in_turns(
     networks: Sequence[NetworkSpec], config: LatencyConfig, yardsticks_ms: Sequence[float]
 ) -> list[Latency | str]:
-    """A latency for each network, timed in turns with the others and the yardsticks, or why it has none."""
+    """A latency for each network, timed in turns with the others and the yardsticks, or the reason why not."""
     meter = Yardsticks(config, yardsticks_ms)
     with cpu_threads(config.threads):
         deployed = [_deployed(network, config, meter) for network in networks]

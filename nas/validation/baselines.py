@@ -1,4 +1,4 @@
-"""Known networks beside a study's own: the same data, the same measurement, stored apart from the sampler's history.
+"""Comparison of a study with known networks on the same data and measurement, stored apart from the study's trials.
 
 Every network is trained and deployed at one resolution that suits its stride (`nas.validation.networks`). Each is
 trained with several learning rates on the long schedule, and with the best of them on half of it: this shows what
@@ -32,7 +32,7 @@ MODELS = (
     "mobilenetv4_conv_medium", "efficientnet_b0", "efficientnetv2_rw_t", "resnet18", "resnet26", "resnet50",
     "regnety_002", "regnety_004", "repvgg_a0",
 )  # fmt: skip
-# On a CPU the one of them that learns in minutes: mobilenetv4_conv_small takes twice as long to be near chance still.
+# On a CPU only the model that learns in minutes: mobilenetv4_conv_small takes twice as long and is still near chance.
 DEFAULT_MODELS = {"cpu": ("regnety_002",), "cuda": MODELS}
 ANCHOR = "ConvFirst anchor"
 
@@ -40,23 +40,23 @@ ANCHOR = "ConvFirst anchor"
 # -- A run -----------------------------------------------------------------------------------------------------------
 
 
-def compare(study: RecordedStudy, config: BaselineConfig, note: Note = lambda line: None) -> None:
-    """Train and measure what is lacking of a study's baselines, and write it down; `contenders` reads it.
+def compare(recorded: RecordedStudy, config: BaselineConfig, note: Note = lambda line: None) -> None:
+    """Train and measure the baselines that a study lacks, and store the results; `contenders` reads them.
 
-    The study may be searched meanwhile: its trials are read only. What was trained in earlier runs is measured again
-    with the rest, so that all latencies are of the same minutes.
+    The study may be searched meanwhile: its trials are only read. Networks of earlier runs are measured again with the
+    rest, so that all latencies come from the same minutes.
 
     Args:
-        note: receives a line for each step of the work.
+        note: function that takes a line for each step of the work.
 
     Raises:
-        UsageError: timm has no such model, the study has no complete candidate, its device is not here, or its data
-            are not there or are other ones.
+        UsageError: timm lacks the model, the study has no complete candidate, its device is not here, or its data
+            are missing or have changed.
         studies.StorageError: the study was deleted meanwhile.
     """
-    run = _Run(study, config, note)
+    run = _Run(recorded, config, note)
     with run.trainer as trainer:
-        # Before anything is measured: the data may be other ones.
+        # Loaded before anything is measured, because the data may have changed.
         trainer.data_path(run.latency.resolution)
         networks = [*run.own_networks(), *run.timm_networks()]
         for network in networks:
@@ -67,43 +67,41 @@ def compare(study: RecordedStudy, config: BaselineConfig, note: Note = lambda li
 class _Run:
     """The networks of one call of `compare`, with the trainer, the trainings and the latencies that they share."""
 
-    def __init__(self, study: RecordedStudy, config: BaselineConfig, note: Note) -> None:
-        self.study = study
-        data = replace(study.config.data, data_dir=config.data_dir, download=config.download)
-        proxy = study.config.proxy
-        # All are deployed at the resolution of their training.
-        self.latency = replace(study.config.latency, resolution=data.resolution)
-        device = check_device(study.config.latency)
+    def __init__(self, recorded: RecordedStudy, config: BaselineConfig, note: Note) -> None:
+        self.recorded = recorded
+        data = replace(recorded.config.data, data_dir=config.data_dir, download=config.download)
+        proxy = recorded.config.proxy
+        # Networks are deployed at the resolution of their training.
+        self.latency = replace(recorded.config.latency, resolution=data.resolution)
+        device = check_device(recorded.config.latency)
         self.timm_engine = TIMM_ENGINE[device.type]
         self.models = _models(config.models, device.type)
         self.members = self._members(config.found)
-        own_map = own_map_size(study.anchor, data.resolution)
+        own_map = own_map_size(recorded.anchor, data.resolution)
         self.map_size = config.map_size or default_map_size(own_map, device.type)
         steps = LONG * proxy.steps if config.steps is None else config.steps
         rates = config.learning_rates or tuple(factor * proxy.learning_rate for factor in RATES)
         rounded = tuple(sorted({float(f"{rate:.4g}") for rate in rates}))
-        self.trainer = Trainer(data, proxy, device, study.config.seed, note, self._check_data)
-        self.trainings = _Trainings(study, self.trainer, steps, rounded)
-        self.latencies = BaselineLatencies(study, self.latency, self.trainer)
+        self.trainer = Trainer(data, proxy, device, recorded.config.seed, note, self._check_data)
+        self.trainings = _Trainings(recorded, self.trainer, steps, rounded)
+        self.latencies = BaselineLatencies(recorded, self.latency, self.trainer)
 
     def _check_data(self, data: ImageData) -> None:
-        own = data.train_images.shape[-1] == self.latency.resolution
-        if own and data.fingerprint != self.study.row.data_fingerprint:
-            reason = f"holds other images than when --study {self.study.name} was begun"
-            raise UsageError(f"--data {self.study.config.data.source}: {reason}")
+        if data.train_images.shape[-1] == self.latency.resolution:
+            self.recorded.check_images(data.fingerprint)
 
     def _members(self, count: int) -> list[tuple[int, ArchSpec]]:
         """Number and architecture of some members of the front, evenly spaced."""
-        front = self.study.front()
+        front = self.recorded.front()
         if front.empty:
-            raise UsageError(f"--study {self.study.name}: has no complete candidate on its front")
+            raise UsageError(f"--study {self.recorded.name}: has no complete candidate on its front")
         chosen = front.iloc[pareto.evenly_spaced(len(front), count)]
         return [(int(row["number"]), ArchSpec.from_json(row["arch"])) for _, row in chosen.iterrows()]
 
     def own_networks(self) -> list[NetworkSpec]:
         """The anchor and members of the front."""
         return [
-            self._own_network(ANCHOR, ContenderKind.DEFAULT, None, self.study.anchor),
+            self._own_network(ANCHOR, ContenderKind.DEFAULT, None, self.recorded.anchor),
             *(self._own_network(f"trial {number}", ContenderKind.FOUND, number, arch) for number, arch in self.members),
         ]
 
@@ -113,7 +111,7 @@ class _Run:
         return NetworkSpec(name, kind, trial, arch, self.latency.engine, resolution, counted.params, counted.macs)
 
     def timm_networks(self) -> list[NetworkSpec]:
-        """The timm models that run; why the others do not is written down."""
+        """The timm models that run; the reasons why others do not are stored."""
         worker, networks = self.trainer.workers[0], []
         for model in self.models:
             try:
@@ -126,11 +124,11 @@ class _Run:
         return networks
 
     def earlier_networks(self, networks: Sequence[NetworkSpec]) -> list[NetworkSpec]:
-        """Networks that were trained in earlier runs and are not among these."""
+        """Networks that were trained in earlier runs and are not among `networks`."""
         here = {network.key for network in networks}
-        archs = {each.number: ArchSpec.from_json(each.arch) for each in self.study.candidates()}
+        archs = {each.number: ArchSpec.from_json(each.arch) for each in self.recorded.candidates()}
         earlier: dict[tuple[str, int], NetworkSpec] = {}
-        for row in self.study.store.baselines.trainings(self.study.study_id):
+        for row in self.recorded.store.baselines.trainings(self.recorded.study_id):
             key, kind = (row.name, row.resolution), ContenderKind(row.kind)
             if key in here or row.accuracy is None:
                 continue
@@ -138,7 +136,7 @@ class _Run:
             if kind is ContenderKind.TIMM:
                 engine = self.timm_engine
             elif kind is ContenderKind.DEFAULT:
-                arch = self.study.anchor
+                arch = self.recorded.anchor
             elif row.trial in archs:
                 arch = archs[row.trial]
             else:
@@ -152,16 +150,18 @@ class _Trainings:
     """The trainings of a study's baselines on one schedule.
 
     Args:
-        steps: of the whole schedule.
-        learning_rates: of which each network keeps the best.
+        steps: length of the whole schedule.
+        learning_rates: rates at which each network is trained; the best one counts.
     """
 
-    def __init__(self, study: RecordedStudy, trainer: Trainer, steps: int, learning_rates: tuple[float, ...]) -> None:
-        self.study, self.trainer, self.steps, self.learning_rates = study, trainer, steps, learning_rates
+    def __init__(
+        self, recorded: RecordedStudy, trainer: Trainer, steps: int, learning_rates: tuple[float, ...]
+    ) -> None:
+        self.recorded, self.trainer, self.steps, self.learning_rates = recorded, trainer, steps, learning_rates
         self.batch_size = trainer.config.batch_size
 
     def train(self, networks: Sequence[NetworkSpec]) -> None:
-        """Train each at every learning rate on the whole schedule, and then at the best of them on half of it."""
+        """Train each network at every rate on the whole schedule, and then at its best rate on half of it."""
         self._train([TrainingJob(each, self.steps, rate) for each in networks for rate in self.learning_rates])
         rows = self._rows()
         halves = []
@@ -177,10 +177,10 @@ class _Trainings:
         self.trainer.train(lacking, self._write)
 
     def _rows(self) -> dict[tuple[str, int, int, float], BaselineTraining]:
-        """Name, resolution, steps and learning rate -> the training."""
+        """The stored trainings, by name, resolution, steps and learning rate."""
         return {
             (row.name, row.resolution, row.steps, row.learning_rate): row
-            for row in self.study.store.baselines.trainings(self.study.study_id)
+            for row in self.recorded.store.baselines.trainings(self.recorded.study_id)
             if row.batch_size == self.batch_size
         }
 
@@ -193,7 +193,7 @@ class _Trainings:
             params=network.params, macs=network.macs, classes=self.trainer.classes,
         )  # fmt: skip
         worth = fill(row, result)
-        self.study.store.baselines.add(self.study.study_id, [row])
+        self.recorded.store.baselines.add(self.recorded.study_id, [row])
         return f"{network.name}, {job.steps} steps at {job.learning_rate:g}: {worth}"
 
 

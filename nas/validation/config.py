@@ -1,15 +1,14 @@
-"""What longer trainings and known networks are made with, as values."""
+"""Configurations of longer trainings and of the comparison with known networks."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from fractions import Fraction
 
 from nas.config import PIXELS, DataConfig
 from nas.options import Bounds, Checked, at_least, option, same_as
 
-# The long schedule, in a study's proxy steps, and the learning rates, in its own.
+# Length of the long schedule, in steps of the study's proxy, and its learning rates, in units of the study's.
 LONG = 4
 RATES = (1 / 8, 1 / 2, 2.0)
 ALL = "all"
@@ -26,7 +25,7 @@ def _rates(text: str) -> tuple[float, ...]:
     """The learning rates that a user typed, separated by commas.
 
     Raises:
-        ValueError: one is no number.
+        ValueError: one of them is not a number.
     """
     try:
         return tuple(float(rate) for rate in text.split(","))
@@ -36,17 +35,13 @@ def _rates(text: str) -> tuple[float, ...]:
 
 @dataclass(frozen=True)
 class BaselineConfig(Checked):
-    """What is compared with a study's networks, and how long all are trained.
+    """The networks to compare with a study's own, and the schedule on which all are trained.
 
     Args:
-        models: names of timm models; None for those that suit the kind of device, `("all",)` for all of
-            `nas.validation.baselines.MODELS`.
-        found: how many members of the study's front, from the fastest to the most accurate.
-        steps: of the long schedule, of which a half can be compared; None is `LONG` times the study's.
-        learning_rates: of which the best is taken; None are `RATES` times the study's.
-        map_size: pixels of the final feature map that sets the resolution of networks that are not ours, see
-            `nas.validation.networks.suited_resolution`; None is `default_map_size` there.
-        data_dir, download: as in `DataConfig`.
+        models: names of timm models; `("all",)` stands for all of `nas.validation.baselines.MODELS`.
+        steps: length of the whole schedule; it is at least 2 because half of it is trained, too.
+        map_size: width of the final feature map, which sets the resolution of networks that are not ours, see
+            `nas.validation.networks.suited_resolution`; None stands for `default_map_size` there.
 
     Raises:
         FieldError: a field has a value that it cannot have.
@@ -56,15 +51,15 @@ class BaselineConfig(Checked):
         None, "--models", f"Comma-separated names of timm models, or {ALL}", default="those that suit the device",
         bounds=Bounds(bool, "a list of timm models"), typed=str, parse=_names,
     )  # fmt: skip
-    found: int = option(3, "--found", "Members of the front, from the fastest to the most accurate", bounds=at_least(1))
+    found: int = option(3, "--found", "Number of the front's networks to compare, evenly spaced", bounds=at_least(1))
     steps: int | None = option(None, "--steps", "Training steps per network", default=LONG_STEPS, bounds=at_least(2))
     learning_rates: tuple[float, ...] | None = option(
         None, "--learning-rates", "Comma-separated rates; each network keeps its best",
-        default=f"{', '.join(str(Fraction(rate)) for rate in RATES)} times the study's", typed=str, parse=_rates,
+        default="1/8, 1/2 and 2 times the study's rate", typed=str, parse=_rates,
         bounds=Bounds(lambda rates: rates and all(0 < rate < math.inf for rate in rates), "positive numbers"),
     )  # fmt: skip
     map_size: int | None = option(
-        None, "--map", "Width of the final feature map of networks that are not ours, in pixels",
+        None, "--map", "Width of the final feature map of timm's networks, in pixels",
         default="the study's, on a CPU half of it", bounds=at_least(1),
     )  # fmt: skip
     data_dir: str = same_as(DataConfig, "data_dir")
@@ -73,15 +68,10 @@ class BaselineConfig(Checked):
 
 @dataclass(frozen=True)
 class RetrainConfig(Checked):
-    """Which candidates are trained longer, on what, and how long.
+    """The candidates to train for longer, and the images and schedule of these trainings.
 
     Args:
-        top: the most accurate members of the front; None is all of it.
-        dominated: candidates that are not on the front, spread over the range of latencies.
-        steps: None is `LONG` times the study's.
-        data: a source as `DataConfig`'s; None is the study's.
-        resolution: of the training images; None is the study's.
-        data_dir, download, to_rgb: as in `DataConfig`; a study that converts does so here, too.
+        to_rgb: whether to convert images to RGB; a study whose search converts them does so here in any case.
 
     Raises:
         FieldError: a field has a value that it cannot have.

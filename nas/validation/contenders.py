@@ -1,6 +1,6 @@
-"""Networks that were put through one and the same data, schedule and measurement: baselines, and a study's own.
+"""Contenders: baselines and a study's own networks, trained and measured alike.
 
-`nas.validation.baselines` writes their trainings and latencies down; here they are read and judged.
+`nas.validation.baselines` stores their trainings and latencies; this module reads and judges them.
 """
 
 from __future__ import annotations
@@ -9,17 +9,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from nas.latency.values import Latency
 from nas.recorded import RecordedStudy
 from studies import BaselineLatency, BaselineTraining
 
-# What counts as converged, see `convergence`: shares of accuracy.
+# Shares of accuracy that decide whether a training has converged, see `convergence`.
 MOST_GAIN = 0.02
 ABOVE_CHANCE = 0.25
 
 
 class ContenderKind(StrEnum):
     TIMM = "timm"
-    # A ConvFirst network nobody searched for: the middle of the space.
+    # A ConvFirst network that nobody searched for: the middle of the space.
     DEFAULT = "default"
     FOUND = "found"
 
@@ -29,17 +30,16 @@ class Contender:
     """A network with the best of its trainings, and its latency.
 
     Args:
-        name: of a timm model, "ConvFirst anchor", or "trial 12".
-        summary: the architecture's line, or the model's name once more.
-        trial: the number of one of the study's own networks; None for others.
-        accuracy: with the best of its learning rates, on held-out images.
-        latency_ms, latency_p20_ms, latency_p80_ms: drift-corrected, in the study's deployment but for resolution and
-            engine.
-        engine: that of the study, or the best standard one for networks that are not ours.
-        resolution: pixels of the images it was trained on, and of its deployment.
-        learning_rate, steps, batch_size: of the best training.
-        rates: how many learning rates were tried.
-        converged, reason: whether the training had come to an end of its improvement, and why; see `convergence`.
+        name: name of a timm model, "ConvFirst anchor", or "trial 12".
+        summary: text form of the architecture, or the name of the timm model.
+        trial: number of the trial of one of the study's own networks; None for others.
+        accuracy: accuracy of the best training on held-out images.
+        latency: latency in the study's deployment, in which only resolution and engine vary.
+        engine: engine of the study, or the best standard one for networks that are not ours.
+        resolution: width and height of the images of training and deployment, in pixels.
+        learning_rate, steps, batch_size: settings of the best training.
+        rates: number of learning rates that were tried.
+        converged, reason: whether the training has converged, and the reason in words; see `convergence`.
     """
 
     name: str
@@ -49,9 +49,7 @@ class Contender:
     params: int
     macs: int
     accuracy: float
-    latency_ms: float
-    latency_p20_ms: float
-    latency_p80_ms: float
+    latency: Latency
     engine: str
     resolution: int
     learning_rate: float
@@ -75,19 +73,19 @@ class Contender:
 def convergence(
     accuracies: Mapping[float, float], learning_rate: float, half: float | None, chance: float
 ) -> tuple[bool, str]:
-    """Whether a training came to an end of its improvement, and the reason in words.
+    """Whether a training has converged, and the reason in words.
 
     It has converged where doubling the steps gained at most `MOST_GAIN`, which is what another seed may give; where
     the accuracy is past `ABOVE_CHANCE` of the way from chance to 1, as a network that has learnt nothing gains nothing
     either; and where no learning rate that was not tried looks better: the best one lies between others, or is ahead
-    of its neighbour by no more than `MOST_GAIN`. A loss that flattens tells nothing here: the schedule ends at a rate
+    of its neighbour by no more than `MOST_GAIN`. A loss that flattens shows nothing here: the schedule ends at a rate
     of 0.
 
     Args:
-        accuracies: learning rate -> accuracy at the end of the whole schedule, for the trainings that did not fail.
-        learning_rate: the best of them.
-        half: accuracy at the end of half the schedule at that rate, if that was trained.
-        chance: the accuracy of guessing.
+        accuracies: accuracy at the end of the whole schedule, by learning rate, of the trainings that did not fail.
+        learning_rate: the best of these rates.
+        half: accuracy at the end of half the schedule at that rate; None where that training is missing.
+        chance: accuracy of guessing.
     """
     accuracy = accuracies[learning_rate]
     if accuracy < chance + ABOVE_CHANCE * (1 - chance):
@@ -106,28 +104,28 @@ def convergence(
     return True, f"doubling the steps gained {100 * gain:+.1f} points"
 
 
-def contenders(study: RecordedStudy) -> list[Contender]:
+def contenders(recorded: RecordedStudy) -> list[Contender]:
     """The baselines of a study and its own networks beside them, fastest first; empty if nothing was compared.
 
-    Each has the best of its trainings on the longest schedule that any of them was trained on, and the latency that
-    was measured last: so all that are listed compare.
+    All are comparable: each has its best training on the longest schedule that any of them was trained on, and the
+    latency that was measured last, in turns with the others.
     """
-    trainings = [row for row in study.store.baselines.trainings(study.study_id) if row.accuracy is not None]
+    trainings = [row for row in recorded.store.baselines.trainings(recorded.study_id) if row.accuracy is not None]
     steps = max((row.steps for row in trainings), default=0)
     by_network: dict[tuple[str, int], list[BaselineTraining]] = {}
     for row in trainings:
         by_network.setdefault((row.name, row.resolution), []).append(row)
     compared = []
-    for latency in _last_measured(study):
+    for latency in _last_measured(recorded):
         rows = by_network.get((latency.name, latency.resolution), [])
         if latency.median_ms is not None and any(row.steps == steps for row in rows):
             compared.append(_contender(rows, steps, latency))
-    return sorted(compared, key=lambda each: (each.latency_ms, each.name))
+    return sorted(compared, key=lambda each: (each.latency.median_ms, each.name))
 
 
-def _last_measured(study: RecordedStudy) -> list[BaselineLatency]:
-    """The latencies that were measured in turns with one another, the last time that was done."""
-    rows = [row for row in study.store.baselines.latencies(study.study_id) if row.resolution]
+def _last_measured(recorded: RecordedStudy) -> list[BaselineLatency]:
+    """The latencies of the last measurement, in which networks were timed in turns with one another."""
+    rows = [row for row in recorded.store.baselines.latencies(recorded.study_id) if row.resolution]
     last = max((row.measured_at for row in rows), default=None)
     return [row for row in rows if row.measured_at == last]
 
@@ -138,27 +136,23 @@ def _contender(rows: Sequence[BaselineTraining], steps: int, latency: BaselineLa
     wholes = {rate: accuracy for (count, rate), accuracy in accuracies.items() if count == steps}
     half = accuracies.get((steps // 2, best.learning_rate))
     converged, reason = convergence(wholes, best.learning_rate, half, 1 / best.classes)
-    assert latency.median_ms is not None
-    assert latency.p20_ms is not None
-    assert latency.p80_ms is not None
     return Contender(
         name=best.name, kind=ContenderKind(best.kind), summary=best.summary, trial=best.trial, params=best.params,
-        macs=best.macs, accuracy=wholes[best.learning_rate], latency_ms=latency.median_ms,
-        latency_p20_ms=latency.p20_ms, latency_p80_ms=latency.p80_ms, engine=latency.engine, resolution=best.resolution,
-        learning_rate=best.learning_rate, steps=steps, batch_size=best.batch_size, rates=len(wholes),
-        converged=converged, reason=reason,
+        macs=best.macs, accuracy=wholes[best.learning_rate], latency=Latency.of_row(latency), engine=latency.engine,
+        resolution=best.resolution, learning_rate=best.learning_rate, steps=steps, batch_size=best.batch_size,
+        rates=len(wholes), converged=converged, reason=reason,
     )  # fmt: skip
 
 
-def failures(study: RecordedStudy) -> list[str]:
+def failures(recorded: RecordedStudy) -> list[str]:
     """A line for each baseline that has no accuracy or no latency, with the reason."""
-    trainings = study.store.baselines.trainings(study.study_id)
+    trainings = recorded.store.baselines.trainings(recorded.study_id)
     trained = {(row.name, row.resolution) for row in trainings if row.accuracy is not None}
     names = {name for name, _ in trained}
     lines = {
         row.name: f"{row.name}: {row.reason}"
-        for row in study.store.baselines.latencies(study.study_id)
-        # A row without a resolution says that none suited, but the network may have run at another since.
+        for row in recorded.store.baselines.latencies(recorded.study_id)
+        # A row without a resolution says that none was suitable, but the network may have run at another since.
         if row.reason and not (row.resolution == 0 and row.name in names)
     }
     for row in trainings:
@@ -168,5 +162,5 @@ def failures(study: RecordedStudy) -> list[str]:
 
 
 def best_training(rows: Sequence[BaselineTraining]) -> BaselineTraining:
-    """The most accurate training; of equally accurate ones that of the lowest learning rate."""
+    """The most accurate training; the one of the lowest learning rate where several are equal."""
     return max(rows, key=lambda row: (-1.0 if row.accuracy is None else row.accuracy, -row.learning_rate))

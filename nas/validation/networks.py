@@ -1,4 +1,4 @@
-"""Networks that are trained and timed to be compared: a study's own, and timm's at the resolution that suits them."""
+"""Networks to train and time for a comparison: a study's own, and timm's at the resolution that suits them."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ import torch
 from torch import nn
 
 from nas.config import MAX_RESOLUTION, LatencyConfig
-from nas.errors import CandidateFailed, memory_may_run_out
+from nas.errors import CandidateFailed, memory_may_run_out, message_line
 from nas.latency.parts import layer_parts
 from nas.latency.timm_networks import timm_model
 from nas.validation.contenders import ContenderKind
 from search_spaces import ArchSpec
 from search_spaces.arch import strided
 
-# Pixels of the image that shows the stride of a timm model.
+# Width of the image whose feature map shows the stride of a timm model.
 PROBE_PIXELS = 224
-# What a network that is not ours raises where it does not run.
+# Exceptions of a network that is not ours where it does not run.
 FOREIGN_ERRORS = (RuntimeError, ValueError, AssertionError, TypeError)
 
 
 @dataclass(frozen=True)
 class NetworkSpec:
-    """A network that is to be trained and timed; its fields are those of `Contender`.
+    """A network to train and time; fields that `Contender` has as well mean the same there.
 
     Args:
-        arch: None for a timm model.
-        params, macs: of the deployed network, for one image.
+        arch: the architecture of one of our networks; None for a timm model.
+        params, macs: parameters of the deployed network, and its MACs for one image.
     """
 
     name: str
@@ -62,28 +62,24 @@ class NetworkSpec:
 
     @contextlib.contextmanager
     def failing(self) -> Iterator[None]:
-        """Turns what a network that is not ours raises into a CandidateFailed; what ours raise is a bug."""
+        """Context that turns errors of a network that is not ours into a CandidateFailed; errors of ours are bugs."""
         try:
             with memory_may_run_out():
                 yield
         except FOREIGN_ERRORS as error:
             if self.arch is not None:
                 raise
-            raise CandidateFailed(_first_line(error)) from error
-
-
-def _first_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}".strip().splitlines()[0]
+            raise CandidateFailed(message_line(error)) from error
 
 
 def timm_network(name: str, engine: str, map_size: int, classes: int) -> NetworkSpec:
     """A timm model at the resolution that suits it, with its parameters and MACs counted.
 
     Args:
-        map_size: see `suited_resolution`.
+        map_size: width of the final feature map, see `suited_resolution`.
 
     Raises:
-        CandidateFailed: it does not run at that resolution.
+        CandidateFailed: the model does not run at that resolution.
     """
     spec = NetworkSpec(name, ContenderKind.TIMM, None, None, engine, 0, 0, 0)
     with spec.failing():
@@ -94,7 +90,7 @@ def timm_network(name: str, engine: str, map_size: int, classes: int) -> Network
         try:
             macs = sum(part.block.macs for part, _ in layer_parts(model, config))
         except FOREIGN_ERRORS as error:
-            reason = f"does not run on images of {resolution}x{resolution} ({_first_line(error)})"
+            reason = f"does not run on images of {resolution}x{resolution} ({message_line(error)})"
             raise CandidateFailed(reason) from error
         params = sum(weights.numel() for weights in model.parameters())
         return replace(spec, resolution=resolution, params=params, macs=macs)
@@ -104,9 +100,9 @@ def timm_network(name: str, engine: str, map_size: int, classes: int) -> Network
 
 
 def suited_resolution(total_stride: int, map_size: int) -> int:
-    """Pixels of the images at which a network's final feature map is (map_size, map_size).
+    """Resolution in pixels at which a network's final feature map is (map_size, map_size).
 
-    They are at least 8 and at most `MAX_RESOLUTION`. A network of total stride 32 that is shown 32 pixels sees a final
+    It is at least 8 and at most `MAX_RESOLUTION`. A network of total stride 32 that is shown 32 pixels sees a final
     map of one: it starves. So all networks that are not ours get one final map, by default that of the study's
     networks: 32 pixels and stride 8 make 4x4, hence stride 32 gets 128 pixels, stride 16 64; 224 pixels and stride 32
     make 7x7, hence stride 32 gets 224.
@@ -115,28 +111,28 @@ def suited_resolution(total_stride: int, map_size: int) -> int:
 
 
 def own_map_size(anchor: ArchSpec, resolution: int) -> int:
-    """Pixels, across, of the final feature map of a study's networks."""
+    """Width in pixels of the final feature map of a study's networks."""
     return strided(resolution, anchor.total_stride)
 
 
 def default_map_size(own: int, kind: str) -> int:
-    """Pixels, across, of the final feature map of networks that are not ours.
+    """Width in pixels of the final feature map of networks that are not ours.
 
     It is the map of the study's own networks; on a CPU half of it, rounded up, which trains in a quarter of the time.
-    So beside 32 pixels and stride 8, stride 32 is shown 64 pixels on a CPU, whose 2x2 is no single pixel yet.
+    So beside 32 pixels and stride 8, stride 32 is shown 64 pixels on a CPU: its map of 2x2 is not yet a single pixel.
 
     Args:
-        own: the map of the study's networks.
-        kind: of the device.
+        own: width of the map of the study's networks.
+        kind: kind of the device, "cpu" or "cuda".
     """
     return own if kind == "cuda" else (own + 1) // 2
 
 
 def total_stride(model: nn.Module) -> int:
-    """Total stride of a timm model: what it says of its last features, or else what a forward pass shows.
+    """Total stride of a timm model, from its `feature_info` or else from a forward pass.
 
     Raises:
-        CandidateFailed: its features are no map.
+        CandidateFailed: the features are not a map.
     """
     info: Any = getattr(model, "feature_info", None)
     if info:
@@ -144,6 +140,6 @@ def total_stride(model: nn.Module) -> int:
     with torch.inference_mode():
         features: Any = model.eval().forward_features(torch.zeros(1, 3, PROBE_PIXELS, PROBE_PIXELS))  # type: ignore[operator]
     if features.ndim != 4:
-        raise CandidateFailed("its total stride cannot be told: its features are no map")
+        raise CandidateFailed("its total stride is unknown: its features are not a map")
     # (1, C, H, W) or (1, H, W, C).
     return round(PROBE_PIXELS / int(features.shape[2]))

@@ -1,4 +1,4 @@
-"""How well predictors rank networks by accuracy: Kendall's tau and Spearman's rho, with bootstrap intervals."""
+"""Rank correlations of predictors with accuracy: Kendall's tau and Spearman's rho, with bootstrap intervals."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import numpy as np
 from scipy import stats
 
 RESAMPLES = 500
-# Networks are compared where they would be chosen: among those of about the same latency.
+# Number of bands of latency: a user chooses among networks of about the same latency.
 BANDS = 3
-# Fewer networks than that are not ranked.
+# Fewer networks than this are not ranked.
 MIN_COUNT = 4
 
 
 @dataclass(frozen=True)
 class Coefficient:
-    """A correlation in -1..1 and its 95 % interval; all are nan where nothing varies."""
+    """A correlation in -1..1 and its 95 % interval; all three are nan where nothing varies."""
 
     value: float
     low: float
@@ -31,10 +31,10 @@ class Coefficient:
 
 @dataclass(frozen=True)
 class Ranking:
-    """How a predictor ranks `count` networks.
+    """Rank correlations of a predictor with the accuracy of `count` networks.
 
     Args:
-        band: which networks, in words.
+        band: description of the ranked networks: "all", or a range of latencies.
     """
 
     predictor: str
@@ -61,12 +61,12 @@ def bands(latency_ms: Sequence[float], count: int = BANDS) -> list[tuple[str, np
 def rankings(
     predictors: Mapping[str, Sequence[float]], accuracy: Sequence[float], latency_ms: Sequence[float], seed: int = 0
 ) -> list[Ranking]:
-    """How each predictor ranks networks by their accuracy, overall and within bands of latency.
+    """Rank correlations of each predictor with the accuracy, over all networks and within bands of latency.
 
     Args:
-        predictors: name -> a value for each network; a greater value predicts more accuracy.
-        accuracy, latency_ms: of the networks.
-        seed: of the resampling.
+        predictors: values of each predictor, by its name; a greater value predicts a higher accuracy.
+        accuracy, latency_ms: accuracy and latency of each network.
+        seed: seed of the resampling.
     """
     truth = np.asarray(accuracy, dtype=float)
     ranked = []
@@ -82,7 +82,7 @@ def rankings(
 
 
 def gain(predictor: Sequence[float], rival: Sequence[float], accuracy: Sequence[float], seed: int = 0) -> Coefficient:
-    """The difference between a predictor's tau and a rival's, of the same networks, resampled together."""
+    """The difference between the taus of a predictor and of a rival on the same networks, resampled together."""
     columns = [np.asarray(values, dtype=float) for values in (predictor, rival, accuracy)]
 
     def difference(picked: np.ndarray) -> float:
@@ -97,7 +97,7 @@ def _kendall(one: np.ndarray, other: np.ndarray) -> float:
 
 
 def _spearman(one: np.ndarray, other: np.ndarray) -> float:
-    # On ranks, as scipy's own warns of constant input, which resamples are now and then.
+    # Computed from ranks: scipy's own function warns of constant input, which some resamples are.
     ranks = stats.rankdata(one), stats.rankdata(other)
     if any(np.ptp(each) == 0 for each in ranks):
         return float("nan")
@@ -108,7 +108,7 @@ def _interval(statistic: Callable[[np.ndarray], float], count: int, seed: int) -
     """A statistic of all `count` networks, with percentiles of its values for resampled networks.
 
     Args:
-        statistic: of some networks, given by their indices.
+        statistic: function of the indices of some networks.
     """
     value = statistic(np.arange(count)) if count > 1 else float("nan")
     if np.isnan(value):

@@ -1,8 +1,8 @@
-"""Measuring candidates of a finished study again: its front, in turns with one another, or all of them elsewhere."""
+"""Repeated measurement of a finished study: of its front, or of all its candidates in another deployment."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
 from functools import partial
@@ -18,29 +18,29 @@ from nas.latency.isolation import meter_for
 from nas.latency.values import Measurement
 from nas.locks import WAITING, device_lock
 from nas.recorded import RecordedStudy, deployment_of
+from nas.reporting import Note
 from nas.search.front_measurement import FrontChanges, measure_front
 from nas.search.rows import latency_row
 from search_spaces import ArchSpec
 from studies import CandidateState, LatencyStage, Owner
 
 
-def remeasure(
-    recorded: RecordedStudy, config: LatencyConfig, everything: bool, note: Callable[[str], None]
-) -> FrontChanges | None:
-    """Measure a study's candidates again, where it was searched or elsewhere.
+def remeasure(recorded: RecordedStudy, config: LatencyConfig, everything: bool, note: Note) -> FrontChanges | None:
+    """Measure a study's candidates again, in its own deployment or in another one.
 
-    In the study's own deployment the front's members are measured, elsewhere all that are complete and were not
-    measured there yet, and then the members of the front that they make there. Elsewhere latencies are corrected to the
-    anchor's in the block latency table, so that those of several days, and studies, compare.
+    In the study's own deployment the front's members are measured in turns with one another. In another one all
+    complete candidates that were not measured there yet come first, and then the members of their front there. These
+    latencies are corrected to the anchor's in the block latency table, so that those of several days and studies can
+    be compared.
 
     Args:
-        config: where and how to measure.
-        everything: measure all complete candidates, also where they were measured before.
-        note: told what is done.
+        config: the deployment, and how precisely to measure.
+        everything: whether to measure all complete candidates, also those that were measured before.
+        note: function that takes a line on the progress.
 
     Raises:
-        UsageError: the device is not here, does not run the engine, the engine does not run the anchor or one of the
-            front, or the study has no complete candidate.
+        UsageError: the device is not here or does not run the engine, the engine does not run the anchor or a member of
+            the front, or the study has no complete candidate.
         studies.StorageError: a process searches the study.
     """
     device = check_device(config)
@@ -78,7 +78,7 @@ def remeasure(
                 except CandidateFailed as error:
                     note(f"{number}/{len(lacking)}  trial {candidate.number}: failed ({error})")
                     continue
-                # Measured a second time it is shown, also in the place of an older one that was measured in turns.
+                # A second latency counts as final, so that it replaces one that was measured in turns before.
                 stage = LatencyStage.SEARCH if candidate.latency_in(here) is None else LatencyStage.FINAL
                 store.add_latencies(study_id, [latency_row(candidate.trial_id, latency, here, stage, limit_ms)])
                 note(f"{number}/{len(lacking)}  trial {candidate.number}: {latency.median_ms:.4f} ms")
@@ -86,7 +86,7 @@ def remeasure(
             try:
                 return measure_front(recorded, here, measure, again=True, limit_ms=limit_ms, before=before)
             except CandidateFailed as error:
-                # Each ran before; now one does not.
+                # Each member ran before, and now one does not.
                 raise UsageError(f"--study {name}: its front could not be measured in turns ({error})") from error
     finally:
         store.ownership.release(study_id, owner)

@@ -1,9 +1,10 @@
-"""Longer trainings of a study's front and of some it left behind: whether its ranking can be trusted."""
+"""Longer trainings of a study's front and of some dominated candidates, to check the ranking by the proxy."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from nas import pareto
 from nas.errors import CandidateFailed, UsageError, of_this_version
 from nas.latency.devices import check_device
 from nas.recorded import RecordedStudy
-from nas.reporting import Note
+from nas.reporting import Note, console_table
 from nas.training.data import ImageData
 from nas.training.pool import Trainer, TrainingJob, fill
 from nas.training.proxy import ProxyResult
@@ -30,15 +31,15 @@ PROXY, PARAMS, MACS = "proxy accuracy", "params", "MACs"
 
 @dataclass(frozen=True)
 class Retrained:
-    """What longer trainings of one kind have shown.
+    """The results of longer trainings with the same data and schedule.
 
     Args:
-        rows: of the view `convfirst_retrained`, one per candidate, fastest first, with `on_front` (by the proxy) and
-            `on_retrained_front`, both among these candidates only.
-        rankings: of the longer training's accuracy by the proxy's, and by what costs no training.
-        gains: rival -> by how much the proxy's tau is above its, over all networks.
-        failed: a line each.
-        set_up: of the trainings, in words.
+        rows: rows of the view `convfirst_retrained`, one per candidate, fastest first, with `on_front` (by the proxy)
+            and `on_retrained_front`, both among these candidates only.
+        rankings: rank correlations with the longer training's accuracy, of the proxy's accuracy, parameters and MACs.
+        gains: difference between the proxy's tau and that of each rival over all networks, by the rival's name.
+        failed: a line for each training that failed.
+        set_up: data and schedule of the trainings, in words.
     """
 
     rows: pd.DataFrame
@@ -49,24 +50,23 @@ class Retrained:
 
 
 def retrain(recorded: RecordedStudy, config: RetrainConfig, note: Note = lambda line: None) -> Retrained:
-    """Train what is lacking of a study's candidates, write it down, and rank.
+    """Train the chosen candidates that were not trained yet, store the results, and compare the rankings.
 
     Raises:
-        UsageError: there are no candidates, the study's device is not here, or the data are not there or other ones.
+        UsageError: there are no candidates, the study's device is not here, or the data are missing or have changed.
         studies.StorageError: the study was deleted meanwhile.
     """
     run = _Run(recorded, config, note)
     with run.trainer as trainer:
         trainer.data_path(run.data.resolution)
-        chosen, done = run.chosen(), run.done()
-        lacking = [unit for trial_id, unit in run.units(chosen).items() if trial_id not in done]
-        note(f"{len(chosen)} networks, {len(lacking)} to be trained: {run.set_up}")
+        lacking = run.lacking()
+        note(f"{len(run.chosen)} networks, {len(lacking)} to be trained: {run.set_up}")
         trainer.train(lacking, run.write)
-        return run.result(set(chosen["trial_id"]))
+        return run.result()
 
 
 class _Run:
-    """What one call of `retrain` needs, checked."""
+    """The checked settings, chosen candidates and trainings of one call of `retrain`."""
 
     def __init__(self, recorded: RecordedStudy, config: RetrainConfig, note: Note) -> None:
         self.recorded, self.store, self.config = recorded, recorded.store, config
@@ -85,9 +85,8 @@ class _Run:
 
     def _check(self, data: ImageData) -> None:
         self.fingerprint = data.fingerprint
-        if self.is_own and data.fingerprint != self.recorded.row.data_fingerprint:
-            reason = f"holds other images than when --study {self.recorded.name} was begun"
-            raise UsageError(f"--data {self.data.source}: {reason}")
+        if self.is_own:
+            self.recorded.check_images(data.fingerprint)
 
     @property
     def set_up(self) -> str:
@@ -97,8 +96,9 @@ class _Run:
             f"learning rate {self.proxy.learning_rate:g}"
         )
 
+    @cached_property
     def chosen(self) -> pd.DataFrame:
-        """Rows of the view `convfirst_evaluations`: the front's, and of the others some."""
+        """Rows of the view `convfirst_evaluations`: those of the front, and some of the others."""
         rows = self.recorded.evaluations()
         if rows.empty:
             raise UsageError(f"--study {self.recorded.name}: has no complete candidate")
@@ -110,14 +110,20 @@ class _Run:
             self.trainer.note(f"only {len(picked)} candidates are not on the front")
         return pd.concat([best, others.iloc[picked]])
 
-    def units(self, chosen: pd.DataFrame) -> dict[int, TrainingJob]:
-        """trial_id -> its training."""
-        self.trial_ids = {f"trial {row['number']}": int(row["trial_id"]) for _, row in chosen.iterrows()}
+    @cached_property
+    def trial_ids(self) -> dict[str, int]:
+        """The trial_id of each chosen network, by the network's name."""
+        return {f"trial {row['number']}": int(row["trial_id"]) for _, row in self.chosen.iterrows()}
+
+    def lacking(self) -> list[TrainingJob]:
+        """The missing trainings, and those that failed: memory may have run out because another process used it."""
+        done = {row.trial_id for row in self._of_this_kind() if row.accuracy is not None}
         with of_this_version(self.recorded.name):
-            return {
-                int(row["trial_id"]): TrainingJob(self._network(row), self.proxy.steps, self.proxy.learning_rate)
-                for _, row in chosen.iterrows()
-            }
+            return [
+                TrainingJob(self._network(row), self.proxy.steps, self.proxy.learning_rate)
+                for _, row in self.chosen.iterrows()
+                if row["trial_id"] not in done
+            ]
 
     def _network(self, row: pd.Series) -> NetworkSpec:
         return NetworkSpec(
@@ -126,7 +132,7 @@ class _Run:
         )  # fmt: skip
 
     def _kind(self) -> dict[str, Any]:
-        """What tells these trainings from others."""
+        """The columns that distinguish these trainings from others, with their values."""
         return {
             "data_fingerprint": self.fingerprint, "resolution": self.data.resolution, "steps": self.proxy.steps,
             "batch_size": self.proxy.batch_size, "learning_rate": self.proxy.learning_rate, "seed": self.seed,
@@ -140,40 +146,36 @@ class _Run:
             if all(getattr(row, key) == value for key, value in kind.items())
         ]
 
-    def done(self) -> set[int]:
-        """What failed is tried again: memory may have run out for another's sake."""
-        return {row.trial_id for row in self._of_this_kind() if row.accuracy is not None}
-
-    def write(self, unit: TrainingJob, result: ProxyResult | CandidateFailed) -> str:
-        row = Retraining(trial_id=self.trial_ids[unit.network.name], data=self.data.source, **self._kind())
+    def write(self, job: TrainingJob, result: ProxyResult | CandidateFailed) -> str:
+        row = Retraining(trial_id=self.trial_ids[job.network.name], data=self.data.source, **self._kind())
         worth = fill(row, result)
         self.store.retrainings.add(row)
-        return f"{unit.network.name}: {worth}"
+        return f"{job.network.name}: {worth}"
 
-    def result(self, trial_ids: set[int]) -> Retrained:
+    def result(self) -> Retrained:
+        """The trainings of the chosen networks, and how well the predictors rank them."""
+        names = {trial_id: name for name, trial_id in self.trial_ids.items()}
         rows = self.store.retrainings.evaluations(self.recorded.name)
         for key, value in self._kind().items():
             column = "retrained_" + key.removeprefix("data_")
             rows = rows[rows[column] == value]
         rows = self.recorded.deployment.rows_of(rows)
-        rows = rows[rows["trial_id"].isin(trial_ids)].sort_values(["latency_ms", "number"])
+        rows = rows[rows["trial_id"].isin(names)].sort_values(["latency_ms", "number"])
         latency_ms, accuracy = list(rows["latency_ms"]), list(rows["retrained_accuracy"])
         rows = rows.assign(
             on_front=undominated(list(rows["accuracy"]), latency_ms),
             on_retrained_front=undominated(accuracy, latency_ms),
         )
         predictors = {PROXY: list(rows["accuracy"]), PARAMS: list(rows["params"]), MACS: list(rows["macs"])}
-        names = {trial_id: name for name, trial_id in self.trial_ids.items()}
-        of_this_kind = [row for row in self._of_this_kind() if row.trial_id in trial_ids]
-        failed = [f"{names[row.trial_id]}: {row.reason}" for row in of_this_kind if row.reason is not None]
+        rows_of_kind = [row for row in self._of_this_kind() if row.trial_id in names]
+        failed = [f"{names[row.trial_id]}: {row.reason}" for row in rows_of_kind if row.reason is not None]
         ranked = rankings(predictors, accuracy, latency_ms)
         gains = {rival: gain(predictors[PROXY], predictors[rival], accuracy) for rival in (PARAMS, MACS)}
         return Retrained(rows, ranked, gains, failed, self.set_up)
 
 
 def spread_over(latencies_ms: Sequence[float], count: int) -> list[int]:
-    """`count` indices of candidates, or all there are, spread over the range of latencies: of an even division of its
-    logarithm the nearest each."""
+    """At most `count` indices of candidates, spread evenly over the logarithm of the latency."""
     if count >= len(latencies_ms):
         return list(range(len(latencies_ms)))
     logs = np.log(np.asarray(latencies_ms, dtype=float))
@@ -187,38 +189,36 @@ def spread_over(latencies_ms: Sequence[float], count: int) -> list[int]:
 
 
 def undominated(accuracy: Sequence[float], latency_ms: Sequence[float]) -> list[bool]:
-    """Which of some networks no other is better than, in one of both and in none worse."""
+    """For each network, whether it is on the front: no other is better in one objective and as good in the other."""
     members = set(pareto.front(accuracy, latency_ms))
     return [index in members for index in range(len(accuracy))]
 
 
-# -- For a person ----------------------------------------------------------------------------------------------------
+# -- For the terminal --------------------------------------------------------------------------------------------------
 
 
 def tables(found: Retrained, title: str) -> list[Table]:
-    """The networks, and the rankings; for a terminal of 80 columns."""
-    networks = Table(title=title, title_justify="left", show_edge=False, padding=(0, 0, 0, 1))
-    for header in ("trial", "latency ms", "proxy", "longer", "front was", "front is", "params k", "MMACs"):
-        networks.add_column(header, justify="right")
+    """A table of the networks and one of the rankings, which fit into 80 columns."""
+    networks = console_table(
+        title, "trial", "latency ms", "proxy", "longer", "front was", "front is", "params k", "MMACs"
+    )
     for row in found.rows.to_dict("records"):
         networks.add_row(
             str(row["number"]), f"{row['latency_ms']:.4f}", f"{row['accuracy']:.1%}",
             f"{row['retrained_accuracy']:.1%}", "yes" if row["on_front"] else "",
             "yes" if row["on_retrained_front"] else "", f"{row['params'] / 1e3:,.0f}", f"{row['macs'] / 1e6:,.1f}",
         )  # fmt: skip
-    ranks = Table(
-        title="How well they rank the longer trainings (95 % intervals)", title_justify="left", show_edge=False,
-        padding=(0, 0, 0, 1),
+    ranks = console_table(
+        "Ranking of the longer trainings (95 % intervals)", "networks", "count", "by", "Kendall's tau",
+        "Spearman's rho", text=("networks", "by", "Kendall's tau", "Spearman's rho"),
     )  # fmt: skip
-    for header in ("networks", "count", "by", "Kendall's tau", "Spearman's rho"):
-        ranks.add_column(header, justify="right" if header == "count" else "left", overflow="fold")
     for each in found.rankings:
         ranks.add_row(each.band, str(each.count), each.predictor, str(each.kendall), str(each.spearman))
     return [networks, ranks]
 
 
 def remarks(found: Retrained) -> list[str]:
-    """What to make of it."""
+    """Lines that say which trainings failed, how the front changed, and what the rankings show."""
     rows = found.rows
     overall = {each.predictor: each.kendall for each in found.rankings if each.band == "all"}
     lines = list(found.failed)
@@ -234,7 +234,7 @@ def remarks(found: Retrained) -> list[str]:
     for rival, gained in found.gains.items():
         if np.isnan(gained.value):
             continue
-        told = "better than" if gained.low > 0 else "worse than" if gained.high < 0 else "neither better nor worse than"
+        how = "better than" if gained.low > 0 else "worse than" if gained.high < 0 else "neither better nor worse than"
         taus = f"{overall[PROXY].value:+.2f} to {overall[rival].value:+.2f}"
-        lines.append(f"The proxy ranks {told} {rival} alone: tau {taus}, a difference of {gained}.")
+        lines.append(f"The proxy ranks {how} {rival} alone: tau {taus}, a difference of {gained}.")
     return lines

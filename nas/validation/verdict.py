@@ -1,4 +1,4 @@
-"""What a comparison with known networks shows, in sentences and as a table."""
+"""The result of a comparison with known networks, in sentences and as a table."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from rich.table import Table
 
+from nas.reporting import console_table
 from nas.validation.contenders import MOST_GAIN, Contender, ContenderKind
 
 # Latencies that differ by less than this share are called equal: on a CPU no smaller difference is real.
@@ -13,11 +14,11 @@ SAME_LATENCY = 0.1
 
 
 def verdict(contenders: Sequence[Contender]) -> list[str]:
-    """Sentences that compare the networks which a study has found with known ones.
+    """Sentences that compare the networks of a study with known ones.
 
     At equal accuracy each baseline is held against the fastest found network that is at least as accurate, at equal
     latency against the most accurate one that is at most as slow; nothing is interpolated. Only networks whose
-    trainings have converged are compared. Where there is nothing to compare, one sentence says why.
+    trainings have converged are compared. Where there is nothing to compare, one sentence gives the reason.
     """
     found = [each for each in contenders if each.kind is ContenderKind.FOUND]
     others = [each for each in contenders if each.kind is not ContenderKind.FOUND]
@@ -47,9 +48,9 @@ def verdict(contenders: Sequence[Contender]) -> list[str]:
 def _sentence(baseline: Contender, found: Sequence[Contender]) -> str:
     """A sentence that compares a baseline with the found networks."""
     as_accurate = [each for each in found if each.accuracy >= baseline.accuracy]
-    as_fast = [each for each in found if each.latency_ms <= baseline.latency_ms]
+    as_fast = [each for each in found if each.latency.median_ms <= baseline.latency.median_ms]
     if as_accurate:
-        fastest = min(as_accurate, key=lambda each: each.latency_ms)
+        fastest = min(as_accurate, key=lambda each: each.latency.median_ms)
         at_accuracy = f"at equal accuracy {fastest.name} {_faster(fastest, baseline)}"
     else:
         best = max(found, key=lambda each: each.accuracy)
@@ -60,13 +61,13 @@ def _sentence(baseline: Contender, found: Sequence[Contender]) -> str:
         more = f"{abs(points):.1f} points {'more' if points >= 0 else 'less'} accurate"
         at_latency = f"at equal latency {best.name} is {more} ({_figures(best)})"
     else:
-        fastest = min(found, key=lambda each: each.latency_ms)
+        fastest = min(found, key=lambda each: each.latency.median_ms)
         at_latency = f"no found network is as fast, the fastest, {fastest.name}, {_figures(fastest)}"
     return f"{baseline.name} ({_figures(baseline)}): {at_accuracy}; {at_latency}."
 
 
 def _faster(found: Contender, baseline: Contender) -> str:
-    ratio = baseline.latency_ms / found.latency_ms
+    ratio = baseline.latency.median_ms / found.latency.median_ms
     if 1 / (1 + SAME_LATENCY) < ratio < 1 + SAME_LATENCY:
         return f"is about as fast ({_figures(found)})"
     if ratio > 1:
@@ -75,18 +76,16 @@ def _faster(found: Contender, baseline: Contender) -> str:
 
 
 def _figures(contender: Contender) -> str:
-    return f"{contender.accuracy:.1%} in {contender.latency_ms:.3g} ms at {contender.resolution} px"
+    return f"{contender.accuracy:.1%} in {contender.latency.median_ms:.3g} ms at {contender.resolution} px"
 
 
 def table(contenders: Sequence[Contender], title: str) -> Table:
     """The contenders as a table for a terminal of 80 columns."""
-    made = Table(title=title, title_justify="left", show_edge=False, padding=(0, 0, 0, 1))
-    for header in ("network", "accuracy", "latency ms", "px", "params k", "MMACs", "converged"):
-        left = header == "network"
-        made.add_column(header, justify="left" if left else "right", overflow="fold" if left else "ellipsis")
+    headers = ("network", "accuracy", "latency ms", "px", "params k", "MMACs", "converged")
+    made = console_table(title, *headers, text=("network",))
     for each in contenders:
         made.add_row(
-            each.name, f"{each.accuracy:.1%}", f"{each.latency_ms:.4f}", str(each.resolution),
+            each.name, f"{each.accuracy:.1%}", f"{each.latency.median_ms:.4f}", str(each.resolution),
             f"{each.params / 1e3:,.0f}", f"{each.macs / 1e6:,.1f}", "yes" if each.converged else "no",
         )  # fmt: skip
     return made

@@ -12,6 +12,7 @@ from torch import nn
 
 from nas.config import LatencyConfig, SearchConfig
 from nas.errors import CandidateFailed, UsageError
+from nas.latency.values import Latency
 from nas.recorded import RecordedStudy
 from nas.training import pool as trainings
 from nas.validation import baseline_latencies
@@ -82,7 +83,7 @@ def test_features_that_are_no_map_have_no_stride() -> None:
         def forward_features(self, x: torch.Tensor) -> torch.Tensor:
             return x.flatten(2)
 
-    with pytest.raises(CandidateFailed, match="no map"):
+    with pytest.raises(CandidateFailed, match="not a map"):
         total_stride(Tokens())
 
 
@@ -119,9 +120,10 @@ def contender(
     name: str, accuracy: float, latency_ms: float, kind: ContenderKind = ContenderKind.FOUND, converged: bool = True
 ) -> Contender:
     return Contender(
-        name=name, kind=kind, summary=name, trial=None, params=1, macs=1, accuracy=accuracy, latency_ms=latency_ms,
-        latency_p20_ms=latency_ms, latency_p80_ms=latency_ms, engine="eager", resolution=32, learning_rate=1e-3,
-        steps=800, batch_size=32, rates=3, converged=converged, reason="doubling the steps gained 9 points",
+        name=name, kind=kind, summary=name, trial=None, params=1, macs=1, accuracy=accuracy,
+        latency=Latency(latency_ms, latency_ms, latency_ms, repeats=1), engine="eager", resolution=32,
+        learning_rate=1e-3, steps=800, batch_size=32, rates=3, converged=converged,
+        reason="doubling the steps gained 9 points",
     )  # fmt: skip
 
 
@@ -197,8 +199,8 @@ def test_networks_side_by_side(store: Store, config: SearchConfig) -> None:
     assert theirs.training.startswith("2 steps of 8 images at learning rate 0.001, the only one; ")
     assert theirs.params == sum(p.numel() for p in timm_model("test_resnet", 2).parameters())
     assert theirs.macs > 1e5
-    assert all(0 < each.latency_p20_ms <= each.latency_ms <= each.latency_p80_ms for each in found.values())
-    latencies = [each.latency_ms for each in contenders(recorded(store, config))]
+    assert all(0 < each.latency.p20_ms <= each.latency.median_ms <= each.latency.p80_ms for each in found.values())
+    latencies = [each.latency.median_ms for each in contenders(recorded(store, config))]
     assert latencies == sorted(latencies)
     assert len(verdict(list(found.values()))) >= 1
     assert table(list(found.values()), "title").row_count == 5

@@ -81,4 +81,4 @@ def test_dollars_are_no_formulas(tmp_path: Path) -> None:
     save_charts([Chart("x", "y", [DOTS])], tmp_path / "figure.svg", title=r"$\frac$")
     notes = re.findall(r"<!-- (.*?) -->", (tmp_path / "figure.svg").read_text())
     assert r"$\frac$" in "".join(notes).replace(r"\$", "$")
-    assert charts.plain("$") == r"\$"
+    assert charts.escaped("$") == r"\$"

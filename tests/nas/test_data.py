@@ -144,7 +144,7 @@ def test_a_folder_of_test_images_is_no_class(tmp_path: Path) -> None:
     make_folder(tmp_path, {"cat": 6, "dog": 6, "Test": 4})
     loaded = load(tmp_path)
     assert loaded.classes == ("cat", "dog")
-    assert loaded.notes == (f"{tmp_path}: Test is not taken for a class",)
+    assert loaded.notes == (f"{tmp_path}: Test is a test set, not a class",)
     assert data.class_count(DataConfig(source=str(tmp_path))) == 2
 
 
@@ -211,7 +211,7 @@ def test_sixteen_bits_a_channel_are_not_converted(tmp_path: Path) -> None:
     """Pillow would make nearly all of it white."""
     make_folder(tmp_path, {"cat": 3, "dog": 3})
     Image.fromarray(np.full((16, 16), 4000, np.uint16)).save(tmp_path / "dog" / "deep.png")
-    with pytest.raises(UsageError, match=r"deep.png is not an RGB image .its mode is I.*cannot be made one"):
+    with pytest.raises(UsageError, match=r"deep.png is not an RGB image .its mode is I.*cannot be converted to one"):
         load(tmp_path, to_rgb=True)
 
 

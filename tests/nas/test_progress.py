@@ -7,10 +7,11 @@ import pandas as pd
 import pytest
 from rich.console import Console
 
+from nas.display.front_table import front_table
 from nas.lab.invented import FakeEvaluator
 from nas.search.evaluation import Outcome
 from nas.search.loop import Event
-from nas.search.progress import LiveProgress, front_table, scored
+from nas.search.progress import LiveProgress, scored
 from search_spaces import load_space
 from studies import CandidateState
 

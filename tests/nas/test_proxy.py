@@ -138,7 +138,7 @@ def test_evaluation_counts_every_validation_image() -> None:
     always_one[1].weight.data.zero_()
     always_one[1].bias.data = torch.tensor([0.0, 1.0])
     labels = torch.cat([torch.ones(1100), torch.zeros(400)]).long()
-    accuracy, loss = proxy.evaluate(always_one, Batches(replace(data, val_labels=labels), CPU))
+    accuracy, loss = proxy.validate(always_one, Batches(replace(data, val_labels=labels), CPU))
     assert accuracy == pytest.approx(1100 / 1500)
     expected = (1100 * math.log(1 + math.exp(-1)) + 400 * math.log(1 + math.exp(1))) / 1500
     assert loss == pytest.approx(expected, rel=1e-5)
@@ -148,13 +148,13 @@ def test_evaluation_counts_every_validation_image() -> None:
 def test_deterministic_algorithms_are_for_the_training_only(asked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The latency is that of the deployment, which asks for nothing of the kind."""
     seen = set()
-    evaluate = proxy.evaluate
+    validate = proxy.validate
 
     def watched(network: nn.Module, batches: Batches) -> tuple[float, float]:
         seen.add(torch.are_deterministic_algorithms_enabled())
-        return evaluate(network, batches)
+        return validate(network, batches)
 
-    monkeypatch.setattr(proxy, "evaluate", watched)
+    monkeypatch.setattr(proxy, "validate", watched)
     train(build(), Batches(easy_data(), CPU), replace(QUICK, steps=1, deterministic=asked), seed=0)
     assert seen == {asked}
     assert torch.utils.deterministic.fill_uninitialized_memory

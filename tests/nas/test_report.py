@@ -20,6 +20,7 @@ from PIL import Image
 from nas.config import LatencyConfig, Limits, SearchConfig
 from nas.errors import CandidateFailed, UsageError
 from nas.lab.invented import FakeEvaluator
+from nas.latency.values import Latency
 from nas.pareto import hypervolume, running_hypervolume
 from nas.recorded import RecordedStudy, deployment_of
 from nas.report import page as report
@@ -116,7 +117,7 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Store, str
 def contender(name: str = "resnet18", kind: ContenderKind = ContenderKind.TIMM, **changes: Any) -> Contender:
     fields: dict[str, Any] = dict(
         name=name, kind=kind, summary=name, trial=None, params=11_000_000, macs=37_000_000, accuracy=0.9,
-        latency_ms=4.0, latency_p20_ms=3.9, latency_p80_ms=4.2, engine="channels_last", resolution=64,
+        latency=Latency(4.0, 3.9, 4.2, repeats=50), engine="channels_last", resolution=64,
         learning_rate=0.002, steps=2000, batch_size=32, rates=3, converged=True, reason="at rest",
     )  # fmt: skip
     return Contender(**{**fields, **changes})
@@ -240,11 +241,12 @@ def test_baselines_get_a_plot_of_their_own_unless_they_were_trained_alike(
     study: tuple[Store, str], material: Material, tmp_path: Path
 ) -> None:
     store, _ = study
-    alike = contender("a twin", ContenderKind.DEFAULT, resolution=32, steps=200, latency_ms=0.5)
-    longer = contender("resnet18", converged=False, reason="still rising", latency_ms=6.0)
-    assert comparable(material.study, alike)
-    assert not comparable(material.study, longer)
-    assert not comparable(material.study, replace(alike, resolution=64))
+    fast = Latency(0.5, 0.4, 0.6, repeats=50)
+    alike = contender("a twin", ContenderKind.DEFAULT, resolution=32, steps=200, latency=fast)
+    longer = contender("resnet18", converged=False, reason="still rising", latency=Latency(6.0, 5.9, 6.2, repeats=50))
+    assert comparable(material.recorded, alike)
+    assert not comparable(material.recorded, longer)
+    assert not comparable(material.recorded, replace(alike, resolution=64))
     page = made(store, tmp_path, contenders=[longer, alike], verdict=["Twice as fast, it says."])
     named = [name for trace in page.plots["front"]["data"] for name in trace.get("text", ())]
     assert "a twin" in named
@@ -362,9 +364,9 @@ def test_incomplete_trials_are_grouped_by_what_went_wrong() -> None:
     assert [(group.outcome, group.reason, group.numbers) for group in incomplete_trials(candidates, trials)] == [
         ("over a limit", "latency_ms … over the limit", (1, 3)),
         ("failed", "out of memory", (0,)),
-        ("failed", "not told", (4,)),
+        ("failed", "unknown", (4,)),
         ("over a limit", "conv2d: latency_ms +1.5e-3 over the limit", (5,)),
-        ("duplicate", "proposed again what was known: nothing was measured", (6,)),
+        ("duplicate", "architecture of an earlier trial, not evaluated again", (6,)),
         ("interrupted", "interrupted", (7,)),
     ]
 
@@ -400,7 +402,7 @@ def test_importances_of_what_optuna_refuses_are_a_sentence(monkeypatch: pytest.M
 
     monkeypatch.setattr("nas.report.importance.get_param_importances", refuse)
     (found,) = importances(optuna_study(30, lambda n: (n, n)), ["accuracy"])
-    assert found.why_not == "Optuna could not tell them (no such thing)."
+    assert found.why_not == "Optuna could not compute them (no such thing)."
 
 
 def test_of_a_long_front_as_many_are_drawn_as_there_is_room_for(material: Material) -> None:

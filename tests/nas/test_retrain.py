@@ -123,7 +123,7 @@ def test_images_of_other_data_that_are_not_rgb_are_converted_if_asked(
         grey = image.convert("L")
     grey.save(path)
     asked = RetrainConfig(top=1, dominated=0, steps=2, data=str(other))
-    with pytest.raises(UsageError, match="--to-rgb converts such"):
+    with pytest.raises(UsageError, match="--to-rgb converts it"):
         retrain(RecordedStudy.open(store, config.study), asked)
     assert len(retrain(RecordedStudy.open(store, config.study), replace(asked, to_rgb=True)).rows) == 1
 

@@ -194,7 +194,7 @@ def test_what_was_proposed_again_says_so(sqlite_url: str, tiny_space: SearchSpac
     again = [trial for trial in served.study()["trials"] if "duplicate_of" in attrs(trial)]
     assert again, "no duplicate"
     for trial in again:
-        assert f"proposed again what trial {attrs(trial)['duplicate_of']} is" in trial["note"]["body"]
+        assert f"the architecture of trial {attrs(trial)['duplicate_of']}, not" in trial["note"]["body"]
         assert trial["state"] == "Pruned"
     served.close()
     store.close()
