@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 
 from nas.config import PIXELS, DataConfig
 from nas.options import Bounds, Checked, at_least, option, same_as
@@ -14,6 +16,12 @@ RATES = (1 / 8, 1 / 2, 2.0)
 ALL = "all"
 
 LONG_STEPS = f"{LONG} times the study's"
+
+
+def _listed(factors: Sequence[float]) -> str:
+    """Factors in words, such as 1/8, 1/2 and 2."""
+    *first, last = (str(Fraction(factor)) for factor in factors)
+    return f"{', '.join(first)} and {last}"
 
 
 def _names(text: str) -> tuple[str, ...]:
@@ -55,7 +63,7 @@ class BaselineConfig(Checked):
     steps: int | None = option(None, "--steps", "Training steps per network", default=LONG_STEPS, bounds=at_least(2))
     learning_rates: tuple[float, ...] | None = option(
         None, "--learning-rates", "Comma-separated rates; each network keeps its best",
-        default="1/8, 1/2 and 2 times the study's rate", typed=str, parse=_rates,
+        default=f"{_listed(RATES)} times the study's rate", typed=str, parse=_rates,
         bounds=Bounds(lambda rates: rates and all(0 < rate < math.inf for rate in rates), "positive numbers"),
     )  # fmt: skip
     map_size: int | None = option(
