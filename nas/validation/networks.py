@@ -119,7 +119,7 @@ def default_map_size(own: int, kind: str) -> int:
     """Width in pixels of the final feature map of networks that are not ours.
 
     It is the map of the study's own networks; on a CPU half of it, rounded up, which trains in a quarter of the time.
-    So beside 32 pixels and stride 8, stride 32 is shown 64 pixels on a CPU: its map of 2x2 is not yet a single pixel.
+    So beside 32 pixels and stride 8, stride 32 is shown 64 pixels on a CPU: its map is 2x2 and not a single pixel.
 
     Args:
         own: width of the map of the study's networks.
