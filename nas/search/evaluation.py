@@ -6,7 +6,7 @@ import contextlib
 import ctypes
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -21,6 +21,7 @@ from nas.latency.devices import anchor_must_run, check_device
 from nas.latency.isolation import ArchMeter, meter_for
 from nas.latency.values import Measurement, ShapeLatency, memory_mb
 from nas.locks import WAITING, device_lock
+from nas.reporting import Note
 from nas.training import data as image_data
 from nas.training import proxy
 from nas.training.determinism import measure_apart
@@ -109,7 +110,7 @@ class RealEvaluator:
         UsageError: the data cannot be loaded, or the device does not exist.
     """
 
-    def __init__(self, config: SearchConfig, note: Callable[[str], None] = lambda line: None) -> None:
+    def __init__(self, config: SearchConfig, note: Note = lambda line: None) -> None:
         self.config = config
         self.note = note
         self.torch_device = check_device(config.latency)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from typing import Any
@@ -18,6 +18,7 @@ from nas.latency.block_table import BlockTable
 from nas.latency.device_profile import store_profile
 from nas.options import Keep, options
 from nas.recorded import RecordedStudy
+from nas.reporting import Note
 from nas.search.evaluation import Evaluator
 from nas.search.live_study import LiveStudy
 from studies import Owner, Store, guarded
@@ -145,9 +146,7 @@ def check_same_set_up(config: SearchConfig, recorded: RecordedStudy, evaluator: 
 
 
 @contextmanager
-def open_study(
-    config: SearchConfig, evaluator: Evaluator, versions: str, note: Callable[[str], None]
-) -> Iterator[LiveStudy]:
+def open_study(config: SearchConfig, evaluator: Evaluator, versions: str, note: Note) -> Iterator[LiveStudy]:
     """The study that `config` names, made if it is new, and claimed for this process while the block runs.
 
     Args:
@@ -189,7 +188,7 @@ def open_study(
 
 
 def _begin(
-    store: Store, config: SearchConfig, evaluator: Evaluator, owner: Owner, versions: str, note: Callable[[str], None]
+    store: Store, config: SearchConfig, evaluator: Evaluator, owner: Owner, versions: str, note: Note
 ) -> tuple[RecordedStudy, studies.Profile]:
     """Make a new study, claim it, and return it with the device's profile.
 
