@@ -368,6 +368,7 @@ def picture_folder(root: Path, classes: int, mode: str = "RGB") -> None:
         (f"analyze --arch '{ARCH}' --against 7", "--study convfirst: not in the database, so there is no --against 7"),
         (f"analyze --arch '{ARCH}' --device cpu --engine fused", "--engine fused: does not run on cpu"),
         (f"analyze --arch '{ARCH}' --storage nonsense", "--storage nonsense: "),
+        ("--storage ''", "--storage : is no database's URL"),
         ("remeasure", "--storage sqlite:///studies/convfirst.db: there is no study database"),
         ("remeasure --storage sqlite:///foreign.db", "--storage sqlite:///foreign.db: "),
         ("dashboard", "--storage sqlite:///studies/convfirst.db: there is no study database"),
@@ -885,6 +886,7 @@ def test_baselines_of_a_study_of_nothing_are_refused() -> None:
     assert call("--budget 2 --device cpu").exit_code == 0
     for line, told in (
         ("--models nosuch", "--models nosuch: timm has no such model"),
+        ("--models ,", "--models ,: is not a list of timm models"),
         ("--found 0", "--found 0: .*at least 1"),
         ("--steps 1", "--steps 1: .*at least 2"),
         ("--learning-rates 0.1,x", "--learning-rates 0.1,x: not numbers"),

@@ -42,8 +42,9 @@ def search(
         if typed := typed_options(context):
             fail(f"{typed[0]}: belongs after the command: run_search.py {context.invoked_subcommand} {typed[0]} ...")
         return
+    storage = context.params["storage"]
     # Importing torch takes seconds, in which Ctrl-C may come, too.
-    with interruptible(), reported(context.params["storage"] or DEFAULT_STORAGE):
+    with interruptible(), reported(DEFAULT_STORAGE if storage is None else storage):
         _run(_config(given(SearchConfig, context)), take_over)
 
 

@@ -10,7 +10,6 @@ from rich.table import Table
 
 from nas.cli.console import out, reported, say
 from nas.cli.options import given, made, takes
-from nas.config import PIXELS
 from nas.errors import UsageError
 from nas.options import Checked, at_least, option
 
@@ -21,7 +20,7 @@ class Counted(Checked):
 
     classes: int = option(10, "--classes", "Classes of the networks", bounds=at_least(1))
     resolution: int | None = option(
-        None, "--resolution", "Width and height of the images, in pixels", default="the space's", bounds=PIXELS
+        None, "--resolution", "Width and height of the images, in pixels", default="the space's", bounds=at_least(8)
     )
 
 

@@ -25,8 +25,15 @@ def _listed(factors: Sequence[float]) -> str:
 
 
 def _names(text: str) -> tuple[str, ...]:
-    """The models that a user typed, separated by commas."""
-    return tuple(name.strip() for name in text.split(",") if name.strip())
+    """The models that a user typed, separated by commas.
+
+    Raises:
+        ValueError: there are none.
+    """
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise ValueError(f"{text}: is not a list of timm models")
+    return names
 
 
 def _rates(text: str) -> tuple[float, ...]:
