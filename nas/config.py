@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -26,6 +26,14 @@ AUTO = "auto"
 MAX_THREADS = 1024
 MAX_RESOLUTION = 2048  # pixels
 MAX_BUDGET = 1_000_000
+# Data sets that have a name of their own; a name with one of timm's prefixes is that of a data set of timm, which takes
+# one without a prefix for a folder of images below --data-dir.
+NAMED_DATA = ("digits", "cifar10", "cifar100")
+TIMM_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
+# Data sets of digits: a mirrored 2 is not a 2.
+NEVER_MIRRORED = ("mnist", "svhn")
+# The way in which image folders are read today; see `DataConfig`.
+READING = 2
 
 
 class Sampler(StrEnum):
@@ -75,6 +83,10 @@ class DataConfig(Checked):
         data_dir: folder of CIFAR's and timm's files.
         download: whether torchvision or timm may download them.
         to_rgb: whether a folder's images that are not RGB (ImageNet has some) are converted instead of refused.
+        mirror: whether training images are mirrored at random; None becomes what suits the source, see `is_mirrored`.
+        reading: the way in which files become images and labels. Since 2, classes are numbered in timm's order,
+            transparent images are laid on white, EXIF orientations are applied, links are followed, a split is a folder
+            of class folders, and images are resized as timm does. Studies that were begun with 1 keep it.
     """
 
     source: str = option(
@@ -91,7 +103,32 @@ class DataConfig(Checked):
     download: bool = option(
         False, "--download", "Download the data set of CIFAR or timm", panel=DATA, keep=Keep.TRANSIENT
     )
-    to_rgb: bool = option(False, "--to-rgb", "Convert images that are not RGB, which are refused otherwise", panel=DATA)
+    to_rgb: bool = option(
+        False, "--to-rgb", "Convert images that are not RGB, which are refused otherwise; what is transparent becomes "
+        "white", panel=DATA,
+    )  # fmt: skip
+    mirror: bool | None = option(
+        None, "--mirror/--no-mirror", "Mirror training images at random, or never: a mirrored left is a right",
+        default="mirror, but for digits, MNIST and SVHN", panel=DATA,
+    )  # fmt: skip
+    reading: int = READING
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.mirror is None:
+            object.__setattr__(self, "mirror", is_mirrored(self.source))
+
+    @property
+    def is_folder(self) -> bool:
+        """Whether the source is a path, of which the same folder may have several."""
+        return self.source not in NAMED_DATA and not self.source.lower().startswith(TIMM_PREFIXES)
+
+
+def is_mirrored(source: str) -> bool:
+    """Whether training images of a source are mirrored where nothing is said: all but digits."""
+    name = source.lower()
+    of_digits = "fashion" not in name and any(word in name for word in NEVER_MIRRORED)
+    return source != "digits" and not (of_digits and name.startswith(TIMM_PREFIXES))
 
 
 @dataclass(frozen=True)
@@ -204,7 +241,7 @@ def moved(base: LatencyConfig | None, **changes: Any) -> LatencyConfig:
     kind = changes.get("device", base.device).partition(":")[0]
     if kind != base.device.partition(":")[0]:
         changes = {"engine": AUTO, "dtype": AUTO, "precision": None, **changes}
-    return dataclasses.replace(base, **changes)
+    return replace(base, **changes)
 
 
 @dataclass(frozen=True)
@@ -294,6 +331,10 @@ class SearchConfig(Checked):
         # Studies that were begun before there was a choice do not have it.
         if not self.data.to_rgb:
             del fields["data"]["to_rgb"]
+        if self.data.reading == 1:
+            del fields["data"]["reading"]
+            if self.data.mirror == is_mirrored(self.data.source):
+                del fields["data"]["mirror"]
         return fields
 
     @classmethod
@@ -323,7 +364,28 @@ def _transient(owner: type[Any]) -> set[str]:
 
 
 # What studies mean by fields that they do not have, because they were begun before there was a choice.
-ABSENT: dict[str, dict[str, Any]] = {"data": {"to_rgb": False}, "latency": {"precision": None, "seconds": 3.0}}
+ABSENT: dict[str, dict[str, Any]] = {
+    "data": {"to_rgb": False, "mirror": None, "reading": 1},
+    "latency": {"precision": None, "seconds": 3.0},
+}
+
+
+def respelled(config: SearchConfig, stored: SearchConfig) -> SearchConfig:
+    """A configuration in the spelling of a stored one, where another spelling may mean the same.
+
+    Of two folders nobody knows whether they hold the same images until these are loaded: then their fingerprint tells.
+    """
+    # A reading is no choice of the user's: a study goes on with its own.
+    data, latency = replace(config.data, reading=stored.data.reading), config.latency
+    if data.is_folder and stored.data.is_folder:
+        data = replace(data, source=stored.data.source)
+    if _indexed(latency.device) == _indexed(stored.latency.device):
+        latency = replace(latency, device=stored.latency.device)
+    return replace(config, data=data, latency=latency)
+
+
+def _indexed(device: str) -> str:
+    return "cuda:0" if device == "cuda" else device
 
 
 def _of_fields(part: type[Any], stored: Mapping[str, Any]) -> Any:

@@ -55,7 +55,7 @@ class Option:
     """The declaration of one option.
 
     Args:
-        flag: the flag on the command line, such as `--budget`.
+        flag: the flag on the command line, such as `--budget`, or a pair `--mirror/--no-mirror`.
         help: the help text, without the default.
         default: the default in words; empty where there is none.
         panel: the heading under which `--help` lists it (default: that of the command itself).
@@ -76,9 +76,14 @@ class Option:
     parse: Callable[[Any], Any] | None = None
 
     @property
+    def name(self) -> str:
+        """The flag in messages: of a pair, the first."""
+        return self.flag.partition("/")[0]
+
+    @property
     def parameter(self) -> str:
         """The flag as a Python name."""
-        return self.flag.removeprefix("--").replace("-", "_")
+        return self.name.removeprefix("--").replace("-", "_")
 
 
 def option(value: Any, flag: str, help: str, *, default: str | None = None, **rest: Any) -> Any:

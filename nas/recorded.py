@@ -103,15 +103,18 @@ class RecordedStudy:
         """
         return self.config.limits.latency_ms or 2 * self.row.anchor_ms
 
-    def check_images(self, fingerprint: str) -> None:
+    def check_images(self, source: str, fingerprint: str) -> None:
         """Refuse images that are not those of the search.
+
+        Args:
+            source: name of the images, or their folder, which need not be where it was.
 
         Raises:
             UsageError: the study has another fingerprint.
         """
         if fingerprint != self.row.data_fingerprint:
             reason = f"holds other images than when --study {self.name} was begun"
-            raise UsageError(f"--data {self.config.data.source}: {reason}")
+            raise UsageError(f"--data {source}: {reason}")
 
     def candidates(self) -> list[Candidate]:
         """All evaluated candidates, in the order of their trials."""

@@ -9,8 +9,6 @@ from search_spaces.arch import ArchSpec
 
 ARCHITECTURE = "convfirst"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-# Nothing is cropped off images smaller than this. timm's own shares lie between .875 and 1.
-CROP_FROM, CROP_PCT = 128, 0.95
 
 
 def model_args(arch: ArchSpec) -> dict[str, Any]:
@@ -28,7 +26,6 @@ def timm_config(
     *,
     mean: Sequence[float] = IMAGENET_MEAN,
     std: Sequence[float] = IMAGENET_STD,
-    whole_image: bool = False,
     notes: Sequence[str] = (),
     **ours: Any,
 ) -> dict[str, Any]:
@@ -37,7 +34,6 @@ def timm_config(
     Args:
         resolution: height and width in pixels of the images that the network is for.
         mean, std: mean and standard deviation of the images' channels, in 0..1.
-        whole_image: whether nothing is cropped off the images, as when the weights were trained.
         notes: lines that timm keeps with the network.
         ours: further fields, which timm does not read.
     """
@@ -50,8 +46,9 @@ def timm_config(
         "model_args": {**model_args(arch), "num_classes": num_classes, "in_chans": 3, "global_pool": "avg"},
         "pretrained_cfg": {
             "custom_load": False, "input_size": [3, resolution, resolution], "fixed_input_size": False,
-            "interpolation": "bicubic", "crop_pct": 1.0 if whole_image or resolution < CROP_FROM else CROP_PCT,
-            "crop_mode": "center", "mean": list(mean), "std": list(std), "num_classes": num_classes,
+            # As the search evaluates: the shorter side is resized, and the middle is cropped.
+            "interpolation": "bicubic", "crop_pct": 1.0, "crop_mode": "center",
+            "mean": list(mean), "std": list(std), "num_classes": num_classes,
             "pool_size": None, "first_conv": "conv_stem", "classifier": "classifier",
             **({"notes": list(notes)} if notes else {}),
         },

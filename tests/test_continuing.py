@@ -31,7 +31,7 @@ DUMP = Path(__file__).parent / "data" / "study_3c0a121.sql"
 # A default for each field of the identity that is not today's.
 OTHER_DEFAULTS: dict[type[Any], dict[str, Any]] = {
     SearchConfig: {"space": load_space("imagenet"), "sampler": "random", "seed": 7},
-    DataConfig: {"source": "cifar10", "resolution": 64, "to_rgb": True},
+    DataConfig: {"source": "cifar10", "resolution": 64, "to_rgb": True, "mirror": True, "reading": 7},
     ProxyConfig: {
         "steps": 300, "batch_size": 8, "learning_rate": 1e-3, "weight_decay": 0.5, "betas": (0.5, 0.6), "warmup": 0.5,
         "label_smoothing": 0.3, "threads": 3, "deterministic": True,
@@ -45,17 +45,18 @@ OTHER_DEFAULTS: dict[type[Any], dict[str, Any]] = {
 
 # What each flag may say that the study does not.
 DIFFERENT = {
-    "--space": "imagenet", "--data": "cifar10", "--resolution": "64", "--to-rgb": "", "--proxy-steps": "300",
-    "--proxy-batch": "8", "--proxy-lr": "0.001", "--threads": "7", "--deterministic": "", "--device": "cuda:1",
-    "--engine": "eager", "--dtype": "bfloat16", "--latency-batch": "4", "--latency-resolution": "64",
-    "--latency-classes": "3", "--latency-threads": "2", "--max-latency-ms": "9", "--max-params": "9000000",
-    "--max-macs": "9000000000", "--max-memory-mb": "99", "--sampler": "random", "--seed": "7",
+    "--space": "imagenet", "--data": "cifar10", "--resolution": "64", "--to-rgb": "", "--mirror": "",
+    "--proxy-steps": "300", "--proxy-batch": "8", "--proxy-lr": "0.001", "--threads": "7", "--deterministic": "",
+    "--device": "cuda:1", "--engine": "eager", "--dtype": "bfloat16", "--latency-batch": "4",
+    "--latency-resolution": "64", "--latency-classes": "3", "--latency-threads": "2", "--max-latency-ms": "9",
+    "--max-params": "9000000", "--max-macs": "9000000000", "--max-memory-mb": "99", "--sampler": "random",
+    "--seed": "7",
 }  # fmt: skip
 
 SAME = (
-    "--space small --data digits --resolution 32 --proxy-steps 200 --proxy-batch 32 --proxy-lr 8e-3 --threads 2"
-    " --device cpu --engine torchscript --dtype float32 --latency-batch 1 --latency-resolution 32 --latency-classes 10"
-    " --latency-threads 1 --sampler tpe --seed 0"
+    "--space small --data digits --resolution 32 --no-mirror --proxy-steps 200 --proxy-batch 32 --proxy-lr 8e-3"
+    " --threads 2 --device cpu --engine torchscript --dtype float32 --latency-batch 1 --latency-resolution 32"
+    " --latency-classes 10 --latency-threads 1 --sampler tpe --seed 0"
 )
 
 
@@ -160,7 +161,7 @@ def test_the_precision_of_measurements_is_a_runs_own(recorded: RecordedStudy, as
 @pytest.mark.usefixtures("recorded")
 def test_every_flag_that_says_something_else_is_refused_by_name(asked: list[SearchConfig]) -> None:
     declared = search.declared.values()  # type: ignore[attr-defined]
-    assert set(DIFFERENT) == {option.flag for option in declared if option.keep is Keep.FIXED}
+    assert set(DIFFERENT) == {option.name for option in declared if option.keep is Keep.FIXED}
     Path("mine.toml").write_text(TINY_TOML)
     before = Path("studies/convfirst.db").read_bytes()
     for flag, value in [*DIFFERENT.items(), ("--space", "mine.toml")]:

@@ -86,7 +86,8 @@ def given(owner: type[Checked], context: typer.Context) -> dict[str, Any]:
     found: dict[str, Any] = {name: given(part, context) for name, part in parts(owner).items()}
     for name, option in options(owner).items():
         value = context.params.get(option.parameter)
-        if value is None or value is False:
+        # A flag that can only be set is False where it was left out; of a pair of flags, False is the second.
+        if value is None or (value is False and "/" not in option.flag):
             continue
         try:
             value = option.parse(value) if option.parse else value

@@ -24,7 +24,7 @@ def reference() -> str:
 def _rows(command: Any) -> Iterator[str]:
     declared = getattr(command.callback, "declared", {})
     for each in command.params:
-        name = each.opts[0] if each.opts[0].startswith("-") else each.name.upper()
+        name = "/".join(each.opts + each.secondary_opts) if each.opts[0].startswith("-") else each.name.upper()
         default = f" (default: {each.default})" if each.show_default and each.default else ""
         bounds = declared[each.name].bounds if each.name in declared else None
         group, values = each.rich_help_panel or "", bounds.expected if bounds else ""

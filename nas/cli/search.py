@@ -12,7 +12,7 @@ from nas.cli.console import fail, interruptible, out, reported, say
 from nas.cli.fronts import print_front
 from nas.cli.opening import store_if_any
 from nas.cli.options import given, made, takes, typed_options
-from nas.config import DEFAULT_STORAGE, DEFAULT_STUDY, DataConfig, SearchConfig
+from nas.config import DEFAULT_STORAGE, DEFAULT_STUDY, DataConfig, SearchConfig, respelled
 from nas.options import Keep, options, parts
 
 
@@ -64,20 +64,20 @@ def _config(typed: dict[str, Any]) -> SearchConfig:
     if study is None:
         return made(SearchConfig, _completed(typed))
     config = made(SearchConfig, typed, study.config)
-    if lines := list(_changes(SearchConfig, study.config, typed)):
+    if lines := list(_changes(SearchConfig, study.config, respelled(config, study.config), typed)):
         raise other_configuration(name, lines)
     return config
 
 
-def _changes(owner: type[Any], stored: Any, typed: dict[str, Any]) -> Iterator[str]:
+def _changes(owner: type[Any], stored: Any, now: Any, typed: dict[str, Any]) -> Iterator[str]:
     """A line for each flag that says something else than the study."""
     from nas.search.opening import differences, plain
 
     for name, option in options(owner).items():
         if name in typed and option.keep is Keep.FIXED:
-            yield from differences(plain(getattr(stored, name)), plain(typed[name]), option.flag)
+            yield from differences(plain(getattr(stored, name)), plain(getattr(now, name)), option.name)
     for name, part in parts(owner).items():
-        yield from _changes(part, getattr(stored, name), typed[name])
+        yield from _changes(part, getattr(stored, name), getattr(now, name), typed[name])
 
 
 def _completed(typed: dict[str, Any]) -> dict[str, Any]:

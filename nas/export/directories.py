@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from decimal import Decimal
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from nas.latency.analysis import from_table
 from nas.latency.block_table import BlockTable
 from nas.recorded import RecordedStudy
 from nas.reporting import Note
+from nas.training.folders import natural_order
 from nas.training.weights import Trained, Weights, weight_folder
 from search_spaces import ArchSpec, cost
 from search_spaces.timm_config import timm_config
@@ -40,6 +42,8 @@ from search_spaces.timm_file import timm_file
 from studies import displayed
 
 CONFIG, WEIGHTS, RECIPE, CARD = "config.json", "model.safetensors", "train.yaml", "README.md"
+# The names of the outputs, one a line, as timm's `--class-map` reads them.
+CLASSES = "classes.txt"
 # Files that `nas.export.formats` makes from the weights.
 FILES = ONNX, PROGRAM, COMPILED, FUSED = "model.onnx", "model.pt2", "model_aoti.pt2", "model_fused.pt2"
 # Our section of config.json.
@@ -73,6 +77,11 @@ class Exported:
     @property
     def num_classes(self) -> int:
         return int(self.config["num_classes"])
+
+    @property
+    def classes(self) -> list[str]:
+        """The names of the outputs, in their order; empty where they are not known."""
+        return [str(label) for label in self.config.get("label_names", ())]
 
     @property
     def resolution(self) -> int:
@@ -167,8 +176,9 @@ def of_study(recorded: RecordedStudy, storage: str, rows: pd.DataFrame) -> list[
             "study": _study_section(recorded, storage, number),
             "latency": _latency_section(row, config, table, arch) | {"anchor": anchor},
             "accuracy": {
-                "proxy": float(row["accuracy"]), "data": identity["data"], "training": identity["proxy"],
-                "seed": identity["seed"],
+                "proxy": float(row["accuracy"]), "training": identity["proxy"], "seed": identity["seed"],
+                "data": {**identity["data"], "mirror": recorded.config.data.mirror},
+                "preparation": [] if trained is None else list(trained.images.preparation),
             },
             "weights": None if trained is None else PROXY_WEIGHTS,
         }  # fmt: skip
@@ -222,7 +232,7 @@ def _exported(arch: ArchSpec, section: dict[str, Any], config: LatencyConfig, tr
         return Exported(timm_config(arch, config.num_classes, config.resolution, **fields), None)
     images = trained.images
     made = timm_config(
-        arch, len(images.classes), images.resolution, mean=images.mean, std=images.std, whole_image=True,
+        arch, len(images.classes), images.resolution, mean=images.mean, std=images.std,
         label_names=list(images.classes), **fields,
     )  # fmt: skip
     return Exported(made, trained.weights)
@@ -241,18 +251,30 @@ def render(exported: Exported) -> dict[str, str]:
         "params": counted.params, "macs": counted.macs, "proxy": section["weights"] == PROXY_WEIGHTS,
         "stages": stage_table(arch, exported.resolution, exported.num_classes),
         "recipe": recipe(counted.params, exported.resolution),
+        # Directories that were exported before these were recorded do not have them.
+        "mirror": section["accuracy"]["data"].get("mirror", True),
+        "preparation": section["accuracy"].get("preparation", ()),
+        "classes": exported.classes, "timms_order": _is_timms_order(exported.classes),
         **{key: section[key] for key in ("weights", "latency", "accuracy", "study")},
     }  # fmt: skip
     templates = Environment(
         loader=PackageLoader("nas.export"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True,
     )  # fmt: skip
+    named = {CLASSES: "".join(f"{label}\n" for label in exported.classes)} if exported.classes else {}
     return {
         CONFIG: json.dumps(config, indent=2) + "\n",
+        **named,
         f"{name}.py": timm_file(name, arch, config),
         RECIPE: templates.get_template("train.yaml").render(values),
         CARD: templates.get_template("model_card.md").render(values),
     }
+
+
+def _is_timms_order(classes: Sequence[str]) -> bool:
+    """Whether timm numbers folders of these names so; of names that differ in case alone, it takes any order."""
+    keys = [natural_order(name) for name in classes]
+    return all(one < other for one, other in pairwise(keys))
 
 
 def recipe(params: int, resolution: int) -> dict[str, Any]:
@@ -302,7 +324,7 @@ def write(networks: Sequence[Exported], out_dir: Path, formats: Formats = (), fo
                     _fill(aside / network.name, network, formats)
                 for place in places:
                     if place.exists():
-                        _merge(aside / place.name, place, stale=(WEIGHTS, *FILES))
+                        _merge(aside / place.name, place, stale=(WEIGHTS, CLASSES, *FILES))
                     else:
                         os.rename(aside / place.name, place)
                         made.append(place)
@@ -354,7 +376,7 @@ def rewrite(folder: Path, network: Exported, formats: Formats = (), note: Note =
                 if (folder / name).exists() and (folder / name).read_text(encoding="utf-8") != old[name]:
                     (made / name).unlink()
                     note(f"{folder / name}: stays as it was edited")
-            _merge(made, folder, stale=() if _same(before.weights, network.weights) else FILES)
+            _merge(made, folder, stale=() if _same(before.weights, network.weights) else (CLASSES, *FILES))
     except OSError as error:
         raise UsageError(f"{folder}: cannot be written ({error.strerror or error})") from error
 

@@ -11,7 +11,7 @@ from typing import Any
 import optuna
 
 import studies
-from nas.config import LatencyConfig, SearchConfig
+from nas.config import LatencyConfig, SearchConfig, respelled
 from nas.display import notes
 from nas.errors import UsageError
 from nas.latency.block_table import BlockTable
@@ -51,7 +51,8 @@ def check_same_config(config: SearchConfig, recorded: RecordedStudy) -> None:
     Raises:
         UsageError: the configurations differ.
     """
-    if lines := differences(_compared(recorded.identity), _compared(plain(config.identity()))):
+    now = respelled(config, recorded.config)
+    if lines := differences(_compared(recorded.identity), _compared(plain(now.identity()))):
         raise other_configuration(config.study, lines)
 
 
@@ -142,7 +143,7 @@ def check_same_set_up(config: SearchConfig, recorded: RecordedStudy, evaluator: 
         raise UsageError(
             f"--study {config.study}: its latencies were measured elsewhere ({'; '.join(lines)}); use another --study"
         )
-    recorded.check_images(evaluator.data_fingerprint)
+    recorded.check_images(config.data.source, evaluator.data_fingerprint)
 
 
 @contextmanager

@@ -5,13 +5,14 @@ from __future__ import annotations
 import hashlib
 import os
 import tempfile
+import time
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,13 +20,13 @@ from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from kernels.cache import cache_folder
-from nas.config import DataConfig
+from nas.config import TIMM_PREFIXES, DataConfig
 from nas.errors import UsageError, message_line
 from nas.reporting import Note
 from nas.training import clutter
-
-if TYPE_CHECKING:
-    from PIL import Image
+from nas.training.folders import class_count as folders_class_count
+from nas.training.folders import list_images
+from nas.training.images import ImageReader, NotAnImage, NotRGB
 
 DIGITS_TRAIN, DIGITS_VAL = 16_000, 3_000
 COMPOSING_SECONDS = 5e-7  # time per pixel, on one core of an EPYC
@@ -36,16 +37,12 @@ MAX_VAL_IMAGES = 5_000
 MAX_BYTES = 2 * 2**30  # size of the training images; a random subset of larger sets is used
 # Mean and deviation come from a sample, which is converted to float32: a whole set of 2 GiB would take 16 GiB.
 MEAN_IMAGES, MEAN_VALUES = 10_000, 50_000_000
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"}
-TRAIN_FOLDERS, VAL_FOLDERS, TEST_FOLDERS = ("train", "training"), ("val", "validation", "valid"), ("test", "testing")
-# Modes that Pillow converts to RGB without visible changes; in modes of 16 bits per channel it clips above 255.
-CONVERTIBLE = ("1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 # Fewer validation images than this hardly distinguish one network from another.
 FEW_VAL_IMAGES = 200
-# Prefixes of timm's data set names; timm takes a name without one for a folder of images below --data-dir.
-TIMM_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
-# Data sets of digits: a mirrored 2 is not a 2.
-NEVER_MIRRORED = ("mnist", "svhn")
+# Seconds between two lines of progress while images are read.
+PROGRESS_SECONDS = 10.0
+# Damaged images that are named before they are only counted.
+NAMED = 10
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,8 +53,9 @@ class ImageData:
         train_images, val_images: images, (N, 3, H, W) uint8; the validation images are held out of training.
         train_labels, val_labels: labels, (N,) int64.
         classes: name of each label.
-        flip: whether a mirrored image keeps its label.
+        flip: whether training images are mirrored at random, because a mirrored image keeps its label.
         notes: lines that the user should see, for example that a subset is used.
+        preparation: what must be done to such images before timm's loaders make the same pixels and labels of them.
     """
 
     train_images: Tensor
@@ -67,6 +65,7 @@ class ImageData:
     classes: tuple[str, ...]
     flip: bool
     notes: tuple[str, ...] = ()
+    preparation: tuple[str, ...] = ()
 
     @cached_property
     def mean_std(self) -> tuple[Tensor, Tensor]:
@@ -81,7 +80,8 @@ class ImageData:
         shown = ", ".join(self.classes) if len(self.classes) <= 5 else f"{self.classes[0]} to {self.classes[-1]}"
         line = (
             f"data: {len(self.classes)} classes ({shown}), {len(self.train_labels):,} training and "
-            f"{len(self.val_labels):,} validation images of {self.val_images.shape[-1]}x{self.val_images.shape[-1]}"
+            f"{len(self.val_labels):,} validation images of {self.val_images.shape[-1]}x{self.val_images.shape[-1]}, "
+            + ("mirrored at random in training" if self.flip else "never mirrored")
         )
         few = len(self.val_labels) < FEW_VAL_IMAGES
         return f"{line}; so few validation images give only rough accuracies" if few else line
@@ -113,9 +113,9 @@ def load(config: DataConfig, note: Note = lambda line: None) -> ImageData:
     if name == "digits":
         data = _digits(config.resolution, note)
     elif name in ("cifar10", "cifar100"):
-        data = _cifar(config)
-    elif Path(name).is_dir():
-        data = _folder(Path(name), config)
+        data = _cifar(config, note)
+    elif _is_folder(name):
+        data = _folder(Path(name).expanduser(), config, note)
     elif name.startswith((".", "/", "~")):
         raise UsageError(f"--data {name}: no such folder")
     elif not name.lower().startswith(TIMM_PREFIXES):
@@ -124,10 +124,18 @@ def load(config: DataConfig, note: Note = lambda line: None) -> ImageData:
             "whose names begin with torch/ or hfds/"
         )
     else:
-        data = _timm(config)
+        data = _timm(config, note)
     if len(data.classes) < 2 or len(data.train_labels.unique()) < 2:
         raise UsageError(f"--data {name}: holds images of {len(data.classes)} class(es), at least 2 are needed")
-    return data
+    return replace(data, flip=bool(config.mirror))
+
+
+def _is_folder(name: str) -> bool:
+    try:
+        return Path(name).expanduser().is_dir()
+    except (OSError, RuntimeError, ValueError):
+        # It is too long for a path, say, or `~` is nobody's.
+        return False
 
 
 # -- the embedded digits -------------------------------------------------------------------------------------------
@@ -177,54 +185,19 @@ def _write_cache(path: Path, tensors: dict[str, Tensor]) -> None:
         warnings.warn(f"{path}: not cached ({error}); it is made anew each time", stacklevel=2)
 
 
-# -- image files ---------------------------------------------------------------------------------------------------
+# -- folders -------------------------------------------------------------------------------------------------------
 
 
-def _folder(root: Path, config: DataConfig) -> ImageData:
-    train_root, val_root = _subfolder(root, TRAIN_FOLDERS) or root, _subfolder(root, VAL_FOLDERS)
-    classes = _class_names(root, train_root)
-    train = _image_files(train_root, classes)
-    if not train:
-        raise UsageError(f"--data {root}: no images in class subfolders of {train_root}")
-    present = sorted({label for _, label in train})
-    if len(present) < 2:
-        raise UsageError(f"--data {root}: all images are of one class ({classes[present[0]]}), at least 2 are needed")
-    empty = [name for label, name in enumerate(classes) if label not in present]
-    if empty:
-        raise UsageError(f"--data {root}: class folder {empty[0]} holds no image")
-    if val_root:
-        val = _image_files(val_root, classes)
-        strangers = sorted(
-            {entry.name for entry in val_root.iterdir() if entry.is_dir() and not entry.name.startswith(".")}
-            - set(classes)
-        )
-        if strangers:
-            raise UsageError(f"--data {root}: {val_root.name} has the class {strangers[0]}, which training lacks")
-        if not val:
-            raise UsageError(f"--data {root}: no images in class subfolders of {val_root}")
-    else:
-        train, val = _split(train, [label for _, label in train], str(root), classes)
-    loaded = _assemble(
-        str(root), train, val, classes, lambda item: (_read_image(config, item[0]), item[1]), config.resolution
-    )
-    left_out = _subfolder(root, TEST_FOLDERS) if train_root == root else None
-    if left_out is None:
-        return loaded
-    return replace(loaded, notes=(*loaded.notes, f"{root}: {left_out.name} is a test set, not a class"))
-
-
-def _subfolder(root: Path, names: Sequence[str]) -> Path | None:
-    """The subfolder with one of these names, in upper or lower case."""
-    folders = {entry.name.lower(): entry for entry in sorted(root.iterdir()) if entry.is_dir()}
-    return next((folders[name] for name in names if name in folders), None)
-
-
-def _class_names(root: Path, train_root: Path) -> list[str]:
-    """Names of the folders of training images; folders of validation and test images beside them are not classes."""
-    names = sorted(entry.name for entry in train_root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
-    if train_root != root:
-        return names
-    return [name for name in names if name.lower() not in (*VAL_FOLDERS, *TEST_FOLDERS)]
+def _folder(root: Path, config: DataConfig, note: Note) -> ImageData:
+    found = list_images(root, config.reading)
+    train, val = found.train, found.val
+    preparation = found.preparation
+    if val is None:
+        train, val = _split(train, [label for _, label in train], str(root), found.classes)
+        preparation = (*preparation, "there is no validation folder: the search held out a tenth of each class")
+    reader = ImageReader(config)
+    loaded = _assemble(str(root), train, val, found.classes, reader, lambda item: (reader.read(item[0]), item[1]), note)
+    return replace(loaded, notes=(*found.notes, *loaded.notes), preparation=(*preparation, *loaded.preparation))
 
 
 def class_count(config: DataConfig) -> int | None:
@@ -233,53 +206,19 @@ def class_count(config: DataConfig) -> int | None:
         return 10
     if config.source == "cifar100":
         return 100
-    root = Path(config.source)
     try:
-        return len(_class_names(root, _subfolder(root, TRAIN_FOLDERS) or root)) or None if root.is_dir() else None
-    except OSError:
+        if not _is_folder(config.source):
+            return None
+        return folders_class_count(Path(config.source).expanduser(), config.reading) or None
+    except (OSError, UsageError):
+        # Loading says what is wrong.
         return None
-
-
-def _image_files(root: Path, classes: Sequence[str]) -> list[tuple[Path, int]]:
-    """Image files with their labels, except hidden files, in which editors and systems keep copies and leftovers."""
-    return [
-        (path, label)
-        for label, name in enumerate(classes)
-        for path in sorted((root / name).rglob("*"))
-        if path.suffix.lower() in IMAGE_SUFFIXES
-        and not any(part.startswith(".") for part in path.relative_to(root).parts)
-        and path.is_file()
-    ]
-
-
-def _read_image(config: DataConfig, path: Path) -> Tensor:
-    from PIL import Image
-
-    data = config.source
-    try:
-        with Image.open(path) as image:
-            if image.mode != "RGB" and not (config.to_rgb and image.mode in CONVERTIBLE):
-                remedy = "; --to-rgb converts it" if image.mode in CONVERTIBLE else ", and cannot be converted to one"
-                raise UsageError(f"--data {data}: {path} is not an RGB image (its mode is {image.mode}){remedy}")
-            return _to_tensor(image if image.mode == "RGB" else image.convert("RGB"), config.resolution)
-    # Pillow raises a SyntaxError for a damaged chunk of a PNG.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UsageError(f"--data {data}: {path} cannot be read as an image ({error})") from error
-
-
-def _to_tensor(image: Image.Image, resolution: int) -> Tensor:
-    """A PIL image as (3, resolution, resolution) uint8: shorter side resized, centre cropped."""
-    from PIL import Image, ImageOps
-
-    if image.size != (resolution, resolution):
-        image = ImageOps.fit(image, (resolution, resolution), Image.Resampling.BICUBIC)
-    return torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
 
 
 # -- torchvision and timm ------------------------------------------------------------------------------------------
 
 
-def _cifar(config: DataConfig) -> ImageData:
+def _cifar(config: DataConfig, note: Note) -> ImageData:
     from torchvision import datasets
 
     dataset_class = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[config.source]
@@ -293,30 +232,32 @@ def _cifar(config: DataConfig) -> ImageData:
         ) from error
     items = list(zip(dataset.data, dataset.targets, strict=True))
     train, val = _split(items, dataset.targets, config.source)
-    return _assemble(
-        config.source, train, val, dataset.classes,
-        lambda item: (_array_to_tensor(item[0], config.resolution), item[1]), config.resolution,
-    )  # fmt: skip
+    reader = ImageReader(config)
+
+    def read(item: tuple[np.ndarray, int]) -> tuple[Tensor, int]:
+        from PIL import Image
+
+        return reader.tensor(Image.fromarray(item[0])), item[1]
+
+    return _assemble(config.source, train, val, dataset.classes, reader, read, note)
 
 
-def _array_to_tensor(array: np.ndarray, resolution: int) -> Tensor:
-    from PIL import Image
-
-    return _to_tensor(Image.fromarray(array), resolution)
-
-
-def _timm(config: DataConfig) -> ImageData:
+def _timm(config: DataConfig, note: Note) -> ImageData:
     from timm.data import create_dataset
 
+    # Data sets with names hold whatever they hold; the reader says what it did to it.
+    reader = ImageReader(replace(config, to_rgb=True))
+
     def open_split(split: str) -> Any:
+        # timm itself would drop the transparency.
+        mode = "RGB" if config.reading == 1 else ""
         return create_dataset(
-            config.source, root=config.data_dir, split=split, download=config.download, input_img_mode="RGB",
+            config.source, root=config.data_dir, split=split, download=config.download, input_img_mode=mode,
             is_training=False,
         )  # fmt: skip
 
     def read(index: int) -> tuple[Tensor, int]:
-        image = dataset[index][0]
-        return _to_tensor(image.convert("RGB"), config.resolution), targets[index]
+        return reader.tensor(dataset[index][0]), targets[index]
 
     try:
         dataset = open_split("train")
@@ -328,8 +269,7 @@ def _timm(config: DataConfig) -> ImageData:
         targets = [int(label) for label in labels]
         train, val = _split(range(len(dataset)), targets, config.source)
         classes = getattr(dataset, "classes", None) or [str(label) for label in range(max(targets) + 1)]
-        loaded = _assemble(config.source, train, val, classes, read, config.resolution)
-        return replace(loaded, flip=not _never_mirrored(config.source))
+        return _assemble(config.source, train, val, classes, reader, read, note)
     except UsageError:
         raise
     except Exception as error:  # these calls let through every exception of the libraries that read the data
@@ -337,11 +277,6 @@ def _timm(config: DataConfig) -> ImageData:
             f"--data {config.source}: timm's create_dataset cannot open it in --data-dir {config.data_dir} "
             f"({message_line(error)})"
         ) from error
-
-
-def _never_mirrored(name: str) -> bool:
-    name = name.lower()
-    return "fashion" not in name and any(word in name for word in NEVER_MIRRORED)
 
 
 # -- shared --------------------------------------------------------------------------------------------------------
@@ -367,25 +302,70 @@ def _split(
 
 
 def _assemble(
-    data: str, train: Sequence[Any], val: Sequence[Any], classes: Sequence[str],
-    read: Callable[[Any], tuple[Tensor, int]], resolution: int,
+    data: str, train: Sequence[Any], val: Sequence[Any], classes: Sequence[str], reader: ImageReader,
+    read: Callable[[Any], tuple[Tensor, int]], note: Note,
 ) -> ImageData:  # fmt: skip
-    """Read the items, or a random subset where they exceed `MAX_BYTES` or `MAX_VAL_IMAGES`, into tensors."""
-    notes = []
+    """Read the items, or a random subset where they exceed `MAX_BYTES` or `MAX_VAL_IMAGES`, into tensors.
+
+    Raises:
+        UsageError: images are damaged, all of which were tried, or not RGB.
+    """
+    notes, preparation = [], []
+    resolution = reader.config.resolution
     parts: list[Tensor] = []
     rng = np.random.default_rng(DATA_SEED)
     fitting = MAX_BYTES // (3 * resolution**2)
     most = {"training": fitting, "validation": min(MAX_VAL_IMAGES, fitting // 2)}
+    chosen = {}
     for part, items in (("training", train), ("validation", val)):
         if len(items) > most[part]:
-            notes.append(f"{data}: {most[part]:,} of {len(items):,} {part} images are used")
+            line = f"{most[part]:,} of {len(items):,} {part} images are used"
+            notes.append(f"{data}: {line}")
+            preparation += [line] if part == "validation" else []
             items = [items[index] for index in sorted(rng.permutation(len(items))[: most[part]])]
+        chosen[part] = items
+    progress = _Progress(sum(map(len, chosen.values())), note)
+    damaged: list[str] = []
+    for items in chosen.values():
         images = torch.empty(len(items), 3, resolution, resolution, dtype=torch.uint8)
         labels = torch.empty(len(items), dtype=torch.int64)
         for index, item in enumerate(items):
-            images[index], labels[index] = read(item)
+            try:
+                images[index], labels[index] = read(item)
+            except NotAnImage as error:
+                damaged.append(f"{item[0]} cannot be read as an image ({error})")
+            except NotRGB as error:
+                shown = item[0] if isinstance(item, tuple) else f"image {item}"
+                raise UsageError(f"--data {data}: {shown} is {error}") from error
+            progress.step()
         parts += [images, labels]
+    if damaged:
+        raise UsageError(f"--data {data}: {_named(damaged)}")
+    notes += [f"{data}: {count:,} images were {what}" for what, count in reader.done.most_common()]
     train_images, train_labels, val_images, val_labels = parts
     return ImageData(
         train_images, train_labels, val_images, val_labels, classes=tuple(classes), flip=True, notes=tuple(notes),
+        preparation=(*preparation, *(f"images were {what}" for what in reader.done)),
     )  # fmt: skip
+
+
+def _named(damaged: Sequence[str]) -> str:
+    """What is wrong with some images, and how many more there are."""
+    if len(damaged) == 1:
+        return damaged[0]
+    more = f"; and {len(damaged) - NAMED:,} more" if len(damaged) > NAMED else ""
+    return f"{len(damaged):,} damaged images: {'; '.join(damaged[:NAMED])}{more}"
+
+
+class _Progress:
+    """Says every few seconds how many images were read."""
+
+    def __init__(self, total: int, note: Note) -> None:
+        self.total, self.note = total, note
+        self.count, self.said = 0, time.monotonic()
+
+    def step(self) -> None:
+        self.count += 1
+        if time.monotonic() - self.said >= PROGRESS_SECONDS:
+            self.said = time.monotonic()
+            self.note(f"{self.count:,} of {self.total:,} images were read")

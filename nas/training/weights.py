@@ -29,22 +29,28 @@ class Images:
         classes: name of each output.
         resolution: width and height of the images, in pixels.
         mean, std: mean and deviation of each channel, (3,) each, in 0..1, by which the training normalised the images.
+        preparation: see `nas.training.data.ImageData`.
     """
 
     classes: tuple[str, ...]
     resolution: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    preparation: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, data: ImageData) -> Images:
         mean, std = (tuple(float(value) for value in each) for each in data.mean_std)
-        return cls(data.classes, data.train_images.shape[-1], mean, std)
+        return cls(data.classes, data.train_images.shape[-1], mean, std, data.preparation)
 
     @classmethod
     def from_json(cls, text: str) -> Images:
         fields = json.loads(text)
-        return cls(tuple(fields["classes"]), int(fields["resolution"]), tuple(fields["mean"]), tuple(fields["std"]))
+        return cls(
+            tuple(fields["classes"]), int(fields["resolution"]), tuple(fields["mean"]), tuple(fields["std"]),
+            # Weights that were kept before there was such a field do not have it.
+            tuple(fields.get("preparation", ())),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)

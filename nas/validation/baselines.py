@@ -69,7 +69,10 @@ class _Run:
 
     def __init__(self, recorded: RecordedStudy, config: BaselineConfig, note: Note) -> None:
         self.recorded = recorded
-        data = replace(recorded.config.data, data_dir=config.data_dir, download=config.download)
+        searched = recorded.config.data
+        data = replace(
+            searched, source=config.data or searched.source, data_dir=config.data_dir, download=config.download
+        )
         proxy = recorded.config.proxy
         # Networks are deployed at the resolution of their training.
         self.latency = replace(recorded.config.latency, resolution=data.resolution)
@@ -88,7 +91,7 @@ class _Run:
 
     def _check_data(self, data: ImageData) -> None:
         if data.train_images.shape[-1] == self.latency.resolution:
-            self.recorded.check_images(data.fingerprint)
+            self.recorded.check_images(self.trainer.data.source, data.fingerprint)
 
     def _members(self, count: int) -> list[tuple[int, ArchSpec]]:
         """Number and architecture of some members of the front, evenly spaced."""

@@ -77,6 +77,7 @@ class BaselineConfig(Checked):
         None, "--map", "Width of the final feature map of timm's networks, in pixels",
         default="the study's, on a CPU half of it", bounds=at_least(1),
     )  # fmt: skip
+    data: str | None = option(None, "--data", "Folder of the study's images, if they were moved", default="the study's")
     data_dir: str = same_as(DataConfig, "data_dir")
     download: bool = same_as(DataConfig, "download")
 

@@ -12,6 +12,7 @@ import pandas as pd
 from rich.table import Table
 
 from nas import pareto
+from nas.config import is_mirrored
 from nas.errors import CandidateFailed, UsageError, of_this_version
 from nas.latency.devices import check_device
 from nas.recorded import RecordedStudy
@@ -74,9 +75,10 @@ class _Run:
         proxy, self.seed = searched.proxy, searched.seed
         own = replace(searched.data, data_dir=config.data_dir, download=config.download)
         self.proxy = replace(proxy, steps=config.steps or LONG * proxy.steps)
+        # Other images are mirrored as they would be in a search, unless the study's user decided.
         self.data = replace(
             own, source=config.data or own.source, resolution=config.resolution or own.resolution,
-            to_rgb=own.to_rgb or config.to_rgb,
+            to_rgb=own.to_rgb or config.to_rgb, mirror=None if own.mirror == is_mirrored(own.source) else own.mirror,
         )  # fmt: skip
         self.is_own = (self.data.source, self.data.resolution) == (own.source, own.resolution)
         device = check_device(searched.latency)
@@ -86,7 +88,7 @@ class _Run:
     def _check(self, data: ImageData) -> None:
         self.fingerprint = data.fingerprint
         if self.is_own:
-            self.recorded.check_images(data.fingerprint)
+            self.recorded.check_images(self.data.source, data.fingerprint)
 
     @property
     def set_up(self) -> str:

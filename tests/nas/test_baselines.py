@@ -369,6 +369,18 @@ def test_other_data_are_refused(store: Store, config: SearchConfig, images: Path
 
 
 @pytest.mark.usefixtures("inline")
+def test_the_images_may_have_been_moved(store: Store, config: SearchConfig, images: Path, tmp_path: Path) -> None:
+    images.rename(tmp_path / "moved")
+    with pytest.raises(UsageError, match="no such folder"):
+        compare(recorded(store, config), small("test_resnet"))
+    compare(recorded(store, config), small("test_resnet", data=str(tmp_path / "moved")))
+    assert len(trained(store, config)) > 0
+    next((tmp_path / "moved").rglob("*.png")).unlink()
+    with pytest.raises(UsageError, match=f"--data {tmp_path}/moved: holds other images"):
+        compare(recorded(store, config), small("test_resnet", data=str(tmp_path / "moved")))
+
+
+@pytest.mark.usefixtures("inline")
 def test_nothing_is_left_behind_when_the_study_is_deleted(store: Store, config: SearchConfig) -> None:
     compare(recorded(store, config), small("test_resnet"))
     number = study_id(store, config)

@@ -11,7 +11,7 @@ from PIL import Image
 
 from nas.config import DataConfig
 from nas.errors import UsageError
-from nas.training import clutter, data
+from nas.training import clutter, data, images
 
 
 def make_folder(root: Path, classes: dict[str, int], size: tuple[int, int] = (20, 16), mode: str = "RGB") -> Path:
@@ -141,16 +141,42 @@ def test_folders_of_the_split_may_be_named_otherwise(tmp_path: Path, names: tupl
 
 
 def test_a_folder_of_test_images_is_no_class(tmp_path: Path) -> None:
-    make_folder(tmp_path, {"cat": 6, "dog": 6, "Test": 4})
+    make_folder(tmp_path, {"cat": 6, "dog": 6, "Test/cat": 4, "Test/dog": 4})
     loaded = load(tmp_path)
     assert loaded.classes == ("cat", "dog")
-    assert loaded.notes == (f"{tmp_path}: Test is a test set, not a class",)
+    assert loaded.notes == (f"{tmp_path}: Test is taken for a test set, and not read",)
     assert data.class_count(DataConfig(source=str(tmp_path))) == 2
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path: Path) -> None:
+    """What holds no class folders is no split."""
+    make_folder(tmp_path, {"train": 6, "bus": 6, "test": 6, "valid": 6})
+    loaded = load(tmp_path)
+    assert loaded.classes == ("bus", "test", "train", "valid")
+    assert data.class_count(DataConfig(source=str(tmp_path))) == 4
+    assert f"{tmp_path}: train is taken for a class, because it holds no class folders" in loaded.notes
+    assert len(loaded.notes) == 3
+
+
+def test_what_was_taken_for_what_is_said(tmp_path: Path) -> None:
+    make_folder(tmp_path, {"Train/cat": 6, "Train/dog": 6, "valid/cat": 2, "valid/dog": 2, "test/cat": 3, "more": 2})
+    assert load(tmp_path).notes == (
+        f"{tmp_path}: training images from Train, validation images from valid",
+        f"{tmp_path}: test is taken for a test set, and not read",
+        f"{tmp_path}: left out beside Train: more",
+    )
+
+
+def test_splits_without_classes_are_no_classes_either(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"--data {tmp_path}: train, val: holds no class folders"):
+        load(make_folder(tmp_path, {"train": 6, "val": 6}))
 
 
 def test_what_was_loaded_is_said(tmp_path: Path) -> None:
     loaded = load(make_folder(tmp_path, {"cat": 20, "dog": 30}))
-    assert loaded.summary.startswith("data: 2 classes (cat, dog), 45 training and 5 validation images of 16x16; so few")
+    assert loaded.summary.startswith("data: 2 classes (cat, dog), 45 training and 5 validation images of 16x16, ")
+    assert "16x16, mirrored at random in training; so few" in loaded.summary
+    assert "16x16, never mirrored; so few" in load(tmp_path, mirror=False).summary
 
 
 def test_images_are_resized_and_cropped_to_the_middle(tmp_path: Path) -> None:
@@ -207,31 +233,213 @@ def test_images_that_are_not_rgb_are_refused_by_name(tmp_path: Path, mode: str) 
     assert len(load(tmp_path, to_rgb=True).train_labels) == 5
 
 
-def test_sixteen_bits_a_channel_are_not_converted(tmp_path: Path) -> None:
+def test_sixteen_bits_a_channel_keep_their_upper_half(tmp_path: Path) -> None:
     """Pillow would make nearly all of it white."""
     make_folder(tmp_path, {"cat": 3, "dog": 3})
-    Image.fromarray(np.full((16, 16), 4000, np.uint16)).save(tmp_path / "dog" / "deep.png")
-    with pytest.raises(UsageError, match=r"deep.png is not an RGB image .its mode is I.*cannot be converted to one"):
+    Image.fromarray(np.full((16, 16), 0x4080, np.uint16)).save(tmp_path / "dog" / "deep.png")
+    with pytest.raises(UsageError, match=r"deep.png is not an RGB image .its mode is I.*--to-rgb converts it"):
+        load(tmp_path)
+    loaded = load(tmp_path, to_rgb=True)
+    pictures = torch.cat([loaded.train_images, loaded.val_images])
+    assert (pictures == 0x40).flatten(1).all(dim=1).sum() == 1
+    assert f"{tmp_path}: 1 images were reduced from 16 bits a channel to 8" in loaded.notes
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_values_of_32_bits_have_no_known_white(mode: str, tmp_path: Path) -> None:
+    make_folder(tmp_path, {"cat": 3, "dog": 3})
+    Image.new(mode, (16, 16)).save(tmp_path / "dog" / "deep.tif")
+    with pytest.raises(UsageError, match=rf"deep.tif is not an RGB image .its mode is {mode}.*cannot be converted to"):
         load(tmp_path, to_rgb=True)
 
 
-def test_unreadable_images_are_refused_by_name(tmp_path: Path) -> None:
+def black_on_nothing(mode: str) -> Image.Image:
+    """A black square on transparency, under which there is black."""
+    drawing = Image.new("RGBA", (16, 16), (0, 0, 0, 0))
+    drawing.paste((0, 0, 0, 255), (4, 4, 12, 12))
+    if mode in ("RGBA", "LA"):
+        return drawing.convert(mode)
+    # In palettes and in grey or RGB without an alpha channel, one value stands for transparency.
+    square = np.full((16, 16), 1, np.uint8)
+    square[4:12, 4:12] = 0
+    image = Image.fromarray(square, "L") if mode == "L" else Image.fromarray(np.stack([square] * 3, axis=-1), "RGB")
+    if mode == "P":
+        image = Image.fromarray(square, "P")
+        image.putpalette([0] * 6)
+    return image
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P", "L", "RGB"])
+def test_what_is_transparent_becomes_white(mode: str, tmp_path: Path) -> None:
+    make_folder(tmp_path, {"cat": 3, "dog": 3})
+    transparency = {"P": 1, "L": 1, "RGB": (1, 1, 1)}.get(mode)
+    extra = {} if transparency is None else {"transparency": transparency}
+    black_on_nothing(mode).save(tmp_path / "cat" / "drawing.png", **extra)
+    with pytest.raises(UsageError, match=r"drawing.png is not an RGB image .*; --to-rgb converts it"):
+        load(tmp_path)
+    loaded = load(tmp_path, to_rgb=True)
+    pictures = torch.cat([loaded.train_images, loaded.val_images])
+    corners = pictures[:, :, :4].flatten(1)
+    (drawing,) = pictures[(corners == 255).all(dim=1)]
+    assert (drawing[:, 4:12, 4:12] <= 1).all()
+    assert f"{tmp_path}: 1 images were laid on white where they are transparent" in loaded.notes
+    assert "images were laid on white where they are transparent" in loaded.preparation
+
+
+@pytest.mark.parametrize("mode", [mode for mode in images.CONVERTIBLE if mode not in ("LAB", "HSV", "YCbCr")])
+def test_every_mode_becomes_rgb(mode: str) -> None:
+    """White stays white: so no mode is inverted, and none is black where they are transparent."""
+    white = {"1": 1, "P": 0, "PA": (0, 255), "L": 255, "CMYK": (0, 0, 0, 0)}.get(mode, (255,) * len(mode))
+    image = Image.new(mode, (8, 8), white)
+    if mode in ("P", "PA"):
+        image.putpalette([255] * 3)
+    reader = images.ImageReader(DataConfig(source="here", resolution=8, to_rgb=True))
+    assert (reader.tensor(image) == 255).all()
+
+
+def test_images_are_upright(tmp_path: Path) -> None:
+    make_folder(tmp_path, {"cat": 3, "dog": 3})
+    pixels = np.zeros((16, 16, 3), np.uint8)
+    pixels[:8] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    # The camera lay on its side: turned by 90 degrees to the right, what is above comes to the right.
+    Image.fromarray(pixels).save(tmp_path / "cat" / "photo.png", exif=exif)
+    loaded = load(tmp_path)
+    pictures = torch.cat([loaded.train_images, loaded.val_images])
+    (photo,) = [picture for picture in pictures if (picture[:, :, 8:] == 255).all()]
+    assert (photo[:, :, :8] == 0).all()
+    assert f"{tmp_path}: 1 images were turned upright as their EXIF orientation says" in loaded.notes
+
+
+def test_all_damaged_images_are_named_at_once(tmp_path: Path) -> None:
     make_folder(tmp_path, {"cat": 3, "dog": 3})
     (tmp_path / "cat" / "broken.jpg").write_bytes(b"no image")
-    with pytest.raises(UsageError, match=r"broken\.jpg cannot be read as an image"):
+    with pytest.raises(UsageError, match=rf"--data {tmp_path}: {tmp_path}/cat/broken\.jpg cannot be read as an image"):
         load(tmp_path)
-    (tmp_path / "cat" / "broken.jpg").unlink()
-    # A PNG whose chunk is damaged, which is a SyntaxError to Pillow.
+    # A PNG whose chunk is damaged, which is a SyntaxError to Pillow; half a PNG; and a file that Git has left out.
     whole = bytearray((tmp_path / "dog" / "000.png").read_bytes())
     whole[50] ^= 255
-    (tmp_path / "cat" / "broken.png").write_bytes(whole)
-    with pytest.raises(UsageError, match=r"broken\.png cannot be read as an image"):
-        load(tmp_path)
-    (tmp_path / "cat" / "broken.png").unlink()
-    whole = (tmp_path / "cat" / "000.png").read_bytes()
+    (tmp_path / "cat" / "chunk.png").write_bytes(whole)
+    whole = bytearray((tmp_path / "cat" / "000.png").read_bytes())
     (tmp_path / "cat" / "000.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(UsageError, match=r"000\.png cannot be read as an image"):
+    (tmp_path / "dog" / "lfs.png").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(UsageError) as caught:
         load(tmp_path)
+    line = str(caught.value)
+    assert "\n" not in line
+    assert f"--data {tmp_path}: 4 damaged images: " in line
+    for name in ("cat/000.png", "cat/broken.jpg", "cat/chunk.png", "dog/lfs.png"):
+        assert f"{tmp_path}/{name} cannot be read as an image" in line
+    assert "it is a Git LFS pointer" in line
+    for index in range(20):
+        (tmp_path / "dog" / f"empty{index:02d}.png").touch()
+    with pytest.raises(UsageError, match=r"24 damaged images: .*; and 14 more"):
+        load(tmp_path)
+
+
+# -- what is left out ----------------------------------------------------------------------------------------------
+
+
+def test_links_are_followed(tmp_path: Path) -> None:
+    """Data sets are often put together of links to folders and files that lie elsewhere."""
+    make_folder(tmp_path / "store", {"cats": 6, "more": 3, "dogs": 6})
+    root = tmp_path / "linked"
+    (root / "dog").mkdir(parents=True)
+    (root / "cat").symlink_to(tmp_path / "store" / "cats")
+    (tmp_path / "store" / "cats" / "more").symlink_to(tmp_path / "store" / "more")
+    for path in (tmp_path / "store" / "dogs").iterdir():
+        (root / "dog" / path.name).symlink_to(path)
+    # A link to what is above it would have no end.
+    (root / "dog" / "all").symlink_to(root)
+    (root / "dog" / "gone.png").symlink_to(tmp_path / "nowhere")
+    loaded = load(root)
+    assert len(loaded.train_labels) + len(loaded.val_labels) == 15
+    assert loaded.notes == (
+        f"{root}: left out: 1 links to a folder that holds them, 1 broken links",
+    ) or loaded.notes == (f"{root}: left out: 1 broken links, 1 links to a folder that holds them",)
+
+
+def test_files_that_pillow_reads_are_images_and_others_are_counted(tmp_path: Path) -> None:
+    make_folder(tmp_path, {"cat": 3, "dog": 3})
+    for name in ("a.jfif", "b.pgm", "c.tga", "d.JPE"):
+        kind = {"a.jfif": "JPEG", "b.pgm": "PPM", "d.JPE": "JPEG"}.get(name)
+        Image.new("RGB" if kind == "JPEG" or name == "c.tga" else "L", (16, 16)).save(tmp_path / "cat" / name, kind)
+    for name in ("notes.txt", "more.txt", "labels.csv", "README", ".DS_Store"):
+        (tmp_path / "dog" / name).touch()
+    Image.new("RGB", (16, 16)).save(tmp_path / "lost.png")
+    loaded = load(tmp_path, to_rgb=True)
+    assert len(loaded.train_labels) + len(loaded.val_labels) == 10
+    assert set(loaded.notes[0].removeprefix(f"{tmp_path}: left out: ").split(", ", 2)) >= {
+        "1 hidden files and folders", "1 images outside of class folders",
+    }  # fmt: skip
+    assert "4 files that are no images (.txt 2, " in loaded.notes[0]
+    assert any("timm's folders leave out .jfif, .jpe, .pgm, .tga" in line for line in loaded.preparation)
+
+
+def test_a_folder_that_may_not_be_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may read all, so the refusal is the system's in words only."""
+    make_folder(tmp_path, {"cat": 3, "dog/more": 3})
+    scandir = os.scandir
+
+    def refusing(path: Path) -> object:
+        if str(path).endswith("more"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(UsageError, match=f"--data {tmp_path}: {tmp_path}/dog/more cannot be read .Permission denied"):
+        load(tmp_path)
+
+
+def test_a_class_without_validation_images_is_said(tmp_path: Path) -> None:
+    make_folder(tmp_path, {"train/cat": 3, "train/dog": 3, "train/emu": 3, "val/cat": 3, "val/dog": 3, "val/emu": 0})
+    loaded = load(tmp_path)
+    assert f"{tmp_path}: val holds no image of emu" in loaded.notes
+    assert any("lacks emu" in line for line in loaded.preparation)
+
+
+def test_one_name_in_two_unicode_forms_is_one_class(tmp_path: Path) -> None:
+    """A Mac writes an accented letter as two characters, Linux as one."""
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    make_folder(tmp_path / "train", {composed: 3, decomposed: 2, "bar": 5})
+    make_folder(tmp_path / "val", {decomposed: 2, "bar": 2})
+    loaded = load(tmp_path)
+    assert loaded.classes == ("bar", composed)
+    assert loaded.train_labels.tolist().count(1) == 5
+    assert loaded.val_labels.tolist().count(1) == 2
+
+
+def test_reading_many_images_shows_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "PROGRESS_SECONDS", 0.0)
+    said: list[str] = []
+    data.load(DataConfig(source=str(make_folder(tmp_path, {"cat": 4, "dog": 4})), resolution=16), said.append)
+    assert said[0] == "1 of 8 images were read"
+    assert said[-1] == "8 of 8 images were read"
+
+
+# -- order and readings --------------------------------------------------------------------------------------------
+
+
+def test_classes_are_numbered_as_timm_numbers_them(tmp_path: Path) -> None:
+    from timm.data import create_dataset
+
+    names = ["2", "10", "apple", "Banana", "x9y", "x10y", "\u00e9t\u00e9", "Zebra", "_", "1a", "1B"]
+    loaded = load(make_folder(tmp_path, dict.fromkeys(names, 2)))
+    assert loaded.classes != tuple(sorted(names))
+    dataset = create_dataset("", root=str(tmp_path), split="train")
+    assert {name: label for label, name in enumerate(loaded.classes)} == dataset.reader.class_to_idx
+
+
+def test_the_first_reading_stays_what_it_was(tmp_path: Path) -> None:
+    make_folder(tmp_path, {"2": 6, "10": 6, "test": 6})
+    Image.new("RGBA", (16, 16), (0, 0, 0, 0)).save(tmp_path / "2" / "drawing.png")
+    (tmp_path / "2" / "photo.jfif").write_bytes(b"no image")
+    loaded = load(tmp_path, reading=1, to_rgb=True)
+    assert loaded.classes == ("10", "2")
+    assert len(loaded.train_labels) + len(loaded.val_labels) == 13
+    pictures = torch.cat([loaded.train_images, loaded.val_images])
+    assert (pictures.flatten(1) == 0).all(dim=1).sum() == 1
 
 
 def test_a_class_of_the_validation_images_that_training_has_not(tmp_path: Path) -> None:

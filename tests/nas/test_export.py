@@ -284,6 +284,27 @@ def test_the_recipe_speaks_train_pys_language(
     assert loaded["model"] == "convfirst_4ms_t003"
 
 
+def test_a_recipe_does_not_mirror_what_the_search_did_not(store: Store, config: SearchConfig) -> None:
+    (network,) = exported(store, config, top=1)
+    assert "hflip" not in yaml.safe_load(render(network)["train.yaml"])
+    assert "mirrored at random" in render(network)["README.md"]
+    network.config["convfirst"]["accuracy"]["data"]["mirror"] = False
+    assert yaml.safe_load(render(network)["train.yaml"])["hflip"] == 0.0
+    assert "never mirrored" in render(network)["README.md"]
+
+
+def test_a_card_says_what_timms_loaders_do_otherwise(store: Store, config: SearchConfig, tmp_path: Path) -> None:
+    arch = archs(config, 4)[3]
+    images = replace(IMAGES, classes=("10", "2"), preparation=("images were laid on white",))
+    kept = Weights(weight_folder(config.storage), study_id(store, config))
+    kept.keep(3, arch.arch_id, Trained.of(arch.build(2), images))
+    (folder,) = write(exported(store, config, top=1), tmp_path / "out")
+    card = (folder / "README.md").read_text()
+    assert "- images were laid on white\n" in card
+    assert "**It is not the order in which timm numbers such folders**" in card
+    assert (folder / "classes.txt").read_text() == "10\n2\n"
+
+
 def test_larger_networks_are_regularised_more() -> None:
     made = [recipe(int(params), 224) for params in (1e6, 5e6, 2e7, 5e7)]
     for key in ("drop_path", "mixup", "cutmix", "reprob"):

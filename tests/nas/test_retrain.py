@@ -141,6 +141,18 @@ def test_other_data_are_another_kind(store: Store, config: SearchConfig, images:
     assert str(other) in found.set_up
 
 
+@pytest.mark.usefixtures("told")
+def test_a_study_is_retrained_from_another_folder(
+    store: Store, config: SearchConfig, images: Path, tmp_path: Path
+) -> None:
+    """What was trained before the move counts."""
+    before = retrain(RecordedStudy.open(store, config.study), RetrainConfig(dominated=0, top=1))
+    moved = images.rename(tmp_path / "moved")
+    after = retrain(RecordedStudy.open(store, config.study), RetrainConfig(dominated=0, data=f"{moved}/"))
+    assert set(before.rows["number"]) < set(after.rows["number"])
+    assert len(store.retrainings.evaluations(config.study)) == len(after.rows)
+
+
 def test_the_studys_own_data_may_not_have_changed(store: Store, config: SearchConfig, images: Path) -> None:
     (images / "dark" / "0.png").unlink()
     with pytest.raises(UsageError, match=r"--data .*holds other images"):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from pathlib import Path
 
 import numpy as np
 import optuna
@@ -17,7 +18,7 @@ import pytest
 import torch
 from optuna.trial import TrialState
 
-from nas.config import LatencyConfig, Limits, ProxyConfig, Sampler, SearchConfig
+from nas.config import DataConfig, LatencyConfig, Limits, ProxyConfig, Sampler, SearchConfig
 from nas.errors import CandidateFailed, UsageError
 from nas.lab.invented import FakeEvaluator
 from nas.latency.block_table import BlockTable
@@ -548,6 +549,50 @@ def test_studies_of_before_images_could_be_converted_go_on(config: SearchConfig)
     search.run(replace(config, data=replace(config.data, to_rgb=True)), FakeEvaluator())
     with pytest.raises(UsageError, match=r"data\.to_rgb: study has True"):
         search.run(config, FakeEvaluator())
+
+
+def test_a_folder_by_another_path_is_the_same_data_set(
+    config: SearchConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fingerprint decides, once the images are loaded."""
+    monkeypatch.chdir(tmp_path)
+    photos = replace(config, budget=2, data=DataConfig(source="photos"))
+    search.run(photos, FakeEvaluator())
+    for path in ("photos/", "./photos", str(tmp_path / "photos"), "moved/elsewhere"):
+        again = replace(photos, data=replace(photos.data, source=path, mirror=True))
+        assert search.run(again, FakeEvaluator()).complete == 2
+    other = FakeEvaluator()
+    other.data_fingerprint = "other"
+    with pytest.raises(UsageError, match="--data moved: holds other images than when --study convfirst was begun"):
+        search.run(replace(photos, data=DataConfig(source="moved")), other)
+    with pytest.raises(UsageError, match=r"data\.source: study has photos, now digits"):
+        search.run(replace(photos, data=DataConfig(mirror=True)), FakeEvaluator())
+
+
+def test_cuda_is_its_first_device(config: SearchConfig) -> None:
+    on = {name: replace(config, budget=2, latency=LatencyConfig(device=name)) for name in ("cuda", "cuda:0", "cuda:1")}
+    search.run(on["cuda"], FakeEvaluator())
+    assert search.run(on["cuda:0"], FakeEvaluator()).complete == 2
+    with pytest.raises(UsageError, match=r"latency\.device: study has cuda, now cuda:1"):
+        search.run(on["cuda:1"], FakeEvaluator())
+
+
+def test_mirroring_is_part_of_a_study(config: SearchConfig) -> None:
+    photos = replace(config, budget=2, data=DataConfig(source="photos"))
+    assert photos.identity()["data"]["mirror"] is True
+    search.run(photos, FakeEvaluator())
+    with pytest.raises(UsageError, match=r"data\.mirror: study has True, now False"):
+        search.run(replace(photos, data=replace(photos.data, mirror=False)), FakeEvaluator())
+
+
+@pytest.mark.parametrize(
+    ("source", "mirrored"),
+    [("digits", False), ("cifar10", True), ("photos", True), ("torch/mnist", False), ("torch/fashion_mnist", True),
+     ("torch/svhn", False), ("svhn-crops", True)],
+)  # fmt: skip
+def test_what_is_mirrored_by_default(source: str, mirrored: bool) -> None:
+    assert DataConfig(source=source).mirror == mirrored
+    assert DataConfig(source=source, mirror=not mirrored).mirror != mirrored
 
 
 def test_a_study_that_another_process_searches_is_refused_until_that_process_is_gone(config: SearchConfig) -> None:
