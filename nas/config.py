@@ -118,10 +118,10 @@ class DataConfig(Checked):
         if self.mirror is None:
             object.__setattr__(self, "mirror", is_mirrored(self.source))
 
-    @property
-    def is_folder(self) -> bool:
-        """Whether the source is a path, of which the same folder may have several."""
-        return self.source not in NAMED_DATA and not self.source.lower().startswith(TIMM_PREFIXES)
+
+def is_folder(source: str) -> bool:
+    """Whether a source of images is a path, of which the same folder may have several."""
+    return source not in NAMED_DATA and not source.lower().startswith(TIMM_PREFIXES)
 
 
 def is_mirrored(source: str) -> bool:
@@ -377,7 +377,7 @@ def respelled(config: SearchConfig, stored: SearchConfig) -> SearchConfig:
     """
     # A reading is no choice of the user's: a study goes on with its own.
     data, latency = replace(config.data, reading=stored.data.reading), config.latency
-    if data.is_folder and stored.data.is_folder:
+    if is_folder(data.source) and is_folder(stored.data.source):
         data = replace(data, source=stored.data.source)
     if _indexed(latency.device) == _indexed(stored.latency.device):
         latency = replace(latency, device=stored.latency.device)

@@ -26,7 +26,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from nas.config import LatencyConfig
+from nas.config import LatencyConfig, is_folder
 from nas.display.notes import stage_table
 from nas.errors import UsageError, message_line, of_this_version
 from nas.export.selection import Selection
@@ -246,13 +246,15 @@ def render(exported: Exported) -> dict[str, str]:
     name, config, arch = exported.name, exported.config, exported.arch
     counted = cost(arch, exported.resolution, exported.num_classes)
     section = config[SECTION]
+    trained_on = section["accuracy"]["data"]
     values = {
         "name": name, "arch": arch, "resolution": exported.resolution, "num_classes": exported.num_classes,
         "params": counted.params, "macs": counted.macs, "proxy": section["weights"] == PROXY_WEIGHTS,
         "stages": stage_table(arch, exported.resolution, exported.num_classes),
         "recipe": recipe(counted.params, exported.resolution),
         # Directories that were exported before these were recorded do not have them.
-        "mirror": section["accuracy"]["data"].get("mirror", True),
+        "mirror": trained_on.get("mirror", True), "reading": trained_on.get("reading", 1),
+        "folder": is_folder(trained_on["source"]),
         "preparation": section["accuracy"].get("preparation", ()),
         "classes": exported.classes, "timms_order": _is_timms_order(exported.classes),
         **{key: section[key] for key in ("weights", "latency", "accuracy", "study")},

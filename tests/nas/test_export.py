@@ -303,6 +303,11 @@ def test_a_card_says_what_timms_loaders_do_otherwise(store: Store, config: Searc
     assert "- images were laid on white\n" in card
     assert "**It is not the order in which timm numbers such folders**" in card
     assert (folder / "classes.txt").read_text() == "10\n2\n"
+    assert "--class-map classes.txt" in card
+    # What is no folder, timm's script cannot be pointed at.
+    network = read(folder)
+    network.config["convfirst"]["accuracy"]["data"]["source"] = "digits"
+    assert "--class-map classes.txt" not in render(network)["README.md"]
 
 
 def test_larger_networks_are_regularised_more() -> None:
