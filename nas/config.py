@@ -11,6 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
+from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from nas.options import FINITE, NAME, POSITIVE, SHARE, Checked, Keep, at_least, between, one_of, option, options, parts
@@ -18,7 +19,11 @@ from search_spaces import SearchSpace, load_space
 
 DEFAULT_STORAGE = "sqlite:///studies/convfirst.db"
 DEFAULT_STUDY = "convfirst"
-DEFAULT_ENGINE = {"cpu": "torchscript", "cuda": "fused"}
+DEFAULT_ENGINE = {"cpu": "onnxruntime", "cuda": "fused"}
+# Engines that are packages of their own, whose versions are part of a latency's identity as torch's is.
+RUNTIME_ENGINES = ("onnxruntime", "openvino")
+# Other names of engines.
+ENGINE_ALIASES = {"compile": "inductor"}
 DEFAULT_DTYPE = {"cpu": "float32", "cuda": "float16"}
 # Share of the median that its confidence interval may be wide.
 DEFAULT_PRECISION = {"cpu": 0.05, "cuda": 0.02}
@@ -171,7 +176,9 @@ class LatencyConfig(Checked):
         device: `cpu`, `cuda` or `cuda:N`; candidates are trained on it, too. `auto` becomes `cuda` where there is a
             CUDA device, else `cpu`.
         engine: name of the engine that runs the network, see `nas.latency.engines.ENGINES`. `auto` becomes the
-            device's `DEFAULT_ENGINE`.
+            device's `DEFAULT_ENGINE`, and an alias the name that it stands for.
+        runtime: name and version of the engine's package, such as `onnxruntime 1.32.0`; empty where the engine is
+            torch's or ours. None, and a runtime of another engine, become what is installed.
         dtype: data type of weights and activations. `auto` becomes the device's `DEFAULT_DTYPE`.
         batch_size, resolution, num_classes: sizes of the deployed network's input (in pixels) and output.
         threads: CPU threads; one by default, so that a figure does not depend on how many cores happen to be free.
@@ -185,9 +192,11 @@ class LatencyConfig(Checked):
         panel=LATENCY, parse=_unless_auto,
     )  # fmt: skip
     engine: str = option(
-        AUTO, "--engine", "Engine that runs the deployed network: auto, fused, eager, torchscript or compile",
+        AUTO, "--engine", "Engine that runs the deployed network: auto, onnxruntime, openvino, fused, inductor, "
+        "eager or torchscript",
         default=_by_device(DEFAULT_ENGINE), panel=LATENCY, parse=_unless_auto,
     )  # fmt: skip
+    runtime: str | None = None
     dtype: str = option(
         AUTO, "--dtype", "Data type of weights and activations", default=_by_device(DEFAULT_DTYPE), panel=LATENCY,
         bounds=one_of(Dtype), typed=Dtype, parse=_unless_auto,
@@ -220,11 +229,31 @@ class LatencyConfig(Checked):
         kind = self.device.partition(":")[0]
         if self.engine == AUTO:
             object.__setattr__(self, "engine", DEFAULT_ENGINE.get(kind, "eager"))
+        object.__setattr__(self, "engine", ENGINE_ALIASES.get(self.engine, self.engine))
+        if not (self.runtime or "").startswith(f"{self.engine} "):
+            object.__setattr__(self, "runtime", installed_runtime(self.engine))
         if self.dtype == AUTO:
             object.__setattr__(self, "dtype", DEFAULT_DTYPE.get(kind, "float32"))
         if self.precision is None:
             object.__setattr__(self, "precision", DEFAULT_PRECISION.get(kind, 0.05))
         super().__post_init__()
+
+    @property
+    def engine_label(self) -> str:
+        """The engine with the version of its package, where it has one: the column `engine` of all tables and views."""
+        return self.runtime or self.engine
+
+
+def installed_runtime(engine: str) -> str:
+    """Name and version of an engine's package; empty where the engine has none, or none is installed."""
+    if engine not in RUNTIME_ENGINES:
+        return ""
+    for name in (engine, f"{engine}-gpu"):
+        try:
+            return f"{engine} {version(name)}"
+        except PackageNotFoundError:
+            continue
+    return ""
 
 
 def moved(base: LatencyConfig | None, **changes: Any) -> LatencyConfig:
@@ -328,6 +357,8 @@ class SearchConfig(Checked):
         # Where files lie and how they came there does not change what they hold.
         for name in _transient(DataConfig):
             del fields["data"][name]
+        if not self.latency.runtime:
+            del fields["latency"]["runtime"]
         # Studies that were begun before there was a choice do not have it.
         if not self.data.to_rgb:
             del fields["data"]["to_rgb"]
@@ -366,7 +397,7 @@ def _transient(owner: type[Any]) -> set[str]:
 # What studies mean by fields that they do not have, because they were begun before there was a choice.
 ABSENT: dict[str, dict[str, Any]] = {
     "data": {"to_rgb": False, "mirror": None, "reading": 1},
-    "latency": {"precision": None, "seconds": 3.0},
+    "latency": {"precision": None, "seconds": 3.0, "runtime": ""},
 }
 
 

@@ -18,7 +18,9 @@ from studies.tables import Device
 
 def deployment_of(config: LatencyConfig, device_id: int) -> Deployment:
     """The deployment that a configuration describes on a device of the database."""
-    return Deployment(device_id, config.engine, config.dtype, config.batch_size, config.resolution, config.threads)
+    return Deployment(
+        device_id, config.engine_label, config.dtype, config.batch_size, config.resolution, config.threads
+    )
 
 
 def device_info(row: Device) -> DeviceInfo:

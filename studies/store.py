@@ -136,7 +136,7 @@ class Store:
                     over_limit=per_state.get((study.study_id, CandidateState.OVER_LIMIT), 0),
                     failed=per_state.get((study.study_id, CandidateState.FAILED), 0),
                     device=study.device.name,
-                    engine=json.loads(study.config)["latency"]["engine"],
+                    engine=_engine(json.loads(study.config)["latency"]),
                     created_at=f"{study.created_at:%Y-%m-%d %H:%M}",
                 )
                 for study in session.scalars(select(Study).order_by(Study.study_id))
@@ -199,6 +199,11 @@ class Store:
         """The complete rows of one study in the view `convfirst_evaluations`, in the order of their trials."""
         query = "SELECT * FROM convfirst_evaluations WHERE study_name = :name AND state = 'complete' ORDER BY number"
         return read_view(self.engine, query, name)
+
+
+def _engine(latency: dict[str, str]) -> str:
+    """The engine of a stored deployment, with the version of its package where it has one."""
+    return latency.get("runtime") or latency["engine"]
 
 
 def _require_candidates(session: Session, study_id: int, trial_ids: set[int]) -> None:

@@ -28,7 +28,9 @@ def bench(
 
         networks = [(folder, read(folder)) for folder in directories]
         told = networks[0][1].deployment
-        config = moved(told, **{"device": benches.device_here(told.device), **given(LatencyConfig, context)})
+        config = moved(
+            told, **{"device": benches.device_here(told.device), "runtime": None, **given(LatencyConfig, context)}
+        )
         try:
             rows = benches.bench(networks, config, note)
         except CandidateFailed as error:

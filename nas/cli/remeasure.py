@@ -28,7 +28,12 @@ def remeasure(
     with reported(storage), existing_study(storage, study, write=True) as recorded:
         from nas.validation.remeasure import remeasure as measure_again
 
-        done = measure_again(recorded, moved(recorded.config.latency, **given(LatencyConfig, context)), everything, say)
+        done = measure_again(
+            recorded,
+            moved(recorded.config.latency, **{"runtime": None, **given(LatencyConfig, context)}),
+            everything,
+            say,
+        )
         if done is None:
             say("The front is empty: nothing was measured.")
             return

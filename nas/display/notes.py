@@ -128,7 +128,7 @@ def study_note(recorded: RecordedStudy) -> str:
         ),
         (
             "latency",
-            f"{latency.engine}, {latency.dtype}, batch {latency.batch_size}, "
+            f"{latency.engine_label}, {latency.dtype}, batch {latency.batch_size}, "
             f"{latency.resolution}x{latency.resolution}, {latency.num_classes} classes, "
             f"{latency.threads} CPU thread(s); medians, corrected for drift by the anchor",
         ),

@@ -14,13 +14,15 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from kernels.timing import DeviceInfo
-from nas.config import LatencyConfig
+from nas.config import LatencyConfig, installed_runtime
 from nas.errors import CandidateFailed, UsageError, memory_may_run_out, message_line
 from nas.export.directories import COMPILED, FUSED, ONNX, PROGRAM, SECTION, Exported
-from nas.export.formats import INPUT, onnx_file, program_file, quiet
+from nas.export.formats import program_file
 from nas.latency.devices import check_device
-from nas.latency.engines import ENGINES, deploy, runs_on
+from nas.latency.engines import ENGINES, InRuntime, deploy, runs_on
 from nas.latency.meter import cpu_threads
+from nas.latency.onnx_graph import quiet
+from nas.latency.runtimes import OnnxRuntime, require
 from nas.latency.values import Latency
 from nas.latency.yardsticks import Timed, Yardsticks
 from nas.locks import WAITING, device_lock
@@ -121,7 +123,8 @@ class _Anchor:
 
 def _same(one: LatencyConfig, other: LatencyConfig) -> bool:
     """Whether two deployments are the same but for the engine and the precision of the measurement."""
-    return replace(one, engine=other.engine, precision=other.precision, seconds=other.seconds) == other
+    changed = replace(one, engine=other.engine, runtime=other.runtime, precision=other.precision, seconds=other.seconds)
+    return changed == other
 
 
 def device_here(device: str) -> str:
@@ -152,7 +155,11 @@ class _Formats:
     def ready(self) -> list[Prepared]:
         """A row for each format, with its forward passes or the reason why it has none."""
         prepared: list[Prepared] = []
-        engines = [name for name, engine in ENGINES.items() if runs_on(engine, self.device)]
+        engines = [
+            name
+            for name, engine in ENGINES.items()
+            if runs_on(engine, self.device) and self.config.dtype in engine.dtypes
+        ]
         attempts: list[tuple[str, str, Callable[[], Forwards]]] = [
             (name, self.config.dtype, partial(self._engine, name)) for name in engines
         ]
@@ -164,8 +171,8 @@ class _Formats:
                 if (self.folder / name).exists():
                     attempts.append((PACKAGES[name], self.compiled_dtype, partial(self._package, name)))
         # On CUDA, ONNX Runtime's sessions are apart from torch's streams and graphs.
-        if self.device.type == "cpu":
-            attempts.append(("ONNX Runtime", "float32", self._onnx))
+        if self.device.type == "cpu" and self.files_fit and (self.folder / ONNX).exists():
+            attempts.append((ONNX, "float32", self._onnx))
         for what, dtype, make in attempts:
             row = Row(self.network.name, what, dtype, None, recorded_ms=self._recorded_ms(what))
             try:
@@ -184,10 +191,13 @@ class _Formats:
         deployment = self.network.deployment
         if what != deployment.engine or not _same(self.config, deployment):
             return None
+        if deployment.runtime != installed_runtime(what):
+            return None
         return float(self.network.config[SECTION]["latency"]["median_ms"])
 
     def _engine(self, name: str) -> Forwards:
         config = replace(self.config, engine=name, num_classes=self.network.num_classes)
+        require(name, config.dtype)
         return self.meter.forwards(deploy(self.model, config, self.inputs[0]), self.inputs)
 
     def _program(self) -> Forwards:
@@ -215,16 +225,8 @@ class _Formats:
         return self.meter.forwards(module, inputs)
 
     def _onnx(self) -> Forwards:
-        path = self.folder / ONNX
-        if not (self.files_fit and path.exists()):
-            path = onnx_file(self.model, self.config.resolution, self.work / ONNX)
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = self.config.threads
-        session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        arrays = [x.float().contiguous().numpy() for x in self.inputs]
-        return [partial(session.run, None, {INPUT: array}) for array in arrays]
+        runtime = OnnxRuntime((self.folder / ONNX).read_bytes(), self.config.threads)
+        return self.meter.forwards(InRuntime(runtime, repeated=False), self.inputs)
 
 
 class _Called(nn.Module):

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import os
 import shutil
-import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,11 +15,9 @@ from torch import Tensor, nn
 from kernels.fold import fold_batch_norms
 from nas.errors import UsageError, message_line
 from nas.export.directories import COMPILED, FUSED, ONNX, PROGRAM, Exported
+from nas.latency.onnx_graph import INPUT, onnx_graph, quiet
 from nas.reporting import Note
 
-INPUT, OUTPUT = "images", "logits"
-# torch 2.11 writes this one by default: newer ones gain these networks nothing, and fewer runtimes read them.
-OPSET = 20
 # Largest difference of a format's logits from torch's, as a share of the largest logit: float32 is summed in another
 # order, and the other two have 16 bits.
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -68,19 +61,14 @@ def onnx_file(model: nn.Module, resolution: int, path: Path) -> Path:
         UsageError: a package is missing, or onnxruntime gives other logits than torch.
     """
     try:
+        import onnx
         import onnxruntime
-        import onnxscript  # noqa: F401
     except ImportError as error:
-        raise UsageError(f"--format onnx: {error.name} is not installed (pip install 'convfirst-nas[onnx]')") from error
+        raise UsageError(f"--format onnx: {error.name} is not installed (pip install onnx onnxruntime)") from error
     folded = fold_batch_norms(model)
-    # The batch is two: torch.export would take an example's batch of one for the only one.
     images = torch.randn(2, 3, resolution, resolution)
-    with quiet():
-        program: Any = torch.onnx.export(
-            folded, (images,), input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False,
-            opset_version=OPSET, dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
-        )  # fmt: skip
-        program.save(str(path))
+    # The very graph that the engines time, but for the batch, which is left open.
+    onnx.save(onnx_graph(folded, images.shape, free_batch=True), str(path))
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def run(x: Tensor) -> Tensor:
@@ -207,20 +195,3 @@ def _check(run: Callable[[Tensor], Tensor], model: nn.Module, images: Tensor, na
         error = (actual - expected).abs().max() / expected.abs().max().clamp_min(1e-6)
         if not error <= TOLERANCE[images.dtype]:
             raise UsageError(f"{name}: gives other logits than torch, by {error:.1e} of the largest")
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Context without output and logs: exporters and compilers write on every channel."""
-    disabled = logging.root.manager.disable
-    with (
-        warnings.catch_warnings(),
-        contextlib.redirect_stdout(io.StringIO()),
-        contextlib.redirect_stderr(io.StringIO()),
-    ):
-        warnings.simplefilter("ignore")
-        logging.disable(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logging.disable(disabled)

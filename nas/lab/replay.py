@@ -51,7 +51,9 @@ class ReplayingEvaluator:
         self.interrupted = [t.user_attrs["arch_id"] for t in trials if t.user_attrs.get(REASON) == INTERRUPTED]
         config, device, devices = recorded.config.latency, asdict(recorded.device), recorded.store.devices
         self.stored_profile = devices.find_profile(device, config.dtype, config.threads)
-        self.blocks = devices.block_latencies(device, config.engine, config.dtype, config.batch_size, config.threads)
+        self.blocks = devices.block_latencies(
+            device, config.engine_label, config.dtype, config.batch_size, config.threads
+        )
 
     def anchor(self, references_ms: Sequence[float]) -> ShapeLatency:
         anchor_ms = self.recorded.row.anchor_ms

@@ -82,7 +82,7 @@ def _network(config: LatencyConfig, title: str, rows: list[Efficiency], network_
     if left_seconds > NOISE * network_ms / 1e3:
         rows = [*rows, Efficiency(everything_else(), rows[0].machine, False, left_seconds)]
     subtitle = (
-        f"{config.engine}, {config.dtype}, batch {config.batch_size}, {config.resolution}x{config.resolution}, "
+        f"{config.engine_label}, {config.dtype}, batch {config.batch_size}, {config.resolution}x{config.resolution}, "
         f"{torch.device(config.device).type}"
     )
     return NetworkEfficiency(title, subtitle, tuple(rows), network_ms / 1e3)
@@ -162,7 +162,7 @@ def _measured_layers(
 ) -> tuple[BlockTable, list[Part]]:
     """A network's layers, and the table that now holds all of them."""
     config = subject.config
-    if config.engine == "compile":
+    if config.engine == "inductor":
         # A layer compiled alone calls the same library as it does uncompiled.
         table = BlockTable(table.store, table.device, replace(config, engine="eager"))
     try:

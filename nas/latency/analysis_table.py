@@ -100,7 +100,7 @@ def table_lines(store: Store, subject: Subject) -> list[str]:
     parts = arch_parts(subject.arch, config)
     added = table.add_up(parts)
     where = (
-        f"{table.device.name}, {config.engine}, {config.dtype}, batch {config.batch_size}, "
+        f"{table.device.name}, {config.engine_label}, {config.dtype}, batch {config.batch_size}, "
         f"{config.resolution}x{config.resolution}, {config.threads} thread(s)"
     )
     found = [where]

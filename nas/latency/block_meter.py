@@ -23,11 +23,11 @@ from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from nas.config import LatencyConfig
 from nas.errors import memory_may_run_out
-from nas.latency.engines import deploy
+from nas.latency.engines import Repeated, deploy
 from nas.latency.meter import cpu_threads
 from nas.latency.parts import CALL, CALL_ID, Part, arch_modules, arch_parts, network_shape, prepared, shape_id
 from nas.latency.values import Latency, ShapeLatency
@@ -50,18 +50,6 @@ class _Made:
     timed: Timed
     runs: int = 1
     launched: bool = False
-
-
-class _Repeated(nn.Module):
-    """Module that runs another on each of several inputs, (repeats, N, ...); it returns all outputs, so that no run is
-    optimised away."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return [self.module(each) for each in x.unbind(0)]
 
 
 class BlockMeter:
@@ -178,7 +166,7 @@ class BlockMeter:
         if len(part.input_shape) == 4 and part.block.kind != "linear":
             # Stacking makes a new tensor, whose parts must be channels_last again. A linear layer's are last already.
             x = x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
-        forwards = meter.forwards(prepared(_Repeated(module), x, self.config), [x])
+        forwards = meter.forwards(prepared(Repeated(module), x, self.config), [x])
         launched = launched and self.kind == "cuda"
         return _Made(part.shape, Timed(forwards, repeats * part.block.macs), repeats, launched)
 

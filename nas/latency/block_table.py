@@ -68,7 +68,7 @@ class BlockTable:
         config, device = self.config, asdict(self.device)
         self.profile = self.store.devices.find_profile(device, config.dtype, config.threads)
         self.rows = self.store.devices.block_latencies(
-            device, config.engine, config.dtype, config.batch_size, config.threads, self.kernels
+            device, config.engine_label, config.dtype, config.batch_size, config.threads, self.kernels
         )
 
     @property
@@ -98,7 +98,7 @@ class BlockTable:
         config = self.config
         rows = [
             BlockLatency(
-                engine=config.engine, dtype=config.dtype, batch_size=config.batch_size, threads=config.threads,
+                engine=config.engine_label, dtype=config.dtype, batch_size=config.batch_size, threads=config.threads,
                 kernels=self.kernels, shape_id=shape_id(each.shape), shape=each.shape, **asdict(each.latency),
             )
             for each in latencies

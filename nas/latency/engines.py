@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,46 @@ from torch import Tensor, nn
 from kernels.fold import fold_batch_norms
 from nas.config import LatencyConfig
 from nas.errors import CandidateFailed, is_out_of_memory, message_line
+from nas.latency.onnx_graph import NotKnown, exporters_graph, onnx_graph
+from nas.latency.runtimes import RUNTIMES, OnnxRuntime, OpenVino
 
-Prepare = Callable[[nn.Module, Tensor], nn.Module]
+Prepare = Callable[[nn.Module, Tensor, LatencyConfig], nn.Module]
+
+
+class Repeated(nn.Module):
+    """Module that runs another on each of several inputs, (repeats, N, ...); it returns all outputs, so that no run is
+    optimised away."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.module(each) for each in x.unbind(0)]
+
+
+class InRuntime(nn.Module):
+    """A network as a graph in a runtime, which runs it on torch's tensors."""
+
+    def __init__(self, runtime: OnnxRuntime | OpenVino, repeated: bool) -> None:
+        super().__init__()
+        self.runtime, self.repeated = runtime, repeated
+
+    def bound(self, x: Tensor) -> Callable[[], object]:
+        """A function that runs the network on an input, which is converted once and then read where it lies."""
+        return self._bound(x)
+
+    def _bound(self, x: Tensor) -> Callable[[], Sequence[Any]]:
+        inputs = x.unbind(0) if self.repeated else [x]
+        return self.runtime.bound([each.detach().float().contiguous().numpy() for each in inputs])
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        outputs = [torch.from_numpy(array.copy()) for array in self._bound(x)()]
+        return outputs if self.repeated else outputs[0]
+
+    def workspace_bytes(self) -> int:
+        """See `OnnxRuntime.workspace_bytes`."""
+        return self.runtime.workspace_bytes()
 
 
 @dataclass(frozen=True)
@@ -27,39 +65,56 @@ class Engine:
     """One way to run a network.
 
     Args:
-        prepare: function from a folded channels_last module and an example input (N, C, H, W) to the deployed module.
+        prepare: function from a folded channels_last module, an example input (N, C, H, W) and the deployment to the
+            deployed module.
         devices: kinds of device it runs on; "interpreter" is a CPU under TRITON_INTERPRET=1.
         isolated: whether to measure in a child process (see `nas.latency.isolation`).
         refuses: whether an error means that its compiler refuses the network, which is no bug but a failed candidate.
+        dtypes: data types that it computes in.
     """
 
     prepare: Prepare
     devices: tuple[str, ...]
     isolated: bool = False
     refuses: Callable[[Exception], bool] = lambda error: False
+    dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
 
 
-def _eager(model: nn.Module, example: Tensor) -> nn.Module:
+def _eager(model: nn.Module, example: Tensor, config: LatencyConfig) -> nn.Module:
     return model
 
 
-def _torchscript(model: nn.Module, example: Tensor) -> nn.Module:
+def _torchscript(model: nn.Module, example: Tensor, config: LatencyConfig) -> nn.Module:
     """Trace and freeze a module: at batch 1 half of the eager time on a CPU is dispatch."""
     with warnings.catch_warnings():
-        # Deprecated in torch 2.11, and still the fastest engine that needs no compiler.
+        # Deprecated in torch 2.11; it stays for as long as torch has it.
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(model, example, check_trace=False)
         module: nn.Module = torch.jit.freeze(traced)
         return module
 
 
-def _compile(model: nn.Module, example: Tensor) -> nn.Module:
+def _inductor(model: nn.Module, example: Tensor, config: LatencyConfig) -> nn.Module:
     # Compiled code is kept per code object, up to a limit past which torch falls back to eager without a word, and all
     # networks share timm's forward. An exported one has a forward of its own.
     return cast(nn.Module, torch.compile(torch.export.export(model, (example,)).module()))
 
 
-def _fused(model: nn.Module, example: Tensor) -> nn.Module:
+def _in_runtime(name: str) -> Prepare:
+    def prepare(model: nn.Module, example: Tensor, config: LatencyConfig) -> nn.Module:
+        repeats = len(example) if isinstance(model, Repeated) else 0
+        inner, shape = (model.module, example.shape[1:]) if isinstance(model, Repeated) else (model, example.shape)
+        try:
+            graph = onnx_graph(inner, shape, runs=repeats or 1)
+        except NotKnown:
+            # A layer of timm's; of several inputs, torch's exporter makes one.
+            graph, repeats = exporters_graph(model.float(), example.shape), 0
+        return InRuntime(RUNTIMES[name](graph.SerializeToString(), config.threads, config.dtype), repeats > 0)
+
+    return prepare
+
+
+def _fused(model: nn.Module, example: Tensor, config: LatencyConfig) -> nn.Module:
     """Replace blocks by fused Triton kernels, and tune the problems that this machine has not met."""
     from kernels import fuse
 
@@ -75,10 +130,12 @@ def _triton_refuses(error: Exception) -> bool:
 
 
 ENGINES = {
+    "onnxruntime": Engine(_in_runtime("onnxruntime"), ("cpu",), refuses=lambda error: True, dtypes=("float32",)),
+    "openvino": Engine(_in_runtime("openvino"), ("cpu",), refuses=lambda error: True, dtypes=("float32", "bfloat16")),
     "eager": Engine(_eager, ("cpu", "cuda")),
     "torchscript": Engine(_torchscript, ("cpu",), isolated=True),
     # Compilers raise whatever their stages raise.
-    "compile": Engine(_compile, ("cpu", "cuda"), isolated=True, refuses=lambda error: True),
+    "inductor": Engine(_inductor, ("cpu", "cuda"), isolated=True, refuses=lambda error: True),
     "fused": Engine(_fused, ("cuda", "interpreter"), refuses=_triton_refuses),
 }
 
@@ -115,7 +172,7 @@ def ready(folded: nn.Module, config: LatencyConfig, example: Tensor) -> nn.Modul
     engine = ENGINES[config.engine]
     try:
         with torch.inference_mode():
-            module = engine.prepare(folded, example)
+            module = engine.prepare(folded, example, config)
             module(example)
     except Exception as error:
         # Running out of memory is handled further out.

@@ -22,7 +22,7 @@ from kernels.device_state import DeviceState, read_state
 from kernels.timing import MIN_SAMPLE_SECONDS, Precision, Sampled, clock_for, peak_memory_bytes, sample_until
 from kernels.timing import captured as captured_graph
 from nas.config import LatencyConfig
-from nas.latency.engines import deploy
+from nas.latency.engines import InRuntime, deploy
 from nas.latency.values import Latency, Measurement
 
 # Inputs are rotated, so that a network never finds its own last input in a cache; more of them than fit an L2 cache
@@ -194,6 +194,8 @@ class LatencyMeter:
 
     @torch.inference_mode()
     def _workspace_bytes(self, module: nn.Module) -> int:
+        if isinstance(module, InRuntime):
+            return module.workspace_bytes()
         return peak_memory_bytes(lambda: module(self.inputs[0]), self.device)
 
     def forwards(self, module: nn.Module, inputs: Sequence[Tensor]) -> list[Callable[[], object]]:
@@ -212,6 +214,9 @@ def in_turn(forwards: list[Callable[[], object]]) -> Callable[[], None]:
 
 
 def _forward(module: nn.Module, x: Tensor) -> Callable[[], object]:
+    if isinstance(module, InRuntime):
+        return module.bound(x)
+
     def forward() -> object:
         with torch.inference_mode():
             return module(x)

@@ -8,7 +8,7 @@ from typing import Any
 from nas.config import LatencyConfig, moved
 from nas.errors import UsageError
 from nas.latency.parts import network_shape
-from nas.latency.timm_networks import TIMM_ENGINE, require_timm_model, timm_resolution
+from nas.latency.timm_networks import require_timm_model, timm_engine, timm_resolution
 from nas.recorded import RecordedStudy
 from search_spaces import ArchSpec
 from studies import Store
@@ -72,17 +72,14 @@ def choose(
             (timm_resolution(models[0]), 1000) if models else DEPLOYED_AT.get(archs[0].total_stride, SMALL_AT)
         )
         given = {"resolution": pixels, "num_classes": classes, **given}
-    config = moved(base, **given)
+    # Whatever is measured here is measured with what is installed here.
+    config = moved(base, **{"runtime": None, **given})
     subjects = []
     for name, arch, _ in found:
         if arch is not None:
             subjects.append(Subject(f"ConvFirst {arch.arch_id}", name, arch, config))
             continue
-        kind = config.device.partition(":")[0]
-        plain = config.engine == "fused" or "engine" not in given
-        # `check_device` refuses a kind of device that there is not.
-        engine = TIMM_ENGINE.get(kind, config.engine) if plain else config.engine
-        subjects.append(Subject(name, name, None, replace(config, engine=engine)))
+        subjects.append(Subject(name, name, None, replace(config, engine=timm_engine(config.engine))))
     return subjects
 
 

@@ -29,7 +29,7 @@ def set_up(material: Material) -> str:
     return (
         f"The space {config.space.name} was searched by {config.sampler} with seed {config.seed}; "
         f"candidates evaluated: {len(material.candidates)}, of which complete: {material.complete}. "
-        f"Each was timed on {device.name} ({device.kind}{driver}) by the engine {latency.engine} in "
+        f"Each was timed on {device.name} ({device.kind}{driver}) by the engine {latency.engine_label} in "
         f"{latency.dtype}: batch {latency.batch_size}, {latency.resolution}x{latency.resolution} pixels, "
         f"{latency.num_classes} classes, {latency.threads} CPU thread(s), medians corrected for drift by an "
         f"anchor network ({recorded.anchor}) of {row.anchor_ms:.4g} ms. "

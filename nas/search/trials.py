@@ -46,7 +46,7 @@ class Trials:
         Raises:
             StorageError: another program adds trials, too.
         """
-        arch, device, engine = proposal.arch, self.recorded.row.device.name, self.recorded.config.latency.engine
+        arch, device, engine = proposal.arch, self.recorded.row.device.name, self.recorded.config.latency.engine_label
         attrs = {"arch": str(arch), "arch_id": arch.arch_id, "device": device, "engine": engine}
         return self._add(proposal, TrialState.RUNNING, attrs)
 

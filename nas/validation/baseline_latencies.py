@@ -90,13 +90,16 @@ class BaselineLatencies:
 
     def _measured_together(self, networks: Sequence[NetworkSpec]) -> bool:
         measured_at = {(row.name, row.resolution, row.engine): row.measured_at for row in self._rows()}
-        times = {measured_at.get((*network.key, network.engine)) for network in networks}
+        times = {measured_at.get((*network.key, self._label(network.engine))) for network in networks}
         return len(times) == 1 and None not in times
 
     def _row(self, name: str, engine: str, resolution: int, when: datetime, latency: Latency | str) -> BaselineLatency:
         fields: dict[str, Any] = {"reason": latency} if isinstance(latency, str) else asdict(latency)
-        deployment = replace(self._deployment, engine=engine, resolution=resolution)
+        deployment = replace(self._deployment, engine=self._label(engine), resolution=resolution)
         return BaselineLatency(name=name, **deployment.as_columns(), measured_at=when, **fields)
+
+    def _label(self, engine: str) -> str:
+        return replace(self.config, engine=engine).engine_label
 
     @cached_property
     def _deployment(self) -> Deployment:

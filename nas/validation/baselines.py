@@ -14,7 +14,7 @@ from dataclasses import replace
 from nas import pareto
 from nas.errors import CandidateFailed, UsageError
 from nas.latency.devices import check_device
-from nas.latency.timm_networks import TIMM_ENGINE, require_timm_model
+from nas.latency.timm_networks import require_timm_model, timm_engine
 from nas.recorded import RecordedStudy
 from nas.reporting import Note
 from nas.training.data import ImageData
@@ -77,7 +77,7 @@ class _Run:
         # Networks are deployed at the resolution of their training.
         self.latency = replace(recorded.config.latency, resolution=data.resolution)
         device = check_device(recorded.config.latency)
-        self.timm_engine = TIMM_ENGINE[device.type]
+        self.timm_engine = timm_engine(self.latency.engine)
         self.models = _models(config.models, device.type)
         self.members = self._members(config.found)
         own_map = own_map_size(recorded.anchor, data.resolution)

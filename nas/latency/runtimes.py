@@ -1,0 +1,218 @@
+"""Runtimes of ONNX graphs on a CPU: ONNX Runtime and OpenVINO. Their packages are imported when they are used.
+
+Every runtime uses the threads of the deployment and no others, is pinned to no core, and computes in the deployment's
+dtype (left to itself, OpenVINO takes bfloat16 where the CPU has it). Inputs are bound without a copy.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from nas.child_process import ChildProcess
+from nas.errors import CandidateFailed, UsageError, message_line
+
+if TYPE_CHECKING:
+    import numpy as np
+
+# What installs each package that a runtime needs.
+PACKAGES = {"onnxruntime": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
+EXTRAS = {"openvino": "convfirst-nas[openvino]"}
+
+Run = Callable[[], Sequence[Any]]
+
+
+class OnnxRuntime:
+    """A graph in a session of ONNX Runtime.
+
+    Args:
+        graph: the serialized graph.
+        threads: CPU threads.
+    """
+
+    def __init__(self, graph: bytes, threads: int, dtype: str = "float32") -> None:
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+        options.log_severity_level = 4
+        # Threads that spin when a run has ended would take the cores of what is timed in turns with it.
+        options.add_session_config_entry("session.force_spinning_stop", "1")
+        self.graph = graph
+        self.session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        self.inputs = [each.name for each in self.session.get_inputs()]
+        self.outputs = [each.name for each in self.session.get_outputs()]
+
+    def bound(self, arrays: Sequence[np.ndarray]) -> Run:
+        """A function that runs the graph on these arrays, and returns the arrays of its outputs."""
+        from onnxruntime import OrtValue
+
+        binding = self.session.io_binding()
+        for name, array in zip(self.inputs, arrays, strict=True):
+            binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(array))
+        for name in self.outputs:
+            binding.bind_output(name, "cpu")
+        self.session.run_with_iobinding(binding)
+        # From now on, the outputs are written where the first run has put them.
+        outputs = binding.get_outputs()
+        for name, output in zip(self.outputs, outputs, strict=True):
+            binding.bind_ortvalue_output(name, output)
+        results = [output.numpy() for output in outputs]
+
+        def run() -> Sequence[Any]:
+            self.session.run_with_iobinding(binding)
+            return results
+
+        return run
+
+    def workspace_bytes(self) -> int:
+        """The most bytes of results that one run holds at once, in the graph as the runtime has optimised it."""
+        import numpy as np
+        import onnx
+        import onnxruntime
+
+        with tempfile.TemporaryDirectory() as folder:
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads, options.log_severity_level = 1, 4
+            options.enable_profiling, options.profile_file_prefix = True, f"{folder}/profile"
+            options.optimized_model_filepath = f"{folder}/optimised.onnx"
+            session = onnxruntime.InferenceSession(self.graph, options, providers=["CPUExecutionProvider"])
+            session.run(None, {each.name: np.zeros(each.shape, np.float32) for each in session.get_inputs()})
+            events = json.loads(Path(session.end_profiling()).read_text())
+            nodes = {node.name: node for node in onnx.load(options.optimized_model_filepath).graph.node}
+        steps = []
+        for event in events:
+            name = event["name"].removesuffix("_kernel_time")
+            if event["cat"] == "Node" and name != event["name"]:
+                steps.append((list(nodes[name].input), nodes[name].output[0], int(event["args"]["output_size"])))
+        return peak_bytes(steps)
+
+
+class OpenVino:
+    """A graph compiled by OpenVINO; the arguments are those of `OnnxRuntime`."""
+
+    def __init__(self, graph: bytes, threads: int, dtype: str = "float32") -> None:
+        core = _openvino_core()
+        settings = {
+            "INFERENCE_NUM_THREADS": threads, "NUM_STREAMS": 1, "ENABLE_CPU_PINNING": False,
+            "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[dtype],
+        }  # fmt: skip
+        self.compiled = core.compile_model(core.read_model(graph), "CPU", settings)
+        self.request = self.compiled.create_infer_request()
+
+    def bound(self, arrays: Sequence[np.ndarray]) -> Run:
+        """A function that runs the graph on these arrays, and returns the arrays of its outputs."""
+        from openvino import Tensor
+
+        tensors = [Tensor(array, shared_memory=True) for array in arrays]
+        request, count = self.request, len(self.compiled.outputs)
+
+        def run() -> Sequence[Any]:
+            for index, tensor in enumerate(tensors):
+                request.set_input_tensor(index, tensor)
+            request.infer(share_outputs=True)
+            return [request.get_output_tensor(index).data for index in range(count)]
+
+        return run
+
+    def workspace_bytes(self) -> int:
+        """The most bytes of results that one run holds at once, in the graph as the runtime has compiled it."""
+        steps = []
+        for op in self.compiled.get_runtime_model().get_ordered_ops():
+            # What reads nothing is an input or a constant.
+            if op.input_values():
+                size = sum(math.prod(output.shape) * output.element_type.size for output in op.outputs())
+                steps.append(([each.get_node().friendly_name for each in op.input_values()], op.friendly_name, size))
+        return peak_bytes(steps)
+
+
+def peak_bytes(steps: Sequence[tuple[Sequence[str], str, int]]) -> int:
+    """The most bytes of results that are needed at once.
+
+    A result lives from the step that makes it to the last one that reads it. What an operation needs inside is not
+    counted, and neither are weights and inputs.
+
+    Args:
+        steps: what each step reads, the name of its result, and that result's bytes.
+    """
+    last_read = {name: index for index, (read, _, _) in enumerate(steps) for name in read}
+    sizes = {made: size for _, made, size in steps}
+    alive: set[str] = set()
+    peak = 0
+    for index, (read, made, _) in enumerate(steps):
+        alive.add(made)
+        peak = max(peak, sum(sizes[name] for name in alive))
+        alive -= {name for name in read if last_read[name] == index}
+    return peak
+
+
+@cache
+def _openvino_core() -> Any:
+    from openvino import Core
+
+    return Core()
+
+
+RUNTIMES: dict[str, type[OnnxRuntime | OpenVino]] = {"onnxruntime": OnnxRuntime, "openvino": OpenVino}
+
+
+# -- Whether a runtime runs here ---------------------------------------------------------------------------------------
+
+
+def require(engine: str, dtype: str) -> None:
+    """Check in a child process that a runtime runs on this machine.
+
+    Raises:
+        UsageError: a package is missing or broken, or the CPU lacks instructions that it needs.
+    """
+    if engine not in RUNTIMES:
+        return
+    for package in PACKAGES[engine]:
+        if importlib.util.find_spec(package) is None:
+            wanted = EXTRAS.get(package, package)
+            raise UsageError(f"--engine {engine}: {package} is not installed (pip install {_quoted(wanted)})")
+    if reason := _trouble(engine, dtype):
+        raise UsageError(f"--engine {engine}: does not run on this machine ({reason}); --engine takes another")
+
+
+def _quoted(requirement: str) -> str:
+    return f"'{requirement}'" if "[" in requirement else requirement
+
+
+@cache
+def _trouble(engine: str, dtype: str) -> str:
+    """The reason for which a runtime does not run here; empty where it does."""
+    try:
+        with ChildProcess() as child:
+            return child.call(try_out, engine, dtype)
+    except CandidateFailed as error:
+        return f"{error}{'' if _has_avx2() else '; this CPU has no AVX2'}"
+
+
+def try_out(engine: str, dtype: str) -> str:
+    """Run a graph of one node; returns the reason for which that does not work, or nothing."""
+    try:
+        import numpy as np
+        from onnx import TensorProto, helper
+
+        values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4]) for name in ("x", "y")]
+        graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "trial", values[:1], values[1:])
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+        x = np.array([[-1, 0, 1, 2]], np.float32)
+        (y,) = RUNTIMES[engine](model.SerializeToString(), 1, dtype).bound([x])()
+        return "" if np.array_equal(y, np.maximum(x, 0)) else "it computes a wrong result"
+    except Exception as error:  # a broken package may raise anything
+        return message_line(error)
+
+
+def _has_avx2() -> bool:
+    try:
+        return " avx2 " in Path("/proc/cpuinfo").read_text().replace("\n", " \n")
+    except OSError:
+        return True
