@@ -28,12 +28,9 @@ def remeasure(
     with reported(storage), existing_study(storage, study, write=True) as recorded:
         from nas.validation.remeasure import remeasure as measure_again
 
-        done = measure_again(
-            recorded,
-            moved(recorded.config.latency, **{"runtime": None, **given(LatencyConfig, context)}),
-            everything,
-            say,
-        )
+        # What is installed here measures, whichever version the study was begun with.
+        deployment = moved(recorded.config.latency, **{"runtime": None, **given(LatencyConfig, context)})
+        done = measure_again(recorded, deployment, everything, say)
         if done is None:
             say("The front is empty: nothing was measured.")
             return
