@@ -1,0 +1,132 @@
+"""The engines side by side: `python -m nas.lab.engines` times random networks of each space in all of them, in turns.
+
+The command prints each engine's latencies, how long a network takes until it can be timed, and how far the engines
+agree on the ranking: Kendall's tau of every two, with bootstrap intervals over the networks.
+"""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Annotated
+
+import numpy as np
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from kernels.timing import Precision, sample_until
+from nas.config import LatencyConfig
+from nas.errors import CandidateFailed, UsageError
+from nas.latency.devices import check_device
+from nas.latency.engines import ENGINES, deploy, runs_on
+from nas.latency.meter import LatencyMeter, cpu_threads, in_turn
+from nas.locks import WAITING, device_lock
+from nas.reporting import console_table
+from nas.validation.ranking import rankings
+from search_spaces import ArchSpec, load_space
+
+# Samples are shorter than a search's: all engines take their turn in each round.
+MIN_SAMPLE_SECONDS = 2e-3
+
+
+def times(archs: Sequence[ArchSpec], configs: Sequence[LatencyConfig]) -> tuple[np.ndarray, np.ndarray]:
+    """Median latencies in ms, and seconds from a network to its first run, (networks, engines) each.
+
+    Each network is timed in turns in all deployments, which differ in the engine alone. Where an engine refuses a
+    network, both are nan.
+    """
+    latencies_ms = np.full((len(archs), len(configs)), np.nan)
+    ready_seconds = np.full_like(latencies_ms, np.nan)
+    meters = [LatencyMeter(config, archs[0].build(config.num_classes), reference_ms=1.0) for config in configs]
+    for row, arch in enumerate(track(archs, "timing", console=Console(stderr=True))):
+        runs, columns = list[Callable[[], None]](), list[int]()
+        for column, (meter, config) in enumerate(zip(meters, configs, strict=True)):
+            network = arch.build(config.num_classes)
+            begin = time.perf_counter()
+            try:
+                with cpu_threads(config.threads):
+                    run = in_turn(meter.forwards(deploy(network, config, meter.inputs[0]), meter.inputs))
+                    run()
+            except CandidateFailed:
+                continue
+            ready_seconds[row, column] = time.perf_counter() - begin
+            runs.append(run)
+            columns.append(column)
+        precision = replace(meters[0].precision, cap_seconds=meters[0].precision.cap_seconds * len(runs))
+        with cpu_threads(configs[0].threads):
+            latencies_ms[row, columns] = _medians_ms(runs, meters[0], precision)
+    return latencies_ms, ready_seconds
+
+
+def _medians_ms(runs: Sequence[Callable[[], None]], meter: LatencyMeter, precision: Precision) -> np.ndarray:
+    sampled = sample_until(runs, meter.clock, MIN_SAMPLE_SECONDS, precision, lambda seconds: list(seconds.T))
+    medians: np.ndarray = 1e3 * np.median(sampled.seconds, axis=0)
+    return medians
+
+
+def main(
+    space: Annotated[list[str] | None, typer.Option(help="Search space; may be repeated (default: both).")] = None,
+    networks: Annotated[int, typer.Option(min=4, help="Networks of each space, drawn with a fixed seed.")] = 30,
+    engines: Annotated[
+        str | None, typer.Option(help="Comma-separated engines (default: all that run on the device).")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Device: auto, cpu, cuda or cuda:N.")] = "auto",
+    threads: Annotated[int, typer.Option(help="CPU threads.")] = 1,
+    seconds: Annotated[float, typer.Option(help="Time cap for each engine and network, in seconds.")] = 1.0,
+) -> None:
+    """Print latencies, times to get ready, and rank correlations of all engines."""
+    try:
+        base = LatencyConfig(device=device, threads=threads, seconds=seconds)
+        where = torch.device(base.device)
+        names = engines.split(",") if engines else [name for name, each in ENGINES.items() if runs_on(each, where)]
+        for name in names:
+            check_device(replace(base, engine=name))
+        spaces = [load_space(name) for name in space or ("small", "imagenet")]
+    except (UsageError, ValueError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        raise typer.Exit(2) from error
+    console = Console(width=120, markup=False)
+    for each in spaces:
+        rng = random.Random(0)
+        archs = [each.sample(rng) for _ in range(networks)]
+        configs = [replace(base, engine=name, resolution=each.resolution) for name in names]
+        with device_lock(where).measuring(lambda: print(WAITING, file=sys.stderr)):
+            latencies_ms, ready = times(archs, configs)
+        _print(console, each.name, configs, latencies_ms, ready)
+
+
+def _print(
+    console: Console, space: str, configs: Sequence[LatencyConfig], latencies_ms: np.ndarray, ready: np.ndarray
+) -> None:
+    first = configs[0]
+    where = f"{len(latencies_ms)} networks of {space}, {first.resolution}x{first.resolution}, {first.threads} thread(s)"
+    table = console_table(
+        where, "engine", "fastest ms", "median ms", "slowest ms", "speed", "ready s", text=("engine",)
+    )
+    for index, config in enumerate(configs):
+        own = latencies_ms[:, index]
+        table.add_row(
+            config.engine_label, f"{np.nanmin(own):.4f}", f"{np.nanmedian(own):.4f}", f"{np.nanmax(own):.4f}",
+            f"{np.nanmedian(latencies_ms[:, 0] / own):.2f}", f"{np.nanmedian(ready[:, index]):.3f}",
+        )  # fmt: skip
+    console.print(table)
+    console.print(f"speed: median ratio to {configs[0].engine}; ready: median seconds from a network to its first run")
+    ranks = console_table("Kendall's tau (95 % intervals)", "", *(config.engine for config in configs), text=("",))
+    for index, config in enumerate(configs):
+        ranks.add_row(config.engine, *(_tau(latencies_ms[:, index], latencies_ms[:, k]) for k in range(index)))
+    console.print(ranks)
+
+
+def _tau(one: np.ndarray, other: np.ndarray) -> str:
+    both = ~(np.isnan(one) | np.isnan(other))
+    found = rankings({"": list(one[both])}, list(other[both]), list(other[both]))
+    return str(next(each.kendall for each in found if each.band == "all"))
+
+
+if __name__ == "__main__":
+    typer.run(main)
