@@ -226,7 +226,7 @@ class _Formats:
 
     def _onnx(self) -> Forwards:
         runtime = OnnxRuntime((self.folder / ONNX).read_bytes(), self.config.threads)
-        return self.meter.forwards(InRuntime(runtime, repeated=False), self.inputs)
+        return self.meter.forwards(InRuntime(runtime), self.inputs)
 
 
 class _Called(nn.Module):

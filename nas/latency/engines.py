@@ -37,23 +37,28 @@ class Repeated(nn.Module):
 
 
 class InRuntime(nn.Module):
-    """A network as a graph in a runtime, which runs it on torch's tensors."""
+    """A network as a graph in a runtime, which runs it on torch's tensors.
 
-    def __init__(self, runtime: OnnxRuntime | OpenVino, repeated: bool) -> None:
+    Args:
+        apart: whether each of several inputs that are stacked in a tensor is one of the graph's own.
+        listed: whether the network returns a list, as `Repeated` does.
+    """
+
+    def __init__(self, runtime: OnnxRuntime | OpenVino, apart: bool = False, listed: bool = False) -> None:
         super().__init__()
-        self.runtime, self.repeated = runtime, repeated
+        self.runtime, self.apart, self.listed = runtime, apart, listed
 
     def bound(self, x: Tensor) -> Callable[[], object]:
         """A function that runs the network on an input, which is converted once and then read where it lies."""
         return self._bound(x)
 
     def _bound(self, x: Tensor) -> Callable[[], Sequence[Any]]:
-        inputs = x.unbind(0) if self.repeated else [x]
+        inputs = x.unbind(0) if self.apart else [x]
         return self.runtime.bound([each.detach().float().contiguous().numpy() for each in inputs])
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         outputs = [torch.from_numpy(array.copy()) for array in self._bound(x)()]
-        return outputs if self.repeated else outputs[0]
+        return outputs if self.listed else outputs[0]
 
     def workspace_bytes(self) -> int:
         """See `OnnxRuntime.workspace_bytes`."""
@@ -102,14 +107,19 @@ def _inductor(model: nn.Module, example: Tensor, config: LatencyConfig) -> nn.Mo
 
 def _in_runtime(name: str) -> Prepare:
     def prepare(model: nn.Module, example: Tensor, config: LatencyConfig) -> nn.Module:
-        repeats = len(example) if isinstance(model, Repeated) else 0
-        inner, shape = (model.module, example.shape[1:]) if isinstance(model, Repeated) else (model, example.shape)
+        repeated = isinstance(model, Repeated)
         try:
-            graph = onnx_graph(inner, shape, runs=repeats or 1)
+            graph = (
+                onnx_graph(model.module, example.shape[1:], runs=len(example))
+                if isinstance(model, Repeated)
+                else onnx_graph(model, example.shape)
+            )
+            apart = repeated
         except NotKnown:
-            # A layer of timm's; of several inputs, torch's exporter makes one.
-            graph, repeats = exporters_graph(model.float(), example.shape), 0
-        return InRuntime(RUNTIMES[name](graph.SerializeToString(), config.threads, config.dtype), repeats > 0)
+            # A layer of timm's. Torch's exporter makes one input of several.
+            graph, apart = exporters_graph(model.float(), example.shape), False
+        runtime = RUNTIMES[name](graph.SerializeToString(), config.threads, config.dtype)
+        return InRuntime(runtime, apart, repeated)
 
     return prepare
 

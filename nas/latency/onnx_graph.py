@@ -70,8 +70,8 @@ def exporters_graph(module: nn.Module, shape: Sequence[int], *, free_batch: bool
     dynamic = ({0: torch.export.Dim(BATCH, min=1)},) if free_batch else None
     with quiet():
         program: Any = torch.onnx.export(
-            module, (example,), input_names=[INPUT], output_names=[OUTPUT], dynamo=True, verbose=False,
-            opset_version=OPSET, dynamic_shapes=dynamic,
+            module, (example,), input_names=[INPUT], dynamo=True, verbose=False, opset_version=OPSET,
+            dynamic_shapes=dynamic,
         )  # fmt: skip
     return program.model_proto
 
