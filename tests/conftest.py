@@ -9,6 +9,7 @@ import shutil
 import socket
 import sqlite3
 import subprocess
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -44,6 +45,12 @@ def _own_locks(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     folder = tmp_path_factory.getbasetemp() / "locks"
     folder.mkdir(exist_ok=True)
     monkeypatch.setenv("CONVFIRST_LOCKS", str(folder))
+
+
+@pytest.fixture(autouse=True)
+def _own_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands print warnings in their own way; pytest shows where they come from."""
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
 
 
 @pytest.fixture

@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import sqlite3
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -255,6 +256,11 @@ def test_a_read_only_folder_gets_one_line(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("os.access", lambda path, mode: not mode & os.W_OK)
     assert f"the folder {tmp_path} is read-only" in refused("--storage sqlite:///x.db")
     assert not list(tmp_path.iterdir())
+
+
+def test_a_warning_is_a_line_of_its_own() -> None:
+    assert call("studies --storage sqlite:///none.db").exit_code == 2
+    assert warnings.formatwarning("words", UserWarning, "file.py", 1) == "Warning: words\n"
 
 
 def test_help_groups_the_flags() -> None:

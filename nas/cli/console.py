@@ -6,12 +6,14 @@ import contextlib
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import NoReturn
 
 import typer
 from rich.console import Console
 
+from kernels.cache import provide_home
 from nas.errors import FieldError, UsageError
 from nas.options import options
 
@@ -38,6 +40,19 @@ def fail(message: str) -> NoReturn:
     """End the command with one line and exit code 2."""
     err.print(f"Error: {message}", soft_wrap=True)
     raise typer.Exit(2)
+
+
+def prepare() -> None:
+    """Prepare the process for any command: warnings are a line each, and caches have a place."""
+
+    def line(message: Warning | str, category: type[Warning], *_: object, **__: object) -> str:
+        return f"{'Warning' if category is UserWarning else category.__name__}: {message}\n"
+
+    warnings.formatwarning = line
+    try:
+        provide_home()
+    except OSError as error:
+        fail(f"there is no home folder to write to, and no temporary folder for caches ({error})")
 
 
 @contextlib.contextmanager
