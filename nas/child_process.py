@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from nas.errors import CandidateFailed
+from nas.files import no_room
 
 # Of <sys/prctl.h>.
 PR_SET_PDEATHSIG = 1
@@ -89,6 +90,7 @@ class ChildProcess:
 
         Raises:
             CandidateFailed: the function raised it, or a signal killed the child.
+            OSError: the function raised it, because a disk is full.
             RuntimeError: the function raised anything else, whose traceback the child has printed, or the child gives
                 no answers.
         """
@@ -100,6 +102,8 @@ class ChildProcess:
             raise
         if "failed" in reply:
             raise CandidateFailed(reply["failed"])
+        if "full" in reply:
+            raise OSError(*reply["full"])
         value: Result = reply["value"]
         return value
 
@@ -144,9 +148,13 @@ def answer(stream: BufferedRWPair) -> None:
         except EOFError:
             return
         try:
-            reply = {"value": function(*args, **kwargs)}
+            reply: dict[str, Any] = {"value": function(*args, **kwargs)}
         except CandidateFailed as error:
             reply = {"failed": str(error)}
+        except OSError as error:
+            if no_room(error) is None:
+                raise
+            reply = {"full": (error.errno, error.strerror, error.filename)}
         pickle.dump(reply, stream)
         stream.flush()
 

@@ -26,7 +26,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from studies import schema
-from studies.errors import StorageError, reason
+from studies.errors import StorageError, is_full, reason
 
 # Opening fails soon if somebody holds a lock for good; a running search waits for a long time.
 OPEN_TIMEOUT_S = 10
@@ -233,7 +233,9 @@ def _wal_works(folder: Path) -> bool:
                 # SQLite answers "wal" in any case; what does not work is whatever comes next.
                 connection.execute("INSERT INTO probe VALUES (1)")
                 connection.commit()
-            except sqlite3.OperationalError:
+            except sqlite3.OperationalError as error:
+                if is_full(error):
+                    raise
                 return False
         return _is_wal(URL.create("sqlite", database=path))
 
