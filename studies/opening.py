@@ -1,4 +1,4 @@
-"""The safe opening of a study database: what is refused, and how an SQLite file is made.
+"""The safe opening of a study database: what is refused, and how an SQLite file is made on any file system.
 
 Every refusal is a StorageError, and leaves the database as it was.
 """
@@ -6,11 +6,14 @@ Every refusal is a StorageError, and leaves the database as it was.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import os
+import sqlite3
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +26,7 @@ from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, SQLAlchemyError
 
 from studies import schema
-from studies.errors import StorageError, reason
+from studies.errors import StorageError, is_full, reason
 
 # Opening fails soon if somebody holds a lock for good; a running search waits for a long time.
 OPEN_TIMEOUT_S = 10
@@ -34,6 +37,10 @@ OBJECTIVES = ((StudyDirection.MAXIMIZE, "accuracy"), (StudyDirection.MINIMIZE, "
 # The front is a view, and a row is replaced, in SQL that only these two understand.
 BACKENDS = ("sqlite", "postgresql")
 OPTUNAS_TABLES = {"studies", "trials", "version_info"}
+# The beginning of the names of folders in which files are made aside.
+ASIDE = ".new-study-"
+# Of <fcntl.h> and <linux/fs.h>.
+AT_FDCWD, RENAME_NOREPLACE = -100, 1
 
 
 def displayed(url: str) -> str:
@@ -55,8 +62,8 @@ def open_storage(url: str, *, create: bool) -> RDBStorage | None:
             up to date for readers too.
 
     Raises:
-        StorageError: the database is unreachable, locked, not writable, not a database, not ours, or of a version
-            that this program does not know.
+        StorageError: the database is unreachable, locked, not writable, not a database, not ours, of a version that
+            this program does not know, or an SQLite file that its file system does not let processes share.
     """
     parsed = _parse(url)
     if parsed.get_backend_name() == "sqlite" and not _is_sqlite_file(parsed):
@@ -75,6 +82,8 @@ def open_storage(url: str, *, create: bool) -> RDBStorage | None:
             raise StorageError(f"it holds other tables ({listed}) and no studies: it is not ours to write to")
         if version is not None:
             _require_known(version)
+        if create and not _is_wal(parsed):
+            _prefer_wal(parsed)
         if version == schema.head():
             return _optuna_storage(parsed)
         if ours and not _is_writable(parsed):
@@ -84,15 +93,15 @@ def open_storage(url: str, *, create: bool) -> RDBStorage | None:
         schema.upgrade(parsed, OPEN_TIMEOUT_S)
         return storage
     # Optuna raises RuntimeError where its own tables are of another version.
-    except (SQLAlchemyError, StorageInternalError, RuntimeError, ImportError, OSError) as error:
-        raise StorageError(reason(error)) from error
+    except (SQLAlchemyError, StorageInternalError, RuntimeError, ImportError, OSError, sqlite3.Error) as error:
+        raise StorageError(_why(parsed, error)) from error
 
 
 def check_writable(url: str) -> None:
-    """Check that an SQLite file that is not there yet could be made; make nothing.
+    """Check that an SQLite file that is not there yet could be made; leave nothing behind.
 
     Raises:
-        StorageError: the URL is of no database that is supported, or the file's folder cannot be written to.
+        StorageError: the URL is of no database that is supported, or the file's folder or its file system takes none.
     """
     parsed = _parse(url)
     if not _exists(parsed):
@@ -102,6 +111,10 @@ def check_writable(url: str) -> None:
             raise StorageError(f"{existing} is not a folder")
         if not os.access(existing, os.W_OK):
             raise StorageError(f"the folder {existing} is read-only")
+        try:
+            _wal_works(existing)
+        except (OSError, sqlite3.Error) as error:
+            raise StorageError(f"no database can be made in {existing} ({reason(error)})") from error
 
 
 def check_free(url: str, name: str) -> None:
@@ -167,18 +180,95 @@ def _make_sqlite_file(url: URL) -> None:
     """Make a database file with all tables, whole or not at all.
 
     Optuna's tables are made one by one; a process killed in between would leave a file that looks like another
-    program's. Therefore the file is made aside, and linked to its name when it is done; of two processes one wins.
+    program's. Therefore the file is made aside, and gets its name when it is done; of two processes one wins.
     """
     path = Path(str(url.database))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-study-") as folder:
-        aside = url.set(database=str(Path(folder) / "study.db"))
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=ASIDE) as folder:
+        made = Path(folder) / "study.db"
+        aside = url.set(database=str(made))
         storage = _optuna_storage(aside)
         storage.remove_session()
         schema.upgrade(aside, OPEN_TIMEOUT_S)
         storage.engine.dispose()
-        with contextlib.suppress(FileExistsError):
-            os.link(str(aside.database), path)
+        _prefer_wal(aside)
+        _name(made, path)
+
+
+def _name(made: Path, path: Path) -> None:
+    """Give a file its name, unless there is a file of that name already."""
+    try:
+        os.link(made, path)
+    except FileExistsError:
+        return
+    except OSError:
+        # SMB and exFAT have no hard links, but may rename without replacing.
+        if not _rename(made, path) and not path.exists():
+            os.rename(made, path)
+
+
+def _rename(made: Path, path: Path) -> bool:
+    """Rename a file unless there is one of the new name; False where the system cannot do that."""
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        done = libc.renameat2(AT_FDCWD, os.fsencode(made), AT_FDCWD, os.fsencode(path), RENAME_NOREPLACE) == 0
+    except (AttributeError, OSError):
+        return False
+    return done or ctypes.get_errno() == errno.EEXIST
+
+
+def _wal_works(folder: Path) -> bool:
+    """Whether SQLite's WAL works on a folder's file system: processes map a file together, which network ones forbid.
+
+    Raises:
+        OSError, sqlite3.Error: not even another database can be made there.
+    """
+    with tempfile.TemporaryDirectory(dir=folder, prefix=ASIDE) as aside:
+        path = str(Path(aside) / "probe.db")
+        with closing(sqlite3.connect(path)) as connection:
+            connection.execute("CREATE TABLE probe (number)")
+        with closing(sqlite3.connect(path)) as connection:
+            try:
+                connection.execute("PRAGMA journal_mode=WAL")
+                # SQLite answers "wal" in any case; what does not work is whatever comes next.
+                connection.execute("INSERT INTO probe VALUES (1)")
+                connection.commit()
+            except sqlite3.OperationalError as error:
+                if is_full(error):
+                    raise
+                return False
+        return _is_wal(URL.create("sqlite", database=path))
+
+
+def _is_wal(url: URL) -> bool:
+    """Whether a database is an SQLite file whose header says that it has a WAL."""
+    if not _is_sqlite_file(url) or not _exists(url):
+        return False
+    with open(str(url.database), "rb") as file:
+        return file.read(20)[18:] == b"\x02\x02"
+
+
+def _prefer_wal(url: URL) -> None:
+    """Have an SQLite file use the WAL where that works; elsewhere it stays without.
+
+    With WAL, readers (the dashboard) never block the search, nor does the search block them, and a write takes half the
+    time.
+    """
+    if _is_sqlite_file(url) and _wal_works(Path(str(url.database)).absolute().parent):
+        with closing(sqlite3.connect(str(url.database), timeout=OPEN_TIMEOUT_S)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+
+
+def _why(url: URL, error: Exception) -> str:
+    """The reason for which a database cannot be opened, in words."""
+    # What these find impossible has another reason.
+    with contextlib.suppress(OSError, sqlite3.Error):
+        if _is_wal(url) and not _wal_works(Path(str(url.database)).absolute().parent):
+            return (
+                "its file system does not let processes share memory, which its WAL needs; copy the file, and any -wal "
+                "beside it, to a local disk"
+            )
+    return reason(error)
 
 
 @contextmanager
@@ -229,8 +319,7 @@ def _optuna_storage(url: URL) -> RDBStorage:
 
 
 def _tune_sqlite(connection: Any, _record: object) -> None:
-    # With WAL, readers (the dashboard) never block the search, nor does the search block them, and a write takes half
-    # the time. NORMAL then loses nothing that was committed when a process dies.
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=NORMAL")
+    if connection.execute("PRAGMA journal_mode").fetchone() == ("wal",):
+        # This loses nothing that was committed when a process dies.
+        connection.execute("PRAGMA synchronous=NORMAL")
     connection.execute("PRAGMA foreign_keys=ON")

@@ -8,6 +8,9 @@ import os
 import re
 import shlex
 import sqlite3
+import subprocess
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +39,7 @@ from nas.latency.values import Latency, Measurement, ShapeLatency
 from nas.search.loop import run
 from search_spaces import ArchSpec, load_space
 from studies import Owner, Store
-from tests.conftest import TINY_TOML, make_tiny_space
+from tests.conftest import TINY_TOML, Room, make_tiny_space
 
 # The smallest that there is.
 ARCH = str(make_tiny_space().smallest())
@@ -255,6 +258,46 @@ def test_a_read_only_folder_gets_one_line(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr("os.access", lambda path, mode: not mode & os.W_OK)
     assert f"the folder {tmp_path} is read-only" in refused("--storage sqlite:///x.db")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.usefixtures("fake", "wide")
+def test_a_full_disk_gets_one_line_and_files_stay_as_they_were(tmp_path: Path, room: Room) -> None:
+    assert call("--budget 4").exit_code == 0
+    old = tmp_path / "front.png"
+    old.write_text("an older front")
+
+    def there() -> list[Path]:
+        # SQLite keeps its WAL where it has no room to end it.
+        return sorted(path for path in tmp_path.rglob("*") if not path.name.endswith(("-shm", "-wal")))
+
+    before = there()
+    # Room for the memory of a WAL, which is 32 KiB, and not for a picture.
+    for line, told in {
+        "pareto --plot front.png": "--plot front.png: cannot be written (File too large)",
+        "report --out new/report": "--out new/report: File too large",
+        "--budget 8 --study other": "--storage sqlite:///studies/convfirst.db: ",
+    }.items():
+        with room(33):
+            assert refused(line).startswith(f"Error: {told}"), line
+        assert there() == before
+    assert old.read_text() == "an older front"
+
+
+@pytest.mark.parametrize("buffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_what_cannot_be_printed_is_told(buffered: str) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("there is no /dev/full: a full disk behind standard output was not tested")
+    command = [sys.executable, str(Path(run_search.__file__)), "space", "small"]
+    env = {**os.environ, "PYTHONUNBUFFERED": buffered}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=env, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "Error: standard output or a temporary file: No space left on device\n"
+
+
+def test_a_warning_is_a_line_of_its_own() -> None:
+    assert call("studies --storage sqlite:///none.db").exit_code == 2
+    assert warnings.formatwarning("words", UserWarning, "file.py", 1) == "Warning: words\n"
 
 
 def test_help_groups_the_flags() -> None:

@@ -50,8 +50,9 @@ def dashboard(
                 try:
                     count = show(RecordedStudy.open(store, summary.name), folder)
                     say(f"{summary.name}: {count} files of its front made")
-                except (StorageError, UsageError) as error:
-                    # The file is read-only, say, or another version wrote the study: what is there can be looked at.
+                except (StorageError, UsageError, OSError) as error:
+                    # The file is read-only, the disk is full, or another version wrote the study: what is there can be
+                    # looked at.
                     note(f"{summary.name}: not brought up to date ({error})")
             server.warm_up()
             say(f"dashboard: {server.url} (Ctrl-C ends it)")

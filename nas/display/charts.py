@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nas.files import whole
+
 RED, BLUE, ORANGE, GREY, DARK_GREY, INK = "#d1495b", "#3d6f9e", "#f0a35e", "#9aa5b1", "#8a949f", "#1b1f24"
 DPI = 150
 # Size of a Matplotlib marker in points per pixel of the interactive figures, whose markers are larger on a screen.
@@ -94,7 +96,13 @@ def save_charts(charts: Iterable[Chart], path: Path, width: float = 8, height: f
     if len(charts[0].series) > 1:
         # The legend is below the axes, where it hides nothing.
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=DPI)
+    write_figure(figure, path, dpi=DPI)
+
+
+def write_figure(figure: Any, path: Path, **options: Any) -> None:
+    """Write a figure of Matplotlib's into a file, whole or not at all; the options are those of `savefig`."""
+    with whole(path) as part:
+        figure.savefig(part, **options)
 
 
 def _draw(axes: Any, chart: Chart) -> None:

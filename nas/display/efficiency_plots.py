@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nas.display.charts import BLUE, GREY, ORANGE, new_figure
+from nas.display.charts import BLUE, GREY, ORANGE, new_figure, write_figure
 from nas.latency.roofline import Efficiency, NetworkEfficiency
 
 BOUND_COLOUR, GAP_COLOUR, REST_COLOUR = BLUE, ORANGE, GREY
@@ -177,7 +177,7 @@ def _save(figure: Any, path: Path, what: str, networks: Sequence[NetworkEfficien
     """Write a figure, with a description for screen readers."""
     text = "; ".join(f"{network.title}, {network.subtitle}: {_summary(network)}" for network in networks)
     key = {".svg": "Description", ".png": "Description", ".pdf": "Subject"}.get(path.suffix.lower())
-    figure.savefig(path, dpi=120, metadata={"Title": what, key: text} if key else None)
+    write_figure(figure, path, dpi=120, metadata={"Title": what, key: text} if key else None)
 
 
 # -- The gap plot ----------------------------------------------------------------------------------------------------

@@ -8,7 +8,18 @@ from typing import Any
 
 import pandas as pd
 
-from nas.display.charts import BLUE, DARK_GREY, ORANGE, RED, Chart, Series, escaped, new_figure, save_charts
+from nas.display.charts import (
+    BLUE,
+    DARK_GREY,
+    ORANGE,
+    RED,
+    Chart,
+    Series,
+    escaped,
+    new_figure,
+    save_charts,
+    write_figure,
+)
 from nas.display.notes import deployment_line
 from studies import CurvePoint
 
@@ -88,4 +99,4 @@ def plot_learning_curve(curve: Sequence[CurvePoint], validation_accuracy: float 
     axes.set_title(escaped(title), fontsize=10, loc="left")
     handles = [handle for each in (axes, losses) for handle in each.get_legend_handles_labels()[0]]
     axes.legend(handles=handles, loc="center right", frameon=False)
-    figure.savefig(path, dpi=110)
+    write_figure(figure, path, dpi=110)

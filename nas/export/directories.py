@@ -30,6 +30,7 @@ from nas.config import LatencyConfig, is_folder
 from nas.display.notes import stage_table
 from nas.errors import UsageError, message_line, of_this_version
 from nas.export.selection import Selection
+from nas.files import folder_for
 from nas.latency.analysis import from_table
 from nas.latency.block_table import BlockTable
 from nas.recorded import RecordedStudy
@@ -317,25 +318,22 @@ def write(networks: Sequence[Exported], out_dir: Path, formats: Formats = (), fo
             raise UsageError(f"--out {out_dir}: is not empty (--force writes into it all the same)")
         for place in places:
             _require_no_training(place)
-        made_folders = [folder for folder in (out_dir, *out_dir.absolute().parents) if not folder.exists()]
-        out_dir.mkdir(parents=True, exist_ok=True)
-        made: list[Path] = []
-        try:
-            with _aside(out_dir) as aside:
-                for network in networks:
-                    _fill(aside / network.name, network, formats)
-                for place in places:
-                    if place.exists():
-                        _merge(aside / place.name, place, stale=(WEIGHTS, CLASSES, *FILES))
-                    else:
-                        os.rename(aside / place.name, place)
-                        made.append(place)
-        except BaseException:
-            for place in made:
-                shutil.rmtree(place)
-            for folder in made_folders:
-                folder.rmdir()
-            raise
+        with folder_for(out_dir):
+            made: list[Path] = []
+            try:
+                with _aside(out_dir) as aside:
+                    for network in networks:
+                        _fill(aside / network.name, network, formats)
+                    for place in places:
+                        if place.exists():
+                            _merge(aside / place.name, place, stale=(WEIGHTS, CLASSES, *FILES))
+                        else:
+                            os.rename(aside / place.name, place)
+                            made.append(place)
+            except BaseException:
+                for place in made:
+                    shutil.rmtree(place)
+                raise
     except OSError as error:
         raise UsageError(f"--out {out_dir}: cannot be written ({error.strerror or error})") from error
     return places

@@ -20,6 +20,7 @@ from nas.display.charts import Chart, save_charts
 from nas.display.notes import deployment_line, duration
 from nas.display.study_plots import front_chart
 from nas.errors import UsageError
+from nas.files import folder_for
 from nas.recorded import RecordedStudy
 from nas.report.architectures import MOST_COLUMNS, chosen_members, figure_width, plot_architectures
 from nas.report.data import Material, gather
@@ -71,8 +72,7 @@ def write_report(
     """
     material = gather(recorded)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".report-") as made_in:
+        with folder_for(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".report-") as made_in:
             aside = Path(made_in)
             charts = charts_of(material, contenders)
             pictures = draw(material, charts, contenders, aside)

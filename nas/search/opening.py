@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -162,7 +162,8 @@ def open_study(config: SearchConfig, evaluator: Evaluator, versions: str, note: 
     store = Store.open(config.storage, create=True)
     assert store is not None
     owner = Owner.me()
-    try:
+    # All of it is guarded, to begin and to tidy up as well: the disk may be full at any moment.
+    with guarded(), closing(store):
         recorded = RecordedStudy.find(store, config.study)
         if recorded is None:
             recorded, profile = _begin(store, config, evaluator, owner, versions, note)
@@ -175,8 +176,7 @@ def open_study(config: SearchConfig, evaluator: Evaluator, versions: str, note: 
         try:
             study = LiveStudy(recorded, profile.macs_per_s, owner)
             try:
-                with guarded():
-                    yield study
+                yield study
             finally:
                 # The study may have been deleted in the dashboard, for example, or taken over. Then that is the cause
                 # of whatever went wrong, and a running trial belongs to another process.
@@ -184,8 +184,6 @@ def open_study(config: SearchConfig, evaluator: Evaluator, versions: str, note: 
                 study.recover()
         finally:
             store.ownership.release(recorded.study_id, owner)
-    finally:
-        store.close()
 
 
 def _begin(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from nas.errors import UsageError
+from nas.files import whole
 from nas.training.data import ImageData
 from studies.display import artifact_folder
 
@@ -86,11 +86,10 @@ class Weights:
         """Write a candidate's weights into a file."""
         path = self._path(number)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
         metadata = {"arch_id": arch_id, "images": json.dumps(asdict(trained.images))}
         # `save_file` would make files that no other user may read.
-        part.write_bytes(save(trained.weights, metadata=metadata))
-        os.replace(part, path)
+        with whole(path) as part:
+            part.write_bytes(save(trained.weights, metadata=metadata))
 
     def find(self, number: int, arch_id: str) -> Trained | None:
         """A candidate's weights; None where they were not kept.
