@@ -88,7 +88,7 @@ def open_storage(url: str, *, create: bool) -> RDBStorage | None:
         return storage
     # Optuna raises RuntimeError where its own tables are of another version.
     except (SQLAlchemyError, StorageInternalError, RuntimeError, ImportError, OSError) as error:
-        raise StorageError(reason(error)) from error
+        raise _refusal(parsed, error) from error
 
 
 def check_writable(url: str) -> None:
@@ -128,7 +128,7 @@ def check_free(url: str, name: str) -> None:
             if found:
                 require_ours(name, connection.execute(trials, {"name": name}).scalar_one(), found)
     except (SQLAlchemyError, ImportError, OSError) as error:
-        raise StorageError(reason(error)) from error
+        raise _refusal(parsed, error) from error
 
 
 def require_ours(name: str, trials: int, directions: list[StudyDirection]) -> None:
@@ -184,6 +184,15 @@ def _require_driver(url: URL) -> None:
     if url.get_backend_name() == "postgresql":
         use = "pip install 'convfirst-nas[postgres]' brings that of postgresql+psycopg://USER@HOST/NAME"
     raise StorageError(f"the driver of {url.drivername}:// {fault}; {use}")
+
+
+def _refusal(url: URL, error: BaseException) -> StorageError:
+    """The refusal of a database that raised an error."""
+    if _is_sqlite_file(url):
+        with contextlib.suppress(OSError), Path(str(url.database)).open("rb") as file:
+            if file.read(40) == b"version https://git-lfs.github.com/spec/":
+                return StorageError("the file is Git LFS's pointer to the database, which `git lfs pull` fetches")
+    return StorageError(reason(error))
 
 
 def _is_sqlite_file(url: URL) -> bool:

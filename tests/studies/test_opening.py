@@ -13,7 +13,8 @@ import optuna
 import pytest
 from sqlalchemy import create_engine, inspect, text
 
-from studies import StorageError, Store, displayed, schema
+from studies import StorageError, Store, check_free, displayed, schema
+from tests.conftest import LFS_POINTER
 from tests.studies.rows import OURS, make_study
 
 
@@ -175,6 +176,15 @@ def test_a_file_that_is_no_database_is_refused_and_left_alone(tmp_path: Path) ->
     with pytest.raises(StorageError, match="not a database"):
         Store.open(f"sqlite:///{path}", create=True)
     assert path.read_text() == "not a database\n" * 100
+
+
+def test_a_database_that_was_not_fetched_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "study.db"
+    path.write_text(LFS_POINTER)
+    for use in (partial(Store.open, create=True), partial(Store.open, create=False), partial(check_free, name="x")):
+        with pytest.raises(StorageError, match="Git LFS's pointer to the database, which `git lfs pull` fetches"):
+            use(f"sqlite:///{path}")
+    assert path.read_text() == LFS_POINTER
 
 
 def test_three_processes_may_make_a_database_at_once(any_url: str) -> None:
