@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from nas.errors import FieldError, UsageError
-from nas.options import options
+from nas.options import UNPRINTABLE, options
 
 # In a pipe or a file there is no edge at which lines would have to be broken.
 WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
@@ -35,8 +35,9 @@ def note(line: str) -> None:
 
 
 def fail(message: str) -> NoReturn:
-    """End the command with one line and exit code 2."""
-    err.print(f"Error: {message}", soft_wrap=True)
+    """End the command with one line and exit code 2; line ends within names are shown as \\n."""
+    line = UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), message)
+    err.print(f"Error: {line}", soft_wrap=True)
     raise typer.Exit(2)
 
 

@@ -26,7 +26,7 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from nas.config import LatencyConfig
-from nas.display.notes import stage_table
+from nas.display.notes import code, plain, stage_table
 from nas.errors import UsageError, message_line, of_this_version, unreadable
 from nas.export.selection import Selection
 from nas.latency.analysis import from_table
@@ -247,6 +247,7 @@ def render(exported: Exported) -> dict[str, str]:
         loader=PackageLoader("nas.export"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True,
     )  # fmt: skip
+    templates.filters.update(code=code, plain=plain)
     return {
         CONFIG: json.dumps(config, indent=2) + "\n",
         f"{name}.py": timm_file(name, arch, config),
@@ -380,7 +381,8 @@ def _aside(parent: Path) -> Iterator[Path]:
 def _fill(folder: Path, network: Exported, formats: Formats) -> None:
     folder.mkdir()
     for name, text in render(network).items():
-        (folder / name).write_text(text, encoding="utf-8")
+        # A folder's name may hold bytes that are no text.
+        (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
     if network.weights is not None:
         # `save_file` would make a file that no other user may read.
         (folder / WEIGHTS).write_bytes(save(network.weights, metadata={"format": "pt"}))
