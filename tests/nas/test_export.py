@@ -496,6 +496,17 @@ def test_files_that_were_not_fetched_are_told(
     assert "\n" not in str(caught.value)
 
 
+def test_a_folder_of_bytes_that_are_no_text_is_shown_by_numbers(
+    store: Store, config: SearchConfig, tmp_path: Path
+) -> None:
+    """Classes, too, may have such names: those of folders from an old archive."""
+    network = exported(store, config, top=1)[0]
+    network.config["convfirst"]["accuracy"]["data"]["source"] = network.config["label_names"] = "caf\udce9"
+    (folder,) = write([network], tmp_path / "out")
+    assert r"`caf\udce9`" in (folder / "README.md").read_text(encoding="utf-8")
+    assert read(folder).config["label_names"] == "caf\udce9"
+
+
 def test_texts_that_an_editor_wrote_are_read(store: Store, config: SearchConfig, tmp_path: Path) -> None:
     """With a byte-order mark, or not in UTF-8 where nobody but the user minds."""
     (folder,) = write(exported(store, config, top=1), tmp_path / "out")
