@@ -19,9 +19,9 @@ from typing import Any
 from optuna.artifacts import FileSystemArtifactStore
 from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.storages import RDBStorage
-from sqlalchemy.engine import make_url
 
 from studies.errors import guarded
+from studies.opening import parse
 
 # The dashboard gives each edit of a note the next version. Ours is the first: a later one is the user's own.
 OUR_VERSION = 1
@@ -32,8 +32,12 @@ _PREFIX = "dashboard:artifacts:"
 
 def artifact_folder(url: str) -> Path:
     """The folder for the files of a database's trials: next to the database's file, or in studies/ if it is on a
-    server."""
-    parsed = make_url(url)
+    server.
+
+    Raises:
+        StorageError: the URL is of no database that is supported.
+    """
+    parsed = parse(url)
     if parsed.get_backend_name() == "sqlite":
         return Path(str(parsed.database)).with_suffix(".artifacts")
     return SERVER_FOLDER / f"{parsed.database}.artifacts"

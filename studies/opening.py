@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import errno
 import os
+import re
 import sqlite3
 import tempfile
 import warnings
@@ -23,7 +24,7 @@ from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from sqlalchemy import Connection, create_engine, event, inspect, text
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from studies import schema
 from studies.errors import StorageError, is_full, reason
@@ -36,6 +37,10 @@ BUSY_TIMEOUT_S = 120
 OBJECTIVES = ((StudyDirection.MAXIMIZE, "accuracy"), (StudyDirection.MINIMIZE, "latency_ms"))
 # The front is a view, and a row is replaced, in SQL that only these two understand.
 BACKENDS = ("sqlite", "postgresql")
+EXAMPLES = "sqlite:///FILE.db or postgresql+psycopg://USER@HOST/NAME"
+ENCODED = (
+    "a user name or password holds a character that must be percent-encoded: @ is %40, : is %3A, / is %2F, % is %25"
+)
 OPTUNAS_TABLES = {"studies", "trials", "version_info"}
 # The beginning of the names of folders in which files are made aside.
 ASIDE = ".new-study-"
@@ -44,12 +49,10 @@ AT_FDCWD, RENAME_NOREPLACE = -100, 1
 
 
 def displayed(url: str) -> str:
-    """The URL as it was typed, but with its password hidden, for people and logs."""
-    try:
-        parsed = make_url(url)
-    except ArgumentError:
-        return url
-    return url if parsed.password is None else parsed.render_as_string()
+    """The URL as it was typed, but with its passwords hidden, for people and logs."""
+    # Up to the last @, as a password may hold one that should have been percent-encoded.
+    hidden = re.sub(r"://([^:/]*):.*@", r"://\1:***@", url, flags=re.DOTALL)
+    return re.sub(r"([?&](?:ssl)?password=)[^&]*", r"\1***", hidden)
 
 
 def open_storage(url: str, *, create: bool) -> RDBStorage | None:
@@ -65,7 +68,7 @@ def open_storage(url: str, *, create: bool) -> RDBStorage | None:
         StorageError: the database is unreachable, locked, not writable, not a database, not ours, of a version that
             this program does not know, or an SQLite file that its file system does not let processes share.
     """
-    parsed = _parse(url)
+    parsed = parse(url)
     if parsed.get_backend_name() == "sqlite" and not _is_sqlite_file(parsed):
         raise StorageError("an in-memory database would be lost with the process; name a file")
     try:
@@ -94,7 +97,7 @@ def open_storage(url: str, *, create: bool) -> RDBStorage | None:
         return storage
     # Optuna raises RuntimeError where its own tables are of another version.
     except (SQLAlchemyError, StorageInternalError, RuntimeError, ImportError, OSError, sqlite3.Error) as error:
-        raise StorageError(_why(parsed, error)) from error
+        raise _refusal(parsed, error) from error
 
 
 def check_writable(url: str) -> None:
@@ -103,7 +106,7 @@ def check_writable(url: str) -> None:
     Raises:
         StorageError: the URL is of no database that is supported, or the file's folder or its file system takes none.
     """
-    parsed = _parse(url)
+    parsed = parse(url)
     if not _exists(parsed):
         folder = Path(str(parsed.database)).absolute().parent
         existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
@@ -123,7 +126,7 @@ def check_free(url: str, name: str) -> None:
     Raises:
         StorageError: another program has such a study, or the database cannot be read.
     """
-    parsed = _parse(url)
+    parsed = parse(url)
     if not _exists(parsed):
         return
     try:
@@ -138,7 +141,7 @@ def check_free(url: str, name: str) -> None:
             if found:
                 require_ours(name, connection.execute(trials, {"name": name}).scalar_one(), found)
     except (SQLAlchemyError, ImportError, OSError) as error:
-        raise StorageError(reason(error)) from error
+        raise _refusal(parsed, error) from error
 
 
 def require_ours(name: str, trials: int, directions: list[StudyDirection]) -> None:
@@ -151,16 +154,58 @@ def require_ours(name: str, trials: int, directions: list[StudyDirection]) -> No
         raise StorageError(f"its study {name!r} was made by another program; choose another --study")
 
 
-def _parse(url: str) -> URL:
+def parse(url: str) -> URL:
+    """A URL's parts.
+
+    Raises:
+        StorageError: it is none, of no database that is supported, or of one whose driver is not installed.
+    """
+    if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", url):
+        raise StorageError("holds control characters, or bytes that are no text")
     try:
         parsed = make_url(url)
     except ArgumentError as error:
-        raise StorageError(
-            "is no database's URL, such as sqlite:///FILE.db or postgresql+psycopg://USER@HOST/NAME"
-        ) from error
+        raise StorageError(f"is no database's URL, such as {EXAMPLES}") from error
+    except ValueError as error:
+        raise StorageError(f"its port is no number, or {ENCODED}") from error
     if parsed.get_backend_name() not in BACKENDS:
-        raise StorageError(f"{parsed.get_backend_name()} is not supported; use {' or '.join(BACKENDS)}")
+        raise StorageError(f"{parsed.get_backend_name()} is not supported; use {EXAMPLES}")
+    if parsed.get_backend_name() == "sqlite" and parsed.host:
+        raise StorageError(f"names the host {parsed.host}; use sqlite:///FILE.db, or sqlite:////FILE.db from the root")
+    # SQLAlchemy takes a password up to its first @.
+    if parsed.password is not None and "@" in f"{parsed.host}{parsed.database}":
+        raise StorageError(ENCODED)
+    _require_driver(parsed)
     return parsed
+
+
+def _require_driver(url: URL) -> None:
+    """Check that a database's driver is installed and of the kind that waits for answers.
+
+    Raises:
+        StorageError: it is not.
+    """
+    try:
+        dialect = url.get_dialect()
+        dialect.import_dbapi()
+        if not dialect.is_async:
+            return
+        fault = "is for asyncio"
+    except (NoSuchModuleError, ImportError) as error:
+        fault = f"is not installed ({reason(error)})"
+    use = "use sqlite:///FILE.db"
+    if url.get_backend_name() == "postgresql":
+        use = "pip install 'convfirst-nas[postgres]' brings that of postgresql+psycopg://USER@HOST/NAME"
+    raise StorageError(f"the driver of {url.drivername}:// {fault}; {use}")
+
+
+def _refusal(url: URL, error: BaseException) -> StorageError:
+    """The refusal of a database that raised an error."""
+    if _is_sqlite_file(url):
+        with contextlib.suppress(OSError), Path(str(url.database)).open("rb") as file:
+            if file.read(40) == b"version https://git-lfs.github.com/spec/":
+                return StorageError("the file is Git LFS's pointer to the database, which `git lfs pull` fetches")
+    return StorageError(_why(url, error))
 
 
 def _is_sqlite_file(url: URL) -> bool:
@@ -259,7 +304,7 @@ def _prefer_wal(url: URL) -> None:
             connection.execute("PRAGMA journal_mode=WAL")
 
 
-def _why(url: URL, error: Exception) -> str:
+def _why(url: URL, error: BaseException) -> str:
     """The reason for which a database cannot be opened, in words."""
     # What these find impossible has another reason.
     with contextlib.suppress(OSError, sqlite3.Error):
@@ -274,8 +319,9 @@ def _why(url: URL, error: Exception) -> str:
 @contextmanager
 def _probing(url: URL) -> Iterator[Connection]:
     """A connection that is made and closed again, and waits for locks only as long as opening may."""
-    timeout = "timeout" if url.get_backend_name() == "sqlite" else "connect_timeout"
-    engine = create_engine(url, connect_args={timeout: OPEN_TIMEOUT_S})
+    sqlite = url.get_backend_name() == "sqlite"
+    arguments = {"timeout": OPEN_TIMEOUT_S} if sqlite else {"connect_timeout": OPEN_TIMEOUT_S, **schema.AS_UTF8}
+    engine = create_engine(url, connect_args=arguments)
     try:
         with engine.connect() as connection:
             yield connection
@@ -307,7 +353,8 @@ def _require_known(version: str) -> None:
 
 def _optuna_storage(url: URL) -> RDBStorage:
     sqlite = url.get_backend_name() == "sqlite"
-    engine_kwargs: dict[str, Any] = {"connect_args": {"timeout": BUSY_TIMEOUT_S}} if sqlite else {"pool_pre_ping": True}
+    arguments = {"timeout": BUSY_TIMEOUT_S} if sqlite else schema.AS_UTF8
+    engine_kwargs: dict[str, Any] = {"connect_args": arguments, "pool_pre_ping": not sqlite}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         storage = RDBStorage(url.render_as_string(hide_password=False), engine_kwargs=engine_kwargs)

@@ -160,6 +160,10 @@ stride = [1, 2]
 """
 
 
+# What Git LFS leaves in the place of a file that was not fetched.
+LFS_POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123456\n"
+
+
 @pytest.fixture
 def sqlite_url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'study.db'}"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import html
 import io
 import json
 import os
@@ -21,6 +23,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+import yaml
 from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner, Result
@@ -452,6 +455,93 @@ def test_bad_input_gets_one_line_and_leaves_nothing_behind(tmp_path: Path, line:
     before = sorted(tmp_path.rglob("*"))
     assert re.search(told, refused(line))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+NAMES = [r"cost $a_b$ \frac{x} <b>x</b> | `q` [red] :smile: 'y'", "\u4e2d\u6587\u7814\u7a76", "\u4e2d" * 512]
+
+
+def on_latin_1(*line: str) -> Result:
+    """A command on a terminal that knows Western European letters only."""
+    return CliRunner(charset="latin-1").invoke(run_search.app, line)
+
+
+@pytest.mark.usefixtures("fake", "shown")
+@pytest.mark.parametrize("name", NAMES, ids=["marks", "chinese", "long"])
+def test_a_study_of_any_name_is_shown_by_every_command(name: str, tmp_path: Path) -> None:
+    """On a Latin-1 terminal, letters that it lacks are shown by their numbers."""
+    shown = name.encode("latin-1", "backslashreplace").decode("latin-1")
+    told = {}
+    for command in ("", "pareto", "pareto --format csv", "pareto --format json", "pareto --plot front.svg", "studies",
+                    "report --out r", "export --out e"):  # fmt: skip
+        result = on_latin_1(*command.split(), *([] if command else ["--budget", "2"]), "--study", name)
+        assert result.exit_code == 0, (command, result.output, result.exception)
+        told[command] = result.stdout
+    for command in ("", "pareto"):
+        # Long titles are broken.
+        assert shown.replace(" ", "") in re.sub(r"\s", "", told[command])
+    # In a table its rows are apart.
+    assert told["studies"].count("\\u4e2d") == shown.count("\\u4e2d")
+    assert all(row["study_name"] == name for row in json.loads(told["pareto --format json"]))
+    assert shown in told["pareto --format csv"]
+    escaped = html.escape(name, quote=False)
+    page = (tmp_path / "r" / "report.html").read_text(encoding="utf-8").replace("&#39;", "'")
+    assert f"<title>{escaped}: ConvFirst search</title>" in page
+    (card,) = list((tmp_path / "e").glob("*/README.md"))[:1]
+    fence = "``" if "`" in name else "`"
+    assert f"{fence}{' ' * (len(fence) - 1)}{name}" in card.read_text(encoding="utf-8")
+    compile(card.with_name(f"{card.parent.name}.py").read_bytes(), "exported", "exec")
+    assert yaml.safe_load(card.with_name("train.yaml").read_text(encoding="utf-8"))["model"] == card.parent.name
+    again = on_latin_1("--budget", "2", "--study", name)
+    assert "going on: 2 of 2" in again.stdout
+
+
+NOT_UTF8 = "caf\udce9"  # as Python reads the bytes of Latin-1 that a shell passes on
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--study X", "--study=X", "--storage sqlite:///X.db", "--space X", "--data X", "--data-dir X", "--device X",
+        "pareto --study X", "pareto --plot X.png", "studies --study X", "space X", "report --out X", "export X",
+        "export --out X", "export a --checkpoint X", "bench X", "dashboard --host X", "dashboard --artifacts X",
+        "analyze --timm X", "analyze --arch X", "X", "--X",
+    ],
+)  # fmt: skip
+def test_bytes_that_are_no_text_get_one_line(line: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(run_search.app, line.replace("X", NOT_UTF8).split())
+    assert result.exit_code == 2, result.output
+    flag, _, _ = line.rpartition(" ")
+    (told,) = result.stderr.splitlines()
+    assert re.match(rf"Error: .*{flag.split(' ')[-1] if flag.split(' ')[-1].startswith('--') else ''}", told)
+    assert "caf\\udce9" in told
+    assert told.endswith(": holds bytes that are no text in utf-8")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31mred", "a\u2028b", "a\tb", "x" * 513])
+def test_names_that_are_hard_to_show_are_refused_where_a_study_is_new(name: str, tmp_path: Path) -> None:
+    """One that is there already, as SQLite has them, is read and continued."""
+    result = CliRunner().invoke(run_search.app, ["--study", name])
+    assert result.exit_code == 2, result.output
+    (told,) = result.stderr.split("\n")[:-1]
+    assert told.startswith("Error: --study ")
+    assert told.endswith(": is not a name of at most 512 characters, without control characters")
+    assert told.isprintable()
+    assert list(tmp_path.iterdir()) == []
+    assert call("--budget 2").exit_code == 0
+    with contextlib.closing(sqlite3.connect("studies/convfirst.db")) as connection, connection:
+        connection.execute("UPDATE studies SET study_name = ?", [name])
+    for line in (["pareto"], ["--budget", "3"], ["export"]):
+        result = CliRunner().invoke(run_search.app, [*line, "--study", name])
+        assert result.exit_code == 0, result.output
+
+
+def test_a_refusal_is_one_line_whatever_it_names(tmp_path: Path) -> None:
+    result = CliRunner().invoke(run_search.app, ["--storage", "sqlite:///a\nb.db"])
+    assert result.stderr == "Error: --storage sqlite:///a\\nb.db: holds control characters, or bytes that are no text\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("fake")

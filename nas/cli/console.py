@@ -17,7 +17,7 @@ from rich.console import Console
 from kernels.cache import provide_home
 from nas.errors import FieldError, UsageError
 from nas.files import no_room
-from nas.options import options
+from nas.options import UNPRINTABLE, options
 
 # In a pipe or a file there is no edge at which lines would have to be broken.
 WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
@@ -39,10 +39,11 @@ def note(line: str) -> None:
 
 
 def fail(message: str) -> NoReturn:
-    """End the command with one line and exit code 2."""
+    """End the command with one line and exit code 2; line ends within names are shown as \\n."""
+    line = UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), message)
     # The disk that is full may be the one that errors are written to.
     with contextlib.suppress(OSError):
-        err.print(f"Error: {message}", soft_wrap=True)
+        err.print(f"Error: {line}", soft_wrap=True)
     raise typer.Exit(2)
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nas.display.charts import BLUE, GREY, ORANGE, new_figure, write_figure
+from nas.display.charts import BLUE, GREY, ORANGE, new_figure, plain_texts, write_figure
 from nas.latency.roofline import Efficiency, NetworkEfficiency
 
 BOUND_COLOUR, GAP_COLOUR, REST_COLOUR = BLUE, ORANGE, GREY
@@ -33,6 +33,7 @@ WHOLE_MARKER, SMALLEST_MARKER = 1200, 6
 CHARACTER, LINE = 5, 11
 
 
+@plain_texts()
 def plot_efficiency_gap(networks: Sequence[NetworkEfficiency], path: Path) -> None:
     """Draw latency as area: a bar for each block, F / peak wide and 1 / efficiency high, in two shades.
 
@@ -71,6 +72,7 @@ def plot_efficiency_gap(networks: Sequence[NetworkEfficiency], path: Path) -> No
     _save(figure, path, "Efficiency gap", networks)
 
 
+@plain_texts()
 def plot_waterline(networks: Sequence[NetworkEfficiency], path: Path) -> None:
     """Draw throughput over operational intensity under the roofline: each block at its bound and as measured.
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kernels.timing import DeviceInfo
 from nas.config import LatencyConfig
-from nas.errors import CandidateFailed, UsageError, memory_may_run_out, message_line
+from nas.errors import FETCH, CandidateFailed, UsageError, is_pointer, memory_may_run_out, message_line
 from nas.export.directories import COMPILED, FUSED, ONNX, PROGRAM, SECTION, Exported
 from nas.export.formats import INPUT, onnx_file, program_file, quiet
 from nas.latency.devices import check_device
@@ -190,15 +190,27 @@ class _Formats:
         config = replace(self.config, engine=name, num_classes=self.network.num_classes)
         return self.meter.forwards(deploy(self.model, config, self.inputs[0]), self.inputs)
 
-    def _program(self) -> Forwards:
-        path = self.folder / PROGRAM
+    def _written(self, name: str) -> Path | None:
+        """A file of the directory; None where it lacks the file, or where that is for another resolution.
+
+        Raises:
+            UsageError: the file was not fetched.
+        """
+        path = self.folder / name
         if not (self.files_fit and path.exists()):
-            path = program_file(self.model, self.config.resolution, self.work / PROGRAM)
+            return None
+        if is_pointer(path):
+            raise UsageError(f"{name}: {FETCH}")
+        return path
+
+    def _program(self) -> Forwards:
+        path = self._written(PROGRAM) or program_file(self.model, self.config.resolution, self.work / PROGRAM)
         module = torch.export.load(path).module().to(self.device)
         return self._checked(module, [x.float() for x in self.inputs])
 
     def _package(self, name: str) -> Forwards:
-        path = self.folder / name
+        path = self._written(name)
+        assert path is not None, "`ready` looks for it"
         if name == FUSED:
             import kernels.ops  # noqa: F401  registers its operators
 
@@ -215,9 +227,7 @@ class _Formats:
         return self.meter.forwards(module, inputs)
 
     def _onnx(self) -> Forwards:
-        path = self.folder / ONNX
-        if not (self.files_fit and path.exists()):
-            path = onnx_file(self.model, self.config.resolution, self.work / ONNX)
+        path = self._written(ONNX) or onnx_file(self.model, self.config.resolution, self.work / ONNX)
         import onnxruntime
 
         options = onnxruntime.SessionOptions()

@@ -76,7 +76,9 @@ def write_report(
             aside = Path(made_in)
             charts = charts_of(material, contenders)
             pictures = draw(material, charts, contenders, aside)
-            (aside / PAGE).write_text(page(material, storage, charts, pictures, contenders, verdict), encoding="utf-8")
+            text = page(material, storage, charts, pictures, contenders, verdict)
+            # A folder's name may hold bytes that are no text.
+            (aside / PAGE).write_text(text, encoding="utf-8", errors="backslashreplace")
             names = [PAGE, *(picture.file for picture in pictures.values())]
             # The page comes last, so that the pictures beside a new page are new, too.
             for made in reversed(names):

@@ -13,10 +13,10 @@ import optuna
 import studies
 from nas.config import LatencyConfig, SearchConfig, respelled
 from nas.display import notes
-from nas.errors import UsageError
+from nas.errors import FieldError, UsageError
 from nas.latency.block_table import BlockTable
 from nas.latency.device_profile import store_profile
-from nas.options import Keep, options
+from nas.options import NEW_NAME, Keep, options
 from nas.recorded import RecordedStudy
 from nas.reporting import Note
 from nas.search.evaluation import Evaluator
@@ -98,6 +98,7 @@ def refuse_early(config: SearchConfig) -> None:
 
     Raises:
         UsageError: the study was begun with another configuration, or every network of the space breaks a limit.
+        FieldError: a new study would have a name that is hard to print or to store.
         StorageError: the storage cannot be used, or another process searches the study.
     """
     _require_possible(config)
@@ -106,6 +107,9 @@ def refuse_early(config: SearchConfig) -> None:
     with _existing(config) as recorded:
         if recorded:
             studies.check_claimable(recorded.row.owner, Owner.me())
+        elif not NEW_NAME.hold(config.study):
+            # A study of such a name that is there already can still be read and continued.
+            raise FieldError(SearchConfig, "study", config.study, NEW_NAME.expected)
 
 
 def _require_possible(config: SearchConfig) -> None:
