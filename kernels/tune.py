@@ -12,7 +12,6 @@ import functools
 import hashlib
 import json
 import os
-import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -184,9 +183,12 @@ def _write(kernel: Kernel, problem: Any, device: torch.device, choice: Choice) -
     }  # fmt: skip
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump(fields, file, indent=1)
-        os.replace(file.name, path)
+        part = path.with_suffix(f".{os.getpid()}")
+        try:
+            part.write_text(json.dumps(fields, indent=1))
+            os.replace(part, path)
+        finally:
+            part.unlink(missing_ok=True)
     except OSError:
         # A cache that cannot be written costs time and changes no result.
         return

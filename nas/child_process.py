@@ -1,8 +1,8 @@
 """A child process that calls functions, for what may crash a process or never gives its memory back.
 
 Training repvgg_a0 at 128 pixels on a CPU ends torch 2.11 with "double free or corruption"; TorchScript keeps every
-network that it traced. Parent and child speak pickle, one message each way per call; the child ends when its input
-does, however the parent ended.
+network that it traced. Parent and child speak pickle over a socket of their own, one message each way per call: on the
+standard streams a library's words would come between. The child ends when the socket does, however the parent ended.
 """
 
 from __future__ import annotations
@@ -12,15 +12,23 @@ import ctypes
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
+import traceback
 from collections.abc import Callable
+from io import BufferedRWPair
+from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
 from nas.errors import CandidateFailed
+from nas.files import no_room
 
 # Of <sys/prctl.h>.
 PR_SET_PDEATHSIG = 1
+ROOT = str(Path(__file__).parents[1])
+# A process whose socket has ended is as good as dead.
+DYING_SECONDS = 5.0
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -35,6 +43,7 @@ class ChildProcess:
 
     def __init__(self) -> None:
         self.process: subprocess.Popen[bytes] | None = None
+        self.stream: BufferedRWPair | None = None
 
     def __enter__(self) -> ChildProcess:
         return self
@@ -46,25 +55,33 @@ class ChildProcess:
         """Start the child process if there is none; it ends with the thread that calls this."""
         if self.process is not None:
             return
-        # sys.path as it is here: the packages need not be installed, and a script's own folder is part of it.
-        env = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "nas.child_process", str(os.getpid())],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=env,
-            process_group=0,  # apart from our group, which Ctrl-C on a terminal reaches as a whole
-        )  # fmt: skip
+        # Modules come from where they come from here, but not from the folder that the user stands in (the empty entry,
+        # and without -P the first): it may hold a random.py.
+        path = [str(folder) for folder in sys.path if folder]
+        path = path if ROOT in path else [ROOT, *path]
+        code = f"import sys; sys.path[:] = {path!r}; from nas.child_process import main; main()"
+        ours, its = socket.socketpair()
+        with its:
+            try:
+                self.process = subprocess.Popen(
+                    [sys.executable, "-P", "-c", code, str(os.getpid()), str(its.fileno())],
+                    stdin=subprocess.DEVNULL, stdout=2, pass_fds=[its.fileno()],
+                    process_group=0,  # apart from our group, which Ctrl-C on a terminal reaches as a whole
+                )  # fmt: skip
+                self.stream = ours.makefile("rwb")
+            finally:
+                ours.close()
 
     def close(self) -> None:
         """End the child process; the next call starts another."""
         process, self.process = self.process, None
-        if process is None:
-            return
-        process.kill()
-        process.wait()
-        for pipe in (process.stdin, process.stdout):
-            assert pipe is not None
+        stream, self.stream = self.stream, None
+        if process is not None:
+            process.kill()
+            process.wait()
+        if stream is not None:
             with contextlib.suppress(OSError):
-                pipe.close()
+                stream.close()
 
     def call(
         self, function: Callable[Arguments, Result], /, *args: Arguments.args, **kwargs: Arguments.kwargs
@@ -73,7 +90,9 @@ class ChildProcess:
 
         Raises:
             CandidateFailed: the function raised it, or a signal killed the child.
-            RuntimeError: the function raised anything else, whose traceback the child has printed.
+            OSError: the function raised it, because a disk is full.
+            RuntimeError: the function raised anything else, whose traceback the child has printed, or the child gives
+                no answers.
         """
         try:
             reply = self._ask((function, args, kwargs))
@@ -83,23 +102,28 @@ class ChildProcess:
             raise
         if "failed" in reply:
             raise CandidateFailed(reply["failed"])
+        if "full" in reply:
+            raise OSError(*reply["full"])
         value: Result = reply["value"]
         return value
 
     def _ask(self, question: object) -> dict[str, Any]:
         self.start()
         # Another thread may close this meanwhile.
-        process = self.process
+        process, stream = self.process, self.stream
         assert process is not None
-        assert process.stdin is not None
-        assert process.stdout is not None
+        assert stream is not None
         try:
-            pickle.dump(question, process.stdin)
-            process.stdin.flush()
-            reply: dict[str, Any] = pickle.load(process.stdout)
+            pickle.dump(question, stream)
+            stream.flush()
+            reply: dict[str, Any] = pickle.load(stream)
             return reply
-        except (BrokenPipeError, EOFError, pickle.UnpicklingError) as error:
-            status = process.wait()
+        except (ConnectionError, EOFError, pickle.UnpicklingError) as error:
+            try:
+                status = process.wait(DYING_SECONDS)
+            except subprocess.TimeoutExpired:
+                # The caller closes this, and so ends the process: to wait for it would be to wait for ever.
+                raise RuntimeError("the child process lives, but gives no answers") from error
             if status >= 0:
                 raise RuntimeError(f"the child process ended with status {status}") from error
             # Most often because memory ran out.
@@ -116,29 +140,43 @@ def die_with_parent() -> None:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
-def main() -> None:
-    """The child: calls what it is asked to."""
-    die_with_parent()
-    if os.getppid() != int(sys.argv[1]):
-        # The parent ended before that was set.
-        return
-    # Whatever a library prints must not come between the answers.
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
+def answer(stream: BufferedRWPair) -> None:
+    """Call what the parent asks for, until it asks no more."""
     while True:
         try:
-            function, args, kwargs = pickle.load(sys.stdin.buffer)
+            function, args, kwargs = pickle.load(stream)
         except EOFError:
             return
         try:
-            reply = {"value": function(*args, **kwargs)}
+            reply: dict[str, Any] = {"value": function(*args, **kwargs)}
         except CandidateFailed as error:
             reply = {"failed": str(error)}
-        pickle.dump(reply, answers)
-        answers.flush()
+        except OSError as error:
+            if no_room(error) is None:
+                raise
+            reply = {"full": (error.errno, error.strerror, error.filename)}
+        pickle.dump(reply, stream)
+        stream.flush()
 
 
-if __name__ == "__main__":
-    # The parent may go at any moment, also while it is being answered.
-    with contextlib.suppress(BrokenPipeError):
-        main()
+def main() -> None:
+    """The child, whose arguments are its parent's process id and the number of its socket."""
+    parent, number = map(int, sys.argv[1:])
+    # The socket must end when this process does, not when one does that a library has started.
+    os.set_inheritable(number, False)
+    die_with_parent()
+    status = 0
+    # It may be that the parent ended before that was set.
+    if os.getppid() == parent:
+        try:
+            answer(socket.socket(fileno=number).makefile("rwb"))
+        # The parent may go at any moment, also while it is being answered.
+        except ConnectionError:
+            pass
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # Python would close the socket before it has ended, and wait for threads that a library has left.
+    os._exit(status)

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+
+# The beginning of the file that Git LFS leaves in the place of one that was not fetched.
+_POINTER = b"version https://git-lfs.github.com/spec/"
+FETCH = "it is Git LFS's pointer to the file, which `git lfs pull` fetches"
 
 
 class UsageError(Exception):
@@ -40,6 +45,22 @@ def message_line(error: BaseException, line: int = 0) -> str:
     """A line of an exception's type and message; the last one where there are fewer."""
     lines = f"{type(error).__name__}: {error}".splitlines()
     return lines[min(line, len(lines) - 1)].strip()
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file is Git LFS's pointer to one that was not fetched."""
+    try:
+        with path.open("rb") as file:
+            return file.read(len(_POINTER)) == _POINTER
+    except OSError:
+        return False
+
+
+def unreadable(path: Path, error: BaseException) -> str:
+    """The reason why a file cannot be read, in words."""
+    if is_pointer(path):
+        return FETCH
+    return "it is empty" if path.is_file() and not path.stat().st_size else message_line(error)
 
 
 class CandidateFailed(Exception):

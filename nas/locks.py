@@ -16,7 +16,7 @@ import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -156,8 +156,9 @@ def _open(path: Path) -> int:
     except FileExistsError:
         # Another process was faster.
         return os.open(path, os.O_RDONLY)
-    # All users can read it, whatever the umask.
-    os.fchmod(file, 0o644)
+    # All users can read it, whatever the umask; where the file system has no modes, the lock is as good.
+    with suppress(OSError):
+        os.fchmod(file, 0o644)
     return file
 
 

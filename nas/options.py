@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from collections.abc import Callable
 from dataclasses import MISSING, Field, dataclass
 from enum import Enum, StrEnum
@@ -39,7 +40,15 @@ def one_of(choices: type[StrEnum]) -> Bounds:
 POSITIVE = Bounds(lambda value: value > 0, "positive")
 FINITE = Bounds(lambda value: 0 < value < math.inf, "positive and finite")
 SHARE = Bounds(lambda value: 0 < value < 1, "a share between 0 and 1")
-NAME = Bounds(bool, "a name")
+# Control characters and the ends of lines, which would tear apart lines and tables.
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
+# No database takes these.
+NAME = Bounds(lambda value: bool(value) and not re.search(r"[\x00\ud800-\udfff]", value), "a name")
+# Optuna's table has 512 characters for it, which SQLite does not count, but PostgreSQL does.
+NEW_NAME = Bounds(
+    lambda value: len(value) <= 512 and not UNPRINTABLE.search(value),
+    "a name of at most 512 characters, without control characters",
+)
 
 
 class Keep(Enum):

@@ -27,7 +27,9 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import os
 import random
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -98,7 +100,8 @@ class SearchSpace:
     stages: tuple[StageChoices, ...]
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name:
+        # A name stands in lines and file names.
+        if not isinstance(self.name, str) or not self.name or re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", self.name):
             raise ValueError(f"name={self.name!r} is not a name")
         if not isinstance(self.resolution, int) or isinstance(self.resolution, bool) or self.resolution < 8:
             raise ValueError(f"resolution={self.resolution!r} is not a whole number of at least 8 pixels")
@@ -291,19 +294,25 @@ def load_space(name_or_path: str) -> SearchSpace:
         ValueError: no such space or file, not TOML, a wrong key, or an impossible choice.
     """
     if name_or_path in builtin_spaces():
-        text = (BUILTIN / f"{name_or_path}.toml").read_text()
-    elif Path(name_or_path).is_file():
+        text = (BUILTIN / f"{name_or_path}.toml").read_text(encoding="utf-8")
+    # Unlike Path.is_file, this takes names that are too long for any file.
+    elif os.path.isfile(name_or_path):
         try:
-            text = Path(name_or_path).read_text()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"{name_or_path}: cannot be read ({error})") from error
+            # Editors on Windows begin files with a byte-order mark.
+            text = Path(name_or_path).read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{name_or_path}: is not encoded in UTF-8, which TOML is") from error
+        except OSError as error:
+            raise ValueError(f"{name_or_path}: cannot be read ({error.strerror})") from error
     else:
         raise ValueError(
             f"{name_or_path}: neither a built-in space ({', '.join(builtin_spaces())}) nor a TOML file that exists"
         )
+    if text.startswith("version https://git-lfs.github.com/spec/"):
+        raise ValueError(f"{name_or_path}: is Git LFS's pointer to the file, which `git lfs pull` fetches")
     try:
         return SearchSpace.from_dict(tomllib.loads(text))
-    except (tomllib.TOMLDecodeError, ValueError) as error:
+    except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
         raise ValueError(f"{name_or_path}: {error}") from error
 
 

@@ -19,7 +19,9 @@ from typing import Any
 from optuna.artifacts import FileSystemArtifactStore
 from optuna.artifacts.exceptions import ArtifactNotFound
 from optuna.storages import RDBStorage
-from sqlalchemy.engine import make_url
+
+from studies.errors import guarded
+from studies.opening import parse
 
 # The dashboard gives each edit of a note the next version. Ours is the first: a later one is the user's own.
 OUR_VERSION = 1
@@ -30,11 +32,20 @@ _PREFIX = "dashboard:artifacts:"
 
 def artifact_folder(url: str) -> Path:
     """The folder for the files of a database's trials: next to the database's file, or in studies/ if it is on a
-    server."""
-    parsed = make_url(url)
+    server.
+
+    Raises:
+        StorageError: the URL is of no database that is supported.
+    """
+    parsed = parse(url)
     if parsed.get_backend_name() == "sqlite":
         return Path(str(parsed.database)).with_suffix(".artifacts")
     return SERVER_FOLDER / f"{parsed.database}.artifacts"
+
+
+def _set_attr(storage: RDBStorage, study_id: int, key: str, value: Any) -> None:
+    with guarded():
+        storage.set_study_system_attr(study_id, key, value)
 
 
 # -- Notes -----------------------------------------------------------------------------------------------------------
@@ -46,8 +57,8 @@ def write_note(storage: RDBStorage, study_id: int, trial_id: int | None, body: s
 
     # The version is written last: without it there is no note, however many of its pieces are there.
     for key, piece in split_body(body, trial_id).items():
-        storage.set_study_system_attr(study_id, key, piece)
-    storage.set_study_system_attr(study_id, note_ver_key(trial_id), OUR_VERSION)
+        _set_attr(storage, study_id, key, piece)
+    _set_attr(storage, study_id, note_ver_key(trial_id), OUR_VERSION)
 
 
 def update_notes(storage: RDBStorage, study_id: int, bodies: Mapping[int | None, str]) -> None:
@@ -68,7 +79,7 @@ def update_notes(storage: RDBStorage, study_id: int, bodies: Mapping[int | None,
             continue
         # Pieces that are left over are emptied, because attributes cannot be deleted.
         for key in old.keys() - pieces.keys():
-            storage.set_study_system_attr(study_id, key, "")
+            _set_attr(storage, study_id, key, "")
         write_note(storage, study_id, trial_id, body)
 
 
@@ -158,5 +169,5 @@ class Artifacts:
 
     def _set(self, trial_id: int, artifact_id: str, value: str) -> None:
         key = f"{_PREFIX}{trial_id}:{artifact_id}"
-        self.storage.set_study_system_attr(self.study_id, key, value)
+        _set_attr(self.storage, self.study_id, key, value)
         self.attrs[key] = value

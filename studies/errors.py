@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -27,9 +28,16 @@ def guarded() -> Iterator[None]:
         raise StorageError(reason(error)) from error
 
 
+def is_full(error: sqlite3.Error) -> bool:
+    """Whether a disk is full; SQLite also says "disk I/O error" where there is no room for the memory of a WAL."""
+    return error.sqlite_errorname in ("SQLITE_FULL", "SQLITE_IOERR_SHMSIZE")
+
+
 def reason(error: BaseException) -> str:
     """The first line of an error's innermost cause: that has the database's own words, the wrappers add pages."""
     while inner := getattr(error, "orig", None) or error.__cause__:
         error = inner
+    if isinstance(error, sqlite3.Error) and is_full(error):
+        return "database or disk is full"
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__

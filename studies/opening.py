@@ -1,4 +1,4 @@
-"""The safe opening of a study database: what is refused, and how an SQLite file is made.
+"""The safe opening of a study database: what is refused, and how an SQLite file is made on any file system.
 
 Every refusal is a StorageError, and leaves the database as it was.
 """
@@ -6,11 +6,15 @@ Every refusal is a StorageError, and leaves the database as it was.
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import errno
 import os
+import re
+import sqlite3
 import tempfile
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +24,10 @@ from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from sqlalchemy import Connection, create_engine, event, inspect, text
 from sqlalchemy.engine import URL, make_url
-from sqlalchemy.exc import ArgumentError, SQLAlchemyError
+from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from studies import schema
-from studies.errors import StorageError, reason
+from studies.errors import StorageError, is_full, reason
 
 # Opening fails soon if somebody holds a lock for good; a running search waits for a long time.
 OPEN_TIMEOUT_S = 10
@@ -33,16 +37,22 @@ BUSY_TIMEOUT_S = 120
 OBJECTIVES = ((StudyDirection.MAXIMIZE, "accuracy"), (StudyDirection.MINIMIZE, "latency_ms"))
 # The front is a view, and a row is replaced, in SQL that only these two understand.
 BACKENDS = ("sqlite", "postgresql")
+EXAMPLES = "sqlite:///FILE.db or postgresql+psycopg://USER@HOST/NAME"
+ENCODED = (
+    "a user name or password holds a character that must be percent-encoded: @ is %40, : is %3A, / is %2F, % is %25"
+)
 OPTUNAS_TABLES = {"studies", "trials", "version_info"}
+# The beginning of the names of folders in which files are made aside.
+ASIDE = ".new-study-"
+# Of <fcntl.h> and <linux/fs.h>.
+AT_FDCWD, RENAME_NOREPLACE = -100, 1
 
 
 def displayed(url: str) -> str:
-    """The URL as it was typed, but with its password hidden, for people and logs."""
-    try:
-        parsed = make_url(url)
-    except ArgumentError:
-        return url
-    return url if parsed.password is None else parsed.render_as_string()
+    """The URL as it was typed, but with its passwords hidden, for people and logs."""
+    # Up to the last @, as a password may hold one that should have been percent-encoded.
+    hidden = re.sub(r"://([^:/]*):.*@", r"://\1:***@", url, flags=re.DOTALL)
+    return re.sub(r"([?&](?:ssl)?password=)[^&]*", r"\1***", hidden)
 
 
 def open_storage(url: str, *, create: bool) -> RDBStorage | None:
@@ -55,10 +65,10 @@ def open_storage(url: str, *, create: bool) -> RDBStorage | None:
             up to date for readers too.
 
     Raises:
-        StorageError: the database is unreachable, locked, not writable, not a database, not ours, or of a version
-            that this program does not know.
+        StorageError: the database is unreachable, locked, not writable, not a database, not ours, of a version that
+            this program does not know, or an SQLite file that its file system does not let processes share.
     """
-    parsed = _parse(url)
+    parsed = parse(url)
     if parsed.get_backend_name() == "sqlite" and not _is_sqlite_file(parsed):
         raise StorageError("an in-memory database would be lost with the process; name a file")
     try:
@@ -75,6 +85,8 @@ def open_storage(url: str, *, create: bool) -> RDBStorage | None:
             raise StorageError(f"it holds other tables ({listed}) and no studies: it is not ours to write to")
         if version is not None:
             _require_known(version)
+        if create and not _is_wal(parsed):
+            _prefer_wal(parsed)
         if version == schema.head():
             return _optuna_storage(parsed)
         if ours and not _is_writable(parsed):
@@ -84,17 +96,17 @@ def open_storage(url: str, *, create: bool) -> RDBStorage | None:
         schema.upgrade(parsed, OPEN_TIMEOUT_S)
         return storage
     # Optuna raises RuntimeError where its own tables are of another version.
-    except (SQLAlchemyError, StorageInternalError, RuntimeError, ImportError, OSError) as error:
-        raise StorageError(reason(error)) from error
+    except (SQLAlchemyError, StorageInternalError, RuntimeError, ImportError, OSError, sqlite3.Error) as error:
+        raise _refusal(parsed, error) from error
 
 
 def check_writable(url: str) -> None:
-    """Check that an SQLite file that is not there yet could be made; make nothing.
+    """Check that an SQLite file that is not there yet could be made; leave nothing behind.
 
     Raises:
-        StorageError: the URL is of no database that is supported, or the file's folder cannot be written to.
+        StorageError: the URL is of no database that is supported, or the file's folder or its file system takes none.
     """
-    parsed = _parse(url)
+    parsed = parse(url)
     if not _exists(parsed):
         folder = Path(str(parsed.database)).absolute().parent
         existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
@@ -102,6 +114,10 @@ def check_writable(url: str) -> None:
             raise StorageError(f"{existing} is not a folder")
         if not os.access(existing, os.W_OK):
             raise StorageError(f"the folder {existing} is read-only")
+        try:
+            _wal_works(existing)
+        except (OSError, sqlite3.Error) as error:
+            raise StorageError(f"no database can be made in {existing} ({reason(error)})") from error
 
 
 def check_free(url: str, name: str) -> None:
@@ -110,7 +126,7 @@ def check_free(url: str, name: str) -> None:
     Raises:
         StorageError: another program has such a study, or the database cannot be read.
     """
-    parsed = _parse(url)
+    parsed = parse(url)
     if not _exists(parsed):
         return
     try:
@@ -125,7 +141,7 @@ def check_free(url: str, name: str) -> None:
             if found:
                 require_ours(name, connection.execute(trials, {"name": name}).scalar_one(), found)
     except (SQLAlchemyError, ImportError, OSError) as error:
-        raise StorageError(reason(error)) from error
+        raise _refusal(parsed, error) from error
 
 
 def require_ours(name: str, trials: int, directions: list[StudyDirection]) -> None:
@@ -138,16 +154,58 @@ def require_ours(name: str, trials: int, directions: list[StudyDirection]) -> No
         raise StorageError(f"its study {name!r} was made by another program; choose another --study")
 
 
-def _parse(url: str) -> URL:
+def parse(url: str) -> URL:
+    """A URL's parts.
+
+    Raises:
+        StorageError: it is none, of no database that is supported, or of one whose driver is not installed.
+    """
+    if re.search(r"[\x00-\x1f\x7f\ud800-\udfff]", url):
+        raise StorageError("holds control characters, or bytes that are no text")
     try:
         parsed = make_url(url)
     except ArgumentError as error:
-        raise StorageError(
-            "is no database's URL, such as sqlite:///FILE.db or postgresql+psycopg://USER@HOST/NAME"
-        ) from error
+        raise StorageError(f"is no database's URL, such as {EXAMPLES}") from error
+    except ValueError as error:
+        raise StorageError(f"its port is no number, or {ENCODED}") from error
     if parsed.get_backend_name() not in BACKENDS:
-        raise StorageError(f"{parsed.get_backend_name()} is not supported; use {' or '.join(BACKENDS)}")
+        raise StorageError(f"{parsed.get_backend_name()} is not supported; use {EXAMPLES}")
+    if parsed.get_backend_name() == "sqlite" and parsed.host:
+        raise StorageError(f"names the host {parsed.host}; use sqlite:///FILE.db, or sqlite:////FILE.db from the root")
+    # SQLAlchemy takes a password up to its first @.
+    if parsed.password is not None and "@" in f"{parsed.host}{parsed.database}":
+        raise StorageError(ENCODED)
+    _require_driver(parsed)
     return parsed
+
+
+def _require_driver(url: URL) -> None:
+    """Check that a database's driver is installed and of the kind that waits for answers.
+
+    Raises:
+        StorageError: it is not.
+    """
+    try:
+        dialect = url.get_dialect()
+        dialect.import_dbapi()
+        if not dialect.is_async:
+            return
+        fault = "is for asyncio"
+    except (NoSuchModuleError, ImportError) as error:
+        fault = f"is not installed ({reason(error)})"
+    use = "use sqlite:///FILE.db"
+    if url.get_backend_name() == "postgresql":
+        use = "pip install 'convfirst-nas[postgres]' brings that of postgresql+psycopg://USER@HOST/NAME"
+    raise StorageError(f"the driver of {url.drivername}:// {fault}; {use}")
+
+
+def _refusal(url: URL, error: BaseException) -> StorageError:
+    """The refusal of a database that raised an error."""
+    if _is_sqlite_file(url):
+        with contextlib.suppress(OSError), Path(str(url.database)).open("rb") as file:
+            if file.read(40) == b"version https://git-lfs.github.com/spec/":
+                return StorageError("the file is Git LFS's pointer to the database, which `git lfs pull` fetches")
+    return StorageError(_why(url, error))
 
 
 def _is_sqlite_file(url: URL) -> bool:
@@ -167,25 +225,103 @@ def _make_sqlite_file(url: URL) -> None:
     """Make a database file with all tables, whole or not at all.
 
     Optuna's tables are made one by one; a process killed in between would leave a file that looks like another
-    program's. Therefore the file is made aside, and linked to its name when it is done; of two processes one wins.
+    program's. Therefore the file is made aside, and gets its name when it is done; of two processes one wins.
     """
     path = Path(str(url.database))
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".new-study-") as folder:
-        aside = url.set(database=str(Path(folder) / "study.db"))
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=ASIDE) as folder:
+        made = Path(folder) / "study.db"
+        aside = url.set(database=str(made))
         storage = _optuna_storage(aside)
         storage.remove_session()
         schema.upgrade(aside, OPEN_TIMEOUT_S)
         storage.engine.dispose()
-        with contextlib.suppress(FileExistsError):
-            os.link(str(aside.database), path)
+        _prefer_wal(aside)
+        _name(made, path)
+
+
+def _name(made: Path, path: Path) -> None:
+    """Give a file its name, unless there is a file of that name already."""
+    try:
+        os.link(made, path)
+    except FileExistsError:
+        return
+    except OSError:
+        # SMB and exFAT have no hard links, but may rename without replacing.
+        if not _rename(made, path) and not path.exists():
+            os.rename(made, path)
+
+
+def _rename(made: Path, path: Path) -> bool:
+    """Rename a file unless there is one of the new name; False where the system cannot do that."""
+    try:
+        libc = ctypes.CDLL(None, use_errno=True)
+        done = libc.renameat2(AT_FDCWD, os.fsencode(made), AT_FDCWD, os.fsencode(path), RENAME_NOREPLACE) == 0
+    except (AttributeError, OSError):
+        return False
+    return done or ctypes.get_errno() == errno.EEXIST
+
+
+def _wal_works(folder: Path) -> bool:
+    """Whether SQLite's WAL works on a folder's file system: processes map a file together, which network ones forbid.
+
+    Raises:
+        OSError, sqlite3.Error: not even another database can be made there.
+    """
+    with tempfile.TemporaryDirectory(dir=folder, prefix=ASIDE) as aside:
+        path = str(Path(aside) / "probe.db")
+        with closing(sqlite3.connect(path)) as connection:
+            connection.execute("CREATE TABLE probe (number)")
+        with closing(sqlite3.connect(path)) as connection:
+            try:
+                connection.execute("PRAGMA journal_mode=WAL")
+                # SQLite answers "wal" in any case; what does not work is whatever comes next.
+                connection.execute("INSERT INTO probe VALUES (1)")
+                connection.commit()
+            except sqlite3.OperationalError as error:
+                if is_full(error):
+                    raise
+                return False
+        return _is_wal(URL.create("sqlite", database=path))
+
+
+def _is_wal(url: URL) -> bool:
+    """Whether a database is an SQLite file whose header says that it has a WAL."""
+    if not _is_sqlite_file(url) or not _exists(url):
+        return False
+    with open(str(url.database), "rb") as file:
+        return file.read(20)[18:] == b"\x02\x02"
+
+
+def _prefer_wal(url: URL) -> None:
+    """Have an SQLite file use the WAL where that works; elsewhere it stays without.
+
+    With WAL, readers (the dashboard) never block the search, nor does the search block them, and a write takes half the
+    time.
+    """
+    if _is_sqlite_file(url) and _wal_works(Path(str(url.database)).absolute().parent):
+        with closing(sqlite3.connect(str(url.database), timeout=OPEN_TIMEOUT_S)) as connection:
+            connection.execute("PRAGMA journal_mode=WAL")
+
+
+def _why(url: URL, error: BaseException) -> str:
+    """The reason for which a database cannot be opened, in words."""
+    # What these find impossible has another reason.
+    with contextlib.suppress(OSError, sqlite3.Error):
+        if _is_wal(url) and not _wal_works(Path(str(url.database)).absolute().parent):
+            return (
+                "its file system does not let processes share memory, which its WAL needs; copy the file, and any -wal "
+                "beside it, to a local disk"
+            )
+    return reason(error)
 
 
 @contextmanager
 def _probing(url: URL) -> Iterator[Connection]:
     """A connection that is made and closed again, and waits for locks only as long as opening may."""
-    timeout = "timeout" if url.get_backend_name() == "sqlite" else "connect_timeout"
-    engine = create_engine(url, connect_args={timeout: OPEN_TIMEOUT_S})
+    sqlite = url.get_backend_name() == "sqlite"
+    arguments = {"timeout": OPEN_TIMEOUT_S} if sqlite else {"connect_timeout": OPEN_TIMEOUT_S, **schema.AS_UTF8}
+    engine = create_engine(url, connect_args=arguments)
     try:
         with engine.connect() as connection:
             yield connection
@@ -217,7 +353,8 @@ def _require_known(version: str) -> None:
 
 def _optuna_storage(url: URL) -> RDBStorage:
     sqlite = url.get_backend_name() == "sqlite"
-    engine_kwargs: dict[str, Any] = {"connect_args": {"timeout": BUSY_TIMEOUT_S}} if sqlite else {"pool_pre_ping": True}
+    arguments = {"timeout": BUSY_TIMEOUT_S} if sqlite else schema.AS_UTF8
+    engine_kwargs: dict[str, Any] = {"connect_args": arguments, "pool_pre_ping": not sqlite}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         storage = RDBStorage(url.render_as_string(hide_password=False), engine_kwargs=engine_kwargs)
@@ -229,8 +366,7 @@ def _optuna_storage(url: URL) -> RDBStorage:
 
 
 def _tune_sqlite(connection: Any, _record: object) -> None:
-    # With WAL, readers (the dashboard) never block the search, nor does the search block them, and a write takes half
-    # the time. NORMAL then loses nothing that was committed when a process dies.
-    connection.execute("PRAGMA journal_mode=WAL")
-    connection.execute("PRAGMA synchronous=NORMAL")
+    if connection.execute("PRAGMA journal_mode").fetchone() == ("wal",):
+        # This loses nothing that was committed when a process dies.
+        connection.execute("PRAGMA synchronous=NORMAL")
     connection.execute("PRAGMA foreign_keys=ON")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from alembic import command
 from alembic.config import Config
@@ -19,6 +20,9 @@ from sqlalchemy.engine import URL
 
 MIGRATIONS = Path(__file__).parent / "migrations"
 VERSION_TABLE = "convfirst_alembic_version"
+# Of a PostgreSQL database in another encoding, the server converts what it can and refuses the rest by name; with
+# SQL_ASCII the driver would return bytes instead of text.
+AS_UTF8: dict[str, Any] = {"client_encoding": "utf8"}
 
 
 def _config() -> Config:
@@ -79,7 +83,7 @@ def alone(url: URL, timeout_s: float) -> Iterator[None]:
 @contextmanager
 def _advisory_lock(url: URL, timeout_s: float) -> Iterator[Connection]:
     """A transaction on PostgreSQL during which no other process of ours has one."""
-    engine = create_engine(url)
+    engine = create_engine(url, connect_args=AS_UTF8)
     try:
         with engine.begin() as connection:
             connection.execute(text(f"SET LOCAL lock_timeout = {round(1000 * timeout_s)}"))

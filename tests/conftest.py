@@ -5,11 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import pwd
+import resource
 import shutil
 import socket
 import sqlite3
 import subprocess
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 # Several workers share the cores: threads of torch's that spin while they wait for one another would stop each other.
@@ -44,6 +47,13 @@ def _own_locks(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     folder = tmp_path_factory.getbasetemp() / "locks"
     folder.mkdir(exist_ok=True)
     monkeypatch.setenv("CONVFIRST_LOCKS", str(folder))
+
+
+@pytest.fixture(autouse=True)
+def _own_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Commands prepare the process that they run in, which here is that of all tests."""
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr("nas.cli.console.provide_home", lambda: None)
 
 
 @pytest.fixture
@@ -150,6 +160,10 @@ stride = [1, 2]
 """
 
 
+# What Git LFS leaves in the place of a file that was not fetched.
+LFS_POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 123456\n"
+
+
 @pytest.fixture
 def sqlite_url(tmp_path: Path) -> str:
     return f"sqlite:///{tmp_path / 'study.db'}"
@@ -161,6 +175,25 @@ def stored_url(sqlite_url: str) -> str:
     with contextlib.closing(sqlite3.connect(sqlite_url.removeprefix("sqlite:///"))) as connection:
         connection.executescript((Path(__file__).parent / "data" / "study_3c0a121.sql").read_text())
     return sqlite_url
+
+
+Room = Callable[[int], AbstractContextManager[None]]
+
+
+@pytest.fixture
+def room() -> Room:
+    """A context in which no file grows beyond so many KiB, as on a full disk."""
+
+    @contextlib.contextmanager
+    def limited(kib: int) -> Iterator[None]:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1024 * kib, before[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return limited
 
 
 # -- PostgreSQL ----------------------------------------------------------------------------------------------------

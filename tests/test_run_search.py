@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import html
 import io
 import json
 import os
 import re
 import shlex
 import sqlite3
+import subprocess
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +23,7 @@ import pandas as pd
 import psutil
 import pytest
 import torch
+import yaml
 from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner, Result
@@ -36,7 +42,7 @@ from nas.latency.values import Latency, Measurement, ShapeLatency
 from nas.search.loop import run
 from search_spaces import ArchSpec, load_space
 from studies import Owner, Store
-from tests.conftest import TINY_TOML, make_tiny_space
+from tests.conftest import TINY_TOML, Room, make_tiny_space
 
 # The smallest that there is.
 ARCH = str(make_tiny_space().smallest())
@@ -257,6 +263,46 @@ def test_a_read_only_folder_gets_one_line(tmp_path: Path, monkeypatch: pytest.Mo
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.usefixtures("fake", "wide")
+def test_a_full_disk_gets_one_line_and_files_stay_as_they_were(tmp_path: Path, room: Room) -> None:
+    assert call("--budget 4").exit_code == 0
+    old = tmp_path / "front.png"
+    old.write_text("an older front")
+
+    def there() -> list[Path]:
+        # SQLite keeps its WAL where it has no room to end it.
+        return sorted(path for path in tmp_path.rglob("*") if not path.name.endswith(("-shm", "-wal")))
+
+    before = there()
+    # Room for the memory of a WAL, which is 32 KiB, and not for a picture.
+    for line, told in {
+        "pareto --plot front.png": "--plot front.png: cannot be written (File too large)",
+        "report --out new/report": "--out new/report: File too large",
+        "--budget 8 --study other": "--storage sqlite:///studies/convfirst.db: ",
+    }.items():
+        with room(33):
+            assert refused(line).startswith(f"Error: {told}"), line
+        assert there() == before
+    assert old.read_text() == "an older front"
+
+
+@pytest.mark.parametrize("buffered", ["", "1"], ids=["buffered", "unbuffered"])
+def test_what_cannot_be_printed_is_told(buffered: str) -> None:
+    if not os.path.exists("/dev/full"):
+        pytest.skip("there is no /dev/full: a full disk behind standard output was not tested")
+    command = [sys.executable, str(Path(run_search.__file__)), "space", "small"]
+    env = {**os.environ, "PYTHONUNBUFFERED": buffered}
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=env, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "Error: standard output or a temporary file: No space left on device\n"
+
+
+def test_a_warning_is_a_line_of_its_own() -> None:
+    assert call("studies --storage sqlite:///none.db").exit_code == 2
+    assert warnings.formatwarning("words", UserWarning, "file.py", 1) == "Warning: words\n"
+
+
 def test_help_groups_the_flags() -> None:
     text = call("--help").stdout
     for group in ("Search", "Study", "Data and training", "Latency", "Limits", "Commands"):
@@ -409,6 +455,93 @@ def test_bad_input_gets_one_line_and_leaves_nothing_behind(tmp_path: Path, line:
     before = sorted(tmp_path.rglob("*"))
     assert re.search(told, refused(line))
     assert sorted(tmp_path.rglob("*")) == before
+
+
+NAMES = [r"cost $a_b$ \frac{x} <b>x</b> | `q` [red] :smile: 'y'", "\u4e2d\u6587\u7814\u7a76", "\u4e2d" * 512]
+
+
+def on_latin_1(*line: str) -> Result:
+    """A command on a terminal that knows Western European letters only."""
+    return CliRunner(charset="latin-1").invoke(run_search.app, line)
+
+
+@pytest.mark.usefixtures("fake", "shown")
+@pytest.mark.parametrize("name", NAMES, ids=["marks", "chinese", "long"])
+def test_a_study_of_any_name_is_shown_by_every_command(name: str, tmp_path: Path) -> None:
+    """On a Latin-1 terminal, letters that it lacks are shown by their numbers."""
+    shown = name.encode("latin-1", "backslashreplace").decode("latin-1")
+    told = {}
+    for command in ("", "pareto", "pareto --format csv", "pareto --format json", "pareto --plot front.svg", "studies",
+                    "report --out r", "export --out e"):  # fmt: skip
+        result = on_latin_1(*command.split(), *([] if command else ["--budget", "2"]), "--study", name)
+        assert result.exit_code == 0, (command, result.output, result.exception)
+        told[command] = result.stdout
+    for command in ("", "pareto"):
+        # Long titles are broken.
+        assert shown.replace(" ", "") in re.sub(r"\s", "", told[command])
+    # In a table its rows are apart.
+    assert told["studies"].count("\\u4e2d") == shown.count("\\u4e2d")
+    assert all(row["study_name"] == name for row in json.loads(told["pareto --format json"]))
+    assert shown in told["pareto --format csv"]
+    escaped = html.escape(name, quote=False)
+    page = (tmp_path / "r" / "report.html").read_text(encoding="utf-8").replace("&#39;", "'")
+    assert f"<title>{escaped}: ConvFirst search</title>" in page
+    (card,) = list((tmp_path / "e").glob("*/README.md"))[:1]
+    fence = "``" if "`" in name else "`"
+    assert f"{fence}{' ' * (len(fence) - 1)}{name}" in card.read_text(encoding="utf-8")
+    compile(card.with_name(f"{card.parent.name}.py").read_bytes(), "exported", "exec")
+    assert yaml.safe_load(card.with_name("train.yaml").read_text(encoding="utf-8"))["model"] == card.parent.name
+    again = on_latin_1("--budget", "2", "--study", name)
+    assert "going on: 2 of 2" in again.stdout
+
+
+NOT_UTF8 = "caf\udce9"  # as Python reads the bytes of Latin-1 that a shell passes on
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize(
+    "line",
+    [
+        "--study X", "--study=X", "--storage sqlite:///X.db", "--space X", "--data X", "--data-dir X", "--device X",
+        "pareto --study X", "pareto --plot X.png", "studies --study X", "space X", "report --out X", "export X",
+        "export --out X", "export a --checkpoint X", "bench X", "dashboard --host X", "dashboard --artifacts X",
+        "analyze --timm X", "analyze --arch X", "X", "--X",
+    ],
+)  # fmt: skip
+def test_bytes_that_are_no_text_get_one_line(line: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(run_search.app, line.replace("X", NOT_UTF8).split())
+    assert result.exit_code == 2, result.output
+    flag, _, _ = line.rpartition(" ")
+    (told,) = result.stderr.splitlines()
+    assert re.match(rf"Error: .*{flag.split(' ')[-1] if flag.split(' ')[-1].startswith('--') else ''}", told)
+    assert "caf\\udce9" in told
+    assert told.endswith(": holds bytes that are no text in utf-8")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("fake")
+@pytest.mark.parametrize("name", ["a\nb", "\x1b[31mred", "a\u2028b", "a\tb", "x" * 513])
+def test_names_that_are_hard_to_show_are_refused_where_a_study_is_new(name: str, tmp_path: Path) -> None:
+    """One that is there already, as SQLite has them, is read and continued."""
+    result = CliRunner().invoke(run_search.app, ["--study", name])
+    assert result.exit_code == 2, result.output
+    (told,) = result.stderr.split("\n")[:-1]
+    assert told.startswith("Error: --study ")
+    assert told.endswith(": is not a name of at most 512 characters, without control characters")
+    assert told.isprintable()
+    assert list(tmp_path.iterdir()) == []
+    assert call("--budget 2").exit_code == 0
+    with contextlib.closing(sqlite3.connect("studies/convfirst.db")) as connection, connection:
+        connection.execute("UPDATE studies SET study_name = ?", [name])
+    for line in (["pareto"], ["--budget", "3"], ["export"]):
+        result = CliRunner().invoke(run_search.app, [*line, "--study", name])
+        assert result.exit_code == 0, result.output
+
+
+def test_a_refusal_is_one_line_whatever_it_names(tmp_path: Path) -> None:
+    result = CliRunner().invoke(run_search.app, ["--storage", "sqlite:///a\nb.db"])
+    assert result.stderr == "Error: --storage sqlite:///a\\nb.db: holds control characters, or bytes that are no text\n"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.usefixtures("fake")

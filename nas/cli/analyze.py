@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -13,6 +15,7 @@ from nas.cli.opening import require_folder, store_if_any, writable_store
 from nas.cli.options import ARCH, Again, Storage, StudyName, given, takes
 from nas.config import DEFAULT_STORAGE, DEFAULT_STUDY, LatencyConfig
 from nas.errors import CandidateFailed, UsageError
+from nas.files import folder_for
 
 if TYPE_CHECKING:
     from nas.latency.analysis import Analysis
@@ -63,7 +66,11 @@ def analyze(
                 say(line)
             out.print()
         if out_dir is not None:
-            for path in _draw(analyses, out_dir):
+            try:
+                drawn = _draw(analyses, out_dir)
+            except OSError as error:
+                raise UsageError(f"--out {out_dir}: cannot be written ({error.strerror or error})") from error
+            for path in drawn:
                 note(f"drawn: {path}")
 
 
@@ -72,10 +79,12 @@ def _draw(analyses: Sequence[Analysis], folder: Path) -> list[Path]:
     from nas.display.efficiency_plots import plot_efficiency_gap, plot_waterline
 
     networks = [analysis.efficiency for analysis in analyses]
-    folder.mkdir(parents=True, exist_ok=True)
-    files = []
-    for name, plot in (("efficiency_gap", plot_efficiency_gap), ("waterline", plot_waterline)):
-        for suffix in (".png", ".svg"):
-            files.append(folder / f"{name}{suffix}")
-            plot(networks, files[-1])
-    return files
+    names = []
+    with folder_for(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".plots-") as aside:
+        for name, plot in (("efficiency_gap", plot_efficiency_gap), ("waterline", plot_waterline)):
+            for suffix in (".png", ".svg"):
+                names.append(f"{name}{suffix}")
+                plot(networks, Path(aside) / names[-1])
+        for name in names:
+            os.replace(Path(aside) / name, folder / name)
+    return [folder / name for name in names]

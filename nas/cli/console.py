@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Iterator
 from typing import NoReturn
 
 import typer
 from rich.console import Console
 
+from kernels.cache import provide_home
 from nas.errors import FieldError, UsageError
-from nas.options import options
+from nas.files import no_room
+from nas.options import UNPRINTABLE, options
 
 # In a pipe or a file there is no edge at which lines would have to be broken.
 WIDTH = None if sys.stdout.isatty() or "COLUMNS" in os.environ else 160
@@ -35,18 +39,39 @@ def note(line: str) -> None:
 
 
 def fail(message: str) -> NoReturn:
-    """End the command with one line and exit code 2."""
-    err.print(f"Error: {message}", soft_wrap=True)
+    """End the command with one line and exit code 2; line ends within names are shown as \\n."""
+    line = UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), message)
+    # The disk that is full may be the one that errors are written to.
+    with contextlib.suppress(OSError):
+        err.print(f"Error: {line}", soft_wrap=True)
     raise typer.Exit(2)
+
+
+def prepare() -> None:
+    """Prepare the process for any command: warnings are a line each, and caches have a place."""
+
+    def line(message: Warning | str, category: type[Warning], *_: object, **__: object) -> str:
+        return f"{'Warning' if category is UserWarning else category.__name__}: {message}\n"
+
+    warnings.formatwarning = line
+    # It tells of caches that it could not write, which costs time and changes no result.
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    try:
+        provide_home()
+    except OSError as error:
+        fail(f"there is no home folder to write to, and no temporary folder for caches ({error})")
 
 
 @contextlib.contextmanager
 def reported(storage: str) -> Iterator[None]:
     """Turns errors that a user can mend into one line and exit code 2; any other is a bug and keeps its traceback."""
-    from studies import StorageError, displayed
+    from studies import StorageError, displayed, guarded
 
     try:
-        yield
+        with guarded():
+            yield
+        # What is printed to a file comes there at last, or not.
+        sys.stdout.flush()
     except UsageError as error:
         fail(str(error))
     except FieldError as error:
@@ -56,6 +81,16 @@ def reported(storage: str) -> Iterator[None]:
         fail(f"{flag} {','.join(map(str, values))}: is not {error.expected}")
     except StorageError as error:
         fail(f"--storage {displayed(storage)}: {error}")
+    except Exception as error:
+        full = no_room(error)
+        if full is None:
+            raise
+        try:
+            sys.stdout.flush()
+        except OSError:
+            # Python would try once more to write what was printed, when it ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        fail(f"{full.filename or 'standard output or a temporary file'}: {full.strerror}")
 
 
 @contextlib.contextmanager
@@ -66,7 +101,9 @@ def interruptible() -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        err.print("Interrupted. What was finished is kept; the same command goes on from there.")
-        sys.stdout.flush()
+        # To a full disk nothing can be told.
+        with contextlib.suppress(OSError):
+            err.print("Interrupted. What was finished is kept; the same command goes on from there.")
+            sys.stdout.flush()
         # Not sys.exit: worker threads of torch and OpenMP may take seconds to be joined.
         os._exit(130)

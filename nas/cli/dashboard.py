@@ -13,14 +13,16 @@ from nas.cli.console import note, reported, say
 from nas.cli.opening import existing_store, require_folder
 from nas.cli.options import Storage, given, made, takes
 from nas.config import DEFAULT_STORAGE
-from nas.options import Checked, between, option
+from nas.options import NAME, Checked, between, option
 
 
 @dataclass(frozen=True)
 class Address(Checked):
     """The address that the dashboard listens on."""
 
-    host: str = option("127.0.0.1", "--host", "Address to listen on; any but this machine's own lets others in")
+    host: str = option(
+        "127.0.0.1", "--host", "Address to listen on; any but this machine's own lets others in", bounds=NAME
+    )
     port: int = option(0, "--port", "Port to listen on; 0 takes a free one", bounds=between(0, 65535))
 
 
@@ -50,11 +52,13 @@ def dashboard(
                 try:
                     count = show(RecordedStudy.open(store, summary.name), folder)
                     say(f"{summary.name}: {count} files of its front made")
-                except (StorageError, UsageError) as error:
-                    # The file is read-only, say, or another version wrote the study: what is there can be looked at.
+                except (StorageError, UsageError, OSError) as error:
+                    # The file is read-only, the disk is full, or another version wrote the study: what is there can be
+                    # looked at.
                     note(f"{summary.name}: not brought up to date ({error})")
             server.warm_up()
-            say(f"dashboard: {server.url} (Ctrl-C ends it)")
+            where = "at every address of this machine; " if server.everywhere else ""
+            say(f"dashboard: {server.url} ({where}Ctrl-C ends it)")
             # As Ctrl-C does.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             server.run()

@@ -55,7 +55,8 @@ def _plot_front(evaluations: pd.DataFrame, front: pd.DataFrame, study: str, path
     folder = path.absolute().parent
     if not folder.is_dir():
         raise UsageError(f"--plot {path}: its folder does not exist")
-    if not os.access(path if path.exists() else folder, os.W_OK):
+    # It is written aside, and takes the place of what is there.
+    if not os.access(folder, os.W_OK) or (path.exists() and not os.access(path, os.W_OK)):
         raise UsageError(f"--plot {path}: cannot be written")
     if front.empty:
         raise UsageError(f"--plot {path}: the front of {study} is empty")
@@ -63,5 +64,8 @@ def _plot_front(evaluations: pd.DataFrame, front: pd.DataFrame, study: str, path
     for number, (_, members) in enumerate(fronts, start=1):
         rows = Deployment.of_view(members.iloc[0]).rows_of(evaluations)
         target = path if len(fronts) == 1 else path.with_stem(f"{path.stem}_{number}")
-        plot_front(rows, members, f"{study}: {len(rows)} candidates", target)
+        try:
+            plot_front(rows, members, f"{study}: {len(rows)} candidates", target)
+        except OSError as error:
+            raise UsageError(f"--plot {target}: cannot be written ({error.strerror or error})") from error
         note(f"drawn: {target}")

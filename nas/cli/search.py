@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nas.cli.console import fail, interruptible, out, reported, say
+from nas.cli.console import fail, interruptible, out, prepare, reported, say
 from nas.cli.fronts import print_front
 from nas.cli.opening import store_if_any
 from nas.cli.options import given, made, takes, typed_options
@@ -38,6 +38,8 @@ def search(
       run_search.py --data photos --resolution 64 --max-latency-ms 2 --study photos --keep-weights
       run_search.py --space imagenet --data /data/imagenet --to-rgb --resolution 128 --latency-resolution 224
     """
+    # This comes before every command.
+    prepare()
     if context.invoked_subcommand:
         if typed := typed_options(context):
             fail(f"{typed[0]}: belongs after the command: run_search.py {context.invoked_subcommand} {typed[0]} ...")

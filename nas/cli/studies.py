@@ -20,6 +20,8 @@ def studies(
     """List the studies of a database."""
     with reported(storage), existing_store(storage, study) as store:
         table = Table(*("study", "complete", "over limit", "failed", "device", "engine", "begun (UTC)"))
+        # A name is shown as a whole.
+        table.columns[0].overflow = "fold"
         for row in store.summaries():
             if study not in (None, row.name):
                 continue

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import itertools
+import logging
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from rich.cells import chop_cells
+
+from nas.files import whole
 
 RED, BLUE, ORANGE, GREY, DARK_GREY, INK = "#d1495b", "#3d6f9e", "#f0a35e", "#9aa5b1", "#8a949f", "#1b1f24"
 DPI = 150
@@ -13,6 +21,17 @@ DPI = 150
 POINTS = 0.6
 # Opacity of the bars, because those of close points overlap.
 BAR_OPACITY = 0.5
+# Families that systems and their packages commonly have, for letters that Matplotlib's own font lacks.
+FALLBACKS = (
+    "Noto Sans CJK SC", "Noto Sans CJK JP", "Noto Sans SC", "Source Han Sans SC", "Source Han Sans CN", "PingFang SC",
+    "Hiragino Sans GB", "Hiragino Sans", "Heiti TC", "Microsoft YaHei", "SimHei", "Yu Gothic", "Malgun Gothic",
+    "Apple SD Gothic Neo", "NanumGothic", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei", "Droid Sans Fallback",
+    "Noto Sans Arabic", "Noto Sans Hebrew", "Noto Sans Devanagari", "Noto Sans Bengali", "Noto Sans Tamil",
+    "Noto Sans Thai", "Nirmala UI", "Leelawadee UI", "Arial Unicode MS", "Segoe UI Symbol", "Noto Sans Symbols2",
+    "FreeSans", "Unifont",
+)  # fmt: skip
+# Letters of 10 points in an inch, as terminals count them: a Chinese one is two.
+CELLS_PER_INCH = 10
 
 
 @dataclass(frozen=True)
@@ -68,6 +87,35 @@ class Chart:
     from_zero: bool = False
 
 
+@contextmanager
+def plain_texts() -> Iterator[None]:
+    """Context, or decorator of a function, in which Matplotlib draws texts as they are: it reads no formulas, and takes
+    letters that its own font lacks from the fonts that are installed."""
+    import matplotlib
+    from matplotlib.font_manager import fontManager
+
+    installed = {font.name for font in fontManager.ttflist}
+    families = [*matplotlib.rcParams["font.family"], *(name for name in FALLBACKS if name in installed)]
+    settings: dict[Any, Any] = {"text.parse_math": False, "text.usetex": False, "font.family": families}
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        # A letter that no font has is a box in the figure, which says enough.
+        warnings.filterwarnings("ignore", r"Glyph \d+ .*missing from|Matplotlib currently does not support")
+        # Some of those fonts have no weight that is called normal, of which it would warn.
+        log = logging.getLogger("matplotlib.font_manager")
+        level = log.level
+        log.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            log.setLevel(level)
+
+
+def wrapped(text: str, inches: float) -> str:
+    """The lines of a text of 10 points, broken where they are longer than a figure is wide."""
+    lines = [chop_cells(line, int(CELLS_PER_INCH * inches)) or [""] for line in text.split("\n")]
+    return "\n".join(itertools.chain.from_iterable(lines))
+
+
 def new_figure(width: float, height: float) -> Any:
     """A Matplotlib figure of this size in inches, which needs no display and does not touch the state of pyplot."""
     from matplotlib.figure import Figure
@@ -75,6 +123,7 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
+@plain_texts()
 def save_charts(charts: Iterable[Chart], path: Path, width: float = 8, height: float = 5, title: str = "") -> None:
     """Draw charts side by side with a common y axis into a PNG, SVG or PDF file, by its suffix.
 
@@ -90,11 +139,17 @@ def save_charts(charts: Iterable[Chart], path: Path, width: float = 8, height: f
     for axes, chart in zip(panels, charts, strict=True):
         _draw(axes, chart)
     panels[0].set_ylabel(charts[0].y_title)
-    panels[0].set_title(escaped(title), fontsize=10)
+    panels[0].set_title(wrapped(title, width), fontsize=10)
     if len(charts[0].series) > 1:
         # The legend is below the axes, where it hides nothing.
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
-    figure.savefig(path, dpi=DPI)
+    write_figure(figure, path, dpi=DPI)
+
+
+def write_figure(figure: Any, path: Path, **options: Any) -> None:
+    """Write a figure of Matplotlib's into a file, whole or not at all; the options are those of `savefig`."""
+    with whole(path) as part:
+        figure.savefig(part, **options)
 
 
 def _draw(axes: Any, chart: Chart) -> None:
@@ -109,7 +164,7 @@ def _draw(axes: Any, chart: Chart) -> None:
         # Above and to the left of a staircase there is no line.
         offset, align = ((-2, 3), "right") if each.stairs else ((0, 5), "center")
         for x, y, label in zip(each.x, each.y, each.labels, strict=False):
-            axes.annotate(escaped(label), (x, y), offset, textcoords="offset points", ha=align, va="bottom", fontsize=8)
+            axes.annotate(label, (x, y), offset, textcoords="offset points", ha=align, va="bottom", fontsize=8)
     if chart.log_x:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -121,8 +176,3 @@ def _draw(axes: Any, chart: Chart) -> None:
         axes.margins(x=0.1, y=0.1)
     axes.set_xlabel(chart.x_title)
     axes.grid(alpha=0.3)
-
-
-def escaped(text: str) -> str:
-    """A text with escaped dollar signs, between which Matplotlib would otherwise read formulas."""
-    return text.replace("$", r"\$")

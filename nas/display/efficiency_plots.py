@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from nas.display.charts import BLUE, GREY, ORANGE, new_figure
+from nas.display.charts import BLUE, GREY, ORANGE, new_figure, plain_texts, write_figure
 from nas.latency.roofline import Efficiency, NetworkEfficiency
 
 BOUND_COLOUR, GAP_COLOUR, REST_COLOUR = BLUE, ORANGE, GREY
@@ -33,6 +33,7 @@ WHOLE_MARKER, SMALLEST_MARKER = 1200, 6
 CHARACTER, LINE = 5, 11
 
 
+@plain_texts()
 def plot_efficiency_gap(networks: Sequence[NetworkEfficiency], path: Path) -> None:
     """Draw latency as area: a bar for each block, F / peak wide and 1 / efficiency high, in two shades.
 
@@ -71,6 +72,7 @@ def plot_efficiency_gap(networks: Sequence[NetworkEfficiency], path: Path) -> No
     _save(figure, path, "Efficiency gap", networks)
 
 
+@plain_texts()
 def plot_waterline(networks: Sequence[NetworkEfficiency], path: Path) -> None:
     """Draw throughput over operational intensity under the roofline: each block at its bound and as measured.
 
@@ -177,7 +179,7 @@ def _save(figure: Any, path: Path, what: str, networks: Sequence[NetworkEfficien
     """Write a figure, with a description for screen readers."""
     text = "; ".join(f"{network.title}, {network.subtitle}: {_summary(network)}" for network in networks)
     key = {".svg": "Description", ".png": "Description", ".pdf": "Subject"}.get(path.suffix.lower())
-    figure.savefig(path, dpi=120, metadata={"Title": what, key: text} if key else None)
+    write_figure(figure, path, dpi=120, metadata={"Title": what, key: text} if key else None)
 
 
 # -- The gap plot ----------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from datetime import timedelta
@@ -41,10 +42,26 @@ def deployment_line(row: Mapping[str, Any] | pd.Series) -> str:
     )
 
 
+def code(text: str) -> str:
+    """A text as code in Markdown, which shows it as it is, whatever it holds."""
+    # A run of backticks within may be as long as none of the two around.
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    return f"{fence}{text}{fence}" if len(fence) == 1 else f"{fence} {text} {fence}"
+
+
+def plain(text: str) -> str:
+    """A text in Markdown, with its punctuation escaped that would be markup."""
+    return re.sub(r"([\\`*_{}\[\]<>#~&$])", r"\\\1", text)
+
+
 def markdown_table(headers: tuple[str, ...], rows: list[tuple[object, ...]]) -> str:
-    """A table in GitHub's Markdown."""
+    """A table in GitHub's Markdown; a bar or the end of a line within a cell ends no cell."""
+
+    def shown(cell: object) -> str:
+        return " ".join(str(cell).splitlines()).replace("|", "\\|")
+
     lines = [headers, ("---",) * len(headers), *rows]
-    return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
+    return "\n".join("| " + " | ".join(shown(cell) for cell in line) + " |" for line in lines)
 
 
 def stage_table(arch: ArchSpec, resolution: int, num_classes: int) -> str:
@@ -77,7 +94,9 @@ def trial_note(candidate: Candidate, latency: CandidateLatency | None, config: S
         config: configuration of the study.
     """
     arch = ArchSpec.from_json(candidate.arch)
-    lines = [f"**{STATES[CandidateState(candidate.state)]}**" + (f": {candidate.reason}" if candidate.reason else "")]
+    lines = [
+        f"**{STATES[CandidateState(candidate.state)]}**" + (f": {plain(candidate.reason)}" if candidate.reason else "")
+    ]
     if candidate.accuracy is not None:
         lines.append(f"accuracy {candidate.accuracy:.2%} after {config.proxy.steps} steps")
     if latency is not None:
@@ -120,7 +139,7 @@ def study_note(recorded: RecordedStudy) -> str:
     versions = json.loads(row.versions)
     rows: list[tuple[object, ...]] = [
         ("objectives", "accuracy of the proxy training (up), latency of the deployment in ms (down)"),
-        ("data", f"{data.source}, {data.resolution}x{data.resolution}"),
+        ("data", f"{code(data.source)}, {data.resolution}x{data.resolution}"),
         (
             "training",
             f"{proxy.steps} steps of {proxy.batch_size}, AdamW, peak learning rate {proxy.learning_rate:g}, "
@@ -132,16 +151,16 @@ def study_note(recorded: RecordedStudy) -> str:
             f"{latency.resolution}x{latency.resolution}, {latency.num_classes} classes, "
             f"{latency.threads} CPU thread(s); medians, corrected for drift by the anchor",
         ),
-        ("device", f"{recorded.device.name} ({recorded.device.driver})"),
-        ("anchor", f"`{recorded.anchor}`, {row.anchor_ms:.4g} ms".replace("|", "\\|")),
+        ("device", plain(f"{recorded.device.name} ({recorded.device.driver})")),
+        ("anchor", f"{code(str(recorded.anchor))}, {row.anchor_ms:.4g} ms"),
         ("limits", ", ".join(limits) or "none"),
         ("sampler", f"{config.sampler}, seed {config.seed}"),
-        ("space", config.space.name),
+        ("space", code(config.space.name)),
         ("versions", ", ".join(f"{package} {version}" for package, version in versions.items())),
         ("begun", f"{row.created_at:%Y-%m-%d %H:%M} UTC"),
     ]
     return "\n\n".join([
-        f"Search for ConvFirst networks, study `{recorded.name}`.", markdown_table(("what", "how"), rows),
+        f"Search for ConvFirst networks, study {code(recorded.name)}.", markdown_table(("what", "how"), rows),
         "Pruned trials broke a limit or proposed the architecture of an earlier trial, failed ones could not run; user "
         "attributes and notes give the reasons. The front is also the view `pareto_front` of this database; its "
         "latencies were measured again at the end of the search, so that they may differ from the objectives.",

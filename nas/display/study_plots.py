@@ -8,7 +8,19 @@ from typing import Any
 
 import pandas as pd
 
-from nas.display.charts import BLUE, DARK_GREY, ORANGE, RED, Chart, Series, escaped, new_figure, save_charts
+from nas.display.charts import (
+    BLUE,
+    DARK_GREY,
+    ORANGE,
+    RED,
+    Chart,
+    Series,
+    new_figure,
+    plain_texts,
+    save_charts,
+    wrapped,
+    write_figure,
+)
 from nas.display.notes import deployment_line
 from studies import CurvePoint
 
@@ -66,6 +78,7 @@ def plot_front(evaluations: pd.DataFrame, front: pd.DataFrame, title: str, path:
     save_charts([front_chart(evaluations, front)], path, title=f"{title}\n{deployment_line(front.iloc[0])}")
 
 
+@plain_texts()
 def plot_learning_curve(curve: Sequence[CurvePoint], validation_accuracy: float | None, title: str, path: Path) -> None:
     """Draw loss and accuracy over the steps of a training, and its accuracy on held-out images at the end."""
     figure = new_figure(7, 4)
@@ -85,7 +98,7 @@ def plot_learning_curve(curve: Sequence[CurvePoint], validation_accuracy: float 
     losses.plot(steps, [point.train_loss for point in curve], color=ORANGE, label="training loss")
     losses.set_ylim(bottom=0)
     losses.set_ylabel("loss (label smoothing included)")
-    axes.set_title(escaped(title), fontsize=10, loc="left")
+    axes.set_title(wrapped(title, 7), fontsize=10, loc="left")
     handles = [handle for each in (axes, losses) for handle in each.get_legend_handles_labels()[0]]
     axes.legend(handles=handles, loc="center right", frameon=False)
-    figure.savefig(path, dpi=110)
+    write_figure(figure, path, dpi=110)

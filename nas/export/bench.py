@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kernels.timing import DeviceInfo
 from nas.config import LatencyConfig, installed_runtime
-from nas.errors import CandidateFailed, UsageError, memory_may_run_out, message_line
+from nas.errors import FETCH, CandidateFailed, UsageError, is_pointer, memory_may_run_out, message_line
 from nas.export.directories import COMPILED, FUSED, ONNX, PROGRAM, SECTION, Exported
 from nas.export.formats import program_file
 from nas.latency.devices import check_device
@@ -200,15 +200,27 @@ class _Formats:
         require(name, config.dtype)
         return self.meter.forwards(deploy(self.model, config, self.inputs[0]), self.inputs)
 
-    def _program(self) -> Forwards:
-        path = self.folder / PROGRAM
+    def _written(self, name: str) -> Path | None:
+        """A file of the directory; None where it lacks the file, or where that is for another resolution.
+
+        Raises:
+            UsageError: the file was not fetched.
+        """
+        path = self.folder / name
         if not (self.files_fit and path.exists()):
-            path = program_file(self.model, self.config.resolution, self.work / PROGRAM)
+            return None
+        if is_pointer(path):
+            raise UsageError(f"{name}: {FETCH}")
+        return path
+
+    def _program(self) -> Forwards:
+        path = self._written(PROGRAM) or program_file(self.model, self.config.resolution, self.work / PROGRAM)
         module = torch.export.load(path).module().to(self.device)
         return self._checked(module, [x.float() for x in self.inputs])
 
     def _package(self, name: str) -> Forwards:
-        path = self.folder / name
+        path = self._written(name)
+        assert path is not None, "`ready` looks for it"
         if name == FUSED:
             import kernels.ops  # noqa: F401  registers its operators
 
@@ -225,8 +237,9 @@ class _Formats:
         return self.meter.forwards(module, inputs)
 
     def _onnx(self) -> Forwards:
-        runtime = OnnxRuntime((self.folder / ONNX).read_bytes(), self.config.threads)
-        return self.meter.forwards(InRuntime(runtime), self.inputs)
+        path = self._written(ONNX)
+        assert path is not None
+        return self.meter.forwards(InRuntime(OnnxRuntime(path.read_bytes(), self.config.threads)), self.inputs)
 
 
 class _Called(nn.Module):

@@ -27,15 +27,16 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 from nas.config import LatencyConfig, is_folder
-from nas.display.notes import stage_table
-from nas.errors import UsageError, message_line, of_this_version
+from nas.display.notes import code, plain, stage_table
+from nas.errors import UsageError, message_line, of_this_version, unreadable
 from nas.export.selection import Selection
+from nas.files import folder_for
 from nas.latency.analysis import from_table
 from nas.latency.block_table import BlockTable
 from nas.recorded import RecordedStudy
 from nas.reporting import Note
 from nas.training.folders import natural_order
-from nas.training.weights import Trained, Weights, weight_folder
+from nas.training.weights import Trained, Weights, require_finite, weight_folder
 from search_spaces import ArchSpec, cost
 from search_spaces.timm_config import timm_config
 from search_spaces.timm_file import timm_file
@@ -264,6 +265,7 @@ def render(exported: Exported) -> dict[str, str]:
         keep_trailing_newline=True,
     )  # fmt: skip
     named = {CLASSES: "".join(f"{label}\n" for label in exported.classes)} if exported.classes else {}
+    templates.filters.update(code=code, plain=plain)
     return {
         CONFIG: json.dumps(config, indent=2) + "\n",
         **named,
@@ -317,25 +319,22 @@ def write(networks: Sequence[Exported], out_dir: Path, formats: Formats = (), fo
             raise UsageError(f"--out {out_dir}: is not empty (--force writes into it all the same)")
         for place in places:
             _require_no_training(place)
-        made_folders = [folder for folder in (out_dir, *out_dir.absolute().parents) if not folder.exists()]
-        out_dir.mkdir(parents=True, exist_ok=True)
-        made: list[Path] = []
-        try:
-            with _aside(out_dir) as aside:
-                for network in networks:
-                    _fill(aside / network.name, network, formats)
-                for place in places:
-                    if place.exists():
-                        _merge(aside / place.name, place, stale=(WEIGHTS, CLASSES, *FILES))
-                    else:
-                        os.rename(aside / place.name, place)
-                        made.append(place)
-        except BaseException:
-            for place in made:
-                shutil.rmtree(place)
-            for folder in made_folders:
-                folder.rmdir()
-            raise
+        with folder_for(out_dir):
+            made: list[Path] = []
+            try:
+                with _aside(out_dir) as aside:
+                    for network in networks:
+                        _fill(aside / network.name, network, formats)
+                    for place in places:
+                        if place.exists():
+                            _merge(aside / place.name, place, stale=(WEIGHTS, CLASSES, *FILES))
+                        else:
+                            os.rename(aside / place.name, place)
+                            made.append(place)
+            except BaseException:
+                for place in made:
+                    shutil.rmtree(place)
+                raise
     except OSError as error:
         raise UsageError(f"--out {out_dir}: cannot be written ({error.strerror or error})") from error
     return places
@@ -375,7 +374,9 @@ def rewrite(folder: Path, network: Exported, formats: Formats = (), note: Note =
             made = aside / network.name
             _fill(made, network, formats)
             for name in (RECIPE, CARD):
-                if (folder / name).exists() and (folder / name).read_text(encoding="utf-8") != old[name]:
+                there = folder / name
+                # What is no UTF-8 was edited, too.
+                if there.exists() and there.read_text(encoding="utf-8", errors="replace") != old[name]:
                     (made / name).unlink()
                     note(f"{folder / name}: stays as it was edited")
             _merge(made, folder, stale=() if _same(before.weights, network.weights) else (CLASSES, *FILES))
@@ -402,7 +403,8 @@ def _aside(parent: Path) -> Iterator[Path]:
 def _fill(folder: Path, network: Exported, formats: Formats) -> None:
     folder.mkdir()
     for name, text in render(network).items():
-        (folder / name).write_text(text, encoding="utf-8")
+        # A folder's name may hold bytes that are no text.
+        (folder / name).write_text(text, encoding="utf-8", errors="backslashreplace")
     if network.weights is not None:
         # `save_file` would make a file that no other user may read.
         (folder / WEIGHTS).write_bytes(save(network.weights, metadata={"format": "pt"}))
@@ -423,17 +425,18 @@ def read(folder: Path) -> Exported:
     """Read an exported directory.
 
     Raises:
-        UsageError: the folder is no exported directory, or is damaged.
+        UsageError: the folder is no exported directory, or is damaged, or a weight is NaN or infinite.
     """
     if not folder.is_dir():
         raise UsageError(f"{folder}: no such directory")
     path = folder / CONFIG
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
+        # Editors on Windows begin files with a byte-order mark.
+        config = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError as error:
         raise UsageError(f"{folder}: holds no {CONFIG}, so it is no exported network") from error
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{path}: cannot be read ({error})") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise UsageError(f"{path}: cannot be read ({unreadable(path, error)})") from error
     try:
         network = Exported(config, _read_weights(folder / WEIGHTS))
         section = config[SECTION]
@@ -454,17 +457,21 @@ def read(folder: Path) -> Exported:
 def _read_weights(path: Path) -> dict[str, Tensor] | None:
     from safetensors import SafetensorError
 
+    if not path.exists():
+        return None
     try:
-        return load_file(path) if path.exists() else None
-    except (SafetensorError, OSError) as error:
-        raise UsageError(f"{path}: cannot be read ({error})") from error
+        weights = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UsageError(f"{path}: cannot be read ({unreadable(path, error)})") from error
+    require_finite(weights, str(path))
+    return weights
 
 
 def trained(network: Exported, checkpoint: Path) -> Exported:
     """A network with the weights of a checkpoint of timm's; the averaged ones (EMA), if it has them.
 
     Raises:
-        UsageError: the file cannot be read, or holds another network's weights.
+        UsageError: the file cannot be read, or holds another network's weights, or a weight is NaN or infinite.
     """
     from timm.models import load_state_dict
 
@@ -476,7 +483,9 @@ def trained(network: Exported, checkpoint: Path) -> Exported:
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in loaded.items()}
         classes = int(weights["classifier.weight"].shape[0])
     except Exception as error:  # a file that is no checkpoint may raise anything
-        raise UsageError(f"--checkpoint {checkpoint}: holds no weights of a network ({message_line(error)})") from error
+        reason = unreadable(checkpoint, error)
+        raise UsageError(f"--checkpoint {checkpoint}: holds no weights of a network ({reason})") from error
+    require_finite(weights, f"--checkpoint {checkpoint}")
     config: dict[str, Any] = json.loads(json.dumps(network.config))
     for fields in (config, config["model_args"], config["pretrained_cfg"]):
         fields["num_classes"] = classes

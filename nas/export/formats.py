@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kernels.fold import fold_batch_norms
 from nas.errors import UsageError, message_line
 from nas.export.directories import COMPILED, FUSED, ONNX, PROGRAM, Exported
+from nas.files import no_room
 from nas.latency.onnx_graph import INPUT, onnx_graph, quiet
 from nas.reporting import Note
 
@@ -102,6 +103,8 @@ def write_programs(network: Exported, folder: Path, note: Note) -> list[Path]:
         except UsageError:
             raise
         except Exception as error:  # a compiler without its headers may raise anything
+            if full := no_room(error):
+                raise full from error
             (folder / COMPILED).unlink(missing_ok=True)
             note(f"{COMPILED}: left out, it does not compile here ({message_line(error)})")
     else:
@@ -124,7 +127,7 @@ def program_file(model: nn.Module, resolution: int, path: Path) -> Path:
     folded = fold_batch_norms(model).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = _images(resolution, torch.device("cpu"), torch.float32)
     with quiet():
-        torch.export.save(_program(folded, images), path)
+        _save(_program(folded, images), path)
         loaded = torch.export.load(path).module()
     _check(loaded, folded, images, path.name)
     return path
@@ -134,7 +137,9 @@ def _compiled_file(model: nn.Module, resolution: int, device: torch.device, dtyp
     folded = fold_batch_norms(model).to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     images = _images(resolution, device, dtype)
     with quiet():
-        torch._inductor.aoti_compile_and_package(_program(folded, images), package_path=str(path))
+        package = io.BytesIO()
+        torch._inductor.aoti_compile_and_package(_program(folded, images), package_path=package)
+        path.write_bytes(package.getvalue())
         loaded = torch._inductor.aoti_load_package(str(path))
     _check(loaded, folded, images, path.name)
     return path
@@ -150,7 +155,7 @@ def _fused_file(model: nn.Module, resolution: int, device: torch.device, dtype: 
     for batch in (len(images), 1):
         fused.prepare(batch, resolution)
     with quiet():
-        torch.export.save(_program(fused, images), path)
+        _save(_program(fused, images), path)
         loaded = torch.export.load(path).module()
     folded = fold_batch_norms(model).to(device, dtype, memory_format=torch.channels_last)  # type: ignore[call-overload]
     _check(loaded, folded, images, path.name)
@@ -165,6 +170,13 @@ def _images(resolution: int, device: torch.device, dtype: torch.dtype) -> Tensor
 def _program(model: nn.Module, images: Tensor) -> torch.export.ExportedProgram:
     with torch.no_grad():
         return torch.export.export(model, (images,), dynamic_shapes=({0: torch.export.Dim("batch", min=1)},))
+
+
+def _save(program: torch.export.ExportedProgram, path: Path) -> None:
+    # By way of the memory: torch 2.11 itself, writing to a full disk, ends the process (`terminate called`).
+    made = io.BytesIO()
+    torch.export.save(program, made)
+    path.write_bytes(made.getvalue())
 
 
 def _has_compiler() -> bool:

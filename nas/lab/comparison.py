@@ -21,6 +21,8 @@ from nas.pareto import hypervolume
 from studies import Store
 
 UNLIMITED = 1_000_000
+# By its path: with -m, Python would also import what lies in the folder that the user stands in.
+SCRIPT = Path(__file__).parents[2] / "run_search.py"
 # Latency references of the hypervolumes, as multiples of the anchor's latency; the search itself reports 2.
 REFERENCES = (1.0, 2.0, 4.0)
 
@@ -28,7 +30,7 @@ REFERENCES = (1.0, 2.0, 4.0)
 def search(folder: Path, sampler: str, seed: int, seconds: int) -> subprocess.Popen[bytes]:
     """Start a search in a process of its own, with a database of its own."""
     name = f"{sampler}{seed}"
-    command = [sys.executable, "-m", "run_search", "--budget", UNLIMITED, "--time-limit", seconds, "--threads", 1]
+    command = [sys.executable, SCRIPT, "--budget", UNLIMITED, "--time-limit", seconds, "--threads", 1]
     command += ["--sampler", sampler, "--seed", seed, "--study", name, "--storage", url(folder, name)]
     with (folder / f"{name}.log").open("wb") as log:
         return subprocess.Popen([str(part) for part in command], stdout=log, stderr=subprocess.STDOUT)

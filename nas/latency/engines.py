@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from kernels.fold import fold_batch_norms
 from nas.config import LatencyConfig
 from nas.errors import CandidateFailed, is_out_of_memory, message_line
+from nas.files import no_room
 from nas.latency.onnx_graph import NotKnown, exporters_graph, onnx_graph
 from nas.latency.runtimes import RUNTIMES, OnnxRuntime, OpenVino
 
@@ -178,6 +179,7 @@ def ready(folded: nn.Module, config: LatencyConfig, example: Tensor) -> nn.Modul
 
     Raises:
         CandidateFailed: the engine cannot compile it.
+        OSError: there is no room for what it compiles.
     """
     engine = ENGINES[config.engine]
     try:
@@ -185,6 +187,9 @@ def ready(folded: nn.Module, config: LatencyConfig, example: Tensor) -> nn.Modul
             module = engine.prepare(folded, example, config)
             module(example)
     except Exception as error:
+        # The network is not to blame for a full disk.
+        if full := no_room(error):
+            raise full from error
         # Running out of memory is handled further out.
         if is_out_of_memory(error) or not engine.refuses(error):
             raise

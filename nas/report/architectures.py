@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from nas import pareto
-from nas.display.charts import INK
+from nas.display.charts import INK, plain_texts
 from search_spaces import ArchSpec, StageSpec
 
 # The letters are small, so the page shows the figure at half of its pixels.
@@ -48,6 +48,7 @@ def figure_width(columns: int) -> float:
     return max(MARGIN + COLUMN * columns, 5.5)
 
 
+@plain_texts()
 def plot_architectures(front: pd.DataFrame, path: Path) -> None:
     """Draw networks as stacks of stages, a column each, their stages side by side, into a PNG file.
 

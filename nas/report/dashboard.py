@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import functools
 import json
 import re
@@ -20,6 +22,8 @@ from studies import Store
 
 # Number of requests that are answered at the same time: a page asks for several things, and several people may look.
 THREADS = 4
+# Addresses that stand for all of this machine's, and one of these, as browsers open no others.
+EVERY_ADDRESS = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 class Server:
@@ -27,31 +31,37 @@ class Server:
 
     Args:
         folder: folder of the artifacts, made if need be.
-        host, port: address to listen on; port 0 takes a free one.
+        host, port: name or address to listen on, at all addresses that the name has; port 0 takes a free one.
 
     Raises:
-        UsageError: the server cannot listen on that address.
+        UsageError: the server cannot listen there.
     """
 
     def __init__(self, store: Store, folder: Path, host: str, port: int) -> None:
         import optuna_dashboard
         from waitress.server import create_server
 
+        # In a URL, the brackets tell an IPv6 address from a port.
+        self.host = host.removeprefix("[").removesuffix("]")
+        sockets = _bound(self.host, port)
+        self.address, self.port = sockets[0].getsockname()[:2]
         _serialize_once()
         folder.mkdir(parents=True, exist_ok=True)
         # `get_storage` adds a cache of finished trials: reading 2,000 takes seconds, and a page asks for them often.
         storage = get_storage(store.optuna_storage)
-        app = _keeping_names(optuna_dashboard.wsgi(storage, FileSystemArtifactStore(folder)))
-        self.app = app
-        try:
-            server: Any = create_server(app, host=host, port=port, threads=THREADS)
-        except (OSError, ValueError, socket.gaierror) as error:
-            raise UsageError(f"--host {host} --port {port}: cannot listen there ({error})") from error
-        self.server, self.host, self.port = server, host, int(server.effective_port)
+        self.app = _keeping_names(optuna_dashboard.wsgi(storage, FileSystemArtifactStore(folder)))
+        self.server: Any = create_server(self.app, sockets=sockets, threads=THREADS)
+
+    @property
+    def everywhere(self) -> bool:
+        """Whether it listens at all addresses of this machine."""
+        return self.address in EVERY_ADDRESS
 
     @property
     def url(self) -> str:
-        return f"http://{self.host}:{self.port}/"
+        """The URL to open in a browser on this machine."""
+        host = EVERY_ADDRESS.get(self.address, self.host)
+        return f"http://[{host}]:{self.port}/" if ":" in host else f"http://{host}:{self.port}/"
 
     def warm_up(self) -> None:
         """Read all studies once, so that the first look is as quick as the next."""
@@ -69,6 +79,45 @@ class Server:
     def run(self) -> None:
         """Answer until Ctrl-C."""
         self.server.run()
+
+
+def _bound(host: str, port: int) -> list[socket.socket]:
+    """Sockets on one port, one for each address of a host that this machine has.
+
+    Raises:
+        UsageError: the host has no address here, or the port cannot be had at one of them.
+    """
+    sockets: list[socket.socket] = []
+    missing: OSError | None = None
+    with contextlib.ExitStack() as made:
+        try:
+            for family, kind, protocol, _, address in dict.fromkeys(
+                socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            ):
+                try:
+                    bound = made.enter_context(socket.socket(family, kind, protocol))
+                    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    if family == socket.AF_INET6:
+                        bound.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                    # The first address chooses the free port.
+                    bound.bind((address[0], port, *address[2:]))
+                    bound.listen()
+                except OSError as error:
+                    # Containers often have the name localhost for ::1, too, but no IPv6.
+                    if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                        raise
+                    missing = error
+                    continue
+                port = bound.getsockname()[1]
+                sockets.append(bound)
+            if missing and not sockets:
+                raise missing
+        # A name that cannot be one is a UnicodeError.
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UsageError(f"--host {host} --port {port}: cannot listen there ({reason})") from error
+        made.pop_all()
+    return sockets
 
 
 def _keeping_names(app: Any) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from nas.display.charts import BLUE, DPI, GREY, ORANGE, RED, Chart, Series, new_figure
+from nas.display.charts import BLUE, DPI, GREY, ORANGE, RED, Chart, Series, new_figure, plain_texts
 from nas.display.study_plots import LATENCY_TITLE
 from nas.validation.contenders import Contender, ContenderKind
 
@@ -93,6 +93,7 @@ def hypervolume_charts(history: pd.DataFrame, reference_latency_ms: float) -> di
     return charts
 
 
+@plain_texts()
 def plot_time(time_spent: pd.DataFrame, path: Path) -> None:
     """Draw the time spent on each part, stacked and summed over the candidates.
 

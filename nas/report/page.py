@@ -20,6 +20,7 @@ from nas.display.charts import Chart, save_charts
 from nas.display.notes import deployment_line, duration
 from nas.display.study_plots import front_chart
 from nas.errors import UsageError
+from nas.files import folder_for
 from nas.recorded import RecordedStudy
 from nas.report.architectures import MOST_COLUMNS, chosen_members, figure_width, plot_architectures
 from nas.report.data import Material, gather
@@ -71,12 +72,13 @@ def write_report(
     """
     material = gather(recorded)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder, prefix=".report-") as made_in:
+        with folder_for(folder), tempfile.TemporaryDirectory(dir=folder, prefix=".report-") as made_in:
             aside = Path(made_in)
             charts = charts_of(material, contenders)
             pictures = draw(material, charts, contenders, aside)
-            (aside / PAGE).write_text(page(material, storage, charts, pictures, contenders, verdict), encoding="utf-8")
+            text = page(material, storage, charts, pictures, contenders, verdict)
+            # A folder's name may hold bytes that are no text.
+            (aside / PAGE).write_text(text, encoding="utf-8", errors="backslashreplace")
             names = [PAGE, *(picture.file for picture in pictures.values())]
             # The page comes last, so that the pictures beside a new page are new, too.
             for made in reversed(names):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -13,10 +13,10 @@ import optuna
 import studies
 from nas.config import LatencyConfig, SearchConfig, respelled
 from nas.display import notes
-from nas.errors import UsageError
+from nas.errors import FieldError, UsageError
 from nas.latency.block_table import BlockTable
 from nas.latency.device_profile import store_profile
-from nas.options import Keep, options
+from nas.options import NEW_NAME, Keep, options
 from nas.recorded import RecordedStudy
 from nas.reporting import Note
 from nas.search.evaluation import Evaluator
@@ -98,6 +98,7 @@ def refuse_early(config: SearchConfig) -> None:
 
     Raises:
         UsageError: the study was begun with another configuration, or every network of the space breaks a limit.
+        FieldError: a new study would have a name that is hard to print or to store.
         StorageError: the storage cannot be used, or another process searches the study.
     """
     _require_possible(config)
@@ -106,6 +107,9 @@ def refuse_early(config: SearchConfig) -> None:
     with _existing(config) as recorded:
         if recorded:
             studies.check_claimable(recorded.row.owner, Owner.me())
+        elif not NEW_NAME.hold(config.study):
+            # A study of such a name that is there already can still be read and continued.
+            raise FieldError(SearchConfig, "study", config.study, NEW_NAME.expected)
 
 
 def _require_possible(config: SearchConfig) -> None:
@@ -162,7 +166,8 @@ def open_study(config: SearchConfig, evaluator: Evaluator, versions: str, note: 
     store = Store.open(config.storage, create=True)
     assert store is not None
     owner = Owner.me()
-    try:
+    # All of it is guarded, to begin and to tidy up as well: the disk may be full at any moment.
+    with guarded(), closing(store):
         recorded = RecordedStudy.find(store, config.study)
         if recorded is None:
             recorded, profile = _begin(store, config, evaluator, owner, versions, note)
@@ -175,8 +180,7 @@ def open_study(config: SearchConfig, evaluator: Evaluator, versions: str, note: 
         try:
             study = LiveStudy(recorded, profile.macs_per_s, owner)
             try:
-                with guarded():
-                    yield study
+                yield study
             finally:
                 # The study may have been deleted in the dashboard, for example, or taken over. Then that is the cause
                 # of whatever went wrong, and a running trial belongs to another process.
@@ -184,8 +188,6 @@ def open_study(config: SearchConfig, evaluator: Evaluator, versions: str, note: 
                 study.recover()
         finally:
             store.ownership.release(recorded.study_id, owner)
-    finally:
-        store.close()
 
 
 def _begin(

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 import time
 import warnings
 from collections import defaultdict
@@ -22,6 +20,7 @@ from torch.utils.data import IterableDataset
 from kernels.cache import cache_folder
 from nas.config import TIMM_PREFIXES, DataConfig
 from nas.errors import UsageError, message_line
+from nas.files import save_tensors
 from nas.reporting import Note
 from nas.training import clutter
 from nas.training.folders import class_count as folders_class_count
@@ -177,10 +176,8 @@ def _read_cache(path: Path) -> dict[str, Tensor] | None:
 def _write_cache(path: Path, tensors: dict[str, Tensor]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
-            torch.save(tensors, part)
         # Two processes may make the file at once; each renames a whole one.
-        os.replace(part.name, path)
+        save_tensors(tensors, path)
     except OSError as error:
         warnings.warn(f"{path}: not cached ({error}); it is made anew each time", stacklevel=2)
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from nas.config import DataConfig
+from nas.errors import FETCH, is_pointer
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -31,7 +32,6 @@ SCALED_TO_16_BITS = ("PNG", "PPM")
 ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
 # Modes that studies of reading 1 converted, with the colours that lie under transparency.
 CONVERTIBLE_1 = ("1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
-LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 ORIENTATION = 0x0112
 
 
@@ -71,9 +71,7 @@ class ImageReader:
                 return self.tensor(image)
         # Pillow raises a SyntaxError for a damaged chunk of a PNG.
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise NotAnImage(
-                "it is a Git LFS pointer; `git lfs pull` fetches it" if _is_pointer(path) else error
-            ) from error
+            raise NotAnImage(FETCH if is_pointer(path) else error) from error
 
     def tensor(self, image: Image.Image) -> Tensor:
         """An image as (3, resolution, resolution) uint8: its shorter side is resized, and the middle is cropped.
@@ -141,14 +139,6 @@ def _orientation(image: Image.Image) -> int:
         return int(image.getexif().get(ORIENTATION, 1))
     except Exception:  # damaged EXIF data raise many kinds, and say nothing about the pixels
         return 1
-
-
-def _is_pointer(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return file.read(len(LFS_POINTER)) == LFS_POINTER
-    except OSError:
-        return False
 
 
 def _resized(image: Image.Image, size: int) -> Image.Image:

@@ -20,6 +20,7 @@ from torch import nn
 from nas.child_process import ChildProcess
 from nas.config import DataConfig, ProxyConfig
 from nas.errors import CandidateFailed
+from nas.files import save_tensors
 from nas.locks import WAITING, device_lock
 from nas.reporting import Note
 from nas.training import data as image_data
@@ -112,7 +113,7 @@ class Trainer:
             for line in data.notes:
                 self.note(line)
             self.classes = len(data.classes)
-            torch.save({field.name: getattr(data, field.name) for field in fields(data)}, path)
+            save_tensors({field.name: getattr(data, field.name) for field in fields(data)}, path)
         return str(path)
 
     def train(

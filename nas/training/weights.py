@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -12,7 +11,8 @@ import safetensors
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from nas.errors import UsageError
+from nas.errors import UsageError, unreadable
+from nas.files import whole
 from nas.training.data import ImageData
 from studies.display import artifact_folder
 
@@ -72,6 +72,21 @@ def weight_folder(url: str) -> Path:
     return artifact_folder(url).with_suffix(".weights")
 
 
+def require_finite(weights: Mapping[str, Tensor], where: str) -> None:
+    """Refuse weights whose training diverged.
+
+    Args:
+        where: the file that holds them, for the message.
+
+    Raises:
+        UsageError: a weight is NaN or infinite.
+    """
+    for name, tensor in weights.items():
+        # Torch has no `isfinite` for some of the types of 8 bits.
+        if not tensor.float().isfinite().all():
+            raise UsageError(f"{where}: its tensor {name} has NaN or infinite values; its training diverged")
+
+
 class Weights:
     """The kept weights of one study's candidates.
 
@@ -86,11 +101,10 @@ class Weights:
         """Write a candidate's weights into a file."""
         path = self._path(number)
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(".part")
         metadata = {"arch_id": arch_id, "images": json.dumps(asdict(trained.images))}
         # `save_file` would make files that no other user may read.
-        part.write_bytes(save(trained.weights, metadata=metadata))
-        os.replace(part, path)
+        with whole(path) as part:
+            part.write_bytes(save(trained.weights, metadata=metadata))
 
     def find(self, number: int, arch_id: str) -> Trained | None:
         """A candidate's weights; None where they were not kept.
@@ -99,19 +113,22 @@ class Weights:
             arch_id: id of the candidate's architecture; weights of another one belong to a study that was deleted.
 
         Raises:
-            UsageError: the file is damaged.
+            UsageError: the file is damaged, or a weight is NaN or infinite.
         """
+        path = self._path(number)
         try:
-            with safetensors.safe_open(self._path(number), "pt") as file:
+            with safetensors.safe_open(path, "pt") as file:
                 metadata = file.metadata()
                 if metadata["arch_id"] != arch_id:
                     return None
                 images = Images.from_json(metadata["images"])
-                return Trained({name: file.get_tensor(name) for name in file.keys()}, images)  # noqa: SIM118
+                weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError:
             return None
         except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise UsageError(f"{self._path(number)}: cannot be read ({error})") from error
+            raise UsageError(f"{path}: cannot be read ({unreadable(path, error)})") from error
+        require_finite(weights, str(path))
+        return Trained(weights, images)
 
     def keep_only(self, numbers: Collection[int]) -> None:
         """Delete the weights of all other candidates."""

@@ -48,3 +48,13 @@ def test_a_folder_that_exists_is_refused(tmp_path: Path) -> None:
     assert code == 2
     assert "--folder" in output
     assert not list(tmp_path.iterdir())
+
+
+def test_a_search_imports_nothing_from_the_folder_that_the_user_stands_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "json.py").write_text("raise SystemExit('the json of the user')")
+    monkeypatch.chdir(tmp_path)
+    # The refusal of an unknown sampler is as far as this needs to come.
+    assert comparison.search(tmp_path, "nosuch", 0, 1).wait() == 2
+    assert "nosuch" in (tmp_path / "nosuch0.log").read_text()

@@ -331,7 +331,7 @@ def test_all_damaged_images_are_named_at_once(tmp_path: Path) -> None:
     assert f"--data {tmp_path}: 4 damaged images: " in line
     for name in ("cat/000.png", "cat/broken.jpg", "cat/chunk.png", "dog/lfs.png"):
         assert f"{tmp_path}/{name} cannot be read as an image" in line
-    assert "it is a Git LFS pointer" in line
+    assert "it is Git LFS's pointer" in line
     for index in range(20):
         (tmp_path / "dog" / f"empty{index:02d}.png").touch()
     with pytest.raises(UsageError, match=r"24 damaged images: .*; and 14 more"):

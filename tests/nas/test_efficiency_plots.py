@@ -175,3 +175,11 @@ def test_stages_of_names() -> None:
     assert stages(names) == [("conv_stem", 0, 1), ("blocks.0", 1, 3), ("blocks.1", 3, 4), ("head", 4, 6)]
     assert stages(["layer1.0.conv1"]) == [("layer1", 0, 1)]
     assert stages([]) == []
+
+
+@pytest.mark.parametrize("plot", PLOTS)
+def test_names_are_no_formulas(plot: Plot, tmp_path: Path) -> None:
+    """As a formula, this one is wrong and would raise an error."""
+    network = dataclasses.replace(anchor("small", 1, 32), title=r"$\frac$", subtitle="$a_b$")
+    plot([network], tmp_path / "figure.svg")
+    assert r"<!-- $\frac$ -->" in (tmp_path / "figure.svg").read_text(encoding="utf-8")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 import os
 from dataclasses import replace
@@ -31,9 +32,10 @@ from nas.export.directories import (
 )
 from nas.export.selection import Selection
 from nas.recorded import RecordedStudy
-from nas.training.weights import Images, Trained, Weights, weight_folder
+from nas.training.weights import Images, Trained, Weights, require_finite, weight_folder
 from search_spaces import ArchSpec
 from studies import Candidate, CandidateState, Owner, Store
+from tests.conftest import LFS_POINTER
 from tests.nas.conftest import archs, study_id
 
 IMAGES = Images(("dark", "bright"), 16, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
@@ -507,6 +509,77 @@ def test_damaged_weights_are_told(store: Store, config: SearchConfig, tmp_path: 
         read(folder)
 
 
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize(("content", "told"), [(LFS_POINTER, "`git lfs pull` fetches"), ("", "it is empty")])
+def test_files_that_were_not_fetched_are_told(
+    store: Store, config: SearchConfig, tmp_path: Path, file: str, content: str, told: str
+) -> None:
+    keep_weights(store, config, 3)
+    (folder,) = write(exported(store, config, top=1), tmp_path / "out")
+    (folder / file).write_text(content)
+    with pytest.raises(UsageError, match=rf"{file}: cannot be read .*{told}") as caught:
+        read(folder)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_folder_of_bytes_that_are_no_text_is_shown_by_numbers(
+    store: Store, config: SearchConfig, tmp_path: Path
+) -> None:
+    """Classes, too, may have such names: those of folders from an old archive."""
+    network = exported(store, config, top=1)[0]
+    network.config["convfirst"]["accuracy"]["data"]["source"] = network.config["label_names"] = "caf\udce9"
+    (folder,) = write([network], tmp_path / "out")
+    assert r"`caf\udce9`" in (folder / "README.md").read_text(encoding="utf-8")
+    assert read(folder).config["label_names"] == "caf\udce9"
+
+
+def test_texts_that_an_editor_wrote_are_read(store: Store, config: SearchConfig, tmp_path: Path) -> None:
+    """With a byte-order mark, or not in UTF-8 where nobody but the user minds."""
+    (folder,) = write(exported(store, config, top=1), tmp_path / "out")
+    text = (folder / "config.json").read_bytes()
+    (folder / "config.json").write_bytes(codecs.BOM_UTF8 + text)
+    (folder / "README.md").write_bytes("Fran\u00e7ois".encode("latin-1"))
+    notes: list[str] = []
+    rewrite(folder, read(folder), note=notes.append)
+    # timm itself refuses the mark.
+    assert (folder / "config.json").read_bytes() == text
+    assert (folder / "README.md").read_bytes() == "Fran\u00e7ois".encode("latin-1")
+    assert notes == [f"{folder / 'README.md'}: stays as it was edited"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("name", ["classifier.bias", "bn1.running_var"])
+def test_weights_of_a_training_that_diverged_are_refused_by_name(
+    store: Store, config: SearchConfig, tmp_path: Path, value: float, name: str
+) -> None:
+    """In a checkpoint, in a directory, and among those that the search kept; nothing is written."""
+    weights = keep_weights(store, config, 3)
+    (folder,) = write(exported(store, config, top=1), tmp_path / "out")
+    network = read(folder)
+    broken = {key: tensor.clone() for key, tensor in weights.items()}
+    broken[name][0] = value
+    checkpoint = tmp_path / "best.pth.tar"
+    torch.save({"state_dict": broken}, checkpoint)
+    told = f"its tensor {name} has NaN or infinite values"
+    with pytest.raises(UsageError, match=rf"^--checkpoint .*best\.pth\.tar: {told}"):
+        export.trained(network, checkpoint)
+    save_file(broken, folder / "model.safetensors")
+    with pytest.raises(UsageError, match=rf"model\.safetensors: {told}"):
+        read(folder)
+    kept = Weights(weight_folder(config.storage), study_id(store, config))
+    diverged = network.arch.build(2)
+    diverged.load_state_dict(broken)
+    kept.keep(3, network.arch.arch_id, Trained.of(diverged, IMAGES))
+    with pytest.raises(UsageError, match=rf"study1_t0003\.safetensors: {told}"):
+        exported(store, config, top=1)
+
+
+def test_weights_of_eight_bits_are_looked_into() -> None:
+    require_finite({"a": torch.ones(2).to(torch.float8_e4m3fn), "b": torch.ones(2, dtype=torch.int64)}, "here")
+    with pytest.raises(UsageError, match="here: its tensor a has NaN"):
+        require_finite({"a": torch.full((2,), float("nan")).to(torch.float8_e4m3fn)}, "here")
+
+
 @pytest.mark.parametrize("averaged", [False, True])
 def test_a_checkpoint_of_timms_training(store: Store, config: SearchConfig, tmp_path: Path, averaged: bool) -> None:
     """As `timm.utils.CheckpointSaver` writes it, of other classes than the search's."""
@@ -542,6 +615,14 @@ def test_checkpoints_that_do_not_fit_are_refused(store: Store, config: SearchCon
     for content in ({"epoch": 3}, {"optimizer": {"lr": 1.0}}, {"state_dict": {"classifier.weight": torch.tensor(1.0)}}):
         torch.save(content, checkpoint)
         with pytest.raises(UsageError, match=r"--checkpoint .*: holds no weights of a network"):
+            export.trained(network, checkpoint)
+    for scalar in ([torch.ones(2)], torch.ones(2), "text"):
+        torch.save(scalar, checkpoint)
+        with pytest.raises(UsageError, match=r"--checkpoint .*: holds no weights of a network"):
+            export.trained(network, checkpoint)
+    for text, told in (("", "it is empty"), (LFS_POINTER, "`git lfs pull` fetches")):
+        checkpoint.write_text(text)
+        with pytest.raises(UsageError, match=rf"--checkpoint .*: holds no weights of a network \(.*{told}"):
             export.trained(network, checkpoint)
     checkpoint.write_text("no checkpoint")
     with pytest.raises(UsageError, match=r"--checkpoint .*: holds no weights of a network"):

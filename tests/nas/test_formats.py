@@ -20,7 +20,7 @@ from nas.export.directories import COMPILED, FUSED, ONNX, PROGRAM, Exported, rea
 from nas.export.formats import ExportFormat, makers, write_onnx, write_programs
 from nas.latency.engines import ENGINES
 from search_spaces.timm_config import timm_config
-from tests.conftest import make_tiny_space
+from tests.conftest import LFS_POINTER, make_tiny_space
 
 CLASSES, RESOLUTION = 3, 16
 DEPLOYMENT = LatencyConfig(device="cpu", engine="torchscript", resolution=RESOLUTION, num_classes=2, precision=0.9,
@@ -204,14 +204,16 @@ def test_every_format_is_timed(weights: bool, tmp_path: Path) -> None:
 @pytest.mark.usefixtures("quick_engines")
 def test_a_file_that_does_not_run_here_is_told_and_the_rest_timed(tmp_path: Path) -> None:
     (folder,) = write([network()], tmp_path / "out")
-    for name in (COMPILED, PROGRAM, ONNX):
+    for name in (COMPILED, PROGRAM):
         (folder / name).write_bytes(b"of another machine")
+    (folder / ONNX).write_text(LFS_POINTER)
     rows = bench([(folder, read(folder))], DEPLOYMENT)
     broken = {row.what for row in rows if row.latency is None}
     assert broken == {"AOTInductor", "torch.export", "ONNX Runtime"}
     assert {row.what for row in rows if row.latency} == {"eager", "torchscript"}
     for what in broken:
         assert any(line.startswith(f"convfirst_1ms_t001, {what}: left out (") for line in remarks(rows))
+    assert any("ONNX Runtime: left out (model.onnx: " in line and "`git lfs pull`" in line for line in remarks(rows))
     # In another deployment files of one resolution are made anew, and what was recorded is no measure.
     rows = bench([(folder, read(folder))], replace(DEPLOYMENT, resolution=24))
     assert all(row.latency is not None and row.recorded_ms is None for row in rows)

@@ -383,3 +383,14 @@ def test_the_real_gpu_has_a_lock() -> None:
     assert re.fullmatch(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}", lock.name)
     with lock.measuring():
         pass
+
+
+def test_a_file_system_without_modes_has_locks_all_the_same(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr("os.fchmod", refuse)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with device_lock(torch.device("cpu")).training():
+            assert sorted(path.name for path in folder.iterdir()) == ["convfirst-cpu.lock", "convfirst-cpu.turnstile"]

@@ -17,7 +17,7 @@ import pytest
 from optuna.trial import TrialState, create_trial
 from PIL import Image
 
-from nas.config import LatencyConfig, Limits, SearchConfig
+from nas.config import DataConfig, LatencyConfig, Limits, SearchConfig
 from nas.errors import CandidateFailed, UsageError
 from nas.lab.invented import FakeEvaluator
 from nas.latency.values import Latency
@@ -310,6 +310,13 @@ def test_a_study_of_one_trial_has_a_page(sqlite_url: str, tmp_path: Path) -> Non
     assert "The front is one network" in page.text
     assert "1 complete trial(s) are too few" in page.text
     assert page.plots["hypervolume_trials"]["data"][0]["x"] == [0, 1]
+    store.close()
+
+
+def test_a_folder_of_bytes_that_are_no_text_is_shown_by_numbers(sqlite_url: str, tmp_path: Path) -> None:
+    """Such a study was begun when --data still took it."""
+    store = searched(sqlite_url, budget=1, data=DataConfig("caf\udce9"))
+    assert r"caf\udce9" in made(store, tmp_path / "out").text
     store.close()
 
 

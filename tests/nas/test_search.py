@@ -19,7 +19,7 @@ import torch
 from optuna.trial import TrialState
 
 from nas.config import DataConfig, LatencyConfig, Limits, ProxyConfig, Sampler, SearchConfig
-from nas.errors import CandidateFailed, UsageError
+from nas.errors import CandidateFailed, FieldError, UsageError
 from nas.lab.invented import FakeEvaluator
 from nas.latency.block_table import BlockTable
 from nas.latency.device_profile import DeviceProfile
@@ -781,3 +781,16 @@ def test_a_whole_search_runs_on_cuda(sqlite_url: str) -> None:
     for row in candidates(config):
         assert row.latencies[0].engine == "fused"
         assert row.latencies[0].dtype == "float16"
+
+
+def test_a_name_is_as_long_as_every_database_takes(any_url: str) -> None:
+    """SQLite would take a longer one, and the study could then not be moved to PostgreSQL."""
+    config = SearchConfig(budget=1, storage=any_url, latency=LatencyConfig(device="cpu"))
+    with pytest.raises(FieldError, match="at most 512 characters"):
+        search.run(replace(config, study="x" * 513), FakeEvaluator())
+    assert Store.open(any_url, create=False) is None
+    longest = replace(config, study="\u4e2d" * 512)
+    assert search.run(longest, FakeEvaluator()).complete == 1
+    for name in ("", "a\0b", "a\udcff"):
+        with pytest.raises(FieldError, match="is not a name"):
+            replace(config, study=name)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
+import socket
 import subprocess
 import sys
 import threading
@@ -48,16 +50,19 @@ def config(sqlite_url: str) -> SearchConfig:
 class Served:
     """A dashboard on a store, until the test ends."""
 
-    def __init__(self, store: Store, folder: Path) -> None:
-        self.server = Server(store, folder, "127.0.0.1", 0)
+    def __init__(self, store: Store, folder: Path, host: str = "127.0.0.1") -> None:
+        self.server = Server(store, folder, host, 0)
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
 
     def close(self) -> None:
         """Ends it in its own thread, which would otherwise wait for sockets that are closed under it."""
         # A request that was just answered may have woken the thread, which then has closed all before it is called.
+        server = self.server.server
+        of_several = getattr(server, "map", {}).values()
+        triggers = [each for each in of_several if hasattr(each, "pull_trigger")] or [server.trigger]
         with contextlib.suppress(OSError):
-            self.server.server.trigger.pull_trigger(self.server.server.close)
+            triggers[0].pull_trigger(server.close)
         self.thread.join(timeout=30)
         assert not self.thread.is_alive()
 
@@ -319,6 +324,99 @@ def test_an_address_that_is_taken_gets_one_line(config: SearchConfig, tmp_path: 
         Server(store, tmp_path / "files", "nosuch.invalid", 0)
     first.close()
     store.close()
+
+
+@pytest.mark.parametrize("host", ["", "a b", "127.0.0.1:80", "a" * 80, "\u00fc..de", "http://localhost"])
+def test_a_host_that_is_none_gets_one_line_and_leaves_nothing(host: str, config: SearchConfig, tmp_path: Path) -> None:
+    store = Store.open(config.storage, create=True)
+    assert store is not None
+    with pytest.raises(UsageError, match=rf"^--host {re.escape(host)} --port 0: cannot listen there \(.+\)$"):
+        Server(store, tmp_path / "files", host, 0)
+    assert not (tmp_path / "files").exists()
+    store.close()
+
+
+def has_ipv6() -> bool:
+    try:
+        with socket.socket(socket.AF_INET6) as probe:
+            probe.bind(("::1", 0))
+    except OSError:
+        return False
+    return True
+
+
+def resolve_to(*addresses: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every name has these addresses."""
+    original = socket.getaddrinfo
+
+    def several(host: Any, port: Any, *rest: Any, **named: Any) -> list[Any]:
+        if host != "localhost":
+            return list(original(host, port, *rest, **named))
+        return [entry for address in addresses for entry in original(address, port, *rest, **named)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", several)
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here: a host of two kinds of addresses was not tested")
+def test_a_host_with_two_addresses_is_served_at_both(
+    config: SearchConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """waitress makes another kind of server then, and once gave each address a port of its own."""
+    resolve_to("127.0.0.1", "::1", "127.0.0.1", monkeypatch=monkeypatch)
+    store = Store.open(config.storage, create=True)
+    assert store is not None
+    served = Served(store, tmp_path / "files", "localhost")
+    assert served.server.url == f"http://localhost:{served.server.port}/"
+    for address in ("127.0.0.1", "[::1]"):
+        with urllib.request.urlopen(f"http://{address}:{served.server.port}/api/studies", timeout=30) as answer:
+            assert json.loads(answer.read()) == {"study_summaries": []}
+    with pytest.raises(UsageError, match=r"--host ::1 --port \d+: cannot listen there \(Address already in use\)"):
+        Server(store, tmp_path / "files", "::1", served.server.port)
+    served.close()
+    store.close()
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="no IPv6 here: its addresses in URLs were not tested")
+@pytest.mark.parametrize("host", ["::1", "[::1]"])
+def test_an_ipv6_address_stands_in_brackets(host: str, config: SearchConfig, tmp_path: Path) -> None:
+    store = Store.open(config.storage, create=True)
+    assert store is not None
+    served = Served(store, tmp_path / "files", host)
+    assert served.server.url == f"http://[::1]:{served.server.port}/"
+    assert served.json("api/studies") == {"study_summaries": []}
+    served.close()
+    store.close()
+
+
+def test_an_address_that_this_machine_lacks_does_not_matter_beside_another(
+    config: SearchConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """192.0.2.1 is nobody's: it stands for the ::1 of containers without IPv6, whose localhost has it all the same."""
+    resolve_to("192.0.2.1", "127.0.0.1", monkeypatch=monkeypatch)
+    store = Store.open(config.storage, create=True)
+    assert store is not None
+    served = Served(store, tmp_path / "files", "localhost")
+    assert served.json("api/studies") == {"study_summaries": []}
+    served.close()
+    with pytest.raises(UsageError, match=r"--host 192\.0\.2\.1 --port 0: cannot listen there \(Cannot assign"):
+        Server(store, tmp_path / "files", "192.0.2.1", 0)
+    store.close()
+
+
+@pytest.mark.parametrize(
+    ("address", "url"),
+    [
+        ("0.0.0.0", "http://127.0.0.1:8080/"),
+        ("::", "http://[::1]:8080/"),
+        ("::1", "http://[::1]:8080/"),
+        ("127.0.0.1", "http://name:8080/"),
+    ],
+)
+def test_the_url_is_one_that_a_browser_opens(address: str, url: str) -> None:
+    """Of a server that is not made: the test would let others in."""
+    server = object.__new__(Server)
+    server.host, server.address, server.port = address if ":" in address else "name", address, 8080
+    assert server.url == url
 
 
 @pytest.mark.slow

@@ -9,11 +9,12 @@ import pytest
 import torch
 
 from nas.config import DataConfig, LatencyConfig, ProxyConfig, SearchConfig
+from nas.errors import UsageError
 from nas.search.loop import run
 from nas.training.weights import Images, Trained, Weights, near_front, weight_folder
 from search_spaces import ArchSpec
 from studies import Store
-from tests.conftest import make_tiny_space
+from tests.conftest import LFS_POINTER, make_tiny_space
 
 IMAGES = Images(("a", "b"), 16, (0.4, 0.5, 0.6), (0.2, 0.25, 0.3))
 ARCH = make_tiny_space().smallest()
@@ -46,6 +47,15 @@ def test_only_this_studys_others_go(tmp_path: Path) -> None:
     mine.keep_only({2})
     assert [mine.find(number, ARCH.arch_id) is not None for number in (1, 2, 3)] == [False, True, False]
     assert others.find(1, ARCH.arch_id) is not None
+
+
+@pytest.mark.parametrize(("content", "told"), [(LFS_POINTER, "`git lfs pull`"), ("", "it is empty"), ("x", "Error")])
+def test_a_damaged_file_is_told(tmp_path: Path, content: str, told: str) -> None:
+    kept = Weights(tmp_path, 3)
+    (tmp_path / "study3_t0007.safetensors").write_text(content)
+    with pytest.raises(UsageError, match=rf"study3_t0007\.safetensors: cannot be read \(.*{told}") as caught:
+        kept.find(7, ARCH.arch_id)
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from search_spaces import ArchSpec, SearchSpace, StageSpec, builtin_spaces, cost, load_space
-from tests.conftest import TINY_TOML, make_tiny_space
+from tests.conftest import LFS_POINTER, TINY_TOML, make_tiny_space
 
 
 def enumerated(space: SearchSpace) -> set[ArchSpec]:
@@ -123,6 +123,8 @@ def test_a_users_own_space(tmp_path: Path) -> None:
         ("stride = [1, 2]", "stride = [1, 4]", "stride=4"),
         ("resolution = 16", "resolution = 2", "resolution=2"),
         ('name = "tiny"', "name = 3", "name=3"),
+        ('name = "tiny"', r'name = "a\u0000b"', "name=.* is not a name"),
+        ('name = "tiny"', r'name = "a\nb"', "name=.* is not a name"),
         ("[[stages]]", "[stages]", "stages is not a list"),
         ("name", "name =", "Invalid|Expected"),
     ],
@@ -137,6 +139,40 @@ def test_a_wrong_file_is_refused_with_its_name_and_the_fault(
         load_space(str(path))
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig"])
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_files_of_all_editors(tmp_path: Path, encoding: str, line_end: str) -> None:
+    path = tmp_path / "mine.toml"
+    text = TINY_TOML.replace("tiny", "\u4e2d\u6587 caf\u00e9")
+    path.write_bytes(text.replace("\n", line_end).encode(encoding))
+    assert load_space(str(path)).name == "\u4e2d\u6587 caf\u00e9"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (TINY_TOML.replace("tiny", "caf\u00e9").encode("latin-1"), "is not encoded in UTF-8"),
+        (TINY_TOML.encode("utf-16"), "is not encoded in UTF-8"),
+        (LFS_POINTER.encode(), "Git LFS's pointer to the file, which `git lfs pull` fetches"),
+        (b"", "key 'activation' is missing"),
+        (b"a = " + b"[" * 100_000, "recursion"),
+    ],
+)
+def test_a_file_that_is_no_toml_is_refused_with_what_it_is(tmp_path: Path, content: bytes, message: str) -> None:
+    path = tmp_path / "wrong.toml"
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_space(str(path))
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["a" * 300, ".", "\udcff.toml"])
+def test_what_is_no_file_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=r"neither a built-in space .* nor a TOML file that exists"):
+        load_space(name)
 
 
 def test_an_unknown_space_is_refused_with_the_known_ones() -> None:
