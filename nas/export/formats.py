@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shutil
 from collections.abc import Callable, Sequence
@@ -62,14 +63,14 @@ def onnx_file(model: nn.Module, resolution: int, path: Path) -> Path:
         UsageError: a package is missing, or onnxruntime gives other logits than torch.
     """
     try:
-        import onnx
+        import onnx  # noqa: F401
         import onnxruntime
     except ImportError as error:
         raise UsageError(f"--format onnx: {error.name} is not installed (pip install onnx onnxruntime)") from error
     folded = fold_batch_norms(model)
     images = torch.randn(2, 3, resolution, resolution)
     # The very graph that the engines time, but for the batch, which is left open.
-    onnx.save(onnx_graph(folded, images.shape, free_batch=True), str(path))
+    path.write_bytes(onnx_graph(folded, images.shape, free_batch=True).SerializeToString())
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def run(x: Tensor) -> Tensor:
