@@ -26,7 +26,7 @@ DOTS = Series("dots", [1.0, 2.0], [30.0, 40.0], "#102030", "s", low=[0.5, 2.5], 
 
 def drawn(chart: Chart, monkeypatch: pytest.MonkeyPatch) -> Axes:
     figures: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    monkeypatch.setattr("nas.display.charts.write_figure", lambda figure, *_, **__: figures.append(figure))
     save_charts([chart], Path("unused.png"))
     axes: Axes = figures[0].axes[0]
     return axes
