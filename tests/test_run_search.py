@@ -1058,3 +1058,18 @@ def test_what_cannot_be_measured_again_gets_one_line(meters: Callable[[float], l
         connection.execute("update convfirst_studies set owner = ?", (str(owner),))
     assert f"is being searched by process {os.getppid()}" in refused("remeasure --study other")
     assert made == []
+
+
+def test_a_machine_without_a_temporary_folder_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where /tmp is full: Python tries to write in each folder that it knows of."""
+
+    def none() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp', '/var/tmp']")
+
+    monkeypatch.setattr("tempfile.gettempdir", none)
+    result = CliRunner().invoke(run_search.app, ["space"])
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "Error: TMPDIR: there is no folder for temporary files (No usable temporary directory found in ['/tmp', "
+        "'/var/tmp'])\n"
+    )
