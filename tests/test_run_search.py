@@ -479,7 +479,7 @@ def test_a_study_of_any_name_is_shown_by_every_command(name: str, tmp_path: Path
     for command in ("", "pareto"):
         # Long titles are broken.
         assert shown.replace(" ", "") in re.sub(r"\s", "", told[command])
-    assert f"study {shown} is in sqlite:///studies/convfirst.db" in told[""]
+    assert f"study '{shown}' is in sqlite:///studies/convfirst.db" in told[""]
     # In a table its rows are apart.
     assert told["studies"].count("\\u4e2d") == shown.count("\\u4e2d")
     assert all(row["study_name"] == name for row in json.loads(told["pareto --format json"]))
