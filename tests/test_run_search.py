@@ -479,6 +479,7 @@ def test_a_study_of_any_name_is_shown_by_every_command(name: str, tmp_path: Path
     for command in ("", "pareto"):
         # Long titles are broken.
         assert shown.replace(" ", "") in re.sub(r"\s", "", told[command])
+    assert f"study '{shown}' is in sqlite:///studies/convfirst.db" in told[""]
     # In a table its rows are apart.
     assert told["studies"].count("\\u4e2d") == shown.count("\\u4e2d")
     assert all(row["study_name"] == name for row in json.loads(told["pareto --format json"]))
@@ -1057,3 +1058,18 @@ def test_what_cannot_be_measured_again_gets_one_line(meters: Callable[[float], l
         connection.execute("update convfirst_studies set owner = ?", (str(owner),))
     assert f"is being searched by process {os.getppid()}" in refused("remeasure --study other")
     assert made == []
+
+
+def test_a_machine_without_a_temporary_folder_is_told_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where /tmp is full: Python tries to write in each folder that it knows of."""
+
+    def none() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp', '/var/tmp']")
+
+    monkeypatch.setattr("tempfile.gettempdir", none)
+    result = CliRunner().invoke(run_search.app, ["space"])
+    assert result.exit_code == 2
+    assert result.stderr == (
+        "Error: TMPDIR: there is no folder for temporary files (No usable temporary directory found in ['/tmp', "
+        "'/var/tmp'])\n"
+    )

@@ -7,6 +7,7 @@ import logging
 import os
 import signal
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from typing import NoReturn
@@ -57,9 +58,11 @@ def prepare() -> None:
     # It tells of caches that it could not write, which costs time and changes no result.
     logging.getLogger("matplotlib").setLevel(logging.ERROR)
     try:
+        # The locks, the caches of an account without a home and the data of trainings lie there.
+        tempfile.gettempdir()
         provide_home()
     except OSError as error:
-        fail(f"there is no home folder to write to, and no temporary folder for caches ({error})")
+        fail(f"TMPDIR: there is no folder for temporary files ({error.strerror or error})")
 
 
 @contextlib.contextmanager

@@ -116,7 +116,7 @@ def _run(config: SearchConfig, take_over: bool) -> None:
         f"{result.why}: {result.complete} of {config.budget} candidates; hypervolume {result.hypervolume:.4f}",
         *result.remarks,
         shares_line(result),
-        f"study {config.study!r} is in {shown}",
+        f"study '{config.study}' is in {shown}",
         f"front again: python run_search.py pareto --storage {shlex.quote(shown)} --study {shlex.quote(config.study)}",
     ):
         say(line)

@@ -26,7 +26,7 @@ DOTS = Series("dots", [1.0, 2.0], [30.0, 40.0], "#102030", "s", low=[0.5, 2.5], 
 
 def drawn(chart: Chart, monkeypatch: pytest.MonkeyPatch) -> Axes:
     figures: list[Figure] = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    monkeypatch.setattr("nas.display.charts.write_figure", lambda figure, *_, **__: figures.append(figure))
     save_charts([chart], Path("unused.png"))
     axes: Axes = figures[0].axes[0]
     return axes
@@ -145,7 +145,7 @@ def test_a_long_title_is_shown_as_a_whole(letter: str, tmp_path: Path) -> None:
     assert charts.wrapped("a\n\nb", 8) == "a\n\nb"
     figures: list[Figure] = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+        patch.setattr("nas.display.charts.write_figure", lambda figure, *_, **__: figures.append(figure))
         save_charts([Chart("x", "y", [DOTS])], tmp_path / "figure.png", title=f"{512 * 'a'}: 3 candidates\nsecond")
     (figure,) = figures
     figure.draw_without_rendering()
