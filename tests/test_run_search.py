@@ -821,7 +821,7 @@ def test_a_trial_is_analysed_in_the_deployment_of_its_study(monkeypatch: pytest.
     assert (deployment.device, deployment.engine, deployment.dtype) == ("cuda", "fused", "float16")
     assert (deployment.batch_size, deployment.num_classes) == (2, 3)
     refused("analyze --trial 0 --device cuda --engine compile --dtype float32")
-    assert (asked[-1].engine, asked[-1].dtype, asked[-1].precision) == ("compile", "float32", 0.02)
+    assert (asked[-1].engine, asked[-1].dtype, asked[-1].precision) == ("inductor", "float32", 0.02)
 
 
 # -- Measuring again -------------------------------------------------------------------------------------------------

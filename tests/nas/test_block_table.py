@@ -142,7 +142,7 @@ def test_fused_rows_are_those_of_one_version_of_the_kernels(store: Store, monkey
 def test_the_devices_ceilings_are_those_of_its_profile(store: Store) -> None:
     assert BlockTable(store, CPU, EAGER).profile is None
     store_profile(store, CPU, "float32", 1, DeviceProfile(2e10, 4e10, 1e-6, None, 2.0, 4.0))
-    for config in (EAGER, replace(EAGER, engine="compile", batch_size=8)):
+    for config in (EAGER, replace(EAGER, engine="inductor", batch_size=8)):
         table = BlockTable(store, CPU, config)
         assert (table.machine.bytes_per_s, table.machine.macs_per_s) == (2e10, 4e10)
         assert table.references_ms == (2.0, 4.0)

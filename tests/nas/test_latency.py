@@ -267,20 +267,20 @@ def test_a_cpu_has_no_sensors() -> None:
 
 
 def test_a_network_that_a_compiler_refuses_is_a_failed_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(_model: nn.Module, _example: torch.Tensor) -> nn.Module:
+    def refuse(_model: nn.Module, _example: torch.Tensor, _config: LatencyConfig) -> nn.Module:
         raise RuntimeError("out of resource: shared memory, Required: 300000")
 
     network = SPACE.smallest().build(10).eval()
     x = torch.randn(1, 3, 32, 32)
-    monkeypatch.setitem(ENGINES, "compile", replace(ENGINES["compile"], prepare=refuse))
-    with pytest.raises(CandidateFailed, match=r"engine compile does not compile it \(RuntimeError: out of resource"):
+    monkeypatch.setitem(ENGINES, "inductor", replace(ENGINES["inductor"], prepare=refuse))
+    with pytest.raises(CandidateFailed, match=r"engine inductor does not compile it \(RuntimeError: out of resource"):
         deploy(network, LatencyConfig(device="cpu", engine="compile"), x)
     # Triton says by its errors what it refuses; any other is a bug.
     monkeypatch.setitem(ENGINES, "fused", replace(ENGINES["fused"], prepare=refuse))
     with pytest.raises(RuntimeError, match="shared memory"):
         deploy(network, LatencyConfig(device="cpu", engine="fused"), x)
 
-    def out_of_shared_memory(_model: nn.Module, _example: torch.Tensor) -> nn.Module:
+    def out_of_shared_memory(_model: nn.Module, _example: torch.Tensor, _config: LatencyConfig) -> nn.Module:
         raise OutOfResources(300000, 232448, "shared memory")
 
     monkeypatch.setitem(ENGINES, "fused", replace(ENGINES["fused"], prepare=out_of_shared_memory))

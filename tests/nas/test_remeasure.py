@@ -600,9 +600,9 @@ def test_an_engine_that_does_not_even_run_the_anchor_is_refused(
 
     class Refusing(Meter):
         def make(self, config: LatencyConfig, anchor: ArchSpec, reference_ms: float | None) -> Meter:
-            raise CandidateFailed("engine compile does not compile it (no compiler)")
+            raise CandidateFailed("engine inductor does not compile it (no compiler)")
 
-    with pytest.raises(UsageError, match=r"--engine compile: does not run even the anchor network \(.*no compiler"):
+    with pytest.raises(UsageError, match=r"--engine inductor: does not run even the anchor network \(.*no compiler"):
         remeasured(config, Refusing(evaluator.numbers), monkeypatch, engine="compile")
     _, study = opened(config)
     assert study.owner is None

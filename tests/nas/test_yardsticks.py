@@ -65,6 +65,6 @@ def test_without_references_they_are_measured(yardsticks: Yardsticks) -> None:
 
 def test_they_are_the_same_whatever_is_deployed() -> None:
     """One engine, batch, resolution: what is measured in one deployment adds up with another's."""
-    other = LatencyConfig(device="cpu", engine="compile", resolution=64, batch_size=8, num_classes=3, seconds=0.02)
+    other = LatencyConfig(device="cpu", engine="inductor", resolution=64, batch_size=8, num_classes=3, seconds=0.02)
     made = Yardsticks(other, [1.0, 1.0]).config
     assert (made.engine, made.resolution, made.batch_size, made.num_classes) == ("eager", 32, 1, 10)
