@@ -63,14 +63,15 @@ def onnx_file(model: nn.Module, resolution: int, path: Path) -> Path:
         UsageError: a package is missing, or onnxruntime gives other logits than torch.
     """
     try:
-        import onnx  # noqa: F401
         import onnxruntime
+        from onnx import shape_inference
     except ImportError as error:
         raise UsageError(f"--format onnx: {error.name} is not installed (pip install onnx onnxruntime)") from error
     folded = fold_batch_norms(model)
     images = torch.randn(2, 3, resolution, resolution)
     # The very graph that the engines time, but for the batch, which is left open.
-    path.write_bytes(onnx_graph(folded, images.shape, free_batch=True).SerializeToString())
+    graph = onnx_graph(folded, images.shape, free_batch=True)
+    path.write_bytes(shape_inference.infer_shapes(graph).SerializeToString())
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 
     def run(x: Tensor) -> Tensor:

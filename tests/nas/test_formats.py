@@ -18,6 +18,7 @@ from nas.export import formats
 from nas.export.bench import bench, remarks, tables
 from nas.export.directories import COMPILED, FUSED, ONNX, PROGRAM, Exported, read, write
 from nas.export.formats import ExportFormat, makers, write_onnx, write_programs
+from nas.latency import onnx_graph
 from nas.latency.engines import ENGINES
 from search_spaces.timm_config import timm_config
 from tests.conftest import LFS_POINTER, make_tiny_space
@@ -79,7 +80,7 @@ def test_onnx_runtime_gives_torchs_logits_of_any_batch(activation: str, tmp_path
     assert [value.name for value in (*graph.input, *graph.output)] == ["images", "logits"]
     # Folded into the convolutions.
     assert not [node for node in graph.node if node.op_type == "BatchNormalization"]
-    assert [(each.domain, each.version) for each in onnx.load(path).opset_import] == [("", formats.OPSET)]
+    assert [(each.domain, each.version) for each in onnx.load(path).opset_import] == [("", onnx_graph.OPSET)]
     # Of one file, which can be copied.
     assert [path.name for path in tmp_path.iterdir()] == [ONNX]
 

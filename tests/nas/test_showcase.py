@@ -114,7 +114,7 @@ def test_objectives_have_names_and_the_study_a_note(served: Served) -> None:
     for words in (
         "study `convfirst`",
         "| device | invented",
-        "torchscript",
+        "onnxruntime",
         "params at most 250000",
         "| sampler | tpe",
     ):
