@@ -76,7 +76,7 @@ def bench(folders: Sequence[tuple[Path, Exported]], config: LatencyConfig, note:
     Raises:
         UsageError: the device does not exist here.
     """
-    device = check_device(config)
+    device = check_device(replace(config, engine="eager"))
     lock, waiting = device_lock(device), partial(note, WAITING)
     with tempfile.TemporaryDirectory() as aside, lock.measuring(waiting), cpu_threads(config.threads):
         yardsticks = Yardsticks(config)

@@ -33,13 +33,13 @@ def check_device(config: LatencyConfig) -> torch.device:
             raise UsageError(f"--device {name}: there are only {torch.cuda.device_count()} CUDA devices here")
     if engine not in ENGINES:
         raise UsageError(f"--engine {engine}: none of {', '.join(ENGINES)}")
+    if device.type == "cpu" and config.dtype == "float16":
+        raise UsageError("--dtype float16: not on the CPU, which takes float32 or bfloat16")
     if config.dtype not in ENGINES[engine].dtypes:
         raise UsageError(f"--dtype {config.dtype}: --engine {engine} computes in {' or '.join(ENGINES[engine].dtypes)}")
     if not runs_on(ENGINES[engine], device):
         hint = " (its Triton kernels run there with TRITON_INTERPRET=1, slowly)" if engine == "fused" else ""
         raise UsageError(f"--engine {engine}: does not run on {device.type}{hint}")
-    if device.type == "cpu" and config.dtype == "float16":
-        raise UsageError("--dtype float16: not on the CPU, which takes float32 or bfloat16")
     require(engine, config.dtype)
     if config.runtime != (here := installed_runtime(engine)):
         raise UsageError(
