@@ -122,9 +122,10 @@ class _Anchor:
 
 
 def _same(one: LatencyConfig, other: LatencyConfig) -> bool:
-    """Whether two deployments are the same but for the engine and the precision of the measurement."""
+    """Whether two deployments are the same but for the engine and the precision of the measurement; a runtime must be
+    of the version that is installed."""
     changed = replace(one, engine=other.engine, runtime=other.runtime, precision=other.precision, seconds=other.seconds)
-    return changed == other
+    return changed == other and other.runtime == installed_runtime(other.engine)
 
 
 def device_here(device: str) -> str:
@@ -190,8 +191,6 @@ class _Formats:
     def _recorded_ms(self, what: str) -> float | None:
         deployment = self.network.deployment
         if what != deployment.engine or not _same(self.config, deployment):
-            return None
-        if deployment.runtime != installed_runtime(what):
             return None
         return float(self.network.config[SECTION]["latency"]["median_ms"])
 
