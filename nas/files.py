@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,8 +17,10 @@ NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 @contextmanager
 def whole(path: Path) -> Iterator[Path]:
     """A path beside `path` to write to; the file gets its name when the block ends, and is deleted if that fails."""
-    # The suffix stays, as writers choose the format by it.
-    part = path.with_name(f".part-{os.getpid()}-{path.name}")
+    # A link stays one. The suffix stays, as writers choose the format by it; a name may be as long as names can be.
+    path = path.resolve()
+    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:8]
+    part = path.with_name(f".part-{os.getpid()}-{digest}{path.suffix}")
     try:
         yield part
         os.replace(part, path)

@@ -7,6 +7,7 @@ it. Directories are written in a temporary folder and then renamed, so that no d
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -26,7 +27,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from nas.config import LatencyConfig, is_folder
+from nas.config import LatencyConfig, is_folder, is_mirrored
 from nas.display.notes import code, plain, stage_table
 from nas.errors import UsageError, message_line, of_this_version, unreadable
 from nas.export.selection import Selection
@@ -45,6 +46,8 @@ from studies import displayed
 CONFIG, WEIGHTS, RECIPE, CARD = "config.json", "model.safetensors", "train.yaml", "README.md"
 # The names of the outputs, one a line, as timm's `--class-map` reads them.
 CLASSES = "classes.txt"
+# The key of our section under which the digests of the recipe and the card are, as they were written.
+DIGESTS = "digests"
 # Files that `nas.export.formats` makes from the weights.
 FILES = ONNX, PROGRAM, COMPILED, FUSED = "model.onnx", "model.pt2", "model_aoti.pt2", "model_fused.pt2"
 # Our section of config.json.
@@ -254,7 +257,7 @@ def render(exported: Exported) -> dict[str, str]:
         "stages": stage_table(arch, exported.resolution, exported.num_classes),
         "recipe": recipe(counted.params, exported.resolution),
         # Directories that were exported before these were recorded do not have them.
-        "mirror": trained_on.get("mirror", True), "reading": trained_on.get("reading", 1),
+        "mirror": trained_on.get("mirror", is_mirrored(trained_on["source"])), "reading": trained_on.get("reading", 1),
         "folder": is_folder(trained_on["source"]),
         "preparation": section["accuracy"].get("preparation", ()),
         "classes": exported.classes, "timms_order": _is_timms_order(exported.classes),
@@ -264,15 +267,24 @@ def render(exported: Exported) -> dict[str, str]:
         loader=PackageLoader("nas.export"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True,
     )  # fmt: skip
-    named = {CLASSES: "".join(f"{label}\n" for label in exported.classes)} if exported.classes else {}
     templates.filters.update(code=code, plain=plain)
-    return {
-        CONFIG: json.dumps(config, indent=2) + "\n",
-        **named,
-        f"{name}.py": timm_file(name, arch, config),
+    edited = {
         RECIPE: templates.get_template("train.yaml").render(values),
         CARD: templates.get_template("model_card.md").render(values),
     }
+    # By these is known later whether a user has edited them.
+    stamped = {**section, DIGESTS: {name: _digest(text) for name, text in edited.items()}}
+    named = {CLASSES: "".join(f"{label}\n" for label in exported.classes)} if exported.classes else {}
+    return {
+        CONFIG: json.dumps({**config, SECTION: stamped}, indent=2) + "\n",
+        f"{name}.py": timm_file(name, arch, config),
+        **named,
+        **edited,
+    }
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:16]
 
 
 def _is_timms_order(classes: Sequence[str]) -> bool:
@@ -369,16 +381,19 @@ def rewrite(folder: Path, network: Exported, formats: Formats = (), note: Note =
     """
     try:
         before = read(folder)
-        old = render(before)
+        digests, why = before.config[SECTION].get(DIGESTS), "stays as it was edited"
+        if digests is None:
+            digests = {name: _digest(text) for name, text in render(before).items()}
+            why = "stays as it is: it was edited, or another version wrote it"
         with _aside(folder.absolute().parent) as aside:
             made = aside / network.name
             _fill(made, network, formats)
             for name in (RECIPE, CARD):
                 there = folder / name
                 # What is no UTF-8 was edited, too.
-                if there.exists() and there.read_text(encoding="utf-8", errors="replace") != old[name]:
+                if there.exists() and _digest(there.read_text(encoding="utf-8", errors="replace")) != digests[name]:
                     (made / name).unlink()
-                    note(f"{folder / name}: stays as it was edited")
+                    note(f"{there}: {why}")
             _merge(made, folder, stale=() if _same(before.weights, network.weights) else (CLASSES, *FILES))
     except OSError as error:
         raise UsageError(f"{folder}: cannot be written ({error.strerror or error})") from error

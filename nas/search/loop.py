@@ -115,7 +115,7 @@ def run(config: SearchConfig, evaluator: Evaluator | None = None, progress: Prog
     """
     begin = time.perf_counter()
     progress = progress or Silent()
-    refuse_early(config)
+    config = refuse_early(config)
     if evaluator is None:
         progress.note("loading data")
         evaluator = RealEvaluator(config, progress.note)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import optuna
@@ -93,8 +93,11 @@ def _existing(config: SearchConfig) -> Iterator[RecordedStudy | None]:
             store.close()
 
 
-def refuse_early(config: SearchConfig) -> None:
+def refuse_early(config: SearchConfig) -> SearchConfig:
     """Refuse a search where that is possible before data are loaded.
+
+    Returns:
+        The configuration, whose images are read in the way in which a study that is there already reads them.
 
     Raises:
         UsageError: the study was begun with another configuration, or every network of the space breaks a limit.
@@ -107,9 +110,12 @@ def refuse_early(config: SearchConfig) -> None:
     with _existing(config) as recorded:
         if recorded:
             studies.check_claimable(recorded.row.owner, Owner.me())
-        elif not NEW_NAME.hold(config.study):
+            reading = recorded.config.data.reading
+            return replace(config, data=replace(config.data, reading=reading))
+        if not NEW_NAME.hold(config.study):
             # A study of such a name that is there already can still be read and continued.
             raise FieldError(SearchConfig, "study", config.study, NEW_NAME.expected)
+    return config
 
 
 def _require_possible(config: SearchConfig) -> None:

@@ -21,11 +21,12 @@ from kernels.cache import cache_folder
 from nas.config import TIMM_PREFIXES, DataConfig
 from nas.errors import UsageError, message_line
 from nas.files import save_tensors
+from nas.options import UNPRINTABLE
 from nas.reporting import Note
 from nas.training import clutter
 from nas.training.folders import class_count as folders_class_count
 from nas.training.folders import list_images
-from nas.training.images import ImageReader, NotAnImage, NotRGB
+from nas.training.images import UNLIKE_TIMM, ImageReader, NotAnImage, NotRGB
 
 DIGITS_TRAIN, DIGITS_VAL = 16_000, 3_000
 COMPOSING_SECONDS = 5e-7  # time per pixel, on one core of an EPYC
@@ -40,7 +41,7 @@ MEAN_IMAGES, MEAN_VALUES = 10_000, 50_000_000
 FEW_VAL_IMAGES = 200
 # Seconds between two lines of progress while images are read.
 PROGRESS_SECONDS = 10.0
-# Damaged images that are named before they are only counted.
+# Images that cannot be used and are named before they are only counted.
 NAMED = 10
 
 
@@ -76,7 +77,8 @@ class ImageData:
     @property
     def summary(self) -> str:
         """A line on the loaded classes and images."""
-        shown = ", ".join(self.classes) if len(self.classes) <= 5 else f"{self.classes[0]} to {self.classes[-1]}"
+        names = [UNPRINTABLE.sub("?", name) for name in self.classes]
+        shown = ", ".join(names) if len(names) <= 5 else f"{names[0]} to {names[-1]}"
         line = (
             f"data: {len(self.classes)} classes ({shown}), {len(self.train_labels):,} training and "
             f"{len(self.val_labels):,} validation images of {self.val_images.shape[-1]}x{self.val_images.shape[-1]}, "
@@ -305,7 +307,7 @@ def _assemble(
     """Read the items, or a random subset where they exceed `MAX_BYTES` or `MAX_VAL_IMAGES`, into tensors.
 
     Raises:
-        UsageError: images are damaged, all of which were tried, or not RGB.
+        UsageError: images are damaged or not RGB, all of which were tried.
     """
     notes, preparation = [], []
     resolution = reader.config.resolution
@@ -322,7 +324,7 @@ def _assemble(
             items = [items[index] for index in sorted(rng.permutation(len(items))[: most[part]])]
         chosen[part] = items
     progress = _Progress(sum(map(len, chosen.values())), note)
-    damaged: list[str] = []
+    unusable: list[str] = []
     for items in chosen.values():
         images = torch.empty(len(items), 3, resolution, resolution, dtype=torch.uint8)
         labels = torch.empty(len(items), dtype=torch.int64)
@@ -330,28 +332,28 @@ def _assemble(
             try:
                 images[index], labels[index] = read(item)
             except NotAnImage as error:
-                damaged.append(f"{item[0]} cannot be read as an image ({error})")
+                unusable.append(f"{item[0]} cannot be read as an image ({error})")
             except NotRGB as error:
                 shown = item[0] if isinstance(item, tuple) else f"image {item}"
-                raise UsageError(f"--data {data}: {shown} is {error}") from error
+                unusable.append(f"{shown} is {error}")
             progress.step()
         parts += [images, labels]
-    if damaged:
-        raise UsageError(f"--data {data}: {_named(damaged)}")
-    notes += [f"{data}: {count:,} images were {what}" for what, count in reader.done.most_common()]
+    if unusable:
+        raise UsageError(f"--data {data}: {_named(unusable)}")
+    notes += [f"{data}: images {what}: {count:,}" for what, count in reader.done.most_common()]
     train_images, train_labels, val_images, val_labels = parts
     return ImageData(
         train_images, train_labels, val_images, val_labels, classes=tuple(classes), flip=True, notes=tuple(notes),
-        preparation=(*preparation, *(f"images were {what}" for what in reader.done)),
+        preparation=(*preparation, *(f"images were {what}" for what in UNLIKE_TIMM if what in reader.done)),
     )  # fmt: skip
 
 
-def _named(damaged: Sequence[str]) -> str:
+def _named(unusable: Sequence[str]) -> str:
     """What is wrong with some images, and how many more there are."""
-    if len(damaged) == 1:
-        return damaged[0]
-    more = f"; and {len(damaged) - NAMED:,} more" if len(damaged) > NAMED else ""
-    return f"{len(damaged):,} damaged images: {'; '.join(damaged[:NAMED])}{more}"
+    if len(unusable) == 1:
+        return unusable[0]
+    more = f"; and {len(unusable) - NAMED:,} more" if len(unusable) > NAMED else ""
+    return f"{len(unusable):,} images cannot be used: {'; '.join(unusable[:NAMED])}{more}"
 
 
 class _Progress:

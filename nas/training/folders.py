@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import unicodedata
@@ -26,6 +27,7 @@ SUFFIXES = frozenset(
 SUFFIXES_1 = frozenset((".jpg", ".jpeg", ".png", ".bmp", ".webp", ".ppm", ".tif", ".tiff", ".gif"))
 # Suffixes of the images that timm's folders take by default.
 TIMM_SUFFIXES = frozenset((".jpg", ".jpeg", ".png"))
+BROKEN = "broken links"
 # Names of suffixes or classes that a line lists before it only counts.
 LISTED = 3
 
@@ -51,7 +53,10 @@ class Listing:
 
 @dataclass(frozen=True)
 class _Layout:
-    """The parts of a folder: the folders of each class, in the order of the labels, and those of validation images."""
+    """The parts of a folder: the folders of each class, in the order of the labels, and those of validation images.
+
+    Classes are keyed by their names in Unicode's composed form, and called as their first folder is.
+    """
 
     train: Path
     classes: dict[str, list[Path]]
@@ -89,8 +94,9 @@ def list_images(root: Path, reading: int) -> Listing:
 def _listing(root: Path, reading: int) -> Listing:
     layout = _layout(root, reading)
     scan = _Scan(reading)
-    classes = list(layout.classes)
-    train = [(path, label) for label, name in enumerate(classes) for path in scan.images(layout.classes[name])]
+    keys = list(layout.classes)
+    classes = [layout.classes[key][0].name for key in keys]
+    train = [(path, label) for label, key in enumerate(keys) for path in scan.images(layout.classes[key])]
     if not train:
         raise UsageError(f"--data {root}: no images in class subfolders of {layout.train}")
     present = sorted({label for _, label in train})
@@ -98,35 +104,44 @@ def _listing(root: Path, reading: int) -> Listing:
         raise UsageError(f"--data {root}: all images are of one class ({classes[present[0]]}), at least 2 are needed")
     if empty := [name for label, name in enumerate(classes) if label not in present]:
         raise UsageError(f"--data {root}: class folder {empty[0]} holds no image")
-    notes, preparation = list(layout.notes), []
-    val = None
+    notes = list(layout.notes)
+    val, held_out = None, dict[str, list[Path]]()
     if layout.val is not None:
-        folders = _class_folders(layout.val)
-        if strangers := sorted(folders.keys() - set(classes)):
+        held_out = _class_folders(layout.val, reading)
+        if strangers := sorted(held_out.keys() - set(keys)):
             raise UsageError(f"--data {root}: {layout.val.name} has the class {strangers[0]}, which training lacks")
-        val = [(path, label) for label, name in enumerate(classes) for path in scan.images(folders.get(name, []))]
+        val = [(path, label) for label, key in enumerate(keys) for path in scan.images(held_out.get(key, []))]
         if not val:
             raise UsageError(f"--data {root}: no images in class subfolders of {layout.val}")
-        held_out = {label for _, label in val}
-        if lacking := [name for label, name in enumerate(classes) if label not in held_out]:
-            notes.append(f"{root}: {layout.val.name} holds no image of {_listed(lacking)}")
-            preparation.append(
-                f"its validation folder lacks {_listed(lacking)}: timm numbers the classes that are there"
-            )
-    for folder in {layout.train, layout.val} - {None}:
-        scan.outside(folder)  # type: ignore[arg-type]
-    if scan.left_out or scan.other_suffixes:
+    seen = {label for _, label in val or ()}
+    lacking = [] if val is None else [name for label, name in enumerate(classes) if label not in seen]
+    if layout.val is not None and lacking:
+        notes.append(f"{root}: {layout.val.name} holds no image of {_listed(lacking)}")
+    for folder in dict.fromkeys(each for each in (root, layout.train, layout.val) if each is not None):
+        scan.outside(folder, images=folder != root or folder == layout.train)
+    if scan.left_out.total() or scan.other_suffixes:
         notes.append(f"{root}: left out: {scan.summary()}")
-    files = [path for path, _ in (*train, *(val or ()))]
-    tops = {folder for folders in layout.classes.values() for folder in folders}
-    tops |= {folder for folders in (_class_folders(layout.val).values() if layout.val else ()) for folder in folders}
-    if any(path.parent not in tops for path in files):
-        preparation.append(
-            "timm takes the innermost folder of an image for its class: move images up into class folders"
-        )
-    if other := sorted({path.suffix.lower() for path in files} - TIMM_SUFFIXES):
-        preparation.append(f"timm's folders leave out {', '.join(other)}: convert these files to PNG")
+    folders = [folder for each in (layout.classes, held_out) for folder in each.values()]
+    preparation = _preparation(classes, folders, [path for path, _ in (*train, *(val or ()))], lacking)
     return Listing(tuple(classes), train, val, tuple(notes), tuple(preparation))
+
+
+def _preparation(
+    classes: Sequence[str], folders: Sequence[list[Path]], files: Sequence[Path], lacking: Sequence[str]
+) -> Iterator[str]:
+    """Lines on what timm's loaders do not make of such files what the search does."""
+    if lacking:
+        yield f"the validation folder lacks {_listed(lacking)}: timm numbers the classes that are there"
+    spelled = {folder.name for each in folders for folder in each} - set(classes)
+    if spelled:
+        yield f"the folders {_listed(sorted(spelled))} spell a class with other accents: rename them"
+    if awkward := [name for name in classes if name != name.strip() or not name.isprintable()]:
+        yield f"timm's class map cannot hold class names such as {awkward[0]!r} ({len(awkward)} in all): rename them"
+    tops = {folder for each in folders for folder in each}
+    if any(path.parent not in tops for path in files):
+        yield "timm takes the innermost folder of an image for its class: move images up into class folders"
+    if other := sorted({path.suffix.lower() for path in files} - TIMM_SUFFIXES):
+        yield f"timm's folders leave out {', '.join(other)}: convert these files to PNG"
 
 
 # -- Folders -----------------------------------------------------------------------------------------------------------
@@ -138,9 +153,9 @@ def _layout(root: Path, reading: int) -> _Layout:
     train, val, test = (_split(root, names) for names in (TRAIN_FOLDERS, VAL_FOLDERS, TEST_FOLDERS))
     splits = [folder for folder in (train, val, test) if folder is not None]
     beside = {
-        name: kept
-        for name, folders in _class_folders(root).items()
-        if (kept := [f for f in folders if f not in splits])
+        key: kept
+        for key, folders in _class_folders(root, reading).items()
+        if (kept := [folder for folder in folders if folder not in splits])
     }
     named_as_splits = [name for name in beside if name.lower() in (*TRAIN_FOLDERS, *VAL_FOLDERS, *TEST_FOLDERS)]
     notes = []
@@ -153,30 +168,41 @@ def _layout(root: Path, reading: int) -> _Layout:
     if train:
         if beside:
             notes.append(f"{root}: left out beside {train.name}: {_listed(list(beside))}")
-        return _Layout(train, _class_folders(train), val, notes)
+        return _Layout(train, _class_folders(train, reading), val, notes)
     if named_as_splits and len(named_as_splits) == len(beside):
-        raise UsageError(f"--data {root}: {_listed(named_as_splits)}: holds no class folders")
-    notes += [f"{root}: {name} is taken for a class, because it holds no class folders" for name in named_as_splits]
+        raise UsageError(f"--data {root}: {_listed(named_as_splits)}: no folders of images in them")
+    notes += [f"{root}: {name} is taken for a class, as it holds no folders of images" for name in named_as_splits]
     return _Layout(root, beside, val, notes)
 
 
 def _split(root: Path, names: Sequence[str]) -> Path | None:
-    """The subfolder with one of these names, in upper or lower case, that holds class folders."""
-    folders = {entry.name.lower(): entry for entry in sorted(root.iterdir()) if entry.is_dir()}
-    return next((folders[name] for name in names if name in folders and _class_folders(folders[name])), None)
+    """The subfolder with one of these names, in upper or lower case, whose images lie in class folders."""
+    folders = [entry for entry in sorted(root.iterdir()) if entry.is_dir()]
+    named = (folder for name in names for folder in folders if folder.name.lower() == name)
+    return next((folder for folder in named if _holds_classes(folder)), None)
 
 
-def _class_folders(root: Path) -> dict[str, list[Path]]:
-    """The subfolders that are not hidden, by name, in timm's order.
+def _holds_classes(folder: Path) -> bool:
+    """Whether more of a folder's images lie in folders of it than outside of them: some may have strayed."""
+    outside = sum(path.suffix.lower() in SUFFIXES and path.is_file() for path in folder.iterdir())
+    below = (path for each in _class_folders(folder, 2).values() for sub in each for path in _Scan(2).walk(sub))
+    return len(list(itertools.islice(below, outside + 1))) > outside
 
-    A name may be spelled with one character or with two for an accented letter: folders whose names differ by that
-    alone are one class.
+
+def _class_folders(root: Path, reading: int) -> dict[str, list[Path]]:
+    """The subfolders that may be classes, in timm's order, by their names.
+
+    An accented letter may be written as one character or as two: folders whose names differ by that alone are one
+    class, whose key has the accents in one character.
     """
     folders: dict[str, list[Path]] = {}
     for entry in sorted(root.iterdir()):
-        if entry.is_dir() and not entry.name.startswith("."):
-            folders.setdefault(unicodedata.normalize("NFC", entry.name), []).append(entry)
-    return {name: folders[name] for name in sorted(folders, key=lambda name: (natural_order(name), name))}
+        # A Mac's archives bring __MACOSX, which holds no image.
+        if entry.is_dir() and not entry.name.startswith(".") and (reading == 1 or entry.name != "__MACOSX"):
+            key = entry.name if reading == 1 else unicodedata.normalize("NFC", entry.name)
+            folders.setdefault(key, []).append(entry)
+    named = {key: folders[key][0].name for key in folders}
+    return {key: folders[key] for key in sorted(folders, key=lambda key: (natural_order(named[key]), named[key]))}
 
 
 def _layout_of_reading_1(root: Path) -> _Layout:
@@ -209,45 +235,68 @@ class _Scan:
 
     def images(self, folders: Sequence[Path]) -> list[Path]:
         """The image files in some folders and below, links included, in the order of their paths."""
-        return [
-            path for folder in folders for path in sorted(self._walk(folder, frozenset({_identity(folder.parent)})))
-        ]
+        return [path for folder in folders for path in sorted(self.walk(folder, frozenset({_identity(folder.parent)})))]
 
-    def _walk(self, folder: Path, above: frozenset[tuple[int, int]]) -> Iterator[Path]:
+    def walk(self, folder: Path, above: frozenset[tuple[int, int]] | None = None) -> Iterator[Path]:
+        """The image files in a folder and below.
+
+        Args:
+            above: the folders that lead to it (default: its own).
+        """
+        above = frozenset({_identity(folder.parent)}) if above is None else above
         here = _identity(folder)
         if here in above:
             self.left_out["links to a folder that holds them"] += 1
             return
         with os.scandir(folder) as entries:
             for entry in entries:
+                kind = _kind(entry)
                 if entry.name.startswith("."):
                     # Editors and systems keep copies and leftovers in them.
                     self.left_out["hidden files and folders"] += 1
-                elif entry.is_dir():
+                elif kind == "folder":
                     if self.reading == 1 and entry.is_symlink():
                         self.left_out["links to folders"] += 1
                     else:
-                        yield from self._walk(Path(entry.path), above | {here})
-                elif not entry.is_file():
-                    self.left_out["broken links" if entry.is_symlink() else "pipes and devices"] += 1
+                        yield from self.walk(Path(entry.path), above | {here})
+                elif kind != "file":
+                    self.left_out[kind] += 1
                 elif (suffix := os.path.splitext(entry.name)[1].lower()) in self.suffixes:
                     yield Path(entry.path)
                 else:
                     self.other_suffixes[suffix or "no suffix"] += 1
 
-    def outside(self, folder: Path) -> None:
-        """Count the images of a folder that are in none of its class folders."""
-        for entry in folder.iterdir():
-            if entry.suffix.lower() in self.suffixes and not entry.name.startswith(".") and entry.is_file():
-                self.left_out["images outside of class folders"] += 1
+    def outside(self, folder: Path, images: bool) -> None:
+        """Count what a folder holds beside its class folders: broken links, which may have been classes, and images."""
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                kind = _kind(entry)
+                if kind == BROKEN and not entry.name.startswith("."):
+                    self.left_out[BROKEN] += 1
+                elif images and kind == "file" and os.path.splitext(entry.name)[1].lower() in self.suffixes:
+                    self.left_out["images outside of class folders"] += not entry.name.startswith(".")
 
     def summary(self) -> str:
         """What was left out, in words."""
-        parts = [f"{count:,} {what}" for what, count in self.left_out.items()]
+        parts = [f"{what} ({count:,})" for what, count in self.left_out.items() if count]
         if total := self.other_suffixes.total():
             kinds = [f"{suffix} {count:,}" for suffix, count in self.other_suffixes.most_common()]
-            parts.append(f"{total:,} files that are no images ({_listed(kinds)})")
+            parts.append(f"files that are no images ({total:,}: {_listed(kinds)})")
         return ", ".join(parts)
+
+
+def _kind(entry: os.DirEntry[str]) -> str:
+    """What an entry of a folder is, links followed."""
+    try:
+        if entry.is_dir():
+            return "folder"
+        if entry.is_file():
+            return "file"
+    except OSError:
+        # A link to itself, say.
+        if not entry.is_symlink():
+            raise
+    return BROKEN if entry.is_symlink() else "pipes and devices"
 
 
 def _identity(folder: Path) -> tuple[int, int]:

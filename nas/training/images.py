@@ -17,22 +17,31 @@ from nas.errors import FETCH, is_pointer
 if TYPE_CHECKING:
     from PIL import Image
 
-# What timm's loaders do not do to images, in words that follow "images were".
+# What may be done to images, in words that follow "images were"; timm's loaders do the first three to none.
 UPRIGHT = "turned upright as their EXIF orientation says"
 ON_WHITE = "laid on white where they are transparent"
 EIGHT_BITS = "reduced from 16 bits a channel to 8"
-FIRST_FRAME = "reduced to the first frame of an animation"
+FIRST_FRAME = "reduced to their first frame or page"
 CONVERTED = "converted from {mode} to RGB"
+UNLIKE_TIMM = (UPRIGHT, ON_WHITE, EIGHT_BITS)
 # Modes that `Image.convert` makes RGB. Those of 16 bits are reduced first; those of 32 bits have no known white.
 CONVERTIBLE = ("1", "L", "LA", "La", "P", "PA", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 # Formats whose images of 16 bits Pillow opens as 32 (PNG before Pillow 11.3).
 SCALED_TO_16_BITS = ("PNG", "PPM")
-# Formats of animations; a second frame of other formats is a preview or a page.
-ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")
+# Formats of animations and of several pages; a second frame of other formats is a preview.
+SEVERAL_FRAMES = ("GIF", "PNG", "WEBP", "AVIF", "TIFF")
+# Of images that are longer than so many times their width, only the middle is resized: the whole would take gigabytes.
+MOST_ELONGATED = 32
 # Modes that studies of reading 1 converted, with the colours that lie under transparency.
 CONVERTIBLE_1 = ("1", "L", "LA", "P", "PA", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+# The tag of EXIF data, and how its values turn an image, as names of `Image.Transpose`. (Pillow's own function also
+# writes the EXIF data anew, which fails where another tag is damaged.)
 ORIENTATION = 0x0112
+TURNED = {
+    2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_270", 7: "TRANSVERSE",
+    8: "ROTATE_90",
+}  # fmt: skip
 
 
 class NotAnImage(Exception):
@@ -69,33 +78,36 @@ class ImageReader:
         try:
             with Image.open(path) as image:
                 return self.tensor(image)
-        # Pillow raises a SyntaxError for a damaged chunk of a PNG.
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise NotAnImage(FETCH if is_pointer(path) else error) from error
+        except NotRGB:
+            raise
+        except Exception as error:  # Pillow's readers raise many kinds for damaged files, MemoryError among them
+            words = str(error).strip().splitlines() or [type(error).__name__]
+            raise NotAnImage(FETCH if is_pointer(path) else words[0]) from error
 
     def tensor(self, image: Image.Image) -> Tensor:
         """An image as (3, resolution, resolution) uint8: its shorter side is resized, and the middle is cropped.
 
         Raises:
             NotRGB: the image is not RGB.
-            OSError, SyntaxError, ValueError: the image is damaged.
+            Exception: whatever Pillow raises for a damaged image.
         """
         size = self.config.resolution
         if self.config.reading == 1:
             return _pixels(_fitted(self._rgb_of_reading_1(image), size))
-        return _pixels(_resized(self._rgb(self._upright(image)), size))
-
-    def _upright(self, image: Image.Image) -> Image.Image:
-        from PIL import ImageOps
-
         # Pillow turns a TIFF itself, when its pixels are loaded.
         image.load()
-        if image.format in ANIMATED and getattr(image, "is_animated", False):
+        if image.format in SEVERAL_FRAMES and getattr(image, "is_animated", False):
             self.done[FIRST_FRAME] += 1
-        if _orientation(image) == 1:
+        turned = TURNED.get(_orientation(image))
+        return _pixels(_resized(self._upright(self._rgb(image), turned), size))
+
+    def _upright(self, image: Image.Image, turned: str | None) -> Image.Image:
+        from PIL import Image
+
+        if turned is None:
             return image
         self.done[UPRIGHT] += 1
-        return ImageOps.exif_transpose(image)
+        return image.transpose(Image.Transpose[turned])
 
     def _rgb(self, image: Image.Image) -> Image.Image:
         from PIL import Image
@@ -111,8 +123,14 @@ class ImageReader:
             raise NotRGB(f"not an RGB image (its mode is {shown}); --to-rgb converts it")
         if deep:
             self.done[EIGHT_BITS] += 1
+            values = np.asarray(image).astype(np.uint32)
             # The upper byte of each value: Pillow's own conversion clips at 255.
-            return Image.fromarray((np.asarray(image).astype(np.uint32) >> 8).astype(np.uint8)).convert("RGB")
+            grey = (values >> 8).astype(np.uint8)
+            see_through = values == image.info.get("transparency", -1)
+            if see_through.any():
+                self.done[ON_WHITE] += 1
+                grey[see_through] = 255
+            return Image.fromarray(grey).convert("RGB")
         if not transparent:
             if mode not in ("1", "L", "P", "RGBX"):
                 # Any program makes the same of grey and of palettes, but not of other colours.
@@ -146,6 +164,9 @@ def _resized(image: Image.Image, size: int) -> Image.Image:
     from torchvision.transforms import InterpolationMode
     from torchvision.transforms import functional as transforms
 
+    longest = MOST_ELONGATED * min(image.size)
+    if max(image.size) > longest:
+        image = transforms.center_crop(image, [min(longest, side) for side in (image.height, image.width)])
     resized = transforms.resize(image, size, InterpolationMode.BICUBIC)
     cropped: Image.Image = transforms.center_crop(resized, [size, size])
     return cropped

@@ -19,6 +19,8 @@ from studies.display import artifact_folder
 # A running search also keeps the weights of candidates that no other beats at less than this share of their latency:
 # these may join the front when it is measured again at the end.
 NEAR_FRONT = 0.8
+# The preparation of images for which weights were kept before it was recorded.
+UNRECORDED = "it was not recorded what was done to the images"
 
 
 @dataclass(frozen=True)
@@ -48,8 +50,7 @@ class Images:
         fields = json.loads(text)
         return cls(
             tuple(fields["classes"]), int(fields["resolution"]), tuple(fields["mean"]), tuple(fields["std"]),
-            # Weights that were kept before there was such a field do not have it.
-            tuple(fields.get("preparation", ())),
+            tuple(fields.get("preparation", [UNRECORDED])),
         )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import os
 import pwd
 import subprocess
 import sys
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -115,7 +116,7 @@ def test_a_folder_that_another_user_may_have_prepared_is_not_trusted(
 
 
 @pytest.mark.slow
-def test_a_search_runs_without_an_account(tmp_path: Path) -> None:
+def test_a_search_runs_without_an_account() -> None:
     if os.getuid() != 0:
         pytest.skip("only root can be another user: a search without an account was not tested")
     as_nobody = dict(user=NOBODYS_ID, group=NOBODYS_ID, extra_groups=[], cwd="/", capture_output=True, text=True)
@@ -123,9 +124,13 @@ def test_a_search_runs_without_an_account(tmp_path: Path) -> None:
         subprocess.run([sys.executable, "-c", "import torch"], check=True, **as_nobody)  # type: ignore[call-overload]
     except (OSError, subprocess.CalledProcessError):
         pytest.skip("other users cannot run this Python: a search without an account was not tested")
-    for parent in (tmp_path, *tmp_path.parents):
-        if parent.stat().st_uid == 0 and parent not in (Path("/"), Path("/tmp")):
-            parent.chmod(parent.stat().st_mode | 0o011)
+    # Others may not enter pytest's own temporary folders.
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        _search_as_nobody(Path(name), as_nobody)
+
+
+def _search_as_nobody(tmp_path: Path, as_nobody: dict[str, object]) -> None:
+    tmp_path.chmod(0o711)
     (tmp_path / "tiny.toml").write_text(TINY_TOML)
     (tmp_path / "own").mkdir()
     os.chown(tmp_path / "own", NOBODYS_ID, NOBODYS_ID)

@@ -174,6 +174,7 @@ def test_a_directory_without_weights(store: Store, config: SearchConfig, tmp_pat
     }  # fmt: skip
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     again = read(folder)
+    assert again.config["convfirst"].pop("digests").keys() == {"README.md", "train.yaml"}
     assert again.config == network.config
     assert again.weights is None
     assert again.arch == archs(config, 4)[2]
@@ -545,6 +546,28 @@ def test_texts_that_an_editor_wrote_are_read(store: Store, config: SearchConfig,
     assert (folder / "config.json").read_bytes() == text
     assert (folder / "README.md").read_bytes() == "Fran\u00e7ois".encode("latin-1")
     assert notes == [f"{folder / 'README.md'}: stays as it was edited"]
+
+
+def test_a_card_of_another_version_is_no_edited_one_without_a_doubt(
+    store: Store, config: SearchConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a later version would write itself does not matter; before there were digests, nobody can know."""
+    (folder,) = write(exported(store, config, top=1), tmp_path / "out")
+    (folder / "README.md").write_text("of another template")
+    stored = json.loads((folder / "config.json").read_text())
+    digests = stored["convfirst"]["digests"]
+    digests["README.md"] = export._digest("of another template")
+    (folder / "config.json").write_text(json.dumps(stored))
+    notes: list[str] = []
+    rewrite(folder, read(folder), note=notes.append)
+    assert notes == []
+    assert "ConvFirst network" in (folder / "README.md").read_text()
+    (folder / "README.md").write_text("of another template")
+    stored = json.loads((folder / "config.json").read_text())
+    del stored["convfirst"]["digests"]
+    (folder / "config.json").write_text(json.dumps(stored))
+    rewrite(folder, read(folder), note=notes.append)
+    assert notes == [f"{folder / 'README.md'}: stays as it is: it was edited, or another version wrote it"]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -60,3 +60,15 @@ def test_a_full_disk_is_found_among_the_causes() -> None:
     assert by_compiler is not None
     assert by_compiler.errno == errno.ENOSPC
     assert no_room(OSError(errno.ENOENT, "No such file")) is None
+
+
+def test_a_link_stays_a_link_and_a_name_may_be_long(tmp_path: Path) -> None:
+    (tmp_path / "link.txt").symlink_to(tmp_path / "file.txt")
+    long = tmp_path / f"{'x' * 250}.txt"
+    for path in (tmp_path / "link.txt", long):
+        with whole(path) as part:
+            assert part.suffix == ".txt"
+            part.write_text("content")
+        assert path.read_text() == "content"
+    assert (tmp_path / "link.txt").is_symlink()
+    assert {path.name for path in tmp_path.iterdir()} == {"link.txt", "file.txt", long.name}
