@@ -172,6 +172,7 @@ def test_an_interrupt_while_torch_is_imported_ends_as_any_other(monkeypatch: pyt
 def test_the_deployments_classes_are_by_default_those_of_the_data(tmp_path: Path) -> None:
     for name in ("ant", "bee", "cat"):
         (tmp_path / "pictures" / "train" / name).mkdir(parents=True)
+        (tmp_path / "pictures" / "train" / name / "0.png").touch()
     seen: list[int] = []
 
     def classes(line: str) -> int:
