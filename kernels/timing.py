@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import platform
@@ -321,6 +322,8 @@ def peak_memory_bytes(run: Callable[[], object], device: torch.device) -> int:
         return int(torch.cuda.memory_stats(device).get(f"{REQUESTED}.peak", 0) - before)
     from torch.profiler import ProfilerActivity, profile
 
+    # The profiler would warn of tensors that are freed while it runs and were allocated before.
+    gc.collect()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         run()
     held = peak = 0

@@ -176,7 +176,9 @@ def require(engine: str, dtype: str) -> None:
     for package in PACKAGES[engine]:
         if importlib.util.find_spec(package) is None:
             wanted = EXTRAS.get(package, package)
-            raise UsageError(f"--engine {engine}: {package} is not installed (pip install {_quoted(wanted)})")
+            raise UsageError(
+                f"--engine {engine}: {package} is not installed (pip install {_quoted(wanted)}); --engine takes another"
+            )
     if reason := _trouble(engine, dtype):
         raise UsageError(f"--engine {engine}: does not run on this machine ({reason}); --engine takes another")
 
@@ -201,6 +203,11 @@ def try_out(engine: str, dtype: str) -> str:
         import numpy as np
         from onnx import TensorProto, helper
 
+        if engine == "openvino" and dtype == "bfloat16":
+            # It would silently infer in float32.
+            capabilities = _openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+            if "BF16" not in capabilities:
+                return "this CPU has no bfloat16"
         values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4]) for name in ("x", "y")]
         graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "trial", values[:1], values[1:])
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)

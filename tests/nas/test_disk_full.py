@@ -69,16 +69,16 @@ def test_a_child_tells_of_a_full_disk(capfd: pytest.CaptureFixture[str]) -> None
 
 
 def test_a_network_that_finds_no_room_to_be_compiled_has_not_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def compile_(model: nn.Module, example: Tensor) -> nn.Module:
+    def compile_(model: nn.Module, example: Tensor, config: LatencyConfig) -> nn.Module:
         try:
             find_no_room()
         except OSError:
             raise RuntimeError("the backend raised") from None
         return model
 
-    monkeypatch.setitem(engines.ENGINES, "compile", Engine(compile_, ("cpu",), refuses=lambda error: True))
+    monkeypatch.setitem(engines.ENGINES, "inductor", Engine(compile_, ("cpu",), refuses=lambda error: True))
     with pytest.raises(OSError, match="No space left on device"):
-        ready(nn.Identity(), replace(LatencyConfig(device="cpu"), engine="compile"), torch.zeros(1))
+        ready(nn.Identity(), replace(LatencyConfig(device="cpu"), engine="inductor"), torch.zeros(1))
 
 
 def test_data_that_find_no_room_in_the_cache_are_used_all_the_same(tmp_path: Path, room: Room) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from kernels.fold import fold_batch_norms
 from nas.latency.onnx_graph import BATCH, INPUT, NotKnown, exporters_graph, onnx_graph
+from nas.validation.baselines import MODELS
 from search_spaces import load_space
 
 
@@ -89,8 +90,11 @@ def test_a_part_may_run_on_several_inputs_with_the_same_weights(part: nn.Module)
         assert_equal(actual, part(x))
 
 
-# One of each kind among the baselines: what is translated here, and what is left to torch's exporter.
-@pytest.mark.parametrize("name", ["mobilenetv4_conv_small", "regnety_002", "repvgg_a0"])
+# Of all, the quick tier has one that is translated here, and one that is left to torch's exporter.
+@pytest.mark.parametrize(
+    "name",
+    [name if name in ("repvgg_a0", "regnety_002") else pytest.param(name, marks=pytest.mark.slow) for name in MODELS],
+)
 @torch.no_grad()
 def test_timm_models_are_translated_here_or_by_torchs_exporter(name: str) -> None:
     network = folded(timm.create_model(name, num_classes=5))
