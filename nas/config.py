@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from typing import Any
 
 from nas.options import FINITE, NAME, POSITIVE, SHARE, Checked, Keep, at_least, between, one_of, option, options, parts
@@ -248,12 +248,12 @@ def installed_runtime(engine: str) -> str:
     """Name and version of an engine's package; empty where the engine has none, or none is installed."""
     if engine not in RUNTIME_ENGINES:
         return ""
-    for name in (engine, f"{engine}-gpu"):
-        try:
-            return f"{engine} {version(name)}"
-        except PackageNotFoundError:
-            continue
-    return ""
+    try:
+        return f"{engine} {version(engine)}"
+    except PackageNotFoundError:
+        # The module may come from another distribution, such as onnxruntime-gpu.
+        names = packages_distributions().get(engine, ())
+        return f"{engine} {version(names[0])}" if names else ""
 
 
 def moved(base: LatencyConfig | None, **changes: Any) -> LatencyConfig:

@@ -54,7 +54,7 @@ def no_room(error: BaseException) -> OSError | None:
         if isinstance(found, OSError) and found.errno in NO_ROOM:
             return found
         # Compilers are programs, whose words are all that there is.
-        if os.strerror(errno.ENOSPC) in str(found):
+        if os.strerror(errno.ENOSPC) in str(found) or f"SystemError : {errno.ENOSPC}" in str(found):
             return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         found = found.__cause__ or found.__context__
     return None

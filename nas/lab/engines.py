@@ -57,6 +57,8 @@ def times(archs: Sequence[ArchSpec], configs: Sequence[LatencyConfig]) -> tuple[
             ready_seconds[row, column] = time.perf_counter() - begin
             runs.append(run)
             columns.append(column)
+        if not runs:
+            continue
         precision = replace(meters[0].precision, cap_seconds=meters[0].precision.cap_seconds * len(runs))
         with cpu_threads(configs[0].threads):
             latencies_ms[row, columns] = _medians_ms(runs, meters[0], precision)
@@ -84,8 +86,14 @@ def main(
         base = LatencyConfig(device=device, threads=threads, seconds=seconds)
         where = torch.device(base.device)
         names = engines.split(",") if engines else [name for name, each in ENGINES.items() if runs_on(each, where)]
-        for name in names:
-            check_device(replace(base, engine=name))
+        for name in list(names):
+            try:
+                check_device(replace(base, engine=name))
+            except UsageError as error:
+                if engines:
+                    raise
+                print(f"left out: {error}", file=sys.stderr)
+                names.remove(name)
         spaces = [load_space(name) for name in space or ("small", "imagenet")]
     except (UsageError, ValueError) as error:
         print(f"Error: {error}", file=sys.stderr)

@@ -43,8 +43,8 @@ def check_device(config: LatencyConfig) -> torch.device:
     require(engine, config.dtype)
     if config.runtime != (here := installed_runtime(engine)):
         raise UsageError(
-            f"--engine {engine}: the latencies are of {config.runtime}, and {here} is installed; install that version, "
-            "or use another --study"
+            f"--engine {engine}: the latencies are of {config.runtime}, and installed is {here or 'another'}; "
+            f"pip install {str(config.runtime).replace(' ', '==')}, or use another --study"
         )
     return device
 

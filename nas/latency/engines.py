@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from nas.config import LatencyConfig
 from nas.errors import CandidateFailed, is_out_of_memory, message_line
 from nas.files import no_room
 from nas.latency.onnx_graph import NotKnown, exporters_graph, onnx_graph
-from nas.latency.runtimes import RUNTIMES, OnnxRuntime, OpenVino
+from nas.latency.runtimes import RUNTIMES, Bound, OnnxRuntime, OpenVino
 
 Prepare = Callable[[nn.Module, Tensor, LatencyConfig], nn.Module]
 
@@ -49,21 +50,56 @@ class InRuntime(nn.Module):
         super().__init__()
         self.runtime, self.apart, self.listed = runtime, apart, listed
 
-    def bound(self, x: Tensor) -> Callable[[], object]:
-        """A function that runs the network on an input, which is converted once and then read where it lies."""
-        return self._bound(x)
+    def bound(self, x: Tensor) -> Bound:
+        """A run of the network on an input, which is converted once and then read where it lies.
 
-    def _bound(self, x: Tensor) -> Callable[[], Sequence[Any]]:
+        Raises:
+            Refused: the runtime does not run it.
+        """
         inputs = x.unbind(0) if self.apart else [x]
-        return self.runtime.bound([each.detach().float().contiguous().numpy() for each in inputs])
+        with refusing():
+            return self.runtime.bound([each.detach().float().contiguous().numpy() for each in inputs])
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
-        outputs = [torch.from_numpy(array.copy()) for array in self._bound(x)()]
+        bound = self.bound(x)
+        with refusing():
+            bound()
+        outputs = [torch.from_numpy(array.copy()) for array in bound.outputs()]
         return outputs if self.listed else outputs[0]
 
     def workspace_bytes(self) -> int:
-        """See `OnnxRuntime.workspace_bytes`."""
-        return self.runtime.workspace_bytes()
+        """See `OnnxRuntime.workspace_bytes`.
+
+        Raises:
+            CandidateFailed: the runtime does not tell.
+            OSError: there is no room for what it writes.
+        """
+        try:
+            with refusing():
+                return self.runtime.workspace_bytes()
+        except Refused as error:
+            raise CandidateFailed(f"its memory is not known ({error})") from error
+
+
+class Refused(Exception):
+    """A runtime or an exporter does not take a network; the message is its own."""
+
+
+@contextmanager
+def refusing() -> Iterator[None]:
+    """Context of calls of libraries that raise whatever they raise.
+
+    Raises:
+        Refused: a library raised something else than that memory or a disk is full.
+    """
+    try:
+        yield
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        if full := no_room(error):
+            raise full from error
+        raise Refused(message_line(error)) from error
 
 
 @dataclass(frozen=True)
@@ -118,8 +154,10 @@ def _in_runtime(name: str) -> Prepare:
             apart = repeated
         except NotKnown:
             # A layer of timm's. Torch's exporter makes one input of several.
-            graph, apart = exporters_graph(model.float(), example.shape), False
-        runtime = RUNTIMES[name](graph.SerializeToString(), config.threads, config.dtype)
+            with refusing():
+                graph, apart = exporters_graph(model.float(), example.shape), False
+        with refusing():
+            runtime = RUNTIMES[name](graph.SerializeToString(), config.threads, config.dtype)
         return InRuntime(runtime, apart, repeated)
 
     return prepare
@@ -134,6 +172,10 @@ def _fused(model: nn.Module, example: Tensor, config: LatencyConfig) -> nn.Modul
     return fused
 
 
+def _is_refused(error: Exception) -> bool:
+    return isinstance(error, Refused)
+
+
 def _triton_refuses(error: Exception) -> bool:
     from kernels.tune import refuses
 
@@ -141,8 +183,8 @@ def _triton_refuses(error: Exception) -> bool:
 
 
 ENGINES = {
-    "onnxruntime": Engine(_in_runtime("onnxruntime"), ("cpu",), refuses=lambda error: True, dtypes=("float32",)),
-    "openvino": Engine(_in_runtime("openvino"), ("cpu",), refuses=lambda error: True, dtypes=("float32", "bfloat16")),
+    "onnxruntime": Engine(_in_runtime("onnxruntime"), ("cpu",), refuses=_is_refused, dtypes=("float32",)),
+    "openvino": Engine(_in_runtime("openvino"), ("cpu",), refuses=_is_refused, dtypes=("float32", "bfloat16")),
     "eager": Engine(_eager, ("cpu", "cuda")),
     "torchscript": Engine(_torchscript, ("cpu",), isolated=True),
     # Compilers raise whatever their stages raise.

@@ -7,6 +7,7 @@ networks; a timm model with others is left to torch's exporter.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import operator
@@ -45,7 +46,7 @@ def onnx_graph(module: nn.Module, shape: Sequence[int], *, runs: int = 1, free_b
     from onnx import TensorProto, helper
 
     traced = _traced(module)
-    writer = _Writer(traced)
+    writer = _Writer(traced, is_matrix=len(shape) == 2)
     dims: list[int | str] = [BATCH if free_batch else shape[0], *shape[1:]]
     names = [f"{INPUT}{run}" if run else INPUT for run in range(runs)]
     outputs = [writer.run(name, f"{OUTPUT}{run}" if run else OUTPUT) for run, name in enumerate(names)]
@@ -90,13 +91,18 @@ def _traced(module: nn.Module) -> fx.GraphModule:
 class _Writer:
     """Writes the nodes of a traced module; weights are written once, however often it runs.
 
+    Args:
+        is_matrix: whether the input has two dimensions.
+
     Attributes:
+        matrices: names of values that have two dimensions.
         nodes: the graph's nodes, in order.
         weights: the graph's constants, by name.
     """
 
-    def __init__(self, traced: fx.GraphModule) -> None:
-        self.traced = traced
+    def __init__(self, traced: fx.GraphModule, is_matrix: bool) -> None:
+        self.traced, self.is_matrix = traced, is_matrix
+        self.matrices: set[str] = set()
         self.modules = dict(traced.named_modules())
         self.nodes: list[Any] = []
         self.weights: dict[str, Any] = {}
@@ -109,6 +115,7 @@ class _Writer:
                 if values:
                     raise NotKnown("it has several inputs")
                 values[node] = input_name
+                self.matrices |= {input_name} if self.is_matrix else set()
             elif node.op == "output":
                 (result,) = node.args
                 if not isinstance(result, fx.Node):
@@ -125,15 +132,18 @@ class _Writer:
     def _operation(self, node: fx.Node, arguments: list[Any], named: dict[str, Any]) -> str:
         if node.op == "call_module":
             module = self.modules[str(node.target)]
-            write = next((write for kind, write in MODULES.items() if type(module) is kind), None)
-            if write is None:
-                write = next((write for kind, write in MODULES.items() if isinstance(module, kind)), None)
+            write = next((MODULES[kind] for kind in type(module).__mro__ if kind in MODULES), None)
             if write is None:
                 raise NotKnown(f"the layer {type(module).__name__}")
             return write(self, str(node.target), module, *arguments)
-        if node.op == "call_function" and node.target in FUNCTIONS:
-            return FUNCTIONS[node.target](self, *arguments, **named)
-        raise NotKnown(f"the operation {node.target}")
+        if node.op != "call_function" or node.target not in FUNCTIONS:
+            raise NotKnown(f"the operation {node.target}")
+        write = FUNCTIONS[node.target]
+        try:
+            inspect.signature(write).bind(self, *arguments, **named)
+        except TypeError as error:
+            raise NotKnown(f"the operation {node.target} with such arguments ({error})") from error
+        return write(self, *arguments, **named)
 
     def add(self, kind: str, *inputs: str, output: str | None = None, **attributes: Any) -> str:
         """Write a node; returns the name of its output."""
@@ -174,7 +184,13 @@ def _convolution(writer: _Writer, name: str, layer: Any, x: str) -> str:
 
 
 def _linear(writer: _Writer, x: str, weight: str, bias: str | None = None) -> str:
-    return writer.add("Gemm", x, weight, *([] if bias is None else [bias]), transB=1)
+    if x in writer.matrices:
+        product = writer.add("Gemm", x, weight, *([] if bias is None else [bias]), transB=1)
+        writer.matrices.add(product)
+        return product
+    # Gemm takes matrices only; the runtimes transpose a constant once.
+    product = writer.add("MatMul", x, writer.add("Transpose", weight, perm=[1, 0]))
+    return product if bias is None else writer.add("Add", product, bias)
 
 
 def _linear_layer(writer: _Writer, name: str, layer: Any, x: str) -> str:
@@ -191,7 +207,9 @@ def _pooling(writer: _Writer, name: str, layer: Any, x: str) -> str:
 def _flatten(writer: _Writer, name: str, layer: Any, x: str) -> str:
     if (layer.start_dim, layer.end_dim) != (1, -1):
         raise NotKnown(f"a flattening of dimensions {layer.start_dim} to {layer.end_dim}")
-    return writer.add("Flatten", x, axis=1)
+    flat = writer.add("Flatten", x, axis=1)
+    writer.matrices.add(flat)
+    return flat
 
 
 def _relu(writer: _Writer, x: str, inplace: bool = False) -> str:

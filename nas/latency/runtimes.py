@@ -9,9 +9,11 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import platform
 import tempfile
 from collections.abc import Callable, Sequence
-from functools import cache
+from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +27,23 @@ if TYPE_CHECKING:
 PACKAGES = {"onnxruntime": ("onnx", "onnxruntime"), "openvino": ("onnx", "openvino")}
 EXTRAS = {"openvino": "convfirst-nas[openvino]"}
 
-Run = Callable[[], Sequence[Any]]
+
+@dataclass(frozen=True)
+class Bound:
+    """A graph with its inputs bound, which a call runs once.
+
+    Args:
+        run: function that runs it.
+        outputs: function that returns the arrays of the last run's outputs.
+        held: what must live as long as it is run.
+    """
+
+    run: Callable[[], object]
+    outputs: Callable[[], Sequence[np.ndarray]]
+    held: tuple[object, ...]
+
+    def __call__(self) -> None:
+        self.run()
 
 
 class OnnxRuntime:
@@ -49,13 +67,15 @@ class OnnxRuntime:
         self.inputs = [each.name for each in self.session.get_inputs()]
         self.outputs = [each.name for each in self.session.get_outputs()]
 
-    def bound(self, arrays: Sequence[np.ndarray]) -> Run:
-        """A function that runs the graph on these arrays, and returns the arrays of its outputs."""
+    def bound(self, arrays: Sequence[np.ndarray]) -> Bound:
+        """A run of the graph on these arrays."""
         from onnxruntime import OrtValue
 
         binding = self.session.io_binding()
-        for name, array in zip(self.inputs, arrays, strict=True):
-            binding.bind_ortvalue_input(name, OrtValue.ortvalue_from_numpy(array))
+        # Older versions do not keep what is bound.
+        held = [OrtValue.ortvalue_from_numpy(array) for array in arrays]
+        for name, value in zip(self.inputs, held, strict=True):
+            binding.bind_ortvalue_input(name, value)
         for name in self.outputs:
             binding.bind_output(name, "cpu")
         self.session.run_with_iobinding(binding)
@@ -63,13 +83,10 @@ class OnnxRuntime:
         outputs = binding.get_outputs()
         for name, output in zip(self.outputs, outputs, strict=True):
             binding.bind_ortvalue_output(name, output)
-        results = [output.numpy() for output in outputs]
-
-        def run() -> Sequence[Any]:
-            self.session.run_with_iobinding(binding)
-            return results
-
-        return run
+        return Bound(
+            partial(self.session.run_with_iobinding, binding), lambda: [each.numpy() for each in outputs],
+            (arrays, held, outputs),
+        )  # fmt: skip
 
     def workspace_bytes(self) -> int:
         """The most bytes of results that one run holds at once, in the graph as the runtime has optimised it."""
@@ -104,22 +121,19 @@ class OpenVino:
             "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[dtype],
         }  # fmt: skip
         self.compiled = core.compile_model(core.read_model(graph), "CPU", settings)
-        self.request = self.compiled.create_infer_request()
 
-    def bound(self, arrays: Sequence[np.ndarray]) -> Run:
-        """A function that runs the graph on these arrays, and returns the arrays of its outputs."""
+    def bound(self, arrays: Sequence[np.ndarray]) -> Bound:
+        """A run of the graph on these arrays."""
         from openvino import Tensor
 
-        tensors = [Tensor(array, shared_memory=True) for array in arrays]
-        request, count = self.request, len(self.compiled.outputs)
-
-        def run() -> Sequence[Any]:
-            for index, tensor in enumerate(tensors):
-                request.set_input_tensor(index, tensor)
-            request.infer(share_outputs=True)
-            return [request.get_output_tensor(index).data for index in range(count)]
-
-        return run
+        request, tensors = self.compiled.create_infer_request(), [Tensor(array, shared_memory=True) for array in arrays]
+        for index, tensor in enumerate(tensors):
+            request.set_input_tensor(index, tensor)
+        outputs = range(len(self.compiled.outputs))
+        return Bound(
+            partial(request.infer, share_outputs=True),
+            lambda: [request.get_output_tensor(index).data for index in outputs], (arrays, tensors),
+        )  # fmt: skip
 
     def workspace_bytes(self) -> int:
         """The most bytes of results that one run holds at once, in the graph as the runtime has compiled it."""
@@ -180,7 +194,11 @@ def require(engine: str, dtype: str) -> None:
                 f"--engine {engine}: {package} is not installed (pip install {_quoted(wanted)}); --engine takes another"
             )
     if reason := _trouble(engine, dtype):
-        raise UsageError(f"--engine {engine}: does not run on this machine ({reason}); --engine takes another")
+        # Nothing that can be installed mends a CPU.
+        hint = (
+            "" if "this CPU" in reason else f"pip install --force-reinstall {_quoted(EXTRAS.get(engine, engine))}, or "
+        )
+        raise UsageError(f"--engine {engine}: does not run on this machine ({reason}); {hint}--engine takes another")
 
 
 def _quoted(requirement: str) -> str:
@@ -193,28 +211,42 @@ def _trouble(engine: str, dtype: str) -> str:
     try:
         with ChildProcess() as child:
             return child.call(try_out, engine, dtype)
-    except CandidateFailed as error:
-        return f"{error}{'' if _has_avx2() else '; this CPU has no AVX2'}"
+    except (CandidateFailed, RuntimeError) as error:
+        lacking = "SIGILL" in str(error) and platform.machine() == "x86_64" and not _has_avx2()
+        return f"{error}{'; this CPU has no AVX2' if lacking else ''}"
 
 
 def try_out(engine: str, dtype: str) -> str:
-    """Run a graph of one node; returns the reason for which that does not work, or nothing."""
+    """Run a small network; returns the reason for which that does not work, or nothing."""
     try:
         import numpy as np
-        from onnx import TensorProto, helper
+        from onnx import TensorProto, helper, numpy_helper
 
         if engine == "openvino" and dtype == "bfloat16":
             # It would silently infer in float32.
             capabilities = _openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
             if "BF16" not in capabilities:
                 return "this CPU has no bfloat16"
-        values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4]) for name in ("x", "y")]
-        graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "trial", values[:1], values[1:])
+        # The convolution and the product change nothing.
+        weights = {"kernel": np.eye(8, dtype=np.float32).reshape(8, 8, 1, 1), "matrix": np.eye(8, dtype=np.float32)}
+        nodes = [
+            helper.make_node("Conv", ["x", "kernel"], ["a"], kernel_shape=[1, 1]),
+            helper.make_node("Relu", ["a"], ["b"]), helper.make_node("GlobalAveragePool", ["b"], ["c"]),
+            helper.make_node("Flatten", ["c"], ["d"]), helper.make_node("Gemm", ["d", "matrix"], ["y"]),
+        ]  # fmt: skip
+        x, y = (
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, shape)
+            for name, shape in (("x", [1, 8, 4, 4]), ("y", [1, 8]))
+        )
+        constants = [numpy_helper.from_array(array, name) for name, array in weights.items()]
+        graph = helper.make_graph(nodes, "trial", [x], [y], constants)
         model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-        x = np.array([[-1, 0, 1, 2]], np.float32)
-        (y,) = RUNTIMES[engine](model.SerializeToString(), 1, dtype).bound([x])()
-        return "" if np.array_equal(y, np.maximum(x, 0)) else "it computes a wrong result"
-    except Exception as error:  # a broken package may raise anything
+        images = np.linspace(-1, 1, 128, dtype=np.float32).reshape(1, 8, 4, 4)
+        bound = RUNTIMES[engine](model.SerializeToString(), 1, dtype).bound([images])
+        bound()
+        right = np.allclose(bound.outputs()[0], np.maximum(images, 0).mean((2, 3)), atol=0.02)
+        return "" if right else "it computes a wrong result"
+    except BaseException as error:  # a broken package may raise anything, and end the process
         return message_line(error)
 
 

@@ -56,8 +56,8 @@ class BaselineLatencies:
             self.recorded.store.baselines.add(self.recorded.study_id, rows)
             for row in rows:
                 self.note(f"{row.name}: " + (f"failed ({row.reason})" if row.reason else f"{row.median_ms:.4f} ms"))
-        failed = {(row.name, row.resolution) for row in self._rows() if row.reason is not None}
-        return [network for network in networks if network.key not in failed]
+        failed = {(row.name, row.resolution, row.engine) for row in self._rows() if row.reason is not None}
+        return [each for each in networks if (*each.key, self._label(each.engine)) not in failed]
 
     def add_failure(self, name: str, engine: str, reason: str) -> None:
         """Store the reason why a network does not run at the resolution that suits it."""

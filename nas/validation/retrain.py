@@ -81,7 +81,7 @@ class _Run:
             to_rgb=own.to_rgb or config.to_rgb, mirror=None if own.mirror == is_mirrored(own.source) else own.mirror,
         )  # fmt: skip
         self.is_own = (self.data.source, self.data.resolution) == (own.source, own.resolution)
-        device = check_device(searched.latency)
+        device = check_device(replace(searched.latency, engine="eager"))
         self.trainer = Trainer(self.data, self.proxy, device, self.seed, note, self._check)
         self.fingerprint = ""
 

@@ -80,8 +80,9 @@ def test_the_batch_may_be_left_open() -> None:
     "part", [nn.Conv2d(3, 4, 3, stride=2, padding=1), nn.Conv2d(3, 3, 3, groups=3), nn.Linear(5, 2)]
 )
 @torch.no_grad()
-def test_a_part_may_run_on_several_inputs_with_the_same_weights(part: nn.Module) -> None:
-    shape = (2, 5) if isinstance(part, nn.Linear) else (2, 3, 9, 9)
+@pytest.mark.parametrize("dimensions", [2, 3, 4])
+def test_a_part_may_run_on_several_inputs_with_the_same_weights(part: nn.Module, dimensions: int) -> None:
+    shape = (2, 3, 4, 5)[4 - dimensions :] if isinstance(part, nn.Linear) else (2, 3, 9, 9)
     inputs = [torch.randn(shape) for _ in range(3)]
     graph = onnx_graph(part.eval(), shape, runs=3)
     assert [each.name for each in graph.graph.input] == [INPUT, f"{INPUT}1", f"{INPUT}2"]
