@@ -98,7 +98,8 @@ def test_a_part_may_run_on_several_inputs_with_the_same_weights(part: nn.Module,
 )
 @torch.no_grad()
 def test_timm_models_are_translated_here_or_by_torchs_exporter(name: str) -> None:
-    network = folded(timm.create_model(name, num_classes=5))
+    # With other norms, float32 itself loses its way in the deepest of them.
+    network = fold_batch_norms(timm.create_model(name, num_classes=5).eval()).requires_grad_(False)
     x = torch.randn(1, 3, 32, 32)
     try:
         graph = onnx_graph(network, x.shape)
