@@ -90,7 +90,7 @@ def refusing() -> Iterator[None]:
     """Context of calls of libraries that raise whatever they raise.
 
     Raises:
-        Refused: a library raised something else than that memory or a disk is full.
+        Refused: a library raised an error that does not say that the memory or a disk is full.
     """
     try:
         yield
@@ -144,14 +144,12 @@ def _inductor(model: nn.Module, example: Tensor, config: LatencyConfig) -> nn.Mo
 
 def _in_runtime(name: str) -> Prepare:
     def prepare(model: nn.Module, example: Tensor, config: LatencyConfig) -> nn.Module:
-        repeated = isinstance(model, Repeated)
+        repeated = apart = isinstance(model, Repeated)
         try:
-            graph = (
-                onnx_graph(model.module, example.shape[1:], runs=len(example))
-                if isinstance(model, Repeated)
-                else onnx_graph(model, example.shape)
-            )
-            apart = repeated
+            if isinstance(model, Repeated):
+                graph = onnx_graph(model.module, example.shape[1:], runs=len(example))
+            else:
+                graph = onnx_graph(model, example.shape)
         except NotKnown:
             # A layer of timm's. Torch's exporter makes one input of several.
             with refusing():

@@ -24,8 +24,7 @@ from nas.files import save_tensors
 from nas.options import UNPRINTABLE
 from nas.reporting import Note
 from nas.training import clutter
-from nas.training.folders import class_count as folders_class_count
-from nas.training.folders import list_images
+from nas.training.folders import count_classes, list_images
 from nas.training.images import UNLIKE_TIMM, ImageReader, NotAnImage, NotRGB
 
 DIGITS_TRAIN, DIGITS_VAL = 16_000, 3_000
@@ -115,7 +114,7 @@ def load(config: DataConfig, note: Note = lambda line: None) -> ImageData:
         data = _digits(config.resolution, note)
     elif name in ("cifar10", "cifar100"):
         data = _cifar(config, note)
-    elif _is_folder(name):
+    elif _is_there(name):
         data = _folder(Path(name).expanduser(), config, note)
     elif name.startswith((".", "/", "~")):
         raise UsageError(f"--data {name}: no such folder")
@@ -131,7 +130,8 @@ def load(config: DataConfig, note: Note = lambda line: None) -> ImageData:
     return replace(data, flip=bool(config.mirror))
 
 
-def _is_folder(name: str) -> bool:
+def _is_there(name: str) -> bool:
+    """Whether a source names a folder that exists."""
     try:
         return Path(name).expanduser().is_dir()
     except (OSError, RuntimeError, ValueError):
@@ -206,9 +206,9 @@ def class_count(config: DataConfig) -> int | None:
     if config.source == "cifar100":
         return 100
     try:
-        if not _is_folder(config.source):
+        if not _is_there(config.source):
             return None
-        return folders_class_count(Path(config.source).expanduser(), config.reading) or None
+        return count_classes(Path(config.source).expanduser(), config.reading) or None
     except (OSError, UsageError):
         # Loading says what is wrong.
         return None
@@ -364,6 +364,7 @@ class _Progress:
         self.count, self.said = 0, time.monotonic()
 
     def step(self) -> None:
+        """Count one image more."""
         self.count += 1
         if time.monotonic() - self.said >= PROGRESS_SECONDS:
             self.said = time.monotonic()

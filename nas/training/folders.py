@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import os
-import re
 import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -65,11 +64,18 @@ class _Layout:
 
 
 def natural_order(name: str) -> list[int | str]:
-    """The key by which timm sorts names: numbers by value, letters without case (`timm.utils.misc.natural_key`)."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name.lower())]
+    """The key by which timm sorts names: numbers by value, letters without case."""
+    from timm.utils.misc import natural_key
+
+    try:
+        key: list[int | str] = natural_key(name)
+    except ValueError:
+        # A name of superscripts alone is one of digits to Python, but no number; timm itself fails there.
+        return [name.lower()]
+    return key
 
 
-def class_count(root: Path, reading: int) -> int:
+def count_classes(root: Path, reading: int) -> int:
     """The number of classes of a folder, without looking at its images."""
     return len(_layout(root, reading).classes)
 

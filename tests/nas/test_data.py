@@ -672,3 +672,7 @@ def test_names_that_timms_class_map_cannot_hold_are_told(tmp_path: Path) -> None
     loaded = load(make_folder(tmp_path, {"cat": 3, "a\nb": 3, "d ": 3}))
     assert any("timm's class map cannot hold class names such as" in line for line in loaded.preparation)
     assert "\n" not in loaded.summary
+
+
+def test_a_name_that_timm_cannot_sort_has_a_place(tmp_path: Path) -> None:
+    assert load(make_folder(tmp_path, {"\u00b2": 3, "b": 3, "10": 3})).classes == ("10", "b", "\u00b2")
