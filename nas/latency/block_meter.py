@@ -3,8 +3,8 @@
 A part is measured in calls that run it R times over, on as many inputs, and take T; c is what a call costs besides what
 it runs, such as the launch of a CUDA graph. Then
 
-    t_i = (T_i - c) / R         of a part on CUDA or in a runtime, where c is a launch or the call of a session
-    t_i = T_i / R               of a part of torch's on a CPU
+    t_i = (T_i - c) / R         of a part on CUDA, where c is a launch
+    t_i = T_i / R               of a part on a CPU
     t   = c + sum(t_i)          of a network of such parts
 
 with c = T - (T_R - T) / (R - 1) of one block that runs once in a call, and R times. (An empty call would cost too
@@ -30,7 +30,6 @@ from nas.errors import memory_may_run_out
 from nas.latency.engines import Repeated, deploy
 from nas.latency.meter import cpu_threads
 from nas.latency.parts import CALL, CALL_ID, Part, arch_modules, arch_parts, network_shape, prepared, shape_id
-from nas.latency.runtimes import RUNTIMES
 from nas.latency.values import Latency, ShapeLatency
 from nas.latency.yardsticks import YARDSTICK_CLASSES, YARDSTICK_RESOLUTION, Timed, Yardsticks
 from search_spaces import ArchSpec, cost, load_space
@@ -168,7 +167,7 @@ class BlockMeter:
             # Stacking makes a new tensor, whose parts must be channels_last again. A linear layer's are last already.
             x = x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
         forwards = meter.forwards(prepared(Repeated(module), x, self.config), [x])
-        launched = launched and (self.kind == "cuda" or self.config.engine in RUNTIMES)
+        launched = launched and self.kind == "cuda"
         return _Made(part.shape, Timed(forwards, repeats * part.block.macs), repeats, launched)
 
     def _network(self, shape: str, network: nn.Module, macs: int) -> _Made:
