@@ -10,7 +10,7 @@ import random
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 import numpy as np
@@ -19,9 +19,10 @@ import typer
 from rich.console import Console
 from rich.progress import track
 
-from kernels.timing import Precision, sample_until
+from kernels.timing import median_interval, sample_until
 from nas.config import LatencyConfig
 from nas.errors import CandidateFailed, UsageError
+from nas.lab.options import Spaces
 from nas.latency.devices import check_device
 from nas.latency.engines import ENGINES, deploy, runs_on
 from nas.latency.meter import LatencyMeter, cpu_threads, in_turn
@@ -34,14 +35,24 @@ from search_spaces import ArchSpec, load_space
 MIN_SAMPLE_SECONDS = 2e-3
 
 
-def times(archs: Sequence[ArchSpec], configs: Sequence[LatencyConfig]) -> tuple[np.ndarray, np.ndarray]:
-    """Median latencies in ms, and seconds from a network to its first run, (networks, engines) each.
+@dataclass(frozen=True)
+class Times:
+    """Figures of networks in engines, (networks, engines) each; nan where an engine refuses a network.
 
-    Each network is timed in turns in all deployments, which differ in the engine alone. Where an engine refuses a
-    network, both are nan.
+    Args:
+        latencies_ms: median latencies.
+        interval_shares: widths of the medians' 95 % confidence intervals, over the medians.
+        ready_seconds: seconds from a network to its first run.
     """
-    latencies_ms = np.full((len(archs), len(configs)), np.nan)
-    ready_seconds = np.full_like(latencies_ms, np.nan)
+
+    latencies_ms: np.ndarray
+    interval_shares: np.ndarray
+    ready_seconds: np.ndarray
+
+
+def times(archs: Sequence[ArchSpec], configs: Sequence[LatencyConfig]) -> Times:
+    """Time networks in deployments that differ in the engine alone, each network in turns in all of them."""
+    latencies_ms, interval_shares, ready_seconds = (np.full((len(archs), len(configs)), np.nan) for _ in range(3))
     meters = [LatencyMeter(config, archs[0].build(config.num_classes), reference_ms=1.0) for config in configs]
     for row, arch in enumerate(track(archs, "timing", console=Console(stderr=True))):
         runs, columns = list[Callable[[], None]](), list[int]()
@@ -61,18 +72,16 @@ def times(archs: Sequence[ArchSpec], configs: Sequence[LatencyConfig]) -> tuple[
             continue
         precision = replace(meters[0].precision, cap_seconds=meters[0].precision.cap_seconds * len(runs))
         with cpu_threads(configs[0].threads):
-            latencies_ms[row, columns] = _medians_ms(runs, meters[0], precision)
-    return latencies_ms, ready_seconds
-
-
-def _medians_ms(runs: Sequence[Callable[[], None]], meter: LatencyMeter, precision: Precision) -> np.ndarray:
-    sampled = sample_until(runs, meter.clock, MIN_SAMPLE_SECONDS, precision, lambda seconds: list(seconds.T))
-    medians: np.ndarray = 1e3 * np.median(sampled.seconds, axis=0)
-    return medians
+            sampled = sample_until(
+                runs, meters[0].clock, MIN_SAMPLE_SECONDS, precision, lambda seconds: list(seconds.T)
+            )
+        latencies_ms[row, columns] = 1e3 * np.median(sampled.seconds, axis=0)
+        interval_shares[row, columns] = sampled.interval_shares
+    return Times(latencies_ms, interval_shares, ready_seconds)
 
 
 def main(
-    space: Annotated[list[str] | None, typer.Option(help="Search space; may be repeated (default: both).")] = None,
+    space: Spaces = None,
     networks: Annotated[int, typer.Option(min=4, help="Networks of each space, drawn with a fixed seed.")] = 30,
     engines: Annotated[
         str | None, typer.Option(help="Comma-separated engines (default: all that run on the device).")
@@ -104,30 +113,41 @@ def main(
         archs = [each.sample(rng) for _ in range(networks)]
         configs = [replace(base, engine=name, resolution=each.resolution) for name in names]
         with device_lock(where).measuring(lambda: print(WAITING, file=sys.stderr)):
-            latencies_ms, ready = times(archs, configs)
-        _print(console, each.name, configs, latencies_ms, ready)
+            found = times(archs, configs)
+        _print(console, each.name, configs, found)
 
 
-def _print(
-    console: Console, space: str, configs: Sequence[LatencyConfig], latencies_ms: np.ndarray, ready: np.ndarray
-) -> None:
-    first = configs[0]
+def _print(console: Console, space: str, configs: Sequence[LatencyConfig], found: Times) -> None:
+    first, latencies_ms = configs[0], found.latencies_ms
     where = f"{len(latencies_ms)} networks of {space}, {first.resolution}x{first.resolution}, {first.threads} thread(s)"
     table = console_table(
-        where, "engine", "fastest ms", "median ms", "slowest ms", "speed", "ready s", text=("engine",)
+        where, "engine", "fastest ms", "median ms", "slowest ms", "interval", "speed", "ready s", text=("engine",)
     )
     for index, config in enumerate(configs):
-        own = latencies_ms[:, index]
+        own, shares = latencies_ms[:, index], found.interval_shares[:, index]
         table.add_row(
             config.engine_label, f"{np.nanmin(own):.4f}", f"{np.nanmedian(own):.4f}", f"{np.nanmax(own):.4f}",
-            f"{np.nanmedian(latencies_ms[:, 0] / own):.2f}", f"{np.nanmedian(ready[:, index]):.3f}",
+            f"{np.nanmedian(shares):.1%} (at most {np.nanmax(shares):.1%})", _speed(latencies_ms[:, 0], own),
+            f"{np.nanmedian(found.ready_seconds[:, index]):.3f}",
         )  # fmt: skip
     console.print(table)
-    console.print(f"speed: median ratio to {configs[0].engine}; ready: median seconds from a network to its first run")
+    console.print(
+        "interval: width of the 95 % interval of a network's latency, median and greatest; "
+        f"speed: median ratio to {first.engine} (95 % interval); ready: median seconds from a network to its first run"
+    )
+    assert first.precision is not None
+    if wide := int((found.interval_shares > first.precision).any(axis=1).sum()):
+        console.print(f"the time cap ended {wide} networks before all their intervals were {first.precision:.0%}")
     ranks = console_table("Kendall's tau (95 % intervals)", "", *(config.engine for config in configs), text=("",))
     for index, config in enumerate(configs):
         ranks.add_row(config.engine, *(_tau(latencies_ms[:, index], latencies_ms[:, k]) for k in range(index)))
     console.print(ranks)
+
+
+def _speed(first_ms: np.ndarray, own_ms: np.ndarray) -> str:
+    ratios = first_ms / own_ms
+    low, high = median_interval(ratios[~np.isnan(ratios)])
+    return f"{np.nanmedian(ratios):.2f} ({low:.2f} to {high:.2f})"
 
 
 def _tau(one: np.ndarray, other: np.ndarray) -> str:

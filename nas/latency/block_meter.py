@@ -3,14 +3,17 @@
 A part is measured in calls that run it R times over, on as many inputs, and take T; c is what a call costs besides what
 it runs, such as the launch of a CUDA graph. Then
 
-    t_i = (T_i - c) / R         of a part on CUDA, where c is a launch
-    t_i = T_i / R               of a part on a CPU
+    t_i = (T_i - c) / R         of a part on CUDA, where c is a launch, and in ONNX Runtime
+    t_i = T_i / R               of a part in torch on a CPU, and in OpenVINO
     t   = c + sum(t_i)          of a network of such parts
 
 with c = T - (T_R - T) / (R - 1) of one block that runs once in a call, and R times. (An empty call would cost too
-little: on a CPU the first grouped convolution of a call costs some 30 us more than those after it.) On a CPU c is above
-all the price of code and data that are not in the caches yet. In a network every part pays it, and of R repeats the
-first one does: there c / R is left in.
+little: on a CPU torch's first grouped convolution of a call costs some 30 us more than those after it.) Of torch's
+engines on a CPU, c is above all the price of code and data that are not in the caches yet. In a network every part pays
+it, and of R repeats the first one does: there c / R is left in.
+
+Parts run as they do within a network: in ONNX Runtime in the layout that the network has there, on an input that is in
+the cache, with weights that need not be (`nas.latency.onnx_parts`).
 
 Everything is measured in turns with the device's yardsticks (`nas.latency.yardsticks`), so that parts of different days
 add up (`nas.latency.block_table`).
@@ -29,7 +32,18 @@ from nas.config import LatencyConfig
 from nas.errors import memory_may_run_out
 from nas.latency.engines import Repeated, deploy
 from nas.latency.meter import cpu_threads
-from nas.latency.parts import CALL, CALL_ID, Part, arch_modules, arch_parts, network_shape, prepared, shape_id
+from nas.latency.onnx_parts import bound_part
+from nas.latency.parts import (
+    CALL,
+    CALL_ID,
+    WITHIN_NETWORKS,
+    Part,
+    arch_modules,
+    arch_parts,
+    network_shape,
+    prepared,
+    shape_id,
+)
 from nas.latency.values import Latency, ShapeLatency
 from nas.latency.yardsticks import YARDSTICK_CLASSES, YARDSTICK_RESOLUTION, Timed, Yardsticks
 from search_spaces import ArchSpec, cost, load_space
@@ -44,12 +58,12 @@ REFERENCE_BLOCK = "stage2.1"
 
 @dataclass(frozen=True)
 class _Made:
-    """A call to time: the shape of what it runs, how often it runs that, and whether a launch is subtracted."""
+    """A call to time: the shape of what it runs, how often it runs that, and whether a call's cost is subtracted."""
 
     shape: str
     timed: Timed
     runs: int = 1
-    launched: bool = False
+    less_call: bool = False
 
 
 class BlockMeter:
@@ -159,16 +173,29 @@ class BlockMeter:
         part = next(part for part in arch_parts(anchor, config) if part.block.name == REFERENCE_BLOCK)
         return arch_modules(anchor, config)[REFERENCE_BLOCK], part
 
-    def _part(self, part: Part, module: nn.Module, repeats: int | None = None, launched: bool = True) -> _Made:
+    def _part(self, part: Part, module: nn.Module, repeats: int | None = None, less_call: bool = True) -> _Made:
         """Make calls of a part, each of which runs it several times over."""
-        meter, repeats = self.yardsticks.meter, repeats or self.repeats
+        repeats = repeats or self.repeats
+        forwards = self._within_network(part, module, repeats) or self._alone(part, module, repeats)
+        less_call = less_call and (self.kind == "cuda" or self.config.engine in WITHIN_NETWORKS)
+        return _Made(part.shape, Timed(forwards, repeats * part.block.macs), repeats, less_call)
+
+    def _within_network(self, part: Part, module: nn.Module, repeats: int) -> list[Callable[[], object]]:
+        """Calls of a part that run it as the engine runs it within a network; none where it runs as it does alone."""
+        # A linear layer's features are last: no convolution takes or gives them.
+        if self.config.engine not in WITHIN_NETWORKS or part.block.kind == "linear":
+            return []
+        bound = bound_part(module, part.input_shape, repeats, self.config.threads)
+        return [] if bound is None else [bound]
+
+    def _alone(self, part: Part, module: nn.Module, repeats: int) -> list[Callable[[], object]]:
+        """Calls of a part alone, on inputs of its own."""
+        meter = self.yardsticks.meter
         x = torch.stack([each.contiguous() for each in meter.random_inputs(part.input_shape, repeats)])
         if len(part.input_shape) == 4 and part.block.kind != "linear":
             # Stacking makes a new tensor, whose parts must be channels_last again. A linear layer's are last already.
             x = x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
-        forwards = meter.forwards(prepared(Repeated(module), x, self.config), [x])
-        launched = launched and self.kind == "cuda"
-        return _Made(part.shape, Timed(forwards, repeats * part.block.macs), repeats, launched)
+        return meter.forwards(prepared(Repeated(module), x, self.config), [x])
 
     def _network(self, shape: str, network: nn.Module, macs: int) -> _Made:
         meter, size = self.yardsticks.meter, self.config.resolution
@@ -184,6 +211,6 @@ class BlockMeter:
             group = [make() for make in makers[begin : begin + GROUP]]
             latencies = self.yardsticks.time([each.timed for each in group], reference)
             for made, latency in zip(group, latencies, strict=True):
-                of_a_run = latency.less(call_ms if made.launched else 0.0).scaled(1 / made.runs)
+                of_a_run = latency.less(call_ms if made.less_call else 0.0).scaled(1 / made.runs)
                 found.append(ShapeLatency(made.shape, of_a_run))
         return found

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -55,6 +56,8 @@ def shape_id(shape: str) -> str:
     return hashlib.sha256(shape.encode()).hexdigest()[:12]
 
 
+# Engines that run a part of a network differently than it runs alone (see `nas.latency.onnx_parts`).
+WITHIN_NETWORKS = ("onnxruntime",)
 # The shape of what a call costs besides what it runs, which is no part of any network.
 CALL = canonical(kind="call")
 CALL_ID = shape_id(CALL)
@@ -63,6 +66,11 @@ CALL_ID = shape_id(CALL)
 def network_shape(name: str, config: LatencyConfig) -> str:
     """The shape of a whole network, known by an architecture's line or a timm model's name."""
     return canonical(kind="network", name=name, size=config.resolution, classes=config.num_classes)
+
+
+def surroundings(config: LatencyConfig) -> dict[str, Any]:
+    """The fields of a part's shape that say in which surroundings it runs; none where it runs alone."""
+    return {"within": "network"} if config.engine in WITHIN_NETWORKS else {}
 
 
 def itemsize(config: LatencyConfig) -> int:
@@ -84,6 +92,7 @@ def arch_parts(arch: ArchSpec, config: LatencyConfig) -> list[Part]:
         shape = _shape(step, config.num_classes) | {"activation": arch.activation, "size": step.in_size}
         if step.name in splits:
             shape["splits"] = splits[step.name]
+        shape |= surroundings(config)
         input_shape = (batch, step.spec.in_channels, step.in_size, step.in_size)
         parts.append(Part(block, canonical(**shape), input_shape, step.name in fused))
     return parts
@@ -173,7 +182,7 @@ def layer_parts(network: nn.Module, config: LatencyConfig) -> list[tuple[Part, n
     found: list[tuple[Part, nn.Module]] = []
 
     def note(name: str, module: nn.Conv2d | nn.Linear, x: Tensor, out: Tensor) -> None:
-        part = layer_part(name, module, tuple(x.shape), tuple(out.shape), itemsize(config))
+        part = layer_part(name, module, tuple(x.shape), tuple(out.shape), itemsize(config), surroundings(config))
         found.append((part, module))
 
     hooks = [
@@ -192,13 +201,15 @@ def layer_parts(network: nn.Module, config: LatencyConfig) -> list[tuple[Part, n
 
 
 def layer_part(
-    name: str, layer: nn.Conv2d | nn.Linear, input_shape: tuple[int, ...], output_shape: tuple[int, ...], itemsize: int
-) -> Part:
+    name: str, layer: nn.Conv2d | nn.Linear, input_shape: tuple[int, ...], output_shape: tuple[int, ...], itemsize: int,
+    surroundings: Mapping[str, Any] = MappingProxyType({}),
+) -> Part:  # fmt: skip
     """A layer as a part of its own.
 
     Args:
         input_shape, output_shape: (N, C, H, W), or (N, ..., features).
         itemsize: bytes of one element.
+        surroundings: further fields of its shape.
     """
     weights = layer.weight.numel()
     outputs = torch.Size(output_shape).numel()
@@ -215,12 +226,12 @@ def layer_part(
         shape = canonical(
             kind=type(layer).__name__, into=layer.in_channels, out=layer.out_channels, kernel_size=layer.kernel_size,
             stride=layer.stride, padding=layer.padding, dilation=layer.dilation, groups=layer.groups,
-            bias=layer.bias is not None, size=input_shape[2:], out_size=output_shape[2:],
+            bias=layer.bias is not None, size=input_shape[2:], out_size=output_shape[2:], **surroundings,
         )  # fmt: skip
     else:
         kind = "linear"
         shape = canonical(
             kind="linear", into=layer.in_features, out=layer.out_features, bias=layer.bias is not None,
-            rows=input_shape[1:-1],
+            rows=input_shape[1:-1], **surroundings,
         )  # fmt: skip
     return Part(single(counted, kind), shape, input_shape)

@@ -52,14 +52,17 @@ class OnnxRuntime:
     Args:
         graph: the serialized graph.
         threads: CPU threads.
+        optimise: whether the graph is optimised before it is run.
     """
 
-    def __init__(self, graph: bytes, threads: int, dtype: str = "float32") -> None:
+    def __init__(self, graph: bytes, threads: int, dtype: str = "float32", *, optimise: bool = True) -> None:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
         options.log_severity_level = 4
+        if not optimise:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         # Threads that spin when a run has ended would take the cores of what is timed in turns with it.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         self.graph = graph
@@ -95,10 +98,8 @@ class OnnxRuntime:
         import onnxruntime
 
         with tempfile.TemporaryDirectory() as folder:
-            options = onnxruntime.SessionOptions()
-            options.intra_op_num_threads, options.log_severity_level = 1, 4
+            options = _saving(folder)
             options.enable_profiling, options.profile_file_prefix = True, f"{folder}/profile"
-            options.optimized_model_filepath = f"{folder}/optimised.onnx"
             session = onnxruntime.InferenceSession(self.graph, options, providers=["CPUExecutionProvider"])
             session.run(None, {each.name: np.zeros(each.shape, np.float32) for each in session.get_inputs()})
             events = json.loads(Path(session.end_profiling()).read_text())
@@ -109,6 +110,27 @@ class OnnxRuntime:
             if event["cat"] == "Node" and name != event["name"]:
                 steps.append((list(nodes[name].input), nodes[name].output[0], int(event["args"]["output_size"])))
         return peak_bytes(steps)
+
+
+def optimised(graph: bytes) -> Any:
+    """A graph as ONNX Runtime optimises it for this machine, an `onnx.ModelProto`."""
+    import onnx
+    import onnxruntime
+
+    with tempfile.TemporaryDirectory() as folder:
+        options = _saving(folder)
+        onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        return onnx.load(options.optimized_model_filepath)
+
+
+def _saving(folder: str) -> Any:
+    """Options of a session that saves its optimised graph in a folder."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 4
+    options.optimized_model_filepath = f"{folder}/optimised.onnx"
+    return options
 
 
 class OpenVino:

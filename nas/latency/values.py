@@ -51,10 +51,12 @@ class Latency:
         )
 
     def less(self, overhead_ms: float) -> Latency:
-        """The latency without an overhead that each sample contains, at least 0."""
+        """The latency without an overhead that each sample contains, at least 0; its interval stays as wide."""
+        median_ms = max(self.median_ms - overhead_ms, 0.0)
+        share = self.interval_share * (self.median_ms / median_ms if median_ms else 1.0)
         return replace(
-            self, median_ms=max(self.median_ms - overhead_ms, 0.0), p20_ms=max(self.p20_ms - overhead_ms, 0.0),
-            p80_ms=max(self.p80_ms - overhead_ms, 0.0),
+            self, median_ms=median_ms, p20_ms=max(self.p20_ms - overhead_ms, 0.0),
+            p80_ms=max(self.p80_ms - overhead_ms, 0.0), interval_share=share,
         )  # fmt: skip
 
 

@@ -17,7 +17,8 @@ def test_a_latency_of_samples() -> None:
 def test_a_latency_is_scaled_and_freed_of_overheads_as_a_whole() -> None:
     assert LATENCY.scaled(0.25) == Latency(1.0, 0.5, 2.0, 10, 0.01, True, False)
     # Noise makes nothing faster than nothing.
-    assert LATENCY.less(3.0) == Latency(1.0, 0.0, 5.0, 10, 0.01, True, False)
+    assert LATENCY.less(3.0) == Latency(1.0, 0.0, 5.0, 10, 0.04, True, False)
+    assert LATENCY.less(5.0).median_ms == 0.0
 
 
 def test_a_networks_measurement() -> None:
