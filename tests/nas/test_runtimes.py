@@ -119,6 +119,22 @@ def test_threads_are_those_of_the_deployment(engine: str) -> None:
             assert runtime.session.get_session_options().intra_op_num_threads == threads  # type: ignore[union-attr]
 
 
+@pytest.mark.skipif(
+    not Path("/proc/self/task").exists(), reason="needs /proc: that threads are not pinned was not tested"
+)
+@pytest.mark.parametrize("engine", runtimes.RUNTIMES)
+def test_threads_are_pinned_to_no_core(engine: str) -> None:
+    module = deploy(load_space("small").smallest().build(10), LatencyConfig(device="cpu", engine=engine, threads=2), X)
+    module(X)
+    allowed = {
+        line
+        for task in Path("/proc/self/task").iterdir()
+        for line in (task / "status").read_text().splitlines()
+        if line.startswith("Cpus_allowed_list")
+    }
+    assert len(allowed) == 1
+
+
 # -- Memory ------------------------------------------------------------------------------------------------------------
 
 

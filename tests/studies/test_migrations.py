@@ -260,6 +260,24 @@ def test_an_old_database_that_somebody_holds_is_told_soon(
 
 def test_the_engine_compile_becomes_inductor(old_url: str, engine: Engine) -> None:
     """In the database of a version that did not know the name: latencies stay with their study."""
+    of_a_block = DEPLOYMENT | {"engine": "compile", "kernels": "", "shape_id": "a", "shape": "{}", "median_ms": 1.0}
+    del of_a_block["resolution"]
+    insert(
+        engine,
+        "convfirst_block_latencies",
+        p20_ms=1,
+        p80_ms=1,
+        repeats=1,
+        interval_share=0,
+        capped=False,
+        measured_at=WHEN,
+        **of_a_block,
+    )
+    store = opened(old_url)
+    study = store.find_study("one")
+    assert study is not None
+    store.baselines.add(study.study_id, [make_baseline_latency("a", 1.0, device_id=1, engine="compile")])
+    store.close()
     with engine.begin() as connection:
         connection.execute(text("UPDATE convfirst_latencies SET engine = 'compile'"))
         connection.execute(text("""UPDATE convfirst_studies SET config = '{"latency": {"engine": "compile"}}'"""))
@@ -267,5 +285,7 @@ def test_the_engine_compile_becomes_inductor(old_url: str, engine: Engine) -> No
     store = opened(old_url, create=False)
     assert [summary.engine for summary in store.summaries()] == ["inductor"]
     assert set(store.front("one")["engine"]) == {"inductor"}
+    assert [row.shape for row in store.devices.block_latencies(DEVICE, "inductor", "float32", 1, 1).values()] == ["{}"]
+    assert [row.engine for row in store.baselines.latencies(study.study_id)] == ["inductor"]
     store.close()
     assert version(engine) == schema.head()
