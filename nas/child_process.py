@@ -21,7 +21,7 @@ from io import BufferedRWPair
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-from nas.errors import CandidateFailed
+from nas.errors import CandidateFailed, WorkerDied
 from nas.files import no_room
 
 # Of <sys/prctl.h>.
@@ -89,7 +89,8 @@ class ChildProcess:
         """The result of a module's function, called in the child with these arguments.
 
         Raises:
-            CandidateFailed: the function raised it, or a signal killed the child.
+            CandidateFailed: the function raised it.
+            WorkerDied: the function raised it, or a signal killed the child.
             OSError: the function raised it, because a disk is full.
             RuntimeError: the function raised anything else, whose traceback the child has printed, or the child gives
                 no answers.
@@ -100,6 +101,10 @@ class ChildProcess:
             # An answer may still be on its way, which the next call must not get.
             self.close()
             raise
+        if "died" in reply:
+            # What it holds may be broken, or is memory that a second attempt needs.
+            self.close()
+            raise WorkerDied(reply["died"])
         if "failed" in reply:
             raise CandidateFailed(reply["failed"])
         if "full" in reply:
@@ -127,7 +132,7 @@ class ChildProcess:
             if status >= 0:
                 raise RuntimeError(f"the child process ended with status {status}") from error
             # Most often because memory ran out.
-            raise CandidateFailed(f"its process was killed by {signal.Signals(-status).name}") from error
+            raise WorkerDied(f"its process was killed by {signal.Signals(-status).name}") from error
 
 
 def die_with_parent() -> None:
@@ -149,6 +154,8 @@ def answer(stream: BufferedRWPair) -> None:
             return
         try:
             reply: dict[str, Any] = {"value": function(*args, **kwargs)}
+        except WorkerDied as error:
+            reply = {"died": str(error)}
         except CandidateFailed as error:
             reply = {"failed": str(error)}
         except OSError as error:

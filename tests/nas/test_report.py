@@ -41,7 +41,7 @@ HOSTILE = "<script>alert(1)</script> & 'Tom' $\\frac$"
 class Failing(FakeEvaluator):
     """Trains nothing, for a reason whose figures differ."""
 
-    def train(self, arch: ArchSpec) -> ProxyResult:
+    def train_one(self, arch: ArchSpec) -> ProxyResult:
         raise CandidateFailed(f"the loss was <b>nan</b> after {arch.head_width} steps")
 
 
@@ -224,7 +224,7 @@ def test_whoever_cannot_see_it_is_told(shown: tuple[Page, Path]) -> None:
 
 
 def test_texts_of_a_database_are_no_markup(sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nas.search.loop.MAX_BARREN", 3)
+    monkeypatch.setattr("nas.search.rounds.MAX_BARREN", 3)
     store = searched(sqlite_url, Failing(), study=HOSTILE)
     hostile = contender(HOSTILE, reason=HOSTILE, summary=HOSTILE, engine=HOSTILE)
     page = made(store, tmp_path / "out", HOSTILE, [hostile], [HOSTILE], storage=f"sqlite:///{HOSTILE}.db")
@@ -321,7 +321,7 @@ def test_a_folder_of_bytes_that_are_no_text_is_shown_by_numbers(sqlite_url: str,
 
 
 def test_a_study_of_failures_has_a_page(sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nas.search.loop.MAX_BARREN", 3)
+    monkeypatch.setattr("nas.search.rounds.MAX_BARREN", 3)
     store = searched(sqlite_url, Failing())
     page = made(store, tmp_path / "out")
     assert "The front is empty" in page.text
