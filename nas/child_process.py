@@ -16,9 +16,10 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from io import BufferedRWPair
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
 
 from nas.errors import CandidateFailed, WorkerDied
@@ -37,11 +38,15 @@ Result = TypeVar("Result")
 class ChildProcess:
     """Calls functions in a child process, which is started when it is needed, and again when it has died.
 
+    Args:
+        environment: environment variables that the child has beside this process's own.
+
     Attributes:
         process: the child; None while there is none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, environment: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.environment = dict(environment)
         self.process: subprocess.Popen[bytes] | None = None
         self.stream: BufferedRWPair | None = None
 
@@ -65,7 +70,7 @@ class ChildProcess:
             try:
                 self.process = subprocess.Popen(
                     [sys.executable, "-P", "-c", code, str(os.getpid()), str(its.fileno())],
-                    stdin=subprocess.DEVNULL, stdout=2, pass_fds=[its.fileno()],
+                    stdin=subprocess.DEVNULL, stdout=2, pass_fds=[its.fileno()], env=os.environ | self.environment,
                     process_group=0,  # apart from our group, which Ctrl-C on a terminal reaches as a whole
                 )  # fmt: skip
                 self.stream = ours.makefile("rwb")

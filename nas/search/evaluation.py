@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -31,7 +29,7 @@ from nas.training.determinism import measure_apart
 from nas.training.pool import DataFiles, mapped, train_new
 from nas.training.proxy import ProxyResult
 from nas.training.weights import Trained
-from nas.training.workers import Call, Done, Workers, dying_of_cuda
+from nas.training.workers import Call, Done, Workers, dying_of_cuda, trim_heap
 from search_spaces import ArchSpec, Cost, cost
 from studies import CandidateState
 
@@ -197,6 +195,8 @@ class RealEvaluator:
             self.pool.warm()
             data = image_data.load(config.data, note)
             self.data_path = self.files.write(data)
+            # From here on, it may be measured: no process is busy with its imports.
+            self.pool.everywhere(get_ready, self.data_path)
         except BaseException:
             self.close()
             raise
@@ -223,7 +223,6 @@ class RealEvaluator:
     def start(self, anchor_ms: float) -> None:
         with anchor_must_run(self.config.latency), self.lock.measuring(self._waiting):
             self.meter = meter_for(self.config.latency, self.config.space.anchor(), anchor_ms)
-        self.pool.everywhere(get_ready, self.data_path)
         if self.config.workers is None:
             chosen = self._chosen_workers()
             self.note(str(chosen))
@@ -373,17 +372,6 @@ def train_one(
         return result
     finally:
         trim_heap()
-
-
-def trim_heap() -> None:
-    """Give freed memory back to the system.
-
-    Each network has tensors of other sizes, and glibc keeps the holes between them: without this call, training some
-    twenty candidates grows the process from 0.8 to 1.4 GB.
-    """
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError, OSError):  # the libc is not glibc
-            ctypes.CDLL(None).malloc_trim(0)
 
 
 def screen(arch: ArchSpec, evaluator: Evaluator, limits: Limits) -> Outcome | Screened:

@@ -26,7 +26,7 @@ from nas.training import proxy
 from nas.training.data import ImageData
 from nas.training.proxy import ProxyResult
 from nas.training.weights import Images
-from nas.training.workers import Call, Workers, dying_of_cuda
+from nas.training.workers import Call, Workers, dying_of_cuda, trim_heap
 from studies import BaselineTraining, Retraining
 
 
@@ -198,8 +198,11 @@ def train_one(network: Trainable, data_path: str, config: ProxyConfig, seed: int
     Raises:
         CandidateFailed: the loss diverges, memory runs out, or a network that is not ours does not train.
     """
-    with network.failing():
-        return train_new(network.build, data_path, config, seed, device)[1]
+    try:
+        with network.failing():
+            return train_new(network.build, data_path, config, seed, device)[1]
+    finally:
+        trim_heap()
 
 
 def train_new(

@@ -6,7 +6,10 @@ once more, alone, when the others have ended: what killed it may have been their
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
+import sys
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Sequence
@@ -18,6 +21,12 @@ from nas.child_process import ChildProcess
 from nas.errors import CandidateFailed, WorkerDied
 
 Result = TypeVar("Result")
+
+# glibc gives the memory of large tensors back to the system and takes it anew at each step: 1,800 page faults, and 14 %
+# of a training's time. Workers keep it until a training ends (`trim_heap`).
+MALLOC = {
+    "MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_TOP_PAD_": str(2**26),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -46,7 +55,7 @@ class Worker:
 
     def __init__(self, number: int, device: str) -> None:
         self.number, self.device = number, device
-        self.child = ChildProcess()
+        self.child = ChildProcess(MALLOC)
         # The system ends a child with the thread that started it, so this one lasts as long as the worker.
         self.thread = ThreadPoolExecutor(1)
         self.ran: str | None = None
@@ -200,3 +209,14 @@ def dying_of_cuda(function: Callable[..., Result]) -> Callable[..., Result]:
             raise WorkerDied(str(error).splitlines()[0]) from error
 
     return guarded
+
+
+def trim_heap() -> None:
+    """Give freed memory back to the system.
+
+    Each network has tensors of other sizes, and glibc keeps the holes between them: without this call, training some
+    twenty candidates grows the process from 0.8 to 1.4 GB.
+    """
+    if sys.platform == "linux":
+        with contextlib.suppress(AttributeError, OSError):  # the libc is not glibc
+            ctypes.CDLL(None).malloc_trim(0)
