@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 
@@ -49,8 +50,9 @@ class Material:
     Args:
         candidates: all evaluated candidates, in order.
         history: a row for each complete candidate of the study's own deployment: `number`, `accuracy`, `latency_ms`,
-            `hypervolume` up to it, and `seconds` that all candidates up to it took.
+            `hypervolume` up to it, and the `seconds` of the search in which all candidates up to it were evaluated.
         time_spent: a row for each candidate, with the seconds of `training`, `latency` and `all else`.
+        trainings: a row for each training in a worker: `worker`, and `begin` and `end` in seconds of the search.
         evaluations, front: rows of the two views in the study's own deployment, the front fastest first.
         elsewhere: fronts in other deployments, each with the deployment in words.
         incomplete: trials without a result, the most frequent reason first.
@@ -60,6 +62,7 @@ class Material:
     candidates: list[Candidate]
     history: pd.DataFrame
     time_spent: pd.DataFrame
+    trainings: pd.DataFrame
     evaluations: pd.DataFrame
     front: pd.DataFrame
     elsewhere: list[tuple[str, pd.DataFrame]]
@@ -75,6 +78,17 @@ class Material:
     def complete(self) -> int:
         """Number of complete candidates."""
         return len(self.history)
+
+    @property
+    def workers(self) -> int:
+        """Number of workers that trained."""
+        return int(self.trainings["worker"].nunique())
+
+    @property
+    def busy(self) -> float:
+        """The share of the time of the search in which a worker trained, on average."""
+        seconds = self.trainings["end"].max() - self.trainings["begin"].min()
+        return float((self.trainings["end"] - self.trainings["begin"]).sum() / (self.workers * seconds))
 
     @property
     def is_searched(self) -> bool:
@@ -94,6 +108,7 @@ def gather(recorded: RecordedStudy) -> Material:
         candidates=candidates,
         history=_history(candidates, recorded.deployment, recorded.reference_latency_ms),
         time_spent=_time_spent(candidates),
+        trainings=_trainings(candidates),
         evaluations=recorded.evaluations(),
         front=front.reset_index(drop=True),
         elsewhere=[
@@ -108,14 +123,43 @@ def gather(recorded: RecordedStudy) -> Material:
 def _history(candidates: Sequence[Candidate], deployment: Deployment, reference_latency_ms: float) -> pd.DataFrame:
     rows: list[tuple[int, float, float, float]] = []
     seconds = 0.0
+    clock = _clock(candidates)
     for candidate in candidates:
-        seconds += candidate.total_seconds
+        # Of trainings side by side, one may end before another of a smaller number.
+        seconds = max(seconds, float(clock(candidate.finished_at.timestamp())))
         latency = candidate.latency_in(deployment)
         if candidate.state == CandidateState.COMPLETE and candidate.accuracy is not None and latency is not None:
             rows.append((candidate.number, candidate.accuracy, latency.median_ms, seconds))
     history = pd.DataFrame(rows, columns=["number", "accuracy", "latency_ms", "seconds"])
     volumes = running_hypervolume(list(history["accuracy"]), list(history["latency_ms"]), reference_latency_ms)
     return history.assign(hypervolume=volumes)
+
+
+def _clock(candidates: Sequence[Candidate]) -> Callable[[float], float]:
+    """Function from a time to the seconds before it in which some candidate was evaluated: pauses do not count."""
+    ends = np.array([candidate.finished_at.timestamp() for candidate in candidates])
+    begins = ends - np.array([candidate.total_seconds for candidate in candidates])
+    order = np.argsort(begins)
+    begins, ends = begins[order], np.maximum.accumulate(ends[order])
+    # Each stretch begins where the one before it ends, or later.
+    begins = np.maximum(begins, np.append(-np.inf, ends[:-1])) if len(ends) else begins
+    before = np.append(0.0, np.cumsum(np.maximum(ends - begins, 0.0)))
+
+    def seconds(time: float) -> float:
+        number = int(np.searchsorted(ends, time))
+        return float(before[number] + (max(0.0, time - begins[number]) if number < len(ends) else 0.0))
+
+    return seconds
+
+
+def _trainings(candidates: Sequence[Candidate]) -> pd.DataFrame:
+    clock = _clock(candidates)
+    rows = []
+    for candidate in candidates:
+        if candidate.worker is not None and candidate.train_seconds is not None:
+            end = candidate.finished_at.timestamp()
+            rows.append((candidate.worker, clock(end - candidate.train_seconds), clock(end)))
+    return pd.DataFrame(rows, columns=["worker", "begin", "end"])
 
 
 def _time_spent(candidates: Sequence[Candidate]) -> pd.DataFrame:

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,7 @@ from nas.lab.invented import FakeEvaluator
 from nas.latency.values import Latency
 from nas.pareto import hypervolume, running_hypervolume
 from nas.recorded import RecordedStudy, deployment_of
+from nas.report import data as report_data
 from nas.report import page as report
 from nas.report.architectures import MOST_COLUMNS, chosen_members
 from nas.report.data import Material, gather, incomplete_trials
@@ -31,6 +35,7 @@ from nas.report.page import comparable, write_report
 from nas.report.words import set_up
 from nas.search.loop import run
 from nas.training.proxy import ProxyResult
+from nas.training.workers import Done
 from nas.validation.contenders import Contender, ContenderKind
 from search_spaces import ArchSpec
 from studies import Candidate, CandidateLatency, CandidateState, LatencyStage, Store
@@ -453,3 +458,50 @@ def test_passwords_do_not_reach_the_page(shown: tuple[Page, Path]) -> None:
     source = (shown[1] / "report.html").read_text()
     assert "secret" not in source.partition("<script>")[0]
     assert "postgresql://me:***@host/name" in shown[0].text
+
+
+# -- Side by side ------------------------------------------------------------------------------------------------------
+
+
+def candidate_at(end: float, seconds: float, train_seconds: float | None, worker: int | None) -> Any:
+    """A candidate whose evaluation ended so many seconds after some moment."""
+    finished_at = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=end)
+    return SimpleNamespace(
+        finished_at=finished_at, total_seconds=seconds, train_seconds=train_seconds, worker=worker,
+    )  # fmt: skip
+
+
+def test_pauses_are_no_time_of_the_search() -> None:
+    """Two trainings at once, a pause of an hour, one more alone; one candidate was over a limit."""
+    candidates = [
+        candidate_at(10, 10, 8, 0), candidate_at(12, 10, 10, 1), candidate_at(3615, 5, 4, 0),
+        candidate_at(3617, 1, None, None),
+    ]  # fmt: skip
+    trainings = report_data._trainings(candidates)
+    assert trainings.to_numpy().tolist() == [[0, 2, 10], [1, 2, 12], [0, 13, 17]]
+    material = SimpleNamespace(trainings=trainings)
+    material.workers = Material.workers.fget(material)  # type: ignore[attr-defined]
+    assert material.workers == 2
+    assert Material.busy.fget(material) == pytest.approx((8 + 10 + 4) / (2 * 15))  # type: ignore[attr-defined]
+
+
+def test_the_report_shows_how_busy_the_workers_were(tmp_path: Path) -> None:
+    class Workers(FakeEvaluator):
+        workers = 3
+
+        def train(self, archs: Sequence[ArchSpec]) -> Iterator[Done[ProxyResult]]:
+            for done in super().train(archs):
+                time.sleep(0.02)
+                if isinstance(done.result, ProxyResult):
+                    done = replace(done, result=replace(done.result, seconds=0.02))
+                yield replace(done, worker=done.index % 3)
+
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    run(SearchConfig(budget=8, storage=url, sampler="random"), Workers())
+    store = Store.open(url, create=False)
+    assert store is not None
+    write_report(RecordedStudy.open(store, "convfirst"), url, tmp_path / "report")
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert re.search(r"3 workers trained side by side, each for \d+% of the time on average\.", page)
+    assert (tmp_path / "report" / "workers.png").exists()
+    store.close()
