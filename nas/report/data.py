@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 
 import numpy as np
 import pandas as pd
@@ -103,12 +104,14 @@ def gather(recorded: RecordedStudy) -> Material:
     every_front = recorded.store.front(recorded.name)
     others = every_front[~every_front.index.isin(front.index)]
     optuna_study = recorded.store.load_optuna_study(recorded.name)
+    trials = optuna_study.get_trials(deepcopy=False)
+    clock = clock_of(candidates, trials)
     return Material(
         recorded=recorded,
         candidates=candidates,
-        history=_history(candidates, recorded.deployment, recorded.reference_latency_ms),
+        history=_history(candidates, clock, recorded.deployment, recorded.reference_latency_ms),
         time_spent=_time_spent(candidates),
-        trainings=_trainings(candidates),
+        trainings=trainings_of(candidates, clock),
         evaluations=recorded.evaluations(),
         front=front.reset_index(drop=True),
         elsewhere=[
@@ -116,17 +119,19 @@ def gather(recorded: RecordedStudy) -> Material:
             for _, members in others.groupby(Deployment.columns(), sort=False)
         ],
         importances=importances(optuna_study, [objective for _, objective in OBJECTIVES]),
-        incomplete=incomplete_trials(candidates, optuna_study.get_trials(deepcopy=False)),
+        incomplete=incomplete_trials(candidates, trials),
     )
 
 
-def _history(candidates: Sequence[Candidate], deployment: Deployment, reference_latency_ms: float) -> pd.DataFrame:
+def _history(
+    candidates: Sequence[Candidate], clock: Callable[[datetime], float], deployment: Deployment,
+    reference_latency_ms: float,
+) -> pd.DataFrame:  # fmt: skip
     rows: list[tuple[int, float, float, float]] = []
     seconds = 0.0
-    clock = _clock(candidates)
     for candidate in candidates:
         # Of trainings side by side, one may end before another of a smaller number.
-        seconds = max(seconds, float(clock(candidate.finished_at.timestamp())))
+        seconds = max(seconds, clock(candidate.finished_at))
         latency = candidate.latency_in(deployment)
         if candidate.state == CandidateState.COMPLETE and candidate.accuracy is not None and latency is not None:
             rows.append((candidate.number, candidate.accuracy, latency.median_ms, seconds))
@@ -135,30 +140,35 @@ def _history(candidates: Sequence[Candidate], deployment: Deployment, reference_
     return history.assign(hypervolume=volumes)
 
 
-def _clock(candidates: Sequence[Candidate]) -> Callable[[float], float]:
-    """Function from a time to the seconds before it in which some candidate was evaluated: pauses do not count."""
+def clock_of(candidates: Sequence[Candidate], trials: Sequence[FrozenTrial]) -> Callable[[datetime], float]:
+    """Function from a moment to the seconds before it in which some candidate was evaluated: pauses do not count.
+
+    Args:
+        trials: Optuna's trials, which know how long it took from a proposal to its result.
+    """
+    took = {trial.number: trial.duration.total_seconds() for trial in trials if trial.duration is not None}
     ends = np.array([candidate.finished_at.timestamp() for candidate in candidates])
-    begins = ends - np.array([candidate.total_seconds for candidate in candidates])
+    begins = ends - np.array([max(each.total_seconds, took.get(each.number, 0.0)) for each in candidates])
     order = np.argsort(begins)
     begins, ends = begins[order], np.maximum.accumulate(ends[order])
     # Each stretch begins where the one before it ends, or later.
-    begins = np.maximum(begins, np.append(-np.inf, ends[:-1])) if len(ends) else begins
-    before = np.append(0.0, np.cumsum(np.maximum(ends - begins, 0.0)))
+    begins = np.maximum(begins, np.append(-np.inf, ends)[: len(ends)])
+    before = np.append(0.0, np.cumsum(ends - begins))
 
-    def seconds(time: float) -> float:
-        number = int(np.searchsorted(ends, time))
-        return float(before[number] + (max(0.0, time - begins[number]) if number < len(ends) else 0.0))
+    def seconds(moment: datetime) -> float:
+        number = int(np.searchsorted(ends, moment.timestamp()))
+        return float(before[number] + (max(0.0, moment.timestamp() - begins[number]) if number < len(ends) else 0.0))
 
     return seconds
 
 
-def _trainings(candidates: Sequence[Candidate]) -> pd.DataFrame:
-    clock = _clock(candidates)
+def trainings_of(candidates: Sequence[Candidate], clock: Callable[[datetime], float]) -> pd.DataFrame:
+    """The trainings in workers; see `Material`."""
     rows = []
-    for candidate in candidates:
-        if candidate.worker is not None and candidate.train_seconds is not None:
-            end = candidate.finished_at.timestamp()
-            rows.append((candidate.worker, clock(end - candidate.train_seconds), clock(end)))
+    for each in candidates:
+        if each.worker is not None and each.train_seconds is not None:
+            begin = each.finished_at - timedelta(seconds=each.train_seconds)
+            rows.append((each.worker, clock(begin), clock(each.finished_at)))
     return pd.DataFrame(rows, columns=["worker", "begin", "end"])
 
 

@@ -463,21 +463,29 @@ def test_passwords_do_not_reach_the_page(shown: tuple[Page, Path]) -> None:
 # -- Side by side ------------------------------------------------------------------------------------------------------
 
 
-def candidate_at(end: float, seconds: float, train_seconds: float | None, worker: int | None) -> Any:
+def candidate_at(number: int, end: float, seconds: float, train_seconds: float | None, worker: int | None) -> Any:
     """A candidate whose evaluation ended so many seconds after some moment."""
     finished_at = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=end)
     return SimpleNamespace(
-        finished_at=finished_at, total_seconds=seconds, train_seconds=train_seconds, worker=worker,
+        number=number, finished_at=finished_at, total_seconds=seconds, train_seconds=train_seconds, worker=worker,
     )  # fmt: skip
 
 
 def test_pauses_are_no_time_of_the_search() -> None:
     """Two trainings at once, a pause of an hour, one more alone; one candidate was over a limit."""
     candidates = [
-        candidate_at(10, 10, 8, 0), candidate_at(12, 10, 10, 1), candidate_at(3615, 5, 4, 0),
-        candidate_at(3617, 1, None, None),
+        candidate_at(0, 10, 9, 8, 0), candidate_at(1, 12, 11, 10, 1), candidate_at(2, 3615, 5, 4, 0),
+        candidate_at(3, 3617, 1, None, None),
     ]  # fmt: skip
-    trainings = report_data._trainings(candidates)
+    # The first two were proposed and timed one after the other before they were trained.
+    trials: Any = [
+        SimpleNamespace(number=0, duration=timedelta(seconds=10)), SimpleNamespace(number=1, duration=None),
+        SimpleNamespace(number=3, duration=timedelta(seconds=2)),
+    ]  # fmt: skip
+    clock = report_data.clock_of(candidates, trials)
+    assert [clock(each.finished_at) for each in candidates] == [10, 12, 17, 19]
+    assert clock(candidates[1].finished_at + timedelta(hours=0.5)) == 12
+    trainings = report_data.trainings_of(candidates, clock)
     assert trainings.to_numpy().tolist() == [[0, 2, 10], [1, 2, 12], [0, 13, 17]]
     material = SimpleNamespace(trainings=trainings)
     material.workers = Material.workers.fget(material)  # type: ignore[attr-defined]
