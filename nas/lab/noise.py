@@ -34,7 +34,6 @@ from nas.training.pool import DataFiles
 from nas.training.workers import Call, Workers
 from search_spaces import load_space
 
-
 # Steps of the trainings between two rounds: a few seconds.
 STEPS = 50
 
