@@ -17,7 +17,6 @@ from nas.display.showcase import show
 from nas.errors import CandidateFailed
 from nas.latency.block_table import BlockTable, sum_errors, sum_errors_line
 from nas.latency.parts import arch_parts, network_shape
-from nas.pareto import front
 from nas.search.evaluation import Evaluator, Outcome, RealEvaluator, evaluate
 from nas.search.front_measurement import measure_front
 from nas.search.live_study import LiveStudy
@@ -247,7 +246,8 @@ def _keep_weights(
 ) -> None:
     if not (outcome.proxy and outcome.proxy.trained and outcome.latency):
         return
-    others = [(measured.accuracy, measured.latency_ms) for measured in study.complete]
+    # Whatever another candidate is far better than, a member of the front is.
+    others = list(zip(study.front.accuracy, study.front.latency_ms, strict=True))
     if near_front(outcome.proxy.accuracy, outcome.latency.median_ms, others):
         try:
             _weights(config, study).keep(proposal.number, proposal.arch.arch_id, outcome.proxy.trained)
@@ -259,15 +259,13 @@ def _keep_weights(
 def _event(
     config: SearchConfig, study: LiveStudy, arch: ArchSpec, outcome: Outcome, seconds_left: float | None
 ) -> Event:
-    accuracy = [measured.accuracy for measured in study.complete]
-    latency_ms = [measured.latency_ms for measured in study.complete]
     return Event(
         arch=arch,
         outcome=outcome,
         complete=len(study.complete),
         budget=config.budget,
-        best_accuracy=max(accuracy, default=0.0),
-        front_size=len(front(accuracy, latency_ms)),
+        best_accuracy=study.front.best_accuracy,
+        front_size=len(study.front),
         hypervolume=study.hypervolume,
         seconds_left=seconds_left,
     )
