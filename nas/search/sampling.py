@@ -23,6 +23,7 @@ from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESample
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from nas.search.recent_trials import RecentTrials
 from search_spaces import ArchSpec, SearchSpace
 from search_spaces.space import Choice
 
@@ -138,9 +139,11 @@ class Proposer:
         self.choices = {name: choices for name, choices in space.choices().items() if len(choices) > 1}
         self.distributions = {name: distribution(choices) for name, choices in self.choices.items()}
         self.fixed = {name: choices[0] for name, choices in space.choices().items() if len(choices) == 1}
-        self.storage = InMemoryStorage()
+        # NSGA-II needs whole generations, and random search looks at no trial.
+        self.storage = RecentTrials() if sampler == "tpe" else InMemoryStorage()
         self.study = optuna.create_study(directions=list(directions), storage=self.storage)
         self.study.add_trials(history)
+        self.trials = len(history)
         self.pending: Trial | None = None
 
     def propose(self) -> Proposal:
@@ -156,7 +159,7 @@ class Proposer:
 
     def propose_unseen(self, seen: Collection[str]) -> Proposal | None:
         """A uniformly random architecture whose arch_id is not in `seen`; None where there seems to be none left."""
-        rng = random.Random(trial_seed(self.seed, len(self.study.get_trials(deepcopy=False))))
+        rng = random.Random(trial_seed(self.seed, self.trials))
         for _ in range(FALLBACK_DRAWS):
             arch = self.space.sample(rng)
             if arch.arch_id not in seen:
@@ -176,8 +179,8 @@ class Proposer:
 
     def _ask(self, sampler: str) -> Trial:
         assert self.pending is None, "propose comes after tell"
-        number = len(self.study.get_trials(deepcopy=False))
-        self.study.sampler = make_sampler(sampler, trial_seed(self.seed, number), self.distributions)
+        self.study.sampler = make_sampler(sampler, trial_seed(self.seed, self.trials), self.distributions)
+        self.trials += 1
         with warnings.catch_warnings():
             # Optuna calls multivariate TPE experimental, and warns at each trial.
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
