@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import optuna
-from optuna.storages import RDBStorage
 from sqlalchemy import func, select, text
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, selectinload
@@ -21,6 +20,7 @@ from sqlalchemy.orm import Session, selectinload
 from studies.devices import Devices
 from studies.errors import StorageError, guarded
 from studies.opening import OBJECTIVES, open_storage, require_ours
+from studies.optuna_storage import OptunaStorage
 from studies.ownership import Owner, Ownership, require_owner
 from studies.sql import device_row, read_view, transaction, transaction_on, upsert
 from studies.tables import Candidate, CandidateLatency, CandidateState, CurvePoint, Study
@@ -56,7 +56,7 @@ class Store:
         retrainings: longer trainings of candidates.
     """
 
-    def __init__(self, optuna_storage: RDBStorage) -> None:
+    def __init__(self, optuna_storage: OptunaStorage) -> None:
         self.optuna_storage = optuna_storage
         self.engine = optuna_storage.engine
         self.ownership = Ownership(self.engine)
