@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import optuna
 from sqlalchemy import func, select, text
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session, selectinload
+from sqlalchemy.orm import Session, subqueryload
 
 from studies.devices import Devices
 from studies.errors import StorageError, guarded
@@ -178,7 +178,7 @@ class Store:
         query = (
             select(Candidate)
             .where(Candidate.study_id == study_id)
-            .options(selectinload(Candidate.latencies))
+            .options(subqueryload(Candidate.latencies))
             .order_by(Candidate.number)
         )
         with transaction(self.engine) as session:
