@@ -115,7 +115,9 @@ class Artifacts:
         folder.mkdir(parents=True, exist_ok=True)
         self.storage, self.study_id = storage, study_id
         self.store = FileSystemArtifactStore(folder)
-        self.attrs: dict[str, Any] = storage.get_study_system_attrs(study_id)
+        # The notes of all trials, which are many, are attributes, too.
+        attrs = storage.get_study_system_attrs(study_id)
+        self.attrs: dict[str, Any] = {key: value for key, value in attrs.items() if key.startswith(_PREFIX)}
 
     def attach(self, trial_id: int, artifact: Artifact) -> bool:
         """Show a file with a trial, in the place of an older one of that name.
@@ -146,7 +148,7 @@ class Artifacts:
         """(trial_id, artifact_id, name) of each file."""
         found = []
         for key, value in self.attrs.items():
-            if key.startswith(_PREFIX) and (meta := json.loads(value)) is not None:
+            if (meta := json.loads(value)) is not None:
                 found.append((int(key.split(":")[2]), meta["artifact_id"], meta["filename"]))
         return found
 
