@@ -1,8 +1,8 @@
-"""Dominance, the Pareto front and hypervolume of (accuracy up, latency down): pure functions on arrays."""
+"""Dominance, Pareto fronts and hypervolume of (accuracy up, latency down), of arrays and of points that come singly."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
@@ -37,31 +37,68 @@ def hypervolume(accuracy: Vector, latency_ms: Vector, reference_latency_ms: floa
     Points slower than the reference do not count.
     """
     accuracy, latency_ms = np.asarray(accuracy, float), np.asarray(latency_ms, float)
-    inside = latency_ms < reference_latency_ms
-    accuracy, latency_ms = accuracy[inside], latency_ms[inside]
     members = front(accuracy, latency_ms)
+    return _volume(accuracy[members], latency_ms[members], reference_latency_ms)
+
+
+def _volume(accuracy: np.ndarray, latency_ms: np.ndarray, reference_latency_ms: float) -> float:
+    """The hypervolume of the members of a front, from the fastest to the slowest."""
+    inside = latency_ms < reference_latency_ms
     # A member's accuracy is the height from its latency to that of the next slower one, or to the reference.
-    edges = np.append(latency_ms[members], reference_latency_ms)
-    return float((np.diff(edges) * accuracy[members]).sum() / reference_latency_ms)
+    edges = np.append(latency_ms[inside], reference_latency_ms)
+    return float((np.diff(edges) * accuracy[inside]).sum() / reference_latency_ms)
+
+
+class GrowingFront:
+    """The front of points that come one after the other: each costs a comparison with the front's members only.
+
+    Attributes:
+        keys: the names by which the members were added, from the fastest member to the slowest.
+        accuracy, latency_ms: the members' coordinates, (n,) each, in the same order.
+    """
+
+    def __init__(self, points: Iterable[tuple[int, float, float]] = ()) -> None:
+        self.keys = np.empty(0, dtype=int)
+        self.accuracy, self.latency_ms = np.empty(0), np.empty(0)
+        for key, accuracy, latency_ms in points:
+            self.add(key, accuracy, latency_ms)
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def add(self, key: int, accuracy: float, latency_ms: float) -> bool:
+        """Add a point, and return whether it is a member of the front now."""
+        equal = (self.accuracy == accuracy) & (self.latency_ms == latency_ms)
+        if ((self.accuracy >= accuracy) & (self.latency_ms <= latency_ms) & ~equal).any():
+            return False
+        stays = (self.accuracy > accuracy) | (self.latency_ms < latency_ms) | equal
+        place = int(np.searchsorted(self.latency_ms[stays], latency_ms, side="right"))
+        self.keys = np.insert(self.keys[stays], place, key)
+        self.accuracy = np.insert(self.accuracy[stays], place, accuracy)
+        self.latency_ms = np.insert(self.latency_ms[stays], place, latency_ms)
+        return True
+
+    @property
+    def best_accuracy(self) -> float:
+        """The greatest accuracy of all points; 0 where there are none."""
+        return float(self.accuracy[-1]) if len(self) else 0.0
+
+    def hypervolume(self, reference_latency_ms: float) -> float:
+        """The hypervolume of all points, in 0..1; see the function of that name."""
+        return _volume(self.accuracy, self.latency_ms, reference_latency_ms)
 
 
 def running_hypervolume(accuracy: Vector, latency_ms: Vector, reference_latency_ms: float) -> np.ndarray:
     """The hypervolume of the first point, of the first two, and so on: (n,), in 0..1.
 
-    Only a point that enters the front costs more than a comparison with its members.
-
     Args:
         accuracy, latency_ms: the points' coordinates, (n,) each, in the order of the search.
     """
-    accuracy, latency_ms = np.asarray(accuracy, float), np.asarray(latency_ms, float)
     volumes = np.zeros(len(accuracy))
-    members, volume = np.empty(0, dtype=int), 0.0
-    for index in range(len(accuracy)):
-        covered = (accuracy[members] >= accuracy[index]) & (latency_ms[members] <= latency_ms[index])
-        if latency_ms[index] < reference_latency_ms and not covered.any():
-            members = np.append(members, index)
-            members = members[front(accuracy[members], latency_ms[members])]
-            volume = hypervolume(accuracy[members], latency_ms[members], reference_latency_ms)
+    growing, volume = GrowingFront(), 0.0
+    for index, point in enumerate(zip(accuracy, latency_ms, strict=True)):
+        if growing.add(index, *point):
+            volume = growing.hypervolume(reference_latency_ms)
         volumes[index] = volume
     return volumes
 

@@ -18,15 +18,16 @@ from typing import Any
 
 from optuna.artifacts import FileSystemArtifactStore
 from optuna.artifacts.exceptions import ArtifactNotFound
-from optuna.storages import RDBStorage
 
-from studies.errors import guarded
 from studies.opening import parse
+from studies.optuna_storage import OptunaStorage
 
 # The dashboard gives each edit of a note the next version. Ours is the first: a later one is the user's own.
 OUR_VERSION = 1
 # The files of a database on a server lie here, as it has no folder of its own on this machine.
 SERVER_FOLDER = Path("studies")
+# Attributes in one statement: each is three of its parameters, of which SQLite takes 32,766.
+AT_ONCE = 1000
 _PREFIX = "dashboard:artifacts:"
 
 
@@ -43,34 +44,31 @@ def artifact_folder(url: str) -> Path:
     return SERVER_FOLDER / f"{parsed.database}.artifacts"
 
 
-def _set_attr(storage: RDBStorage, study_id: int, key: str, value: Any) -> None:
-    with guarded():
-        storage.set_study_system_attr(study_id, key, value)
-
-
 # -- Notes -----------------------------------------------------------------------------------------------------------
 
 
-def write_note(storage: RDBStorage, study_id: int, trial_id: int | None, body: str) -> None:
+def write_note(storage: OptunaStorage, study_id: int, trial_id: int | None, body: str) -> None:
     """Write the first note of a trial, or of the study if `trial_id` is None."""
+    storage.set_study_system_attrs(study_id, _note(body, trial_id))
+
+
+def _note(body: str, trial_id: int | None) -> dict[str, Any]:
+    """The attributes of the first note of a trial, or of the study."""
     from optuna_dashboard._note import note_ver_key, split_body
 
-    # The version is written last: without it there is no note, however many of its pieces are there.
-    for key, piece in split_body(body, trial_id).items():
-        _set_attr(storage, study_id, key, piece)
-    _set_attr(storage, study_id, note_ver_key(trial_id), OUR_VERSION)
+    return {**split_body(body, trial_id), note_ver_key(trial_id): OUR_VERSION}
 
 
-def update_notes(storage: RDBStorage, study_id: int, bodies: Mapping[int | None, str]) -> None:
+def update_notes(storage: OptunaStorage, study_id: int, bodies: Mapping[int | None, str]) -> None:
     """Bring the notes of trials, or of the study (None), up to date. A note that a user has edited stays as it is."""
-    from optuna_dashboard._note import get_note_from_system_attrs, note_str_key_prefix, note_ver_key, split_body
+    from optuna_dashboard._note import get_note_from_system_attrs, note_str_key_prefix, note_ver_key
 
     attrs = storage.get_study_system_attrs(study_id)
+    changed: dict[str, Any] = {}
     for trial_id, body in bodies.items():
         version = attrs.get(note_ver_key(trial_id), 0)
         if version > OUR_VERSION:
             continue
-        pieces = split_body(body, trial_id)
         old = {key: attrs[key] for key in _numbered(note_str_key_prefix(trial_id), attrs)}
         if (
             version == OUR_VERSION
@@ -78,9 +76,10 @@ def update_notes(storage: RDBStorage, study_id: int, bodies: Mapping[int | None,
         ):
             continue
         # Pieces that are left over are emptied, because attributes cannot be deleted.
-        for key in old.keys() - pieces.keys():
-            _set_attr(storage, study_id, key, "")
-        write_note(storage, study_id, trial_id, body)
+        changed |= {**dict.fromkeys(old, ""), **_note(body, trial_id)}
+    keys = list(changed)
+    for begin in range(0, len(keys), AT_ONCE):
+        storage.set_study_system_attrs(study_id, {key: changed[key] for key in keys[begin : begin + AT_ONCE]})
 
 
 def _numbered(prefix: str, attrs: Mapping[str, Any]) -> list[str]:
@@ -112,11 +111,13 @@ class Artifact:
 class Artifacts:
     """The files of one study's trials."""
 
-    def __init__(self, storage: RDBStorage, study_id: int, folder: Path) -> None:
+    def __init__(self, storage: OptunaStorage, study_id: int, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.storage, self.study_id = storage, study_id
         self.store = FileSystemArtifactStore(folder)
-        self.attrs: dict[str, Any] = storage.get_study_system_attrs(study_id)
+        # The notes of all trials, which are many, are attributes, too.
+        attrs = storage.get_study_system_attrs(study_id)
+        self.attrs: dict[str, Any] = {key: value for key, value in attrs.items() if key.startswith(_PREFIX)}
 
     def attach(self, trial_id: int, artifact: Artifact) -> bool:
         """Show a file with a trial, in the place of an older one of that name.
@@ -147,7 +148,7 @@ class Artifacts:
         """(trial_id, artifact_id, name) of each file."""
         found = []
         for key, value in self.attrs.items():
-            if key.startswith(_PREFIX) and (meta := json.loads(value)) is not None:
+            if (meta := json.loads(value)) is not None:
                 found.append((int(key.split(":")[2]), meta["artifact_id"], meta["filename"]))
         return found
 
@@ -169,5 +170,5 @@ class Artifacts:
 
     def _set(self, trial_id: int, artifact_id: str, value: str) -> None:
         key = f"{_PREFIX}{trial_id}:{artifact_id}"
-        _set_attr(self.storage, self.study_id, key, value)
+        self.storage.set_study_system_attrs(self.study_id, {key: value})
         self.attrs[key] = value

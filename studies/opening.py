@@ -21,7 +21,6 @@ from typing import Any
 
 import optuna
 from optuna.exceptions import StorageInternalError
-from optuna.storages import RDBStorage
 from optuna.study import StudyDirection
 from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
 from sqlalchemy.engine import URL, make_url
@@ -29,6 +28,7 @@ from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
 from studies import schema
 from studies.errors import StorageError, is_full, reason
+from studies.optuna_storage import OptunaStorage
 
 # Opening fails soon if somebody holds a lock for good; a running search waits for a long time.
 OPEN_TIMEOUT_S = 10
@@ -59,7 +59,7 @@ def displayed(url: str) -> str:
     return re.sub(r"([?&](?:ssl)?password=)[^&]*", r"\1***", hidden)
 
 
-def open_storage(url: str, *, create: bool) -> RDBStorage | None:
+def open_storage(url: str, *, create: bool) -> OptunaStorage | None:
     """Open the database at `url`, with Optuna's tables and ours in their newest version.
 
     Args:
@@ -355,13 +355,13 @@ def _require_known(version: str) -> None:
         raise StorageError(f"its tables are of version {version}, newer than this program's {known[-1]}")
 
 
-def _optuna_storage(url: URL) -> RDBStorage:
+def _optuna_storage(url: URL) -> OptunaStorage:
     sqlite = url.get_backend_name() == "sqlite"
     arguments = {"timeout": BUSY_TIMEOUT_S} if sqlite else schema.AS_UTF8
     engine_kwargs: dict[str, Any] = {"connect_args": arguments, "pool_pre_ping": not sqlite}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        storage = RDBStorage(url.render_as_string(hide_password=False), engine_kwargs=engine_kwargs)
+        storage = OptunaStorage(url.render_as_string(hide_password=False), engine_kwargs=engine_kwargs)
     if sqlite:
         event.listen(storage.engine, "connect", _tune_sqlite)
         # Connections made before the listener was there would not have been tuned.

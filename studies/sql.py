@@ -59,7 +59,7 @@ def device_row(session: Session, device: dict[str, str]) -> Device:
     if row := session.scalar(query):
         return row
     # Another process may write it at this moment: then its row is also ours.
-    session.execute(_insert(session)(Device).values(device).on_conflict_do_nothing())
+    session.execute(insert_into(session)(Device).values(device).on_conflict_do_nothing())
     return session.scalars(query).one()
 
 
@@ -74,7 +74,7 @@ def upsert(session: Session, table: type[Base], rows: Sequence[Base], replace: b
     for row in sorted(rows, key=lambda row: [str(getattr(row, name)) for name in key]):
         # What is None is left to the column's default.
         values = {column.name: value for column in columns if (value := getattr(row, column.name)) is not None}
-        insert = _insert(session)(table).values(values)
+        insert = insert_into(session)(table).values(values)
         if not replace:
             session.execute(insert.on_conflict_do_nothing(index_elements=key))
             continue
@@ -82,6 +82,6 @@ def upsert(session: Session, table: type[Base], rows: Sequence[Base], replace: b
         session.execute(insert.on_conflict_do_update(index_elements=key, set_=replaced))
 
 
-def _insert(session: Session) -> Any:
+def insert_into(session: Session) -> Any:
     """The INSERT of the database's own dialect, which knows ON CONFLICT."""
     return postgresql.insert if session.get_bind().dialect.name == "postgresql" else sqlite.insert

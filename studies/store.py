@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import optuna
-from optuna.storages import RDBStorage
 from sqlalchemy import func, select, text
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session, selectinload
+from sqlalchemy.orm import Session, subqueryload
 
 from studies.devices import Devices
 from studies.errors import StorageError, guarded
 from studies.opening import OBJECTIVES, open_storage, require_ours
+from studies.optuna_storage import OptunaStorage
 from studies.ownership import Owner, Ownership, require_owner
 from studies.sql import device_row, read_view, transaction, transaction_on, upsert
 from studies.tables import Candidate, CandidateLatency, CandidateState, CurvePoint, Study
@@ -56,7 +56,7 @@ class Store:
         retrainings: longer trainings of candidates.
     """
 
-    def __init__(self, optuna_storage: RDBStorage) -> None:
+    def __init__(self, optuna_storage: OptunaStorage) -> None:
         self.optuna_storage = optuna_storage
         self.engine = optuna_storage.engine
         self.ownership = Ownership(self.engine)
@@ -178,7 +178,7 @@ class Store:
         query = (
             select(Candidate)
             .where(Candidate.study_id == study_id)
-            .options(selectinload(Candidate.latencies))
+            .options(subqueryload(Candidate.latencies))
             .order_by(Candidate.number)
         )
         with transaction(self.engine) as session:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import signal
+import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +15,9 @@ from nas.cli.opening import existing_store, require_folder
 from nas.cli.options import Storage, given, made, takes
 from nas.config import DEFAULT_STORAGE
 from nas.options import NAME, Checked, between, option
+
+if TYPE_CHECKING:
+    from studies import Store
 
 
 @dataclass(frozen=True)
@@ -36,11 +40,7 @@ def dashboard(
 ) -> None:
     """Serve the Optuna dashboard on a study database, also while a search runs."""
     with reported(storage):
-        from nas.display.showcase import show
-        from nas.errors import UsageError
-        from nas.recorded import RecordedStudy
         from nas.report.dashboard import Server
-        from studies import StorageError
         from studies.display import artifact_folder
 
         folder = artifact_folder(storage) if artifacts is None else artifacts
@@ -48,17 +48,28 @@ def dashboard(
         require_folder("--artifacts", folder)
         with existing_store(storage) as store:
             server = Server(store, folder, address.host, address.port)
-            for summary in store.summaries():
-                try:
-                    count = show(RecordedStudy.open(store, summary.name), folder)
-                    say(f"{summary.name}: {count} files of its front made")
-                except (StorageError, UsageError, OSError) as error:
-                    # The file is read-only, the disk is full, or another version wrote the study: what is there can be
-                    # looked at.
-                    note(f"{summary.name}: not brought up to date ({error})")
             server.warm_up()
             where = "at every address of this machine; " if server.everywhere else ""
             say(f"dashboard: {server.url} ({where}Ctrl-C ends it)")
             # As Ctrl-C does.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
+            # Drawing takes longer than anybody waits for a page, which shows what is there until then.
+            threading.Thread(target=_bring_up_to_date, args=(store, folder), daemon=True).start()
             server.run()
+
+
+def _bring_up_to_date(store: Store, folder: Path) -> None:
+    """Bring the notes and files of all studies up to date."""
+    from nas.display.showcase import show
+    from nas.errors import UsageError
+    from nas.recorded import RecordedStudy
+    from studies import StorageError
+
+    for summary in store.summaries():
+        try:
+            count = show(RecordedStudy.open(store, summary.name), folder)
+            say(f"{summary.name}: {count} files of its front made")
+        except (StorageError, UsageError, OSError) as error:
+            # The file is read-only, the disk is full, or another version wrote the study: what is there can be looked
+            # at.
+            note(f"{summary.name}: not brought up to date ({error})")

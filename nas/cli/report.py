@@ -22,10 +22,13 @@ def report(
     with reported(storage):
         require_folder("--out", out_dir)
         with existing_study(storage, study) as recorded:
+            from nas.report.collector import resting_collector
             from nas.report.page import write_report
             from nas.validation.contenders import contenders
             from nas.validation.verdict import verdict
 
             compared = contenders(recorded)
-            for path in write_report(recorded, storage, out_dir, compared, verdict(compared)):
+            with resting_collector():
+                paths = write_report(recorded, storage, out_dir, compared, verdict(compared))
+            for path in paths:
                 say(f"made: {path}")

@@ -1,55 +1,169 @@
 """The time of a trial that is neither training nor timing: `python -m nas.lab.overhead --trials 200 --trials 2000`.
 
-The real search loop runs on a real SQLite file, with an evaluator that invents accuracy and latency at once.
+The real search loop runs on a real database, with an evaluator that invents accuracy and latency at once and builds the
+networks. To look at the end of a long study takes minutes: `--trials 10000 --drawn 9000 --open` draws the first 9,000
+complete candidates at random and does not build them, then asks the sampler for the others, and last times the commands
+that open the study. The processor's time stands beside the time, which other work on the machine prolongs.
 """
 
 from __future__ import annotations
 
+import functools
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
+from unittest import mock
 
 import typer
 
 from nas.config import SearchConfig
 from nas.lab.invented import FakeEvaluator
 from nas.lab.options import Space
+from nas.search import sampling
 from nas.search.loop import Event, Silent, run
-from search_spaces import load_space
+from nas.search.sampling import Proposer
+from nas.search.trials import Trials
+from search_spaces import ArchSpec, load_space
+from studies import Store
+from studies.ownership import Ownership
+
+# By its path: with -m, Python would also import what lies in the folder that the user stands in.
+SCRIPT = Path(__file__).parents[2] / "run_search.py"
+# The methods whose time is told apart.
+PARTS: dict[str, tuple[tuple[type, str], ...]] = {
+    "sampler": ((Proposer, "propose"), (Proposer, "propose_unseen"), (Proposer, "tell")),
+    "Optuna's tables": ((Trials, "begin"), (Trials, "add_duplicate"), (Trials, "finish")),
+    "our tables": ((Store, "add_candidate"), (Ownership, "require")),
+    "networks": ((ArchSpec, "build"),),
+}
 
 
 class _Stopwatch(Silent):
-    def __init__(self) -> None:
-        self.marks = [time.perf_counter()]
+    """Takes the time after each candidate.
+
+    Args:
+        drawn: number of complete candidates after which networks are built and the sampler is asked.
+
+    Attributes:
+        marks: pairs of the time and the processor's time, in seconds, at the beginning and after each candidate.
+        spent: seconds in each of `PARTS`, and the number of proposals under the name "proposals", over the last tenth.
+    """
+
+    def __init__(self, evaluator: FakeEvaluator, drawn: int) -> None:
+        self.evaluator, self.drawn = evaluator, drawn
+        self.marks: list[tuple[float, float]] = []
+        self.spent: Counter[str] = Counter()
+        self.tail_begin = 0
+        self.complete = 0
+
+    def begin(self, complete: int, budget: int) -> None:
+        self.mark()
 
     def candidate(self, event: Event) -> None:
-        self.marks.append(time.perf_counter())
+        self.complete = event.complete
+        self.evaluator.build = event.complete >= self.drawn
+        self.mark()
+        if not self.tail_begin and event.complete >= event.budget - max(1, event.budget // 10):
+            self.tail_begin = len(self.marks) - 1
+            self.spent.clear()
+
+    def mark(self) -> None:
+        self.marks.append((time.perf_counter(), time.process_time()))
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """Context in which the parts are timed and the first candidates are drawn at random."""
+        with ExitStack() as patches:
+            for part, methods in PARTS.items():
+                for owner, name in methods:
+                    patches.enter_context(mock.patch.object(owner, name, self._timed(part, getattr(owner, name))))
+            original = sampling.make_sampler
+
+            def make(name: str, *arguments: Any) -> Any:
+                self.spent["proposals"] += 1
+                return original("random" if self.complete < self.drawn else name, *arguments)
+
+            patches.enter_context(mock.patch.object(sampling, "make_sampler", make))
+            yield
+
+    def _timed(self, part: str, method: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(method)
+        def call(*arguments: Any, **named: Any) -> Any:
+            begin = time.perf_counter()
+            try:
+                return method(*arguments, **named)
+            finally:
+                self.spent[part] += time.perf_counter() - begin  # type: ignore[assignment]
+
+        return call
+
+    def __str__(self) -> str:
+        walls, cpus = ([1e3 * (b - a) for a, b in pairwise(each)] for each in zip(*self.marks, strict=True))
+        tail = len(walls) - self.tail_begin
+        parts = ", ".join(f"{part} {1e3 * self.spent[part] / tail:.1f}" for part in PARTS)
+        return (
+            f"{self.complete} complete, {len(walls)} evaluated: {statistics.mean(walls):.1f} ms each; over the last "
+            f"tenth {statistics.mean(walls[-tail:]):.1f} ms, {statistics.mean(cpus[-tail:]):.1f} of the processor, "
+            f"with {self.spent['proposals'] / tail:.1f} proposals each ({parts})"
+        )
+
+
+def time_opening(storage: str, folder: Path) -> dict[str, float]:
+    """Seconds until each command that opens the study has ended, or answers."""
+    seconds = {}
+    for command in (["pareto"], ["report", "--out", str(folder / "report")]):
+        begin = time.perf_counter()
+        subprocess.run(
+            [sys.executable, SCRIPT, *command, "--storage", storage], check=True, stdout=subprocess.DEVNULL
+        )  # fmt: skip
+        seconds[command[0]] = time.perf_counter() - begin
+    begin = time.perf_counter()
+    line = [sys.executable, "-u", str(SCRIPT), "dashboard", "--storage", storage]
+    with subprocess.Popen(line, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = next(line for line in process.stdout if "http://" in line).split()[1]
+        for page in ("dashboard/studies/1", "api/studies/1"):
+            urllib.request.urlopen(url + page).read()
+        seconds["dashboard"] = time.perf_counter() - begin
+        process.terminate()
+    return seconds
 
 
 def main(
     trials: Annotated[
-        list[int] | None, typer.Option(help="Trials of a study; may be given several times (default: 200 and 2000).")
+        list[int] | None,
+        typer.Option(help="Complete candidates of a study; may be given several times (default: 200 and 2000)."),
     ] = None,
     sampler: Annotated[str, typer.Option(help="Sampler: tpe, nsga2 or random.")] = "tpe",
     space: Space = "small",
+    storage: Annotated[
+        str, typer.Option(help="URL of an empty database, for one study (default: an SQLite file for each).")
+    ] = "",
+    drawn: Annotated[int, typer.Option(help="Complete candidates that are drawn at random before the others.")] = 0,
+    open: Annotated[bool, typer.Option("--open", help="Time the commands that open the study, too.")] = False,
 ) -> None:
-    """Print milliseconds per trial that are neither training nor timing, over all trials and over the last tenth."""
+    """Print milliseconds per candidate that are neither training nor timing, over all and over the last tenth."""
     for count in trials or [200, 2000]:
         with tempfile.TemporaryDirectory() as folder:
-            watch = _Stopwatch()
-            config = SearchConfig(
-                budget=count, storage=f"sqlite:///{Path(folder) / 'study.db'}", space=load_space(space), sampler=sampler
-            )
-            run(config, FakeEvaluator(build=True), watch)
-        gaps = [1e3 * (end - begin) for begin, end in zip(watch.marks, watch.marks[1:], strict=False)]
-        tail = gaps[-max(1, len(gaps) // 10) :]
-        print(
-            f"{count} complete, {len(gaps)} evaluated: {statistics.mean(gaps):.1f} ms a trial, "
-            f"{statistics.mean(tail):.1f} ms over the last tenth",
-            flush=True,
-        )
+            url = storage or f"sqlite:///{Path(folder) / 'study.db'}"
+            config = SearchConfig(budget=count, storage=url, space=load_space(space), sampler=sampler)
+            evaluator = FakeEvaluator(build=drawn == 0)
+            watch = _Stopwatch(evaluator, drawn)
+            with watch.watching():
+                run(config, evaluator, watch)
+            print(watch, flush=True)
+            if open:
+                opened = time_opening(url, Path(folder))
+                print("opened: " + ", ".join(f"{name} {seconds:.1f} s" for name, seconds in opened.items()), flush=True)
 
 
 if __name__ == "__main__":

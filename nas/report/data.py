@@ -103,8 +103,7 @@ def gather(recorded: RecordedStudy) -> Material:
     candidates, front = recorded.candidates(), recorded.front()
     every_front = recorded.store.front(recorded.name)
     others = every_front[~every_front.index.isin(front.index)]
-    optuna_study = recorded.store.load_optuna_study(recorded.name)
-    trials = optuna_study.get_trials(deepcopy=False)
+    trials = recorded.store.load_optuna_study(recorded.name).get_trials(deepcopy=False)
     clock = clock_of(candidates, trials)
     return Material(
         recorded=recorded,
@@ -118,7 +117,7 @@ def gather(recorded: RecordedStudy) -> Material:
             (deployment_line(members.iloc[0]), members)
             for _, members in others.groupby(Deployment.columns(), sort=False)
         ],
-        importances=importances(optuna_study, [objective for _, objective in OBJECTIVES]),
+        importances=importances(trials, [objective for _, objective in OBJECTIVES]),
         incomplete=incomplete_trials(candidates, trials),
     )
 

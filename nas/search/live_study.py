@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from optuna.trial import TrialState
 
-from nas.pareto import hypervolume
+from nas.pareto import GrowingFront
 from nas.recorded import RecordedStudy
 from nas.search.evaluation import Outcome
 from nas.search.rows import candidate_row, constraints, objectives
@@ -35,6 +35,7 @@ class LiveStudy:
 
     Attributes:
         complete: the objectives of each complete candidate, in the order in which they were evaluated.
+        front: the front of the complete candidates, by their places in `complete`.
         known: arch_id -> trial number of every candidate, whatever its outcome, those in flight included.
         untold: by number, the trials that the sampler is not told of yet.
     """
@@ -45,7 +46,7 @@ class LiveStudy:
         self.recover()
         candidates = recorded.candidates()
         self.known = {candidate.arch_id: candidate.number for candidate in candidates}
-        self.complete = self._objectives(candidates)
+        self._count(candidates)
         config, optuna_study = recorded.config, self.trials.study
         self.proposer = Proposer(
             config.space, config.sampler, config.seed, optuna_study.directions, optuna_study.get_trials(deepcopy=False)
@@ -56,14 +57,18 @@ class LiveStudy:
         # stays what it is: the plain baseline.
         self.openers = () if config.sampler == "random" else (config.space.smallest(), config.space.anchor())
 
-    def _objectives(self, candidates: Sequence[Candidate]) -> list[Measured]:
-        """Accuracy and latest latency of the complete candidates."""
-        complete = []
+    def _count(self, candidates: Sequence[Candidate]) -> None:
+        """Set accuracy and latest latency of the complete candidates, and their front."""
+        self.complete: list[Measured] = []
+        self.front = GrowingFront()
         for candidate in candidates:
             latency = candidate.latency_in(self.recorded.deployment)
             if candidate.state == CandidateState.COMPLETE and candidate.accuracy is not None and latency is not None:
-                complete.append(Measured(candidate.accuracy, latency.median_ms))
-        return complete
+                self._add_complete(Measured(candidate.accuracy, latency.median_ms))
+
+    def _add_complete(self, measured: Measured) -> None:
+        self.front.add(len(self.complete), measured.accuracy, measured.latency_ms)
+        self.complete.append(measured)
 
     def timed_archs(self) -> list[ArchSpec]:
         """The architectures of all candidates that were timed in the deployment that is searched."""
@@ -72,14 +77,12 @@ class LiveStudy:
 
     def reload(self) -> None:
         """Read the candidates' latencies anew, after some were measured again."""
-        self.complete = self._objectives(self.recorded.candidates())
+        self._count(self.recorded.candidates())
 
     @property
     def hypervolume(self) -> float:
         """Hypervolume of the complete candidates, in 0..1; see `RecordedStudy.reference_latency_ms`."""
-        accuracy = [measured.accuracy for measured in self.complete]
-        latency_ms = [measured.latency_ms for measured in self.complete]
-        return hypervolume(accuracy, latency_ms, self.recorded.reference_latency_ms)
+        return self.front.hypervolume(self.recorded.reference_latency_ms)
 
     def recover(self) -> None:
         """Close every trial that was left running: as its row says if it has one, else as failed.
@@ -139,4 +142,4 @@ class LiveStudy:
         self.trials.finish(trial_id, row, broken)
         self.untold[proposal.number] = objectives(row), TRIAL_STATES[outcome.state], broken
         if outcome.state == CandidateState.COMPLETE and outcome.proxy and outcome.latency:
-            self.complete.append(Measured(outcome.proxy.accuracy, outcome.latency.median_ms))
+            self._add_complete(Measured(outcome.proxy.accuracy, outcome.latency.median_ms))

@@ -17,7 +17,6 @@ from nas.display.showcase import show
 from nas.errors import CandidateFailed
 from nas.latency.block_table import BlockTable, sum_errors, sum_errors_line
 from nas.latency.parts import arch_parts, network_shape
-from nas.pareto import front
 from nas.search.evaluation import Evaluator, Outcome, RealEvaluator
 from nas.search.front_measurement import measure_front
 from nas.search.live_study import LiveStudy
@@ -265,15 +264,13 @@ def _event(
     config: SearchConfig, study: LiveStudy, rounds: Rounds, recorded: Recorded, per_minute: float | None,
     seconds_left: float | None,
 ) -> Event:  # fmt: skip
-    accuracy = [measured.accuracy for measured in study.complete]
-    latency_ms = [measured.latency_ms for measured in study.complete]
     return Event(
         arch=recorded.proposal.arch,
         outcome=recorded.outcome,
         complete=len(study.complete),
         budget=config.budget,
-        best_accuracy=max(accuracy, default=0.0),
-        front_size=len(front(accuracy, latency_ms)),
+        best_accuracy=study.front.best_accuracy,
+        front_size=len(study.front),
         hypervolume=study.hypervolume,
         seconds_left=seconds_left,
         workers=rounds.evaluator.workers,

@@ -160,7 +160,8 @@ class Rounds:
     def _keep_weights(self, proposal: Proposal, outcome: Outcome) -> None:
         if not (outcome.proxy and outcome.proxy.trained and outcome.latency):
             return
-        others = [(measured.accuracy, measured.latency_ms) for measured in self.study.complete]
+        # Whatever another candidate is far better than, a member of the front is.
+        others = list(zip(self.study.front.accuracy, self.study.front.latency_ms, strict=True))
         if near_front(outcome.proxy.accuracy, outcome.latency.median_ms, others):
             try:
                 weights(self.config, self.study).keep(proposal.number, proposal.arch.arch_id, outcome.proxy.trained)

@@ -23,6 +23,7 @@ from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESample
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from nas.search.recent_trials import RecentTrials
 from search_spaces import ArchSpec, SearchSpace
 from search_spaces.space import Choice
 
@@ -146,9 +147,11 @@ class Proposer:
         self.choices = {name: choices for name, choices in space.choices().items() if len(choices) > 1}
         self.distributions = {name: distribution(choices) for name, choices in self.choices.items()}
         self.fixed = {name: choices[0] for name, choices in space.choices().items() if len(choices) == 1}
-        self.storage = InMemoryStorage()
+        # NSGA-II needs whole generations, and random search looks at no trial.
+        self.storage = RecentTrials() if sampler == "tpe" else InMemoryStorage()
         self.study = optuna.create_study(directions=list(directions), storage=self.storage)
         self.study.add_trials(history)
+        self.trials = len(history)
         # By number: what was proposed and not told yet.
         self.pending: dict[int, Trial] = {}
 
@@ -168,7 +171,7 @@ class Proposer:
 
     def propose_unseen(self, seen: Collection[str]) -> Proposal | None:
         """A uniformly random architecture whose arch_id is not in `seen`; None where there seems to be none left."""
-        rng = random.Random(trial_seed(self.seed, len(self.study.get_trials(deepcopy=False))))
+        rng = random.Random(trial_seed(self.seed, self.trials))
         for _ in range(FALLBACK_DRAWS):
             arch = self.space.sample(rng)
             if arch.arch_id not in seen:
@@ -188,7 +191,8 @@ class Proposer:
         self.study.tell(trial, values, state)
 
     def _ask(self, sampler: str) -> Trial:
-        number = len(self.study.get_trials(deepcopy=False))
+        number = self.trials
+        self.trials += 1
         self.study.sampler = make_sampler(sampler, trial_seed(self.seed, number), self.distributions, self.pending)
         with warnings.catch_warnings():
             # Optuna calls multivariate TPE and the constant liar experimental, and warns at each trial.

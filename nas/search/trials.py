@@ -62,7 +62,7 @@ class Trials:
 
     def interrupt(self, trial: FrozenTrial) -> None:
         """Close a trial that was interrupted, as failed."""
-        self._set_attrs(trial._trial_id, {REASON: INTERRUPTED})
+        self.storage.set_trial_user_attrs(trial._trial_id, {REASON: INTERRUPTED})
         self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
 
     def finish(self, trial_id: int, row: Candidate, constraints: dict[str, float]) -> None:
@@ -71,16 +71,21 @@ class Trials:
         Args:
             constraints: the excess over each limit, as `Limits.excess` counts it.
         """
-        self._set_attrs(trial_id, self._attributes(row))
+        self.storage.set_trial_user_attrs(trial_id, self._attributes(row))
         latency = row.latency_in(self.recorded.deployment)
         self._write_note(trial_id, notes.trial_note(row, latency, self.recorded.config))
-        trial = self.storage.get_trial(trial_id)
-        # Some constraints may be stored already, if an earlier process was killed here.
-        if missing := constraints.keys() - trial.constraints.keys():
-            live = Trial(self.study, trial_id)
-            for key in sorted(missing):
-                live.set_constraint(key, constraints[key])
-        self.study.tell(trial.number, objectives(row), TRIAL_STATES[CandidateState(row.state)])
+        self._set_constraints(trial_id, constraints)
+        # `study.tell` looks for the trial by its number, which no index of Optuna's tables holds: it goes through all.
+        self.storage.set_trial_state_values(trial_id, TRIAL_STATES[CandidateState(row.state)], objectives(row))
+
+    def _set_constraints(self, trial_id: int, constraints: dict[str, float]) -> None:
+        if not constraints:
+            return
+        # Some may be stored already, if an earlier process was killed here.
+        missing = constraints.keys() - self.storage.get_trial(trial_id).constraints.keys()
+        live = Trial(self.study, trial_id)
+        for key in sorted(missing):
+            live.set_constraint(key, constraints[key])
 
     def _add(self, proposal: Proposal, state: TrialState, attrs: dict[str, Any]) -> int:
         trial = create_trial(
@@ -108,7 +113,3 @@ class Trials:
 
     def _write_note(self, trial_id: int, body: str) -> None:
         write_note(self.storage, self.recorded.study_id, trial_id, body)
-
-    def _set_attrs(self, trial_id: int, attrs: dict[str, Any]) -> None:
-        for key, value in attrs.items():
-            self.storage.set_trial_user_attr(trial_id, key, value)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from nas.pareto import evenly_spaced, front, hypervolume
+from nas.pareto import GrowingFront, evenly_spaced, front, hypervolume, running_hypervolume
 
 
 def dominates(a: tuple[float, float], b: tuple[float, float]) -> bool:
@@ -68,3 +68,21 @@ def test_members_of_the_front_from_one_end_to_the_other() -> None:
     assert evenly_spaced(2, 3) == [0, 1]
     assert evenly_spaced(5, 1) == [4]
     assert evenly_spaced(0, 3) == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_growing_front_is_at_any_time_that_of_all_its_points(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    accuracy, latency_ms = rng.integers(0, 8, 60) / 8, rng.integers(1, 8, 60) / 4
+    volumes = running_hypervolume(accuracy, latency_ms, 1.5)
+    growing = GrowingFront()
+    assert growing.best_accuracy == 0
+    for count in range(1, 61):
+        growing.add(count - 1, accuracy[count - 1], latency_ms[count - 1])
+        members = front(accuracy[:count], latency_ms[:count])
+        assert sorted(growing.keys) == sorted(members)
+        assert list(growing.latency_ms) == sorted(latency_ms[members])
+        assert growing.best_accuracy == accuracy[:count].max()
+        whole = hypervolume(accuracy[:count], latency_ms[:count], 1.5)
+        assert growing.hypervolume(1.5) == pytest.approx(whole)
+        assert volumes[count - 1] == pytest.approx(whole)

@@ -393,7 +393,9 @@ def optuna_study(count: int, values: Callable[[int], tuple[float, float]]) -> op
 
 
 def test_importances_tell_what_an_objective_depends_on() -> None:
-    accuracy, latency = importances(optuna_study(60, lambda n: (n % 10, -(n // 7 % 10))), ["accuracy", "latency_ms"])
+    accuracy, latency = importances(
+        optuna_study(60, lambda n: (n % 10, -(n // 7 % 10))).get_trials(), ["accuracy", "latency_ms"]
+    )
     assert list(accuracy.shares) == ["width", "depth"]
     assert accuracy.shares["width"] > 0.9
     assert list(latency.shares) == ["depth", "width"]
@@ -401,9 +403,9 @@ def test_importances_tell_what_an_objective_depends_on() -> None:
 
 
 def test_importances_that_cannot_be_told_say_why() -> None:
-    few = importances(optuna_study(FEWEST_TRIALS - 1, lambda n: (n, n)), ["accuracy", "latency_ms"])
+    few = importances(optuna_study(FEWEST_TRIALS - 1, lambda n: (n, n)).get_trials(), ["accuracy", "latency_ms"])
     assert all(not each.shares and "too few" in (each.why_not or "") for each in few)
-    equal, varied = importances(optuna_study(30, lambda n: (0.5, n % 10)), ["accuracy", "latency_ms"])
+    equal, varied = importances(optuna_study(30, lambda n: (0.5, n % 10)).get_trials(), ["accuracy", "latency_ms"])
     assert "All trials have the same accuracy" in (equal.why_not or "")
     assert varied.why_not is None
 
@@ -413,7 +415,7 @@ def test_importances_of_what_optuna_refuses_are_a_sentence(monkeypatch: pytest.M
         raise ValueError("no such thing")
 
     monkeypatch.setattr("nas.report.importance.get_param_importances", refuse)
-    (found,) = importances(optuna_study(30, lambda n: (n, n)), ["accuracy"])
+    (found,) = importances(optuna_study(30, lambda n: (n, n)).get_trials(), ["accuracy"])
     assert found.why_not == "Optuna could not compute them (no such thing)."
 
 

@@ -10,6 +10,7 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from nas.config import Sampler
 from nas.lab.invented import FakeEvaluator
+from nas.search import recent_trials
 from nas.search.sampling import Proposer, distribution
 from search_spaces import load_space
 
@@ -136,3 +137,50 @@ def test_decimal_choices_are_proposed_as_they_are_written(sampler: str, expansio
         create_trial(state=TrialState.RUNNING, params=proposal.params, distributions=proposal.distributions)
         into.tell(proposal.number, [0.5, 1.0 + number], TrialState.COMPLETE, {})
     assert seen == set(expansion)
+
+
+def test_up_to_a_thousand_trials_tpe_learns_from_all() -> None:
+    assert recent_trials.MOST_TRIALS == 1000
+    into = proposer("tpe")
+    advance(into, 40)
+    assert [trial.number for trial in into.storage.get_all_trials(into.study._study_id)] == list(range(40))
+
+
+@pytest.fixture
+def short_memory(monkeypatch: pytest.MonkeyPatch) -> int:
+    monkeypatch.setattr(recent_trials, "MOST_TRIALS", 30)
+    return 30
+
+
+def test_of_a_longer_study_tpe_learns_from_the_front_and_the_latest(short_memory: int) -> None:
+    into = proposer("tpe")
+    values = [(0.5, 1.0), (0.9, 0.5)] + [(0.4 - 0.001 * number, 2.0) for number in range(60)]
+    for number, (accuracy, latency_ms) in enumerate(values):
+        assert into.propose().number == number
+        into.tell(number, [accuracy, latency_ms], TrialState.COMPLETE, {})
+    listed = into.study.get_trials(deepcopy=False)
+    assert [trial.number for trial in listed] == [1, *range(len(values) - short_memory + 1, len(values))]
+    assert into.study.get_trials(states=(TrialState.FAIL,)) == []
+    into.propose()
+    running = into.study.get_trials(states=(TrialState.RUNNING,))
+    assert [trial.number for trial in running] == [len(values)]
+
+
+def test_of_a_long_front_half_of_what_tpe_learns_from_is_left_to_the_latest(short_memory: int) -> None:
+    into = proposer("tpe")
+    for number in range(80):
+        # Each is on the front.
+        into.propose_this(into.space.anchor())
+        into.tell(number, [0.01 * number, 1.0 + number], TrialState.COMPLETE, {})
+    numbers = [trial.number for trial in into.study.get_trials(deepcopy=False)]
+    assert len(numbers) <= short_memory
+    assert numbers[0] == 0
+    assert numbers[-15:] == list(range(65, 80))
+
+
+def test_a_long_study_that_is_opened_again_proposes_the_same(short_memory: int) -> None:
+    whole = proposer("tpe")
+    expected = advance(whole, 60)
+    # The trials' ids in memory are their numbers.
+    history = [whole.storage.get_trial(number) for number in range(45)]
+    assert advance(proposer("tpe", history=history), 15) == expected[45:]

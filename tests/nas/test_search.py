@@ -32,6 +32,7 @@ from nas.search.rows import latency_row
 from nas.training.proxy import ProxyResult
 from search_spaces import ArchSpec, SearchSpace
 from studies import Candidate, CandidateState, LatencyStage, Owner, StorageError, Store, Study
+from studies.optuna_storage import OptunaStorage
 from studies.sql import transaction
 
 
@@ -429,7 +430,7 @@ def test_a_candidate_whose_row_was_written_is_told_on_the_next_start(
             patch.setattr("nas.search.trials.Trials.finish", lambda *_: (_ for _ in ()).throw(kill()))
         else:
             # The constraint is set already, the state is not: setting it again would only warn.
-            patch.setattr(optuna.Study, "tell", lambda *_: (_ for _ in ()).throw(kill()))
+            patch.setattr(OptunaStorage, "set_trial_state_values", lambda *_: (_ for _ in ()).throw(kill()))
         patch.setattr("nas.search.live_study.LiveStudy.recover", lambda _: None)
         with pytest.raises(KeyboardInterrupt):
             search.run(config, FakeEvaluator())

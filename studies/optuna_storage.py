@@ -1,0 +1,158 @@
+"""Optuna's storage, which reads a long study and writes a trial in a fraction of the time."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Container, Mapping
+from typing import Any
+
+from optuna.distributions import distribution_to_json, json_to_distribution
+from optuna.storages import RDBStorage
+from optuna.storages._rdb.models import (
+    StudyModel,
+    StudySystemAttributeModel,
+    TrialIntermediateValueModel,
+    TrialModel,
+    TrialParamModel,
+    TrialSystemAttributeModel,
+    TrialUserAttributeModel,
+    TrialValueModel,
+)
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy import insert, or_, select
+from sqlalchemy.orm import Session
+
+from studies.sql import insert_into, transaction
+
+# A study has a handful of distributions, and each is stored with every value that was drawn from it.
+_distribution = functools.lru_cache(json_to_distribution)
+
+
+class OptunaStorage(RDBStorage):
+    """Optuna's storage of a database, with a statement for each table where Optuna sends many.
+
+    To read trials, Optuna makes an object of each row, parses the distribution of each parameter twice, and sends a
+    statement for each table and 500 trials: that takes 10 s for 8,000 trials of 18 parameters, and this 1.5 s. To write
+    a new one, Optuna sends three statements for each parameter and two for each attribute.
+    """
+
+    def get_trial_number_from_id(self, trial_id: int) -> int:
+        with transaction(self.engine) as session:
+            number = session.scalar(select(TrialModel.number).where(TrialModel.trial_id == trial_id))
+        if number is None:
+            raise KeyError(f"there is no trial of the id {trial_id}")
+        return int(number)
+
+    def set_study_system_attrs(self, study_id: int, attrs: Mapping[str, Any]) -> None:
+        """Set several attributes of a study, all or none."""
+        with transaction(self.engine) as session:
+            StudyModel.find_or_raise_by_id(study_id, session)
+            _write_attributes(session, StudySystemAttributeModel, {"study_id": study_id}, attrs)
+
+    def set_trial_user_attrs(self, trial_id: int, attrs: Mapping[str, Any]) -> None:
+        """Set several attributes of a trial that is not finished, all or none."""
+        with transaction(self.engine) as session:
+            trial: Any = TrialModel.find_or_raise_by_id(trial_id, session)
+            self.check_trial_is_updatable(trial_id, trial.state)
+            _write_attributes(session, TrialUserAttributeModel, {"trial_id": trial_id}, attrs)
+
+    def _get_prepared_new_trial(
+        self, study_id: int, template_trial: FrozenTrial | None, session: Session
+    ) -> TrialModel:
+        # This is the part of `create_new_trial` that writes; the other parts lock the study, and try again.
+        if template_trial is None or template_trial.values or template_trial.intermediate_values:
+            return super()._get_prepared_new_trial(study_id, template_trial, session)
+        trial: Any = TrialModel(
+            study_id=study_id, number=None, state=template_trial.state, datetime_start=template_trial.datetime_start,
+            datetime_complete=template_trial.datetime_complete,
+        )  # fmt: skip
+        session.add(trial)
+        session.flush()
+        params = [
+            {
+                "trial_id": trial.trial_id, "param_name": name, "distribution_json": distribution_to_json(distribution),
+                "param_value": distribution.to_internal_repr(template_trial.params[name]),
+            }
+            for name, distribution in template_trial.distributions.items()
+        ]  # fmt: skip
+        if params:
+            session.execute(insert(TrialParamModel), params)
+        owner = {"trial_id": trial.trial_id}
+        _write_attributes(session, TrialUserAttributeModel, owner, template_trial.user_attrs)
+        _write_attributes(session, TrialSystemAttributeModel, owner, template_trial.system_attrs)
+        trial.number = trial.count_past_trials(session)
+        made: TrialModel = trial
+        return made
+
+    def _get_trials(
+        self, study_id: int, states: Container[TrialState] | None, included_trial_ids: set[int],
+        trial_id_greater_than: int,
+    ) -> list[FrozenTrial]:  # fmt: skip
+        # All of Optuna's ways to read many trials, also through its cache, end in the method of this name.
+        wanted = [TrialModel.study_id == study_id]
+        if states is not None:
+            wanted.append(TrialModel.state.in_([state for state in TrialState if state in states]))
+        if trial_id_greater_than > -1:
+            # The cache asks for what is newer than its last finished trial, and for what was running then.
+            older = [trial_id for trial_id in included_trial_ids if trial_id <= trial_id_greater_than]
+            wanted.append(or_(TrialModel.trial_id > trial_id_greater_than, TrialModel.trial_id.in_(older)))
+        with Session(self.engine) as session:
+            StudyModel.find_or_raise_by_id(study_id, session)
+            rows = session.scalars(select(TrialModel).where(*wanted).order_by(TrialModel.trial_id))
+            trials = {trial._trial_id: trial for trial in map(_without_details, rows)}
+
+            def details(order: Any, *columns: Any) -> Any:
+                """The trial and some columns of each row of a table that refers to trials."""
+                model = order.class_
+                query = select(model.trial_id, *columns).join(TrialModel, TrialModel.trial_id == model.trial_id)
+                for trial_id, *values in session.execute(query.where(*wanted).order_by(order)):
+                    # A trial may have been added since these were read.
+                    if trial_id in trials:
+                        yield trials[trial_id], *values
+
+            param = TrialParamModel
+            for trial, name, value, text in details(
+                param.param_id, param.param_name, param.param_value, param.distribution_json
+            ):
+                trial.distributions[name] = _distribution(text)
+                trial.params[name] = trial.distributions[name].to_external_repr(value)
+            objective = TrialValueModel
+            for trial, value, kind in details(objective.objective, objective.value, objective.value_type):
+                trial.values = [*(trial.values or ()), objective.stored_repr_to_value(value, kind)]
+            user = TrialUserAttributeModel
+            for trial, key, text in details(user.trial_user_attribute_id, user.key, user.value_json):
+                trial.user_attrs[key] = json.loads(text)
+            system = TrialSystemAttributeModel
+            for trial, key, text in details(system.trial_system_attribute_id, system.key, system.value_json):
+                trial.system_attrs[key] = json.loads(text)
+            step = TrialIntermediateValueModel
+            for trial, number, value, kind in details(
+                step.step, step.step, step.intermediate_value, step.intermediate_value_type
+            ):
+                trial.intermediate_values[number] = step.stored_repr_to_intermediate_value(value, kind)
+        return list(trials.values())
+
+
+def _without_details(row: TrialModel) -> FrozenTrial:
+    """The trial of a row, without what other tables hold of it."""
+    fields: Any = row
+    return FrozenTrial(
+        number=fields.number, state=fields.state, value=None, values=None, datetime_start=fields.datetime_start,
+        datetime_complete=fields.datetime_complete, params={}, distributions={}, user_attrs={}, system_attrs={},
+        intermediate_values={}, trial_id=fields.trial_id,
+    )  # fmt: skip
+
+
+def _write_attributes(session: Session, model: Any, owner: dict[str, int], attrs: Mapping[str, Any]) -> None:
+    """Write attributes in the place of any older ones.
+
+    Args:
+        owner: the column that names the study or the trial of the attributes, with its value.
+    """
+    if not attrs:
+        return
+    rows = [{**owner, "key": key, "value_json": json.dumps(value)} for key, value in attrs.items()]
+    query = insert_into(session)(model).values(rows)
+    replaced = {"value_json": query.excluded.value_json}
+    session.execute(query.on_conflict_do_update(index_elements=[*owner, "key"], set_=replaced))
