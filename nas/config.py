@@ -64,7 +64,7 @@ def _unless_auto(typed: str) -> str | None:
     return None if typed == AUTO else str(typed)
 
 
-def _workers(typed: str) -> int | None:
+def worker_number(typed: str) -> int | None:
     """The number of workers that was typed; None for `auto`.
 
     Raises:
@@ -77,8 +77,15 @@ def _workers(typed: str) -> int | None:
 
 
 def _listed(typed: str) -> tuple[str, ...]:
-    """Names that were typed, separated by commas."""
-    return tuple(name.strip() for name in typed.split(",") if name.strip())
+    """Names that were typed, separated by commas.
+
+    Raises:
+        ValueError: there are none.
+    """
+    names = tuple(name.strip() for name in typed.split(",") if name.strip())
+    if not names:
+        raise ValueError(f"{typed!r}: names nothing")
+    return names
 
 
 PIXELS = between(8, MAX_RESOLUTION, "pixels")
@@ -367,7 +374,8 @@ class SearchConfig(Checked):
 
     workers: int | None = option(
         None, "--workers", "Number of trainings at once, or auto: as many as cores, memory and timing allow",
-        default=AUTO, panel="Search", bounds=between(1, MAX_WORKERS), typed=str, parse=_workers, keep=Keep.TRANSIENT,
+        default=AUTO, panel="Search", bounds=between(1, MAX_WORKERS), typed=str, parse=worker_number,
+        keep=Keep.TRANSIENT,
     )  # fmt: skip
     train_devices: tuple[str, ...] | None = option(
         None, "--train-devices", "Comma-separated devices that train; while they do, the next candidates are timed on "

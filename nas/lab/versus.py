@@ -53,7 +53,8 @@ def search(code: Path, folder: Path, name: str, budget: int, options: list[str])
     seconds = time.perf_counter() - begin
     spent = SPENT.search(done.stdout)
     if done.returncode or spent is None:
-        raise SystemExit(f"the search of {code} failed: {(done.stderr or done.stdout).strip().splitlines()[-1]}")
+        said = (done.stderr or done.stdout).strip().splitlines() or [f"status {done.returncode}"]
+        raise SystemExit(f"the search of {code} failed: {said[-1]}")
     hours, minutes, rest = (int(part) for part in spent.groups()[3:])
     store = Store.open(url, create=False)
     assert store is not None

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
-from kernels.machine import cores
+from kernels.machine import cores, free_memory_bytes
 from kernels.timing import DeviceInfo
 from nas.config import Limits, ProxyConfig, SearchConfig
 from nas.errors import CandidateFailed, UsageError, memory_may_run_out
@@ -26,17 +26,15 @@ from nas.search import worker_count
 from nas.search.worker_count import WorkerCount, get_ready
 from nas.training import data as image_data
 from nas.training.determinism import measure_apart
-from nas.training.pool import DataFiles, mapped, train_new
+from nas.training.pool import WORKER_BYTES, DataFiles, every_cuda, mapped, require_sense, train_new
 from nas.training.proxy import ProxyResult
 from nas.training.weights import Trained
-from nas.training.workers import Call, Done, Workers, dying_of_cuda, trim_heap
+from nas.training.workers import Call, Done, Workers, contained, trim_heap
 from search_spaces import ArchSpec, Cost, cost
 from studies import CandidateState
 
 # Workers that are started before it is known how many pay.
 FIRST_WORKERS = 8
-# Workers of one GPU that a user may ask for.
-MOST_WORKERS = 64
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ class Evaluator(Protocol):
 
     def measure(self, arch: ArchSpec) -> Measurement: ...
 
-    def train(self, archs: Sequence[ArchSpec]) -> Iterator[Done[ProxyResult]]:
+    def train(self, archs: Sequence[ArchSpec]) -> Generator[Done[ProxyResult]]:
         """Train networks side by side, those first that stand first, and yield each when it ends."""
         ...
 
@@ -154,7 +152,7 @@ class OneByOne:
         """
         raise NotImplementedError
 
-    def train(self, archs: Sequence[ArchSpec]) -> Iterator[Done[ProxyResult]]:
+    def train(self, archs: Sequence[ArchSpec]) -> Generator[Done[ProxyResult]]:
         """See `Evaluator.train`."""
         for index, arch in enumerate(archs):
             begin = time.perf_counter()
@@ -188,15 +186,14 @@ class RealEvaluator:
         # In one order in all processes, so that none waits for another in a circle.
         self.train_locks = sorted({device_lock(device) for device in self.train_devices}, key=lambda lock: lock.name)
         self.meter: ArchMeter | None = None
-        # They import torch while the data are loaded.
+        self.told = False
+        self.free_bytes = free_memory_bytes()
         self.pool = Workers(self._first_workers(), [str(device) for device in self.train_devices])
         self.files = DataFiles()
         try:
-            self.pool.warm()
             data = image_data.load(config.data, note)
             self.data_path = self.files.write(data)
-            # From here on, it may be measured: no process is busy with its imports.
-            self.pool.everywhere(get_ready, self.data_path)
+            self._get_ready()
         except BaseException:
             self.close()
             raise
@@ -206,15 +203,23 @@ class RealEvaluator:
 
     def _first_workers(self) -> int:
         """The workers to begin with: those that were asked for, or those that may turn out to pay."""
+        devices = len(self.train_devices)
         if self.config.workers is not None:
             return self.config.workers
-        devices, allowed = len(self.train_devices), max(1, cores() // self.config.proxy.threads)
-        on_cuda = self.train_devices[0].type == "cuda"
-        return max(devices, min(allowed, FIRST_WORKERS)) if not on_cuda else devices
+        if self.train_devices[0].type == "cuda":
+            return devices
+        fitting = self.free_bytes // WORKER_BYTES
+        return max(1, min(cores() // self.config.proxy.threads, fitting, FIRST_WORKERS))
+
+    def _get_ready(self) -> None:
+        """Have all workers import what they need, while nobody measures."""
+        with self._training():
+            self.pool.everywhere(get_ready, self.data_path)
 
     def _waiting(self) -> None:
-        self.note(WAITING)
-        self.note = lambda line: None
+        if not self.told:
+            self.note(WAITING)
+        self.told = True
 
     def anchor(self, references_ms: Sequence[float]) -> ShapeLatency:
         with anchor_must_run(self.config.latency), self.lock.measuring(self._waiting), memory_may_run_out():
@@ -227,7 +232,7 @@ class RealEvaluator:
             chosen = self._chosen_workers()
             self.note(str(chosen))
             self.pool.resize(chosen.count)
-            self.pool.everywhere(get_ready, self.data_path)
+            self._get_ready()
 
     @property
     def workers(self) -> int:
@@ -235,32 +240,44 @@ class RealEvaluator:
 
     @property
     def apart(self) -> bool:
-        # A training on CUDA takes a core, which a measurement on the CPU would feel.
-        return self.torch_device.type == "cuda" and self.torch_device not in self.train_devices
+        # A training takes a core, also on CUDA, which a measurement on the CPU would feel; and one on the CPU takes
+        # those that launch what is measured.
+        kinds = {self.torch_device.type, *(device.type for device in self.train_devices)}
+        return kinds == {"cuda"} and self.torch_device not in self.train_devices
 
     def _chosen_workers(self) -> WorkerCount:
         """The number of workers that pays."""
         config, anchor = self.config, self.config.space.anchor()
         arguments = (self.pool, anchor, self.data_path, config.proxy, config.seed)
-        with anchor_must_run(config.latency):
-            if self.train_devices[0].type == "cuda":
-                devices = len(self.train_devices)
-                most = max(devices, cores())
-                self.pool.resize(min(most, worker_count.MOST_ON_A_GPU * devices))
-                self.pool.everywhere(get_ready, self.data_path)
-                with self._training():
-                    return worker_count.on_cuda(devices, worker_count.images_per_second(*arguments), most)
+        # One core is left to what is timed meanwhile.
+        most = max(1, cores() - self.apart)
+        if self.train_devices[0].type == "cuda":
+            rate = worker_count.images_per_second(*arguments)
 
-            def probe() -> worker_count.Probe:
+            def measured(count: int) -> float:
+                self.pool.resize(max(count, self.pool.count))
+                self._get_ready()
                 with self._training():
-                    return worker_count.probe(*arguments)
+                    return rate(count)
 
-            def timing_seconds() -> float:
+            try:
+                return worker_count.on_cuda(len(self.train_devices), measured, most)
+            except CandidateFailed as error:
+                devices = ",".join(map(str, self.train_devices))
+                raise UsageError(f"--train-devices {devices}: a first training fails ({error})") from error
+
+        def probe() -> worker_count.Probe:
+            with self._training():
+                return worker_count.probe(*arguments)
+
+        def timing_seconds() -> float:
+            assert self.meter is not None
+            with self.lock.measuring(self._waiting):
                 begin = time.perf_counter()
-                self.measure(anchor)
+                self.meter.measure_together([anchor])
                 return time.perf_counter() - begin
 
-            return worker_count.on_cpu(config.proxy.threads, probe, timing_seconds)
+        return worker_count.on_cpu(config.proxy.threads, self.free_bytes, probe, timing_seconds)
 
     def cost(self, arch: ArchSpec) -> Cost:
         return cost(arch, self.config.latency.resolution, self.config.latency.num_classes)
@@ -301,7 +318,7 @@ class RealEvaluator:
             # on without this figure.
             return f"what --deterministic costs here could not be measured ({error})"
 
-    def train(self, archs: Sequence[ArchSpec]) -> Iterator[Done[ProxyResult]]:
+    def train(self, archs: Sequence[ArchSpec]) -> Generator[Done[ProxyResult]]:
         config = self.config
         calls = [Call(train_one, (arch, self.data_path, config.proxy, config.seed, config.keep_weights))
                  for arch in archs]  # fmt: skip
@@ -317,7 +334,7 @@ class RealEvaluator:
             yield
 
     def close(self) -> None:
-        """Release the devices; `start` may be called again."""
+        """Release the devices, also where another thread trains."""
         if self.meter is not None:
             self.meter.close()
         self.meter = None
@@ -332,8 +349,7 @@ def train_devices(config: SearchConfig, device: torch.device) -> list[torch.devi
         UsageError: one of them is not here, or there are more workers than make sense.
     """
     if config.train_devices is None:
-        count = torch.cuda.device_count() if device.type == "cuda" else 0
-        found = [torch.device("cuda", index) for index in range(count)] or [device]
+        found = every_cuda(device)
     else:
         found = []
         for name in config.train_devices:
@@ -343,10 +359,7 @@ def train_devices(config: SearchConfig, device: torch.device) -> list[torch.devi
                 raise UsageError(f"--train-devices {name}: {str(error).partition(': ')[2]}") from error
         if len({each.type for each in found}) > 1 or len(set(found)) < len(found):
             raise UsageError(f"--train-devices {','.join(config.train_devices)}: are of two kinds, or one stands twice")
-    most = cores() if found[0].type == "cpu" else MOST_WORKERS * len(found)
-    if config.workers is not None and config.workers > most:
-        what = "cores" if found[0].type == "cpu" else f"for {len(found)} GPUs"
-        raise UsageError(f"--workers {config.workers}: more than {most} {what} gain nothing")
+    require_sense(config.workers, len(found) if found[0].type == "cuda" else None, config.proxy.threads)
     return found
 
 
@@ -355,7 +368,6 @@ def indexed(devices: Sequence[torch.device]) -> list[torch.device]:
     return [torch.device(each.type, each.index or 0) if each.type == "cuda" else each for each in devices]
 
 
-@dying_of_cuda
 def train_one(
     arch: ArchSpec, data_path: str, config: ProxyConfig, seed: int, keep_weights: bool, device: str
 ) -> ProxyResult:
@@ -365,7 +377,7 @@ def train_one(
         CandidateFailed: the loss diverges, or memory runs out.
     """
     try:
-        with memory_may_run_out():
+        with contained():
             network, result = train_new(arch.build, data_path, config, seed, device)
         if keep_weights:
             result = replace(result, trained=Trained.of(network, mapped(data_path, device)[1]))

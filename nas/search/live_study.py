@@ -127,12 +127,11 @@ class LiveStudy:
             self.proposer.tell(proposal.number, None, TrialState.PRUNED, {})
         return None
 
-    def settle(self) -> None:
-        """Tell the sampler of all that was recorded, in the order of the numbers: so its proposals do not depend on
-        which of several trainings ends first."""
-        for number, outcome in sorted(self.untold.items()):
-            self.proposer.tell(number, *outcome)
-        self.untold.clear()
+    def settle(self, number: int | None = None) -> None:
+        """Tell the sampler of a trial that was recorded, or of all of them, in the order of their numbers: so its
+        proposals do not depend on which of several trainings ends first."""
+        for each in sorted(self.untold) if number is None else [number]:
+            self.proposer.tell(each, *self.untold.pop(each))
 
     def record(self, proposal: Proposal, trial_id: int, outcome: Outcome) -> None:
         """Write a candidate's rows, then close its trial in Optuna's tables. The sampler learns of it from `settle`."""

@@ -231,11 +231,12 @@ def _loop(config: SearchConfig, study: LiveStudy, evaluator: Evaluator, progress
     rounds = Rounds(config, study, evaluator, begin, progress.note, timed)
     rounds.latency += earlier_seconds
     pace = Pace(len(study.complete))
-    for recorded in rounds.run():
-        if rounds.busy == 0:
-            pace.pause(len(study.complete))
-        left = pace.seconds_left(config.budget - len(study.complete))
-        progress.candidate(_event(config, study, rounds, recorded, pace.per_minute, left))
+    with closing(rounds.run()) as course:
+        for recorded in course:
+            if rounds.round_ended:
+                pace.pause(len(study.complete))
+            left = pace.seconds_left(config.budget - len(study.complete))
+            progress.candidate(_event(config, study, rounds, recorded, pace.per_minute, left))
     return rounds
 
 

@@ -11,7 +11,7 @@ from nas.search.loop import Event, SearchResult
 from studies import CandidateState
 
 # Columns from which on there is room for the bar, and for the workers, too.
-WIDE, WIDER = 105, 135
+WIDE, WIDER = 105, 125
 # Seconds of compiling and tuning a candidate from which on they are shown.
 WORTH_SAYING = 0.5
 

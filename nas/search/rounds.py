@@ -8,11 +8,11 @@ and timed while one trains, and its proposals do not know the results of that on
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 
 from nas.config import SearchConfig
@@ -47,6 +47,68 @@ class Recorded:
     outcome: Outcome
 
 
+class Trainings:
+    """The trainings of a round, in this thread or in another.
+
+    Attributes:
+        left: number of those that have not ended, as far as this thread has looked.
+        seconds: time from the beginning of the trainings in another thread to their end.
+    """
+
+    def __init__(self, flights: Sequence[Flight], evaluator: Evaluator) -> None:
+        self.flights, self.evaluator = flights, evaluator
+        self.left = len(flights)
+        self.seconds = 0.0
+        self.results: queue.Queue[Done[ProxyResult] | BaseException | None] = queue.Queue()
+        self.thread: threading.Thread | None = None
+
+    def here(self) -> Generator[Done[ProxyResult]]:
+        """Train in this thread, and yield each result."""
+        if self.flights:
+            with closing(self.evaluator.train([flight.proposal.arch for flight in self.flights])) as results:
+                for done in results:
+                    self.left -= 1
+                    yield done
+
+    def start(self) -> None:
+        """Train in another thread."""
+        self.thread = threading.Thread(target=self._work)
+        self.thread.start()
+
+    def _work(self) -> None:
+        begin = time.perf_counter()
+        try:
+            for done in self.evaluator.train([flight.proposal.arch for flight in self.flights]) if self.flights else ():
+                self.results.put(done)
+            self.seconds = time.perf_counter() - begin if self.flights else 0.0
+            self.results.put(None)
+        except BaseException as error:  # for the thread that waits
+            self.results.put(error)
+
+    def ready(self) -> Iterator[Done[ProxyResult]]:
+        """Yield the results that are there already."""
+        while not self.results.empty():
+            result = self.results.get()
+            if not isinstance(result, Done):
+                # The end, which `rest` is to see.
+                self.results.put(result)
+                return
+            self.left -= 1
+            yield result
+
+    def rest(self) -> Iterator[Done[ProxyResult]]:
+        """Wait for all results, and yield each."""
+        while (result := self.results.get()) is not None:
+            if isinstance(result, BaseException):
+                raise result
+            self.left -= 1
+            yield result
+
+    def join(self) -> None:
+        if self.thread is not None:
+            self.thread.join()
+
+
 class Rounds:
     """The candidates of a run, round by round.
 
@@ -60,6 +122,7 @@ class Rounds:
         busy: number of workers that train.
         training, latency: seconds of this run in which it trained, and in which it measured latency.
         worked: seconds of all trainings, those at the same time added up.
+        in_flight: number of candidates that were timed and whose training has not ended.
     """
 
     def __init__(
@@ -71,24 +134,42 @@ class Rounds:
         self.size = 1 if evaluator.workers == 1 else 2 * evaluator.workers
         self.why = ""
         self.training = self.latency = self.worked = 0.0
-        self.busy = self.barren = 0
+        self.busy = self.barren = self.in_flight = 0
 
-    def run(self) -> Iterator[Recorded]:
+    def run(self) -> Generator[Recorded]:
         """Evaluate candidates until the budget is met, or there is another reason to end; yield each when recorded."""
         flights: list[Flight] = []
         while flights or not self._ended():
             following: list[Flight] = []
+            trainings = Trainings(flights, self.evaluator)
+            begin = time.perf_counter()
             if self.evaluator.apart:
-                with _in_background(self._train(flights)) as trainings:
-                    yield from self._propose(following, len(flights))
-                    yield from self._trained(flights, trainings)
+                trainings.start()
+                try:
+                    yield from self._propose(following, trainings)
+                    yield from self._record_trained(trainings, trainings.rest())
+                except BaseException:
+                    # The results that are there are kept; the other trainings are given up.
+                    for _ in self._record_trained(trainings, trainings.ready()):
+                        pass
+                    self.evaluator.close()
+                    trainings.join()
+                    raise
+                self.training += trainings.seconds
                 self.study.settle()
             else:
-                yield from self._trained(flights, self._train(flights))
+                with closing(trainings.here()) as results:
+                    yield from self._record_trained(trainings, results)
+                self.training += time.perf_counter() - begin if flights else 0.0
                 self.study.settle()
-                yield from self._propose(following, 0)
+                yield from self._propose(following, None)
             # The longest first, so that no worker is left with one at the end.
             flights = sorted(following, key=lambda flight: (-flight.screened.cost.macs, flight.proposal.number))
+
+    @property
+    def round_ended(self) -> bool:
+        """Whether all that was proposed has ended."""
+        return not self.in_flight
 
     def _ended(self) -> bool:
         if not self.why:
@@ -104,19 +185,20 @@ class Rounds:
         limit = self.config.time_limit_s
         return limit is not None and time.perf_counter() - self.begin >= limit
 
-    def _propose(self, flights: list[Flight], in_flight: int) -> Iterator[Recorded]:
-        """Propose and time the candidates of a round, and yield those that are not to be trained.
+    def _propose(self, flights: list[Flight], meanwhile: Trainings | None) -> Iterator[Recorded]:
+        """Propose and time candidates until there is a round of them to train; yield those that are not to be trained.
 
         Args:
             flights: list to which the others are added.
-            in_flight: number of candidates that are trained meanwhile.
+            meanwhile: the round that is trained at this time.
         """
         if self._ended():
             return
-        allowed = min(self.size, self.config.budget - len(self.study.complete) - in_flight)
-        for _ in range(allowed):
-            if self._is_late():
-                return
+        # Both are those of the beginning, however soon trainings end meanwhile.
+        in_flight = 0 if meanwhile is None else meanwhile.left
+        wanted = min(self.size, self.config.budget - len(self.study.complete) - in_flight)
+        barren = self.barren
+        while len(flights) < wanted and barren < MAX_BARREN and not self._is_late():
             proposed = self.study.propose()
             if proposed is None:
                 self.why = f"the space {self.config.space.name!r} yields nothing new"
@@ -129,28 +211,27 @@ class Rounds:
                 self.timed(proposal.arch)
                 self.latency += time.perf_counter() - timing_begin
             if isinstance(screened, Outcome):
+                barren += 1
                 yield self._record(proposal, trial_id, screened)
+                # It comes in the order of the numbers, whatever is trained.
+                self.study.settle(proposal.number)
             else:
                 flights.append(Flight(proposal, trial_id, screened))
+                self.in_flight += 1
+            if meanwhile is not None:
+                yield from self._record_trained(meanwhile, meanwhile.ready())
 
-    def _train(self, flights: list[Flight]) -> Iterator[Done[ProxyResult]]:
-        return self.evaluator.train([flight.proposal.arch for flight in flights]) if flights else iter(())
-
-    def _trained(self, flights: list[Flight], trainings: Iterator[Done[ProxyResult]]) -> Iterator[Recorded]:
-        begin, left = time.perf_counter(), len(flights)
-        self.busy = min(left, self.evaluator.workers)
-        for done in trainings:
-            flight = flights[done.index]
-            left -= 1
-            self.busy = min(left, self.evaluator.workers)
+    def _record_trained(self, trainings: Trainings, results: Iterator[Done[ProxyResult]]) -> Iterator[Recorded]:
+        self.busy = min(trainings.left, self.evaluator.workers)
+        for done in results:
+            flight = trainings.flights[done.index]
+            self.busy = min(trainings.left, self.evaluator.workers)
             self.worked += done.seconds
+            self.in_flight -= 1
             outcome = flight.screened.trained(done)
             if self.config.keep_weights:
                 self._keep_weights(flight.proposal, outcome)
-            self.training += time.perf_counter() - begin
             yield self._record(flight.proposal, flight.trial_id, outcome)
-            begin = time.perf_counter()
-        self.busy = 0
 
     def _record(self, proposal: Proposal, trial_id: int, outcome: Outcome) -> Recorded:
         self.study.record(proposal, trial_id, outcome)
@@ -173,30 +254,3 @@ class Rounds:
 def weights(config: SearchConfig, study: LiveStudy) -> Weights:
     """The weights that are kept of a study's candidates."""
     return Weights(weight_folder(config.storage), study.recorded.study_id)
-
-
-@contextlib.contextmanager
-def _in_background(trainings: Iterator[Done[ProxyResult]]) -> Iterator[Iterator[Done[ProxyResult]]]:
-    """Context in which an iterator is used up by another thread; yields an iterator of what it yielded."""
-    results: queue.Queue[Done[ProxyResult] | BaseException | None] = queue.Queue()
-
-    def work() -> None:
-        try:
-            for done in trainings:
-                results.put(done)
-            results.put(None)
-        except BaseException as error:  # for the thread that waits
-            results.put(error)
-
-    def found() -> Iterator[Done[ProxyResult]]:
-        while (result := results.get()) is not None:
-            if isinstance(result, BaseException):
-                raise result
-            yield result
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    try:
-        yield found()
-    finally:
-        thread.join()

@@ -13,12 +13,12 @@ from dataclasses import dataclass, replace
 import psutil
 import torch
 
-from kernels.machine import cores, free_memory_bytes
+from kernels.machine import cores
 from nas.config import ProxyConfig
 from nas.errors import CandidateFailed
 from nas.training.pool import mapped, train_new
 from nas.training.proxy import ProxyResult
-from nas.training.workers import Call, Workers, dying_of_cuda
+from nas.training.workers import Call, Workers, contained, trim_heap
 from search_spaces import ArchSpec
 
 # Steps of the anchor's training from which a whole one is extrapolated.
@@ -28,6 +28,7 @@ MEMORY_FACTOR = 3
 # On CUDA, twice as many workers must train so many times as much.
 MIN_GAIN = 1.15
 MOST_ON_A_GPU = 8
+GENTLE_RATE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -60,18 +61,25 @@ class WorkerCount:
         return f"{self.count} training{'s' if self.count > 1 else ''} at once: {first[0]} for no more{allowed}"
 
 
-def on_cpu(threads: int, probe: Callable[[], Probe], timing_seconds: Callable[[], float]) -> WorkerCount:
+def on_cpu(
+    threads: int, free_bytes: int, probe: Callable[[], Probe], timing_seconds: Callable[[], float]
+) -> WorkerCount:
     """The number of workers on a CPU.
 
     Args:
         threads: threads of each training.
+        free_bytes: memory that was free before there were workers.
         probe: function that trains the anchor for a moment, which is not called where one worker takes all cores.
         timing_seconds: function that times a network once and returns how long that took.
     """
     bounds = {"there are cores": max(1, cores() // threads)}
     if bounds["there are cores"] > 1:
-        probed = probe()
-        bounds["there is memory"] = max(1, free_memory_bytes() // probed.bytes)
+        try:
+            probed = probe()
+        except CandidateFailed as error:
+            # Whatever it is, it will show with the first candidates.
+            return WorkerCount(1, {f"a first training fails ({error}), so there is reason": 1})
+        bounds["there is memory"] = max(1, free_bytes // probed.bytes)
         bounds["timing finds work"] = max(1, round(probed.seconds / timing_seconds()))
     return WorkerCount(min(bounds.values()), bounds)
 
@@ -83,18 +91,26 @@ def on_cuda(devices: int, images_per_second: Callable[[int], float], most: int) 
         devices: number of devices; each has as many workers as the others.
         images_per_second: function from a number of workers to the images that they train on in a second, all together.
         most: greatest number of workers, for which there are cores.
+
+    Raises:
+        CandidateFailed: not even one worker on each device can train.
     """
     count, rate = devices, images_per_second(devices)
-    while 2 * count <= min(most, MOST_ON_A_GPU * devices):
+    bound = f"{MOST_ON_A_GPU} are tried on a GPU, and there are GPUs"
+    while 2 * count <= MOST_ON_A_GPU * devices:
+        if 2 * count > most:
+            bound = "there are cores"
+            break
         try:
             doubled = images_per_second(2 * count)
         except CandidateFailed:
-            # Their memory does not fit.
+            bound = "there is memory on the GPU"
             break
         if doubled < MIN_GAIN * rate:
+            bound = f"a GPU is busy with {rate / devices:,.0f} images a second, and there is reason"
             break
         count, rate = 2 * count, doubled
-    return WorkerCount(count, {f"more than {rate:,.0f} images a second are not to be had": count})
+    return WorkerCount(count, {bound: count})
 
 
 def probe(workers: Workers, arch: ArchSpec, data_path: str, config: ProxyConfig, seed: int) -> Probe:
@@ -103,13 +119,14 @@ def probe(workers: Workers, arch: ArchSpec, data_path: str, config: ProxyConfig,
     Raises:
         CandidateFailed: it cannot be trained.
     """
-    (done,) = workers.run([Call(_probe, (arch, data_path, replace(config, steps=PROBE_STEPS), seed))])
+    (done,) = workers.run([Call(_probe, (arch, data_path, gently(config, PROBE_STEPS), seed))])
     if isinstance(done.result, CandidateFailed):
         raise done.result
     result, own_bytes = done.result
     first, last = result.curve[0], result.curve[-1]
     seconds_each = (last.seconds - first.seconds) / max(1, last.step - first.step)
-    seconds = result.seconds + seconds_each * (config.steps - PROBE_STEPS)
+    # Before the first point of the curve lies what a process does once.
+    seconds = seconds_each * config.steps + result.seconds - last.seconds
     return Probe(seconds, own_bytes + MEMORY_FACTOR * result.train_memory_bytes)
 
 
@@ -123,24 +140,37 @@ def images_per_second(
     """
 
     def rate(count: int) -> float:
-        call = Call(_probe, (arch, data_path, replace(config, steps=5 * PROBE_STEPS), seed))
-        begin = time.perf_counter()
-        for done in list(workers.run([call] * count)):
-            if isinstance(done.result, CandidateFailed):
-                raise done.result
-        return count * 5 * PROBE_STEPS * config.batch_size / (time.perf_counter() - begin)
+        seconds = 0.0
+        # The first time, libraries load their kernels.
+        for steps in (PROBE_STEPS, 5 * PROBE_STEPS):
+            call = Call(_probe, (arch, data_path, gently(config, steps), seed))
+            begin = time.perf_counter()
+            for done in list(workers.run([call] * count)):
+                if isinstance(done.result, CandidateFailed):
+                    raise done.result
+            seconds = time.perf_counter() - begin
+        return count * 5 * PROBE_STEPS * config.batch_size / seconds
 
     return rate
 
 
-@dying_of_cuda
+def gently(config: ProxyConfig, steps: int) -> ProxyConfig:
+    """A short training that does not diverge: in a few steps the rate reaches its peak before the weights are ready."""
+    return replace(config, steps=steps, learning_rate=min(config.learning_rate, GENTLE_RATE))
+
+
 def _probe(arch: ArchSpec, data_path: str, config: ProxyConfig, seed: int, device: str) -> tuple[ProxyResult, int]:
     """The result of a short training, and the bytes of this process that no other shares."""
-    _, result = train_new(arch.build, data_path, config, seed, device)
-    return result, int(psutil.Process().memory_full_info().uss)
+    try:
+        with contained():
+            _, result = train_new(arch.build, data_path, config, seed, device)
+        return result, int(psutil.Process().memory_full_info().uss)
+    finally:
+        trim_heap()
 
 
 def get_ready(data_path: str, device: str) -> None:
     """Import what trains, and map the data."""
     torch.set_num_threads(1)
-    mapped(data_path, device)
+    with contained():
+        mapped(data_path, device)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import astuple, dataclass, fields, replace
 from functools import cache, partial
@@ -15,9 +16,9 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from kernels.machine import cores
+from kernels.machine import cores, free_memory_bytes
 from nas.config import DataConfig, ProxyConfig
-from nas.errors import CandidateFailed
+from nas.errors import CandidateFailed, UsageError
 from nas.files import save_tensors
 from nas.locks import WAITING, device_lock
 from nas.reporting import Note
@@ -26,8 +27,36 @@ from nas.training import proxy
 from nas.training.data import ImageData
 from nas.training.proxy import ProxyResult
 from nas.training.weights import Images
-from nas.training.workers import Call, Workers, dying_of_cuda, trim_heap
+from nas.training.workers import Call, Workers, contained, trim_heap
 from studies import BaselineTraining, Retraining
+
+# A worker with torch and timm needs some 400 MB of its own, and a training as much again.
+WORKER_BYTES = 2**30
+# Workers of one GPU that a user may ask for.
+MOST_WORKERS = 64
+
+
+def every_cuda(device: torch.device) -> list[torch.device]:
+    """All CUDA devices where the given one is of them, else the given one."""
+    count = torch.cuda.device_count() if device.type == "cuda" else 0
+    return [torch.device("cuda", index) for index in range(count)] or [device]
+
+
+def require_sense(workers: int | None, gpus: int | None, threads: int = 1) -> None:
+    """Check a number of workers that the user asked for.
+
+    Args:
+        gpus: number of CUDA devices that train; None on a CPU.
+        threads: CPU threads of each training.
+
+    Raises:
+        UsageError: more than make sense.
+    """
+    most = max(1, cores() // threads) if gpus is None else MOST_WORKERS * gpus
+    if workers is not None and workers > most:
+        each = f" of {threads} threads" if threads > 1 else ""
+        what = f"{cores()} cores" if gpus is None else f"{gpus} GPU{'s' if gpus > 1 else ''}"
+        raise UsageError(f"--workers {workers}: more than {most}{each} gain nothing on {what}")
 
 
 class Trainable(Protocol):
@@ -76,9 +105,8 @@ class DataFiles:
     """
 
     def __init__(self) -> None:
-        self.folder = tempfile.TemporaryDirectory(prefix="convfirst-data-")
         self.paths: dict[int, str] = {}
-        self.open: list[int] = []
+        self.held = contextlib.ExitStack()
 
     def __enter__(self) -> DataFiles:
         return self
@@ -87,10 +115,8 @@ class DataFiles:
         self.close()
 
     def close(self) -> None:
-        while self.open:
-            os.close(self.open.pop())
+        self.held.close()
         self.paths.clear()
-        self.folder.cleanup()
 
     def write(self, data: ImageData) -> str:
         """Write a data set; returns the path at which `mapped` finds it.
@@ -99,14 +125,17 @@ class DataFiles:
             OSError: there is no room for it.
         """
         resolution = data.train_images.shape[-1]
-        path = Path(self.folder.name) / f"{resolution}.pt"
-        save_tensors({field.name: getattr(data, field.name) for field in fields(data)}, path)
-        self.paths[resolution] = str(path)
-        if Path("/proc/self/fd").exists():
-            number = os.open(path, os.O_RDONLY)
-            self.open.append(number)
-            path.unlink()
-            self.paths[resolution] = f"/proc/{os.getpid()}/fd/{number}"
+        with contextlib.ExitStack() as stack:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="convfirst-data-"))
+            path = Path(folder) / f"{resolution}.pt"
+            save_tensors({field.name: getattr(data, field.name) for field in fields(data)}, path)
+            if Path("/proc/self/fd").exists():
+                number = os.open(path, os.O_RDONLY)
+                self.held.callback(os.close, number)
+                self.paths[resolution] = f"/proc/{os.getpid()}/fd/{number}"
+            else:
+                self.held.enter_context(stack.pop_all())
+                self.paths[resolution] = str(path)
         return self.paths[resolution]
 
 
@@ -116,11 +145,16 @@ class Trainer:
     Args:
         data: the data set, whose resolution is replaced by that of each network.
         config: configuration of the trainings, whose steps and learning rate are replaced by those of each job.
-        device: device of the trainings; on a CPU each of them has one thread.
+        device: device of the trainings; if it is a CUDA device, all of them train. On a CPU each training has one
+            thread.
         seed: seed of weights, order and augmentation, the same for all networks.
-        workers: number of trainings at once; None stands for as many as there are cores, and one on CUDA.
+        workers: number of trainings at once; None stands for one for each core for which there is memory, and for each
+            CUDA device.
         note: function that takes a line for each step of the work.
         check: function that is called with the data at each resolution when they are loaded, and may raise.
+
+    Raises:
+        UsageError: there are more workers than make sense.
 
     Attributes:
         classes: number of classes of the data; 0 until they are loaded.
@@ -131,19 +165,32 @@ class Trainer:
         check: Callable[[ImageData], None] = lambda data: None,
     ) -> None:  # fmt: skip
         self.data, self.device, self.seed, self.note, self.check = data, device, seed, note, check
+        self.devices = [str(each) for each in every_cuda(device)]
         self.lock, self.waiting = device_lock(device), partial(note, WAITING)
+        # In one order in all processes, so that none waits for another in a circle.
+        self.locks = sorted({device_lock(torch.device(each)) for each in self.devices}, key=lambda lock: lock.name)
         # The same number for all trainings, because it changes the rounding.
         self.config = replace(config, threads=1) if device.type == "cpu" else config
-        self.count = workers or (cores() if device.type == "cpu" else 1)
+        require_sense(workers, len(self.devices) if device.type == "cuda" else None)
+        fitting = max(1, min(cores(), free_memory_bytes() // WORKER_BYTES))
+        self.count = workers or (fitting if device.type == "cpu" else len(self.devices))
         self.classes = 0
 
     def __enter__(self) -> Trainer:
-        self.files, self.workers = DataFiles(), Workers(self.count, [str(self.device)])
+        self.files, self.workers = DataFiles(), Workers(self.count, self.devices)
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.workers.close()
         self.files.close()
+
+    @contextlib.contextmanager
+    def training(self) -> Iterator[None]:
+        """Context in which no process measures on the devices that train."""
+        with contextlib.ExitStack() as stack:
+            for lock in self.locks:
+                stack.enter_context(lock.training(self.waiting))
+            yield
 
     def data_path(self, resolution: int) -> str:
         """Path of the file with the data at a resolution, which is written if need be."""
@@ -170,7 +217,7 @@ class Trainer:
         for begin in range(0, len(jobs), 2 * self.count):
             group = jobs[begin : begin + 2 * self.count]
             calls = [self._call(job) for job in group]
-            with self.lock.training(self.waiting), closing(self.workers.run(calls)) as results:
+            with self.training(), closing(self.workers.run(calls)) as results:
                 for number, each in enumerate(results, start=begin + 1):
                     self.note(f"{number}/{len(jobs)}  {done(group[each.index], each.result)}")
 
@@ -191,7 +238,6 @@ def fill(row: BaselineTraining | Retraining, result: ProxyResult | CandidateFail
     return f"{result.accuracy:.1%} in {result.seconds:.0f} s"
 
 
-@dying_of_cuda
 def train_one(network: Trainable, data_path: str, config: ProxyConfig, seed: int, device: str) -> ProxyResult:
     """Train a network from new weights, in this process.
 
@@ -199,7 +245,7 @@ def train_one(network: Trainable, data_path: str, config: ProxyConfig, seed: int
         CandidateFailed: the loss diverges, memory runs out, or a network that is not ours does not train.
     """
     try:
-        with network.failing():
+        with network.failing(), contained():
             return train_new(network.build, data_path, config, seed, device)[1]
     finally:
         trim_heap()

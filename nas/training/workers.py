@@ -8,25 +8,31 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import functools
+import os
+import platform
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from nas.child_process import ChildProcess
-from nas.errors import CandidateFailed, WorkerDied
+from nas.errors import CandidateFailed, WorkerDied, memory_may_run_out, message_line
 
 Result = TypeVar("Result")
 
 # glibc gives the memory of large tensors back to the system and takes it anew at each step: 1,800 page faults, and 14 %
-# of a training's time. Workers keep it until a training ends (`trim_heap`).
-MALLOC = {
-    "MALLOC_MMAP_THRESHOLD_": str(2**30), "MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_TOP_PAD_": str(2**26),
+# of a training's time. Workers keep it until a training ends (`trim_heap`). Before 2.35, glibc takes no such threshold.
+_THRESHOLD = 2**30 if platform.libc_ver()[1].split(".") >= ["2", "35"] else 2**25
+ENVIRONMENT = {
+    "MALLOC_MMAP_THRESHOLD_": str(_THRESHOLD), "MALLOC_TRIM_THRESHOLD_": str(2**32), "MALLOC_TOP_PAD_": str(2**25),
+    # cuBLAS reads it at its first product; only `--deterministic` makes use of it.
+    "CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
 }  # fmt: skip
+# Words of errors after which a CUDA context is of no more use; those of libraries have no class of their own.
+CUDA_FAULTS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error", "CUFFT", "device-side assert")
 
 
 @dataclass(frozen=True)
@@ -55,16 +61,32 @@ class Worker:
 
     def __init__(self, number: int, device: str) -> None:
         self.number, self.device = number, device
-        self.child = ChildProcess(MALLOC)
+        self.child = ChildProcess(ENVIRONMENT)
         # The system ends a child with the thread that started it, so this one lasts as long as the worker.
         self.thread = ThreadPoolExecutor(1)
         self.ran: str | None = None
+        self.closed = False
 
-    def submit(self, function: Callable[..., Result], *args: object) -> Future[Result]:
-        return self.thread.submit(self.child.call, function, *args)
+    def submit(self, function: Callable[..., Result], *args: object) -> Future[tuple[Result | CandidateFailed, float]]:
+        """Call a function in the process: its result, or why it failed, and the seconds that it took."""
+        return self.thread.submit(self._call, function, *args)
 
-    def close(self) -> None:
+    def _call(self, function: Callable[..., Result], *args: object) -> tuple[Result | CandidateFailed, float]:
+        begin = time.perf_counter()
+        try:
+            if self.closed:
+                raise CandidateFailed("its worker was closed")
+            result: Result | CandidateFailed = self.child.call(function, *args)
+        except CandidateFailed as error:
+            result = error
+        return result, time.perf_counter() - begin
+
+    def kill(self) -> None:
+        """End the process for good; calls that wait for it fail."""
+        self.closed = True
         self.child.close()
+
+    def join(self) -> None:
         self.thread.shutdown(cancel_futures=True)
 
 
@@ -101,15 +123,19 @@ class Workers:
         self.close()
 
     def close(self) -> None:
-        """End all processes; the next call starts others."""
-        for worker in self.workers:
-            worker.close()
-        self.workers = [Worker(each.number, each.device) for each in self.workers]
+        """End all processes, also those that another thread waits for; the next call starts others."""
+        closed, self.workers = self.workers, [Worker(each.number, each.device) for each in self.workers]
+        # All are killed before one is waited for: a second interrupt may come.
+        for worker in closed:
+            worker.kill()
+        for worker in closed:
+            worker.join()
 
     def resize(self, count: int) -> None:
         """Have another number of workers; those that stay keep their processes."""
         for worker in self.workers[count:]:
-            worker.close()
+            worker.kill()
+            worker.join()
         self.workers = self.workers[:count]
         for number in range(len(self.workers), count):
             self.workers.append(Worker(number, self.devices[number % len(self.devices)]))
@@ -118,11 +144,6 @@ class Workers:
     def count(self) -> int:
         return len(self.workers)
 
-    def warm(self) -> None:
-        """Start all processes, without waiting until they are there."""
-        for worker in self.workers:
-            worker.submit(_import)
-
     def everywhere(self, function: Callable[..., Result], *args: object) -> list[Result]:
         """Run `function(*args, device)` in each worker at once, and return all results.
 
@@ -130,7 +151,12 @@ class Workers:
             CandidateFailed: a call raised it, or its process died.
         """
         futures = [worker.submit(function, *args, worker.device) for worker in self.workers]
-        return [future.result() for future in futures]
+        found = []
+        for result, _ in [future.result() for future in futures]:
+            if isinstance(result, CandidateFailed):
+                raise result
+            found.append(result)
+        return found
 
     def run(self, calls: Sequence[Call[Result]]) -> Generator[Done[Result]]:
         """Run calls in the order in which they stand, as workers become free, and yield each when it ends.
@@ -141,74 +167,64 @@ class Workers:
             RuntimeError: a call raised what is no result, and its process has printed it.
             OSError: a disk is full.
         """
-        waiting, again = deque(range(len(calls))), list[int]()
-        free, running = list(reversed(self.workers)), dict[Future[Result], tuple[int, Worker, float]]()
+        waiting, again = deque(range(len(calls))), dict[int, Worker]()
+        # A close from another thread puts others in their place, which are not used here.
+        workers = self.workers
+        free = list(reversed(workers))
+        running: dict[Future[tuple[Result | CandidateFailed, float]], tuple[int, Worker]] = {}
         try:
             while waiting or running:
                 while waiting and free:
                     index, worker = waiting.popleft(), free.pop()
-                    running[self._submit(worker, calls[index])] = index, worker, time.perf_counter()
+                    running[self._submit(worker, calls[index])] = index, worker
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    index, worker, begin = running.pop(future)
+                    index, worker = running.pop(future)
+                    result, seconds = future.result()
+                    if worker.closed:
+                        return
                     free.append(worker)
-                    seconds = time.perf_counter() - begin
-                    try:
-                        result: Result | CandidateFailed = future.result()
-                    except WorkerDied:
-                        again.append(index)
-                        continue
-                    except CandidateFailed as error:
-                        result = error
-                    yield Done(index, worker.number, seconds, result)
-            for index in sorted(again):
-                yield self._once_more(index, calls[index])
+                    if isinstance(result, WorkerDied):
+                        again[index] = worker
+                    else:
+                        yield Done(index, worker.number, seconds, result)
+            for index, died in sorted(again.items(), key=lambda each: each[0]):
+                # An idle process holds memory, too; and a device may be broken.
+                for worker in workers:
+                    worker.child.close()
+                other = workers[(workers.index(died) + 1) % len(workers)]
+                result, seconds = self._submit(other, calls[index]).result()
+                if other.closed:
+                    return
+                yield Done(index, other.number, seconds, result)
         except BaseException:
             # A thread that waits for its process would outlast this one.
             self.close()
             raise
 
-    def _once_more(self, index: int, call: Call[Result]) -> Done[Result]:
-        """Run a call for the second and last time, while no other runs."""
-        # An idle process holds memory, too.
-        for worker in self.workers:
-            worker.child.close()
-        first, begin = self.workers[0], time.perf_counter()
-        try:
-            result: Result | CandidateFailed = self._submit(first, call).result()
-        except CandidateFailed as error:
-            result = error
-        return Done(index, first.number, time.perf_counter() - begin, result)
-
-    def _submit(self, worker: Worker, call: Call[Result]) -> Future[Result]:
+    def _submit(self, worker: Worker, call: Call[Result]) -> Future[tuple[Result | CandidateFailed, float]]:
         if worker.ran not in (None, call.alone):
             worker.thread.submit(worker.child.close)
         worker.ran = call.alone
         return worker.submit(call.function, *call.args, worker.device)
 
 
-def _import() -> None:
-    """Import what takes seconds."""
-    import timm  # noqa: F401
-    import torch  # noqa: F401
-
-
-def dying_of_cuda(function: Callable[..., Result]) -> Callable[..., Result]:
-    """A function after whose CUDA errors its process is not used again, as a CUDA context does not survive them.
+@contextlib.contextmanager
+def contained() -> Iterator[None]:
+    """Context of a worker's work, whose faults of memory and CUDA cost this process and not the search.
 
     Raises:
-        WorkerDied: CUDA reported an error other than a lack of memory.
+        OutOfMemory: memory ran out.
+        WorkerDied: CUDA reported an error, after which its context is of no more use.
     """
+    import torch
 
-    @functools.wraps(function)
-    def guarded(*args: object, **named: object) -> Result:
-        import torch
-
-        try:
-            return function(*args, **named)
-        except torch.AcceleratorError as error:
-            raise WorkerDied(str(error).splitlines()[0]) from error
-
-    return guarded
+    try:
+        with memory_may_run_out():
+            yield
+    except RuntimeError as error:
+        if isinstance(error, torch.AcceleratorError) or any(words in str(error) for words in CUDA_FAULTS):
+            raise WorkerDied(message_line(error)) from error
+        raise
 
 
 def trim_heap() -> None:

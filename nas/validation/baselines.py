@@ -120,7 +120,7 @@ class _Run:
         networks = []
         calls = [Call(_timm_network, (model, self.timm_engine, self.map_size, self.latency.num_classes))
                  for model in self.models]  # fmt: skip
-        with self.trainer.lock.training(self.trainer.waiting), closing(self.trainer.workers.run(calls)) as results:
+        with self.trainer.training(), closing(self.trainer.workers.run(calls)) as results:
             for done in sorted(results, key=lambda each: each.index):
                 if isinstance(done.result, CandidateFailed):
                     self.latencies.add_failure(self.models[done.index], self.timm_engine, str(done.result))

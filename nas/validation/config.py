@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from nas.config import PIXELS, DataConfig, SearchConfig
-from nas.options import Bounds, Checked, at_least, option, same_as
+from nas.config import AUTO, MAX_WORKERS, PIXELS, DataConfig, worker_number
+from nas.options import Bounds, Checked, at_least, between, option, same_as
 
 # Length of the long schedule, in steps of the study's proxy, and its learning rates, in units of the study's.
 LONG = 4
@@ -80,7 +80,10 @@ class BaselineConfig(Checked):
     data: str | None = option(None, "--data", "Folder of the study's images, if they were moved", default="the study's")
     data_dir: str = same_as(DataConfig, "data_dir")
     download: bool = same_as(DataConfig, "download")
-    workers: int | None = same_as(SearchConfig, "workers")
+    workers: int | None = option(
+        None, "--workers", "Number of trainings at once, or auto: one for each core for which there is memory, or GPU",
+        default=AUTO, bounds=between(1, MAX_WORKERS), typed=str, parse=worker_number,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -108,5 +111,8 @@ class RetrainConfig(Checked):
     )  # fmt: skip
     data_dir: str = same_as(DataConfig, "data_dir")
     download: bool = same_as(DataConfig, "download")
-    workers: int | None = same_as(SearchConfig, "workers")
+    workers: int | None = option(
+        None, "--workers", "Number of trainings at once, or auto: one for each core for which there is memory, or GPU",
+        default=AUTO, bounds=between(1, MAX_WORKERS), typed=str, parse=worker_number,
+    )  # fmt: skip
     to_rgb: bool = same_as(DataConfig, "to_rgb")

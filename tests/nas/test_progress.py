@@ -35,7 +35,7 @@ def test_a_line_shows_how_many_workers_train_and_how_fast() -> None:
     assert "busy" not in shown.getvalue()
     PlainProgress(Console(file=shown, width=300)).candidate(replace(event, per_minute=12.34, seconds_left=83.0))
     assert "0:01:23 left  3/4 busy, 12.3 a minute  [" in shown.getvalue()
-    for width, is_there in ((120, False), (140, True)):
+    for width, is_there in ((120, False), (130, True)):
         with LiveProgress(Console(file=io.StringIO(), force_terminal=True, width=width)) as live:
             live.begin(0, 2)
             live.candidate(replace(event, per_minute=12.34))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -140,6 +141,25 @@ def test_candidates_over_a_limit_take_no_part_in_a_round(config: SearchConfig) -
     states = Counter(state for *_, state in proposed(config))
     assert states["over_limit"] > 0
     assert sum(evaluator.rounds) == states["complete"] + states["failed"]
+    # Others take their places: no worker idles because of them, but in the last rounds.
+    assert set(evaluator.rounds[:2]) == {6}
+
+
+def test_an_interrupt_while_the_next_round_is_timed_keeps_what_was_trained(config: SearchConfig) -> None:
+    class Impatient(SideBySide):
+        def measure(self, arch: ArchSpec) -> Measurement:
+            if len(self.rounds) == 2:
+                # Until the second round's trainings have ended, in their own thread.
+                while self.training.is_set():
+                    time.sleep(0.01)
+                raise KeyboardInterrupt
+            return super().measure(arch)
+
+    evaluator = Impatient(2, apart=True)
+    with pytest.raises(KeyboardInterrupt):
+        search.run(replace(config, budget=30), evaluator)
+    assert evaluator.rounds == [4, 4]
+    assert len(proposed(config)) == 8
 
 
 class Dying(SideBySide):

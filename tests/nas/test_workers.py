@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
 import time
 from contextlib import closing
 from pathlib import Path
@@ -11,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nas.errors import CandidateFailed, OutOfMemory
-from nas.training.workers import Call, Done, Workers, dying_of_cuda
+from nas.errors import CandidateFailed, OutOfMemory, WorkerDied
+from nas.training.workers import Call, Done, Workers, contained
 
 
 def double(number: int, device: str) -> tuple[int, str, int]:
@@ -25,6 +26,11 @@ def killed(marks: str, times: int, device: str) -> str:
         (Path(marks) / str(os.getpid())).touch()
         os.kill(os.getpid(), signal.SIGKILL)
     return "done"
+
+
+def killed_here(marks: str, device: str) -> str:
+    killed(marks, 1, device)
+    return device
 
 
 def starved(marks: str, device: str) -> int:
@@ -46,9 +52,11 @@ def broken(device: str) -> None:
     raise ValueError("a bug")
 
 
-@dying_of_cuda
-def faulty(device: str) -> None:
-    raise torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nand more")
+def faulty(kind: str, words: str, device: str) -> None:
+    with contained():
+        if kind == "accelerator":
+            raise torch.AcceleratorError(words)
+        raise RuntimeError(words)
 
 
 def sleeping(seconds: float, device: str) -> float:
@@ -103,13 +111,43 @@ def test_what_had_too_little_memory_runs_alone(tmp_path: Path) -> None:
     assert found == {0: 1, 1: 1}
 
 
-def test_a_cuda_error_ends_its_process_and_then_fails() -> None:
+@pytest.mark.parametrize(
+    ("kind", "words", "reason"),
+    [
+        ("accelerator", "an illegal memory access was encountered\nand more", "an illegal memory access"),
+        (
+            "library",
+            "CUDA error: CUBLAS_STATUS_NOT_INITIALIZED when calling `cublasCreate(handle)`",
+            "CUBLAS_STATUS_NOT",
+        ),
+        ("library", "cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", "CUDNN_STATUS_EXECUTION_FAILED"),
+        ("library", "CUDA out of memory. Tried to allocate 2.00 GiB", "out of memory"),
+    ],
+)
+def test_a_fault_of_cuda_ends_its_process_and_then_fails(kind: str, words: str, reason: str) -> None:
     with Workers(1, ["cpu"]) as workers:
         (before,) = workers.everywhere(double, 0)
-        (done,) = workers.run([Call(faulty, ())])
-        assert str(done.result) == "CUDA error: an illegal memory access was encountered"
+        (done,) = workers.run([Call(faulty, (kind, words))])
+        assert isinstance(done.result, WorkerDied)
+        assert reason in str(done.result)
+        assert "\n" not in str(done.result)
         (after,) = workers.everywhere(double, 0)
     assert before[2] != after[2]
+
+
+def test_a_second_attempt_is_made_on_another_device(tmp_path: Path) -> None:
+    with Workers(2, ["cuda:0", "cuda:1"]) as workers:
+        (done,) = workers.run([Call(killed_here, (str(tmp_path),))])
+    assert done.result == "cuda:1"
+
+
+def test_workers_that_another_thread_closes_give_up() -> None:
+    begin = time.monotonic()
+    with Workers(2, ["cpu"]) as workers:
+        threading.Timer(1.0, workers.close).start()
+        assert list(workers.run([Call(sleeping, (600.0,)), Call(sleeping, (600.0,)), Call(sleeping, (600.0,))])) == []
+        assert time.monotonic() - begin < 300
+        assert workers.everywhere(double, 1)[1][0] == 2
 
 
 def test_a_failure_is_a_result_and_a_bug_is_none(capfd: pytest.CaptureFixture[str]) -> None:
