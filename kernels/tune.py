@@ -29,6 +29,7 @@ from torch import Tensor
 from kernels import timing
 from kernels.cache import cache_folder
 from kernels.cost_model import GPU_SPECS, H200, GpuSpec
+from kernels.machine import cores
 
 # Tilings that are compiled and timed; the goal is that the best is among the cost model's first three.
 TRIED = 4
@@ -259,7 +260,7 @@ def compile_together(jobs: Sequence[tuple[Task, Any]]) -> float:
     """
     begin = time.perf_counter()
     with (
-        ThreadPoolExecutor(max(2, os.cpu_count() or 2)) as pool,
+        ThreadPoolExecutor(max(2, cores())) as pool,
         triton.AsyncCompileMode(pool, ignore_errors=True),
         _warming_up(),
     ):

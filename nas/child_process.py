@@ -16,12 +16,13 @@ import socket
 import subprocess
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from io import BufferedRWPair
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
 
-from nas.errors import CandidateFailed
+from nas.errors import CandidateFailed, WorkerDied
 from nas.files import no_room
 
 # Of <sys/prctl.h>.
@@ -37,11 +38,15 @@ Result = TypeVar("Result")
 class ChildProcess:
     """Calls functions in a child process, which is started when it is needed, and again when it has died.
 
+    Args:
+        environment: environment variables that the child has beside this process's own.
+
     Attributes:
         process: the child; None while there is none.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, environment: Mapping[str, str] = MappingProxyType({})) -> None:
+        self.environment = dict(environment)
         self.process: subprocess.Popen[bytes] | None = None
         self.stream: BufferedRWPair | None = None
 
@@ -65,7 +70,7 @@ class ChildProcess:
             try:
                 self.process = subprocess.Popen(
                     [sys.executable, "-P", "-c", code, str(os.getpid()), str(its.fileno())],
-                    stdin=subprocess.DEVNULL, stdout=2, pass_fds=[its.fileno()],
+                    stdin=subprocess.DEVNULL, stdout=2, pass_fds=[its.fileno()], env=os.environ | self.environment,
                     process_group=0,  # apart from our group, which Ctrl-C on a terminal reaches as a whole
                 )  # fmt: skip
                 self.stream = ours.makefile("rwb")
@@ -89,7 +94,8 @@ class ChildProcess:
         """The result of a module's function, called in the child with these arguments.
 
         Raises:
-            CandidateFailed: the function raised it, or a signal killed the child.
+            CandidateFailed: the function raised it.
+            WorkerDied: the function raised it, or a signal killed the child.
             OSError: the function raised it, because a disk is full.
             RuntimeError: the function raised anything else, whose traceback the child has printed, or the child gives
                 no answers.
@@ -100,6 +106,10 @@ class ChildProcess:
             # An answer may still be on its way, which the next call must not get.
             self.close()
             raise
+        if "died" in reply:
+            # What it holds may be broken, or is memory that a second attempt needs.
+            self.close()
+            raise WorkerDied(reply["died"])
         if "failed" in reply:
             raise CandidateFailed(reply["failed"])
         if "full" in reply:
@@ -127,7 +137,7 @@ class ChildProcess:
             if status >= 0:
                 raise RuntimeError(f"the child process ended with status {status}") from error
             # Most often because memory ran out.
-            raise CandidateFailed(f"its process was killed by {signal.Signals(-status).name}") from error
+            raise WorkerDied(f"its process was killed by {signal.Signals(-status).name}") from error
 
 
 def die_with_parent() -> None:
@@ -149,6 +159,8 @@ def answer(stream: BufferedRWPair) -> None:
             return
         try:
             reply: dict[str, Any] = {"value": function(*args, **kwargs)}
+        except WorkerDied as error:
+            reply = {"died": str(error)}
         except CandidateFailed as error:
             reply = {"failed": str(error)}
         except OSError as error:

@@ -7,7 +7,6 @@ the storage, what is kept and how precisely latencies are measured.
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -30,6 +29,7 @@ DEFAULT_PRECISION = {"cpu": 0.05, "cuda": 0.02}
 AUTO = "auto"
 MAX_THREADS = 1024
 MAX_RESOLUTION = 2048  # pixels
+MAX_WORKERS = 1024
 MAX_BUDGET = 1_000_000
 # Data sets that have a name of their own; a name with one of timm's prefixes is that of a data set of timm, which takes
 # one without a prefix for a folder of images below --data-dir.
@@ -54,11 +54,6 @@ class Dtype(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
-def default_threads() -> int:
-    """CPU threads for training: all, up to four. On two cores two threads trained 1.1 to 1.6 times as fast as one."""
-    return min(4, os.cpu_count() or 1)
-
-
 def _by_device(defaults: dict[str, Any]) -> str:
     """The defaults of each kind of device, in words."""
     return ", ".join(f"{value} on {kind}" for kind, value in defaults.items())
@@ -67,6 +62,23 @@ def _by_device(defaults: dict[str, Any]) -> str:
 def _unless_auto(typed: str) -> str | None:
     """What was typed; None for `auto`, which leaves the choice to the study or to the device."""
     return None if typed == AUTO else str(typed)
+
+
+def _workers(typed: str) -> int | None:
+    """The number of workers that was typed; None for `auto`.
+
+    Raises:
+        ValueError: it is no whole number.
+    """
+    try:
+        return None if typed == AUTO else int(typed)
+    except ValueError as error:
+        raise ValueError(f"{typed}: is neither {AUTO} nor a number") from error
+
+
+def _listed(typed: str) -> tuple[str, ...]:
+    """Names that were typed, separated by commas."""
+    return tuple(name.strip() for name in typed.split(",") if name.strip())
 
 
 PIXELS = between(8, MAX_RESOLUTION, "pixels")
@@ -144,7 +156,7 @@ class ProxyConfig(Checked):
         steps, batch_size: the schedule; 200 x 32 beat fewer steps of a larger batch at equal CPU time.
         learning_rate: peak learning rate.
         warmup: share of the steps during which the learning rate rises.
-        threads: CPU threads that train (they change the rounding, so they are part of the identity).
+        threads: CPU threads of each training (they change the rounding, so they are part of the identity).
         deterministic: whether algorithms are deterministic on CUDA, too; `nas.training.determinism` measures the cost.
     """
 
@@ -157,7 +169,7 @@ class ProxyConfig(Checked):
     warmup: float = 0.2
     label_smoothing: float = 0.1
     threads: int = option(
-        default_threads, "--threads", "CPU threads for training", default="all, up to 4", panel=DATA, bounds=THREADS
+        1, "--threads", "CPU threads of each training; more trainings at once gain more", panel=DATA, bounds=THREADS
     )
     deterministic: bool = option(
         False, "--deterministic", "Make trainings on CUDA repeatable; a new study reports what that costs", panel=DATA
@@ -307,6 +319,10 @@ class SearchConfig(Checked):
         study: name of the study in that database.
         block_table: whether the blocks of every candidate are measured alone, not only those of the front at the end.
         keep_weights: whether the proxy-trained weights of the front's members are kept.
+        workers: number of trainings at once; None stands for the greatest that pays. Candidates are proposed in rounds
+            of twice as many, so the proposals of a seed depend on it.
+        train_devices: names of the devices that train; None stands for the latency's device, and for all CUDA devices
+            where that is one.
 
     Raises:
         FieldError: a field has a value that it cannot have.
@@ -346,6 +362,17 @@ class SearchConfig(Checked):
     )  # fmt: skip
     keep_weights: bool = option(
         False, "--keep-weights", "Keep the trained weights of the front's networks, for export", panel="Study",
+        keep=Keep.TRANSIENT,
+    )  # fmt: skip
+
+    workers: int | None = option(
+        None, "--workers", "Number of trainings at once, or auto: as many as cores, memory and timing allow",
+        default=AUTO, panel="Search", bounds=between(1, MAX_WORKERS), typed=str, parse=_workers, keep=Keep.TRANSIENT,
+    )  # fmt: skip
+    train_devices: tuple[str, ...] | None = option(
+        None, "--train-devices", "Comma-separated devices that train; while they do, the next candidates are timed on "
+        "a --device that is none of them",
+        default="--device, and all CUDA devices if that is one", panel="Search", typed=str, parse=_listed,
         keep=Keep.TRANSIENT,
     )  # fmt: skip
 

@@ -67,6 +67,14 @@ class CandidateFailed(Exception):
     """A candidate cannot be evaluated, which is a result; the message is recorded as the reason."""
 
 
+class WorkerDied(CandidateFailed):
+    """The process that evaluated a candidate died, or is of no more use; another may succeed."""
+
+
+class OutOfMemory(WorkerDied):
+    """Memory ran out; when others have ended, there may be enough."""
+
+
 @contextmanager
 def of_this_version(study: str) -> Iterator[None]:
     """Context in which a study's content is read; another version of the program may have written it.
@@ -97,4 +105,4 @@ def memory_may_run_out() -> Iterator[None]:
             raise
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
-        raise CandidateFailed("out of memory") from error
+        raise OutOfMemory("out of memory") from error

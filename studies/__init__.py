@@ -5,7 +5,7 @@ This room imports none of the others (nas, search_spaces, kernels), and only thi
 
 from studies.deployment import Deployment
 from studies.errors import StorageError, guarded
-from studies.opening import OBJECTIVES, check_free, check_writable, displayed
+from studies.opening import OBJECTIVES, check_free, check_writable, displayed, keep_connecting
 from studies.ownership import Owner, check_claimable
 from studies.store import Store
 from studies.tables import (
@@ -44,4 +44,5 @@ __all__ = [
     "check_writable",
     "displayed",
     "guarded",
+    "keep_connecting",
 ]

@@ -143,6 +143,7 @@ class Candidate(Base):
     Attributes:
         latency_seconds, train_seconds, total_seconds: the time that the evaluation took; the first and the last include
             any waiting for another process on the device.
+        worker: number of the worker that trained it, from 0; None where none did, or an older version.
     """
 
     __tablename__ = "convfirst_candidates"
@@ -171,6 +172,7 @@ class Candidate(Base):
     train_memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
     latency_seconds: Mapped[float | None]
     total_seconds: Mapped[float]
+    worker: Mapped[int | None]
     finished_at: Mapped[datetime] = mapped_column(default=now)
 
     latencies: Mapped[list[CandidateLatency]] = relationship(

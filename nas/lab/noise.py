@@ -3,7 +3,8 @@
 Random networks of a space are measured one after the other, as a search does, and then all of them again, and again.
 The command prints how far a network's latencies are apart, raw and drift-corrected, how often two networks change
 places between rounds, and how many measurements ended at the time cap. `--out` keeps the latencies, and with
-`--reference-ms` from an earlier run, which prints it, several runs are compared.
+`--reference-ms` from an earlier run, which prints it, several runs are compared. With `--workers` networks are trained
+between the rounds, as in a parallel search, and the processes that trained are there while latencies are measured.
 """
 
 from __future__ import annotations
@@ -21,13 +22,20 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from nas.config import LatencyConfig
+from nas.config import DataConfig, LatencyConfig, ProxyConfig
 from nas.errors import UsageError
 from nas.lab.options import Space
 from nas.latency.devices import check_device
 from nas.latency.isolation import meter_for
 from nas.locks import WAITING, device_lock
+from nas.search.evaluation import train_one
+from nas.training.data import load
+from nas.training.pool import DataFiles
+from nas.training.workers import Call, Workers
 from search_spaces import load_space
+
+# Steps of the trainings between two rounds: a few seconds.
+STEPS = 50
 
 
 def spread(latencies_ms: np.ndarray) -> np.ndarray:
@@ -56,6 +64,9 @@ def main(
         float | None, typer.Option(help="Latency of the anchor that an earlier run printed (default: measure it).")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file of latencies; those of this run are added.")] = None,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Worker processes that train before each round, as in a parallel search.")
+    ] = 0,
 ) -> None:
     """Print how far repeated measurements of the same networks are apart."""
     try:
@@ -72,12 +83,21 @@ def main(
     with lock.measuring(lambda: print(WAITING, file=sys.stderr)):
         meter = meter_for(config, loaded.anchor(), reference_ms)
     measured: list[list[Any]] = []
-    for _ in track(range(rounds), "measuring"):
-        row = []
-        for arch in archs:
-            with lock.measuring():
-                row += meter.measure_together([arch])
-        measured.append(row)
+    with DataFiles() as files, Workers(workers, [str(where)]) as pool:
+        calls = []
+        if workers:
+            path = files.write(load(DataConfig(resolution=loaded.resolution)))
+            proxy = ProxyConfig(steps=STEPS)
+            calls = [Call(train_one, (arch, path, proxy, 0, False)) for arch in archs[: 2 * workers]]
+        for _ in track(range(rounds), "measuring"):
+            with lock.training():
+                # All of them end before anything is measured, and their processes stay.
+                list(pool.run(calls))
+            row = []
+            for arch in archs:
+                with lock.measuring():
+                    row += meter.measure_together([arch])
+            measured.append(row)
     reference_ms = meter.reference_ms
     meter.close()
     runs.append({

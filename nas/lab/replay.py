@@ -24,16 +24,17 @@ from nas.latency.device_profile import DeviceProfile
 from nas.latency.values import Latency, Measurement, ShapeLatency
 from nas.recorded import RecordedStudy
 from nas.search import run
+from nas.search.evaluation import OneByOne
 from nas.training.proxy import CurvePoint, ProxyResult
 from search_spaces import ArchSpec, Cost, cost
 from studies import Candidate, CandidateLatency, Store
 
 # Columns and attributes that differ from run to run though nothing else does.
-TIMES = ("latency_seconds", "total_seconds", "finished_at", "created_at", "owner")
+TIMES = ("latency_seconds", "total_seconds", "finished_at", "created_at", "owner", "worker")
 ATTRIBUTES_OF_TIME = ("seconds",)
 
 
-class ReplayingEvaluator:
+class ReplayingEvaluator(OneByOne):
     """Evaluator that scores candidates as a recorded study did, and ends the program at an architecture that it lacks.
 
     Args:
@@ -75,7 +76,7 @@ class ReplayingEvaluator:
             raise CandidateFailed(candidate.reason or "")
         return _measurement(candidate.latencies[0])
 
-    def train(self, arch: ArchSpec) -> ProxyResult:
+    def train_one(self, arch: ArchSpec) -> ProxyResult:
         candidate = self._candidate(arch)
         if candidate.accuracy is None or candidate.loss is None:
             raise CandidateFailed(candidate.reason or "")

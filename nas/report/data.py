@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 
+import numpy as np
 import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 
@@ -49,8 +51,9 @@ class Material:
     Args:
         candidates: all evaluated candidates, in order.
         history: a row for each complete candidate of the study's own deployment: `number`, `accuracy`, `latency_ms`,
-            `hypervolume` up to it, and `seconds` that all candidates up to it took.
+            `hypervolume` up to it, and the `seconds` of the search in which all candidates up to it were evaluated.
         time_spent: a row for each candidate, with the seconds of `training`, `latency` and `all else`.
+        trainings: a row for each training in a worker: `worker`, and `begin` and `end` in seconds of the search.
         evaluations, front: rows of the two views in the study's own deployment, the front fastest first.
         elsewhere: fronts in other deployments, each with the deployment in words.
         incomplete: trials without a result, the most frequent reason first.
@@ -60,6 +63,7 @@ class Material:
     candidates: list[Candidate]
     history: pd.DataFrame
     time_spent: pd.DataFrame
+    trainings: pd.DataFrame
     evaluations: pd.DataFrame
     front: pd.DataFrame
     elsewhere: list[tuple[str, pd.DataFrame]]
@@ -77,6 +81,17 @@ class Material:
         return len(self.history)
 
     @property
+    def workers(self) -> int:
+        """Number of workers that trained."""
+        return int(self.trainings["worker"].nunique())
+
+    @property
+    def busy(self) -> float:
+        """The share of the time of the search in which a worker trained, on average."""
+        seconds = self.trainings["end"].max() - self.trainings["begin"].min()
+        return float((self.trainings["end"] - self.trainings["begin"]).sum() / (self.workers * seconds))
+
+    @property
     def is_searched(self) -> bool:
         """Whether a process may be searching the study now."""
         owner = self.recorded.row.owner
@@ -89,11 +104,13 @@ def gather(recorded: RecordedStudy) -> Material:
     every_front = recorded.store.front(recorded.name)
     others = every_front[~every_front.index.isin(front.index)]
     trials = recorded.store.load_optuna_study(recorded.name).get_trials(deepcopy=False)
+    clock = clock_of(candidates, trials)
     return Material(
         recorded=recorded,
         candidates=candidates,
-        history=_history(candidates, recorded.deployment, recorded.reference_latency_ms),
+        history=_history(candidates, clock, recorded.deployment, recorded.reference_latency_ms),
         time_spent=_time_spent(candidates),
+        trainings=trainings_of(candidates, clock),
         evaluations=recorded.evaluations(),
         front=front.reset_index(drop=True),
         elsewhere=[
@@ -105,17 +122,53 @@ def gather(recorded: RecordedStudy) -> Material:
     )
 
 
-def _history(candidates: Sequence[Candidate], deployment: Deployment, reference_latency_ms: float) -> pd.DataFrame:
+def _history(
+    candidates: Sequence[Candidate], clock: Callable[[datetime], float], deployment: Deployment,
+    reference_latency_ms: float,
+) -> pd.DataFrame:  # fmt: skip
     rows: list[tuple[int, float, float, float]] = []
     seconds = 0.0
     for candidate in candidates:
-        seconds += candidate.total_seconds
+        # Of trainings side by side, one may end before another of a smaller number.
+        seconds = max(seconds, clock(candidate.finished_at))
         latency = candidate.latency_in(deployment)
         if candidate.state == CandidateState.COMPLETE and candidate.accuracy is not None and latency is not None:
             rows.append((candidate.number, candidate.accuracy, latency.median_ms, seconds))
     history = pd.DataFrame(rows, columns=["number", "accuracy", "latency_ms", "seconds"])
     volumes = running_hypervolume(list(history["accuracy"]), list(history["latency_ms"]), reference_latency_ms)
     return history.assign(hypervolume=volumes)
+
+
+def clock_of(candidates: Sequence[Candidate], trials: Sequence[FrozenTrial]) -> Callable[[datetime], float]:
+    """Function from a moment to the seconds before it in which some candidate was evaluated: pauses do not count.
+
+    Args:
+        trials: Optuna's trials, which know how long it took from a proposal to its result.
+    """
+    took = {trial.number: trial.duration.total_seconds() for trial in trials if trial.duration is not None}
+    ends = np.array([candidate.finished_at.timestamp() for candidate in candidates])
+    begins = ends - np.array([max(each.total_seconds, took.get(each.number, 0.0)) for each in candidates])
+    order = np.argsort(begins)
+    begins, ends = begins[order], np.maximum.accumulate(ends[order])
+    # Each stretch begins where the one before it ends, or later.
+    begins = np.maximum(begins, np.append(-np.inf, ends)[: len(ends)])
+    before = np.append(0.0, np.cumsum(ends - begins))
+
+    def seconds(moment: datetime) -> float:
+        number = int(np.searchsorted(ends, moment.timestamp()))
+        return float(before[number] + (max(0.0, moment.timestamp() - begins[number]) if number < len(ends) else 0.0))
+
+    return seconds
+
+
+def trainings_of(candidates: Sequence[Candidate], clock: Callable[[datetime], float]) -> pd.DataFrame:
+    """The trainings in workers; see `Material`."""
+    rows = []
+    for each in candidates:
+        if each.worker is not None and each.train_seconds is not None:
+            begin = each.finished_at - timedelta(seconds=each.train_seconds)
+            rows.append((each.worker, clock(begin), clock(each.finished_at)))
+    return pd.DataFrame(rows, columns=["worker", "begin", "end"])
 
 
 def _time_spent(candidates: Sequence[Candidate]) -> pd.DataFrame:

@@ -94,6 +94,28 @@ def hypervolume_charts(history: pd.DataFrame, reference_latency_ms: float) -> di
 
 
 @plain_texts()
+def plot_workers(trainings: pd.DataFrame, path: Path) -> None:
+    """Draw the trainings of each worker over the time of the search.
+
+    Args:
+        trainings: see `nas.report.data.Material`.
+    """
+    workers = sorted(trainings["worker"].unique())
+    figure = new_figure(9, min(1.2 + 0.28 * len(workers), 12.0))
+    axes = figure.add_subplot()
+    unit, scale = time_unit(trainings["end"].max())
+    for row, worker in enumerate(workers):
+        own = trainings[trainings["worker"] == worker]
+        bars = list(zip(own["begin"] / scale, (own["end"] - own["begin"]) / scale, strict=True))
+        axes.broken_barh(bars, (row - 0.4, 0.8), facecolors=PARTS["training"], edgecolors="white", linewidth=0.4)
+    axes.set_yticks(range(len(workers)), [str(int(worker)) for worker in workers])
+    axes.set_ylabel("worker")
+    axes.set_xlabel(unit)
+    axes.set_xlim(0, trainings["end"].max() / scale)
+    axes.set_ylim(len(workers) - 0.5, -0.5)
+    figure.savefig(path, dpi=DPI)
+
+
 def plot_time(time_spent: pd.DataFrame, path: Path) -> None:
     """Draw the time spent on each part, stacked and summed over the candidates.
 

@@ -24,7 +24,7 @@ from nas.files import folder_for
 from nas.recorded import RecordedStudy
 from nas.report.architectures import MOST_COLUMNS, chosen_members, figure_width, plot_architectures
 from nas.report.data import Material, gather
-from nas.report.figures import PARTS, contender_series, contenders_chart, hypervolume_charts, plot_time
+from nas.report.figures import PARTS, contender_series, contenders_chart, hypervolume_charts, plot_time, plot_workers
 from nas.report.importance import EVALUATOR
 from nas.report.interactive import plotly_figure
 from nas.report.words import front_words, history_words, set_up
@@ -129,6 +129,9 @@ def draw(material: Material, charts: Charts, contenders: Sequence[Contender], fo
         plot_time(material.time_spent, folder / "time.png")
         shares = ", ".join(f"{part['name']} {part['time']} ({part['share']:.0%})" for part in parts_of_time(material))
         add("time", f"Time by part, piled up over the candidates: {shares}.")
+    if material.workers > 1:
+        plot_workers(material.trainings, folder / "workers.png")
+        add("workers", f"Trainings of each worker over the time of the search. {workers_words(material)}")
     if "contenders" in charts:
         title = "networks that were trained alike, bars from p20 to p80"
         save_charts(charts["contenders"].values(), folder / "contenders.png", title=title)
@@ -148,6 +151,11 @@ def parts_of_time(material: Material) -> list[dict[str, Any]]:
         {"name": part, "time": duration(seconds), "share": seconds / total if total else 0.0, "colour": PARTS[part]}
         for part, seconds in sums.items()
     ]
+
+
+def workers_words(material: Material) -> str:
+    """How many workers trained, and how busy they were, in a sentence."""
+    return f"{material.workers} workers trained side by side, each for {material.busy:.0%} of the time on average."
 
 
 def tiles(material: Material) -> list[tuple[str, str]]:
@@ -241,6 +249,7 @@ def page(
         importance_rows=importance_rows(material),
         evaluator=EVALUATOR,
         time_rows=parts_of_time(material),
+        workers_words=workers_words(material) if material.workers > 1 else "",
         elsewhere=[
             (line, len(members), some_rows(members, MOST_ROWS_ELSEWHERE)) for line, members in material.elsewhere
         ],

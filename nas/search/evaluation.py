@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
-import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 
+from kernels.machine import cores
 from kernels.timing import DeviceInfo
-from nas.config import Limits, SearchConfig
+from nas.config import Limits, ProxyConfig, SearchConfig
 from nas.errors import CandidateFailed, UsageError, memory_may_run_out
 from nas.latency.block_meter import BlockMeter
 from nas.latency.device_profile import DeviceProfile, measure_profile
@@ -22,13 +22,21 @@ from nas.latency.isolation import ArchMeter, meter_for
 from nas.latency.values import Measurement, ShapeLatency, memory_mb
 from nas.locks import WAITING, device_lock
 from nas.reporting import Note
+from nas.search import worker_count
+from nas.search.worker_count import WorkerCount, get_ready
 from nas.training import data as image_data
-from nas.training import proxy
 from nas.training.determinism import measure_apart
+from nas.training.pool import DataFiles, mapped, train_new
 from nas.training.proxy import ProxyResult
-from nas.training.weights import Images, Trained
+from nas.training.weights import Trained
+from nas.training.workers import Call, Done, Workers, dying_of_cuda, trim_heap
 from search_spaces import ArchSpec, Cost, cost
 from studies import CandidateState
+
+# Workers that are started before it is known how many pay.
+FIRST_WORKERS = 8
+# Workers of one GPU that a user may ask for.
+MOST_WORKERS = 64
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,7 @@ class Outcome:
         reason: reason for which the candidate failed, or the limits that it broke.
         latency_seconds: duration of the latency's measurement.
         constraints: excess over each limit as a share of the limit, above 0 where it is broken.
+        worker: number of the worker that trained it, from 0.
     """
 
     state: CandidateState
@@ -51,6 +60,28 @@ class Outcome:
     latency_seconds: float | None = None
     proxy: ProxyResult | None = None
     constraints: dict[str, float] | None = None
+    worker: int | None = None
+
+
+@dataclass(frozen=True)
+class Screened:
+    """A candidate that was counted and timed, and that keeps all limits: it is to be trained. See `Outcome`."""
+
+    cost: Cost
+    seconds: float
+    latency: Measurement
+    latency_seconds: float
+    constraints: dict[str, float]
+
+    def trained(self, done: Done[ProxyResult]) -> Outcome:
+        """The outcome after a training."""
+        outcome = Outcome(
+            CandidateState.COMPLETE, self.cost, self.seconds + done.seconds, None, self.latency, self.latency_seconds,
+            None, self.constraints, done.worker,
+        )  # fmt: skip
+        if isinstance(done.result, CandidateFailed):
+            return replace(outcome, state=CandidateState.FAILED, reason=str(done.result))
+        return replace(outcome, proxy=done.result)
 
 
 class Evaluator(Protocol):
@@ -59,6 +90,16 @@ class Evaluator(Protocol):
     device: DeviceInfo
     data_fingerprint: str
     notes: tuple[str, ...]
+
+    @property
+    def workers(self) -> int:
+        """Number of trainings at once, which is known after `start`."""
+        ...
+
+    @property
+    def apart(self) -> bool:
+        """Whether candidates may be timed while others train."""
+        ...
 
     def anchor(self, references_ms: Sequence[float]) -> ShapeLatency:
         """Measure the anchor network's latency, on the scale of the yardsticks' references."""
@@ -72,7 +113,9 @@ class Evaluator(Protocol):
 
     def measure(self, arch: ArchSpec) -> Measurement: ...
 
-    def train(self, arch: ArchSpec) -> ProxyResult: ...
+    def train(self, archs: Sequence[ArchSpec]) -> Iterator[Done[ProxyResult]]:
+        """Train networks side by side, those first that stand first, and yield each when it ends."""
+        ...
 
     def measure_together(self, archs: Sequence[ArchSpec]) -> list[Measurement]:
         """Measure the latencies of several networks, sampled in turns with each other."""
@@ -97,6 +140,32 @@ class Evaluator(Protocol):
         ...
 
 
+class OneByOne:
+    """Base of evaluators that train one network after the other, by a method `train_one`."""
+
+    workers = 1
+    apart = False
+
+    def train_one(self, arch: ArchSpec) -> ProxyResult:
+        """Train a network.
+
+        Raises:
+            CandidateFailed: it cannot be trained.
+        """
+        raise NotImplementedError
+
+    def train(self, archs: Sequence[ArchSpec]) -> Iterator[Done[ProxyResult]]:
+        """See `Evaluator.train`."""
+        for index, arch in enumerate(archs):
+            begin = time.perf_counter()
+            try:
+                with memory_may_run_out():
+                    result: ProxyResult | CandidateFailed = self.train_one(arch)
+            except CandidateFailed as error:
+                result = error
+            yield Done(index, 0, time.perf_counter() - begin, result)
+
+
 class RealEvaluator:
     """Evaluator that trains and times candidates for real.
 
@@ -107,24 +176,41 @@ class RealEvaluator:
         note: function that receives lines about the data, and one when another process must be waited for.
 
     Raises:
-        UsageError: the data cannot be loaded, or the device does not exist.
+        UsageError: the data cannot be loaded, or a device does not exist.
     """
 
     def __init__(self, config: SearchConfig, note: Note = lambda line: None) -> None:
         self.config = config
         self.note = note
-        self.torch_device = check_device(config.latency)
-        if config.proxy.deterministic:
-            proxy.prepare_determinism()
-        data = image_data.load(config.data, note)
+        (self.torch_device,) = indexed([check_device(config.latency)])
+        self.train_devices = train_devices(config, self.torch_device)
+        self.lock = device_lock(self.torch_device)
+        # In one order in all processes, so that none waits for another in a circle.
+        self.train_locks = sorted({device_lock(device) for device in self.train_devices}, key=lambda lock: lock.name)
+        self.meter: ArchMeter | None = None
+        # They import torch while the data are loaded.
+        self.pool = Workers(self._first_workers(), [str(device) for device in self.train_devices])
+        self.files = DataFiles()
+        try:
+            self.pool.warm()
+            data = image_data.load(config.data, note)
+            self.data_path = self.files.write(data)
+            # From here on, it may be measured: no process is busy with its imports.
+            self.pool.everywhere(get_ready, self.data_path)
+        except BaseException:
+            self.close()
+            raise
         self.device = DeviceInfo.of(self.torch_device)
         self.data_fingerprint = data.fingerprint
         self.notes = (*data.notes, data.summary)
-        self.images = Images.of(data)
-        torch.set_num_threads(config.proxy.threads)
-        self.batches = proxy.Batches(data, self.torch_device)
-        self.meter: ArchMeter | None = None
-        self.lock = device_lock(self.torch_device)
+
+    def _first_workers(self) -> int:
+        """The workers to begin with: those that were asked for, or those that may turn out to pay."""
+        if self.config.workers is not None:
+            return self.config.workers
+        devices, allowed = len(self.train_devices), max(1, cores() // self.config.proxy.threads)
+        on_cuda = self.train_devices[0].type == "cuda"
+        return max(devices, min(allowed, FIRST_WORKERS)) if not on_cuda else devices
 
     def _waiting(self) -> None:
         self.note(WAITING)
@@ -137,6 +223,44 @@ class RealEvaluator:
     def start(self, anchor_ms: float) -> None:
         with anchor_must_run(self.config.latency), self.lock.measuring(self._waiting):
             self.meter = meter_for(self.config.latency, self.config.space.anchor(), anchor_ms)
+        if self.config.workers is None:
+            chosen = self._chosen_workers()
+            self.note(str(chosen))
+            self.pool.resize(chosen.count)
+            self.pool.everywhere(get_ready, self.data_path)
+
+    @property
+    def workers(self) -> int:
+        return self.pool.count
+
+    @property
+    def apart(self) -> bool:
+        # A training on CUDA takes a core, which a measurement on the CPU would feel.
+        return self.torch_device.type == "cuda" and self.torch_device not in self.train_devices
+
+    def _chosen_workers(self) -> WorkerCount:
+        """The number of workers that pays."""
+        config, anchor = self.config, self.config.space.anchor()
+        arguments = (self.pool, anchor, self.data_path, config.proxy, config.seed)
+        with anchor_must_run(config.latency):
+            if self.train_devices[0].type == "cuda":
+                devices = len(self.train_devices)
+                most = max(devices, cores())
+                self.pool.resize(min(most, worker_count.MOST_ON_A_GPU * devices))
+                self.pool.everywhere(get_ready, self.data_path)
+                with self._training():
+                    return worker_count.on_cuda(devices, worker_count.images_per_second(*arguments), most)
+
+            def probe() -> worker_count.Probe:
+                with self._training():
+                    return worker_count.probe(*arguments)
+
+            def timing_seconds() -> float:
+                begin = time.perf_counter()
+                self.measure(anchor)
+                return time.perf_counter() - begin
+
+            return worker_count.on_cpu(config.proxy.threads, probe, timing_seconds)
 
     def cost(self, arch: ArchSpec) -> Cost:
         return cost(arch, self.config.latency.resolution, self.config.latency.num_classes)
@@ -177,37 +301,81 @@ class RealEvaluator:
             # on without this figure.
             return f"what --deterministic costs here could not be measured ({error})"
 
-    def train(self, arch: ArchSpec) -> ProxyResult:
-        # Every candidate starts from the same seed and sees the same images in the same order.
-        torch.manual_seed(self.config.seed)
-        network = arch.build(len(self.images.classes))
-        try:
-            with self.lock.training(self._waiting):
-                result = proxy.train(network, self.batches, self.config.proxy, self.config.seed)
-            return replace(result, trained=Trained.of(network, self.images)) if self.config.keep_weights else result
-        finally:
-            trim_heap()
+    def train(self, archs: Sequence[ArchSpec]) -> Iterator[Done[ProxyResult]]:
+        config = self.config
+        calls = [Call(train_one, (arch, self.data_path, config.proxy, config.seed, config.keep_weights))
+                 for arch in archs]  # fmt: skip
+        with self._training(), closing(self.pool.run(calls)) as results:
+            yield from results
+
+    @contextlib.contextmanager
+    def _training(self) -> Iterator[None]:
+        """Context in which no process measures on the devices that train."""
+        with ExitStack() as stack:
+            for lock in self.train_locks:
+                stack.enter_context(lock.training(self._waiting))
+            yield
 
     def close(self) -> None:
-        """Release the device; `start` may be called again."""
+        """Release the devices; `start` may be called again."""
         if self.meter is not None:
             self.meter.close()
         self.meter = None
+        self.pool.close()
+        self.files.close()
 
 
-def trim_heap() -> None:
-    """Give freed memory back to the system.
+def train_devices(config: SearchConfig, device: torch.device) -> list[torch.device]:
+    """The devices that train: those that are named, or else the latency's; all CUDA devices, where that is one.
 
-    Each network has tensors of other sizes, and glibc keeps the holes between them: without this call, training some
-    twenty candidates grows the process from 0.8 to 1.4 GB.
+    Raises:
+        UsageError: one of them is not here, or there are more workers than make sense.
     """
-    if sys.platform == "linux":
-        with contextlib.suppress(AttributeError, OSError):  # the libc is not glibc
-            ctypes.CDLL(None).malloc_trim(0)
+    if config.train_devices is None:
+        count = torch.cuda.device_count() if device.type == "cuda" else 0
+        found = [torch.device("cuda", index) for index in range(count)] or [device]
+    else:
+        found = []
+        for name in config.train_devices:
+            try:
+                found += indexed([check_device(replace(config.latency, device=name, engine="eager"))])
+            except UsageError as error:
+                raise UsageError(f"--train-devices {name}: {str(error).partition(': ')[2]}") from error
+        if len({each.type for each in found}) > 1 or len(set(found)) < len(found):
+            raise UsageError(f"--train-devices {','.join(config.train_devices)}: are of two kinds, or one stands twice")
+    most = cores() if found[0].type == "cpu" else MOST_WORKERS * len(found)
+    if config.workers is not None and config.workers > most:
+        what = "cores" if found[0].type == "cpu" else f"for {len(found)} GPUs"
+        raise UsageError(f"--workers {config.workers}: more than {most} {what} gain nothing")
+    return found
 
 
-def evaluate(arch: ArchSpec, evaluator: Evaluator, limits: Limits) -> Outcome:
-    """Count, time and train one candidate, in this order of cost, and stop at the first broken limit.
+def indexed(devices: Sequence[torch.device]) -> list[torch.device]:
+    """Devices with their indices, so that `cuda` and `cuda:0` are equal."""
+    return [torch.device(each.type, each.index or 0) if each.type == "cuda" else each for each in devices]
+
+
+@dying_of_cuda
+def train_one(
+    arch: ArchSpec, data_path: str, config: ProxyConfig, seed: int, keep_weights: bool, device: str
+) -> ProxyResult:
+    """Train a candidate in this process, which is a worker.
+
+    Raises:
+        CandidateFailed: the loss diverges, or memory runs out.
+    """
+    try:
+        with memory_may_run_out():
+            network, result = train_new(arch.build, data_path, config, seed, device)
+        if keep_weights:
+            result = replace(result, trained=Trained.of(network, mapped(data_path, device)[1]))
+        return result
+    finally:
+        trim_heap()
+
+
+def screen(arch: ArchSpec, evaluator: Evaluator, limits: Limits) -> Outcome | Screened:
+    """Count and time one candidate, in this order of cost, and stop at the first broken limit.
 
     A candidate that cannot run is a result; every other exception is a bug and is raised.
     """
@@ -216,9 +384,9 @@ def evaluate(arch: ArchSpec, evaluator: Evaluator, limits: Limits) -> Outcome:
     latency, latency_seconds = None, None
     constraints: dict[str, float] = {}
 
-    def outcome(state: CandidateState, reason: str | None = None, result: ProxyResult | None = None) -> Outcome:
+    def outcome(state: CandidateState, reason: str) -> Outcome:
         seconds = time.perf_counter() - begin
-        return Outcome(state, counted, seconds, reason, latency, latency_seconds, result, constraints)
+        return Outcome(state, counted, seconds, reason, latency, latency_seconds, None, constraints)
 
     try:
         constraints |= limits.excess(params=counted.params, macs=counted.macs)
@@ -231,8 +399,7 @@ def evaluate(arch: ArchSpec, evaluator: Evaluator, limits: Limits) -> Outcome:
         constraints |= limits.excess(latency_ms=latency.median_ms, memory_mb=memory_mb(latency))
         if broken := _broken(constraints):
             return outcome(CandidateState.OVER_LIMIT, broken)
-        with memory_may_run_out():
-            return outcome(CandidateState.COMPLETE, result=evaluator.train(arch))
+        return Screened(counted, time.perf_counter() - begin, latency, latency_seconds, constraints)
     except CandidateFailed as error:
         return outcome(CandidateState.FAILED, str(error))
 

@@ -34,9 +34,10 @@ class LiveStudy:
     """The study of a running search. Make one with `open_study`, which claims it for this process.
 
     Attributes:
-        complete: the objectives of each complete candidate, in order.
+        complete: the objectives of each complete candidate, in the order in which they were evaluated.
         front: the front of the complete candidates, by their places in `complete`.
-        known: arch_id -> trial number of every evaluated candidate, whatever its outcome.
+        known: arch_id -> trial number of every candidate, whatever its outcome, those in flight included.
+        untold: by number, the trials that the sampler is not told of yet.
     """
 
     def __init__(self, recorded: RecordedStudy, peak_macs_per_s: float, owner: Owner) -> None:
@@ -50,6 +51,7 @@ class LiveStudy:
         self.proposer = Proposer(
             config.space, config.sampler, config.seed, optuna_study.directions, optuna_study.get_trials(deepcopy=False)
         )
+        self.untold: dict[int, tuple[list[float] | None, TrialState, dict[str, float]]] = {}
         self.size = config.space.size()
         # The fast end of the front and its middle, so that a sampler has them to build on from the start. Random search
         # stays what it is: the plain baseline.
@@ -117,21 +119,27 @@ class LiveStudy:
                 if unseen is None:
                     return None
                 proposal = unseen
-            first = self.known.get(proposal.arch.arch_id)
-            if first is None:
+            first = self.known.setdefault(proposal.arch.arch_id, proposal.number)
+            if first == proposal.number:
                 return proposal, self.trials.begin(proposal)
             duplicates += 1
             self.trials.add_duplicate(proposal, first)
-            self.proposer.tell(None, TrialState.PRUNED, {})
+            self.proposer.tell(proposal.number, None, TrialState.PRUNED, {})
         return None
 
+    def settle(self) -> None:
+        """Tell the sampler of all that was recorded, in the order of the numbers: so its proposals do not depend on
+        which of several trainings ends first."""
+        for number, outcome in sorted(self.untold.items()):
+            self.proposer.tell(number, *outcome)
+        self.untold.clear()
+
     def record(self, proposal: Proposal, trial_id: int, outcome: Outcome) -> None:
-        """Write a candidate's rows, then close its trial in Optuna's tables, then in the sampler's copy."""
+        """Write a candidate's rows, then close its trial in Optuna's tables. The sampler learns of it from `settle`."""
         row = candidate_row(self.recorded, proposal, trial_id, outcome)
         self.recorded.store.add_candidate(row, self.owner)
         broken = outcome.constraints or {}
         self.trials.finish(trial_id, row, broken)
-        self.proposer.tell(objectives(row), TRIAL_STATES[outcome.state], broken)
-        self.known[proposal.arch.arch_id] = proposal.number
+        self.untold[proposal.number] = objectives(row), TRIAL_STATES[outcome.state], broken
         if outcome.state == CandidateState.COMPLETE and outcome.proxy and outcome.latency:
             self._add_complete(Measured(outcome.proxy.accuracy, outcome.latency.median_ms))

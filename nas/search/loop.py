@@ -17,24 +17,26 @@ from nas.display.showcase import show
 from nas.errors import CandidateFailed
 from nas.latency.block_table import BlockTable, sum_errors, sum_errors_line
 from nas.latency.parts import arch_parts, network_shape
-from nas.search.evaluation import Evaluator, Outcome, RealEvaluator, evaluate
+from nas.search.evaluation import Evaluator, Outcome, RealEvaluator
 from nas.search.front_measurement import measure_front
 from nas.search.live_study import LiveStudy
 from nas.search.opening import open_study, refuse_early
-from nas.search.sampling import Proposal
-from nas.training.weights import Weights, near_front, weight_folder
+from nas.search.rounds import Recorded, Rounds, weights
 from nas.versions import versions
 from search_spaces import ArchSpec
-from studies import CandidateState, LatencyStage
+from studies import LatencyStage
 from studies.display import artifact_folder
-
-# Candidates in a row that failed or broke a limit, after which the user should look at the limits or the machine.
-MAX_BARREN = 200
 
 
 @dataclass(frozen=True)
 class Event:
-    """The state of a search after a candidate was recorded."""
+    """The state of a search after a candidate was recorded.
+
+    Args:
+        seconds_left: estimate of the time until the budget is met; None before the first round has ended.
+        workers, busy: number of workers, and of those that train.
+        per_minute: candidates that are completed in a minute; None before the first round has ended.
+    """
 
     arch: ArchSpec
     outcome: Outcome
@@ -44,6 +46,9 @@ class Event:
     front_size: int
     hypervolume: float
     seconds_left: float | None
+    workers: int = 1
+    busy: int = 0
+    per_minute: float | None = None
 
 
 class Progress(Protocol):
@@ -71,11 +76,23 @@ class Silent:
 
 @dataclass(frozen=True)
 class Shares:
-    """Seconds that this run spent on training, on latency, and in all."""
+    """Seconds that this run spent on training, on latency, and in all.
+
+    Args:
+        workers: number of workers.
+        worked: seconds of all trainings, those at the same time added up.
+    """
 
     training: float
     latency: float
     total: float
+    workers: int = 1
+    worked: float = 0.0
+
+    @property
+    def busy(self) -> float:
+        """The share of the time of training in which a worker trained, on average."""
+        return self.worked / (self.workers * self.training) if self.training else 0.0
 
 
 @dataclass(frozen=True)
@@ -122,19 +139,19 @@ def run(config: SearchConfig, evaluator: Evaluator | None = None, progress: Prog
         progress.note(line)
     with closing(evaluator), open_study(config, evaluator, json.dumps(versions()), progress.note) as study:
         progress.begin(len(study.complete), config.budget)
-        why, training, latency = _loop(config, study, evaluator, progress, begin)
+        rounds = _loop(config, study, evaluator, progress, begin)
         final_begin = time.perf_counter()
         remarks = _finish(config, study, evaluator, progress)
         if config.keep_weights:
-            _weights(config, study).keep_only({int(number) for number in study.recorded.front()["number"]})
-        latency += time.perf_counter() - final_begin
+            weights(config, study).keep_only({int(number) for number in study.recorded.front()["number"]})
+        latency = rounds.latency + time.perf_counter() - final_begin
         remarks += _show(config, study)
         return SearchResult(
             complete=len(study.complete),
-            why=why,
+            why=rounds.why,
             pareto_front=study.recorded.store.front(config.study),
             hypervolume=study.hypervolume,
-            shares=Shares(training, latency, time.perf_counter() - begin),
+            shares=Shares(rounds.training, latency, time.perf_counter() - begin, evaluator.workers, rounds.worked),
             remarks=remarks,
         )
 
@@ -196,76 +213,67 @@ def _add_blocks(table: BlockTable, evaluator: Evaluator, arch: ArchSpec) -> None
             table.add(evaluator.measure_blocks([arch], table.known, table.references_ms))
 
 
-def _loop(
-    config: SearchConfig, study: LiveStudy, evaluator: Evaluator, progress: Progress, begin: float
-) -> tuple[str, float, float]:
-    """Evaluate candidates; return why that ended, and the seconds spent on training and on measuring latency."""
-    training = latency = 0.0
-    barren = 0
+def _loop(config: SearchConfig, study: LiveStudy, evaluator: Evaluator, progress: Progress, begin: float) -> Rounds:
+    """Evaluate candidates; returns why that ended, and what was spent on them."""
     table: BlockTable | None = None
+    earlier_seconds = 0.0
     if config.block_table:
         blocks_begin = time.perf_counter()
         table = BlockTable(study.recorded.store, evaluator.device, config.latency)
         # Earlier runs may not have measured them.
         _measure_blocks(table, evaluator, study.timed_archs(), progress)
-        latency += time.perf_counter() - blocks_begin
-    loop_begin, complete_before = time.perf_counter(), len(study.complete)
-    while len(study.complete) < config.budget:
-        if config.time_limit_s is not None and time.perf_counter() - begin >= config.time_limit_s:
-            return f"time limit of {config.time_limit_s:g} s reached", training, latency
-        if barren >= MAX_BARREN:
-            return f"the last {barren} candidates all failed or broke a limit", training, latency
-        proposed = study.propose()
-        if proposed is None:
-            return f"the space {config.space.name!r} yields nothing new", training, latency
-        proposal, trial_id = proposed
-        outcome = evaluate(proposal.arch, evaluator, config.limits)
-        if config.keep_weights:
-            _keep_weights(config, study, proposal, outcome, progress)
-        study.record(proposal, trial_id, outcome)
-        if table is not None and outcome.latency is not None:
-            blocks_begin = time.perf_counter()
-            _add_blocks(table, evaluator, proposal.arch)
-            latency += time.perf_counter() - blocks_begin
-        barren = 0 if outcome.state == CandidateState.COMPLETE else barren + 1
-        training += outcome.proxy.seconds if outcome.proxy else 0.0
-        latency += outcome.latency_seconds or 0.0
-        done = len(study.complete) - complete_before
-        seconds_each = (time.perf_counter() - loop_begin) / done if done else None
-        left = config.budget - len(study.complete)
-        progress.candidate(_event(config, study, proposal.arch, outcome, seconds_each and seconds_each * left))
-    return "budget met", training, latency
+        earlier_seconds = time.perf_counter() - blocks_begin
+
+    def timed(arch: ArchSpec) -> None:
+        if table is not None:
+            _add_blocks(table, evaluator, arch)
+
+    rounds = Rounds(config, study, evaluator, begin, progress.note, timed)
+    rounds.latency += earlier_seconds
+    pace = Pace(len(study.complete))
+    for recorded in rounds.run():
+        if rounds.busy == 0:
+            pace.pause(len(study.complete))
+        left = pace.seconds_left(config.budget - len(study.complete))
+        progress.candidate(_event(config, study, rounds, recorded, pace.per_minute, left))
+    return rounds
 
 
-def _weights(config: SearchConfig, study: LiveStudy) -> Weights:
-    return Weights(weight_folder(config.storage), study.recorded.study_id)
+class Pace:
+    """How fast candidates are completed; it is looked at when a round ends, as its members end at about once.
 
+    Args:
+        complete: number of complete candidates at the beginning.
+    """
 
-def _keep_weights(
-    config: SearchConfig, study: LiveStudy, proposal: Proposal, outcome: Outcome, progress: Progress
-) -> None:
-    if not (outcome.proxy and outcome.proxy.trained and outcome.latency):
-        return
-    # Whatever another candidate is far better than, a member of the front is.
-    others = list(zip(study.front.accuracy, study.front.latency_ms, strict=True))
-    if near_front(outcome.proxy.accuracy, outcome.latency.median_ms, others):
-        try:
-            _weights(config, study).keep(proposal.number, proposal.arch.arch_id, outcome.proxy.trained)
-        except OSError as error:
-            # The candidate is recorded all the same.
-            progress.note(f"weights of trial {proposal.number} could not be kept ({error})")
+    def __init__(self, complete: int) -> None:
+        self.begin, self.before = time.perf_counter(), complete
+        self.per_minute: float | None = None
+
+    def pause(self, complete: int) -> None:
+        """Take note of the number of complete candidates while none is trained."""
+        if complete > self.before:
+            self.per_minute = 60 * (complete - self.before) / (time.perf_counter() - self.begin)
+
+    def seconds_left(self, candidates: int) -> float | None:
+        """Seconds until as many more candidates are complete; None before the first round has ended."""
+        return 60 * candidates / self.per_minute if self.per_minute else None
 
 
 def _event(
-    config: SearchConfig, study: LiveStudy, arch: ArchSpec, outcome: Outcome, seconds_left: float | None
-) -> Event:
+    config: SearchConfig, study: LiveStudy, rounds: Rounds, recorded: Recorded, per_minute: float | None,
+    seconds_left: float | None,
+) -> Event:  # fmt: skip
     return Event(
-        arch=arch,
-        outcome=outcome,
+        arch=recorded.proposal.arch,
+        outcome=recorded.outcome,
         complete=len(study.complete),
         budget=config.budget,
         best_accuracy=study.front.best_accuracy,
         front_size=len(study.front),
         hypervolume=study.hypervolume,
         seconds_left=seconds_left,
+        workers=rounds.evaluator.workers,
+        busy=rounds.busy,
+        per_minute=per_minute,
     )

@@ -171,6 +171,7 @@ def open_study(config: SearchConfig, evaluator: Evaluator, versions: str, note: 
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     store = Store.open(config.storage, create=True)
     assert store is not None
+    studies.keep_connecting(store.engine, note)
     owner = Owner.me()
     # All of it is guarded, to begin and to tidy up as well: the disk may be full at any moment.
     with guarded(), closing(store):

@@ -10,7 +10,8 @@ from nas.display.notes import duration
 from nas.search.loop import Event, SearchResult
 from studies import CandidateState
 
-WIDE = 105  # columns
+# Columns from which on there is room for the bar, and for the workers, too.
+WIDE, WIDER = 105, 135
 # Seconds of compiling and tuning a candidate from which on they are shown.
 WORTH_SAYING = 0.5
 
@@ -49,6 +50,13 @@ def standing(event: Event) -> str:
     return f"best {event.best_accuracy:.3f}  front {event.front_size}  hypervolume {event.hypervolume:.4f}{left}"
 
 
+def pace(event: Event) -> str:
+    """The workers that train, and how fast candidates are completed, in a few words; empty at the beginning."""
+    if event.per_minute is None:
+        return ""
+    return f"{event.busy}/{event.workers} busy, {event.per_minute:.1f} a minute"
+
+
 class PlainProgress:
     """Prints one line for each candidate, for logs and pipes."""
 
@@ -66,7 +74,8 @@ class PlainProgress:
             self._print(f"going on: {complete} of {budget} candidates are complete")
 
     def candidate(self, event: Event) -> None:
-        self._print(f"{event.complete}/{event.budget}  {scored(event)}  {standing(event)}  [{event.arch}]")
+        parts = (f"{event.complete}/{event.budget}", scored(event), standing(event), pace(event), f"[{event.arch}]")
+        self._print("  ".join(part for part in parts if part))
 
 
 class LiveProgress:
@@ -104,7 +113,10 @@ class LiveProgress:
             self.note(f"{event.arch}: {scored(event)}")
         elif ready := ready_in(event):
             self.note(f"{event.arch}: {ready}")
-        self.bar.update(self.task, completed=event.complete, description=f"{scored_briefly(event)}  {standing(event)}")
+        description = f"{scored_briefly(event)}  {standing(event)}"
+        if self.console.width >= WIDER:
+            description += f"  {pace(event)}"
+        self.bar.update(self.task, completed=event.complete, description=description)
 
 
 def shares_line(result: SearchResult) -> str:
@@ -113,4 +125,5 @@ def shares_line(result: SearchResult) -> str:
     rest = shares.total - shares.training - shares.latency
     parts = {"training": shares.training, "latency": shares.latency, "all else": rest}
     listed = ", ".join(f"{name} {duration(s)} ({s / shares.total:.0%})" for name, s in parts.items())
-    return f"{duration(shares.total)} in all: {listed}"
+    busy = f"; {shares.workers} workers were busy for {shares.busy:.0%} of the training" if shares.workers > 1 else ""
+    return f"{duration(shares.total)} in all: {listed}{busy}"

@@ -18,7 +18,7 @@ def candidate_row(recorded: RecordedStudy, proposal: Proposal, trial_id: int, ou
         trial_id=trial_id, study_id=recorded.study_id, number=proposal.number, arch_id=proposal.arch.arch_id,
         arch=proposal.arch.to_json(), summary=str(proposal.arch), params=outcome.cost.params,
         macs=outcome.cost.macs, state=outcome.state, reason=outcome.reason, seed=recorded.config.seed,
-        latency_seconds=outcome.latency_seconds, total_seconds=outcome.total_seconds,
+        latency_seconds=outcome.latency_seconds, total_seconds=outcome.total_seconds, worker=outcome.worker,
     )  # fmt: skip
     row.latencies, row.curve = [], []
     if outcome.latency:

@@ -87,14 +87,22 @@ class FixedSpaceTPE(TPESampler):
         return self.space
 
 
-def make_sampler(name: str, seed: int, space: dict[str, BaseDistribution]) -> BaseSampler:
-    """The sampler of one trial, over the parameters of `space`."""
+def make_sampler(
+    name: str, seed: int, space: dict[str, BaseDistribution], pending: Collection[int] = ()
+) -> BaseSampler:
+    """The sampler of one trial, over the parameters of `space`.
+
+    Args:
+        pending: numbers of the trials that are running.
+    """
     if name == "random":
         return RandomSampler(seed=seed)
     if name == "nsga2":
         return OrderedNSGAII(population_size=NSGA2_POPULATION, seed=seed)
-    # One process searches a study, so no constant liar has to stand for trials that other workers run.
-    return FixedSpaceTPE(space, n_startup_trials=TPE_STARTUP_TRIALS, multivariate=True, constant_liar=False, seed=seed)
+    # Without running trials a constant liar changes nothing, and costs time.
+    return FixedSpaceTPE(
+        space, n_startup_trials=TPE_STARTUP_TRIALS, multivariate=True, constant_liar=bool(pending), seed=seed
+    )
 
 
 def trial_seed(seed: int, number: int) -> int:
@@ -144,10 +152,14 @@ class Proposer:
         self.study = optuna.create_study(directions=list(directions), storage=self.storage)
         self.study.add_trials(history)
         self.trials = len(history)
-        self.pending: Trial | None = None
+        # By number: what was proposed and not told yet.
+        self.pending: dict[int, Trial] = {}
 
     def propose(self) -> Proposal:
-        """The sampler's next architecture, which may be a known one. `tell` must follow."""
+        """The sampler's next architecture, which may be a known one; `tell` must follow at some time.
+
+        Of what is proposed and not told yet, the sampler assumes the worst, so that it does not propose it again.
+        """
         trial = self._ask(self.sampler)
         values = {name: chosen(choices, trial.params[name]) for name, choices in self.choices.items()} | self.fixed
         return self._proposal(trial, self.space.assemble(values))
@@ -169,23 +181,25 @@ class Proposer:
         left = [arch for arch in self.space.architectures() if arch.arch_id not in seen]
         return self.propose_this(rng.choice(left)) if left else None
 
-    def tell(self, values: Sequence[float] | None, state: TrialState, constraints: dict[str, float]) -> None:
-        """Close the trial that was proposed last. `values` are for the state COMPLETE only."""
-        assert self.pending is not None, "tell comes after propose"
+    def tell(
+        self, number: int, values: Sequence[float] | None, state: TrialState, constraints: dict[str, float]
+    ) -> None:
+        """Close a trial that was proposed, by its number. `values` are for the state COMPLETE only."""
+        trial = self.pending.pop(number)
         for key, value in constraints.items():
-            self.pending.set_constraint(key, value)
-        self.study.tell(self.pending, values, state)
-        self.pending = None
+            trial.set_constraint(key, value)
+        self.study.tell(trial, values, state)
 
     def _ask(self, sampler: str) -> Trial:
-        assert self.pending is None, "propose comes after tell"
-        self.study.sampler = make_sampler(sampler, trial_seed(self.seed, self.trials), self.distributions)
+        number = self.trials
+        self.study.sampler = make_sampler(sampler, trial_seed(self.seed, number), self.distributions, self.pending)
         self.trials += 1
         with warnings.catch_warnings():
-            # Optuna calls multivariate TPE experimental, and warns at each trial.
+            # Optuna calls multivariate TPE and the constant liar experimental, and warns at each trial.
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-            self.pending = self.study.ask(self.distributions)
-        return self.pending
+            trial = self.study.ask(self.distributions)
+        self.pending[number] = trial
+        return trial
 
     def _proposal(self, trial: Trial, arch: ArchSpec) -> Proposal:
         values = self.space.values_of(arch)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, closing
 from dataclasses import astuple, dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
@@ -17,7 +15,7 @@ from typing import Protocol
 import torch
 from torch import nn
 
-from nas.child_process import ChildProcess
+from kernels.machine import cores
 from nas.config import DataConfig, ProxyConfig
 from nas.errors import CandidateFailed
 from nas.files import save_tensors
@@ -27,6 +25,8 @@ from nas.training import data as image_data
 from nas.training import proxy
 from nas.training.data import ImageData
 from nas.training.proxy import ProxyResult
+from nas.training.weights import Images
+from nas.training.workers import Call, Workers, dying_of_cuda, trim_heap
 from studies import BaselineTraining, Retraining
 
 
@@ -68,13 +68,57 @@ class TrainingJob:
     learning_rate: float
 
 
+class DataFiles:
+    """Data sets in files, which all processes map; a context manager, whose end is theirs.
+
+    On Linux the files have no names, so that nothing is left of them when this process is killed: other processes open
+    them through this one.
+    """
+
+    def __init__(self) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="convfirst-data-")
+        self.paths: dict[int, str] = {}
+        self.open: list[int] = []
+
+    def __enter__(self) -> DataFiles:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        while self.open:
+            os.close(self.open.pop())
+        self.paths.clear()
+        self.folder.cleanup()
+
+    def write(self, data: ImageData) -> str:
+        """Write a data set; returns the path at which `mapped` finds it.
+
+        Raises:
+            OSError: there is no room for it.
+        """
+        resolution = data.train_images.shape[-1]
+        path = Path(self.folder.name) / f"{resolution}.pt"
+        save_tensors({field.name: getattr(data, field.name) for field in fields(data)}, path)
+        self.paths[resolution] = str(path)
+        if Path("/proc/self/fd").exists():
+            number = os.open(path, os.O_RDONLY)
+            self.open.append(number)
+            path.unlink()
+            self.paths[resolution] = f"/proc/{os.getpid()}/fd/{number}"
+        return self.paths[resolution]
+
+
 class Trainer:
-    """Trains networks on one data set, which it keeps in files of a temporary folder.
+    """Trains networks on one data set, in worker processes.
 
     Args:
         data: the data set, whose resolution is replaced by that of each network.
         config: configuration of the trainings, whose steps and learning rate are replaced by those of each job.
+        device: device of the trainings; on a CPU each of them has one thread.
         seed: seed of weights, order and augmentation, the same for all networks.
+        workers: number of trainings at once; None stands for as many as there are cores, and one on CUDA.
         note: function that takes a line for each step of the work.
         check: function that is called with the data at each resolution when they are loaded, and may raise.
 
@@ -83,83 +127,58 @@ class Trainer:
     """
 
     def __init__(
-        self, data: DataConfig, config: ProxyConfig, device: torch.device, seed: int, note: Note,
+        self, data: DataConfig, config: ProxyConfig, device: torch.device, seed: int, workers: int | None, note: Note,
         check: Callable[[ImageData], None] = lambda data: None,
     ) -> None:  # fmt: skip
-        self.data, self.config, self.device, self.seed, self.note, self.check = data, config, device, seed, note, check
+        self.data, self.device, self.seed, self.note, self.check = data, device, seed, note, check
         self.lock, self.waiting = device_lock(device), partial(note, WAITING)
-        # On a CPU several processes share the threads: they train more in the same time than one process with all.
-        self.processes = min(config.threads, os.cpu_count() or 1) if device.type == "cpu" else 1
+        # The same number for all trainings, because it changes the rounding.
+        self.config = replace(config, threads=1) if device.type == "cpu" else config
+        self.count = workers or (cores() if device.type == "cpu" else 1)
         self.classes = 0
 
     def __enter__(self) -> Trainer:
-        with contextlib.ExitStack() as stack:
-            self.folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="convfirst-data-")))
-            self.trained_last: dict[ChildProcess, str | None] = {}
-            self.workers = [stack.enter_context(ChildProcess()) for _ in range(self.processes)]
-            self.stack = stack.pop_all()
+        self.files, self.workers = DataFiles(), Workers(self.count, [str(self.device)])
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self.stack.close()
+        self.workers.close()
+        self.files.close()
 
     def data_path(self, resolution: int) -> str:
         """Path of the file with the data at a resolution, which is written if need be."""
-        path = self.folder / f"{resolution}.pt"
-        if not path.exists():
+        if resolution not in self.files.paths:
             data = image_data.load(replace(self.data, resolution=resolution), self.note)
             self.check(data)
             self.note(f"data at {resolution}x{resolution}")
             for line in data.notes:
                 self.note(line)
             self.classes = len(data.classes)
-            save_tensors({field.name: getattr(data, field.name) for field in fields(data)}, path)
-        return str(path)
+            self.files.write(data)
+        return self.files.paths[resolution]
 
     def train(
         self, jobs: Sequence[TrainingJob], done: Callable[[TrainingJob, ProxyResult | CandidateFailed], str]
     ) -> None:
-        """Train all networks, the quickest first, so that parallel trainings take about the same time.
+        """Train all networks, the slowest first, so that no worker is left with a long one at the end.
 
         Args:
             done: function that takes each result when its training ends, and returns a line for the user.
         """
-        jobs = sorted(jobs, key=lambda job: (job.network.macs, job.network.name))
-        for begin in range(0, len(jobs), self.processes):
-            group = jobs[begin : begin + self.processes]
-            paths = [self.data_path(job.network.resolution) for job in group]
-            for worker, job in zip(self.workers, group, strict=False):
-                self._make_ready(worker, job.network)
-            with self.lock.training(self.waiting), ThreadPoolExecutor(len(group)) as pool:
-                futures = {
-                    pool.submit(self._one, worker, job, path): job
-                    for worker, job, path in zip(self.workers, group, paths, strict=False)
-                }
-                try:
-                    for number, future in enumerate(as_completed(futures), start=begin + 1):
-                        self.note(f"{number}/{len(jobs)}  {done(futures[future], future.result())}")
-                except BaseException:
-                    # The pool would wait for the trainings that have begun.
-                    for worker in self.workers:
-                        worker.close()
-                    raise
+        jobs = sorted(jobs, key=lambda job: (-job.network.macs * job.steps, job.network.name))
+        # Between rounds, others may measure.
+        for begin in range(0, len(jobs), 2 * self.count):
+            group = jobs[begin : begin + 2 * self.count]
+            calls = [self._call(job) for job in group]
+            with self.lock.training(self.waiting), closing(self.workers.run(calls)) as results:
+                for number, each in enumerate(results, start=begin + 1):
+                    self.note(f"{number}/{len(jobs)}  {done(group[each.index], each.result)}")
 
-    def _make_ready(self, worker: ChildProcess, network: Trainable) -> None:
-        """Start a worker's process; start it anew after a network that is not ours, which may have broken it."""
-        if self.trained_last.get(worker) not in (None, network.name):
-            worker.close()
-        self.trained_last[worker] = None if network.ours else network.name
-        # Started in this thread: a process ends with the thread that started it, and the pool's threads end soon.
-        worker.start()
-
-    def _one(self, worker: ChildProcess, job: TrainingJob, path: str) -> ProxyResult | CandidateFailed:
-        # The same number for all trainings, because it changes the rounding.
-        threads = self.config.threads // self.processes
-        config = replace(self.config, steps=job.steps, learning_rate=job.learning_rate, threads=threads)
-        try:
-            return worker.call(train_one, job.network, path, config, str(self.device), self.seed)
-        except CandidateFailed as error:
-            return error
+    def _call(self, job: TrainingJob) -> Call[ProxyResult]:
+        config = replace(self.config, steps=job.steps, learning_rate=job.learning_rate)
+        path = self.data_path(job.network.resolution)
+        # A network that is not ours may break its process.
+        return Call(train_one, (job.network, path, config, self.seed), None if job.network.ours else job.network.name)
 
 
 def fill(row: BaselineTraining | Retraining, result: ProxyResult | CandidateFailed) -> str:
@@ -172,24 +191,40 @@ def fill(row: BaselineTraining | Retraining, result: ProxyResult | CandidateFail
     return f"{result.accuracy:.1%} in {result.seconds:.0f} s"
 
 
-def train_one(network: Trainable, data_path: str, config: ProxyConfig, device: str, seed: int) -> ProxyResult:
+@dying_of_cuda
+def train_one(network: Trainable, data_path: str, config: ProxyConfig, seed: int, device: str) -> ProxyResult:
     """Train a network from new weights, in this process.
 
     Raises:
         CandidateFailed: the loss diverges, memory runs out, or a network that is not ours does not train.
     """
+    try:
+        with network.failing():
+            return train_new(network.build, data_path, config, seed, device)[1]
+    finally:
+        trim_heap()
+
+
+def train_new(
+    build: Callable[[int], nn.Module], data_path: str, config: ProxyConfig, seed: int, device: str
+) -> tuple[nn.Module, ProxyResult]:
+    """Build a network and train it, in this process; every network sees the same images in the same order.
+
+    Args:
+        build: function from a number of classes to a network with new random weights.
+        data_path: path of a file of `DataFiles`.
+    """
     if config.deterministic:
         proxy.prepare_determinism()
     torch.set_num_threads(config.threads)
-    batches, classes = _batches(data_path, device)
-    # Every network sees the same images in the same order.
+    batches, images = mapped(data_path, device)
     torch.manual_seed(seed)
-    with network.failing():
-        return proxy.train(network.build(classes), batches, config, seed)
+    network = build(len(images.classes))
+    return network, proxy.train(network, batches, config, seed)
 
 
 @cache
-def _batches(path: str, device: str) -> tuple[proxy.Batches, int]:
-    """The data in a file, which all processes map, and the number of their classes."""
+def mapped(path: str, device: str) -> tuple[proxy.Batches, Images]:
+    """The data in a file of `DataFiles`, which all processes map."""
     data = ImageData(**torch.load(path, mmap=True, weights_only=True))
-    return proxy.Batches(data, torch.device(device)), len(data.classes)
+    return proxy.Batches(data, torch.device(device)), Images.of(data)

@@ -9,6 +9,7 @@ yardsticks, so that their latencies compare. A run that ends early keeps each tr
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import replace
 
 from nas import pareto
@@ -20,6 +21,7 @@ from nas.reporting import Note
 from nas.training.data import ImageData
 from nas.training.pool import Trainer, TrainingJob, fill
 from nas.training.proxy import ProxyResult
+from nas.training.workers import Call
 from nas.validation.baseline_latencies import BaselineLatencies
 from nas.validation.config import ALL, LONG, RATES, BaselineConfig
 from nas.validation.contenders import ContenderKind, best_training
@@ -85,7 +87,7 @@ class _Run:
         steps = LONG * proxy.steps if config.steps is None else config.steps
         rates = config.learning_rates or tuple(factor * proxy.learning_rate for factor in RATES)
         rounded = tuple(sorted({float(f"{rate:.4g}") for rate in rates}))
-        self.trainer = Trainer(data, proxy, device, recorded.config.seed, note, self._check_data)
+        self.trainer = Trainer(data, proxy, device, recorded.config.seed, config.workers, note, self._check_data)
         self.trainings = _Trainings(recorded, self.trainer, steps, rounded)
         self.latencies = BaselineLatencies(recorded, self.latency, self.trainer)
 
@@ -115,15 +117,15 @@ class _Run:
 
     def timm_networks(self) -> list[NetworkSpec]:
         """The timm models that run; the reasons why others do not are stored."""
-        worker, networks = self.trainer.workers[0], []
-        for model in self.models:
-            try:
-                with self.trainer.lock.training(self.trainer.waiting):
-                    networks.append(worker.call(
-                        timm_network, model, self.timm_engine, self.map_size, self.latency.num_classes
-                    ))  # fmt: skip
-            except CandidateFailed as error:
-                self.latencies.add_failure(model, self.timm_engine, str(error))
+        networks = []
+        calls = [Call(_timm_network, (model, self.timm_engine, self.map_size, self.latency.num_classes))
+                 for model in self.models]  # fmt: skip
+        with self.trainer.lock.training(self.trainer.waiting), closing(self.trainer.workers.run(calls)) as results:
+            for done in sorted(results, key=lambda each: each.index):
+                if isinstance(done.result, CandidateFailed):
+                    self.latencies.add_failure(self.models[done.index], self.timm_engine, str(done.result))
+                else:
+                    networks.append(done.result)
         return networks
 
     def earlier_networks(self, networks: Sequence[NetworkSpec]) -> list[NetworkSpec]:
@@ -198,6 +200,10 @@ class _Trainings:
         worth = fill(row, result)
         self.recorded.store.baselines.add(self.recorded.study_id, [row])
         return f"{network.name}, {job.steps} steps at {job.learning_rate:g}: {worth}"
+
+
+def _timm_network(name: str, engine: str, map_size: int, classes: int, device: str) -> NetworkSpec:
+    return timm_network(name, engine, map_size, classes)
 
 
 def _key(job: TrainingJob) -> tuple[str, int, int, float]:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from nas.config import PIXELS, DataConfig
+from nas.config import PIXELS, DataConfig, SearchConfig
 from nas.options import Bounds, Checked, at_least, option, same_as
 
 # Length of the long schedule, in steps of the study's proxy, and its learning rates, in units of the study's.
@@ -80,6 +80,7 @@ class BaselineConfig(Checked):
     data: str | None = option(None, "--data", "Folder of the study's images, if they were moved", default="the study's")
     data_dir: str = same_as(DataConfig, "data_dir")
     download: bool = same_as(DataConfig, "download")
+    workers: int | None = same_as(SearchConfig, "workers")
 
 
 @dataclass(frozen=True)
@@ -107,4 +108,5 @@ class RetrainConfig(Checked):
     )  # fmt: skip
     data_dir: str = same_as(DataConfig, "data_dir")
     download: bool = same_as(DataConfig, "download")
+    workers: int | None = same_as(SearchConfig, "workers")
     to_rgb: bool = same_as(DataConfig, "to_rgb")

@@ -82,7 +82,7 @@ class _Run:
         )  # fmt: skip
         self.is_own = (self.data.source, self.data.resolution) == (own.source, own.resolution)
         device = check_device(replace(searched.latency, engine="eager"))
-        self.trainer = Trainer(self.data, self.proxy, device, self.seed, note, self._check)
+        self.trainer = Trainer(self.data, self.proxy, device, self.seed, config.workers, note, self._check)
         self.fingerprint = ""
 
     def _check(self, data: ImageData) -> None:

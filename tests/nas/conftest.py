@@ -18,6 +18,7 @@ from nas.child_process import ChildProcess
 from nas.config import DataConfig, LatencyConfig, ProxyConfig, SearchConfig
 from nas.training import data as image_data
 from nas.training import pool as trainings
+from nas.training import workers
 from nas.validation import baseline_latencies
 from search_spaces import ArchSpec
 from studies import Candidate, CandidateLatency, CandidateState, Owner, Profile, Store
@@ -123,4 +124,6 @@ class Inline(ChildProcess):
 @pytest.fixture
 def inline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(baseline_latencies, "ChildProcess", Inline)
-    monkeypatch.setattr(trainings, "ChildProcess", Inline)
+    monkeypatch.setattr(workers, "ChildProcess", Inline)
+    # Threads of one process share a random generator.
+    monkeypatch.setattr(trainings, "cores", lambda: 1)

@@ -10,8 +10,8 @@ from rich.console import Console
 from nas.display.front_table import front_table
 from nas.lab.invented import FakeEvaluator
 from nas.search.evaluation import Outcome
-from nas.search.loop import Event
-from nas.search.progress import LiveProgress, scored
+from nas.search.loop import Event, SearchResult, Shares
+from nas.search.progress import LiveProgress, PlainProgress, scored, shares_line
 from search_spaces import load_space
 from studies import CandidateState
 
@@ -19,18 +19,42 @@ from studies import CandidateState
 def test_the_time_to_get_ready_is_shown_where_it_is_worth_saying() -> None:
     fake, arch = FakeEvaluator(), load_space("small").anchor()
     latency = fake.measure(arch)
-    outcome = Outcome(CandidateState.COMPLETE, fake.cost(arch), 1.0, latency=latency, proxy=fake.train(arch))
+    outcome = Outcome(CandidateState.COMPLETE, fake.cost(arch), 1.0, latency=latency, proxy=fake.train_one(arch))
     event = Event(arch, outcome, 1, 2, 0.5, 1, 0.3, None)
     assert scored(event).endswith("ms")
     slow = replace(outcome, latency=replace(latency, ready_seconds=3.21))
     assert scored(replace(event, outcome=slow)).endswith("ms  ready in 3.2 s")
 
 
+def test_a_line_shows_how_many_workers_train_and_how_fast() -> None:
+    fake, arch = FakeEvaluator(), load_space("small").anchor()
+    outcome = Outcome(CandidateState.FAILED, fake.cost(arch), 1.0, reason="out of memory")
+    event = Event(arch, outcome, 1, 2, 0.5, 1, 0.3, None, workers=4, busy=3)
+    shown = io.StringIO()
+    PlainProgress(Console(file=shown, width=300)).candidate(event)
+    assert "busy" not in shown.getvalue()
+    PlainProgress(Console(file=shown, width=300)).candidate(replace(event, per_minute=12.34, seconds_left=83.0))
+    assert "0:01:23 left  3/4 busy, 12.3 a minute  [" in shown.getvalue()
+    for width, is_there in ((120, False), (140, True)):
+        with LiveProgress(Console(file=io.StringIO(), force_terminal=True, width=width)) as live:
+            live.begin(0, 2)
+            live.candidate(replace(event, per_minute=12.34))
+            assert ("3/4 busy" in live.bar.tasks[0].description) == is_there
+
+
+@pytest.mark.parametrize(("workers", "busy"), [(1, None), (4, "4 workers were busy for 75% of the training")])
+def test_the_last_line_says_how_busy_the_workers_were(workers: int, busy: str | None) -> None:
+    shares = Shares(training=60.0, latency=30.0, total=120.0, workers=workers, worked=180.0)
+    line = shares_line(SearchResult(1, "budget met", pd.DataFrame(), 0.5, shares))
+    assert line.startswith("0:02:00 in all: training 0:01:00 (50%), latency 0:00:30 (25%), all else 0:00:30 (25%)")
+    assert line.partition("; ")[2] == (busy or "")
+
+
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_terminal_shows_it_above_the_live_line(width: int) -> None:
     fake, arch = FakeEvaluator(), load_space("small").anchor()
     latency = replace(fake.measure(arch), ready_seconds=3.21)
-    outcome = Outcome(CandidateState.COMPLETE, fake.cost(arch), 1.0, latency=latency, proxy=fake.train(arch))
+    outcome = Outcome(CandidateState.COMPLETE, fake.cost(arch), 1.0, latency=latency, proxy=fake.train_one(arch))
     shown = io.StringIO()
     with LiveProgress(Console(file=shown, force_terminal=True, width=width)) as live:
         live.begin(0, 2)

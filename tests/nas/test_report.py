@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -23,6 +26,7 @@ from nas.lab.invented import FakeEvaluator
 from nas.latency.values import Latency
 from nas.pareto import hypervolume, running_hypervolume
 from nas.recorded import RecordedStudy, deployment_of
+from nas.report import data as report_data
 from nas.report import page as report
 from nas.report.architectures import MOST_COLUMNS, chosen_members
 from nas.report.data import Material, gather, incomplete_trials
@@ -31,6 +35,7 @@ from nas.report.page import comparable, write_report
 from nas.report.words import set_up
 from nas.search.loop import run
 from nas.training.proxy import ProxyResult
+from nas.training.workers import Done
 from nas.validation.contenders import Contender, ContenderKind
 from search_spaces import ArchSpec
 from studies import Candidate, CandidateLatency, CandidateState, LatencyStage, Store
@@ -41,7 +46,7 @@ HOSTILE = "<script>alert(1)</script> & 'Tom' $\\frac$"
 class Failing(FakeEvaluator):
     """Trains nothing, for a reason whose figures differ."""
 
-    def train(self, arch: ArchSpec) -> ProxyResult:
+    def train_one(self, arch: ArchSpec) -> ProxyResult:
         raise CandidateFailed(f"the loss was <b>nan</b> after {arch.head_width} steps")
 
 
@@ -224,7 +229,7 @@ def test_whoever_cannot_see_it_is_told(shown: tuple[Page, Path]) -> None:
 
 
 def test_texts_of_a_database_are_no_markup(sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nas.search.loop.MAX_BARREN", 3)
+    monkeypatch.setattr("nas.search.rounds.MAX_BARREN", 3)
     store = searched(sqlite_url, Failing(), study=HOSTILE)
     hostile = contender(HOSTILE, reason=HOSTILE, summary=HOSTILE, engine=HOSTILE)
     page = made(store, tmp_path / "out", HOSTILE, [hostile], [HOSTILE], storage=f"sqlite:///{HOSTILE}.db")
@@ -321,7 +326,7 @@ def test_a_folder_of_bytes_that_are_no_text_is_shown_by_numbers(sqlite_url: str,
 
 
 def test_a_study_of_failures_has_a_page(sqlite_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nas.search.loop.MAX_BARREN", 3)
+    monkeypatch.setattr("nas.search.rounds.MAX_BARREN", 3)
     store = searched(sqlite_url, Failing())
     page = made(store, tmp_path / "out")
     assert "The front is empty" in page.text
@@ -455,3 +460,58 @@ def test_passwords_do_not_reach_the_page(shown: tuple[Page, Path]) -> None:
     source = (shown[1] / "report.html").read_text()
     assert "secret" not in source.partition("<script>")[0]
     assert "postgresql://me:***@host/name" in shown[0].text
+
+
+# -- Side by side ------------------------------------------------------------------------------------------------------
+
+
+def candidate_at(number: int, end: float, seconds: float, train_seconds: float | None, worker: int | None) -> Any:
+    """A candidate whose evaluation ended so many seconds after some moment."""
+    finished_at = datetime(2026, 1, 1, tzinfo=UTC) + timedelta(seconds=end)
+    return SimpleNamespace(
+        number=number, finished_at=finished_at, total_seconds=seconds, train_seconds=train_seconds, worker=worker,
+    )  # fmt: skip
+
+
+def test_pauses_are_no_time_of_the_search() -> None:
+    """Two trainings at once, a pause of an hour, one more alone; one candidate was over a limit."""
+    candidates = [
+        candidate_at(0, 10, 9, 8, 0), candidate_at(1, 12, 11, 10, 1), candidate_at(2, 3615, 5, 4, 0),
+        candidate_at(3, 3617, 1, None, None),
+    ]  # fmt: skip
+    # The first two were proposed and timed one after the other before they were trained.
+    trials: Any = [
+        SimpleNamespace(number=0, duration=timedelta(seconds=10)), SimpleNamespace(number=1, duration=None),
+        SimpleNamespace(number=3, duration=timedelta(seconds=2)),
+    ]  # fmt: skip
+    clock = report_data.clock_of(candidates, trials)
+    assert [clock(each.finished_at) for each in candidates] == [10, 12, 17, 19]
+    assert clock(candidates[1].finished_at + timedelta(hours=0.5)) == 12
+    trainings = report_data.trainings_of(candidates, clock)
+    assert trainings.to_numpy().tolist() == [[0, 2, 10], [1, 2, 12], [0, 13, 17]]
+    material = SimpleNamespace(trainings=trainings)
+    material.workers = Material.workers.fget(material)  # type: ignore[attr-defined]
+    assert material.workers == 2
+    assert Material.busy.fget(material) == pytest.approx((8 + 10 + 4) / (2 * 15))  # type: ignore[attr-defined]
+
+
+def test_the_report_shows_how_busy_the_workers_were(tmp_path: Path) -> None:
+    class Workers(FakeEvaluator):
+        workers = 3
+
+        def train(self, archs: Sequence[ArchSpec]) -> Iterator[Done[ProxyResult]]:
+            for done in super().train(archs):
+                time.sleep(0.02)
+                if isinstance(done.result, ProxyResult):
+                    done = replace(done, result=replace(done.result, seconds=0.02))
+                yield replace(done, worker=done.index % 3)
+
+    url = f"sqlite:///{tmp_path / 'study.db'}"
+    run(SearchConfig(budget=8, storage=url, sampler="random"), Workers())
+    store = Store.open(url, create=False)
+    assert store is not None
+    write_report(RecordedStudy.open(store, "convfirst"), url, tmp_path / "report")
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert re.search(r"3 workers trained side by side, each for \d+% of the time on average\.", page)
+    assert (tmp_path / "report" / "workers.png").exists()
+    store.close()

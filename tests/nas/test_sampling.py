@@ -26,9 +26,10 @@ def advance(into: Proposer, trials: int) -> list[str]:
     """Propose and tell; returns the arch_ids in order."""
     arch_ids = []
     for _ in range(trials):
-        arch = into.propose().arch
+        proposal = into.propose()
+        arch = proposal.arch
         arch_ids.append(arch.arch_id)
-        into.tell([FAKE.cost(arch).macs / 1e7, FAKE.measure(arch).median_ms], TrialState.COMPLETE, {})
+        into.tell(proposal.number, [FAKE.cost(arch).macs / 1e7, FAKE.measure(arch).median_ms], TrialState.COMPLETE, {})
     return arch_ids
 
 
@@ -67,7 +68,7 @@ def test_recorded_parameters_are_those_of_the_repaired_architecture() -> None:
         in_memory = into.study.get_trials(deepcopy=False)[-1]
         assert in_memory.params == proposal.params
         repaired += any(group in (16, 32) for name, group in proposal.params.items() if name.endswith("group_width"))
-        into.tell(None, TrialState.FAIL, {})
+        into.tell(proposal.number, None, TrialState.FAIL, {})
     assert repaired, "no group width above 8 was ever proposed, so nothing was tested"
 
 
@@ -75,17 +76,17 @@ def test_proposals_cover_every_choice() -> None:
     into = proposer("random")
     seen: dict[str, set[object]] = {name: set() for name in into.distributions}
     for _ in range(300):
-        for name, value in into.propose().params.items():
+        proposal = into.propose()
+        for name, value in proposal.params.items():
             seen[name].add(value)
-        into.tell(None, TrialState.FAIL, {})
+        into.tell(proposal.number, None, TrialState.FAIL, {})
     choices = into.space.choices()
     assert all(seen[name] == set(choices[name]) for name in seen)
 
 
 def test_constraints_reach_the_sampler() -> None:
     into = proposer("tpe")
-    into.propose()
-    into.tell(None, TrialState.PRUNED, {"latency_ms": 0.5})
+    into.tell(into.propose().number, None, TrialState.PRUNED, {"latency_ms": 0.5})
     assert into.study.get_trials(deepcopy=False)[-1].constraints == {"latency_ms": 0.5}
 
 
@@ -98,7 +99,7 @@ def test_unseen_architectures_are_found_until_there_are_none() -> None:
     while (proposal := into.propose_unseen(seen)) is not None:
         assert proposal.arch.arch_id not in seen
         seen.add(proposal.arch.arch_id)
-        into.tell([0.5, 1.0], TrialState.COMPLETE, {})
+        into.tell(proposal.number, [0.5, 1.0], TrialState.COMPLETE, {})
     assert len(seen) == space.size()
 
 
@@ -134,7 +135,7 @@ def test_decimal_choices_are_proposed_as_they_are_written(sampler: str, expansio
         assert proposal is not None
         seen.add(proposal.arch.stages[0].expansion)
         create_trial(state=TrialState.RUNNING, params=proposal.params, distributions=proposal.distributions)
-        into.tell([0.5, 1.0 + number], TrialState.COMPLETE, {})
+        into.tell(proposal.number, [0.5, 1.0 + number], TrialState.COMPLETE, {})
     assert seen == set(expansion)
 
 
@@ -156,7 +157,7 @@ def test_of_a_longer_study_tpe_learns_from_the_front_and_the_latest(short_memory
     values = [(0.5, 1.0), (0.9, 0.5)] + [(0.4 - 0.001 * number, 2.0) for number in range(60)]
     for number, (accuracy, latency_ms) in enumerate(values):
         assert into.propose().number == number
-        into.tell([accuracy, latency_ms], TrialState.COMPLETE, {})
+        into.tell(number, [accuracy, latency_ms], TrialState.COMPLETE, {})
     listed = into.study.get_trials(deepcopy=False)
     assert [trial.number for trial in listed] == [1, *range(len(values) - short_memory + 1, len(values))]
     assert into.study.get_trials(states=(TrialState.FAIL,)) == []
@@ -170,7 +171,7 @@ def test_of_a_long_front_half_of_what_tpe_learns_from_is_left_to_the_latest(shor
     for number in range(80):
         # Each is on the front.
         into.propose_this(into.space.anchor())
-        into.tell([0.01 * number, 1.0 + number], TrialState.COMPLETE, {})
+        into.tell(number, [0.01 * number, 1.0 + number], TrialState.COMPLETE, {})
     numbers = [trial.number for trial in into.study.get_trials(deepcopy=False)]
     assert len(numbers) <= short_memory
     assert numbers[0] == 0

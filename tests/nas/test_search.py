@@ -52,9 +52,9 @@ class Counting(FakeEvaluator):
         self.measured.append(arch.arch_id)
         return super().measure(arch)
 
-    def train(self, arch: ArchSpec) -> ProxyResult:
+    def train_one(self, arch: ArchSpec) -> ProxyResult:
         self.trained.append(arch.arch_id)
-        return super().train(arch)
+        return super().train_one(arch)
 
     def measure_together(self, archs: Sequence[ArchSpec]) -> list[Measurement]:
         self.together += [arch.arch_id for arch in archs]
@@ -333,7 +333,7 @@ def test_the_first_candidates_are_the_smallest_and_the_anchor(config: SearchConf
 class Picky(Counting):
     """Scores a tiny space, whose few hundred architectures a sampler soon proposes again."""
 
-    def train(self, arch: ArchSpec) -> ProxyResult:
+    def train_one(self, arch: ArchSpec) -> ProxyResult:
         self.trained.append(arch.arch_id)
         return ProxyResult(0.5, 1.0, (), 0.0, 0)
 
@@ -367,7 +367,7 @@ class Failing(Counting):
         MemoryError(),
     )
 
-    def train(self, arch: ArchSpec) -> ProxyResult:
+    def train_one(self, arch: ArchSpec) -> ProxyResult:
         self.trained.append(arch.arch_id)
         if len(self.trained) <= len(self.troubles):
             raise self.troubles[len(self.trained) - 1]
@@ -388,10 +388,10 @@ def test_candidates_that_cannot_run_are_recorded_with_their_reason_and_the_searc
 
 
 class Buggy(Counting):
-    def train(self, arch: ArchSpec) -> ProxyResult:
+    def train_one(self, arch: ArchSpec) -> ProxyResult:
         if len(self.trained) == 3:
             raise RuntimeError("mat1 and mat2 shapes cannot be multiplied")
-        return super().train(arch)
+        return super().train_one(arch)
 
 
 def test_a_bug_stops_the_search_and_leaves_it_fit_to_go_on(config: SearchConfig) -> None:
@@ -402,10 +402,10 @@ def test_a_bug_stops_the_search_and_leaves_it_fit_to_go_on(config: SearchConfig)
 
 
 class Interrupting(Counting):
-    def train(self, arch: ArchSpec) -> ProxyResult:
+    def train_one(self, arch: ArchSpec) -> ProxyResult:
         if len(self.trained) == 3:
             raise KeyboardInterrupt
-        return super().train(arch)
+        return super().train_one(arch)
 
 
 def test_an_interrupted_candidate_is_closed_and_counts_for_nothing(config: SearchConfig) -> None:
@@ -644,10 +644,10 @@ def test_another_programs_study_is_refused_and_its_database_left_as_it_was(confi
 
 def test_trials_that_another_program_adds_end_the_search_with_a_line(config: SearchConfig) -> None:
     class Meddled(FakeEvaluator):
-        def train(self, arch: ArchSpec) -> ProxyResult:
+        def train_one(self, arch: ArchSpec) -> ProxyResult:
             study = optuna.load_study(study_name=config.study, storage=config.storage)
             study.add_trial(optuna.trial.create_trial(state=TrialState.FAIL))
-            return super().train(arch)
+            return super().train_one(arch)
 
     with pytest.raises(StorageError, match="another program adds trials"):
         search.run(config, Meddled())
@@ -655,9 +655,9 @@ def test_trials_that_another_program_adds_end_the_search_with_a_line(config: Sea
 
 def test_a_study_deleted_while_it_is_searched_ends_the_search_with_a_line(config: SearchConfig) -> None:
     class Deleted(FakeEvaluator):
-        def train(self, arch: ArchSpec) -> ProxyResult:
+        def train_one(self, arch: ArchSpec) -> ProxyResult:
             optuna.delete_study(study_name=config.study, storage=config.storage)
-            return super().train(arch)
+            return super().train_one(arch)
 
     with pytest.raises(StorageError, match="deleted while it was searched"):
         search.run(config, Deleted())
@@ -719,10 +719,10 @@ def test_a_study_taken_over_meanwhile_is_left_alone(config: SearchConfig, when: 
         store.close()
 
     class Robbed(FakeEvaluator):
-        def train(self, arch: ArchSpec) -> ProxyResult:
+        def train_one(self, arch: ArchSpec) -> ProxyResult:
             if when == "trained":
                 rob()
-            return super().train(arch)
+            return super().train_one(arch)
 
     class Robber(search.Silent):
         def candidate(self, event: search.Event) -> None:

@@ -1,0 +1,210 @@
+"""Rounds of candidates that are proposed and timed one after the other, and trained side by side."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import pytest
+
+from nas import search
+from nas.config import LatencyConfig, Limits, Sampler, SearchConfig
+from nas.errors import CandidateFailed
+from nas.lab.invented import FakeEvaluator
+from nas.latency.values import Measurement
+from nas.search.loop import Event, Pace, Silent
+from nas.training.proxy import ProxyResult
+from nas.training.workers import Done
+from search_spaces import ArchSpec
+from studies import Store
+from tests.conftest import make_tiny_space
+
+
+class SideBySide(FakeEvaluator):
+    """Trainings that end in whatever order the seed says; it notes what is trained while others are timed."""
+
+    def __init__(self, workers: int, seed: int = 0, apart: bool = False) -> None:
+        super().__init__()
+        self.workers, self.apart = workers, apart  # type: ignore[misc]
+        self.rng = random.Random(seed)
+        self.training = threading.Event()
+        self.timed_meanwhile = 0
+        self.rounds: list[int] = []
+
+    def measure(self, arch: ArchSpec) -> Measurement:
+        self.timed_meanwhile += self.training.is_set()
+        return super().measure(arch)
+
+    def train(self, archs: Sequence[ArchSpec]) -> Iterator[Done[ProxyResult]]:
+        self.rounds.append(len(archs))
+        order = list(range(len(archs)))
+        self.rng.shuffle(order)
+        self.training.set()
+        for index in order:
+            (done,) = super().train([archs[index]])
+            yield replace(done, index=index, worker=index % self.workers)
+        self.training.clear()
+
+
+@pytest.fixture
+def config(sqlite_url: str) -> SearchConfig:
+    return SearchConfig(storage=sqlite_url, latency=LatencyConfig(device="cpu", engine="eager"))
+
+
+def proposed(config: SearchConfig) -> list[tuple[int, str, str]]:
+    """Number, architecture and outcome of all candidates."""
+    store = Store.open(config.storage, create=False)
+    assert store is not None
+    study = store.find_study(config.study)
+    assert study is not None
+    rows = [(row.number, row.arch, row.state) for row in store.candidates(study.study_id)]
+    store.close()
+    return rows
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("sampler", Sampler)
+def test_proposals_do_not_depend_on_which_training_ends_first(sampler: str, apart: bool, config: SearchConfig) -> None:
+    config = replace(config, budget=45, sampler=sampler)
+    runs = []
+    for seed in (1, 2):
+        evaluator = SideBySide(3, seed, apart)
+        runs.append(replace(config, study=f"seed {seed}"))
+        assert search.run(runs[-1], evaluator).complete == 45
+    assert proposed(runs[0]) == proposed(runs[1])
+
+
+def test_the_number_of_workers_changes_what_a_proposal_knows(config: SearchConfig) -> None:
+    config = replace(config, budget=40)
+    found = {}
+    for workers in (1, 4):
+        search.run(replace(config, study=str(workers)), SideBySide(workers))
+        found[workers] = [arch for _, arch, _ in proposed(replace(config, study=str(workers)))]
+    # The first are openers and random draws.
+    assert found[1][:20] == found[4][:20]
+    assert found[1] != found[4]
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_the_budget_is_exact_and_nothing_is_evaluated_twice(apart: bool, config: SearchConfig) -> None:
+    evaluator = SideBySide(4, apart=apart)
+    result = search.run(replace(config, budget=37), evaluator)
+    assert result.complete == 37
+    rows = proposed(replace(config, budget=37))
+    assert Counter(state for *_, state in rows)["complete"] == 37
+    assert max(Counter(arch for _, arch, _ in rows).values()) == 1
+    assert max(evaluator.rounds) == 8
+    assert result.shares.workers == 4
+
+
+def test_the_next_round_is_timed_meanwhile_where_its_device_does_not_train(config: SearchConfig) -> None:
+    config = replace(config, budget=12)
+    waiting = SideBySide(2)
+    search.run(replace(config, study="waiting"), waiting)
+    assert waiting.timed_meanwhile == 0
+
+    class Slow(SideBySide):
+        def train(self, archs: Sequence[ArchSpec]) -> Iterator[Done[ProxyResult]]:
+            timed.clear()
+            for done in super().train(archs):
+                # Until the search's own thread has timed something, which it does not in the last round.
+                timed.wait(1.0)
+                yield done
+
+        def measure(self, arch: ArchSpec) -> Measurement:
+            measurement = super().measure(arch)
+            timed.set()
+            return measurement
+
+    timed = threading.Event()
+    apart = Slow(2, apart=True)
+    search.run(replace(config, study="apart"), apart)
+    assert apart.timed_meanwhile > 0
+
+
+def test_a_small_space_is_evaluated_whole_and_once(config: SearchConfig) -> None:
+    config = replace(config, space=make_tiny_space())
+    size = config.space.size()
+    result = search.run(replace(config, budget=size + 5), SideBySide(4))
+    assert result.complete == size
+    assert "yields nothing new" in result.why
+
+
+def test_candidates_over_a_limit_take_no_part_in_a_round(config: SearchConfig) -> None:
+    evaluator = SideBySide(3)
+    result = search.run(replace(config, budget=20, limits=Limits(latency_ms=0.7)), evaluator)
+    assert result.complete == 20
+    states = Counter(state for *_, state in proposed(config))
+    assert states["over_limit"] > 0
+    assert sum(evaluator.rounds) == states["complete"] + states["failed"]
+
+
+class Dying(SideBySide):
+    """The third training cannot be done."""
+
+    def train(self, archs: Sequence[ArchSpec]) -> Iterator[Done[ProxyResult]]:
+        for done in super().train(archs):
+            if len(self.rounds) == 2 and done.index == 0:
+                yield replace(done, result=CandidateFailed("its process was killed by SIGKILL"))
+            else:
+                yield done
+
+
+def test_a_worker_that_dies_costs_its_candidate_and_not_the_search(config: SearchConfig) -> None:
+    assert search.run(replace(config, budget=12), Dying(2)).complete == 12
+    assert Counter(state for *_, state in proposed(config))["failed"] >= 1
+
+
+class Interrupted(SideBySide):
+    """Ctrl-C in the middle of the third round."""
+
+    def train(self, archs: Sequence[ArchSpec]) -> Iterator[Done[ProxyResult]]:
+        for number, done in enumerate(super().train(archs)):
+            if len(self.rounds) == 3 and number == 2:
+                raise KeyboardInterrupt
+            yield done
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_what_was_trained_before_an_interrupt_is_kept(apart: bool, config: SearchConfig) -> None:
+    config = replace(config, budget=30)
+    with pytest.raises(KeyboardInterrupt):
+        search.run(config, Interrupted(3, apart=apart))
+    before = proposed(config)
+    assert len(before) >= 2 * 6 + 2
+    assert search.run(config, SideBySide(3)).complete == 30
+    rows = proposed(config)
+    assert rows[: len(before)] == before or set(before) <= set(rows)
+    assert Counter(state for *_, state in rows)["complete"] == 30
+
+
+def test_the_line_shows_workers_and_pace(config: SearchConfig) -> None:
+    class Recorder(Silent):
+        def __init__(self) -> None:
+            self.events: list[Event] = []
+
+        def candidate(self, event: Event) -> None:
+            self.events.append(event)
+
+    recorder = Recorder()
+    search.run(replace(config, budget=12), SideBySide(2), recorder)
+    assert {event.workers for event in recorder.events} == {2}
+    assert {event.busy for event in recorder.events} == {0, 1, 2}
+    # Nothing is known of the pace before a round has ended.
+    assert recorder.events[0].per_minute is None
+    assert recorder.events[0].seconds_left is None
+    assert (recorder.events[-1].per_minute or 0) > 0
+    assert recorder.events[-1].seconds_left == 0
+
+
+def test_the_pace_is_that_of_whole_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("nas.search.loop.time.perf_counter", lambda: now)
+    pace = Pace(complete=10)
+    assert pace.seconds_left(5) is None
+    now = 160.0
+    pace.pause(14)
+    assert (pace.per_minute, pace.seconds_left(8)) == (4.0, 120.0)

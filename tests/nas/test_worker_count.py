@@ -1,0 +1,155 @@
+"""How many trainings run at once, where the user leaves it open."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from nas import search
+from nas.config import DataConfig, LatencyConfig, ProxyConfig, SearchConfig
+from nas.errors import CandidateFailed, UsageError
+from nas.search import evaluation, worker_count
+from nas.search.evaluation import train_devices
+from nas.search.worker_count import Probe, on_cpu, on_cuda, probe
+from nas.training.data import load
+from nas.training.pool import DataFiles
+from nas.training.workers import Workers
+from search_spaces import load_space
+from studies import Store
+from tests.conftest import make_tiny_space
+
+CPU = LatencyConfig(device="cpu", engine="eager")
+
+
+@pytest.mark.parametrize(
+    ("cores", "threads", "gib", "train_seconds", "count", "first"),
+    [
+        (64, 1, 100.0, 1000.0, 64, "there are cores"), (64, 4, 100.0, 1000.0, 16, "there are cores"),
+        (64, 1, 6.1, 1000.0, 12, "there is memory"), (64, 1, 100.0, 4.1, 8, "timing finds work"),
+        (64, 1, 0.2, 1000.0, 1, "there is memory"), (64, 1, 100.0, 0.1, 1, "timing finds work"),
+    ],
+)  # fmt: skip
+def test_the_least_of_cores_memory_and_timing_bounds_it(
+    cores: int, threads: int, gib: float, train_seconds: float, count: int, first: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_count, "cores", lambda: cores)
+    monkeypatch.setattr(worker_count, "free_memory_bytes", lambda: int(gib * 2**30))
+    chosen = on_cpu(threads, lambda: Probe(train_seconds, 2**29), lambda: 0.5)
+    assert chosen.count == count
+    assert str(chosen).startswith(f"{count} training{'s' if count > 1 else ''} at once: {first} for no more (")
+
+
+def test_one_core_needs_no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker_count, "cores", lambda: 3)
+
+    def never() -> Probe:
+        raise AssertionError
+
+    assert str(on_cpu(2, never, lambda: 1.0)) == "1 training at once: there are cores for no more"
+
+
+def rates(per_worker: float, together: float, memory: int = 1000) -> Callable[[int], float]:
+    """Workers that are so fast each, and no faster than that together; the memory holds no more than so many."""
+
+    def rate(count: int) -> float:
+        if count > memory:
+            raise CandidateFailed("out of memory")
+        return min(count * per_worker, together)
+
+    return rate
+
+
+def test_on_cuda_workers_are_doubled_while_that_pays() -> None:
+    assert on_cuda(1, rates(100, 1000), 64).count == 8
+    assert on_cuda(1, rates(100, 420), 64).count == 4
+    assert on_cuda(1, rates(100, 110), 64).count == 1
+    assert on_cuda(1, rates(100, 1000, memory=3), 64).count == 2
+    # Each needs a core.
+    assert on_cuda(1, rates(100, 1000), 3).count == 2
+    assert on_cuda(4, rates(100, 10_000), 64).count == 32
+    assert str(on_cuda(2, rates(100, 200), 64)) == (
+        "2 trainings at once: more than 200 images a second are not to be had for no more"
+    )
+
+
+def test_a_probe_trains_in_a_worker(images: Path) -> None:
+    """A whole training takes longer than the probe, in proportion to its steps."""
+    with DataFiles() as files, Workers(1, ["cpu"]) as workers:
+        path = files.write(load(DataConfig(source=str(images), resolution=16)))
+        config = ProxyConfig(steps=2000, batch_size=4)
+        found = probe(workers, make_tiny_space().anchor(), path, config, seed=0)
+        shorter = probe(workers, make_tiny_space().anchor(), path, replace(config, steps=200), seed=0)
+    assert found.seconds > 3 * shorter.seconds > 0
+    # torch itself takes more than this.
+    assert found.bytes > 2**25
+
+
+def test_a_search_trains_side_by_side_as_it_does_one_by_one(
+    images: Path, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same networks reach the same accuracies, in whatever worker they are trained."""
+    monkeypatch.setattr(evaluation, "cores", lambda: 2)
+    config = SearchConfig(
+        budget=6, storage=sqlite_url, space=make_tiny_space(), sampler="random", latency=replace(CPU, seconds=0.02),
+        data=DataConfig(source=str(images), resolution=16), proxy=ProxyConfig(steps=3, batch_size=4),
+    )  # fmt: skip
+    found = {}
+    for workers in (1, 2):
+        search.run(replace(config, workers=workers, study=str(workers)))
+        store = Store.open(sqlite_url, create=False)
+        assert store is not None
+        study = store.find_study(str(workers))
+        assert study is not None
+        rows = store.candidates(study.study_id)
+        found[workers] = {row.arch_id: row.accuracy for row in rows}
+        assert {row.worker for row in rows} == set(range(workers))
+        store.close()
+    assert found[1] == found[2]
+
+
+def test_data_files_leave_nothing_behind(images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
+    (tmp_path / "temporary").mkdir()
+    files = DataFiles()
+    path = files.write(load(DataConfig(source=str(images), resolution=16)))
+    if path.startswith("/proc"):
+        assert [each for each in (tmp_path / "temporary").rglob("*") if each.is_file()] == []
+    assert torch.load(path, mmap=True, weights_only=True)["train_images"].ndim == 4
+    files.close()
+    assert list((tmp_path / "temporary").glob("convfirst-data-*")) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(workers=5), r"--workers 5: more than 4 cores gain nothing"),
+        (dict(train_devices=("cuda:7",)), r"--train-devices cuda:7: (no CUDA device here|there are only)"),
+        (dict(train_devices=("cpu", "cpu")), r"--train-devices cpu,cpu: are of two kinds, or one stands twice"),
+        (dict(train_devices=("quark",)), r"--train-devices quark: not a device \(cpu, cuda or cuda:N\)"),
+    ],
+)
+def test_workers_and_devices_that_make_no_sense_are_refused(
+    changes: dict[str, object], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "cores", lambda: 4)
+    config = replace(SearchConfig(latency=CPU, space=load_space("small")), **changes)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match=f"^{message}"):
+        train_devices(config, torch.device("cpu"))
+
+
+def test_all_gpus_train_unless_some_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 3)
+    config = SearchConfig(latency=CPU)
+    gpu = torch.device("cuda", 1)
+    assert train_devices(config, gpu) == [torch.device("cuda", index) for index in range(3)]
+    assert train_devices(config, torch.device("cpu")) == [torch.device("cpu")]
+    named = replace(config, train_devices=("cuda", "cuda:2"))
+    assert train_devices(named, gpu) == [torch.device("cuda", 0), torch.device("cuda", 2)]
+    with pytest.raises(UsageError, match=r"^--workers 129: more than 128 for 2 GPUs gain nothing"):
+        train_devices(replace(named, workers=129), gpu)
+    assert len(train_devices(replace(named, workers=128), gpu)) == 2
