@@ -75,7 +75,7 @@ def test_several_are_measured_together_and_all_of_their_figures_come_back(
 def test_blocks_are_measured_in_the_process_too(meter: IsolatedMeter) -> None:
     """What the table lacks of an architecture, and of the anchor as a whole; then nothing."""
     smallest, anchor = SPACE.smallest(), SPACE.anchor()
-    call = {shape_id(CALL): 0.01}
+    call = {shape_id(CALL): 1e-4}
     parts = arch_parts(smallest, QUICK)
     latencies = meter.measure_blocks([smallest], {**call, parts[0].shape_id: 1.0}, [1.0, 2.0])
     whole = network_shape(str(anchor), QUICK)
