@@ -137,7 +137,7 @@ def _print(console: Console, space: str, configs: Sequence[LatencyConfig], found
     )
     assert first.precision is not None
     if wide := int((found.interval_shares > first.precision).any(axis=1).sum()):
-        console.print(f"the time cap ended {wide} networks before all their intervals were {first.precision:.0%}")
+        console.print(f"ended by the time cap, with an interval of more than {first.precision:.0%}: {wide} networks")
     ranks = console_table("Kendall's tau (95 % intervals)", "", *(config.engine for config in configs), text=("",))
     for index, config in enumerate(configs):
         ranks.add_row(config.engine, *(_tau(latencies_ms[:, index], latencies_ms[:, k]) for k in range(index)))
