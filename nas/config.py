@@ -13,7 +13,21 @@ from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from typing import Any
 
-from nas.options import FINITE, NAME, POSITIVE, SHARE, Checked, Keep, at_least, between, one_of, option, options, parts
+from nas.options import (
+    FINITE,
+    NAME,
+    POSITIVE,
+    SHARE,
+    Checked,
+    Keep,
+    at_least,
+    between,
+    listed,
+    one_of,
+    option,
+    options,
+    parts,
+)
 from search_spaces import SearchSpace, load_space
 
 DEFAULT_STORAGE = "sqlite:///studies/convfirst.db"
@@ -74,18 +88,6 @@ def worker_number(typed: str) -> int | None:
         return None if typed == AUTO else int(typed)
     except ValueError as error:
         raise ValueError(f"{typed}: is neither {AUTO} nor a number") from error
-
-
-def _listed(typed: str) -> tuple[str, ...]:
-    """Names that were typed, separated by commas.
-
-    Raises:
-        ValueError: there are none.
-    """
-    names = tuple(name.strip() for name in typed.split(",") if name.strip())
-    if not names:
-        raise ValueError(f"{typed!r}: names nothing")
-    return names
 
 
 PIXELS = between(8, MAX_RESOLUTION, "pixels")
@@ -380,7 +382,7 @@ class SearchConfig(Checked):
     train_devices: tuple[str, ...] | None = option(
         None, "--train-devices", "Comma-separated devices that train; while they do, the next candidates are timed on "
         "a --device that is none of them",
-        default="--device, and all CUDA devices if that is one", panel="Search", typed=str, parse=_listed,
+        default="--device, and all CUDA devices if that is one", panel="Search", typed=str, parse=listed("devices"),
         keep=Keep.TRANSIENT,
     )  # fmt: skip
 

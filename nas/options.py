@@ -51,6 +51,22 @@ NEW_NAME = Bounds(
 )
 
 
+def listed(what: str) -> Callable[[str], tuple[str, ...]]:
+    """Function that reads names separated by commas; its ValueError says that there are none.
+
+    Args:
+        what: the things that have the names, in words.
+    """
+
+    def parse(typed: str) -> tuple[str, ...]:
+        names = tuple(name.strip() for name in typed.split(",") if name.strip())
+        if not names:
+            raise ValueError(f"{typed}: is not a list of {what}")
+        return names
+
+    return parse
+
+
 class Keep(Enum):
     """Ways in which a study keeps an option's value."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from nas.config import AUTO, MAX_WORKERS, PIXELS, DataConfig, worker_number
-from nas.options import Bounds, Checked, at_least, between, option, same_as
+from nas.options import Bounds, Checked, at_least, between, listed, option, same_as
 
 # Length of the long schedule, in steps of the study's proxy, and its learning rates, in units of the study's.
 LONG = 4
@@ -22,18 +22,6 @@ def _listed(factors: Sequence[float]) -> str:
     """Factors in words, such as 1/8, 1/2 and 2."""
     *first, last = (str(Fraction(factor)) for factor in factors)
     return f"{', '.join(first)} and {last}"
-
-
-def _names(text: str) -> tuple[str, ...]:
-    """The models that a user typed, separated by commas.
-
-    Raises:
-        ValueError: there are none.
-    """
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    if not names:
-        raise ValueError(f"{text}: is not a list of timm models")
-    return names
 
 
 def _rates(text: str) -> tuple[float, ...]:
@@ -64,7 +52,7 @@ class BaselineConfig(Checked):
 
     models: tuple[str, ...] | None = option(
         None, "--models", f"Comma-separated names of timm models, or {ALL}", default="those that suit the device",
-        bounds=Bounds(bool, "a list of timm models"), typed=str, parse=_names,
+        bounds=Bounds(bool, "a list of timm models"), typed=str, parse=listed("timm models"),
     )  # fmt: skip
     found: int = option(3, "--found", "Number of the front's networks to compare, evenly spaced", bounds=at_least(1))
     steps: int | None = option(None, "--steps", "Training steps per network", default=LONG_STEPS, bounds=at_least(2))
