@@ -15,7 +15,7 @@ import fcntl
 import os
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -95,6 +95,16 @@ def device_lock(device: torch.device) -> DeviceLock:
     import torch
 
     return DeviceLock(str(torch.cuda.get_device_properties(device).uuid))
+
+
+@contextmanager
+def training_on(devices: Iterable[torch.device], on_wait: Callable[[], None] | None = None) -> Iterator[None]:
+    """Train on several devices while the body runs; see `DeviceLock.training`."""
+    with ExitStack() as stack:
+        # In one order in all processes, so that none waits for another in a circle.
+        for lock in sorted({device_lock(device) for device in devices}, key=lambda lock: lock.name):
+            stack.enter_context(lock.training(on_wait))
+        yield
 
 
 class _NoLock(Exception):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -20,7 +20,7 @@ from nas.latency.device_profile import DeviceProfile, measure_profile
 from nas.latency.devices import anchor_must_run, check_device
 from nas.latency.isolation import ArchMeter, meter_for
 from nas.latency.values import Measurement, ShapeLatency, memory_mb
-from nas.locks import WAITING, device_lock
+from nas.locks import WAITING, device_lock, training_on
 from nas.reporting import Note
 from nas.search import worker_count
 from nas.search.worker_count import WorkerCount, get_ready
@@ -183,8 +183,6 @@ class RealEvaluator:
         (self.torch_device,) = indexed([check_device(config.latency)])
         self.train_devices = train_devices(config, self.torch_device)
         self.lock = device_lock(self.torch_device)
-        # In one order in all processes, so that none waits for another in a circle.
-        self.train_locks = sorted({device_lock(device) for device in self.train_devices}, key=lambda lock: lock.name)
         self.meter: ArchMeter | None = None
         self.told = False
         self.free_bytes = free_memory_bytes()
@@ -194,6 +192,9 @@ class RealEvaluator:
             data = image_data.load(config.data, note)
             self.data_path = self.files.write(data)
             self._get_ready()
+        except CandidateFailed as error:
+            self.close()
+            raise self._no_worker(error) from error
         except BaseException:
             self.close()
             raise
@@ -232,7 +233,13 @@ class RealEvaluator:
             chosen = self._chosen_workers()
             self.note(str(chosen))
             self.pool.resize(chosen.count)
-            self._get_ready()
+            try:
+                self._get_ready()
+            except CandidateFailed as error:
+                raise self._no_worker(error) from error
+
+    def _no_worker(self, error: CandidateFailed) -> UsageError:
+        return UsageError(f"--workers {self.pool.count}: not all of them can be started ({error}); use fewer")
 
     @property
     def workers(self) -> int:
@@ -249,8 +256,6 @@ class RealEvaluator:
         """The number of workers that pays."""
         config, anchor = self.config, self.config.space.anchor()
         arguments = (self.pool, anchor, self.data_path, config.proxy, config.seed)
-        # One core is left to what is timed meanwhile.
-        most = max(1, cores() - self.apart)
         if self.train_devices[0].type == "cuda":
             rate = worker_count.images_per_second(*arguments)
 
@@ -261,7 +266,8 @@ class RealEvaluator:
                     return rate(count)
 
             try:
-                return worker_count.on_cuda(len(self.train_devices), measured, most)
+                # One core is left to what is timed meanwhile.
+                return worker_count.on_cuda(len(self.train_devices), measured, max(1, cores() - self.apart))
             except CandidateFailed as error:
                 devices = ",".join(map(str, self.train_devices))
                 raise UsageError(f"--train-devices {devices}: a first training fails ({error})") from error
@@ -325,13 +331,9 @@ class RealEvaluator:
         with self._training(), closing(self.pool.run(calls)) as results:
             yield from results
 
-    @contextlib.contextmanager
-    def _training(self) -> Iterator[None]:
+    def _training(self) -> contextlib.AbstractContextManager[None]:
         """Context in which no process measures on the devices that train."""
-        with ExitStack() as stack:
-            for lock in self.train_locks:
-                stack.enter_context(lock.training(self._waiting))
-            yield
+        return training_on(self.train_devices, self._waiting)
 
     def close(self) -> None:
         """Release the devices, also where another thread trains."""

@@ -6,7 +6,7 @@ import contextlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import astuple, dataclass, fields, replace
 from functools import cache, partial
@@ -20,7 +20,7 @@ from kernels.machine import cores, free_memory_bytes
 from nas.config import DataConfig, ProxyConfig
 from nas.errors import CandidateFailed, UsageError
 from nas.files import save_tensors
-from nas.locks import WAITING, device_lock
+from nas.locks import WAITING, device_lock, training_on
 from nas.reporting import Note
 from nas.training import data as image_data
 from nas.training import proxy
@@ -167,8 +167,6 @@ class Trainer:
         self.data, self.device, self.seed, self.note, self.check = data, device, seed, note, check
         self.devices = [str(each) for each in every_cuda(device)]
         self.lock, self.waiting = device_lock(device), partial(note, WAITING)
-        # In one order in all processes, so that none waits for another in a circle.
-        self.locks = sorted({device_lock(torch.device(each)) for each in self.devices}, key=lambda lock: lock.name)
         # The same number for all trainings, because it changes the rounding.
         self.config = replace(config, threads=1) if device.type == "cpu" else config
         require_sense(workers, len(self.devices) if device.type == "cuda" else None)
@@ -184,13 +182,9 @@ class Trainer:
         self.workers.close()
         self.files.close()
 
-    @contextlib.contextmanager
-    def training(self) -> Iterator[None]:
+    def training(self) -> AbstractContextManager[None]:
         """Context in which no process measures on the devices that train."""
-        with contextlib.ExitStack() as stack:
-            for lock in self.locks:
-                stack.enter_context(lock.training(self.waiting))
-            yield
+        return training_on(map(torch.device, self.devices), self.waiting)
 
     def data_path(self, resolution: int) -> str:
         """Path of the file with the data at a resolution, which is written if need be."""
@@ -260,8 +254,6 @@ def train_new(
         build: function from a number of classes to a network with new random weights.
         data_path: path of a file of `DataFiles`.
     """
-    if config.deterministic:
-        proxy.prepare_determinism()
     torch.set_num_threads(config.threads)
     batches, images = mapped(data_path, device)
     torch.manual_seed(seed)

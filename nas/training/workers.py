@@ -172,17 +172,23 @@ class Workers:
         workers = self.workers
         free = list(reversed(workers))
         running: dict[Future[tuple[Result | CandidateFailed, float]], tuple[int, Worker]] = {}
+
+        def feed() -> None:
+            while waiting and free:
+                index, worker = waiting.popleft(), free.pop()
+                running[self._submit(worker, calls[index])] = index, worker
+
         try:
-            while waiting or running:
-                while waiting and free:
-                    index, worker = waiting.popleft(), free.pop()
-                    running[self._submit(worker, calls[index])] = index, worker
+            feed()
+            while running:
                 for future in wait(running, return_when=FIRST_COMPLETED).done:
                     index, worker = running.pop(future)
                     result, seconds = future.result()
                     if worker.closed:
                         return
                     free.append(worker)
+                    # It does not wait until the result is recorded.
+                    feed()
                     if isinstance(result, WorkerDied):
                         again[index] = worker
                     else:

@@ -11,8 +11,8 @@ import torch
 
 from nas import search
 from nas.config import DataConfig, LatencyConfig, ProxyConfig, SearchConfig
-from nas.errors import CandidateFailed, UsageError
-from nas.search import worker_count
+from nas.errors import CandidateFailed, OutOfMemory, UsageError
+from nas.search import evaluation, worker_count
 from nas.search.evaluation import train_devices
 from nas.search.worker_count import Probe, on_cpu, on_cuda, probe
 from nas.training import pool
@@ -161,6 +161,21 @@ def test_workers_and_devices_that_make_no_sense_are_refused(
     config = replace(SearchConfig(latency=CPU, space=load_space("small")), **changes)  # type: ignore[arg-type]
     with pytest.raises(UsageError, match=f"^{message}"):
         train_devices(config, torch.device("cpu"))
+
+
+def test_workers_that_cannot_be_started_are_told(
+    images: Path, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluation, "get_ready", failing_to_start)
+    config = SearchConfig(
+        storage=sqlite_url, latency=CPU, data=DataConfig(source=str(images), resolution=16), workers=1
+    )
+    with pytest.raises(UsageError, match=r"^--workers 1: not all of them can be started \(out of memory\); use fewer"):
+        search.run(config)
+
+
+def failing_to_start(data_path: str, device: str) -> None:
+    raise OutOfMemory("out of memory")
 
 
 def test_all_gpus_train_unless_some_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
