@@ -99,6 +99,16 @@ class Evaluator(Protocol):
         """Whether candidates may be timed while others train."""
         ...
 
+    @property
+    def round_size(self) -> int:
+        """Number of candidates that are proposed at once, which is known after `start`."""
+        ...
+
+    @property
+    def timers(self) -> int:
+        """Number of candidates that may be timed at once, each on a device of its own."""
+        ...
+
     def anchor(self, references_ms: Sequence[float]) -> ShapeLatency:
         """Measure the anchor network's latency, on the scale of the yardsticks' references."""
         ...
@@ -138,11 +148,21 @@ class Evaluator(Protocol):
         ...
 
 
+def round_of(workers: int) -> int:
+    """The size of a round whose end all workers wait for: with two candidates for each, none waits long."""
+    return 1 if workers == 1 else 2 * workers
+
+
 class OneByOne:
     """Base of evaluators that train one network after the other, by a method `train_one`."""
 
     workers = 1
     apart = False
+    timers = 1
+
+    @property
+    def round_size(self) -> int:
+        return round_of(self.workers)
 
     def train_one(self, arch: ArchSpec) -> ProxyResult:
         """Train a network.

@@ -127,11 +127,9 @@ class LiveStudy:
             self.proposer.tell(proposal.number, None, TrialState.PRUNED, {})
         return None
 
-    def settle(self, number: int | None = None) -> None:
-        """Tell the sampler of a trial that was recorded, or of all of them, in the order of their numbers: so its
-        proposals do not depend on which of several trainings ends first."""
-        for each in sorted(self.untold) if number is None else [number]:
-            self.proposer.tell(each, *self.untold.pop(each))
+    def settle(self, number: int) -> None:
+        """Tell the sampler of a trial that was recorded."""
+        self.proposer.tell(number, *self.untold.pop(number))
 
     def record(self, proposal: Proposal, trial_id: int, outcome: Outcome) -> None:
         """Write a candidate's rows, then close its trial in Optuna's tables. The sampler learns of it from `settle`."""

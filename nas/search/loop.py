@@ -233,7 +233,7 @@ def _loop(config: SearchConfig, study: LiveStudy, evaluator: Evaluator, progress
     pace = Pace(len(study.complete))
     with closing(rounds.run()) as course:
         for recorded in course:
-            if rounds.round_ended:
+            if recorded.ends_round:
                 pace.pause(len(study.complete))
             left = pace.seconds_left(config.budget - len(study.complete))
             progress.candidate(_event(config, study, rounds, recorded, pace.per_minute, left))

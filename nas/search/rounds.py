@@ -1,9 +1,8 @@
-"""The rounds of a search: some candidates are proposed and timed one after the other, then trained side by side.
+"""The rounds of a search: some candidates are proposed and timed, then trained side by side.
 
-A round is twice as many candidates as there are workers, so that none waits long for the last of them; one worker has
-rounds of one. The sampler learns of a round when all of it has ended, in the order of its numbers: proposals do not
-depend on which training ends first. Where the latency's device is none of those that train, the next round is proposed
-and timed while one trains, and its proposals do not know the results of that one.
+The sampler learns of a round when all of it has ended, in the order of its numbers: proposals do not depend on which
+training ends first. Where the latency's device is none of those that train, the next round is proposed and timed while
+one trains, and its proposals do not know the results of that one; its trainings begin as workers become free.
 """
 
 from __future__ import annotations
@@ -12,10 +11,13 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TypeAlias
 
 from nas.config import SearchConfig
+from nas.errors import message_line
 from nas.reporting import Note
 from nas.search.evaluation import Evaluator, Outcome, Screened, screen
 from nas.search.live_study import LiveStudy
@@ -41,72 +43,64 @@ class Flight:
 
 @dataclass(frozen=True)
 class Recorded:
-    """A candidate that was recorded."""
+    """A candidate that was recorded.
+
+    Args:
+        ends_round: whether all that was proposed in its round has ended with it.
+    """
 
     proposal: Proposal
     outcome: Outcome
+    ends_round: bool = False
 
 
 class Trainings:
     """The trainings of a round, in this thread or in another.
 
+    Args:
+        flights: the candidates of the round, of which those with most to compute are begun first, so that no worker is
+            left with one of them at the end.
+
     Attributes:
-        left: number of those that have not ended, as far as this thread has looked.
-        seconds: time from the beginning of the trainings in another thread to their end.
+        left: number of those whose end this thread has not seen.
+        complete: by the candidate's number, whether it is complete, of those that have ended.
+        begin, end: time at which the trainings in another thread began, and ended.
     """
 
     def __init__(self, flights: Sequence[Flight], evaluator: Evaluator) -> None:
-        self.flights, self.evaluator = flights, evaluator
+        self.flights = sorted(flights, key=lambda flight: (-flight.screened.cost.macs, flight.proposal.number))
+        self.evaluator = evaluator
         self.left = len(flights)
-        self.seconds = 0.0
-        self.results: queue.Queue[Done[ProxyResult] | BaseException | None] = queue.Queue()
+        self.complete: dict[int, bool] = {}
+        self.begin = self.end = time.perf_counter()
         self.thread: threading.Thread | None = None
 
     def here(self) -> Generator[Done[ProxyResult]]:
         """Train in this thread, and yield each result."""
         if self.flights:
-            with closing(self.evaluator.train([flight.proposal.arch for flight in self.flights])) as results:
-                for done in results:
-                    self.left -= 1
-                    yield done
+            yield from self.evaluator.train([flight.proposal.arch for flight in self.flights])
 
-    def start(self) -> None:
-        """Train in another thread."""
-        self.thread = threading.Thread(target=self._work)
+    def start(self, results: queue.Queue[Result]) -> None:
+        """Train in another thread, and put each result into a queue; None comes last, or an exception."""
+        self.thread = threading.Thread(target=self._work, args=(results,))
         self.thread.start()
 
-    def _work(self) -> None:
-        begin = time.perf_counter()
+    def _work(self, results: queue.Queue[Result]) -> None:
         try:
-            for done in self.evaluator.train([flight.proposal.arch for flight in self.flights]) if self.flights else ():
-                self.results.put(done)
-            self.seconds = time.perf_counter() - begin if self.flights else 0.0
-            self.results.put(None)
+            for done in self.here():
+                self.end = time.perf_counter()
+                results.put((self, done))
+            results.put((self, None))
         except BaseException as error:  # for the thread that waits
-            self.results.put(error)
-
-    def ready(self) -> Iterator[Done[ProxyResult]]:
-        """Yield the results that are there already."""
-        while not self.results.empty():
-            result = self.results.get()
-            if not isinstance(result, Done):
-                # The end, which `rest` is to see.
-                self.results.put(result)
-                return
-            self.left -= 1
-            yield result
-
-    def rest(self) -> Iterator[Done[ProxyResult]]:
-        """Wait for all results, and yield each."""
-        while (result := self.results.get()) is not None:
-            if isinstance(result, BaseException):
-                raise result
-            self.left -= 1
-            yield result
+            results.put((self, error))
 
     def join(self) -> None:
         if self.thread is not None:
             self.thread.join()
+
+
+# A training that ended, or None when there are no more of its round, or what ended them all.
+Result: TypeAlias = tuple[Trainings, Done[ProxyResult] | BaseException | None]
 
 
 class Rounds:
@@ -122,7 +116,6 @@ class Rounds:
         busy: number of workers that train.
         training, latency: seconds of this run in which it trained, and in which it measured latency.
         worked: seconds of all trainings, those at the same time added up.
-        in_flight: number of candidates that were timed and whose training has not ended.
     """
 
     def __init__(
@@ -131,49 +124,87 @@ class Rounds:
     ) -> None:  # fmt: skip
         self.config, self.study, self.evaluator, self.begin = config, study, evaluator, begin
         self.note, self.timed = note, timed
-        self.size = 1 if evaluator.workers == 1 else 2 * evaluator.workers
         self.why = ""
         self.training = self.latency = self.worked = 0.0
-        self.busy = self.barren = self.in_flight = 0
+        self.busy = self.barren = 0
+        # Complete candidates without those of rounds that have not ended: a decision that counted these would depend
+        # on which training ends first.
+        self.complete = len(study.complete)
+        self.running: list[Trainings] = []
+        # The rounds that the sampler does not know.
+        self.unsettled: list[Trainings] = []
+        self.results: queue.Queue[Result] = queue.Queue()
+        self.trained_until = 0.0
 
     def run(self) -> Generator[Recorded]:
         """Evaluate candidates until the budget is met, or there is another reason to end; yield each when recorded."""
-        flights: list[Flight] = []
-        while flights or not self._ended():
-            following: list[Flight] = []
+        return self._side_by_side() if self.evaluator.apart else self._in_turns()
+
+    def _in_turns(self) -> Generator[Recorded]:
+        """Propose and time a round, then train it, and so on."""
+        while not self._ended():
+            flights: list[Flight] = []
+            yield from self._propose(flights)
             trainings = Trainings(flights, self.evaluator)
             begin = time.perf_counter()
-            if self.evaluator.apart:
-                trainings.start()
-                try:
-                    yield from self._propose(following, trainings)
-                    yield from self._record_trained(trainings, trainings.rest())
-                except BaseException:
-                    # The results that are there are kept; the other trainings are given up.
-                    for _ in self._record_trained(trainings, trainings.ready()):
-                        pass
-                    self.evaluator.close()
-                    trainings.join()
-                    raise
-                self.training += trainings.seconds
-                self.study.settle()
-            else:
-                with closing(trainings.here()) as results:
-                    yield from self._record_trained(trainings, results)
-                self.training += time.perf_counter() - begin if flights else 0.0
-                self.study.settle()
-                yield from self._propose(following, None)
-            # The longest first, so that no worker is left with one at the end.
-            flights = sorted(following, key=lambda flight: (-flight.screened.cost.macs, flight.proposal.number))
+            self.running = [trainings]
+            self._count_busy()
+            with closing(trainings.here()) as results:
+                for done in results:
+                    yield self._record_trained(trainings, done)
+            self.running = []
+            self.training += time.perf_counter() - begin if flights else 0.0
+            self._settle(trainings)
 
-    @property
-    def round_ended(self) -> bool:
-        """Whether all that was proposed has ended."""
-        return not self.in_flight
+    def _side_by_side(self) -> Generator[Recorded]:
+        """Propose and time a round while the one before is trained."""
+        try:
+            while not self._ended() or self.unsettled:
+                flights: list[Flight] = []
+                yield from self._propose(flights)
+                before, self.unsettled = self.unsettled, []
+                if flights:
+                    trainings = Trainings(flights, self.evaluator)
+                    self.unsettled.append(trainings)
+                    self.running.append(trainings)
+                    trainings.start(self.results)
+                while any(each in self.running for each in before):
+                    yield from self._received(self.results.get())
+                # The next proposals know the rounds before this one, even if all of this one has ended.
+                for each in before:
+                    self._settle(each)
+        except BaseException:
+            # The results that are there are kept; the other trainings are given up.
+            while not self.results.empty():
+                try:
+                    for _ in self._received(self.results.get()):
+                        pass
+                except BaseException as error:
+                    self.note(f"a training ended with {message_line(error)}")
+            self.evaluator.close()
+            for each in self.running:
+                each.join()
+            raise
+
+    def _received(self, result: Result) -> Iterator[Recorded]:
+        """Record what has come from a round that is trained in another thread."""
+        trainings, done = result
+        if isinstance(done, BaseException):
+            raise done
+        if done is None:
+            trainings.join()
+            self.running.remove(trainings)
+            if trainings.left:
+                raise RuntimeError(f"{trainings.left} trainings ended without a result")
+            # Two rounds may have been trained at the same time.
+            self.training += trainings.end - max(trainings.begin, self.trained_until)
+            self.trained_until = trainings.end
+        else:
+            yield self._record_trained(trainings, done)
 
     def _ended(self) -> bool:
         if not self.why:
-            if len(self.study.complete) >= self.config.budget:
+            if self.complete >= self.config.budget:
                 self.why = "budget met"
             elif self.barren >= MAX_BARREN:
                 self.why = f"the last {self.barren} candidates all failed or broke a limit"
@@ -185,57 +216,75 @@ class Rounds:
         limit = self.config.time_limit_s
         return limit is not None and time.perf_counter() - self.begin >= limit
 
-    def _propose(self, flights: list[Flight], meanwhile: Trainings | None) -> Iterator[Recorded]:
-        """Propose and time candidates until there is a round of them to train; yield those that are not to be trained.
+    def _propose(self, flights: list[Flight]) -> Iterator[Recorded]:
+        """Propose and time candidates until there is a round of them to train; yield those that are not to be trained,
+        and what ends meanwhile.
 
         Args:
             flights: list to which the others are added.
-            meanwhile: the round that is trained at this time.
         """
         if self._ended():
             return
-        # Both are those of the beginning, however soon trainings end meanwhile.
-        in_flight = 0 if meanwhile is None else meanwhile.left
-        wanted = min(self.size, self.config.budget - len(self.study.complete) - in_flight)
+        in_flight = sum(len(each.flights) for each in self.unsettled)
+        wanted = min(self.evaluator.round_size, self.config.budget - self.complete - in_flight)
         barren = self.barren
-        while len(flights) < wanted and barren < MAX_BARREN and not self._is_late():
-            proposed = self.study.propose()
-            if proposed is None:
-                self.why = f"the space {self.config.space.name!r} yields nothing new"
-                return
-            proposal, trial_id = proposed
-            screened = screen(proposal.arch, self.evaluator, self.config.limits)
-            self.latency += screened.latency_seconds or 0.0
-            if screened.latency is not None:
-                timing_begin = time.perf_counter()
-                self.timed(proposal.arch)
-                self.latency += time.perf_counter() - timing_begin
-            if isinstance(screened, Outcome):
-                barren += 1
-                yield self._record(proposal, trial_id, screened)
-                # It comes in the order of the numbers, whatever is trained.
-                self.study.settle(proposal.number)
-            else:
-                flights.append(Flight(proposal, trial_id, screened))
-                self.in_flight += 1
-            if meanwhile is not None:
-                yield from self._record_trained(meanwhile, meanwhile.ready())
+        while len(flights) < wanted and barren < MAX_BARREN and not self.why and not self._is_late():
+            batch = []
+            for _ in range(min(self.evaluator.timers, wanted - len(flights))):
+                proposed = self.study.propose()
+                if proposed is None:
+                    self.why = f"the space {self.config.space.name!r} yields nothing new"
+                    break
+                batch.append(proposed)
+            begin = time.perf_counter()
+            results = self._screen([proposal.arch for proposal, _ in batch])
+            for (proposal, _), screened in zip(batch, results, strict=True):
+                if screened.latency is not None:
+                    self.timed(proposal.arch)
+            self.latency += time.perf_counter() - begin
+            for (proposal, trial_id), screened in zip(batch, results, strict=True):
+                if isinstance(screened, Outcome):
+                    barren += 1
+                    self.barren += 1
+                    yield self._record(proposal, trial_id, screened)
+                    # It comes in the order of the numbers, whatever is trained.
+                    self.study.settle(proposal.number)
+                else:
+                    flights.append(Flight(proposal, trial_id, screened))
+            while not self.results.empty():
+                yield from self._received(self.results.get())
 
-    def _record_trained(self, trainings: Trainings, results: Iterator[Done[ProxyResult]]) -> Iterator[Recorded]:
-        self.busy = min(trainings.left, self.evaluator.workers)
-        for done in results:
-            flight = trainings.flights[done.index]
-            self.busy = min(trainings.left, self.evaluator.workers)
-            self.worked += done.seconds
-            self.in_flight -= 1
-            outcome = flight.screened.trained(done)
-            if self.config.keep_weights:
-                self._keep_weights(flight.proposal, outcome)
-            yield self._record(flight.proposal, flight.trial_id, outcome)
+    def _screen(self, archs: Sequence[ArchSpec]) -> list[Outcome | Screened]:
+        """Count and time several candidates, each on a device of its own."""
+        if len(archs) <= 1:
+            return [screen(arch, self.evaluator, self.config.limits) for arch in archs]
+        with ThreadPoolExecutor(len(archs)) as threads:
+            return list(threads.map(lambda arch: screen(arch, self.evaluator, self.config.limits), archs))
+
+    def _count_busy(self) -> None:
+        self.busy = min(sum(each.left for each in self.running), self.evaluator.workers)
+
+    def _record_trained(self, trainings: Trainings, done: Done[ProxyResult]) -> Recorded:
+        flight = trainings.flights[done.index]
+        trainings.left -= 1
+        self._count_busy()
+        self.worked += done.seconds
+        outcome = flight.screened.trained(done)
+        if self.config.keep_weights:
+            self._keep_weights(flight.proposal, outcome)
+        recorded = self._record(flight.proposal, flight.trial_id, outcome)
+        trainings.complete[flight.proposal.number] = outcome.state == CandidateState.COMPLETE
+        return replace(recorded, ends_round=not trainings.left)
+
+    def _settle(self, trainings: Trainings) -> None:
+        """Tell the sampler of a round that has ended."""
+        for number, complete in sorted(trainings.complete.items()):
+            self.study.settle(number)
+            self.complete += complete
+            self.barren = 0 if complete else self.barren + 1
 
     def _record(self, proposal: Proposal, trial_id: int, outcome: Outcome) -> Recorded:
         self.study.record(proposal, trial_id, outcome)
-        self.barren = 0 if outcome.state == CandidateState.COMPLETE else self.barren + 1
         return Recorded(proposal, outcome)
 
     def _keep_weights(self, proposal: Proposal, outcome: Outcome) -> None:
