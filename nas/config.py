@@ -332,6 +332,8 @@ class SearchConfig(Checked):
             of twice as many, so the proposals of a seed depend on it.
         train_devices: names of the devices that train; None stands for the latency's device, and for all CUDA devices
             where that is one.
+        ray: whether a Ray cluster is started on this machine, on which candidates are trained and timed.
+        ray_address: address of a Ray cluster that is up, on which they are instead.
 
     Raises:
         FieldError: a field has a value that it cannot have.
@@ -384,6 +386,14 @@ class SearchConfig(Checked):
         "a --device that is none of them",
         default="--device, and all CUDA devices if that is one", panel="Search", typed=str, parse=listed("devices"),
         keep=Keep.TRANSIENT,
+    )  # fmt: skip
+    ray: bool = option(
+        False, "--ray", "Start a Ray cluster on this machine, and train and time there", panel="Search",
+        keep=Keep.TRANSIENT,
+    )  # fmt: skip
+    ray_address: str | None = option(
+        None, "--ray-address", "HOST:PORT of a Ray cluster that is up, or auto for that of this machine: train and time "
+        "there", panel="Search", keep=Keep.TRANSIENT,
     )  # fmt: skip
 
     def identity(self) -> dict[str, Any]:

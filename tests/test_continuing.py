@@ -88,7 +88,7 @@ def asked(recorded: RecordedStudy, monkeypatch: pytest.MonkeyPatch) -> list[Sear
         configs.append(config)
         return There()
 
-    monkeypatch.setattr("nas.search.loop.RealEvaluator", evaluator)
+    monkeypatch.setattr("nas.search.loop.Machine", evaluator)
     return configs
 
 

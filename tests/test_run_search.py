@@ -50,7 +50,7 @@ ARCH = str(make_tiny_space().smallest())
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nas.search.loop.RealEvaluator", lambda *_: FakeEvaluator())
+    monkeypatch.setattr("nas.search.loop.Machine", lambda *_: FakeEvaluator())
 
 
 @pytest.fixture(autouse=True)
@@ -560,7 +560,7 @@ def test_typers_own_refusals_exit_with_2(line: str) -> None:
 
 
 def test_an_empty_study_has_an_empty_front(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("nas.search.loop.RealEvaluator", lambda *_: FakeEvaluator())
+    monkeypatch.setattr("nas.search.loop.Machine", lambda *_: FakeEvaluator())
     assert call("--budget 2 --time-limit 0.000001").exit_code == 0
     assert "empty" in call("pareto").stdout
     assert json.loads(call("pareto --format json").stdout) == []

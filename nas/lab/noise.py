@@ -28,7 +28,7 @@ from nas.lab.options import Space
 from nas.latency.devices import check_device
 from nas.latency.isolation import meter_for
 from nas.locks import WAITING, device_lock
-from nas.search.evaluation import train_one
+from nas.search.real_evaluator import train_candidate
 from nas.training.data import load
 from nas.training.pool import DataFiles
 from nas.training.workers import Call, Workers
@@ -88,7 +88,7 @@ def main(
         if workers:
             path = files.write(load(DataConfig(resolution=loaded.resolution)))
             proxy = ProxyConfig(steps=STEPS)
-            calls = [Call(train_one, (arch, path, proxy, 0, False)) for arch in archs[: 2 * workers]]
+            calls = [Call(train_candidate, (arch, path, proxy, 0, False)) for arch in archs[: 2 * workers]]
         for _ in track(range(rounds), "measuring"):
             with lock.training():
                 # All of them end before anything is measured, and their processes stay.

@@ -49,6 +49,11 @@ def check_device(config: LatencyConfig) -> torch.device:
     return device
 
 
+def indexed(device: torch.device) -> torch.device:
+    """A device with its index, so that `cuda` and `cuda:0` are equal."""
+    return torch.device(device.type, device.index or 0) if device.type == "cuda" else device
+
+
 @contextmanager
 def anchor_must_run(config: LatencyConfig) -> Iterator[None]:
     """Context in which the anchor network is deployed or measured.

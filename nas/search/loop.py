@@ -14,13 +14,15 @@ import pandas as pd
 
 from nas.config import SearchConfig
 from nas.display.showcase import show
-from nas.errors import CandidateFailed
+from nas.errors import CandidateFailed, UsageError
 from nas.latency.block_table import BlockTable, sum_errors, sum_errors_line
 from nas.latency.parts import arch_parts, network_shape
-from nas.search.evaluation import Evaluator, Outcome, RealEvaluator
+from nas.reporting import Note
+from nas.search.evaluation import Evaluator, Outcome
 from nas.search.front_measurement import measure_front
 from nas.search.live_study import LiveStudy
-from nas.search.opening import open_study, refuse_early
+from nas.search.machine import Machine
+from nas.search.opening import known_device, open_study, refuse_early
 from nas.search.rounds import Recorded, Rounds, weights
 from nas.versions import versions
 from search_spaces import ArchSpec
@@ -134,7 +136,7 @@ def run(config: SearchConfig, evaluator: Evaluator | None = None, progress: Prog
     config = refuse_early(config)
     if evaluator is None:
         progress.note("loading data")
-        evaluator = RealEvaluator(config, progress.note)
+        evaluator = _real_evaluator(config, progress.note)
     for line in evaluator.notes:
         progress.note(line)
     with closing(evaluator), open_study(config, evaluator, json.dumps(versions()), progress.note) as study:
@@ -154,6 +156,21 @@ def run(config: SearchConfig, evaluator: Evaluator | None = None, progress: Prog
             shares=Shares(rounds.training, latency, time.perf_counter() - begin, evaluator.workers, rounds.worked),
             remarks=remarks,
         )
+
+
+def _real_evaluator(config: SearchConfig, note: Note) -> Evaluator:
+    """What trains and times candidates, on this machine or on a cluster.
+
+    Raises:
+        UsageError: it cannot be had.
+    """
+    if not config.ray and config.ray_address is None:
+        return Machine(config, note)
+    if config.ray and config.ray_address is not None:
+        raise UsageError(f"--ray-address {config.ray_address}: not with --ray, which starts a cluster of its own")
+    from nas.search.cluster import Cluster
+
+    return Cluster(config, note, known_device(config))
 
 
 def _finish(config: SearchConfig, study: LiveStudy, evaluator: Evaluator, progress: Progress) -> tuple[str, ...]:

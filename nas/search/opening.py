@@ -11,6 +11,7 @@ from typing import Any
 import optuna
 
 import studies
+from kernels.timing import DeviceInfo
 from nas.config import LatencyConfig, SearchConfig, respelled
 from nas.display import notes
 from nas.errors import FieldError, UsageError
@@ -116,6 +117,12 @@ def refuse_early(config: SearchConfig) -> SearchConfig:
             # A study of such a name that is there already can still be read and continued.
             raise FieldError(SearchConfig, "study", config.study, NEW_NAME.expected)
     return config
+
+
+def known_device(config: SearchConfig) -> DeviceInfo | None:
+    """The device of the study that `config` names; None where there is no such study."""
+    with _existing(config) as recorded:
+        return recorded.device if recorded else None
 
 
 def _require_possible(config: SearchConfig) -> None:

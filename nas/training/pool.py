@@ -97,6 +97,26 @@ class TrainingJob:
     learning_rate: float
 
 
+class DataSource(Protocol):
+    """A data set as a worker is told of it: a small value, which compares equal to itself in another process."""
+
+    def __hash__(self) -> int: ...
+
+    def load(self) -> ImageData:
+        """The data set, in memory that all processes of a machine share."""
+        ...
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A data set in a file of `DataFiles`."""
+
+    path: str
+
+    def load(self) -> ImageData:
+        return ImageData(**torch.load(self.path, mmap=True, weights_only=True))
+
+
 class DataFiles:
     """Data sets in files, which all processes map; a context manager, whose end is theirs.
 
@@ -105,7 +125,7 @@ class DataFiles:
     """
 
     def __init__(self) -> None:
-        self.paths: dict[int, str] = {}
+        self.files: dict[int, DataFile] = {}
         self.held = contextlib.ExitStack()
 
     def __enter__(self) -> DataFiles:
@@ -116,10 +136,10 @@ class DataFiles:
 
     def close(self) -> None:
         self.held.close()
-        self.paths.clear()
+        self.files.clear()
 
-    def write(self, data: ImageData) -> str:
-        """Write a data set; returns the path at which `mapped` finds it.
+    def write(self, data: ImageData) -> DataFile:
+        """Write a data set.
 
         Raises:
             OSError: there is no room for it.
@@ -132,11 +152,11 @@ class DataFiles:
             if Path("/proc/self/fd").exists():
                 number = os.open(path, os.O_RDONLY)
                 self.held.callback(os.close, number)
-                self.paths[resolution] = f"/proc/{os.getpid()}/fd/{number}"
+                self.files[resolution] = DataFile(f"/proc/{os.getpid()}/fd/{number}")
             else:
                 self.held.enter_context(stack.pop_all())
-                self.paths[resolution] = str(path)
-        return self.paths[resolution]
+                self.files[resolution] = DataFile(str(path))
+        return self.files[resolution]
 
 
 class Trainer:
@@ -186,9 +206,9 @@ class Trainer:
         """Context in which no process measures on the devices that train."""
         return training_on(map(torch.device, self.devices), self.waiting)
 
-    def data_path(self, resolution: int) -> str:
-        """Path of the file with the data at a resolution, which is written if need be."""
-        if resolution not in self.files.paths:
+    def data_file(self, resolution: int) -> DataFile:
+        """The file with the data at a resolution, which is written if need be."""
+        if resolution not in self.files.files:
             data = image_data.load(replace(self.data, resolution=resolution), self.note)
             self.check(data)
             self.note(f"data at {resolution}x{resolution}")
@@ -196,7 +216,7 @@ class Trainer:
                 self.note(line)
             self.classes = len(data.classes)
             self.files.write(data)
-        return self.files.paths[resolution]
+        return self.files.files[resolution]
 
     def train(
         self, jobs: Sequence[TrainingJob], done: Callable[[TrainingJob, ProxyResult | CandidateFailed], str]
@@ -217,9 +237,9 @@ class Trainer:
 
     def _call(self, job: TrainingJob) -> Call[ProxyResult]:
         config = replace(self.config, steps=job.steps, learning_rate=job.learning_rate)
-        path = self.data_path(job.network.resolution)
+        data = self.data_file(job.network.resolution)
         # A network that is not ours may break its process.
-        return Call(train_one, (job.network, path, config, self.seed), None if job.network.ours else job.network.name)
+        return Call(train_one, (job.network, data, config, self.seed), None if job.network.ours else job.network.name)
 
 
 def fill(row: BaselineTraining | Retraining, result: ProxyResult | CandidateFailed) -> str:
@@ -232,7 +252,7 @@ def fill(row: BaselineTraining | Retraining, result: ProxyResult | CandidateFail
     return f"{result.accuracy:.1%} in {result.seconds:.0f} s"
 
 
-def train_one(network: Trainable, data_path: str, config: ProxyConfig, seed: int, device: str) -> ProxyResult:
+def train_one(network: Trainable, data: DataSource, config: ProxyConfig, seed: int, device: str) -> ProxyResult:
     """Train a network from new weights, in this process.
 
     Raises:
@@ -240,29 +260,28 @@ def train_one(network: Trainable, data_path: str, config: ProxyConfig, seed: int
     """
     try:
         with network.failing(), contained():
-            return train_new(network.build, data_path, config, seed, device)[1]
+            return train_new(network.build, data, config, seed, device)[1]
     finally:
         trim_heap()
 
 
 def train_new(
-    build: Callable[[int], nn.Module], data_path: str, config: ProxyConfig, seed: int, device: str
+    build: Callable[[int], nn.Module], data: DataSource, config: ProxyConfig, seed: int, device: str
 ) -> tuple[nn.Module, ProxyResult]:
     """Build a network and train it, in this process; every network sees the same images in the same order.
 
     Args:
         build: function from a number of classes to a network with new random weights.
-        data_path: path of a file of `DataFiles`.
     """
     torch.set_num_threads(config.threads)
-    batches, images = mapped(data_path, device)
+    batches, images = mapped(data, device)
     torch.manual_seed(seed)
     network = build(len(images.classes))
     return network, proxy.train(network, batches, config, seed)
 
 
 @cache
-def mapped(path: str, device: str) -> tuple[proxy.Batches, Images]:
-    """The data in a file of `DataFiles`, which all processes map."""
-    data = ImageData(**torch.load(path, mmap=True, weights_only=True))
+def mapped(source: DataSource, device: str) -> tuple[proxy.Batches, Images]:
+    """The data of a source, ready to train on a device; this process keeps them."""
+    data = source.load()
     return proxy.Batches(data, torch.device(device)), Images.of(data)

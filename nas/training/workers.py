@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 from nas.child_process import ChildProcess
 from nas.errors import CandidateFailed, WorkerDied, memory_may_run_out, message_line
@@ -101,6 +101,27 @@ class Call(Generic[Result]):
     function: Callable[..., Result]
     args: tuple[object, ...]
     alone: str | None = None
+
+
+class Pool(Protocol):
+    """Workers that run calls side by side: those of this machine, or of a cluster."""
+
+    @property
+    def count(self) -> int:
+        """Number of workers."""
+        ...
+
+    def resize(self, count: int) -> None:
+        """Have another number of workers."""
+        ...
+
+    def run(self, calls: Sequence[Call[Result]]) -> Generator[Done[Result]]:
+        """Run calls, those that stand first begun first, and yield each when it ends; see `Workers.run`."""
+        ...
+
+    def close(self) -> None:
+        """End all calls, also those that another thread waits for."""
+        ...
 
 
 class Workers:

@@ -59,7 +59,7 @@ def compare(recorded: RecordedStudy, config: BaselineConfig, note: Note = lambda
     run = _Run(recorded, config, note)
     with run.trainer as trainer:
         # Loaded before anything is measured, because the data may have changed.
-        trainer.data_path(run.latency.resolution)
+        trainer.data_file(run.latency.resolution)
         networks = [*run.own_networks(), *run.timm_networks()]
         for network in networks:
             note(f"{network.name}: {network.resolution}x{network.resolution}, {network.macs / 1e6:,.1f} MMACs")

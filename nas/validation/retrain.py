@@ -59,7 +59,7 @@ def retrain(recorded: RecordedStudy, config: RetrainConfig, note: Note = lambda 
     """
     run = _Run(recorded, config, note)
     with run.trainer as trainer:
-        trainer.data_path(run.data.resolution)
+        trainer.data_file(run.data.resolution)
         lacking = run.lacking()
         note(f"{len(run.chosen)} networks, {len(lacking)} to be trained: {run.set_up}")
         trainer.train(lacking, run.write)

@@ -19,9 +19,9 @@ from nas.config import DataConfig, LatencyConfig, ProxyConfig, SearchConfig
 from nas.errors import CandidateFailed, UsageError
 from nas.lab import determinism as determinism_lab
 from nas.lab.invented import FakeEvaluator
-from nas.search import evaluation as evaluate
-from nas.search.evaluation import RealEvaluator
+from nas.search import real_evaluator as evaluate
 from nas.search.loop import run
+from nas.search.machine import Machine
 from nas.search.progress import PlainProgress
 from nas.training import determinism, proxy
 from studies import Store
@@ -38,15 +38,15 @@ def invoke(*arguments: str) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-def make_evaluator(monkeypatch: pytest.MonkeyPatch, deterministic: bool = False) -> RealEvaluator:
+def make_evaluator(monkeypatch: pytest.MonkeyPatch, deterministic: bool = False) -> Machine:
     """One that takes its device for a GPU, once it is made."""
     monkeypatch.setattr("nas.training.data.load", lambda config, note: easy_data())
     config = SearchConfig(
         space=make_tiny_space(), data=DataConfig(resolution=16), proxy=replace(QUICK, deterministic=deterministic),
         latency=LatencyConfig(device="cpu"),
     )  # fmt: skip
-    evaluator = RealEvaluator(config)
-    evaluator.torch_device = SimpleNamespace(type="cuda")  # type: ignore[assignment]
+    evaluator = Machine(config)
+    evaluator.station.device = SimpleNamespace(type="cuda")  # type: ignore[assignment]
     return evaluator
 
 
@@ -111,7 +111,7 @@ def test_it_is_measured_in_a_process_of_its_own(monkeypatch: pytest.MonkeyPatch)
 
 def test_on_a_cpu_there_is_nothing_to_say(monkeypatch: pytest.MonkeyPatch) -> None:
     evaluator = make_evaluator(monkeypatch)
-    evaluator.torch_device = torch.device("cpu")
+    evaluator.station.device = torch.device("cpu")
     assert evaluator.determinism() is None
 
 

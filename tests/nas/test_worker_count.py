@@ -12,12 +12,12 @@ import torch
 from nas import search
 from nas.config import DataConfig, LatencyConfig, ProxyConfig, SearchConfig
 from nas.errors import CandidateFailed, OutOfMemory, UsageError
-from nas.search import evaluation, worker_count
-from nas.search.evaluation import train_devices
-from nas.search.worker_count import Probe, on_cpu, on_cuda, probe
+from nas.search import machine
+from nas.search.machine import train_devices
 from nas.training import pool
 from nas.training.data import load
-from nas.training.pool import DataFiles
+from nas.training.pool import DataFiles, DataSource
+from nas.training.worker_count import Probe, on_cpu, on_cuda, probe
 from nas.training.workers import Workers
 from search_spaces import load_space
 from studies import Store
@@ -35,21 +35,18 @@ CPU = LatencyConfig(device="cpu", engine="eager")
     ],
 )  # fmt: skip
 def test_the_least_of_cores_memory_and_timing_bounds_it(
-    cores: int, threads: int, gib: float, train_seconds: float, count: int, first: str, monkeypatch: pytest.MonkeyPatch
+    cores: int, threads: int, gib: float, train_seconds: float, count: int, first: str
 ) -> None:
-    monkeypatch.setattr(worker_count, "cores", lambda: cores)
-    chosen = on_cpu(threads, int(gib * 2**30), lambda: Probe(train_seconds, 2**29), lambda: 0.5)
+    chosen = on_cpu(cores // threads, int(gib * 2**30), lambda: Probe(train_seconds, 2**29), lambda: 0.5)
     assert chosen.count == count
     assert str(chosen).startswith(f"{count} training{'s' if count > 1 else ''} at once: {first} for no more (")
 
 
-def test_one_core_needs_no_probe(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_count, "cores", lambda: 3)
-
+def test_one_core_needs_no_probe() -> None:
     def never() -> Probe:
         raise AssertionError
 
-    assert str(on_cpu(2, 2**40, never, lambda: 1.0)) == "1 training at once: there are cores for no more"
+    assert str(on_cpu(1, 2**40, never, lambda: 1.0)) == "1 training at once: there are cores for no more"
 
 
 def rates(per_worker: float, together: float, memory: int = 1000) -> Callable[[int], float]:
@@ -82,13 +79,11 @@ def test_on_cuda_workers_are_doubled_while_that_pays(
     assert str(chosen) == f"{count} training{'s' if count > 1 else ''} at once: {why} for no more"
 
 
-def test_a_first_training_that_fails_leaves_one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker_count, "cores", lambda: 8)
-
+def test_a_first_training_that_fails_leaves_one_worker() -> None:
     def failing() -> Probe:
         raise CandidateFailed("out of memory")
 
-    chosen = on_cpu(1, 2**40, failing, lambda: 1.0)
+    chosen = on_cpu(8, 2**40, failing, lambda: 1.0)
     assert str(chosen) == "1 training at once: a first training fails (out of memory), so there is reason for no more"
     with pytest.raises(CandidateFailed):
         on_cuda(1, rates(100, 100, memory=0), 8)
@@ -133,7 +128,7 @@ def test_data_files_leave_nothing_behind(images: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     (tmp_path / "temporary").mkdir()
     files = DataFiles()
-    path = files.write(load(DataConfig(source=str(images), resolution=16)))
+    path = files.write(load(DataConfig(source=str(images), resolution=16))).path
     if path.startswith("/proc"):
         assert [each for each in (tmp_path / "temporary").rglob("*") if each.is_file()] == []
     assert torch.load(path, mmap=True, weights_only=True)["train_images"].ndim == 4
@@ -166,7 +161,7 @@ def test_workers_and_devices_that_make_no_sense_are_refused(
 def test_workers_that_cannot_be_started_are_told(
     images: Path, sqlite_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(evaluation, "get_ready", failing_to_start)
+    monkeypatch.setattr(machine, "get_ready", failing_to_start)
     config = SearchConfig(
         storage=sqlite_url, latency=CPU, data=DataConfig(source=str(images), resolution=16), workers=1
     )
@@ -174,7 +169,7 @@ def test_workers_that_cannot_be_started_are_told(
         search.run(config)
 
 
-def failing_to_start(data_path: str, device: str) -> None:
+def failing_to_start(data: DataSource, device: str) -> None:
     raise OutOfMemory("out of memory")
 
 

@@ -13,12 +13,11 @@ from dataclasses import dataclass, replace
 import psutil
 import torch
 
-from kernels.machine import cores
 from nas.config import ProxyConfig
 from nas.errors import CandidateFailed
-from nas.training.pool import mapped, train_new
+from nas.training.pool import DataSource, mapped, train_new
 from nas.training.proxy import ProxyResult
-from nas.training.workers import Call, Workers, contained, trim_heap
+from nas.training.workers import Call, Pool, contained, trim_heap
 from search_spaces import ArchSpec
 
 # Steps of the anchor's training from which a whole one is extrapolated.
@@ -61,18 +60,16 @@ class WorkerCount:
         return f"{self.count} training{'s' if self.count > 1 else ''} at once: {first[0]} for no more{allowed}"
 
 
-def on_cpu(
-    threads: int, free_bytes: int, probe: Callable[[], Probe], timing_seconds: Callable[[], float]
-) -> WorkerCount:
+def on_cpu(most: int, free_bytes: int, probe: Callable[[], Probe], timing_seconds: Callable[[], float]) -> WorkerCount:
     """The number of workers on a CPU.
 
     Args:
-        threads: threads of each training.
+        most: greatest number of workers, for which there are cores.
         free_bytes: memory that was free before there were workers.
         probe: function that trains the anchor for a moment, which is not called where one worker takes all cores.
         timing_seconds: function that times a network once and returns how long that took.
     """
-    bounds = {"there are cores": max(1, cores() // threads)}
+    bounds = {"there are cores": most}
     if bounds["there are cores"] > 1:
         try:
             probed = probe()
@@ -113,13 +110,13 @@ def on_cuda(devices: int, images_per_second: Callable[[int], float], most: int) 
     return WorkerCount(count, {bound: count})
 
 
-def probe(workers: Workers, arch: ArchSpec, data_path: str, config: ProxyConfig, seed: int) -> Probe:
+def probe(pool: Pool, arch: ArchSpec, data: DataSource, config: ProxyConfig, seed: int) -> Probe:
     """Train a network for a moment in one worker, and extrapolate.
 
     Raises:
         CandidateFailed: it cannot be trained.
     """
-    (done,) = workers.run([Call(_probe, (arch, data_path, gently(config, PROBE_STEPS), seed))])
+    (done,) = pool.run([Call(_probe, (arch, data, gently(config, PROBE_STEPS), seed))])
     if isinstance(done.result, CandidateFailed):
         raise done.result
     result, own_bytes = done.result
@@ -131,7 +128,7 @@ def probe(workers: Workers, arch: ArchSpec, data_path: str, config: ProxyConfig,
 
 
 def images_per_second(
-    workers: Workers, arch: ArchSpec, data_path: str, config: ProxyConfig, seed: int
+    pool: Pool, arch: ArchSpec, data: DataSource, config: ProxyConfig, seed: int
 ) -> Callable[[int], float]:
     """Function from a number of workers, at most those there are, to the images that they train on in a second.
 
@@ -143,9 +140,9 @@ def images_per_second(
         seconds = 0.0
         # The first time, libraries load their kernels.
         for steps in (PROBE_STEPS, 5 * PROBE_STEPS):
-            call = Call(_probe, (arch, data_path, gently(config, steps), seed))
+            call = Call(_probe, (arch, data, gently(config, steps), seed))
             begin = time.perf_counter()
-            for done in list(workers.run([call] * count)):
+            for done in list(pool.run([call] * count)):
                 if isinstance(done.result, CandidateFailed):
                     raise done.result
             seconds = time.perf_counter() - begin
@@ -159,18 +156,18 @@ def gently(config: ProxyConfig, steps: int) -> ProxyConfig:
     return replace(config, steps=steps, learning_rate=min(config.learning_rate, GENTLE_RATE))
 
 
-def _probe(arch: ArchSpec, data_path: str, config: ProxyConfig, seed: int, device: str) -> tuple[ProxyResult, int]:
+def _probe(arch: ArchSpec, data: DataSource, config: ProxyConfig, seed: int, device: str) -> tuple[ProxyResult, int]:
     """The result of a short training, and the bytes of this process that no other shares."""
     try:
         with contained():
-            _, result = train_new(arch.build, data_path, config, seed, device)
+            _, result = train_new(arch.build, data, config, seed, device)
         return result, int(psutil.Process().memory_full_info().uss)
     finally:
         trim_heap()
 
 
-def get_ready(data_path: str, device: str) -> None:
+def get_ready(data: DataSource, device: str) -> None:
     """Import what trains, and map the data."""
     torch.set_num_threads(1)
     with contained():
-        mapped(data_path, device)
+        mapped(data, device)

@@ -1,0 +1,126 @@
+"""Workers of a cluster: calls run side by side as Ray tasks."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from typing import Any, TypeVar
+
+from nas.cluster import tasks
+from nas.errors import CandidateFailed, WorkerDied, message_line
+from nas.training.workers import Call, Done
+
+Result = TypeVar("Result")
+
+
+def lost(ray: Any, error: BaseException) -> CandidateFailed:
+    """What the loss of a task means: that its candidate failed.
+
+    Raises:
+        RuntimeError: the task raised what is no result, which is a bug.
+    """
+    if isinstance(error, ray.exceptions.RayTaskError):
+        raise RuntimeError(f"on a node of the cluster:\n{error}") from error
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        return WorkerDied("its worker ran out of memory, twice")
+    if isinstance(error, ray.exceptions.WorkerCrashedError):
+        return WorkerDied("its worker died, twice")
+    return WorkerDied(f"its worker was lost, twice ({message_line(error)})")
+
+
+class ClusterPool:
+    """Workers of a cluster; it has the interface of `nas.training.workers.Workers`.
+
+    A call whose worker or node is lost is repeated by Ray once, on whatever node there is; if it is lost again, it
+    failed. Several threads may run calls at the same time: those of the first thread are begun first.
+
+    Args:
+        ray: the module, connected to the cluster.
+        count: number of workers.
+        kind: kind of device on which they work: `cpu` or `cuda`.
+        threads: CPU threads of each, which Ray sets aside on a CPU.
+        gpus: number of CUDA devices that all workers share; 0 on a CPU.
+        avoided: function that returns the ids of the nodes on which nothing may be trained.
+        locked: whether a call takes the device's lock on its node, so that nobody measures there.
+    """
+
+    def __init__(
+        self, ray: Any, count: int, kind: str, threads: int, gpus: int = 0,
+        avoided: Callable[[], Sequence[str]] = tuple, locked: bool = True,
+    ) -> None:  # fmt: skip
+        self.ray, self.kind, self.threads, self.gpus = ray, kind, threads, gpus
+        self.avoided, self.locked = avoided, locked
+        self.task = ray.remote(tasks.train)
+        self.running: set[Any] = set()
+        self.guard = threading.Lock()
+        self.closed = False
+        self.resize(count)
+
+    @property
+    def count(self) -> int:
+        return self._count
+
+    def resize(self, count: int) -> None:
+        self._count = count
+        self.numbers = list(reversed(range(count)))
+        # A thread for each, which waits for its worker.
+        self.threads_here = ThreadPoolExecutor(count)
+
+    def run(self, calls: Sequence[Call[Result]]) -> Generator[Done[Result]]:
+        """Run calls, those that stand first begun first, and yield each when it ends.
+
+        Raises:
+            RuntimeError: a call raised what is no result.
+        """
+        futures: dict[Future[tuple[Result | CandidateFailed, float, int]], int] = {
+            self.threads_here.submit(self._run, call): index for index, call in enumerate(calls)
+        }
+        try:
+            while futures:
+                for future in wait(futures, return_when=FIRST_COMPLETED).done:
+                    result, seconds, worker = future.result()
+                    yield Done(futures.pop(future), worker, seconds, result)
+        finally:
+            for future in futures:
+                future.cancel()
+
+    def _run(self, call: Call[Result]) -> tuple[Result | CandidateFailed, float, int]:
+        with self.guard:
+            if self.closed:
+                return CandidateFailed("its worker was closed"), 0.0, 0
+            worker = self.numbers.pop()
+            reference = self.task.options(**self._options(call)).remote(
+                call.function, call.args, self.kind, self.locked
+            )  # fmt: skip
+            self.running.add(reference)
+        try:
+            result, seconds = self.ray.get(reference)
+        except self.ray.exceptions.RayError as error:
+            result, seconds = lost(self.ray, error), 0.0
+        finally:
+            with self.guard:
+                self.running.discard(reference)
+                self.numbers.append(worker)
+        return result, seconds, worker
+
+    def _options(self, call: Call[Any]) -> dict[str, Any]:
+        options: dict[str, Any] = {"max_retries": 1, "num_cpus": self.threads}
+        if self.kind == "cuda":
+            options |= {"num_cpus": 0, "num_gpus": min(1.0, self.gpus / self.count)}
+        if avoided := self.avoided():
+            options["label_selector"] = {"ray.io/node-id": f"!in({','.join(avoided)})"}
+        if call.alone is not None:
+            # Its process ends with it.
+            options["max_calls"] = 1
+        return options
+
+    def close(self) -> None:
+        """Give up all calls, also those that another thread waits for."""
+        with self.guard:
+            self.closed = True
+            running = list(self.running)
+        self.threads_here.shutdown(wait=False, cancel_futures=True)
+        for reference in running:
+            self.ray.cancel(reference, force=True)
+        self.threads_here.shutdown()

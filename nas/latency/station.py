@@ -1,0 +1,91 @@
+"""A device of this machine on which latencies are measured: alone, and in one deployment."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+from kernels.timing import DeviceInfo
+from nas.config import LatencyConfig
+from nas.errors import memory_may_run_out
+from nas.latency.block_meter import BlockMeter
+from nas.latency.device_profile import DeviceProfile, measure_profile
+from nas.latency.devices import check_device, indexed
+from nas.latency.isolation import ArchMeter, meter_for
+from nas.latency.values import Measurement, ShapeLatency
+from nas.locks import device_lock
+from search_spaces import ArchSpec
+
+
+class Station:
+    """Measures on a device while no other process trains or measures there.
+
+    Args:
+        config: the deployment.
+        anchor: the anchor network, which shows how the device's speed drifts.
+        waiting: function that is called when another process must be waited for.
+
+    Raises:
+        UsageError: there is no such device, or the deployment does not run on it.
+    """
+
+    def __init__(self, config: LatencyConfig, anchor: ArchSpec, waiting: Callable[[], None] | None = None) -> None:
+        self.config, self.anchor, self.waiting = config, anchor, waiting
+        self.device = indexed(check_device(config))
+        self.lock = device_lock(self.device)
+        self.meter: ArchMeter | None = None
+
+    @property
+    def info(self) -> DeviceInfo:
+        return DeviceInfo.of(self.device)
+
+    def anchor_latency(self, references_ms: Sequence[float]) -> ShapeLatency:
+        """Measure the anchor network's latency, on the scale of the yardsticks' references.
+
+        Raises:
+            CandidateFailed: the engine cannot run it.
+        """
+        with self.lock.measuring(self.waiting), memory_may_run_out():
+            return BlockMeter(self.config, references_ms).measure_anchor(self.anchor)
+
+    def start(self, anchor_ms: float) -> None:
+        """Prepare to measure against the anchor's reference latency.
+
+        Raises:
+            CandidateFailed: the engine cannot run the anchor.
+        """
+        with self.lock.measuring(self.waiting):
+            self.meter = meter_for(self.config, self.anchor, anchor_ms)
+
+    def measure_together(self, archs: Sequence[ArchSpec]) -> list[Measurement]:
+        """Measure several networks, sampled in turns; see `LatencyMeter.measure_together`."""
+        assert self.meter is not None, "start comes first"
+        with self.lock.measuring(self.waiting):
+            return self.meter.measure_together(archs)
+
+    def measure_blocks(
+        self, archs: Sequence[ArchSpec], known: Mapping[str, float], references_ms: Sequence[float]
+    ) -> list[ShapeLatency]:
+        """Measure the parts of some networks that are not `known`; see `BlockMeter.measure_archs`."""
+        assert self.meter is not None, "start comes first"
+        with self.lock.measuring(self.waiting):
+            return self.meter.measure_blocks(archs, known, references_ms)
+
+    def profile(self) -> DeviceProfile:
+        """Measure the device's limits in the deployment's dtype."""
+        with self.lock.measuring(self.waiting):
+            return measure_profile(self.config)
+
+    def timing_seconds(self) -> float:
+        """Time that it takes to time a network once."""
+        assert self.meter is not None, "start comes first"
+        with self.lock.measuring(self.waiting):
+            begin = time.perf_counter()
+            self.meter.measure_together([self.anchor])
+            return time.perf_counter() - begin
+
+    def close(self) -> None:
+        """Release the device."""
+        if self.meter is not None:
+            self.meter.close()
+        self.meter = None

@@ -1,0 +1,236 @@
+"""The evaluator that trains and times candidates on a Ray cluster."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
+from functools import cached_property
+from typing import Any
+
+from kernels.timing import DeviceInfo
+from nas.cluster.connection import connect, disconnect
+from nas.cluster.nodes import Node, alive
+from nas.cluster.pool import ClusterPool
+from nas.cluster.stations import Stations, describe
+from nas.config import SearchConfig
+from nas.errors import CandidateFailed, UsageError
+from nas.reporting import Note
+from nas.search.evaluation import round_of
+from nas.search.real_evaluator import RealEvaluator, cost_of_determinism
+from nas.training import data as image_data
+from nas.training import worker_count
+from nas.training.data import ImageData
+from nas.training.pool import MOST_WORKERS
+from nas.training.proxy import ProxyResult
+from nas.training.worker_count import WorkerCount
+from nas.training.workers import Done
+from nas.versions import versions
+from search_spaces import ArchSpec
+
+# Packages whose versions decide what a training learns; of others it uses only what the driver sends.
+TRAINING_PACKAGES = ("torch", "torchvision", "timm", "numpy")
+
+
+@dataclass(frozen=True)
+class StoredData:
+    """A data set in the cluster's object store, which all workers of a node share."""
+
+    reference: Any
+
+    @classmethod
+    def put(cls, ray: Any, data: ImageData) -> StoredData:
+        """Put a data set into the store.
+
+        Raises:
+            UsageError: there is no room for it.
+        """
+        values = {field.name: getattr(data, field.name) for field in fields(data)}
+        plain = {name: value.numpy() if hasattr(value, "numpy") else value for name, value in values.items()}
+        try:
+            return cls(ray.put(plain))
+        except ray.exceptions.ObjectStoreFullError as error:
+            size = sum(value.nbytes for value in plain.values() if hasattr(value, "nbytes"))
+            raise UsageError(f"--ray: the object store has no room for {size / 2**30:.1f} GiB of images") from error
+
+    def load(self) -> ImageData:
+        """The data set; the images stay in the store's memory."""
+        import warnings
+
+        import ray
+        import torch
+
+        plain = ray.get(self.reference)
+        with warnings.catch_warnings():
+            # Nobody may write to the store's memory, and nobody does.
+            warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+            made: dict[str, Any] = {
+                name: torch.from_numpy(value) if hasattr(value, "dtype") else value for name, value in plain.items()
+            }
+        return ImageData(**made)
+
+
+class Cluster(RealEvaluator):
+    """Evaluator that trains and times candidates on a Ray cluster; only this process asks, tells and writes.
+
+    Latencies are measured on the nodes that offer the resource `latency`. If there are others, these train, and the
+    next candidates are timed meanwhile; else the nodes do both in turns.
+
+    Args:
+        config: the search's configuration.
+        note: function that receives lines for the user.
+        device: the device of a study that is there already.
+
+    Raises:
+        UsageError: the cluster cannot be joined, or has no node that can do what is asked.
+    """
+
+    pool: ClusterPool
+    station: Stations
+
+    def __init__(self, config: SearchConfig, note: Note, device: DeviceInfo | None = None) -> None:
+        super().__init__(config, note)
+        self.flag = "--ray" if config.ray_address is None else f"--ray-address {config.ray_address}"
+        self.kind = self._kind()
+        self.ray = connect(config.ray_address)
+        try:
+            data = image_data.load(config.data, note)
+            self.station = Stations(self.ray, self.flag, config.latency, config.space.anchor(), device, note)
+            self.device = self.station.device
+            self.trainers = self._trainers()
+            self.pool = ClusterPool(
+                self.ray, self._first_workers(), self.kind, config.proxy.threads, self.gpus, self._avoided
+            )
+            self.take(data, lambda data: StoredData.put(self.ray, data))
+        except BaseException:
+            self.close()
+            raise
+        self.note(self._summary())
+
+    def _kind(self) -> str:
+        """The kind of device that trains.
+
+        Raises:
+            UsageError: a device has a number.
+        """
+        config = self.config
+        for flag, names in (("--device", (config.latency.device,)), ("--train-devices", config.train_devices or ())):
+            for name in names:
+                if name not in ("cpu", "cuda"):
+                    raise UsageError(f"{flag} {name}: with {self.flag} it is cpu or cuda; Ray chooses which")
+        if config.train_devices is not None and len(config.train_devices) > 1:
+            raise UsageError(f"--train-devices {','.join(config.train_devices)}: with {self.flag} it is one kind")
+        return config.train_devices[0] if config.train_devices else config.latency.device
+
+    # -- nodes -----------------------------------------------------------------------------------------------------
+
+    def _trainers(self) -> list[Node]:
+        """The nodes that train: those that do not measure, if there are such.
+
+        Raises:
+            UsageError: there are none.
+        """
+        nodes = alive(self.ray.nodes())
+        able = [node for node in nodes if (node.cpus >= self.config.proxy.threads if self.kind == "cpu" else node.gpus)]
+        others = [node for node in able if not node.latencies]
+        self.apart = bool(others) and self.kind in ("cpu", "cuda")
+        chosen = others or [node for node in able if node.id in self.station.accepted]
+        with ThreadPoolExecutor(max(1, len(chosen))) as threads:
+            found = list(threads.map(lambda node: describe(self.ray, node, None), chosen))
+        here, good, why = versions(), [], ""
+        for node, described in zip(chosen, found, strict=True):
+            if isinstance(described, str):
+                reason = described
+            else:
+                reason = "; ".join(
+                    f"{name}: this process has {here[name]}, the node {described.versions[name]}"
+                    for name in TRAINING_PACKAGES if here[name] != described.versions[name]
+                )  # fmt: skip
+                if self.kind == "cuda" and not described.gpus:
+                    reason = reason or "torch finds no CUDA device there"
+            if reason:
+                why = f"{node} does not train ({reason})"
+                self.note(why)
+            else:
+                good.append(node)
+        if not good:
+            what = f"{self.config.proxy.threads} CPUs" if self.kind == "cpu" else "GPUs"
+            raise UsageError(f"{self.flag}: {why or f'no node has {what} to train on'}")
+        self.refused = [node.id for node, _ in zip(chosen, found, strict=True) if node not in good]
+        return good
+
+    def _avoided(self) -> list[str]:
+        """The nodes on which nothing may be trained."""
+        measuring = [node.id for node in alive(self.ray.nodes()) if node.latencies] if self.apart else []
+        return [*measuring, *self.refused]
+
+    @cached_property
+    def most(self) -> int:
+        """Number of trainings for which the nodes have room at once."""
+        threads = self.config.proxy.threads
+        if self.kind == "cuda":
+            return MOST_WORKERS * self.gpus
+        return sum(int(node.cpus // threads) for node in self.trainers)
+
+    @cached_property
+    def gpus(self) -> int:
+        return int(sum(node.gpus for node in self.trainers)) if self.kind == "cuda" else 0
+
+    def _summary(self) -> str:
+        timing = len(self.station.accepted)
+        measured = f"{timing} measure{'s' if timing == 1 else ''} latency"
+        return (
+            f"Ray: {len(self.trainers)} node{'s' if len(self.trainers) > 1 else ''} train"
+            f"{'s' if len(self.trainers) == 1 else ''}, {measured}" + ("" if self.apart else ", in turns")
+        )
+
+    # -- workers ---------------------------------------------------------------------------------------------------
+
+    def _first_workers(self) -> int:
+        workers = self.config.workers
+        if workers is not None and workers > self.most:
+            what = f"{self.gpus} GPUs" if self.kind == "cuda" else f"the cluster's {self.most} free places to train"
+            raise UsageError(f"--workers {workers}: more than {self.most} gain nothing on {what}")
+        return workers or max(1, self.gpus)
+
+    @property
+    def timers(self) -> int:  # type: ignore[override]
+        return self.station.timers
+
+    @property
+    def round_size(self) -> int:
+        # Where the next round is there before this one ends, no worker waits for the last of it.
+        return self.workers if self.apart else round_of(self.workers)
+
+    def chosen_workers(self) -> WorkerCount:
+        config, anchor = self.config, self.config.space.anchor()
+        arguments = (self.pool, anchor, self.data, config.proxy, config.seed)
+        if self.kind == "cuda":
+            rate = worker_count.images_per_second(*arguments)
+
+            def measured(count: int) -> float:
+                self.resize(count)
+                return rate(count)
+
+            try:
+                return worker_count.on_cuda(self.gpus, measured, self.most)
+            except CandidateFailed as error:
+                raise UsageError(f"{self.flag}: a first training fails ({error})") from error
+        memory = sum(node.memory_bytes for node in self.trainers)
+        return worker_count.on_cpu(
+            self.most, memory, lambda: worker_count.probe(*arguments),
+            lambda: self.station.timing_seconds() / self.timers,
+        )  # fmt: skip
+
+    def train(self, archs: Sequence[ArchSpec]) -> Generator[Done[ProxyResult]]:
+        # The next round's trainings begin as workers become free of this one's.
+        return self.results(archs)
+
+    def determinism(self) -> str | None:
+        return None if self.kind == "cpu" else self.station.call(cost_of_determinism, self.config)
+
+    def close(self) -> None:
+        self.closed = True
+        if hasattr(self, "pool"):
+            self.pool.close()
+        disconnect(self.ray)

@@ -1,0 +1,191 @@
+"""The evaluators that train and time for real, on this machine or on a cluster: what they have in common."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import replace
+from typing import Protocol
+
+from kernels.timing import DeviceInfo
+from nas.config import ProxyConfig, SearchConfig
+from nas.errors import CandidateFailed, UsageError
+from nas.latency.device_profile import DeviceProfile
+from nas.latency.devices import anchor_must_run
+from nas.latency.values import Measurement, ShapeLatency
+from nas.reporting import Note
+from nas.training.data import ImageData
+from nas.training.determinism import measure_apart
+from nas.training.pool import DataSource, mapped, train_new
+from nas.training.proxy import ProxyResult
+from nas.training.weights import Trained
+from nas.training.worker_count import WorkerCount
+from nas.training.workers import Call, Done, Pool, contained, trim_heap
+from search_spaces import ArchSpec, Cost, cost
+
+
+class Timing(Protocol):
+    """Where latencies are measured: a `Station` of this machine, or those of a cluster."""
+
+    def anchor_latency(self, references_ms: Sequence[float]) -> ShapeLatency: ...
+
+    def start(self, anchor_ms: float) -> None: ...
+
+    def measure_together(self, archs: Sequence[ArchSpec]) -> list[Measurement]: ...
+
+    def measure_blocks(
+        self, archs: Sequence[ArchSpec], known: Mapping[str, float], references_ms: Sequence[float]
+    ) -> list[ShapeLatency]: ...
+
+    def profile(self) -> DeviceProfile: ...
+
+    def timing_seconds(self) -> float: ...
+
+    def close(self) -> None: ...
+
+
+class RealEvaluator:
+    """Base of the evaluators that train and time candidates for real; see `Evaluator`.
+
+    Args:
+        config: the search's configuration.
+        note: function that receives a line for the user.
+
+    Attributes:
+        pool: the workers that train.
+        station: where latencies are measured.
+        data: the images, as workers are told of them.
+    """
+
+    pool: Pool
+    station: Timing
+    device: DeviceInfo
+    data: DataSource
+    data_fingerprint: str
+    notes: tuple[str, ...]
+    apart: bool
+    timers: int
+
+    def __init__(self, config: SearchConfig, note: Note) -> None:
+        self.config, self.note = config, note
+        self.closed = False
+        # Rounds follow each other without a pause, also while the one before is trained.
+        self.turn = threading.Lock()
+
+    def take(self, data: ImageData, share: Callable[[ImageData], DataSource]) -> None:
+        """Take the images, and share them with the workers."""
+        self.data = share(data)
+        self.data_fingerprint = data.fingerprint
+        self.notes = (*data.notes, data.summary)
+
+    @property
+    def workers(self) -> int:
+        return self.pool.count
+
+    @property
+    def round_size(self) -> int:
+        raise NotImplementedError
+
+    def training(self) -> contextlib.AbstractContextManager[None]:
+        """Context in which a round is trained."""
+        return contextlib.nullcontext()
+
+    def chosen_workers(self) -> WorkerCount:
+        """The number of workers that pays, where the user leaves it open."""
+        raise NotImplementedError
+
+    def resize(self, count: int) -> None:
+        """Have so many workers."""
+        self.pool.resize(count)
+
+    def determinism(self) -> str | None:
+        raise NotImplementedError
+
+    def anchor(self, references_ms: Sequence[float]) -> ShapeLatency:
+        with anchor_must_run(self.config.latency):
+            return self.station.anchor_latency(references_ms)
+
+    def start(self, anchor_ms: float) -> None:
+        with anchor_must_run(self.config.latency):
+            self.station.start(anchor_ms)
+        if self.config.workers is None:
+            chosen = self.chosen_workers()
+            self.note(str(chosen))
+            self.resize(chosen.count)
+
+    def cost(self, arch: ArchSpec) -> Cost:
+        return cost(arch, self.config.latency.resolution, self.config.latency.num_classes)
+
+    def measure(self, arch: ArchSpec) -> Measurement:
+        return self.station.measure_together([arch])[0]
+
+    def measure_together(self, archs: Sequence[ArchSpec]) -> list[Measurement]:
+        return self.station.measure_together(archs)
+
+    def measure_blocks(
+        self, archs: Sequence[ArchSpec], known: Mapping[str, float], references_ms: Sequence[float]
+    ) -> list[ShapeLatency]:
+        return self.station.measure_blocks(archs, known, references_ms)
+
+    def profile(self) -> DeviceProfile:
+        return self.station.profile()
+
+    def train(self, archs: Sequence[ArchSpec]) -> Generator[Done[ProxyResult]]:
+        with self.turn:
+            # It may have been closed while this round waited for the one before.
+            if not self.closed:
+                with self.training():
+                    yield from self.results(archs)
+
+    def results(self, archs: Sequence[ArchSpec]) -> Generator[Done[ProxyResult]]:
+        """Train networks in the pool."""
+        config = self.config
+        calls = [Call(train_candidate, (arch, self.data, config.proxy, config.seed, config.keep_weights))
+                 for arch in archs]  # fmt: skip
+        with closing(self.pool.run(calls)) as results:
+            yield from results
+
+    def close(self) -> None:
+        """Release the devices, also where another thread trains."""
+        self.closed = True
+        self.station.close()
+        self.pool.close()
+
+
+def train_candidate(
+    arch: ArchSpec, data: DataSource, config: ProxyConfig, seed: int, keep_weights: bool, device: str
+) -> ProxyResult:
+    """Train a candidate in this process, which is a worker.
+
+    Raises:
+        CandidateFailed: the loss diverges, or memory runs out.
+    """
+    try:
+        with contained():
+            network, result = train_new(arch.build, data, config, seed, device)
+        if keep_weights:
+            result = replace(result, trained=Trained.of(network, mapped(data, device)[1]))
+        return result
+    finally:
+        trim_heap()
+
+
+def cost_of_determinism(config: SearchConfig) -> str:
+    """The cost of deterministic trainings on the latency's device, which is a CUDA device, as a line.
+
+    Raises:
+        UsageError: the user wants them, and they are not possible.
+    """
+    device = config.latency.device
+    try:
+        return str(measure_apart(config.space.anchor(), config.proxy, device, config.data.resolution))
+    except CandidateFailed as error:
+        if config.proxy.deterministic:
+            raise UsageError(f"--deterministic: not on {device} ({error})") from error
+        return f"--deterministic would not work here ({error})"
+    except RuntimeError as error:
+        # The child process has printed the reason: a GPU may admit one process only, for example. The search goes on
+        # without this figure.
+        return f"what --deterministic costs here could not be measured ({error})"
