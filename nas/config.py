@@ -392,8 +392,8 @@ class SearchConfig(Checked):
         keep=Keep.TRANSIENT,
     )  # fmt: skip
     ray_address: str | None = option(
-        None, "--ray-address", "HOST:PORT of a Ray cluster that is up, or auto for that of this machine: train and time "
-        "there", panel="Search", keep=Keep.TRANSIENT,
+        None, "--ray-address", "HOST:PORT of a Ray cluster that is up, or auto for that of this machine: train and "
+        "time there", panel="Search", keep=Keep.TRANSIENT,
     )  # fmt: skip
 
     def identity(self) -> dict[str, Any]:

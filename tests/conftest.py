@@ -4,12 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pwd
 import resource
-import shutil
-import socket
 import sqlite3
-import subprocess
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -23,6 +19,7 @@ import optuna
 import pytest
 import torch
 
+from nas.lab.servers import PostgresServer, postgres_programs
 from search_spaces import SearchSpace, StageChoices
 
 # For deterministic trainings on CUDA; cuBLAS reads it once, at the first product of the process.
@@ -199,54 +196,9 @@ def room() -> Room:
 # -- PostgreSQL ----------------------------------------------------------------------------------------------------
 
 
-def _postgres_programs() -> Path | None:
-    """The folder of PostgreSQL's server programs; Debian keeps them off the PATH."""
-    if found := shutil.which("initdb"):
-        return Path(found).parent
-    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    return folders[-1].parent if folders else None
-
-
-class PostgresServer:
-    """A PostgreSQL server on loopback, in a folder of its own.
-
-    Attributes:
-        url: its URL without a database.
-    """
-
-    def __init__(self, folder: Path, programs: Path) -> None:
-        self.folder, self.programs = folder, programs
-        # The server refuses to run as root, so root runs it as the account that Debian's package makes.
-        self.as_user: dict[str, object] = {}
-        if os.geteuid() == 0:
-            account = pwd.getpwnam("postgres")
-            self.as_user = dict(user=account.pw_uid, group=account.pw_gid, extra_groups=[])
-            for parent in (folder, *folder.parents):
-                if parent.stat().st_uid == 0 and parent not in (Path("/"), Path("/tmp")):
-                    parent.chmod(parent.stat().st_mode | 0o011)
-            os.chown(folder, account.pw_uid, account.pw_gid)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.url = f"postgresql+psycopg://tester@127.0.0.1:{self.port}"
-        self._run("initdb", "-U", "tester", "--auth=trust", "--no-sync")
-
-    def start(self) -> None:
-        folder = self.folder
-        options = f"-c listen_addresses=127.0.0.1 -c port={self.port} -c unix_socket_directories={folder} -c fsync=off"
-        self._run("pg_ctl", "-w", "-l", str(folder / "log"), "-o", options, "start")
-
-    def stop(self) -> None:
-        self._run("pg_ctl", "-m", "immediate", "stop")
-
-    def _run(self, program: str, *arguments: str) -> None:
-        command = [str(self.programs / program), "-D", str(self.folder / "data"), *arguments]
-        subprocess.run(command, check=True, cwd=self.folder, capture_output=True, **self.as_user)  # type: ignore[call-overload]
-
-
 def new_postgres(folder: Path) -> PostgresServer:
     """A server that is not started yet; the test is skipped where there are no programs."""
-    programs = _postgres_programs()
+    programs = postgres_programs()
     if programs is None:
         pytest.skip("PostgreSQL's server programs are not installed: the study database was not tested on PostgreSQL")
     return PostgresServer(folder, programs)

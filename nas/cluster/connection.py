@@ -7,6 +7,7 @@ import importlib
 import logging
 import os
 import socket
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +18,13 @@ from nas.errors import UsageError, message_line
 from nas.training.workers import ENVIRONMENT
 
 CONNECT_SECONDS = 5.0
+# Python's own interval is 5 ms.
+SWITCH_SECONDS = 5e-4
 PACKAGES = ("nas", "search_spaces", "kernels", "studies")
 # A token is where Ray looks for one; it takes it only if it is told to.
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+# Where it is 0, Ray's nodes take 127.0.0.1 for their address.
+LOOPBACK_VARIABLE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 TOKEN_FILE = Path(".ray", "auth_token")
 
 
@@ -31,7 +36,6 @@ def ray_module(flag: str) -> Any:
     """
     # Nothing is sent to Ray's makers.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         return importlib.import_module("ray")
     except ImportError as error:
@@ -52,17 +56,21 @@ def connect(address: str | None, cpus: int | None = None) -> Any:
     flag = "--ray" if address is None else f"--ray-address {address}"
     if address is not None:
         _require_answer(flag, address)
+        _use_token()
+    else:
+        # Nobody else needs to reach it: it listens on loopback only.
+        os.environ.setdefault(LOOPBACK_VARIABLE, "0")
     ray = ray_module(flag)
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
     environment: dict[str, Any] = {"env_vars": dict(ENVIRONMENT)}
     if address is None:
         options |= {
             # Without this, Ray joins a cluster that happens to be up.
-            "address": "local", "num_cpus": cores() if cpus is None else cpus, "resources": {LATENCY: 1.0}, "include_dashboard": False,
+            "address": "local", "num_cpus": cores() if cpus is None else cpus, "resources": {LATENCY: 1.0},
+            "include_dashboard": False,
         }  # fmt: skip
     else:
         options["address"] = address
-        _use_token()
         # The nodes run the code of this process.
         environment |= {"py_modules": _own_packages(), "excludes": ["**/__pycache__"]}
     try:
@@ -73,6 +81,8 @@ def connect(address: str | None, cpus: int | None = None) -> Any:
             ray.shutdown()
         raise UsageError(f"{flag}: {_why(error)}") from error
     _be_silent()
+    # A thread that waits for a worker has little to do, and would wait as long again for the one that records.
+    sys.setswitchinterval(SWITCH_SECONDS)
     return ray
 
 
@@ -102,6 +112,7 @@ def _require_answer(flag: str, address: str) -> None:
 
 
 def _use_token() -> None:
+    """Have Ray show its token, where there is one; Ray reads this when it is imported."""
     there = any(os.environ.get(name) for name in TOKEN_VARIABLES) or (Path.home() / TOKEN_FILE).is_file()
     if there:
         os.environ.setdefault("RAY_AUTH_MODE", "token")

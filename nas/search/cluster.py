@@ -133,7 +133,7 @@ class Cluster(RealEvaluator):
         nodes = alive(self.ray.nodes())
         able = [node for node in nodes if (node.cpus >= self.config.proxy.threads if self.kind == "cpu" else node.gpus)]
         others = [node for node in able if not node.latencies]
-        self.apart = bool(others) and self.kind in ("cpu", "cuda")
+        self.apart = bool(others)
         chosen = others or [node for node in able if node.id in self.station.accepted]
         with ThreadPoolExecutor(max(1, len(chosen))) as threads:
             found = list(threads.map(lambda node: describe(self.ray, node, None), chosen))

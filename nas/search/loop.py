@@ -83,6 +83,7 @@ class Shares:
     Args:
         workers: number of workers.
         worked: seconds of all trainings, those at the same time added up.
+        both: seconds in which it trained and measured latency.
     """
 
     training: float
@@ -90,6 +91,12 @@ class Shares:
     total: float
     workers: int = 1
     worked: float = 0.0
+    both: float = 0.0
+
+    @property
+    def rest(self) -> float:
+        """Seconds that were spent on neither."""
+        return max(0.0, self.total - self.training - self.latency + self.both)
 
     @property
     def busy(self) -> float:
@@ -153,7 +160,9 @@ def run(config: SearchConfig, evaluator: Evaluator | None = None, progress: Prog
             why=rounds.why,
             pareto_front=study.recorded.store.front(config.study),
             hypervolume=study.hypervolume,
-            shares=Shares(rounds.training, latency, time.perf_counter() - begin, evaluator.workers, rounds.worked),
+            shares=Shares(
+                rounds.training, latency, time.perf_counter() - begin, evaluator.workers, rounds.worked, rounds.both
+            ),
             remarks=remarks,
         )
 

@@ -122,8 +122,7 @@ class LiveProgress:
 def shares_line(result: SearchResult) -> str:
     """The time that this run spent, and on what, in a line."""
     shares = result.shares
-    rest = shares.total - shares.training - shares.latency
-    parts = {"training": shares.training, "latency": shares.latency, "all else": rest}
+    parts = {"training": shares.training, "latency": shares.latency, "all else": shares.rest}
     listed = ", ".join(f"{name} {duration(s)} ({s / shares.total:.0%})" for name, s in parts.items())
     busy = f"; {shares.workers} workers were busy for {shares.busy:.0%} of the training" if shares.workers > 1 else ""
     return f"{duration(shares.total)} in all: {listed}{busy}"

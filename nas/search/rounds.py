@@ -116,6 +116,7 @@ class Rounds:
         busy: number of workers that train.
         training, latency: seconds of this run in which it trained, and in which it measured latency.
         worked: seconds of all trainings, those at the same time added up.
+        both: seconds of `latency` in which it also trained.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class Rounds:
         self.config, self.study, self.evaluator, self.begin = config, study, evaluator, begin
         self.note, self.timed = note, timed
         self.why = ""
-        self.training = self.latency = self.worked = 0.0
+        self.training = self.latency = self.worked = self.both = 0.0
         self.busy = self.barren = 0
         # Complete candidates without those of rounds that have not ended: a decision that counted these would depend
         # on which training ends first.
@@ -241,7 +242,9 @@ class Rounds:
             for (proposal, _), screened in zip(batch, results, strict=True):
                 if screened.latency is not None:
                     self.timed(proposal.arch)
-            self.latency += time.perf_counter() - begin
+            seconds = time.perf_counter() - begin
+            self.latency += seconds
+            self.both += seconds if any(each.left for each in self.running) else 0.0
             for (proposal, trial_id), screened in zip(batch, results, strict=True):
                 if isinstance(screened, Outcome):
                     barren += 1
