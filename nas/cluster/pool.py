@@ -13,6 +13,9 @@ from nas.training.workers import Call, Done
 
 Result = TypeVar("Result")
 
+# Time between two looks at whether there is still a node for a call that waits.
+CHECK_SECONDS = 10.0
+
 
 def lost(ray: Any, error: BaseException) -> CandidateFailed:
     """What the loss of a task means: that its candidate failed.
@@ -42,15 +45,16 @@ class ClusterPool:
         threads: CPU threads of each, which Ray sets aside on a CPU.
         gpus: number of CUDA devices that all workers share; 0 on a CPU.
         avoided: function that returns the ids of the nodes on which nothing may be trained.
+        check: function that is called every so often while a call waits, and raises if it will wait for ever.
         locked: whether a call takes the device's lock on its node, so that nobody measures there.
     """
 
     def __init__(
         self, ray: Any, count: int, kind: str, threads: int, gpus: int = 0,
-        avoided: Callable[[], Sequence[str]] = tuple, locked: bool = True,
+        avoided: Callable[[], Sequence[str]] = tuple, check: Callable[[], None] = lambda: None, locked: bool = True,
     ) -> None:  # fmt: skip
         self.ray, self.kind, self.threads, self.gpus = ray, kind, threads, gpus
-        self.avoided, self.locked = avoided, locked
+        self.avoided, self.check, self.locked = avoided, check, locked
         self.task = ray.remote(tasks.train)
         self.running: set[Any] = set()
         self.guard = threading.Lock()
@@ -72,6 +76,7 @@ class ClusterPool:
 
         Raises:
             RuntimeError: a call raised what is no result.
+            UsageError: there is no node for them any more.
         """
         futures: dict[Future[tuple[Result | CandidateFailed, float, int]], int] = {
             self.threads_here.submit(self._run, call): index for index, call in enumerate(calls)
@@ -95,6 +100,8 @@ class ClusterPool:
             )  # fmt: skip
             self.running.add(reference)
         try:
+            while not self.ray.wait([reference], timeout=CHECK_SECONDS)[0]:
+                self.check()
             result, seconds = self.ray.get(reference)
         except self.ray.exceptions.RayError as error:
             result, seconds = lost(self.ray, error), 0.0

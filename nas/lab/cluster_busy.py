@@ -20,8 +20,8 @@ from nas.cluster.connection import connect, disconnect
 from nas.cluster.pool import ClusterPool
 from nas.config import SearchConfig
 from nas.errors import CandidateFailed
+from nas.lab.calls import sleep
 from nas.lab.invented import FakeEvaluator
-from nas.lab.sleep import sleep
 from nas.search import run
 from nas.search.loop import Event, Silent
 from nas.training.proxy import ProxyResult

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
@@ -12,7 +13,7 @@ from kernels.timing import DeviceInfo
 from nas.cluster.connection import connect, disconnect
 from nas.cluster.nodes import Node, alive
 from nas.cluster.pool import ClusterPool
-from nas.cluster.stations import Stations, describe
+from nas.cluster.stations import GONE_AFTER_S, Stations, describe
 from nas.config import SearchConfig
 from nas.errors import CandidateFailed, UsageError
 from nas.reporting import Note
@@ -92,6 +93,7 @@ class Cluster(RealEvaluator):
         super().__init__(config, note)
         self.flag = "--ray" if config.ray_address is None else f"--ray-address {config.ray_address}"
         self.kind = self._kind()
+        self.lonely_since: float | None = None
         self.ray = connect(config.ray_address)
         try:
             data = image_data.load(config.data, note)
@@ -99,7 +101,13 @@ class Cluster(RealEvaluator):
             self.device = self.station.device
             self.trainers = self._trainers()
             self.pool = ClusterPool(
-                self.ray, self._first_workers(), self.kind, config.proxy.threads, self.gpus, self._avoided
+                self.ray,
+                self._first_workers(),
+                self.kind,
+                config.proxy.threads,
+                self.gpus,
+                self._avoided,
+                self._require_trainers,
             )
             self.take(data, lambda data: StoredData.put(self.ray, data))
         except BaseException:
@@ -164,6 +172,22 @@ class Cluster(RealEvaluator):
         measuring = [node.id for node in alive(self.ray.nodes()) if node.latencies] if self.apart else []
         return [*measuring, *self.refused]
 
+    def _require_trainers(self) -> None:
+        """Check that a node is left that trains, or was until some minutes ago.
+
+        Raises:
+            UsageError: there has been none for minutes.
+        """
+        avoided = set(self._avoided())
+        if any(node.id not in avoided for node in alive(self.ray.nodes())):
+            self.lonely_since = None
+            return
+        if self.lonely_since is None:
+            self.lonely_since = time.monotonic()
+            self.note(f"no node trains any more: waiting for up to {GONE_AFTER_S:g} s")
+        elif time.monotonic() - self.lonely_since > GONE_AFTER_S:
+            raise UsageError(f"{self.flag}: no node is left that trains")
+
     @cached_property
     def most(self) -> int:
         """Number of trainings for which the nodes have room at once."""
@@ -189,7 +213,7 @@ class Cluster(RealEvaluator):
     def _first_workers(self) -> int:
         workers = self.config.workers
         if workers is not None and workers > self.most:
-            what = f"{self.gpus} GPUs" if self.kind == "cuda" else f"the cluster's {self.most} free places to train"
+            what = f"{self.gpus} GPUs" if self.kind == "cuda" else f"the cluster's {self.most} places to train"
             raise UsageError(f"--workers {workers}: more than {self.most} gain nothing on {what}")
         return workers or max(1, self.gpus)
 

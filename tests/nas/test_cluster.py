@@ -1,0 +1,404 @@
+"""Searches on a Ray cluster: what is refused, workers and nodes that are lost, and whole searches on two nodes."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from kernels.timing import DeviceInfo
+from nas import search
+from nas.cluster import connection
+from nas.cluster.connection import connect, disconnect
+from nas.cluster.nodes import LATENCY, Node, alive
+from nas.config import DataConfig, LatencyConfig, SearchConfig
+from nas.errors import CandidateFailed, UsageError, WorkerDied
+from nas.lab import calls
+from nas.lab.cluster_busy import busy
+from nas.lab.servers import RayNodes
+from nas.search.machine import Machine
+from nas.training.workers import Call
+from studies import Store
+from tests.conftest import make_tiny_space
+
+ROOT = Path(__file__).parents[2]
+CPU = LatencyConfig(device="cpu", engine="eager")
+HERE = DeviceInfo.of(torch.device("cpu"))
+
+
+def needs_ray() -> None:
+    pytest.importorskip("ray", reason="Ray is not installed: searches on a cluster were not tested")
+
+
+def row(number: int, alive: bool = True, **resources: float) -> dict[str, Any]:
+    """A row of `ray.nodes()`."""
+    return {
+        "NodeID": f"{number:056x}", "NodeManagerHostname": f"host{number}", "NodeManagerAddress": f"10.0.0.{number}",
+        "Alive": alive, "Resources": resources,
+    }  # fmt: skip
+
+
+def test_nodes_that_are_alive_come_in_one_order() -> None:
+    rows = [row(2, CPU=8.0, memory=2.0e9), row(3, alive=False, CPU=1.0), row(1, CPU=4.0, GPU=2.0, latency=2.0)]
+    first, second = alive(rows)
+    assert (first.cpus, first.gpus, first.latencies) == (4.0, 2.0, 2)
+    assert (second.cpus, second.gpus, second.latencies, second.memory_bytes) == (8.0, 0.0, 0, 2_000_000_000)
+    assert str(second) == "node host2 (10.0.0.2, 00000000)"
+
+
+@pytest.mark.parametrize(
+    ("address", "message"),
+    [
+        ("nonsense", "--ray-address nonsense: is neither auto nor HOST:PORT"),
+        ("host:", "--ray-address host:: is neither auto nor HOST:PORT"),
+        ("127.0.0.1:99999", "--ray-address 127.0.0.1:99999: does not answer ("),
+        ("ray://head:10001", "--ray-address ray://head:10001: Ray Client is not supported; start the search on a node"),
+    ],
+)
+def test_an_address_at_which_there_is_no_cluster_is_refused_at_once(address: str, message: str) -> None:
+    with pytest.raises(UsageError, match=f"^{re.escape(message)}"):
+        connect(address)
+
+
+def test_a_port_at_which_nothing_listens_is_refused_at_once() -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{unused.getsockname()[1]}"
+        with pytest.raises(UsageError, match=f"^--ray-address {address}: does not answer \\(.*refused"):
+            connect(address)
+
+
+def test_where_ray_is_missing_one_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(UsageError, match=r"^--ray: Ray is not installed; pip install 'convfirst-nas\[ray\]' brings it"):
+        connect(None)
+
+
+def test_a_cluster_of_other_versions_is_told_in_one_line() -> None:
+    error = RuntimeError(
+        "Version mismatch: The cluster was started with:\n    Ray: 2.9.0\n    Python: 3.12.1\nThis ..."
+    )
+    assert connection._why(error) == (
+        "Version mismatch: The cluster was started with: Ray: 2.9.0 Python: 3.12.1 This ..."
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(ray_address="auto"), "--ray-address auto: not with --ray, which starts a cluster of its own"),
+        (
+            dict(latency=replace(CPU, device="cuda:1")),
+            "--device cuda:1: with --ray it is cpu or cuda; Ray chooses which",
+        ),
+        (dict(train_devices=("cpu", "cuda")), "--train-devices cpu,cuda: with --ray it is one kind"),
+        (dict(train_devices=("cuda:0",)), "--train-devices cuda:0: with --ray it is cpu or cuda; Ray chooses which"),
+    ],
+)
+def test_what_makes_no_sense_on_a_cluster_is_refused(changes: dict[str, Any], message: str, sqlite_url: str) -> None:
+    with pytest.raises(UsageError, match=f"^{re.escape(message)}"):
+        search.run(replace(SearchConfig(storage=sqlite_url, ray=True, latency=CPU), **changes))
+
+
+def test_busy_counts_from_the_end_of_the_first() -> None:
+    assert busy([(0.0, 1.0), (0.0, 2.0), (1.0, 2.0)], workers=2) == 1.0
+    assert busy([(0.0, 1.0), (0.0, 1.0), (2.0, 3.0), (1.0, 2.0)], workers=2) == 0.5
+
+
+# -- a cluster of one node -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ray() -> Iterator[Any]:
+    needs_ray()
+    module = connect(None, cpus=2)
+    yield module
+    disconnect(module)
+
+
+def make_pool(ray: Any, count: int = 2) -> Any:
+    # This module cannot be imported without Ray.
+    return importlib.import_module("nas.cluster.pool").ClusterPool(ray, count, "cpu", threads=1, locked=False)
+
+
+@pytest.mark.slow
+def test_it_listens_on_loopback_only(ray: Any) -> None:
+    assert [node.address for node in alive(ray.nodes())] == ["127.0.0.1"]
+    children = [process.pid for process in psutil.Process().children(recursive=True)]
+    listening = [each for each in psutil.net_connections("tcp") if each.status == "LISTEN" and each.pid in children]
+    assert listening
+    assert {each.laddr.ip.removeprefix("::ffff:") for each in listening} == {"127.0.0.1"}
+
+
+@pytest.mark.slow
+def test_calls_run_side_by_side_and_each_has_a_worker(ray: Any) -> None:
+    pool = make_pool(ray)
+    done = list(pool.run([Call(calls.sleep, (0.5,))] * 6))
+    assert sorted(each.index for each in done) == list(range(6))
+    assert {each.worker for each in done} == {0, 1}
+    assert all(each.seconds >= 0.5 for each in done)
+    slept = sorted(each.result for each in done)
+    assert max(sum(begin <= at < end for begin, end in slept) for at, _ in slept) == 2
+    pool.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("deaths", "lost"), [(1, False), (9, True)])
+def test_a_worker_that_dies_costs_one_retry_and_then_its_candidate(
+    deaths: int, lost: bool, ray: Any, tmp_path: Path
+) -> None:
+    pool = make_pool(ray)
+    counter = tmp_path / "deaths"
+    done = {each.index: each.result for each in pool.run([
+        Call(calls.die, (deaths, str(counter))), Call(calls.sleep, (0.1,)), Call(calls.fail, ()),
+    ])}  # fmt: skip
+    assert counter.stat().st_size == (2 if lost else 1)
+    assert isinstance(done[0], WorkerDied) == lost
+    if lost:
+        assert str(done[0]) == "its worker died, twice"
+    assert isinstance(done[1], tuple)
+    assert isinstance(done[2], CandidateFailed)
+    assert str(done[2]) == "the loss diverged"
+    # The pool is as good as before.
+    (again,) = pool.run([Call(calls.sleep, (0.0,))])
+    assert isinstance(again.result, tuple)
+    pool.close()
+
+
+@pytest.mark.slow
+def test_a_bug_ends_the_search_with_its_traceback(ray: Any) -> None:
+    pool = make_pool(ray)
+    with pytest.raises(RuntimeError, match=r"(?s)on a node of the cluster:.*in break_down.*ZeroDivisionError: a bug"):
+        list(pool.run([Call(calls.break_down, ())]))
+    pool.close()
+
+
+@pytest.mark.slow
+def test_closing_gives_up_calls_that_others_wait_for(ray: Any) -> None:
+    pool = make_pool(ray)
+    results = pool.run([Call(calls.sleep, (0.1,)), *[Call(calls.sleep, (600.0,))] * 5])
+    assert next(results).index == 0
+    begin = time.monotonic()
+    pool.close()
+    results.close()
+    assert time.monotonic() - begin < 30
+    # The workers are free again.
+    fresh = make_pool(ray)
+    assert len(list(fresh.run([Call(calls.sleep, (0.1,))] * 2))) == 2
+    fresh.close()
+
+
+@pytest.mark.slow
+def test_a_node_with_another_device_is_refused_by_name(ray: Any) -> None:
+    from nas.cluster.stations import Stations
+
+    notes: list[str] = []
+    other = replace(HERE, name="Another CPU")
+    with pytest.raises(UsageError) as refused:
+        Stations(ray, "--ray-address auto", CPU, make_tiny_space().anchor(), other, notes.append)
+    node: Node = alive(ray.nodes())[0]
+    reason = f"{node} does not measure latency (name: study has Another CPU, now {HERE.name})"
+    assert str(refused.value) == f"--ray-address auto: {reason}"
+    assert notes == [reason]
+
+
+@pytest.mark.slow
+def test_a_deployment_that_does_not_run_there_is_told(ray: Any) -> None:
+    from nas.cluster.stations import Stations
+
+    missing = replace(CPU, engine="onnxruntime", runtime="onnxruntime 0.1")
+    with pytest.raises(UsageError, match=r"does not measure latency \(--engine onnxruntime: the latencies are of"):
+        Stations(ray, "--ray", missing, make_tiny_space().anchor(), None, lambda line: None)
+
+
+# -- clusters of several nodes -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[RayNodes]:
+    """A node that measures and one that trains; each takes the other for another machine."""
+    needs_ray()
+    with RayNodes() as made:
+        for number, resources in enumerate(({LATENCY: 1.0}, {})):
+            locks = tmp_path / f"locks {number}"
+            locks.mkdir()
+            made.start(2, resources, {"CONVFIRST_LOCKS": str(locks)})
+        yield made
+
+
+@pytest.fixture
+def command(images: Path, sqlite_url: str, tmp_path: Path) -> list[str]:
+    """A search of tiny networks on a few images."""
+    (tmp_path / "tiny.toml").write_text(TINY)
+    flags = {
+        "--space": str(tmp_path / "tiny.toml"), "--data": str(images), "--proxy-steps": "3", "--proxy-batch": "4",
+        "--device": "cpu", "--engine": "eager", "--latency-seconds": "0.02", "--storage": sqlite_url,
+        "--sampler": "random",
+    }  # fmt: skip
+    return [sys.executable, "-u", str(ROOT / "run_search.py"), *(word for pair in flags.items() for word in pair)]
+
+
+TINY = """
+name = "tiny"
+resolution = 16
+stem_width = [8, 16]
+head_width = 16
+activation = ["relu", "silu"]
+
+[[stages]]
+width = [8, 16]
+kernel_size = [3, 5]
+group_width = [1, 8, 16]
+expansion = [1, 1.5, 2]
+blocks = [1, 2]
+stride = [1, 2]
+"""
+
+
+def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
+    """The status of a search that was started with pipes, and all that it printed."""
+    output, _ = process.communicate(timeout=300)
+    return process.returncode, output
+
+
+def begun(command: list[str], nodes: RayNodes, *more: str) -> subprocess.Popen[str]:
+    line = [*command, "--ray-address", nodes.address, *more]
+    return subprocess.Popen(
+        line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=nodes.environment, cwd=nodes.folder
+    )
+
+
+def rows_of(url: str) -> list[Any]:
+    store = Store.open(url, create=False)
+    assert store is not None
+    study = store.find_study("convfirst")
+    assert study is not None
+    rows = store.candidates(study.study_id)
+    store.close()
+    return rows
+
+
+@pytest.mark.slow
+def test_two_nodes_find_what_one_machine_finds(
+    nodes: RayNodes, command: list[str], sqlite_url: str, images: Path
+) -> None:
+    status, output = ended(begun(command, nodes, "--budget", "8"))
+    assert status == 0, output
+    assert "Ray: 1 node trains, 1 measures latency\n" in output
+    assert "2 trainings at once: there are cores for no more" in output
+    assert "budget met: 8 of 8 candidates" in output
+    rows = rows_of(sqlite_url)
+    assert {row.worker for row in rows} == {0, 1}
+    assert all(row.latencies for row in rows)
+
+    # The same networks reach the same accuracies on this machine.
+    data = DataConfig(source=str(images), resolution=16)
+    here = Machine(
+        SearchConfig(
+            space=make_tiny_space(), data=data, latency=replace(CPU, resolution=16, num_classes=2), workers=1,
+            proxy=replace(SearchConfig().proxy, steps=3, batch_size=4),
+        )
+    )  # fmt: skip
+    from search_spaces import ArchSpec
+
+    for each, done in zip(rows, here.train([ArchSpec.from_json(row.arch) for row in rows]), strict=True):
+        assert not isinstance(done.result, CandidateFailed)
+        assert done.result.accuracy == each.accuracy
+    here.close()
+
+
+@pytest.mark.slow
+def test_a_search_outlives_a_node_that_trains(nodes: RayNodes, command: list[str], sqlite_url: str) -> None:
+    third = nodes.start(2, {}, {"CONVFIRST_LOCKS": str(nodes.folder)})
+    process = begun(command, nodes, "--budget", "24", "--workers", "4")
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("4/24"):
+            nodes.kill(third)
+            break
+    status, output = ended(process)
+    assert status == 0, output
+    rows = rows_of(sqlite_url)
+    assert sum(row.state == "complete" for row in rows) == 24
+    assert len({row.arch_id for row in rows}) == len(rows)
+
+
+@pytest.mark.slow
+def test_a_killed_driver_goes_on_with_the_same_command(nodes: RayNodes, command: list[str], sqlite_url: str) -> None:
+    killed = begun(command, nodes, "--budget", "24")
+    assert killed.stdout is not None
+    for line in killed.stdout:
+        if line.startswith("5/24"):
+            killed.send_signal(signal.SIGKILL)
+            break
+    killed.communicate()
+    before = {row.trial_id for row in rows_of(sqlite_url)}
+    status, output = ended(begun(command, nodes, "--budget", "24"))
+    assert status == 0, output
+    assert "going on: " in output
+    rows = rows_of(sqlite_url)
+    assert before <= {row.trial_id for row in rows}
+    assert sum(row.state == "complete" for row in rows) == 24
+    assert len({row.arch_id for row in rows}) == len(rows)
+    # Nothing that the killed one had begun is left.
+    deadline = time.monotonic() + 30
+    while left := [each for each in psutil.process_iter(["name"]) if _trains(each, nodes)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)
+
+
+def _trains(process: psutil.Process, nodes: RayNodes) -> bool:
+    """Whether a process is a task of one of these nodes."""
+    try:
+        ours = {node.pid for node in nodes.nodes} & {parent.pid for parent in process.parents()}
+        return bool(ours) and process.cmdline()[:1] in (["ray::train"], ["ray::answer"])
+    except psutil.Error:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("resources", "more", "message"),
+    [
+        ({LATENCY: 1.0}, ["--workers", "9"], "--workers 9: more than 2 gain nothing on the cluster's 2 places to train"),
+        ({}, [], "no node offers the resource 'latency'; ray start --resources='{\"latency\": 1}' offers it"),
+        ({LATENCY: 1.0}, ["--threads", "3"], "no node has 3 CPUs to train on"),
+    ],
+)  # fmt: skip
+def test_a_cluster_that_cannot_do_it_is_told_in_one_line(
+    resources: dict[str, float], more: list[str], message: str, command: list[str], sqlite_url: str
+) -> None:
+    needs_ray()
+    with RayNodes() as nodes:
+        nodes.start(2, resources)
+        status, output = ended(begun(command, nodes, *more))
+    assert status == 2
+    assert f"{message}\n" in re.sub(r"\n(?!Error|.*: )", " ", output).replace(" \n", "\n") + "\n"
+    store = Store.open(sqlite_url, create=False)
+    assert store is None or not store.summaries()
+
+
+@pytest.mark.slow
+def test_a_cluster_with_another_token_is_refused(command: list[str]) -> None:
+    needs_ray()
+    with RayNodes() as nodes:
+        nodes.start(1, {LATENCY: 1.0})
+        nodes.environment["RAY_AUTH_TOKEN"] = os.urandom(32).hex()
+        status, output = ended(begun(command, nodes))
+    assert status == 2
+    last = output.strip().splitlines()[-1]
+    assert last.startswith(f"Error: --ray-address {nodes.address}: ")
+    assert "a node must run on this machine, and know the cluster's token" in " ".join(output.split())
