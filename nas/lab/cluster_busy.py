@@ -54,11 +54,14 @@ class Sleeping(FakeEvaluator):
 
     def train(self, archs: Sequence[ArchSpec]) -> Generator[Done[ProxyResult]]:
         for done in self.pool.run([Call(sleep, (self.seconds,))] * len(archs)):
+            result: ProxyResult | CandidateFailed
             if isinstance(done.result, CandidateFailed):
-                raise RuntimeError(str(done.result))
-            self.slept.append(done.result)
-            (invented,) = super().train([archs[done.index]])
-            yield Done(done.index, done.worker, done.seconds, invented.result)
+                result = done.result
+            else:
+                self.slept.append(done.result)
+                (invented,) = super().train([archs[done.index]])
+                result = invented.result
+            yield Done(done.index, done.worker, done.seconds, result)
 
     def close(self) -> None:
         self.pool.close()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
 import re
 import signal
@@ -40,7 +40,9 @@ HERE = DeviceInfo.of(torch.device("cpu"))
 
 
 def needs_ray() -> None:
-    pytest.importorskip("ray", reason="Ray is not installed: searches on a cluster were not tested")
+    # It is not imported here: Ray reads its settings when it is.
+    if importlib.util.find_spec("ray") is None:
+        pytest.skip("Ray is not installed: searches on a cluster were not tested")
 
 
 def row(number: int, alive: bool = True, **resources: float) -> dict[str, Any]:
@@ -295,10 +297,9 @@ def rows_of(url: str) -> list[Any]:
 def test_two_nodes_find_what_one_machine_finds(
     nodes: RayNodes, command: list[str], sqlite_url: str, images: Path
 ) -> None:
-    status, output = ended(begun(command, nodes, "--budget", "8"))
+    status, output = ended(begun(command, nodes, "--budget", "8", "--workers", "2"))
     assert status == 0, output
     assert "Ray: 1 node trains, 1 measures latency\n" in output
-    assert "2 trainings at once: there are cores for no more" in output
     assert "budget met: 8 of 8 candidates" in output
     rows = rows_of(sqlite_url)
     assert {row.worker for row in rows} == {0, 1}
@@ -323,35 +324,35 @@ def test_two_nodes_find_what_one_machine_finds(
 @pytest.mark.slow
 def test_a_search_outlives_a_node_that_trains(nodes: RayNodes, command: list[str], sqlite_url: str) -> None:
     third = nodes.start(2, {}, {"CONVFIRST_LOCKS": str(nodes.folder)})
-    process = begun(command, nodes, "--budget", "24", "--workers", "4")
+    process = begun(command, nodes, "--budget", "20", "--workers", "4")
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("4/24"):
+        if line.startswith("4/20"):
             nodes.kill(third)
             break
     status, output = ended(process)
     assert status == 0, output
     rows = rows_of(sqlite_url)
-    assert sum(row.state == "complete" for row in rows) == 24
+    assert sum(row.state == "complete" for row in rows) == 20
     assert len({row.arch_id for row in rows}) == len(rows)
 
 
 @pytest.mark.slow
 def test_a_killed_driver_goes_on_with_the_same_command(nodes: RayNodes, command: list[str], sqlite_url: str) -> None:
-    killed = begun(command, nodes, "--budget", "24")
+    killed = begun(command, nodes, "--budget", "16")
     assert killed.stdout is not None
     for line in killed.stdout:
-        if line.startswith("5/24"):
+        if line.startswith("5/16"):
             killed.send_signal(signal.SIGKILL)
             break
     killed.communicate()
     before = {row.trial_id for row in rows_of(sqlite_url)}
-    status, output = ended(begun(command, nodes, "--budget", "24"))
+    status, output = ended(begun(command, nodes, "--budget", "16"))
     assert status == 0, output
     assert "going on: " in output
     rows = rows_of(sqlite_url)
     assert before <= {row.trial_id for row in rows}
-    assert sum(row.state == "complete" for row in rows) == 24
+    assert sum(row.state == "complete" for row in rows) == 16
     assert len({row.arch_id for row in rows}) == len(rows)
     # Nothing that the killed one had begun is left.
     deadline = time.monotonic() + 30
@@ -373,7 +374,10 @@ def _trains(process: psutil.Process, nodes: RayNodes) -> bool:
 @pytest.mark.parametrize(
     ("resources", "more", "message"),
     [
-        ({LATENCY: 1.0}, ["--workers", "9"], "--workers 9: more than 2 gain nothing on the cluster's 2 places to train"),
+        (
+            {LATENCY: 1.0}, ["--workers", "9"],
+            "--workers 9: more than 2 gain nothing on the cluster's 2 places to train",
+        ),
         ({}, [], "no node offers the resource 'latency'; ray start --resources='{\"latency\": 1}' offers it"),
         ({LATENCY: 1.0}, ["--threads", "3"], "no node has 3 CPUs to train on"),
     ],
@@ -386,7 +390,8 @@ def test_a_cluster_that_cannot_do_it_is_told_in_one_line(
         nodes.start(2, resources)
         status, output = ended(begun(command, nodes, *more))
     assert status == 2
-    assert f"{message}\n" in re.sub(r"\n(?!Error|.*: )", " ", output).replace(" \n", "\n") + "\n"
+    assert output.endswith(f"{message}\n")
+    assert output.count("\n") == 2, output
     store = Store.open(sqlite_url, create=False)
     assert store is None or not store.summaries()
 
