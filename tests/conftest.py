@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 # Several workers share the cores: threads of torch's that spin while they wait for one another would stop each other.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -236,8 +237,14 @@ class PostgresServer:
         options = f"-c listen_addresses=127.0.0.1 -c port={self.port} -c unix_socket_directories={folder} -c fsync=off"
         self._run("pg_ctl", "-w", "-l", str(folder / "log"), "-o", options, "start")
 
-    def stop(self) -> None:
-        self._run("pg_ctl", "-m", "immediate", "stop")
+    def stop(self, mode: str = "immediate") -> None:
+        self._run("pg_ctl", "-m", mode, "stop")
+
+    def connect(self, database: str) -> Any:
+        """A connection of the driver's, on which each statement is a transaction."""
+        import psycopg
+
+        return psycopg.connect(f"{self.url.replace('+psycopg', '')}/{database}", autocommit=True)
 
     def _run(self, program: str, *arguments: str) -> None:
         command = [str(self.programs / program), "-D", str(self.folder / "data"), *arguments]
