@@ -5,8 +5,9 @@ This room imports none of the others (nas, search_spaces, kernels), and only thi
 
 from studies.deployment import Deployment
 from studies.errors import StorageError, guarded
-from studies.opening import OBJECTIVES, check_free, check_writable, displayed, keep_connecting
+from studies.opening import OBJECTIVES, check_free, check_writable, displayed
 from studies.ownership import Owner, check_claimable
+from studies.reconnecting import keep_connecting
 from studies.store import Store
 from studies.tables import (
     BaselineLatency,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from sqlalchemy import Engine, Select, delete, select
 
+from studies.reconnecting import repeatable
 from studies.sql import device_row, transaction, upsert
 from studies.tables import BlockLatency, Device, Profile
 
@@ -26,11 +27,13 @@ class Devices:
         with transaction(self.engine) as session:
             return list(session.scalars(select(Profile).order_by(Profile.device_id, Profile.dtype, Profile.threads)))
 
+    @repeatable
     def find_profile(self, device: dict[str, str], dtype: str, threads: int) -> Profile | None:
         """The profile of a device in one dtype and number of threads."""
         with transaction(self.engine) as session:
             return session.scalar(_profile(device, dtype, threads))
 
+    @repeatable
     def add_profile(self, device: dict[str, str], profile: Profile, replace: bool = False) -> Profile:
         """Write a device's profile unless there is one, and return the one that is stored.
 
@@ -47,6 +50,7 @@ class Devices:
             upsert(session, Profile, [profile], replace)
             return session.scalars(_profile(device, profile.dtype, profile.threads)).one()
 
+    @repeatable
     def block_latencies(
         self, device: dict[str, str], engine: str, dtype: str, batch_size: int, threads: int, kernels: str = ""
     ) -> dict[str, BlockLatency]:
@@ -63,6 +67,7 @@ class Devices:
         with transaction(self.engine) as session:
             return {row.shape_id: row for row in session.scalars(query)}
 
+    @repeatable
     def add_block_latencies(self, device: dict[str, str], rows: Sequence[BlockLatency]) -> None:
         """Write latencies of blocks in the place of any older ones, all or nothing."""
         with transaction(self.engine) as session:

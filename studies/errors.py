@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from optuna.exceptions import StorageInternalError
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
 
 class StorageError(Exception):
@@ -26,6 +26,16 @@ def guarded() -> Iterator[None]:
         raise
     except (SQLAlchemyError, StorageInternalError) as error:
         raise StorageError(reason(error)) from error
+
+
+def is_lost(error: BaseException) -> bool:
+    """Whether an error, or its cause, is that a connection to a server was lost while it was used."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, DBAPIError) and cause.connection_invalidated:
+            return True
+        cause = cause.__cause__
+    return False
 
 
 def is_full(error: sqlite3.Error) -> bool:

@@ -12,9 +12,8 @@ import os
 import re
 import sqlite3
 import tempfile
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from typing import Any
 import optuna
 from optuna.exceptions import StorageInternalError
 from optuna.study import StudyDirection
-from sqlalchemy import Connection, Engine, create_engine, event, inspect, text
+from sqlalchemy import Connection, create_engine, event, inspect, text
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError, NoSuchModuleError, SQLAlchemyError
 
@@ -33,9 +32,6 @@ from studies.optuna_storage import OptunaStorage
 # Opening fails soon if somebody holds a lock for good; a running search waits for a long time.
 OPEN_TIMEOUT_S = 10
 BUSY_TIMEOUT_S = 120
-# So long a search waits for a server that does not answer, and so long between two attempts.
-GONE_AFTER_S = 300
-RETRY_S = 0.5
 
 # (direction, name) of the objectives, in Optuna's order of values. No other study is ours.
 OBJECTIVES = ((StudyDirection.MAXIMIZE, "accuracy"), (StudyDirection.MINIMIZE, "latency_ms"))
@@ -367,42 +363,6 @@ def _optuna_storage(url: URL) -> OptunaStorage:
         # Connections made before the listener was there would not have been tuned.
         storage.engine.dispose()
     return storage
-
-
-def keep_connecting(engine: Engine, waiting: Callable[[str], None], seconds: float = GONE_AFTER_S) -> None:
-    """From now on, have new connections wait for a PostgreSQL server that is restarted.
-
-    Connections are checked before they are used, so what begins after the restart goes on as if there had been none.
-
-    Args:
-        waiting: function that receives a line when the wait begins, and one when the server is back.
-        seconds: time after which the server is taken for gone.
-    """
-    if engine.dialect.name != "postgresql":
-        return
-
-    gone = False
-
-    def connect(dialect: Any, _record: object, arguments: Any, named: Any) -> Any:
-        nonlocal gone
-        begin, told = time.monotonic(), False
-        while True:
-            try:
-                connection = dialect.connect(*arguments, **named)
-            except dialect.loaded_dbapi.OperationalError as error:
-                gone = gone or time.monotonic() - begin > seconds
-                if gone:
-                    raise
-                if not told:
-                    waiting(f"the database does not answer ({reason(error)}): waiting for up to {seconds:g} s")
-                    told = True
-                time.sleep(RETRY_S)
-            else:
-                if told:
-                    waiting("the database answers again")
-                return connection
-
-    event.listen(engine, "do_connect", connect)
 
 
 def _tune_sqlite(connection: Any, _record: object) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
-from collections.abc import Container, Mapping
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 from optuna.distributions import distribution_to_json, json_to_distribution
+from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.storages._rdb.models import (
     StudyModel,
@@ -23,6 +25,8 @@ from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import insert, or_, select
 from sqlalchemy.orm import Session
 
+from studies.errors import StorageError
+from studies.reconnecting import repeatable
 from studies.sql import insert_into, transaction
 
 # A study has a handful of distributions, and each is stored with every value that was drawn from it.
@@ -37,6 +41,18 @@ class OptunaStorage(RDBStorage):
     1 s. To write a new one, Optuna sends three statements for each parameter and two for each attribute.
     """
 
+    # What a search calls of Optuna's own methods, all of which do no harm when they are called again.
+    create_new_study = repeatable(RDBStorage.create_new_study)
+    get_study_directions = repeatable(RDBStorage.get_study_directions)
+    get_study_id_from_name = repeatable(RDBStorage.get_study_id_from_name)
+    get_study_name_from_id = repeatable(RDBStorage.get_study_name_from_id)
+    get_study_system_attrs = repeatable(RDBStorage.get_study_system_attrs)
+    get_study_user_attrs = repeatable(RDBStorage.get_study_user_attrs)
+    get_trial = repeatable(RDBStorage.get_trial)
+    get_trial_id_from_study_id_trial_number = repeatable(RDBStorage.get_trial_id_from_study_id_trial_number)
+    set_study_system_attr = repeatable(RDBStorage.set_study_system_attr)
+    set_trial_system_attr = repeatable(RDBStorage.set_trial_system_attr)
+
     def get_trial_number_from_id(self, trial_id: int) -> int:
         with transaction(self.engine) as session:
             number = session.scalar(select(TrialModel.number).where(TrialModel.trial_id == trial_id))
@@ -44,12 +60,54 @@ class OptunaStorage(RDBStorage):
             raise KeyError(f"there is no trial of the id {trial_id}")
         return int(number)
 
+    @repeatable
+    def add_trial(self, study_id: int, number: int, trial: FrozenTrial) -> int:
+        """Add a trial as that of a number, and return its id. If this very trial is there already, it stays alone.
+
+        Raises:
+            StorageError: another program adds trials, too.
+        """
+        with transaction(self.engine) as session:
+            # The number is a count of the trials that are there: nobody else may add one meanwhile.
+            StudyModel.find_or_raise_by_id(study_id, session, for_update=True)
+            row: Any = self._get_prepared_new_trial(study_id, trial, session)
+            trial_id, is_next = int(row.trial_id), row.number == number
+            if not is_next:
+                session.rollback()
+        return trial_id if is_next else self._find_trial(study_id, number, trial)
+
+    def _find_trial(self, study_id: int, number: int, trial: FrozenTrial) -> int:
+        """The id of a trial that was added by an attempt of which no answer came.
+
+        Raises:
+            StorageError: the trial of that number is another.
+        """
+        with contextlib.suppress(KeyError):
+            trial_id = self.get_trial_id_from_study_id_trial_number(study_id, number)
+            found = self.get_trial(trial_id)
+            # To the microsecond, no other trial began at the same time.
+            if (found.datetime_start, found.user_attrs) == (trial.datetime_start, trial.user_attrs):
+                return trial_id
+        raise StorageError(f"another program adds trials to the study {self.get_study_name_from_id(study_id)!r}")
+
+    @repeatable
+    def finish_trial(self, trial_id: int, state: TrialState, values: Sequence[float] | None = None) -> None:
+        """Finish a trial, unless it is finished in this way already."""
+        try:
+            self.set_trial_state_values(trial_id, state, values)
+        except UpdateFinishedTrialError:
+            found = self.get_trial(trial_id)
+            if (found.state, found.values) != (state, values):
+                raise
+
+    @repeatable
     def set_study_system_attrs(self, study_id: int, attrs: Mapping[str, Any]) -> None:
         """Set several attributes of a study, all or none."""
         with transaction(self.engine) as session:
             StudyModel.find_or_raise_by_id(study_id, session)
             _write_attributes(session, StudySystemAttributeModel, {"study_id": study_id}, attrs)
 
+    @repeatable
     def set_trial_user_attrs(self, trial_id: int, attrs: Mapping[str, Any]) -> None:
         """Set several attributes of a trial that is not finished, all or none."""
         with transaction(self.engine) as session:
@@ -60,7 +118,8 @@ class OptunaStorage(RDBStorage):
     def _get_prepared_new_trial(
         self, study_id: int, template_trial: FrozenTrial | None, session: Session
     ) -> TrialModel:
-        # This is the part of `create_new_trial` that writes; the other parts lock the study, and try again.
+        # This is the part of `create_new_trial` that writes; the other parts lock the study, and try again, which may
+        # add a trial twice: a search calls `add_trial`.
         if template_trial is None or template_trial.values or template_trial.intermediate_values:
             return super()._get_prepared_new_trial(study_id, template_trial, session)
         trial: Any = TrialModel(
@@ -85,6 +144,7 @@ class OptunaStorage(RDBStorage):
         made: TrialModel = trial
         return made
 
+    @repeatable
     def _get_trials(
         self, study_id: int, states: Container[TrialState] | None, included_trial_ids: set[int],
         trial_id_greater_than: int,

@@ -11,6 +11,7 @@ from sqlalchemy import Engine, select, update
 from sqlalchemy.orm import Session
 
 from studies.errors import StorageError
+from studies.reconnecting import repeatable
 from studies.sql import transaction
 from studies.tables import Study
 
@@ -88,6 +89,7 @@ class Ownership:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
+    @repeatable
     def claim(self, study_id: int, owner: Owner) -> None:
         """Make `owner` the one process that searches the study.
 
@@ -103,11 +105,13 @@ class Ownership:
             if taken.rowcount != 1:  # type: ignore[attr-defined]
                 raise StorageError("its study has just been taken by another process")
 
+    @repeatable
     def require(self, study_id: int, owner: Owner) -> None:
         """Raise StorageError if the study is no longer `owner`'s."""
         with transaction(self.engine) as session:
             require_owner(session, study_id, owner)
 
+    @repeatable
     def release(self, study_id: int, owner: Owner) -> None:
         """Give the study up if it is `owner`'s."""
         with transaction(self.engine) as session:

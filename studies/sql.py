@@ -11,7 +11,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
-from studies.errors import StorageError, guarded
+from studies.errors import StorageError, guarded, reason
 from studies.tables import Base, Device, Study
 
 if TYPE_CHECKING:
@@ -50,7 +50,13 @@ def read_view(engine: Engine, query: str, study_name: str) -> pd.DataFrame:
     import pandas as pd
 
     with guarded(), engine.connect() as connection:
-        return pd.read_sql(text(query).columns(**TRUTH_VALUES), connection, params={"name": study_name})
+        columns = text(query).columns(**TRUTH_VALUES)
+        try:
+            # `read_sql` would first look for a table of that name, and go on whatever went wrong there.
+            return pd.read_sql_query(columns, connection, params={"name": study_name})
+        except pd.errors.DatabaseError as error:
+            # It stands for an error of SQLAlchemy's.
+            raise StorageError(reason(error)) from error
 
 
 def device_row(session: Session, device: dict[str, str]) -> Device:

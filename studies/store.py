@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import optuna
 from sqlalchemy import func, select, text
@@ -22,8 +22,9 @@ from studies.errors import StorageError, guarded
 from studies.opening import OBJECTIVES, open_storage, require_ours
 from studies.optuna_storage import OptunaStorage
 from studies.ownership import Owner, Ownership, require_owner
+from studies.reconnecting import repeatable
 from studies.sql import device_row, read_view, transaction, transaction_on, upsert
-from studies.tables import Candidate, CandidateLatency, CandidateState, CurvePoint, Study
+from studies.tables import Candidate, CandidateLatency, CandidateState, CurvePoint, Study, now
 from studies.validation import Baselines, Retrainings
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ class Store:
 
     # -- studies ---------------------------------------------------------------------------------------------------
 
+    @repeatable
     def find_study(self, name: str) -> Study | None:
         """The study of that name.
 
@@ -105,16 +107,25 @@ class Store:
             except optuna.exceptions.DuplicatedStudyError:
                 study_id = self.optuna_storage.get_study_id_from_name(name)
             self.optuna_storage.set_study_system_attr(study_id, METRIC_NAMES_KEY, [name for _, name in OBJECTIVES])
-        study = Study(
+        fields = dict(
             study_id=study_id, config=config, data_fingerprint=data_fingerprint, versions=versions, anchor=anchor,
-            anchor_ms=anchor_ms,
+            anchor_ms=anchor_ms, created_at=now(),
         )  # fmt: skip
         try:
-            with transaction(self.engine) as session:
-                study.device = device_row(session, device)
-                session.add(study)
+            return self._add_study(fields, device)
         except IntegrityError as error:
-            raise StorageError(f"its study {name!r} has just been made by another process") from error
+            study = self.find_study(name)
+            # It is this very row if it was written by an attempt of which no answer came.
+            if study is None or study.created_at != fields["created_at"]:
+                raise StorageError(f"its study {name!r} has just been made by another process") from error
+            return study
+
+    @repeatable
+    def _add_study(self, fields: dict[str, Any], device: dict[str, str]) -> Study:
+        study = Study(**fields)
+        with transaction(self.engine) as session:
+            study.device = device_row(session, device)
+            session.add(study)
         return study
 
     def load_optuna_study(self, name: str) -> optuna.Study:
@@ -144,18 +155,33 @@ class Store:
 
     # -- candidates ------------------------------------------------------------------------------------------------
 
+    @repeatable
     def add_candidate(self, candidate: Candidate, owner: Owner) -> None:
         """Write a candidate with its latencies and learning curve, all or nothing.
 
         Raises:
             StorageError: the study was deleted meanwhile, or is no longer `owner`'s.
         """
-        with transaction_on(self.engine, candidate.study_id) as session:
-            session.add(candidate)
-            # Rows are locked in the order in which deleting a study locks them: its trials, then our rows.
-            session.flush()
-            require_owner(session, candidate.study_id, owner)
+        for latency in candidate.latencies:
+            # A lost attempt leaves it an id, which a server that crashed may give to another row.
+            latency.latency_id = None  # type: ignore[assignment]
+        try:
+            with transaction_on(self.engine, candidate.study_id) as session:
+                session.add(candidate)
+                # Rows are locked in the order in which deleting a study locks them: its trials, then our rows.
+                session.flush()
+                require_owner(session, candidate.study_id, owner)
+        except IntegrityError:
+            # Only the owner writes candidates: that of this trial was written by an attempt of which no answer came.
+            if not self._has_candidate(candidate):
+                raise
 
+    def _has_candidate(self, candidate: Candidate) -> bool:
+        with transaction(self.engine) as session:
+            stored = session.get(Candidate, candidate.trial_id)
+        return stored is not None and stored.arch_id == candidate.arch_id and stored.state == candidate.state
+
+    @repeatable
     def add_latencies(self, study_id: int, rows: Sequence[CandidateLatency]) -> None:
         """Write latencies of candidates that are stored, in the place of any older ones, all or nothing.
 
@@ -173,6 +199,7 @@ class Store:
                 _require_candidates(session, study_id, trial_ids)
             raise
 
+    @repeatable
     def candidates(self, study_id: int) -> list[Candidate]:
         """All candidates of a study with their latencies, in the order of their trials."""
         query = (
@@ -184,17 +211,20 @@ class Store:
         with transaction(self.engine) as session:
             return list(session.scalars(query))
 
+    @repeatable
     def learning_curve(self, trial_id: int) -> list[CurvePoint]:
         """The points of a candidate's learning curve, in the order of their steps."""
         query = select(CurvePoint).where(CurvePoint.trial_id == trial_id).order_by(CurvePoint.step)
         with transaction(self.engine) as session:
             return list(session.scalars(query))
 
+    @repeatable
     def front(self, name: str) -> pd.DataFrame:
         """The rows of one study in the view `pareto_front`, fastest first."""
         query = "SELECT * FROM pareto_front WHERE study_name = :name ORDER BY latency_ms, accuracy DESC, number"
         return read_view(self.engine, query, name)
 
+    @repeatable
     def evaluations(self, name: str) -> pd.DataFrame:
         """The complete rows of one study in the view `convfirst_evaluations`, in the order of their trials."""
         query = "SELECT * FROM convfirst_evaluations WHERE study_name = :name AND state = 'complete' ORDER BY number"

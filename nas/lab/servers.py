@@ -15,6 +15,7 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from nas.cluster.connection import LOOPBACK_VARIABLE
 
@@ -61,8 +62,14 @@ class PostgresServer:
         options = f"-c listen_addresses=127.0.0.1 -c port={self.port} -c unix_socket_directories={folder} -c fsync=off"
         self._run("pg_ctl", "-w", "-l", str(folder / "log"), "-o", options, "start")
 
-    def stop(self) -> None:
-        self._run("pg_ctl", "-m", "immediate", "stop")
+    def stop(self, mode: str = "immediate") -> None:
+        self._run("pg_ctl", "-m", mode, "stop")
+
+    def connect(self, database: str) -> Any:
+        """A connection of the driver's, on which each statement is a transaction."""
+        import psycopg
+
+        return psycopg.connect(f"{self.url.replace('+psycopg', '')}/{database}", autocommit=True)
 
     def _run(self, program: str, *arguments: str) -> None:
         command = [str(self.programs / program), "-D", str(self.folder / "data"), *arguments]

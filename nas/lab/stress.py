@@ -31,12 +31,19 @@ from nas.search.loop import Event, Silent
 from studies import StorageError, Store
 
 STUDY = "stress"
+NO_DATABASE = 2
 # The kinds of faults, and how often each comes in relation to the others.
 FAULTS = {"worker killed": 6, "search killed": 2, "database restarted": 3, "node replaced": 1}
 
 
 class Lines(Silent):
     """Prints notes, and a line for each candidate."""
+
+    begun = False
+
+    def begin(self, complete: int, budget: int) -> None:
+        self.begun = True
+        print(f"{complete} are complete", flush=True)
 
     def note(self, line: str) -> None:
         print(line, flush=True)
@@ -46,11 +53,18 @@ class Lines(Silent):
 
 
 def drive(address: str, storage: str, budget: int, workers: int, seconds: float) -> None:
-    """Search in this process, until the budget is met."""
-    ray = connect(address)
+    """Search in this process, until the budget is met.
+
+    Raises:
+        Exit: the database does not answer; as in a search of a user's, that ends only one that is just begun.
+    """
+    ray, lines = connect(address), Lines()
     try:
         evaluator = Sleeping(ClusterPool(ray, workers, "cpu", threads=1, locked=False), seconds)
-        run(SearchConfig(budget=budget, storage=storage, study=STUDY), evaluator, Lines())
+        run(SearchConfig(budget=budget, storage=storage, study=STUDY), evaluator, lines)
+    except StorageError as error:
+        print(error, flush=True)
+        raise typer.Exit(1 if lines.begun else NO_DATABASE) from error
     finally:
         disconnect(ray)
 
@@ -86,9 +100,12 @@ class Stress:
             RuntimeError: the search ends otherwise than by being killed.
         """
         search = self._start()
-        while search.poll() is None:
+        while True:
             time.sleep(self.rng.expovariate(1 / pause))
-            if search.poll() is not None:
+            if search.poll() == NO_DATABASE:
+                # The database was away when it began.
+                search = self._start()
+            elif search.poll() is not None:
                 break
             fault = self.rng.choices(list(FAULTS), list(FAULTS.values()))[0]
             if fault == "worker killed":

@@ -12,7 +12,7 @@ from nas.latency.values import memory_mb
 from nas.recorded import RecordedStudy
 from nas.search.rows import objectives
 from nas.search.sampling import Proposal
-from studies import Candidate, CandidateState, StorageError
+from studies import Candidate, CandidateState
 from studies.display import write_note
 
 # Optuna's state for each of our outcomes.
@@ -63,7 +63,7 @@ class Trials:
     def interrupt(self, trial: FrozenTrial) -> None:
         """Close a trial that was interrupted, as failed."""
         self.storage.set_trial_user_attrs(trial._trial_id, {REASON: INTERRUPTED})
-        self.storage.set_trial_state_values(trial._trial_id, TrialState.FAIL)
+        self.storage.finish_trial(trial._trial_id, TrialState.FAIL)
 
     def finish(self, trial_id: int, row: Candidate, constraints: dict[str, float]) -> None:
         """Close a trial as the candidate's row says, with the note and attributes that the dashboard shows.
@@ -76,7 +76,7 @@ class Trials:
         self._write_note(trial_id, notes.trial_note(row, latency, self.recorded.config))
         self._set_constraints(trial_id, constraints)
         # `study.tell` looks for the trial by its number, which no index of Optuna's tables holds: it goes through all.
-        self.storage.set_trial_state_values(trial_id, TRIAL_STATES[CandidateState(row.state)], objectives(row))
+        self.storage.finish_trial(trial_id, TRIAL_STATES[CandidateState(row.state)], objectives(row))
 
     def _set_constraints(self, trial_id: int, constraints: dict[str, float]) -> None:
         if not constraints:
@@ -92,10 +92,7 @@ class Trials:
             state=state, params=proposal.params, distributions=proposal.distributions, user_attrs=attrs,
             system_attrs=proposal.system_attrs,
         )  # fmt: skip
-        trial_id = self.storage.create_new_trial(self.recorded.study_id, trial)
-        if self.storage.get_trial_number_from_id(trial_id) != proposal.number:
-            raise StorageError(f"another program adds trials to the study {self.recorded.name!r}")
-        return trial_id
+        return self.storage.add_trial(self.recorded.study_id, proposal.number, trial)
 
     def _attributes(self, row: Candidate) -> dict[str, Any]:
         attrs: dict[str, Any] = {"params": row.params, "macs": row.macs}
