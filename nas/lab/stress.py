@@ -183,7 +183,7 @@ def main(
     workers: Annotated[int, typer.Option(min=1, help="Number of workers.")] = 6,
     seconds: Annotated[float, typer.Option(min=0, help="Seconds of each evaluation.")] = 2.0,
     pause: Annotated[float, typer.Option(min=0.1, help="Seconds between two faults, on average.")] = 4.0,
-    seed: Annotated[int, typer.Option(help="Seed of the faults.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the faults.")] = 1,
     drive_address: Annotated[str, typer.Option("--drive", hidden=True)] = "",
     storage: Annotated[str, typer.Option(hidden=True)] = "",
 ) -> None:
