@@ -11,8 +11,8 @@ from typing import Protocol
 
 import torch
 
+from kernels.device_info import DeviceInfo
 from kernels.machine import cores, free_memory_bytes
-from kernels.timing import DeviceInfo
 from nas.config import Limits, ProxyConfig, SearchConfig
 from nas.errors import CandidateFailed, UsageError, memory_may_run_out
 from nas.latency.block_meter import BlockMeter
