@@ -19,6 +19,9 @@ from nas.options import NAME, Checked, between, option
 if TYPE_CHECKING:
     from studies import Store
 
+# So long the files of the trials wait for a first look at a study.
+FIRST_LOOK_S = 10.0
+
 
 @dataclass(frozen=True)
 class Address(Checked):
@@ -54,12 +57,14 @@ def dashboard(
             # As Ctrl-C does.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             # Drawing takes longer than anybody waits for a page, which shows what is there until then.
-            threading.Thread(target=_bring_up_to_date, args=(store, folder), daemon=True).start()
+            threading.Thread(target=_bring_up_to_date, args=(store, folder, server.looked_at), daemon=True).start()
             server.run()
 
 
-def _bring_up_to_date(store: Store, folder: Path) -> None:
-    """Bring the notes and files of all studies up to date."""
+def _bring_up_to_date(store: Store, folder: Path, looked_at: threading.Event) -> None:
+    """Bring the notes and files of all studies up to date, after somebody had a first look or none soon."""
+    # Answers that are given meanwhile take twice as long.
+    looked_at.wait(FIRST_LOOK_S)
     from nas.display.showcase import show
     from nas.errors import UsageError
     from nas.recorded import RecordedStudy
