@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,8 +59,14 @@ def dashboard(
             # As Ctrl-C does.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             # Drawing takes longer than anybody waits for a page, which shows what is there until then.
-            threading.Thread(target=_bring_up_to_date, args=(store, folder, server.looked_at), daemon=True).start()
+            drawing = threading.Thread(target=_bring_up_to_date, args=(store, folder, server.looked_at), daemon=True)
+            drawing.start()
             server.run()
+    sys.stdout.flush()
+    if drawing.is_alive():
+        # Python would end such a thread wherever it is, which within a library's C++ may abort the process. Files are
+        # written whole or not at all.
+        os._exit(0)
 
 
 def _bring_up_to_date(store: Store, folder: Path, looked_at: threading.Event) -> None:

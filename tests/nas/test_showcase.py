@@ -23,6 +23,7 @@ import pytest
 from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna_dashboard import get_note, save_note
 
+import run_search
 from nas.config import LatencyConfig, Limits, SearchConfig
 from nas.display import showcase
 from nas.errors import UsageError
@@ -444,6 +445,22 @@ def test_a_look_at_a_study_is_noticed(served: Served) -> None:
     assert not served.server.looked_at.is_set()
     served.study()
     assert served.server.looked_at.is_set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.7, 1.4, 2.1])
+def test_the_dashboard_ends_quietly_while_it_draws(config: SearchConfig, seconds: float) -> None:
+    """It draws after the first look. One end in twenty, or so, was an abort: by C++ in the thread that draws."""
+    search.run(config, FakeEvaluator())
+    command = [sys.executable, "-u", run_search.__file__, "dashboard", "--storage", config.storage]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = next(line for line in process.stdout if "http://" in line).split()[1]
+        urllib.request.urlopen(f"{url}api/studies/1").read()
+        time.sleep(seconds)
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")
 
 
 @pytest.mark.slow
