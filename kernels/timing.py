@@ -1,16 +1,14 @@
-"""The one place that measures time and memory, and that describes the device measured on."""
+"""The one place that measures time and memory."""
 
 from __future__ import annotations
 
 import gc
 import itertools
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from pathlib import Path
 from typing import Protocol, TypeVar
 
 # A CUDA build on a machine without a GPU makes the profiler's library print an error on every use; it reads this once.
@@ -31,60 +29,6 @@ CALLS_BEFORE_CAPTURE = 3
 REQUESTED = "requested_bytes.all"
 
 Output = TypeVar("Output")
-
-
-# A name without `torch`, which is a field of DeviceInfo.
-_Device = torch.device
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceInfo:
-    """Identity of what a measurement ran on: the device, its driver and the libraries."""
-
-    kind: str
-    name: str
-    driver: str
-    torch: str
-    triton: str
-
-    @classmethod
-    def of(cls, device: _Device) -> DeviceInfo:
-        if device.type == "cuda":
-            name, driver = torch.cuda.get_device_name(device), f"CUDA {torch.version.cuda}, driver {_nvidia_driver()}"
-        else:
-            name, driver = _cpu_name(), f"{platform.system()} {platform.machine()}, {os.cpu_count()} CPUs"
-        return cls(device.type, name, driver, torch.__version__, _triton_version())
-
-    def __str__(self) -> str:
-        return f"{self.name} ({self.driver}; torch {self.torch}, triton {self.triton})"
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _nvidia_driver() -> str:
-    try:
-        # "NVRM version: NVIDIA UNIX x86_64 Kernel Module  570.86.15  ..."
-        words = Path("/proc/driver/nvidia/version").read_text().splitlines()[0].split()
-        return next(word for word in words if word[:1].isdigit() and "." in word)
-    except (OSError, IndexError, StopIteration):
-        return "unknown"
-
-
-def _triton_version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("triton")
-    except PackageNotFoundError:
-        return "none"
 
 
 class Clock(Protocol):

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from kernels.timing import DeviceInfo
+from kernels.device_info import DeviceInfo
 from nas.config import LatencyConfig, SearchConfig
 from nas.errors import UsageError, of_this_version
 from search_spaces import ArchSpec

@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kernels.timing import DeviceInfo
+from kernels.device_info import DeviceInfo
 from nas.latency.device_profile import DeviceProfile, store_profile
 from studies import Store
 from tests.conftest import TINY_TOML

@@ -29,7 +29,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import run_search
-from kernels.timing import DeviceInfo
+from kernels.device_info import DeviceInfo
 from nas.config import LatencyConfig, SearchConfig, installed_runtime
 from nas.errors import CandidateFailed
 from nas.lab.invented import FakeEvaluator

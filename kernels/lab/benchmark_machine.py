@@ -22,7 +22,8 @@ import triton.language as tl
 
 from kernels.ceilings import MIB, CeilingRun, ceiling_runs, rate
 from kernels.cost_model import H200, GpuSpec
-from kernels.timing import MIN_SAMPLE_SECONDS, DeviceInfo, clock_for, time_interleaved
+from kernels.device_info import DeviceInfo
+from kernels.timing import MIN_SAMPLE_SECONDS, clock_for, time_interleaved
 
 FOLDER = Path(__file__).parent
 # Seconds of sampling for all ceilings together.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,9 @@ from nas.options import NAME, Checked, between, option
 
 if TYPE_CHECKING:
     from studies import Store
+
+# So long the files of the trials wait for a first look at a study.
+FIRST_LOOK_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -54,12 +59,20 @@ def dashboard(
             # As Ctrl-C does.
             signal.signal(signal.SIGTERM, signal.default_int_handler)
             # Drawing takes longer than anybody waits for a page, which shows what is there until then.
-            threading.Thread(target=_bring_up_to_date, args=(store, folder), daemon=True).start()
+            drawing = threading.Thread(target=_bring_up_to_date, args=(store, folder, server.looked_at), daemon=True)
+            drawing.start()
             server.run()
+    sys.stdout.flush()
+    if drawing.is_alive():
+        # Python would end such a thread wherever it is, which within a library's C++ may abort the process. Files are
+        # written whole or not at all.
+        os._exit(0)
 
 
-def _bring_up_to_date(store: Store, folder: Path) -> None:
-    """Bring the notes and files of all studies up to date."""
+def _bring_up_to_date(store: Store, folder: Path, looked_at: threading.Event) -> None:
+    """Bring the notes and files of all studies up to date, after somebody had a first look or none soon."""
+    # Answers that are given meanwhile take twice as long.
+    looked_at.wait(FIRST_LOOK_S)
     from nas.display.showcase import show
     from nas.errors import UsageError
     from nas.recorded import RecordedStudy

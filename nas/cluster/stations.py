@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any, TypeVar
 
-from kernels.timing import DeviceInfo
+from kernels.device_info import DeviceInfo
 from nas.cluster import tasks
 from nas.cluster.nodes import LATENCY, Node, alive
 from nas.cluster.pool import lost

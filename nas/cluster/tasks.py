@@ -88,8 +88,8 @@ def describe(config: LatencyConfig | None) -> Described:
     """
     import torch
 
+    from kernels.device_info import DeviceInfo
     from kernels.machine import cores
-    from kernels.timing import DeviceInfo
     from nas.latency.devices import check_device
     from nas.versions import versions
 

@@ -13,7 +13,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from kernels.timing import DeviceInfo
+from kernels.device_info import DeviceInfo
 from nas.config import LatencyConfig, installed_runtime
 from nas.errors import FETCH, CandidateFailed, UsageError, is_pointer, memory_may_run_out, message_line
 from nas.export.directories import COMPILED, FUSED, ONNX, PROGRAM, SECTION, Exported

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from kernels.timing import DeviceInfo
+from kernels.device_info import DeviceInfo
 from nas.config import LatencyConfig
 from nas.errors import CandidateFailed
 from nas.latency.device_profile import DeviceProfile

@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from kernels.timing import DeviceInfo
+from kernels.device_info import DeviceInfo
 from nas.config import LatencyConfig
 from nas.errors import UsageError, is_out_of_memory, memory_may_run_out
 from nas.latency.block_table import BlockTable

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from rich.table import Table
 
-from kernels.timing import DeviceInfo
+from kernels.device_info import DeviceInfo
 from nas.latency.analysis import Analysis
 from nas.latency.block_table import BlockTable
 from nas.latency.parts import arch_parts

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import median
 
-from kernels.timing import DeviceInfo
+from kernels.device_info import DeviceInfo
 from nas.config import LatencyConfig
 from nas.latency import device_profile
 from nas.latency.parts import CALL, CALL_ID, Part, arch_parts, network_shape, shape_id

@@ -14,7 +14,7 @@ from datetime import UTC, datetime
 import torch
 
 from kernels.ceilings import ceiling_runs, rate
-from kernels.timing import DeviceInfo
+from kernels.device_info import DeviceInfo
 from nas.config import LatencyConfig
 from nas.errors import CandidateFailed, UsageError, memory_may_run_out
 from nas.latency.roofline import Machine

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import errno
 import functools
 import gc
 import json
 import re
 import socket
+import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from pathlib import Path
 from typing import Any
 from wsgiref.util import setup_testing_defaults
 
 from optuna.artifacts import FileSystemArtifactStore
+from optuna.distributions import BaseDistribution
 from optuna.storages import get_storage
 
 from nas.errors import UsageError
@@ -35,6 +38,9 @@ class Server:
         folder: folder of the artifacts, made if need be.
         host, port: name or address to listen on, at all addresses that the name has; port 0 takes a free one.
 
+    Attributes:
+        looked_at: set once somebody was shown a study.
+
     Raises:
         UsageError: the server cannot listen there.
     """
@@ -53,7 +59,8 @@ class Server:
         # `get_storage` adds a cache of finished trials: reading 2,000 takes seconds, and a page asks for them often.
         storage = get_storage(store.optuna_storage)
         self.app = _keeping_names(optuna_dashboard.wsgi(storage, FileSystemArtifactStore(folder)))
-        self.server: Any = create_server(self.app, sockets=sockets, threads=THREADS)
+        self.server: Any = create_server(self._answer, sockets=sockets, threads=THREADS)
+        self.looked_at = threading.Event()
 
     @property
     def everywhere(self) -> bool:
@@ -67,20 +74,27 @@ class Server:
         return f"http://[{host}]:{self.port}/" if ":" in host else f"http://{host}:{self.port}/"
 
     def warm_up(self) -> None:
-        """Read all studies once, so that the first look is as quick as the next."""
+        """Read all studies once, so that the first look need not wait for the database."""
         with resting_collector():
-            for study in self._ask("/api/studies")["study_summaries"]:
-                for page in ("", "/param_importances"):
-                    self._ask(f"/api/studies/{study['study_id']}{page}")
+            for study in json.loads(self._ask("/api/studies"))["study_summaries"]:
+                page = f"/api/studies/{study['study_id']}"
+                # Any answer reads all trials, and to list them in one that nobody looks at takes seconds.
+                self._ask(page, f"after={sys.maxsize}")
+                self._ask(f"{page}/param_importances")
         # What was read is kept as long as the server runs, so no later collection need go through it.
         gc.freeze()
 
-    def _ask(self, path: str) -> dict[str, Any]:
-        environ: dict[str, Any] = {"PATH_INFO": path}
+    def _ask(self, path: str, query: str = "") -> bytes:
+        environ: dict[str, Any] = {"PATH_INFO": path, "QUERY_STRING": query}
         setup_testing_defaults(environ)
-        body = b"".join(self.app(environ, lambda status, headers, exc_info=None: lambda data: None))
-        answer: dict[str, Any] = json.loads(body)
-        return answer
+        return b"".join(self.app(environ, lambda status, headers, exc_info=None: lambda data: None))
+
+    def _answer(self, environ: dict[str, Any], start_response: Callable[..., Any]) -> Any:
+        try:
+            return self.app(environ, start_response)
+        finally:
+            if re.fullmatch(r"/api/studies/\d+", environ["PATH_INFO"]):
+                self.looked_at.set()
 
     def run(self) -> None:
         """Answer until Ctrl-C."""
@@ -150,6 +164,9 @@ def _serialize_once() -> None:
     optuna-dashboard 0.21 serializes all trials for each page, and for each of them goes through all attributes of the
     study twice: with a note for each of 2,000 trials that is sixteen million comparisons. The result is the same with
     the attributes of the trial alone, and while these do not change, a finished trial does not change either.
+
+    Equal values of a parameter become one object, for which the original is asked once: 25,000 trials of 18 parameters
+    would be millions of objects.
     """
     from optuna_dashboard import _serializer
 
@@ -158,6 +175,18 @@ def _serialize_once() -> None:
         return
     index = _Index()
     finished: dict[tuple[int, int], tuple[dict[str, Any], dict[str, Any]]] = {}
+    params: dict[Hashable, tuple[BaseDistribution, dict[str, Any]]] = {}
+
+    def param(trial: Any, name: str) -> dict[str, Any]:
+        value, distribution = trial.params[name], trial.distributions[name]
+        # The storage makes equal distributions one object; 1 and 1.0 and True are equal and not the same.
+        key = (name, id(distribution), type(value), value)
+        if key not in params:
+            alone = copy.copy(trial)
+            alone.params, alone.distributions = {name: value}, {name: distribution}
+            # The distribution is kept so that the id stays its own.
+            params[key] = distribution, original(0, alone, {})["params"][0]
+        return params[key][1]
 
     @functools.wraps(original)
     def serialize(study_id: int, trial: Any, study_system_attrs: Mapping[str, Any]) -> dict[str, Any]:
@@ -165,7 +194,10 @@ def _serialize_once() -> None:
         known = finished.get(key)
         if known is not None and known[0] == attrs:
             return known[1]
-        made = original(study_id, trial, attrs)
+        without_params = copy.copy(trial)
+        without_params.params = {}
+        made = original(study_id, without_params, attrs)
+        made["params"] = [param(trial, name) for name in trial.params if name in trial.distributions]
         if trial.state.is_finished():
             finished[key] = attrs, made
         return made

@@ -100,8 +100,8 @@ class Material:
 
 def gather(recorded: RecordedStudy) -> Material:
     """Read what the database holds of a study."""
-    candidates, front = recorded.candidates(), recorded.front()
-    every_front = recorded.store.front(recorded.name)
+    candidates, every_front = recorded.candidates(), recorded.store.front(recorded.name)
+    front = recorded.deployment.rows_of(every_front)
     others = every_front[~every_front.index.isin(front.index)]
     trials = recorded.store.load_optuna_study(recorded.name).get_trials(deepcopy=False)
     clock = clock_of(candidates, trials)

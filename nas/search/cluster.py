@@ -9,7 +9,7 @@ from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import Any
 
-from kernels.timing import DeviceInfo
+from kernels.device_info import DeviceInfo
 from nas.cluster.connection import connect, disconnect
 from nas.cluster.nodes import Node, alive
 from nas.cluster.pool import ClusterPool

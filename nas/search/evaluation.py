@@ -7,7 +7,7 @@ from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from kernels.timing import DeviceInfo
+from kernels.device_info import DeviceInfo
 from nas.config import Limits
 from nas.errors import CandidateFailed, memory_may_run_out
 from nas.latency.device_profile import DeviceProfile

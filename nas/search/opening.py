@@ -11,7 +11,7 @@ from typing import Any
 import optuna
 
 import studies
-from kernels.timing import DeviceInfo
+from kernels.device_info import DeviceInfo
 from nas.config import LatencyConfig, SearchConfig, respelled
 from nas.display import notes
 from nas.errors import FieldError, UsageError

@@ -9,7 +9,7 @@ from contextlib import closing
 from dataclasses import replace
 from typing import Protocol
 
-from kernels.timing import DeviceInfo
+from kernels.device_info import DeviceInfo
 from nas.config import ProxyConfig, SearchConfig
 from nas.errors import CandidateFailed, UsageError
 from nas.latency.device_profile import DeviceProfile

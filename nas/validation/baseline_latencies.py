@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from functools import cached_property
 from typing import Any
 
-from kernels.timing import DeviceInfo
+from kernels.device_info import DeviceInfo
 from nas.child_process import ChildProcess
 from nas.config import LatencyConfig
 from nas.errors import CandidateFailed

@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import asdict
 from functools import partial
 
-from kernels.timing import DeviceInfo
+from kernels.device_info import DeviceInfo
 from nas.config import LatencyConfig
 from nas.errors import CandidateFailed, UsageError, memory_may_run_out
 from nas.latency.block_meter import BlockMeter

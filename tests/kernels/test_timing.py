@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from kernels import timing
+from kernels.device_info import DeviceInfo
 from kernels.timing import (
     MIN_ROUNDS,
-    DeviceInfo,
     Precision,
     clock_for,
     interval_share,

@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kernels.timing import DeviceInfo
+from kernels.device_info import DeviceInfo
 from nas.child_process import ChildProcess
 from nas.config import DataConfig, LatencyConfig, ProxyConfig, SearchConfig
 from nas.training import data as image_data

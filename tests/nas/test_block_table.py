@@ -9,7 +9,7 @@ from functools import partial
 import pytest
 import torch
 
-from kernels.timing import DeviceInfo
+from kernels.device_info import DeviceInfo
 from nas.config import LatencyConfig
 from nas.latency.block_meter import GROUP, REPEATS, BlockMeter, _Made
 from nas.latency.block_table import BlockTable

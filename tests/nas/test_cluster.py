@@ -19,7 +19,7 @@ import psutil
 import pytest
 import torch
 
-from kernels.timing import DeviceInfo
+from kernels.device_info import DeviceInfo
 from nas import search
 from nas.cluster import connection
 from nas.cluster.connection import connect, disconnect

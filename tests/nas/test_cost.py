@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -152,3 +154,10 @@ def test_a_long_study_opens_with_as_many_statements(
             command(config.storage, tmp_path / "files")
         counts.append(len(sent))
     assert counts[1] == counts[0]
+
+
+@pytest.mark.parametrize("module", ["nas.cli.fronts, nas.recorded", "nas.report.page", "nas.report.dashboard"])
+def test_what_reads_a_study_does_not_import_torch(module: str) -> None:
+    """It takes a second, of the three that `pareto` took."""
+    code = f"import sys, {module}; print('torch' in sys.modules)"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "False"

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from triton.runtime.errors import OutOfResources
 
+from kernels.device_info import DeviceInfo
 from kernels.device_state import DeviceState
-from kernels.timing import DeviceInfo, Precision, Sampled
+from kernels.timing import Precision, Sampled
 from nas.config import DEFAULT_ENGINE, LatencyConfig
 from nas.errors import CandidateFailed
 from nas.latency import meter as latency_module

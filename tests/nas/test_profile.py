@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from kernels.timing import DeviceInfo
+from kernels.device_info import DeviceInfo
 from nas.config import LatencyConfig
 from nas.errors import UsageError
 from nas.latency import device_profile

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import torch
 
-from kernels.timing import DeviceInfo
+from kernels.device_info import DeviceInfo
 from nas.config import LatencyConfig, SearchConfig, moved
 from nas.errors import CandidateFailed, UsageError
 from nas.lab.invented import FakeEvaluator

@@ -20,8 +20,10 @@ from typing import Any
 
 import optuna
 import pytest
+from optuna.distributions import CategoricalDistribution, IntDistribution
 from optuna_dashboard import get_note, save_note
 
+import run_search
 from nas.config import LatencyConfig, Limits, SearchConfig
 from nas.display import showcase
 from nas.errors import UsageError
@@ -417,6 +419,48 @@ def test_the_url_is_one_that_a_browser_opens(address: str, url: str) -> None:
     server = object.__new__(Server)
     server.host, server.address, server.port = address if ":" in address else "name", address, 8080
     assert server.url == url
+
+
+def test_trials_are_told_as_the_dashboard_tells_them(served: Served) -> None:
+    """Values that are equal and not the same, like 1 and True, stay apart."""
+    from optuna_dashboard import _serializer
+
+    ours: Any = _serializer.serialize_frozen_trial
+    mixed = CategoricalDistribution((1, True, 1.0, "1", None, 0))
+    others = IntDistribution(0, 4)
+    for number, value in enumerate(2 * mixed.choices):
+        trial = optuna.trial.create_trial(
+            params={"mixed": value, "number": 1}, distributions={"mixed": mixed, "number": others}, values=[0.5, 1.0],
+            user_attrs={"arch": "a"},
+        )  # fmt: skip
+        trial._trial_id = number
+        attrs = {f"dashboard:{number}:note_ver": 1, f"dashboard:{number}:note_str:0": "a note"}
+        assert repr(ours(10**6, trial, attrs)) == repr(ours.__wrapped__(10**6, trial, attrs))
+
+
+def test_a_look_at_a_study_is_noticed(served: Served) -> None:
+    served.server.looked_at.clear()
+    served.server.warm_up()
+    served.json("api/studies")
+    assert not served.server.looked_at.is_set()
+    served.study()
+    assert served.server.looked_at.is_set()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [0.7, 1.4, 2.1])
+def test_the_dashboard_ends_quietly_while_it_draws(config: SearchConfig, seconds: float) -> None:
+    """It draws after the first look. One end in twenty, or so, was an abort: by C++ in the thread that draws."""
+    search.run(config, FakeEvaluator())
+    command = [sys.executable, "-u", run_search.__file__, "dashboard", "--storage", config.storage]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        url = next(line for line in process.stdout if "http://" in line).split()[1]
+        urllib.request.urlopen(f"{url}api/studies/1").read()
+        time.sleep(seconds)
+        process.terminate()
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")
 
 
 @pytest.mark.slow

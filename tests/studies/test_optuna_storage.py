@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import RDBStorage, get_storage
+from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
 from studies import Store
@@ -82,3 +83,14 @@ def test_a_long_study_takes_no_more_statements(store: Store, study_id: int) -> N
     with statements() as sent:
         assert len(store.optuna_storage.get_all_trials(study_id, deepcopy=False)) == 600 + len(TRIALS)
     assert len(sent) == 7
+
+
+def test_studies_are_read_as_optuna_reads_them(store: Store, study_id: int) -> None:
+    storage = store.optuna_storage
+    storage.create_new_study([StudyDirection.MINIMIZE], "without attributes")
+    storage.set_study_user_attr(study_id, "of the user", {"b": 1, "a": [None, "\u00e9"]})
+    storage.set_study_system_attrs(study_id, {f"dashboard:{number}:note_ver": 1 for number in range(3)})
+    expected = RDBStorage.get_all_studies(storage)
+    for read in (storage, get_storage(storage)):
+        assert [vars(study) for study in read.get_all_studies()] == [vars(study) for study in expected]
+    assert [study.study_name for study in expected] == ["one", "other", "without attributes"]
