@@ -224,7 +224,6 @@ class Store:
         query = "SELECT * FROM pareto_front WHERE study_name = :name ORDER BY latency_ms, accuracy DESC, number"
         return read_view(self.engine, query, name)
 
-    @repeatable
     def evaluations(self, name: str) -> pd.DataFrame:
         """The complete rows of one study in the view `convfirst_evaluations`, in the order of their trials."""
         query = "SELECT * FROM convfirst_evaluations WHERE study_name = :name AND state = 'complete' ORDER BY number"
