@@ -53,11 +53,8 @@ class OptunaStorage(RDBStorage):
     create_new_study = repeatable(RDBStorage.create_new_study)
     get_study_directions = repeatable(RDBStorage.get_study_directions)
     get_study_id_from_name = repeatable(RDBStorage.get_study_id_from_name)
-    get_study_name_from_id = repeatable(RDBStorage.get_study_name_from_id)
     get_study_system_attrs = repeatable(RDBStorage.get_study_system_attrs)
-    get_study_user_attrs = repeatable(RDBStorage.get_study_user_attrs)
     get_trial = repeatable(RDBStorage.get_trial)
-    get_trial_id_from_study_id_trial_number = repeatable(RDBStorage.get_trial_id_from_study_id_trial_number)
     set_study_system_attr = repeatable(RDBStorage.set_study_system_attr)
     set_trial_system_attr = repeatable(RDBStorage.set_trial_system_attr)
 
