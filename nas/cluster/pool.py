@@ -15,6 +15,8 @@ Result = TypeVar("Result")
 
 # Time between two looks at whether there is still a node for a call that waits.
 CHECK_SECONDS = 10.0
+# Longest time for which a result waits until all workers that are free have something to do.
+FEED_SECONDS = 2.0
 
 
 def lost(ray: Any, error: BaseException) -> CandidateFailed:
@@ -57,7 +59,9 @@ class ClusterPool:
         self.avoided, self.check, self.locked = avoided, check, locked
         self.task = ray.remote(tasks.train)
         self.running: set[Any] = set()
-        self.guard = threading.Lock()
+        # Calls that no thread has begun yet.
+        self.queued = 0
+        self.changed = threading.Condition()
         self.closed = False
         self.resize(count)
 
@@ -78,6 +82,8 @@ class ClusterPool:
             RuntimeError: a call raised what is no result.
             UsageError: there is no node for them any more.
         """
+        with self.changed:
+            self.queued += len(calls)
         futures: dict[Future[tuple[Result | CandidateFailed, float, int]], int] = {
             self.threads_here.submit(self._run, call): index for index, call in enumerate(calls)
         }
@@ -85,13 +91,20 @@ class ClusterPool:
             while futures:
                 for future in wait(futures, return_when=FIRST_COMPLETED).done:
                     result, seconds, worker = future.result()
+                    # Whoever records it takes time that those need who feed the workers.
+                    with self.changed:
+                        self.changed.wait_for(self._fed, FEED_SECONDS)
                     yield Done(futures.pop(future), worker, seconds, result)
         finally:
-            for future in futures:
-                future.cancel()
+            with self.changed:
+                self.queued -= sum(future.cancel() for future in futures)
+
+    def _fed(self) -> bool:
+        return self.closed or not self.queued or len(self.running) >= self.count
 
     def _run(self, call: Call[Result]) -> tuple[Result | CandidateFailed, float, int]:
-        with self.guard:
+        with self.changed:
+            self.queued -= 1
             if self.closed:
                 return CandidateFailed("its worker was closed"), 0.0, 0
             worker = self.numbers.pop()
@@ -99,6 +112,7 @@ class ClusterPool:
                 call.function, call.args, self.kind, self.locked
             )  # fmt: skip
             self.running.add(reference)
+            self.changed.notify_all()
         try:
             while not self.ray.wait([reference], timeout=CHECK_SECONDS)[0]:
                 self.check()
@@ -106,7 +120,7 @@ class ClusterPool:
         except self.ray.exceptions.RayError as error:
             result, seconds = lost(self.ray, error), 0.0
         finally:
-            with self.guard:
+            with self.changed:
                 self.running.discard(reference)
                 self.numbers.append(worker)
         return result, seconds, worker
@@ -124,9 +138,10 @@ class ClusterPool:
 
     def close(self) -> None:
         """Give up all calls, also those that another thread waits for."""
-        with self.guard:
+        with self.changed:
             self.closed = True
             running = list(self.running)
+            self.changed.notify_all()
         self.threads_here.shutdown(wait=False, cancel_futures=True)
         for reference in running:
             self.ray.cancel(reference, force=True)

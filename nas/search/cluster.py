@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +14,7 @@ from kernels.device_info import DeviceInfo
 from nas.cluster.connection import connect, disconnect
 from nas.cluster.nodes import Node, alive
 from nas.cluster.pool import ClusterPool
-from nas.cluster.stations import GONE_AFTER_S, Stations, describe
+from nas.cluster.stations import GONE_AFTER_S, LOOK_SECONDS, Stations, describe
 from nas.config import SearchConfig
 from nas.errors import CandidateFailed, UsageError
 from nas.reporting import Note
@@ -94,6 +95,8 @@ class Cluster(RealEvaluator):
         self.flag = "--ray" if config.ray_address is None else f"--ray-address {config.ray_address}"
         self.kind = self._kind()
         self.lonely_since: float | None = None
+        # When the nodes on which nothing may be trained were looked up, and which these are.
+        self.looked: tuple[float, list[str]] = -math.inf, []
         self.ray = connect(config.ray_address)
         try:
             data = image_data.load(config.data, note)
@@ -169,8 +172,13 @@ class Cluster(RealEvaluator):
 
     def _avoided(self) -> list[str]:
         """The nodes on which nothing may be trained."""
-        measuring = [node.id for node in alive(self.ray.nodes()) if node.latencies] if self.apart else []
-        return [*measuring, *self.refused]
+        if not self.apart:
+            return self.refused
+        looked, avoided = self.looked
+        if time.monotonic() - looked > LOOK_SECONDS:
+            avoided = [*(node.id for node in alive(self.ray.nodes()) if node.latencies), *self.refused]
+            self.looked = time.monotonic(), avoided
+        return avoided
 
     def _require_trainers(self) -> None:
         """Check that a node is left that trains, or was until some minutes ago.
