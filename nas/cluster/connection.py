@@ -36,6 +36,8 @@ def ray_module(flag: str) -> Any:
     """
     # Nothing is sent to Ray's makers.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # A task that takes more memory than there is would be repeated for ever.
+    os.environ.setdefault("RAY_task_oom_retries", "1")
     try:
         return importlib.import_module("ray")
     except ImportError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -128,7 +129,8 @@ class ClusterPool:
     def _options(self, call: Call[Any]) -> dict[str, Any]:
         options: dict[str, Any] = {"max_retries": 1, "num_cpus": self.threads}
         if self.kind == "cuda":
-            options |= {"num_cpus": 0, "num_gpus": min(1.0, self.gpus / self.count)}
+            # Those that share a device have equal shares of it.
+            options |= {"num_cpus": 0, "num_gpus": 1 / math.ceil(self.count / self.gpus)}
         if avoided := self.avoided():
             options["label_selector"] = {"ray.io/node-id": f"!in({','.join(avoided)})"}
         if call.alone is not None:

@@ -18,6 +18,7 @@ from nas.errors import CandidateFailed, UsageError, message_line
 from nas.latency.device_profile import DeviceProfile
 from nas.latency.values import Measurement, ShapeLatency
 from nas.reporting import Note
+from nas.versions import versions
 from search_spaces import ArchSpec
 
 Result = TypeVar("Result")
@@ -31,6 +32,17 @@ LOOK_SECONDS = 2.0
 PATIENCE_SECONDS = 30.0
 # Attempts at a measurement whose node or process is lost.
 ATTEMPTS = 2
+MEASURING_PACKAGES = ("torch", "triton")
+
+
+def different_versions(described: tasks.Described, packages: Sequence[str]) -> str:
+    """The packages of which a node has another version than this process, in words; empty where there are none."""
+    here, there = versions(), described.versions
+    return "; ".join(
+        f"{name}: this process has {here[name]}, the node {there[name]}"
+        for name in packages
+        if here[name] != there[name]
+    )
 
 
 class Stations:
@@ -100,14 +112,7 @@ class Stations:
         with ThreadPoolExecutor(len(new)) as threads:
             found = list(threads.map(self._described, new))
         for node, described in zip(new, found, strict=True):
-            if isinstance(described, str):
-                why = described
-            else:
-                self.wanted = self.wanted or described
-                ours, its = asdict(self.wanted), asdict(described)
-                why = "; ".join(f"{name}: study has {ours[name]}, now {its[name]}" for name in ours
-                                if ours[name] != its[name])  # fmt: skip
-            if why:
+            if why := self._refusal(described):
                 self.last_reason = f"{node} does not measure latency ({why})"
                 self.note(self.last_reason)
                 self.refused.add(node.id)
@@ -115,10 +120,19 @@ class Stations:
                 self.accepted[node.id] = node
                 self.free[node.id] = self._slots(node)
 
-    def _described(self, node: Node) -> DeviceInfo | str:
-        """The device of a node, or why it cannot measure."""
-        described = describe(self.ray, node, self.config)
-        return described if isinstance(described, str) else DeviceInfo(**described.device or {})
+    def _described(self, node: Node) -> tasks.Described | str:
+        return describe(self.ray, node, self.config, cuda=self.config.device != "cpu")
+
+    def _refusal(self, described: tasks.Described | str) -> str:
+        """The reason why a node cannot measure; empty where it can. The first that can decides on the device."""
+        if isinstance(described, str):
+            return described
+        if why := different_versions(described, MEASURING_PACKAGES):
+            return why
+        device = DeviceInfo(**described.device or {})
+        self.wanted = self.wanted or device
+        ours, its = asdict(self.wanted), asdict(device)
+        return "; ".join(f"{name}: study has {ours[name]}, now {its[name]}" for name in ours if ours[name] != its[name])
 
     def _take(self) -> Node:
         """A node that is free, which is marked as busy.
@@ -226,13 +240,20 @@ class Stations:
         """The nodes release their devices when this process's connection ends."""
 
 
-def describe(ray: Any, node: Node, config: LatencyConfig | None) -> tasks.Described | str:
-    """What a node has, or why it cannot tell: a package may be missing there, or the deployment does not run."""
+def describe(ray: Any, node: Node, config: LatencyConfig | None, cuda: bool) -> tasks.Described | str:
+    """What a node has, or why it cannot tell: a package may be missing there, or the deployment does not run.
+
+    Args:
+        config: the deployment, where latencies are to be measured there.
+        cuda: whether it is asked about its CUDA devices, too.
+    """
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     strategy = NodeAffinitySchedulingStrategy(node_id=node.id, soft=False)
-    gpus = 1 if config is not None and config.device != "cpu" else 0
-    task = ray.remote(tasks.answer).options(num_cpus=0, num_gpus=gpus, scheduling_strategy=strategy, max_retries=0)
+    # Ray hides the devices of a node from a task that takes nothing of them.
+    task = ray.remote(tasks.answer).options(
+        num_cpus=0, num_gpus=0.01 if cuda else 0, scheduling_strategy=strategy, max_retries=0
+    )
     reference = task.remote(tasks.describe, (config,))
     try:
         reply = ray.get(reference, timeout=DESCRIBE_SECONDS)

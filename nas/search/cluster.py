@@ -14,7 +14,7 @@ from kernels.device_info import DeviceInfo
 from nas.cluster.connection import connect, disconnect
 from nas.cluster.nodes import Node, alive
 from nas.cluster.pool import ClusterPool
-from nas.cluster.stations import GONE_AFTER_S, LOOK_SECONDS, Stations, describe
+from nas.cluster.stations import GONE_AFTER_S, LOOK_SECONDS, Stations, describe, different_versions
 from nas.config import SearchConfig
 from nas.errors import CandidateFailed, UsageError
 from nas.reporting import Note
@@ -27,7 +27,6 @@ from nas.training.pool import MOST_WORKERS
 from nas.training.proxy import ProxyResult
 from nas.training.worker_count import WorkerCount
 from nas.training.workers import Done
-from nas.versions import versions
 from search_spaces import ArchSpec
 
 # Packages whose versions decide what a training learns; of others it uses only what the driver sends.
@@ -97,6 +96,9 @@ class Cluster(RealEvaluator):
         self.lonely_since: float | None = None
         # When the nodes on which nothing may be trained were looked up, and which these are.
         self.looked: tuple[float, list[str]] = -math.inf, []
+        # By the id of a node, whether it may train.
+        self.judged: dict[str, bool] = {}
+        self.last_reason = ""
         self.ray = connect(config.ray_address)
         try:
             data = image_data.load(config.data, note)
@@ -141,42 +143,45 @@ class Cluster(RealEvaluator):
         Raises:
             UsageError: there are none.
         """
-        nodes = alive(self.ray.nodes())
-        able = [node for node in nodes if (node.cpus >= self.config.proxy.threads if self.kind == "cpu" else node.gpus)]
-        others = [node for node in able if not node.latencies]
+        nodes = [node for node in alive(self.ray.nodes()) if self._has_room(node)]
+        others = [node for node in nodes if not node.latencies]
         self.apart = bool(others)
-        chosen = others or [node for node in able if node.id in self.station.accepted]
-        with ThreadPoolExecutor(max(1, len(chosen))) as threads:
-            found = list(threads.map(lambda node: describe(self.ray, node, None), chosen))
-        here, good, why = versions(), [], ""
-        for node, described in zip(chosen, found, strict=True):
+        self._judge(others or [node for node in nodes if node.id in self.station.accepted])
+        good = [node for node in nodes if self.judged.get(node.id)]
+        if not good:
+            what = f"{self.config.proxy.threads} CPUs" if self.kind == "cpu" else "GPUs"
+            raise UsageError(f"{self.flag}: {self.last_reason or f'no node has {what} to train on'}")
+        return good
+
+    def _has_room(self, node: Node) -> bool:
+        return node.cpus >= self.config.proxy.threads if self.kind == "cpu" else node.gpus > 0
+
+    def _judge(self, nodes: Sequence[Node]) -> None:
+        """Find out of each node whether it may train, and tell the user where not."""
+        with ThreadPoolExecutor(max(1, len(nodes))) as threads:
+            found = list(threads.map(lambda node: describe(self.ray, node, None, cuda=self.kind == "cuda"), nodes))
+        for node, described in zip(nodes, found, strict=True):
             if isinstance(described, str):
                 reason = described
             else:
-                reason = "; ".join(
-                    f"{name}: this process has {here[name]}, the node {described.versions[name]}"
-                    for name in TRAINING_PACKAGES if here[name] != described.versions[name]
-                )  # fmt: skip
+                reason = different_versions(described, TRAINING_PACKAGES)
                 if self.kind == "cuda" and not described.gpus:
                     reason = reason or "torch finds no CUDA device there"
+            self.judged[node.id] = not reason
             if reason:
-                why = f"{node} does not train ({reason})"
-                self.note(why)
-            else:
-                good.append(node)
-        if not good:
-            what = f"{self.config.proxy.threads} CPUs" if self.kind == "cpu" else "GPUs"
-            raise UsageError(f"{self.flag}: {why or f'no node has {what} to train on'}")
-        self.refused = [node.id for node, _ in zip(chosen, found, strict=True) if node not in good]
-        return good
+                self.last_reason = f"{node} does not train ({reason})"
+                self.note(self.last_reason)
 
     def _avoided(self) -> list[str]:
-        """The nodes on which nothing may be trained."""
-        if not self.apart:
-            return self.refused
+        """The nodes on which nothing may be trained: those that only measure, and those that differ."""
         looked, avoided = self.looked
         if time.monotonic() - looked > LOOK_SECONDS:
-            avoided = [*(node.id for node in alive(self.ray.nodes()) if node.latencies), *self.refused]
+            nodes = alive(self.ray.nodes())
+            measuring = [node for node in nodes if node.latencies and (self.apart or node.id in self.station.refused)]
+            # Some may have joined since.
+            others = [node for node in nodes if node not in measuring and self._has_room(node)]
+            self._judge([node for node in others if node.id not in self.judged])
+            avoided = [node.id for node in (*measuring, *others) if not self.judged.get(node.id) or node in measuring]
             self.looked = time.monotonic(), avoided
         return avoided
 
@@ -259,7 +264,7 @@ class Cluster(RealEvaluator):
         return self.results(archs)
 
     def determinism(self) -> str | None:
-        return None if self.kind == "cpu" else self.station.call(cost_of_determinism, self.config)
+        return None if self.config.latency.device == "cpu" else self.station.call(cost_of_determinism, self.config)
 
     def close(self) -> None:
         self.closed = True

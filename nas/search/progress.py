@@ -10,8 +10,8 @@ from nas.display.notes import duration
 from nas.search.loop import Event, SearchResult
 from studies import CandidateState
 
-# Columns from which on there is room for the bar, and for the workers, too.
-WIDE, WIDER = 105, 125
+# Columns from which on there is room for the bar, which takes some of them.
+WIDE, BAR = 135, 20
 # Seconds of compiling and tuning a candidate from which on they are shown.
 WORTH_SAYING = 0.5
 
@@ -57,6 +57,21 @@ def pace(event: Event) -> str:
     return f"{event.busy}/{event.workers} busy, {event.per_minute:.1f} a minute"
 
 
+def live_words(event: Event, room: int) -> str:
+    """The last candidate and the state of the search, without what has no room in so many columns."""
+    left = f"{duration(event.seconds_left)} left" if event.seconds_left is not None else ""
+    words = {
+        "last": scored_briefly(event), "best": f"best {event.best_accuracy:.3f}", "front": f"front {event.front_size}",
+        "hypervolume": f"hypervolume {event.hypervolume:.4f}", "pace": pace(event), "left": left,
+    }  # fmt: skip
+    for least in ("", "front", "hypervolume"):
+        words.pop(least, None)
+        line = "  ".join(word for word in words.values() if word)
+        if len(line) <= room:
+            break
+    return line
+
+
 class PlainProgress:
     """Prints one line for each candidate, for logs and pipes."""
 
@@ -84,7 +99,7 @@ class LiveProgress:
     def __init__(self, console: Console) -> None:
         self.console = console
         # On a narrow terminal the bar is left out, never the figures.
-        bar = [BarColumn(bar_width=20)] if console.width >= WIDE else []
+        bar = [BarColumn(bar_width=BAR)] if console.width >= WIDE else []
         self.bar = RichProgress(
             *bar, MofNCompleteColumn(), TextColumn("{task.description}", markup=False), console=console
         )
@@ -113,10 +128,9 @@ class LiveProgress:
             self.note(f"{event.arch}: {scored(event)}")
         elif ready := ready_in(event):
             self.note(f"{event.arch}: {ready}")
-        description = f"{scored_briefly(event)}  {standing(event)}"
-        if self.console.width >= WIDER:
-            description += f"  {pace(event)}"
-        self.bar.update(self.task, completed=event.complete, description=description)
+        taken = len(f"{event.budget}/{event.budget} ") + (BAR + 1 if self.console.width >= WIDE else 0)
+        words = live_words(event, self.console.width - taken)
+        self.bar.update(self.task, completed=event.complete, description=words)
 
 
 def shares_line(result: SearchResult) -> str:

@@ -22,6 +22,8 @@ from search_spaces import ArchSpec
 
 # Steps of the anchor's training from which a whole one is extrapolated.
 PROBE_STEPS = 20
+# So many workers are started unasked if there is so much memory for each.
+FEW, PLENTY_BYTES = 2, 4 * 2**30
 # Networks of a space may need so many times the memory of its anchor's training.
 MEMORY_FACTOR = 3
 # On CUDA, twice as many workers must train so many times as much.
@@ -66,11 +68,12 @@ def on_cpu(most: int, free_bytes: int, probe: Callable[[], Probe], timing_second
     Args:
         most: greatest number of workers, for which there are cores.
         free_bytes: memory that was free before there were workers.
-        probe: function that trains the anchor for a moment, which is not called where one worker takes all cores.
+        probe: function that trains the anchor for a moment, which is not called where there are few cores and plenty of memory.
         timing_seconds: function that times a network once and returns how long that took.
     """
     bounds = {"there are cores": most}
-    if bounds["there are cores"] > 1:
+    # A probe takes as long as it could save where there are few cores, each with plenty of memory.
+    if most > FEW or free_bytes < most * PLENTY_BYTES:
         try:
             probed = probe()
         except CandidateFailed as error:

@@ -396,6 +396,44 @@ def test_a_cluster_that_cannot_do_it_is_told_in_one_line(
     assert store is None or not store.summaries()
 
 
+def pretending(folder: Path, package: str) -> dict[str, str]:
+    """The environment of a node on which another version of a package seems to be installed."""
+    installed = folder / f"other {package}" / f"{package}-9.9.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {package}\nVersion: 9.9\n")
+    return {"PYTHONPATH": str(installed.parent)}
+
+
+@pytest.mark.slow
+def test_nodes_that_differ_are_refused_by_name(command: list[str], tmp_path: Path) -> None:
+    needs_ray()
+    with RayNodes() as nodes:
+        nodes.start(1, {LATENCY: 1.0})
+        nodes.start(1, {LATENCY: 1.0}, pretending(tmp_path, "triton"))
+        nodes.start(1)
+        nodes.start(1, {}, pretending(tmp_path, "timm"))
+        process = begun(command, nodes, "--budget", "2")
+        status, output = ended(process)
+    assert status == 0, output
+    found = re.findall(r"^node (\S+ \(127\.0\.0\.1, \w{8}\)) does not (measure latency|train) \((.*)\)$", output, re.M)
+    ((measuring, _, why), (training, _, versions)) = sorted(found, key=lambda each: each[1])
+    assert measuring != training
+    assert why == f"triton: this process has {HERE.triton}, the node 9.9"
+    assert re.fullmatch(r"timm: this process has \S+, the node 9\.9", versions)
+    assert "Ray: 1 node trains, 1 measures latency\n" in output
+
+
+@pytest.mark.slow
+def test_a_cluster_of_another_version_is_refused(command: list[str]) -> None:
+    needs_ray()
+    with RayNodes() as nodes:
+        nodes.start(1, {LATENCY: 1.0}, first="import ray; ray.__version__ = '2.1.0'")
+        status, output = ended(begun(command, nodes))
+    assert status == 2
+    assert f"Error: --ray-address {nodes.address}: Version mismatch: The cluster was started with: Ray: 2.1.0" in output
+    assert "Traceback" not in output
+
+
 @pytest.mark.slow
 def test_a_cluster_with_another_token_is_refused(command: list[str]) -> None:
     needs_ray()

@@ -35,11 +35,23 @@ def test_a_line_shows_how_many_workers_train_and_how_fast() -> None:
     assert "busy" not in shown.getvalue()
     PlainProgress(Console(file=shown, width=300)).candidate(replace(event, per_minute=12.34, seconds_left=83.0))
     assert "0:01:23 left  3/4 busy, 12.3 a minute  [" in shown.getvalue()
-    for width, is_there in ((120, False), (130, True)):
-        with LiveProgress(Console(file=io.StringIO(), force_terminal=True, width=width)) as live:
-            live.begin(0, 2)
-            live.candidate(replace(event, per_minute=12.34))
-            assert ("3/4 busy" in live.bar.tasks[0].description) == is_there
+    latency = fake.measure(arch)
+    complete = Outcome(CandidateState.COMPLETE, fake.cost(arch), 1.0, latency=latency, proxy=fake.train_one(arch))
+    event = replace(event, outcome=complete, complete=200, budget=200, per_minute=12.34, seconds_left=83.0)
+    for width, there, missing in (
+        (80, ("best 0.500",), ("front", "hypervolume")), (100, ("best 0.500", "hypervolume 0.3000"), ("front",)),
+        (140, ("front 1  hypervolume 0.3000",), ()),
+    ):  # fmt: skip
+        shown = io.StringIO()
+        with LiveProgress(Console(file=shown, force_terminal=True, width=width)) as live:
+            live.begin(0, 200)
+            live.candidate(event)
+            words = live.bar.tasks[0].description
+        assert words.endswith("3/4 busy, 12.3 a minute  0:01:23 left")
+        assert all(each in words for each in there)
+        assert not any(each in words for each in missing)
+        # Nothing is cut off.
+        assert "0:01:23 left" in shown.getvalue()
 
 
 @pytest.mark.parametrize(("workers", "busy"), [(1, None), (4, "4 workers were busy for 75% of the training")])

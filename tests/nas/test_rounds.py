@@ -78,6 +78,42 @@ def test_proposals_do_not_depend_on_which_training_ends_first(sampler: str, apar
     assert proposed(runs[0]) == proposed(runs[1])
 
 
+class Overlapping(SideBySide):
+    """As on a cluster: a round's trainings begin before the one before has ended, and may end before it."""
+
+    def __init__(self, workers: int, seed: int, slow_rounds: Sequence[int]) -> None:
+        super().__init__(workers, seed, apart=True)
+        self.slow_rounds = slow_rounds
+        # (round, whether the one before was still trained when all of this one had ended).
+        self.overtaken: list[bool] = []
+        self.ended: set[int] = set()
+
+    @property
+    def round_size(self) -> int:
+        return self.workers
+
+    def train(self, archs: Sequence[ArchSpec]) -> Iterator[Done[ProxyResult]]:
+        number = len(self.rounds)
+        for done in super().train(archs):
+            time.sleep(0.2 if number in self.slow_rounds else 0.0)
+            yield done
+        self.overtaken.append(number > 0 and number - 1 not in self.ended)
+        self.ended.add(number)
+
+
+@pytest.mark.parametrize("sampler", [Sampler.TPE, Sampler.NSGA2])
+def test_rounds_may_overtake_each_other(sampler: str, config: SearchConfig) -> None:
+    config = replace(config, budget=36, sampler=sampler)
+    runs, overtaken = [], []
+    for name, slow in (("quick", ()), ("slow", (5, 6, 8, 9)), ("slower", (4, 7, 10))):
+        evaluator = Overlapping(3, 1, slow)
+        runs.append(replace(config, study=name))
+        assert search.run(runs[-1], evaluator).complete == 36
+        overtaken.append(any(evaluator.overtaken))
+    assert overtaken[2]
+    assert proposed(runs[0]) == proposed(runs[1]) == proposed(runs[2])
+
+
 def test_the_number_of_workers_changes_what_a_proposal_knows(config: SearchConfig) -> None:
     config = replace(config, budget=40)
     found = {}

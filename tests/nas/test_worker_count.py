@@ -42,11 +42,17 @@ def test_the_least_of_cores_memory_and_timing_bounds_it(
     assert str(chosen).startswith(f"{count} training{'s' if count > 1 else ''} at once: {first} for no more (")
 
 
-def test_one_core_needs_no_probe() -> None:
+def test_few_cores_with_plenty_of_memory_need_no_probe() -> None:
     def never() -> Probe:
         raise AssertionError
 
     assert str(on_cpu(1, 2**40, never, lambda: 1.0)) == "1 training at once: there are cores for no more"
+    assert on_cpu(2, 8 * 2**30, never, lambda: 1.0).count == 2
+    # Little memory may be enough for one only.
+    with pytest.raises(AssertionError):
+        on_cpu(2, 8 * 2**30 - 1, never, lambda: 1.0)
+    with pytest.raises(AssertionError):
+        on_cpu(3, 2**40, never, lambda: 1.0)
 
 
 def rates(per_worker: float, together: float, memory: int = 1000) -> Callable[[int], float]:
