@@ -68,12 +68,13 @@ def on_cpu(most: int, free_bytes: int, probe: Callable[[], Probe], timing_second
     Args:
         most: greatest number of workers, for which there are cores.
         free_bytes: memory that was free before there were workers.
-        probe: function that trains the anchor for a moment, which is not called where there are few cores and plenty of memory.
+        probe: function that trains the anchor for a moment; it is not called where there are few cores and plenty of
+            memory.
         timing_seconds: function that times a network once and returns how long that took.
     """
     bounds = {"there are cores": most}
     # A probe takes as long as it could save where there are few cores, each with plenty of memory.
-    if most > FEW or free_bytes < most * PLENTY_BYTES:
+    if most > FEW or (most > 1 and free_bytes < most * PLENTY_BYTES):
         try:
             probed = probe()
         except CandidateFailed as error:

@@ -46,7 +46,7 @@ def test_few_cores_with_plenty_of_memory_need_no_probe() -> None:
     def never() -> Probe:
         raise AssertionError
 
-    assert str(on_cpu(1, 2**40, never, lambda: 1.0)) == "1 training at once: there are cores for no more"
+    assert str(on_cpu(1, 0, never, lambda: 1.0)) == "1 training at once: there are cores for no more"
     assert on_cpu(2, 8 * 2**30, never, lambda: 1.0).count == 2
     # Little memory may be enough for one only.
     with pytest.raises(AssertionError):
