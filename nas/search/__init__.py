@@ -1,6 +1,6 @@
 """The search: the loop, the study that it fills, proposals, evaluation and progress.
 
-This room imports from display, latency, training and the modules of nas/ itself; cli, report, export and validation
+This room imports from cluster, display, latency, training and the modules of nas/ itself; cli, report, export and validation
 import from it.
 """
 
