@@ -64,13 +64,18 @@ class ClusterPool:
         self.queued = 0
         self.changed = threading.Condition()
         self.closed = False
-        self.resize(count)
+        self._start(count)
 
     @property
     def count(self) -> int:
         return self._count
 
     def resize(self, count: int) -> None:
+        """Have another number of workers, while none works."""
+        self.threads_here.shutdown()
+        self._start(count)
+
+    def _start(self, count: int) -> None:
         self._count = count
         self.numbers = list(reversed(range(count)))
         # A thread for each, which waits for its worker.
@@ -109,7 +114,7 @@ class ClusterPool:
             if self.closed:
                 return CandidateFailed("its worker was closed"), 0.0, 0
             worker = self.numbers.pop()
-            reference = self.task.options(**self._options(call)).remote(
+            reference = self.task.options(**self._options()).remote(
                 call.function, call.args, self.kind, self.locked
             )  # fmt: skip
             self.running.add(reference)
@@ -126,16 +131,13 @@ class ClusterPool:
                 self.numbers.append(worker)
         return result, seconds, worker
 
-    def _options(self, call: Call[Any]) -> dict[str, Any]:
+    def _options(self) -> dict[str, Any]:
         options: dict[str, Any] = {"max_retries": 1, "num_cpus": self.threads}
         if self.kind == "cuda":
             # Those that share a device have equal shares of it.
             options |= {"num_cpus": 0, "num_gpus": 1 / math.ceil(self.count / self.gpus)}
         if avoided := self.avoided():
             options["label_selector"] = {"ray.io/node-id": f"!in({','.join(avoided)})"}
-        if call.alone is not None:
-            # Its process ends with it.
-            options["max_calls"] = 1
         return options
 
     def close(self) -> None:
