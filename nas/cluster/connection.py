@@ -6,20 +6,26 @@ import contextlib
 import importlib
 import logging
 import os
+import signal
 import socket
+import subprocess
 import sys
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kernels.machine import cores
+from nas.cluster import tasks
 from nas.cluster.nodes import LATENCY
 from nas.errors import UsageError, message_line
 from nas.training.workers import ENVIRONMENT
 
 CONNECT_SECONDS = 5.0
+HEALTH_SECONDS = 20.0
+NO_CLUSTER = "no Ray cluster answers there; the cluster's token must be known here, see docs/cluster.md"
 # Python's own interval is 5 ms.
-SWITCH_SECONDS = 5e-4
+SWITCH_SECONDS, DEFAULT_SWITCH_SECONDS = 5e-4, sys.getswitchinterval()
 PACKAGES = ("nas", "search_spaces", "kernels", "studies")
 # A token is where Ray looks for one; it takes it only if it is told to.
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
@@ -59,12 +65,13 @@ def connect(address: str | None, cpus: int | None = None) -> Any:
     if address is not None:
         _require_answer(flag, address)
         _use_token()
+        _require_cluster(flag, address)
     else:
         # Nobody else needs to reach it: it listens on loopback only.
         os.environ.setdefault(LOOPBACK_VARIABLE, "0")
     ray = ray_module(flag)
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False}
-    environment: dict[str, Any] = {"env_vars": dict(ENVIRONMENT)}
+    environment: dict[str, Any] = {"env_vars": ENVIRONMENT | tasks.ENVIRONMENT}
     if address is None:
         options |= {
             # Without this, Ray joins a cluster that happens to be up.
@@ -75,6 +82,8 @@ def connect(address: str | None, cpus: int | None = None) -> Any:
         options["address"] = address
         # The nodes run the code of this process.
         environment |= {"py_modules": _own_packages(), "excludes": ["**/__pycache__"]}
+    # Ray would end this process at once when it is told to end.
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         ray.init(**options, runtime_env=environment)
     # Ray raises whatever comes: a RuntimeError for other versions, a ConnectionError for a wrong token.
@@ -82,6 +91,10 @@ def connect(address: str | None, cpus: int | None = None) -> Any:
         with contextlib.suppress(Exception):
             ray.shutdown()
         raise UsageError(f"{flag}: {_why(error)}") from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     _be_silent()
     # A thread that waits for a worker has little to do, and would wait as long again for the one that records.
     sys.setswitchinterval(SWITCH_SECONDS)
@@ -90,6 +103,7 @@ def connect(address: str | None, cpus: int | None = None) -> Any:
 
 def disconnect(ray: Any) -> None:
     """End the connection, and a cluster that was started by it."""
+    sys.setswitchinterval(DEFAULT_SWITCH_SECONDS)
     with contextlib.suppress(Exception):
         ray.shutdown()
 
@@ -111,6 +125,27 @@ def _require_answer(flag: str, address: str) -> None:
         socket.create_connection((host.strip("[]"), int(port)), CONNECT_SECONDS).close()
     except (OSError, OverflowError) as error:
         raise UsageError(f"{flag}: does not answer ({error})") from error
+
+
+def _require_cluster(flag: str, address: str) -> None:
+    """Check that what listens there is a Ray cluster that takes this process's token: Ray itself would try for minutes,
+    and print a line of its own each second.
+
+    Raises:
+        UsageError: it is not, or Ray is not installed.
+    """
+    if address == "auto":
+        return
+    ray_module(flag)
+    command = "from ray.scripts.scripts import main; main()"
+    line = [sys.executable, "-c", command, "health-check", "--address", address]
+    try:
+        done = subprocess.run(line, capture_output=True, text=True, timeout=HEALTH_SECONDS)
+    except subprocess.TimeoutExpired as error:
+        raise UsageError(f"{flag}: {NO_CLUSTER}") from error
+    if done.returncode:
+        said = [each.strip() for each in done.stderr.splitlines() if "Error" in each]
+        raise UsageError(f"{flag}: {said[-1][:160] if said else NO_CLUSTER}")
 
 
 def _use_token() -> None:

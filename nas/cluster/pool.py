@@ -9,7 +9,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
 from nas.cluster import tasks
-from nas.errors import CandidateFailed, WorkerDied, message_line
+from nas.errors import CandidateFailed, OutOfMemory, WorkerDied, message_line
 from nas.training.workers import Call, Done
 
 Result = TypeVar("Result")
@@ -38,8 +38,9 @@ def lost(ray: Any, error: BaseException) -> CandidateFailed:
 class ClusterPool:
     """Workers of a cluster; it has the interface of `nas.training.workers.Workers`.
 
-    A call whose worker or node is lost is repeated by Ray once, on whatever node there is; if it is lost again, it
-    failed. Several threads may run calls at the same time: those of the first thread are begun first.
+    A call whose worker or node is lost is repeated by Ray once, on whatever node there is; one whose memory ran out is
+    repeated once when the other calls have ended. If that fails, too, it failed. Several threads may run calls at the
+    same time: those of the first thread are begun first.
 
     Args:
         ray: the module, connected to the cluster.
@@ -88,19 +89,34 @@ class ClusterPool:
             RuntimeError: a call raised what is no result.
             UsageError: there is no node for them any more.
         """
-        with self.changed:
-            self.queued += len(calls)
-        futures: dict[Future[tuple[Result | CandidateFailed, float, int]], int] = {
-            self.threads_here.submit(self._run, call): index for index, call in enumerate(calls)
-        }
+        futures: dict[Future[tuple[Result | CandidateFailed, float, int]], int] = {}
+        again: list[int] = []
+
+        def submit(index: int) -> None:
+            with self.changed:
+                self.queued += 1
+            futures[self.threads_here.submit(self._run, calls[index])] = index
+
+        for index in range(len(calls)):
+            submit(index)
         try:
+            retried = False
             while futures:
                 for future in wait(futures, return_when=FIRST_COMPLETED).done:
                     result, seconds, worker = future.result()
+                    index = futures.pop(future)
+                    if isinstance(result, OutOfMemory) and not retried:
+                        again.append(index)
+                        continue
                     # Whoever records it takes time that those need who feed the workers.
                     with self.changed:
                         self.changed.wait_for(self._fed, FEED_SECONDS)
-                    yield Done(futures.pop(future), worker, seconds, result)
+                    yield Done(index, worker, seconds, result)
+                if not futures and not retried:
+                    # It may have been the others' memory.
+                    retried = True
+                    for index in again:
+                        submit(index)
         finally:
             with self.changed:
                 self.queued -= sum(future.cancel() for future in futures)
@@ -109,14 +125,13 @@ class ClusterPool:
         return self.closed or not self.queued or len(self.running) >= self.count
 
     def _run(self, call: Call[Result]) -> tuple[Result | CandidateFailed, float, int]:
+        task = self.task.options(**self._options())
         with self.changed:
             self.queued -= 1
             if self.closed:
                 return CandidateFailed("its worker was closed"), 0.0, 0
             worker = self.numbers.pop()
-            reference = self.task.options(**self._options()).remote(
-                call.function, call.args, self.kind, self.locked
-            )  # fmt: skip
+            reference = task.remote(call.function, call.args, self.kind, self.locked)
             self.running.add(reference)
             self.changed.notify_all()
         try:
@@ -146,7 +161,7 @@ class ClusterPool:
             self.closed = True
             running = list(self.running)
             self.changed.notify_all()
-        self.threads_here.shutdown(wait=False, cancel_futures=True)
+        # Calls that wait for a thread end by themselves now: one that is cancelled would never wake who waits for it.
         for reference in running:
             self.ray.cancel(reference, force=True)
         self.threads_here.shutdown()

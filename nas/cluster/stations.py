@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from typing import Any, TypeVar
 
@@ -27,9 +26,14 @@ Result = TypeVar("Result")
 DESCRIBE_SECONDS = 180.0
 # Time for which a search waits for a node that measures, when none is left.
 GONE_AFTER_S = 300.0
-LOOK_SECONDS = 2.0
+# Times between two looks at the nodes, and at whether a task has ended.
+LOOK_SECONDS, POLL_SECONDS = 2.0, 0.5
 # Time after which the user is told that a node is still busy with something else.
-PATIENCE_SECONDS = 30.0
+PATIENCE_SECONDS = 60.0
+# Time after which a node that could not tell what it has is asked again.
+AGAIN_SECONDS = 60.0
+# Time that a cluster takes, at most, to notice that a node is gone.
+NOTICE_SECONDS = 20.0
 # Attempts at a measurement whose node or process is lost.
 ATTEMPTS = 2
 MEASURING_PACKAGES = ("torch", "triton")
@@ -48,6 +52,8 @@ def different_versions(described: tasks.Described, packages: Sequence[str]) -> s
 class Stations:
     """Measures latencies on the nodes that offer the resource `latency`, and that have the right device.
 
+    Nodes that join later are taken in.
+
     Args:
         ray: the module, connected to the cluster.
         flag: the flag and value by which the user asked for the cluster.
@@ -60,8 +66,8 @@ class Stations:
         UsageError: no node can measure.
 
     Attributes:
-        device: the device of all of them.
-        refused: ids of nodes with another device.
+        accepted: the nodes that measure, by id.
+        refused: ids of nodes with another device or other versions.
     """
 
     def __init__(
@@ -69,28 +75,31 @@ class Stations:
     ) -> None:
         self.ray, self.flag, self.config, self.anchor, self.note = ray, flag, config, anchor, note
         self.anchor_ms: float | None = None
-        self.refused: set[str] = set()
+        self.wanted = device
         self.accepted: dict[str, Node] = {}
+        self.refused: set[str] = set()
         # By node: how many more networks it could measure now.
         self.free: dict[str, int] = {}
-        self.changed = threading.Condition()
-        self.wanted = device
+        # Nodes that are asked what they have, and when those may be asked again that could not tell.
+        self.asked: set[str] = set()
+        self.again: dict[str, float] = {}
         self.last_reason = ""
+        self.looked = 0.0
+        self.closed = False
+        self.calls = 0
+        self.changed = threading.Condition()
         with self.changed:
             self._look()
+            while self.asked:
+                self.changed.wait(POLL_SECONDS)
         if not self.accepted:
             raise UsageError(f"{flag}: {self._nobody()}")
+        self.timers = sum(self._slots(node) for node in self.accepted.values())
 
     @property
     def device(self) -> DeviceInfo:
         assert self.wanted is not None
         return self.wanted
-
-    @property
-    def timers(self) -> int:
-        """Number of networks that are measured at once."""
-        with self.changed:
-            return max(1, sum(self._slots(node) for node in self.accepted.values()))
 
     def _slots(self, node: Node) -> int:
         # On a CPU a measurement takes the whole node.
@@ -102,26 +111,36 @@ class Stations:
         return f"no node offers the resource {LATENCY!r}; ray start --resources='{{\"{LATENCY}\": 1}}' offers it"
 
     def _look(self) -> None:
-        """Take in nodes that have joined, and forget those that are gone."""
+        """Forget nodes that are gone, and ask new ones what they have; the caller holds `changed`."""
+        self.looked = time.monotonic()
         there = {node.id: node for node in alive(self.ray.nodes()) if node.latencies}
         for gone in self.accepted.keys() - there.keys():
             del self.accepted[gone], self.free[gone]
-        new = [node for node in there.values() if node.id not in self.accepted and node.id not in self.refused]
-        if not new:
-            return
-        with ThreadPoolExecutor(len(new)) as threads:
-            found = list(threads.map(self._described, new))
-        for node, described in zip(new, found, strict=True):
+        for node in there.values():
+            known = node.id in self.accepted or node.id in self.refused or node.id in self.asked
+            if not known and self.again.get(node.id, 0.0) < self.looked:
+                self.asked.add(node.id)
+                threading.Thread(target=self._take_in, args=(node,), daemon=True).start()
+
+    def _take_in(self, node: Node) -> None:
+        """Ask a node what it has, and accept or refuse it."""
+        described = describe(self.ray, node, self.config, cuda=self.config.device != "cpu")
+        with self.changed:
+            self.asked.discard(node.id)
             if why := self._refusal(described):
-                self.last_reason = f"{node} does not measure latency ({why})"
-                self.note(self.last_reason)
-                self.refused.add(node.id)
+                reason = f"{node} does not measure latency ({why})"
+                if reason != self.last_reason:
+                    self.note(reason)
+                self.last_reason = reason
+                if isinstance(described, str):
+                    self.again[node.id] = time.monotonic() + AGAIN_SECONDS
+                else:
+                    self.refused.add(node.id)
             else:
                 self.accepted[node.id] = node
                 self.free[node.id] = self._slots(node)
-
-    def _described(self, node: Node) -> tasks.Described | str:
-        return describe(self.ray, node, self.config, cuda=self.config.device != "cpu")
+                self.last_reason = ""
+            self.changed.notify_all()
 
     def _refusal(self, described: tasks.Described | str) -> str:
         """The reason why a node cannot measure; empty where it can. The first that can decides on the device."""
@@ -139,32 +158,33 @@ class Stations:
 
         Raises:
             UsageError: there has been none for minutes.
+            CandidateFailed: the search ends meanwhile.
         """
         begin, told = time.monotonic(), False
         with self.changed:
             while True:
+                if self.closed:
+                    raise CandidateFailed("the search has ended")
+                if time.monotonic() - self.looked > LOOK_SECONDS:
+                    self._look()
                 for node_id, count in self.free.items():
                     if count:
                         self.free[node_id] -= 1
                         return self.accepted[node_id]
                 if self.accepted:
-                    self.changed.wait(LOOK_SECONDS)
-                self._look()
-                if self.accepted:
                     begin = time.monotonic()
-                    continue
-                if time.monotonic() - begin > GONE_AFTER_S:
+                elif time.monotonic() - begin > GONE_AFTER_S:
                     raise UsageError(f"{self.flag}: {self._nobody()}")
-                if not told:
+                elif not told:
                     self.note(f"no node measures latency any more: waiting for up to {GONE_AFTER_S:g} s")
                     told = True
-                self.changed.wait(LOOK_SECONDS)
+                self.changed.wait(POLL_SECONDS)
 
     def _give(self, node: Node) -> None:
         with self.changed:
             if node.id in self.free:
                 self.free[node.id] += 1
-            self.changed.notify()
+            self.changed.notify_all()
 
     def _options(self, node: Node) -> dict[str, Any]:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -181,28 +201,50 @@ class Stations:
             UsageError: the function raised it, or no node is left.
         """
         failure = CandidateFailed("its measurement was lost")
-        for _ in range(ATTEMPTS):
-            node = self._take()
-            try:
-                task = self.ray.remote(tasks.answer).options(**self._options(node))
-                reply: Any = self._wait_for(task.remote(function, args), node)
-            except self.ray.exceptions.RayError as error:
-                failure = lost(self.ray, error)
-                with self.changed:
-                    self._look()
-                continue
-            finally:
-                self._give(node)
-            if isinstance(reply, tasks.RESULTS):
-                raise reply
-            result: Result = reply
-            return result
-        raise failure
+        with self.changed:
+            self.calls += 1
+        try:
+            for _ in range(ATTEMPTS):
+                node = self._take()
+                try:
+                    task = self.ray.remote(tasks.answer).options(**self._options(node))
+                    reply: Any = self._wait_for(task.remote(function, args), node)
+                except self.ray.exceptions.RayError as error:
+                    failure = lost(self.ray, error)
+                    if not isinstance(error, self.ray.exceptions.WorkerCrashedError):
+                        self._let_go(node)
+                    continue
+                finally:
+                    self._give(node)
+                if isinstance(reply, tasks.RESULTS):
+                    raise reply
+                result: Result = reply
+                return result
+            raise failure
+        finally:
+            with self.changed:
+                self.calls -= 1
+                self.changed.notify_all()
+
+    def _let_go(self, node: Node) -> None:
+        """Wait until the cluster has noticed that a node is gone, or it turns out that it is not."""
+        begin = time.monotonic()
+        while time.monotonic() - begin < NOTICE_SECONDS and not self.closed:
+            with self.changed:
+                self._look()
+                if node.id not in self.accepted:
+                    return
+            time.sleep(POLL_SECONDS)
 
     def _wait_for(self, reference: Any, node: Node) -> Any:
-        ready, _ = self.ray.wait([reference], timeout=PATIENCE_SECONDS)
-        if not ready:
-            self.note(f"waiting for {node}, which measures latency and is busy")
+        begin, told = time.monotonic(), False
+        while not self.ray.wait([reference], timeout=POLL_SECONDS)[0]:
+            if self.closed:
+                self.ray.cancel(reference, force=True)
+                raise CandidateFailed("the search has ended")
+            if time.monotonic() - begin > PATIENCE_SECONDS and not told:
+                self.note(f"waiting for {node}, which measures latency")
+                told = True
         return self.ray.get(reference)
 
     def _measure(self, method: str, *args: object) -> Any:
@@ -237,7 +279,12 @@ class Stations:
         return result
 
     def close(self) -> None:
-        """The nodes release their devices when this process's connection ends."""
+        """Give up all measurements, also those that another thread waits for; the nodes release their devices when this
+        process's connection ends."""
+        with self.changed:
+            self.closed = True
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: not self.calls, timeout=10 * POLL_SECONDS)
 
 
 def describe(ray: Any, node: Node, config: LatencyConfig | None, cuda: bool) -> tasks.Described | str:
@@ -250,19 +297,19 @@ def describe(ray: Any, node: Node, config: LatencyConfig | None, cuda: bool) -> 
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     strategy = NodeAffinitySchedulingStrategy(node_id=node.id, soft=False)
-    # Ray hides the devices of a node from a task that takes nothing of them.
     task = ray.remote(tasks.answer).options(
         num_cpus=0, num_gpus=0.01 if cuda else 0, scheduling_strategy=strategy, max_retries=0
     )
-    reference = task.remote(tasks.describe, (config,))
     try:
+        reference = task.remote(tasks.describe, (config,))
         reply = ray.get(reference, timeout=DESCRIBE_SECONDS)
     except ray.exceptions.GetTimeoutError:
         ray.cancel(reference, force=True)
         return f"it has not answered within {DESCRIBE_SECONDS:g} s"
     except ray.exceptions.RayTaskError as error:
         return message_line(error.cause) if error.cause is not None else str(error).strip().splitlines()[-1]
-    except ray.exceptions.RayError as error:
+    except Exception as error:
+        # The node may be gone, or this process's connection.
         return message_line(error)
     if isinstance(reply, Exception):
         return str(reply)

@@ -79,10 +79,10 @@ class Watch(Silent):
 
 def start_all(pool: ClusterPool) -> None:
     """Have all workers' processes started, which takes Ray some time, before the search begins."""
-    while True:
+    for _ in range(20):
         slept = [done.result for done in pool.run([Call(sleep, (2.0,))] * pool.count)]
         began = [each[0] for each in slept if not isinstance(each, CandidateFailed)]
-        if max(began) - min(began) < 1.0:
+        if began and max(began) - min(began) < 1.0:
             return
 
 

@@ -115,12 +115,13 @@ class RayNodes:
 
     def start(
         self, cpus: int, resources: Mapping[str, float] | None = None, environment: Mapping[str, str] | None = None,
-        first: str = "",
+        first: str = "", gpus: int = 0,
     ) -> subprocess.Popen[bytes]:  # fmt: skip
         """Start a node, the first of which is the head, and wait until it has joined.
 
         Args:
             first: code that the node runs before anything else.
+            gpus: number of CUDA devices that it offers, whether it has them or not.
 
         Raises:
             RuntimeError: it does not start.
@@ -129,7 +130,7 @@ class RayNodes:
                 f"--temp-dir={self.folder}"]  # fmt: skip
         role = [f"--address={self.address}"] if self.nodes else here
         command = [
-            sys.executable, "-c", first + RAY_START, "start", *role, "--block", f"--num-cpus={cpus}",
+            sys.executable, "-c", first + RAY_START, "start", *role, "--block", f"--num-cpus={cpus}", f"--num-gpus={gpus}",
             "--node-ip-address=127.0.0.1", f"--resources={json.dumps(dict(resources or {}))}",
             f"--object-store-memory={2**28}",
         ]  # fmt: skip

@@ -33,7 +33,9 @@ from studies import StorageError, Store
 STUDY = "stress"
 NO_DATABASE = 2
 # The kinds of faults, and how often each comes in relation to the others.
-FAULTS = {"worker killed": 6, "search killed": 2, "database restarted": 3, "node replaced": 1}
+FAULTS = {"worker killed": 6, "search killed": 2, "search interrupted": 2, "database restarted": 3, "node replaced": 1}
+INTERRUPTED = 130
+INTERRUPT_SECONDS = 60.0
 
 
 class Lines(Silent):
@@ -56,8 +58,9 @@ def drive(address: str, storage: str, budget: int, workers: int, seconds: float)
     """Search in this process, until the budget is met.
 
     Raises:
-        Exit: the database does not answer; as in a search of a user's, that ends only one that is just begun.
+        Exit: it was interrupted, or the database does not answer; as in a search of a user's, that ends only one that is just begun.
     """
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     ray, lines = connect(address), Lines()
     try:
         evaluator = Sleeping(ClusterPool(ray, workers, "cpu", threads=1, locked=False), seconds)
@@ -65,6 +68,8 @@ def drive(address: str, storage: str, budget: int, workers: int, seconds: float)
     except StorageError as error:
         print(error, flush=True)
         raise typer.Exit(1 if lines.begun else NO_DATABASE) from error
+    except KeyboardInterrupt as error:
+        raise typer.Exit(INTERRUPTED) from error
     finally:
         disconnect(ray)
 
@@ -116,6 +121,12 @@ class Stress:
             elif fault == "search killed":
                 search.kill()
                 search.wait()
+                self._look()
+                search = self._start()
+            elif fault == "search interrupted":
+                search.send_signal(self.rng.choice([signal.SIGINT, signal.SIGTERM]))
+                if search.wait(INTERRUPT_SECONDS) not in (INTERRUPTED, 0, NO_DATABASE):
+                    break
                 self._look()
                 search = self._start()
             elif fault == "database restarted":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from kernels.device_info import DeviceInfo
+from nas.cluster import tasks
 from nas.cluster.connection import connect, disconnect
 from nas.cluster.nodes import Node, alive
 from nas.cluster.pool import ClusterPool
@@ -40,8 +42,11 @@ class StoredData:
     reference: Any
 
     @classmethod
-    def put(cls, ray: Any, data: ImageData) -> StoredData:
+    def put(cls, ray: Any, flag: str, data: ImageData) -> StoredData:
         """Put a data set into the store.
+
+        Args:
+            flag: the flag and value by which the user asked for the cluster.
 
         Raises:
             UsageError: there is no room for it.
@@ -52,7 +57,7 @@ class StoredData:
             return cls(ray.put(plain))
         except ray.exceptions.ObjectStoreFullError as error:
             size = sum(value.nbytes for value in plain.values() if hasattr(value, "nbytes"))
-            raise UsageError(f"--ray: the object store has no room for {size / 2**30:.1f} GiB of images") from error
+            raise UsageError(f"{flag}: the object store has no room for {size / 2**30:.1f} GiB of images") from error
 
     def load(self) -> ImageData:
         """The data set; the images stay in the store's memory."""
@@ -94,8 +99,11 @@ class Cluster(RealEvaluator):
         self.flag = "--ray" if config.ray_address is None else f"--ray-address {config.ray_address}"
         self.kind = self._kind()
         self.lonely_since: float | None = None
-        # When the nodes on which nothing may be trained were looked up, and which these are.
-        self.looked: tuple[float, list[str]] = -math.inf, []
+        # When the nodes were looked up; the ids of those that train, and of those on which nothing may be trained.
+        self.looked = -math.inf
+        self.able: set[str] = set()
+        self.avoided: list[str] = []
+        self.looking = threading.Lock()
         # By the id of a node, whether it may train.
         self.judged: dict[str, bool] = {}
         self.last_reason = ""
@@ -114,7 +122,7 @@ class Cluster(RealEvaluator):
                 self._avoided,
                 self._require_trainers,
             )
-            self.take(data, lambda data: StoredData.put(self.ray, data))
+            self.take(data, lambda data: StoredData.put(self.ray, self.flag, data))
         except BaseException:
             self.close()
             raise
@@ -173,17 +181,19 @@ class Cluster(RealEvaluator):
                 self.note(self.last_reason)
 
     def _avoided(self) -> list[str]:
-        """The nodes on which nothing may be trained: those that only measure, and those that differ."""
-        looked, avoided = self.looked
-        if time.monotonic() - looked > LOOK_SECONDS:
-            nodes = alive(self.ray.nodes())
-            measuring = [node for node in nodes if node.latencies and (self.apart or node.id in self.station.refused)]
-            # Some may have joined since.
-            others = [node for node in nodes if node not in measuring and self._has_room(node)]
-            self._judge([node for node in others if node.id not in self.judged])
-            avoided = [node.id for node in (*measuring, *others) if not self.judged.get(node.id) or node in measuring]
-            self.looked = time.monotonic(), avoided
-        return avoided
+        """The nodes on which nothing may be trained: they only measure, differ, or are not known yet."""
+        with self.looking:
+            if time.monotonic() - self.looked > LOOK_SECONDS:
+                self.looked = time.monotonic()
+                nodes = alive(self.ray.nodes())
+                able = [node for node in nodes if self._has_room(node) and not (self.apart and node.latencies)]
+                self.able = {node.id for node in able if self.judged.get(node.id)}
+                self.avoided = [node.id for node in nodes if node.id not in self.able]
+                # Some may have joined since; they are used once they are known.
+                if new := [node for node in able if node.id not in self.judged]:
+                    self.judged |= {node.id: False for node in new}
+                    threading.Thread(target=self._judge, args=(new,), daemon=True).start()
+            return self.avoided
 
     def _require_trainers(self) -> None:
         """Check that a node is left that trains, or was until some minutes ago.
@@ -191,15 +201,15 @@ class Cluster(RealEvaluator):
         Raises:
             UsageError: there has been none for minutes.
         """
-        avoided = set(self._avoided())
-        if any(node.id not in avoided for node in alive(self.ray.nodes())):
-            self.lonely_since = None
-            return
-        if self.lonely_since is None:
-            self.lonely_since = time.monotonic()
-            self.note(f"no node trains any more: waiting for up to {GONE_AFTER_S:g} s")
-        elif time.monotonic() - self.lonely_since > GONE_AFTER_S:
-            raise UsageError(f"{self.flag}: no node is left that trains")
+        self._avoided()
+        with self.looking:
+            if self.able:
+                self.lonely_since = None
+            elif self.lonely_since is None:
+                self.lonely_since = time.monotonic()
+                self.note(f"no node trains any more: waiting for up to {GONE_AFTER_S:g} s")
+            elif time.monotonic() - self.lonely_since > GONE_AFTER_S:
+                raise UsageError(f"{self.flag}: no node is left that trains")
 
     @cached_property
     def most(self) -> int:
@@ -232,6 +242,7 @@ class Cluster(RealEvaluator):
 
     @property
     def timers(self) -> int:  # type: ignore[override]
+        # It is that of the beginning, as proposals depend on it.
         return self.station.timers
 
     @property
@@ -264,10 +275,16 @@ class Cluster(RealEvaluator):
         return self.results(archs)
 
     def determinism(self) -> str | None:
-        return None if self.config.latency.device == "cpu" else self.station.call(cost_of_determinism, self.config)
+        # What trains is of another kind than what measures, or is no CUDA device.
+        if self.kind == "cpu" or self.config.latency.device == "cpu":
+            return None
+        return self.station.call(tasks.determinism, cost_of_determinism, self.config)
 
     def close(self) -> None:
+        if self.closed:
+            return
         self.closed = True
-        if hasattr(self, "pool"):
-            self.pool.close()
+        for each in ("station", "pool"):
+            if hasattr(self, each):
+                getattr(self, each).close()
         disconnect(self.ray)

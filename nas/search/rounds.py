@@ -261,8 +261,15 @@ class Rounds:
         """Count and time several candidates, each on a device of its own."""
         if len(archs) <= 1:
             return [screen(arch, self.evaluator, self.config.limits) for arch in archs]
-        with ThreadPoolExecutor(len(archs)) as threads:
+        threads = ThreadPoolExecutor(len(archs))
+        try:
             return list(threads.map(lambda arch: screen(arch, self.evaluator, self.config.limits), archs))
+        except BaseException:
+            # The others may have to wait for a device.
+            self.evaluator.close()
+            raise
+        finally:
+            threads.shutdown()
 
     def _count_busy(self) -> None:
         self.busy = min(sum(each.left for each in self.running), self.evaluator.workers)

@@ -235,6 +235,13 @@ class Workers:
         return worker.submit(call.function, *call.args, worker.device)
 
 
+def is_cuda_fault(error: RuntimeError) -> bool:
+    """Whether CUDA reported an error after which its context is of no more use."""
+    import torch
+
+    return isinstance(error, torch.AcceleratorError) or any(words in str(error) for words in CUDA_FAULTS)
+
+
 @contextlib.contextmanager
 def contained() -> Iterator[None]:
     """Context of a worker's work, whose faults of memory and CUDA cost this process and not the search.
@@ -243,13 +250,11 @@ def contained() -> Iterator[None]:
         OutOfMemory: memory ran out.
         WorkerDied: CUDA reported an error, after which its context is of no more use.
     """
-    import torch
-
     try:
         with memory_may_run_out():
             yield
     except RuntimeError as error:
-        if isinstance(error, torch.AcceleratorError) or any(words in str(error) for words in CUDA_FAULTS):
+        if is_cuda_fault(error):
             raise WorkerDied(message_line(error)) from error
         raise
 
