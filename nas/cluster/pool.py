@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from typing import Any, TypeVar
 
@@ -35,6 +35,22 @@ def lost(ray: Any, error: BaseException) -> CandidateFailed:
     return WorkerDied(f"its worker was lost, twice ({message_line(error)})")
 
 
+class Places:
+    """The nodes of a cluster on which calls may run: all of them."""
+
+    def avoided(self) -> list[str]:
+        """The ids of the nodes on which nothing may run; waits until there is another.
+
+        Raises:
+            UsageError: there has been none for minutes.
+        """
+        return []
+
+    def are_gone(self, avoided: Sequence[str]) -> bool:
+        """Whether all nodes are gone but those that were avoided when a call was submitted, and another has come."""
+        return False
+
+
 class ClusterPool:
     """Workers of a cluster; it has the interface of `nas.training.workers.Workers`.
 
@@ -48,17 +64,16 @@ class ClusterPool:
         kind: kind of device on which they work: `cpu` or `cuda`.
         threads: CPU threads of each, which Ray sets aside on a CPU.
         gpus: number of CUDA devices that all workers share; 0 on a CPU.
-        avoided: function that returns the ids of the nodes on which nothing may be trained.
-        check: function that is called every so often while a call waits, and raises if it will wait for ever.
+        places: where calls may run.
         locked: whether a call takes the device's lock on its node, so that nobody measures there.
     """
 
     def __init__(
         self, ray: Any, count: int, kind: str, threads: int, gpus: int = 0,
-        avoided: Callable[[], Sequence[str]] = tuple, check: Callable[[], None] = lambda: None, locked: bool = True,
+        places: Places | None = None, locked: bool = True,
     ) -> None:  # fmt: skip
         self.ray, self.kind, self.threads, self.gpus = ray, kind, threads, gpus
-        self.avoided, self.check, self.locked = avoided, check, locked
+        self.places, self.locked = places or Places(), locked
         self.task = ray.remote(tasks.train)
         self.running: set[Any] = set()
         # Calls that no thread has begun yet.
@@ -125,33 +140,40 @@ class ClusterPool:
         return self.closed or not self.queued or len(self.running) >= self.count
 
     def _run(self, call: Call[Result]) -> tuple[Result | CandidateFailed, float, int]:
-        task = self.task.options(**self._options())
         with self.changed:
             self.queued -= 1
-            if self.closed:
-                return CandidateFailed("its worker was closed"), 0.0, 0
-            worker = self.numbers.pop()
-            reference = task.remote(call.function, call.args, self.kind, self.locked)
-            self.running.add(reference)
-            self.changed.notify_all()
-        try:
-            while not self.ray.wait([reference], timeout=CHECK_SECONDS)[0]:
-                self.check()
-            result, seconds = self.ray.get(reference)
-        except self.ray.exceptions.RayError as error:
-            result, seconds = lost(self.ray, error), 0.0
-        finally:
+        while True:
+            avoided = self.places.avoided()
+            task = self.task.options(**self._options(avoided))
             with self.changed:
-                self.running.discard(reference)
-                self.numbers.append(worker)
-        return result, seconds, worker
+                if self.closed:
+                    return CandidateFailed("its worker was closed"), 0.0, 0
+                worker = self.numbers.pop()
+                reference = task.remote(call.function, call.args, self.kind, self.locked)
+                self.running.add(reference)
+                self.changed.notify_all()
+            try:
+                while not self.ray.wait([reference], timeout=CHECK_SECONDS)[0]:
+                    if self.places.are_gone(avoided):
+                        # It would wait for ever: Ray keeps to what was avoided when it was submitted.
+                        self.ray.cancel(reference, force=True)
+                        break
+                else:
+                    result, seconds = self.ray.get(reference)
+                    return result, seconds, worker
+            except self.ray.exceptions.RayError as error:
+                return lost(self.ray, error), 0.0, worker
+            finally:
+                with self.changed:
+                    self.running.discard(reference)
+                    self.numbers.append(worker)
 
-    def _options(self) -> dict[str, Any]:
+    def _options(self, avoided: Sequence[str]) -> dict[str, Any]:
         options: dict[str, Any] = {"max_retries": 1, "num_cpus": self.threads}
         if self.kind == "cuda":
             # Those that share a device have equal shares of it.
             options |= {"num_cpus": 0, "num_gpus": 1 / math.ceil(self.count / self.gpus)}
-        if avoided := self.avoided():
+        if avoided:
             options["label_selector"] = {"ray.io/node-id": f"!in({','.join(avoided)})"}
         return options
 

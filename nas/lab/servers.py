@@ -130,7 +130,8 @@ class RayNodes:
                 f"--temp-dir={self.folder}"]  # fmt: skip
         role = [f"--address={self.address}"] if self.nodes else here
         command = [
-            sys.executable, "-c", first + RAY_START, "start", *role, "--block", f"--num-cpus={cpus}", f"--num-gpus={gpus}",
+            sys.executable, "-c", first + RAY_START, "start", *role, "--block", f"--num-cpus={cpus}",
+            f"--num-gpus={gpus}",
             "--node-ip-address=127.0.0.1", f"--resources={json.dumps(dict(resources or {}))}",
             f"--object-store-memory={2**28}",
         ]  # fmt: skip

@@ -58,7 +58,8 @@ def drive(address: str, storage: str, budget: int, workers: int, seconds: float)
     """Search in this process, until the budget is met.
 
     Raises:
-        Exit: it was interrupted, or the database does not answer; as in a search of a user's, that ends only one that is just begun.
+        Exit: it was interrupted, or the database does not answer; as in a search of a user's, that ends only one that
+            is just begun.
     """
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     ray, lines = connect(address), Lines()

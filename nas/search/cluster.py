@@ -15,8 +15,8 @@ from kernels.device_info import DeviceInfo
 from nas.cluster import tasks
 from nas.cluster.connection import connect, disconnect
 from nas.cluster.nodes import Node, alive
-from nas.cluster.pool import ClusterPool
-from nas.cluster.stations import GONE_AFTER_S, LOOK_SECONDS, Stations, describe, different_versions
+from nas.cluster.pool import ClusterPool, Places
+from nas.cluster.stations import GONE_AFTER_S, LOOK_SECONDS, POLL_SECONDS, Stations, describe, different_versions
 from nas.config import SearchConfig
 from nas.errors import CandidateFailed, UsageError
 from nas.reporting import Note
@@ -76,7 +76,7 @@ class StoredData:
         return ImageData(**made)
 
 
-class Cluster(RealEvaluator):
+class Cluster(RealEvaluator, Places):
     """Evaluator that trains and times candidates on a Ray cluster; only this process asks, tells and writes.
 
     Latencies are measured on the nodes that offer the resource `latency`. If there are others, these train, and the
@@ -98,11 +98,11 @@ class Cluster(RealEvaluator):
         super().__init__(config, note)
         self.flag = "--ray" if config.ray_address is None else f"--ray-address {config.ray_address}"
         self.kind = self._kind()
-        self.lonely_since: float | None = None
         # When the nodes were looked up; the ids of those that train, and of those on which nothing may be trained.
         self.looked = -math.inf
         self.able: set[str] = set()
-        self.avoided: list[str] = []
+        self.unable: list[str] = []
+        self.told = ""
         self.looking = threading.Lock()
         # By the id of a node, whether it may train.
         self.judged: dict[str, bool] = {}
@@ -119,8 +119,7 @@ class Cluster(RealEvaluator):
                 self.kind,
                 config.proxy.threads,
                 self.gpus,
-                self._avoided,
-                self._require_trainers,
+                self,
             )
             self.take(data, lambda data: StoredData.put(self.ray, self.flag, data))
         except BaseException:
@@ -180,36 +179,52 @@ class Cluster(RealEvaluator):
                 self.last_reason = f"{node} does not train ({reason})"
                 self.note(self.last_reason)
 
-    def _avoided(self) -> list[str]:
-        """The nodes on which nothing may be trained: they only measure, differ, or are not known yet."""
-        with self.looking:
-            if time.monotonic() - self.looked > LOOK_SECONDS:
-                self.looked = time.monotonic()
-                nodes = alive(self.ray.nodes())
-                able = [node for node in nodes if self._has_room(node) and not (self.apart and node.latencies)]
-                self.able = {node.id for node in able if self.judged.get(node.id)}
-                self.avoided = [node.id for node in nodes if node.id not in self.able]
-                # Some may have joined since; they are used once they are known.
-                if new := [node for node in able if node.id not in self.judged]:
-                    self.judged |= {node.id: False for node in new}
-                    threading.Thread(target=self._judge, args=(new,), daemon=True).start()
-            return self.avoided
-
-    def _require_trainers(self) -> None:
-        """Check that a node is left that trains, or was until some minutes ago.
-
-        Raises:
-            UsageError: there has been none for minutes.
-        """
-        self._avoided()
-        with self.looking:
-            if self.able:
-                self.lonely_since = None
-            elif self.lonely_since is None:
-                self.lonely_since = time.monotonic()
-                self.note(f"no node trains any more: waiting for up to {GONE_AFTER_S:g} s")
-            elif time.monotonic() - self.lonely_since > GONE_AFTER_S:
+    def avoided(self) -> list[str]:
+        """See `Places`: nodes that only measure, that differ, or that are not known yet."""
+        since: float | None = None
+        while True:
+            with self.looking:
+                self._look()
+                if self.able or self.closed:
+                    return self.unable
+            if since is None:
+                since = time.monotonic()
+                self._note_once(f"no node trains any more: waiting for up to {GONE_AFTER_S:g} s")
+            elif time.monotonic() - since > GONE_AFTER_S:
                 raise UsageError(f"{self.flag}: no node is left that trains")
+            time.sleep(POLL_SECONDS)
+
+    def are_gone(self, avoided: Sequence[str]) -> bool:
+        """See `Places`."""
+        with self.looking:
+            self._look()
+            lonely, gone = not self.able, bool(self.able) and self.able <= set(avoided)
+        if lonely:
+            # The call goes on if Ray finds a place for it; else it is submitted again, when one is known.
+            self.avoided()
+        return lonely or gone
+
+    def _look(self) -> None:
+        """Look the nodes up, from time to time; the caller holds `looking`."""
+        if time.monotonic() - self.looked < LOOK_SECONDS:
+            return
+        self.looked = time.monotonic()
+        nodes = alive(self.ray.nodes())
+        able = [node for node in nodes if self._has_room(node) and not (self.apart and node.latencies)]
+        self.able = {node.id for node in able if self.judged.get(node.id)}
+        self.unable = [node.id for node in nodes if node.id not in self.able]
+        if self.able:
+            self.told = ""
+        # Some may have joined since; they are used once they are known.
+        if new := [node for node in able if node.id not in self.judged]:
+            self.judged |= {node.id: False for node in new}
+            threading.Thread(target=self._judge, args=(new,), daemon=True).start()
+
+    def _note_once(self, line: str) -> None:
+        with self.looking:
+            said, self.told = self.told, line
+        if said != line:
+            self.note(line)
 
     @cached_property
     def most(self) -> int:
