@@ -11,7 +11,7 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -263,7 +263,10 @@ class Rounds:
             return [screen(arch, self.evaluator, self.config.limits) for arch in archs]
         threads = ThreadPoolExecutor(len(archs))
         try:
-            return list(threads.map(lambda arch: screen(arch, self.evaluator, self.config.limits), archs))
+            results = [threads.submit(screen, arch, self.evaluator, self.config.limits) for arch in archs]
+            for result in wait(results, return_when=FIRST_EXCEPTION).done:
+                result.result()
+            return [result.result() for result in results]
         except BaseException:
             # The others may have to wait for a device.
             self.evaluator.close()

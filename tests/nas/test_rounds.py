@@ -114,6 +114,62 @@ def test_rounds_may_overtake_each_other(sampler: str, config: SearchConfig) -> N
     assert proposed(runs[0]) == proposed(runs[1]) == proposed(runs[2])
 
 
+class Stations(SideBySide):
+    """Three candidates are timed at once, each on a device of its own."""
+
+    timers = 3
+
+    def __init__(self, seed: int) -> None:
+        super().__init__(3, seed, apart=True)
+        self.timing = self.most = 0
+        self.lock = threading.Lock()
+
+    def measure(self, arch: ArchSpec) -> Measurement:
+        with self.lock:
+            self.timing += 1
+            self.most = max(self.most, self.timing)
+        time.sleep(self.rng.uniform(0.0, 0.02))
+        with self.lock:
+            self.timing -= 1
+        return super().measure(arch)
+
+
+def test_several_are_timed_at_once(config: SearchConfig) -> None:
+    config = replace(config, budget=30, limits=Limits(latency_ms=0.7))
+    runs = []
+    for seed in (1, 2):
+        evaluator = Stations(seed)
+        runs.append(replace(config, study=f"seed {seed}"))
+        assert search.run(runs[-1], evaluator).complete == 30
+        assert evaluator.most == 3
+    first, second = map(proposed, runs)
+    assert first == second
+    assert len({arch for _, arch, _ in first}) == len(first)
+    assert Counter(state for *_, state in first)["over_limit"] > 0
+
+
+def test_an_error_while_several_are_timed_does_not_wait_for_the_others(config: SearchConfig) -> None:
+    class Stuck(Stations):
+        ended = threading.Event()
+
+        def measure(self, arch: ArchSpec) -> Measurement:
+            with self.lock:
+                self.timing += 1
+                number = self.timing
+            if number == 8:
+                raise KeyboardInterrupt
+            if number > 6:
+                # As where a node is busy with something else, until the search is closed.
+                assert self.ended.wait(30)
+            return FakeEvaluator.measure(self, arch)
+
+        def close(self) -> None:
+            self.ended.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        search.run(replace(config, budget=30), Stuck(1))
+
+
 def test_the_number_of_workers_changes_what_a_proposal_knows(config: SearchConfig) -> None:
     config = replace(config, budget=40)
     found = {}
