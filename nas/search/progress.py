@@ -138,5 +138,6 @@ def shares_line(result: SearchResult) -> str:
     shares = result.shares
     parts = {"training": shares.training, "latency": shares.latency, "all else": shares.rest}
     listed = ", ".join(f"{name} {duration(s)} ({s / shares.total:.0%})" for name, s in parts.items())
+    listed += f", where {duration(shares.both)} went to both" if shares.both else ""
     busy = f"; {shares.workers} workers were busy for {shares.busy:.0%} of the training" if shares.workers > 1 else ""
     return f"{duration(shares.total)} in all: {listed}{busy}"

@@ -60,6 +60,8 @@ def test_the_last_line_says_how_busy_the_workers_were(workers: int, busy: str | 
     line = shares_line(SearchResult(1, "budget met", pd.DataFrame(), 0.5, shares))
     assert line.startswith("0:02:00 in all: training 0:01:00 (50%), latency 0:00:30 (25%), all else 0:00:30 (25%)")
     assert line.partition("; ")[2] == (busy or "")
+    both = shares_line(SearchResult(1, "budget met", pd.DataFrame(), 0.5, replace(shares, both=20.0)))
+    assert "all else 0:00:50 (42%), where 0:00:20 went to both" in both
 
 
 @pytest.mark.parametrize("width", [80, 120])
