@@ -145,7 +145,8 @@ def _require_cluster(flag: str, address: str) -> None:
         raise UsageError(f"{flag}: {NO_CLUSTER}") from error
     if done.returncode:
         said = [each.strip() for each in done.stderr.splitlines() if "Error" in each]
-        raise UsageError(f"{flag}: {said[-1][:160] if said else NO_CLUSTER}")
+        # "ray.exceptions.AuthenticationError: RPC error: InvalidAuthToken: ... is missing or incorrect. Ensure that ..."
+        raise UsageError(f"{flag}: {said[-1].partition(': ')[2].partition('. ')[0] if said else NO_CLUSTER}")
 
 
 def _use_token() -> None:
