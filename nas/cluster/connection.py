@@ -145,7 +145,7 @@ def _require_cluster(flag: str, address: str) -> None:
         raise UsageError(f"{flag}: {NO_CLUSTER}") from error
     if done.returncode:
         said = [each.strip() for each in done.stderr.splitlines() if "Error" in each]
-        # "ray.exceptions.AuthenticationError: RPC error: InvalidAuthToken: ... is missing or incorrect. Ensure that ..."
+        # "ray.exceptions.AuthenticationError: RPC error: InvalidAuthToken: ... is missing. Ensure that ..."
         raise UsageError(f"{flag}: {said[-1].partition(': ')[2].partition('. ')[0] if said else NO_CLUSTER}")
 
 

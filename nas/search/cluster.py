@@ -16,7 +16,15 @@ from nas.cluster import tasks
 from nas.cluster.connection import connect, disconnect
 from nas.cluster.nodes import Node, alive
 from nas.cluster.pool import ClusterPool, Places
-from nas.cluster.stations import GONE_AFTER_S, LOOK_SECONDS, POLL_SECONDS, Stations, describe, different_versions
+from nas.cluster.stations import (
+    AGAIN_SECONDS,
+    GONE_AFTER_S,
+    LOOK_SECONDS,
+    POLL_SECONDS,
+    Stations,
+    describe,
+    different_versions,
+)
 from nas.config import SearchConfig
 from nas.errors import CandidateFailed, UsageError
 from nas.reporting import Note
@@ -107,9 +115,11 @@ class Cluster(RealEvaluator, Places):
         # By the id of a node, whether it may train.
         self.judged: dict[str, bool] = {}
         self.last_reason = ""
+        # By the id of a node that could not tell what it has, when it is asked again.
+        self.again: dict[str, float] = {}
+        data = image_data.load(config.data, note)
         self.ray = connect(config.ray_address)
         try:
-            data = image_data.load(config.data, note)
             self.station = Stations(self.ray, self.flag, config.latency, config.space.anchor(), device, note)
             self.device = self.station.device
             self.trainers = self._trainers()
@@ -170,14 +180,16 @@ class Cluster(RealEvaluator, Places):
         for node, described in zip(nodes, found, strict=True):
             if isinstance(described, str):
                 reason = described
+                self.again[node.id] = time.monotonic() + AGAIN_SECONDS
             else:
                 reason = different_versions(described, TRAINING_PACKAGES)
                 if self.kind == "cuda" and not described.gpus:
                     reason = reason or "torch finds no CUDA device there"
             self.judged[node.id] = not reason
             if reason:
-                self.last_reason = f"{node} does not train ({reason})"
-                self.note(self.last_reason)
+                said, self.last_reason = self.last_reason, f"{node} does not train ({reason})"
+                if said != self.last_reason:
+                    self.note(self.last_reason)
 
     def avoided(self) -> list[str]:
         """See `Places`: nodes that only measure, that differ, or that are not known yet."""
@@ -216,8 +228,11 @@ class Cluster(RealEvaluator, Places):
         if self.able:
             self.told = ""
         # Some may have joined since; they are used once they are known.
-        if new := [node for node in able if node.id not in self.judged]:
+        late = {id for id, at in self.again.items() if at < self.looked}
+        if new := [node for node in able if node.id not in self.judged or node.id in late]:
             self.judged |= {node.id: False for node in new}
+            for node in new:
+                self.again.pop(node.id, None)
             threading.Thread(target=self._judge, args=(new,), daemon=True).start()
 
     def _note_once(self, line: str) -> None:
