@@ -126,7 +126,8 @@ class Stress:
                 search = self._start()
             elif fault == "search interrupted":
                 search.send_signal(self.rng.choice([signal.SIGINT, signal.SIGTERM]))
-                if search.wait(INTERRUPT_SECONDS) not in (INTERRUPTED, 0, NO_DATABASE):
+                # One that has just begun is still importing.
+                if search.wait(INTERRUPT_SECONDS) not in (INTERRUPTED, 0, NO_DATABASE, -signal.SIGINT, -signal.SIGTERM):
                     break
                 self._look()
                 search = self._start()
