@@ -34,7 +34,7 @@ from nas.lab.servers import RayNodes
 from nas.search.machine import Machine
 from nas.training.workers import Call
 from studies import StorageError, Store
-from tests.conftest import make_tiny_space
+from tests.conftest import TINY_TOML, make_tiny_space
 
 ROOT = Path(__file__).parents[2]
 CPU = LatencyConfig(device="cpu", engine="eager")
@@ -268,30 +268,13 @@ def nodes(tmp_path: Path) -> Iterator[RayNodes]:
 @pytest.fixture
 def command(images: Path, sqlite_url: str, tmp_path: Path) -> list[str]:
     """A search of tiny networks on a few images."""
-    (tmp_path / "tiny.toml").write_text(TINY)
+    (tmp_path / "tiny.toml").write_text(TINY_TOML)
     flags = {
         "--space": str(tmp_path / "tiny.toml"), "--data": str(images), "--proxy-steps": "3", "--proxy-batch": "4",
         "--device": "cpu", "--engine": "eager", "--latency-seconds": "0.02", "--storage": sqlite_url,
         "--sampler": "random",
     }  # fmt: skip
     return [sys.executable, "-u", str(ROOT / "run_search.py"), *(word for pair in flags.items() for word in pair)]
-
-
-TINY = """
-name = "tiny"
-resolution = 16
-stem_width = [8, 16]
-head_width = 16
-activation = ["relu", "silu"]
-
-[[stages]]
-width = [8, 16]
-kernel_size = [3, 5]
-group_width = [1, 8, 16]
-expansion = [1, 1.5, 2]
-blocks = [1, 2]
-stride = [1, 2]
-"""
 
 
 def ended(process: subprocess.Popen[str]) -> tuple[int, str]:
