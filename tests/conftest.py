@@ -21,6 +21,7 @@ import torch
 
 from nas.lab.servers import PostgresServer, postgres_programs
 from search_spaces import SearchSpace, StageChoices
+from studies import Candidate, Store
 
 # For deterministic trainings on CUDA; cuBLAS reads it once, at the first product of the process.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -172,6 +173,17 @@ def stored_url(sqlite_url: str) -> str:
     with contextlib.closing(sqlite3.connect(sqlite_url.removeprefix("sqlite:///"))) as connection:
         connection.executescript((Path(__file__).parent / "data" / "study_3c0a121.sql").read_text())
     return sqlite_url
+
+
+def candidates_of(url: str, study: str = "convfirst") -> list[Candidate]:
+    """All candidates of a stored study."""
+    store = Store.open(url, create=False)
+    assert store is not None
+    found = store.find_study(study)
+    assert found is not None
+    rows = store.candidates(found.study_id)
+    store.close()
+    return rows
 
 
 Room = Callable[[int], AbstractContextManager[None]]

@@ -88,6 +88,7 @@ class Stations:
         self.closed = False
         self.calls = 0
         self.changed = threading.Condition()
+        self.task = ray.remote(tasks.answer)
         with self.changed:
             self._look()
             while self.asked:
@@ -207,7 +208,7 @@ class Stations:
             for _ in range(ATTEMPTS):
                 node = self._take()
                 try:
-                    task = self.ray.remote(tasks.answer).options(**self._options(node))
+                    task = self.task.options(**self._options(node))
                     reply: Any = self._wait_for(task.remote(function, args), node)
                 except self.ray.exceptions.RayError as error:
                     failure = lost(self.ray, error)

@@ -13,6 +13,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from nas.lab.servers import RayNodes
 from nas.search.machine import Machine
 from nas.training.workers import Call
 from studies import StorageError, Store
-from tests.conftest import TINY_TOML, make_tiny_space
+from tests.conftest import TINY_TOML, candidates_of, make_tiny_space
 
 ROOT = Path(__file__).parents[2]
 CPU = LatencyConfig(device="cpu", engine="eager")
@@ -242,6 +243,24 @@ def test_a_node_with_another_device_is_refused_by_name(ray: Any) -> None:
 
 
 @pytest.mark.slow
+def test_nothing_runs_on_a_node_while_it_measures(ray: Any) -> None:
+    from nas.cluster.stations import Stations
+
+    station = Stations(ray, "--ray", CPU, make_tiny_space().anchor(), None, lambda line: None)
+    pool = make_pool(ray)
+    with ThreadPoolExecutor(2) as threads:
+        measured = [threads.submit(station.call, calls.sleep, 0.7, "cpu") for _ in range(2)]
+        trained = [done.result for done in pool.run([Call(calls.sleep, (0.3,))] * 8)]
+    spans = [each.result() for each in measured]
+    for begin, end in spans:
+        others = [*trained, *(each for each in spans if each != (begin, end))]
+        assert len(others) == 9
+        assert all(other_end <= begin or end <= other_begin for other_begin, other_end in others)
+    pool.close()
+    station.close()
+
+
+@pytest.mark.slow
 def test_a_deployment_that_does_not_run_there_is_told(ray: Any) -> None:
     from nas.cluster.stations import Stations
 
@@ -290,16 +309,6 @@ def begun(command: list[str], nodes: RayNodes, *more: str) -> subprocess.Popen[s
     )
 
 
-def rows_of(url: str) -> list[Any]:
-    store = Store.open(url, create=False)
-    assert store is not None
-    study = store.find_study("convfirst")
-    assert study is not None
-    rows = store.candidates(study.study_id)
-    store.close()
-    return rows
-
-
 @pytest.mark.slow
 def test_two_nodes_find_what_one_machine_finds(
     nodes: RayNodes, command: list[str], sqlite_url: str, images: Path
@@ -308,7 +317,7 @@ def test_two_nodes_find_what_one_machine_finds(
     assert status == 0, output
     assert "Ray: 1 node trains, 1 measures latency\n" in output
     assert "budget met: 8 of 8 candidates" in output
-    rows = rows_of(sqlite_url)
+    rows = candidates_of(sqlite_url)
     assert {row.worker for row in rows} == {0, 1}
     assert all(row.latencies for row in rows)
 
@@ -386,7 +395,7 @@ def test_a_search_whose_trainers_are_gone_says_so_and_goes_on_with_others(comman
                 nodes.start(1)
         assert process.wait() == 0, lines
     assert any(line.startswith("no node trains any more") for line in lines), lines
-    assert sum(row.state == "complete" for row in rows_of(sqlite_url)) == 8
+    assert sum(row.state == "complete" for row in candidates_of(sqlite_url)) == 8
 
 
 @pytest.mark.slow
@@ -442,7 +451,7 @@ def test_a_search_outlives_a_node_that_trains(nodes: RayNodes, command: list[str
         pytest.fail("it ended before the node was killed")
     status, output = ended(process)
     assert status == 0, output
-    rows = rows_of(sqlite_url)
+    rows = candidates_of(sqlite_url)
     assert sum(row.state == "complete" for row in rows) == 20
     assert len({row.arch_id for row in rows}) == len(rows)
 
@@ -458,11 +467,11 @@ def test_a_killed_driver_goes_on_with_the_same_command(nodes: RayNodes, command:
     else:
         pytest.fail("it ended before it was killed")
     killed.communicate()
-    before = {row.trial_id for row in rows_of(sqlite_url)}
+    before = {row.trial_id for row in candidates_of(sqlite_url)}
     status, output = ended(begun(command, nodes, "--budget", "16"))
     assert status == 0, output
     assert "going on: " in output
-    rows = rows_of(sqlite_url)
+    rows = candidates_of(sqlite_url)
     assert before <= {row.trial_id for row in rows}
     assert sum(row.state == "complete" for row in rows) == 16
     assert len({row.arch_id for row in rows}) == len(rows)

@@ -20,7 +20,7 @@ from nas.search.loop import Silent
 from nas.training.proxy import ProxyResult
 from search_spaces import ArchSpec
 from studies import StorageError, Store
-from tests.conftest import PostgresServer, new_postgres
+from tests.conftest import PostgresServer, candidates_of, new_postgres
 
 pytestmark = pytest.mark.postgres
 
@@ -78,12 +78,7 @@ def test_a_search_waits_for_its_database(server: PostgresServer) -> None:
         (waiting,) = (line for line in notes.lines if "waiting for up to 300 s" in line)
         assert waiting.startswith("the database does not answer (")
         assert notes.lines[notes.lines.index(waiting) + 1] == "the database answers again"
-        store = Store.open(url, create=False)
-        assert store is not None
-        study = store.find_study("convfirst")
-        assert study is not None
-        rows = store.candidates(study.study_id)
-        store.close()
+        rows = candidates_of(url)
         assert evaluator.count == len(rows) == len({row.arch_id for row in rows})
         assert sum(row.state == "complete" for row in rows) == 10
     finally:

@@ -20,8 +20,7 @@ from nas.search.loop import Event, Pace, Silent
 from nas.training.proxy import ProxyResult
 from nas.training.workers import Done
 from search_spaces import ArchSpec
-from studies import Store
-from tests.conftest import make_tiny_space
+from tests.conftest import candidates_of, make_tiny_space
 
 
 class SideBySide(FakeEvaluator):
@@ -57,13 +56,7 @@ def config(sqlite_url: str) -> SearchConfig:
 
 def proposed(config: SearchConfig) -> list[tuple[int, str, str]]:
     """Number, architecture and outcome of all candidates."""
-    store = Store.open(config.storage, create=False)
-    assert store is not None
-    study = store.find_study(config.study)
-    assert study is not None
-    rows = [(row.number, row.arch, row.state) for row in store.candidates(study.study_id)]
-    store.close()
-    return rows
+    return [(row.number, row.arch, row.state) for row in candidates_of(config.storage, config.study)]
 
 
 @pytest.mark.parametrize("apart", [False, True])
