@@ -105,7 +105,8 @@ class DataConfig(Checked):
     Args:
         source: `digits` (embedded), `cifar10`, `cifar100`, a folder of class subfolders, or a name that
             `timm.data.create_dataset` takes.
-        resolution: width and height of the training and validation images, in pixels.
+        resolution: width and height of the training and validation images, in pixels, for networks that have no
+            resolution of their own.
         data_dir: folder of CIFAR's and timm's files.
         download: whether torchvision or timm may download them.
         to_rgb: whether a folder's images that are not RGB (ImageNet has some) are converted instead of refused.
@@ -201,7 +202,8 @@ class LatencyConfig(Checked):
         runtime: name and version of the engine's package, such as `onnxruntime 1.32.0`; empty where the engine is
             torch's or ours. None, and a runtime of another engine, become what is installed.
         dtype: data type of weights and activations. `auto` becomes the device's `DEFAULT_DTYPE`.
-        batch_size, resolution, num_classes: sizes of the deployed network's input (in pixels) and output.
+        batch_size, resolution, num_classes: sizes of the deployed network's input (in pixels) and output; a network
+            that has a resolution of its own is measured at that.
         threads: CPU threads; one by default, so that a figure does not depend on how many cores happen to be free.
         precision: share of the median; sampling ends when the median's 95 % confidence interval is no wider. None
             becomes the device's `DEFAULT_PRECISION`.
@@ -396,11 +398,17 @@ class SearchConfig(Checked):
         "time there", panel="Search", keep=Keep.TRANSIENT,
     )  # fmt: skip
 
+    @property
+    def resolutions(self) -> tuple[int, ...]:
+        """All resolutions at which images are needed for training, in pixels."""
+        return self.space.own_resolutions or (self.data.resolution,)
+
     def identity(self) -> dict[str, Any]:
         """The configuration that a study stores and that every later run must equal, as plain JSON values."""
         fields = dataclasses.asdict(self)
         for name in _transient(type(self)):
             del fields[name]
+        fields["space"] = self.space.to_dict()
         # Where files lie and how they came there does not change what they hold.
         for name in _transient(DataConfig):
             del fields["data"][name]

@@ -10,7 +10,9 @@ import wrapt
 
 from search_spaces.arch import ACTIVATIONS, ArchSpec, StageSpec
 from search_spaces.cost import Cost, cost
-from search_spaces.space import SearchSpace, StageChoices, builtin_spaces, load_space
+from search_spaces.ladder import ladder_space
+from search_spaces.loading import builtin_spaces, load_space
+from search_spaces.space import SearchSpace, StageChoices
 
 # Once timm is there, not before: it takes seconds to import.
 wrapt.register_post_import_hook(lambda timm: import_module("search_spaces.timm_models"), "timm")
@@ -24,5 +26,6 @@ __all__ = [
     "StageSpec",
     "builtin_spaces",
     "cost",
+    "ladder_space",
     "load_space",
 ]

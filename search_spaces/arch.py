@@ -4,6 +4,8 @@
     stages of ConvFirst blocks: grouped k x k conv -> 1x1 expand -> activation -> 1x1 project (+ residual)
     head: global pool -> 1x1 conv -> activation -> classifier
 
+An architecture may have a resolution of its own, to which the images that it is given are resized.
+
 The block is timm's `UniversalInvertedResidual` with only its first convolution, so every architecture here is also a
 list of timm arch strings, and timm's own builder makes the network (`ArchSpec.build`).
 """
@@ -33,7 +35,11 @@ IMAGE_CHANNELS, STEM_KERNEL_SIZE, STEM_STRIDE = 3, 3, 2
 # timm's builder turns strides past this one into dilations, which would be another network.
 MAX_TOTAL_STRIDE = 32
 
+# Of images a network of its own resolution needs at least so many pixels.
+MIN_RESOLUTION = 8
+
 # The pieces of `str(arch)`, in which spaces are single, and how a message names what was expected.
+_RESOLUTION = (re.compile(r"([0-9]+) px"), "a resolution, such as '64 px'")
 _STEM = (re.compile(r"(\S+) stem ([0-9]+)"), "a stem, such as 'silu stem 16'")
 _STAGE = (
     re.compile(r"([0-9]+)x([0-9]+)(?:/([0-9]+))? k([0-9]+) g([0-9]+) e([0-9]*\.?[0-9]+(?:e[-+]?[0-9]+)?)"),
@@ -230,6 +236,8 @@ class ArchSpec:
         stages: the stages, from the stem to the head.
         activation: name of the activation used throughout, one of `ACTIVATIONS`.
         head_width: channels of the 1x1 convolution after the pool, a multiple of 8.
+        resolution: width and height in pixels to which images are resized for this network; None leaves that to whoever
+            trains or deploys it.
 
     Raises:
         ValueError: the message names the field and its value. Also raised where a group width does not divide the width
@@ -241,8 +249,11 @@ class ArchSpec:
     stages: tuple[StageSpec, ...]
     activation: str
     head_width: int
+    resolution: int | None = None
 
     def __post_init__(self) -> None:
+        if self.resolution is not None:
+            _require_whole("resolution", self.resolution, MIN_RESOLUTION)
         _require_channels("stem_width", self.stem_width)
         _require_channels("head_width", self.head_width)
         if self.activation not in ACTIVATIONS:
@@ -278,8 +289,13 @@ class ArchSpec:
             in_channels = stage.width
         return blocks
 
+    def shown(self, resolution: int) -> int:
+        """Width and height of the images as the network sees them: its own resolution, or else the given one."""
+        return self.resolution or resolution
+
     def walk(self, resolution: int) -> tuple[Step, ...]:
-        """Stem, blocks and head in order, for images (N, 3, resolution, resolution)."""
+        """Stem, blocks and head in order, for images of a resolution, which the network sees at `shown(resolution)`."""
+        resolution = self.shown(resolution)
         size = strided(resolution, STEM_STRIDE)
         steps = [Step("stem", StemSpec(IMAGE_CHANNELS, self.stem_width), resolution, size)]
         names = (f"stage{number}.{index}" for number, s in enumerate(self.stages, 1) for index in range(s.blocks))
@@ -300,7 +316,8 @@ class ArchSpec:
 
     def __str__(self) -> str:
         stages = " | ".join(str(stage) for stage in self.stages)
-        return f"{self.activation} stem {self.stem_width} | {stages} | head {self.head_width}"
+        shown = "" if self.resolution is None else f"{self.resolution} px | "
+        return f"{shown}{self.activation} stem {self.stem_width} | {stages} | head {self.head_width}"
 
     @classmethod
     def parse(cls, text: str) -> ArchSpec:
@@ -312,7 +329,12 @@ class ArchSpec:
         """
         if text.lstrip().startswith("{"):
             return cls.from_json(text)
-        pieces = text.split("|")
+        first, *pieces = text.split("|")
+        resolution = None
+        if " ".join(first.split()).endswith(" px"):
+            resolution = int(_parsed(first, _RESOLUTION)[0])
+        else:
+            pieces.insert(0, first)
         if len(pieces) < 3:
             raise ValueError(
                 f"{_quoted(text.strip())} is not an architecture, such as 'silu stem 16 | 2x32/2 k3 g8 e4 | head 128'"
@@ -325,10 +347,14 @@ class ArchSpec:
             except ValueError as error:
                 raise ValueError(f"stage {number}: {error}") from error
         (head_width,) = _parsed(pieces[-1], _HEAD)
-        return cls(int(stem_width), tuple(stages), activation, int(head_width))
+        return cls(int(stem_width), tuple(stages), activation, int(head_width), resolution)
 
     def to_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        # Architectures without a resolution keep the text and the arch_id that they had before there was a choice.
+        if self.resolution is None:
+            del fields["resolution"]
+        return fields
 
     def to_json(self) -> str:
         """Canonical JSON: equal architectures give equal text."""

@@ -93,5 +93,5 @@ def steps_cost(steps: Iterable[Step], num_classes: int) -> Cost:
 
 
 def cost(arch: ArchSpec, resolution: int, num_classes: int) -> Cost:
-    """Parameters of the network, and MACs of one (3, resolution, resolution) image."""
+    """Parameters of the network, and MACs of one image of a resolution, which it sees at `arch.shown(resolution)`."""
     return steps_cost(arch.walk(resolution), num_classes)

@@ -4,44 +4,31 @@ The rule: a group width must divide the channels it is applied to, which are the
 block and the stage's own in the blocks after it. `SearchSpace.assemble` repairs a choice that breaks it to the next
 smaller valid one, so an invalid architecture is never built; a space in which some combination cannot be repaired is
 refused when it is made.
-
-Schema of the TOML file, every key required but `description`; a choice may be a list or one value:
-
-    name = "mine"
-    description = "what it is for"
-    resolution = 32                    # pixels; the default for training and latency
-    stem_width = [16, 24, 32]          # multiples of 8
-    head_width = 256                   # multiples of 8
-    activation = ["silu", "relu"]      # of silu, relu, hard_swish, gelu
-
-    [[stages]]                         # one table a stage, from the stem to the head
-    width = [16, 24, 32]               # multiples of 8
-    kernel_size = [3, 5, 7]            # odd
-    group_width = [1, 8, 16]           # 1 is depthwise
-    expansion = [2, 3, 4]              # fractions allowed
-    blocks = [1, 2, 3]
-    stride = 1                         # 1 or 2; the stem's stride of 2 comes first, at most 32 in total
 """
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
 import random
 import re
-import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from search_spaces.arch import CHANNEL_MULTIPLE, MAX_TOTAL_STRIDE, STEM_STRIDE, ArchSpec, StageSpec, strided
+from search_spaces.arch import (
+    CHANNEL_MULTIPLE,
+    MAX_TOTAL_STRIDE,
+    MIN_RESOLUTION,
+    STEM_STRIDE,
+    ArchSpec,
+    StageSpec,
+    strided,
+)
 from search_spaces.cost import Cost, head_cost, stage_cost, stem_cost
 
 Choice = int | float | str
-BUILTIN = resources.files("search_spaces") / "spaces"
+Value = TypeVar("Value")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,13 +74,16 @@ class StageChoices:
 class SearchSpace:
     """All architectures that a set of choices spans. See the module's docstring for the meaning of the fields.
 
+    Args:
+        resolution: choices in pixels; a single one, or one number, is no choice of the architecture's.
+
     Raises:
         ValueError: a choice is impossible or a combination cannot be repaired; the message names the field.
     """
 
     name: str
     description: str
-    resolution: int
+    resolution: tuple[int, ...]
     stem_width: tuple[int, ...]
     head_width: tuple[int, ...]
     activation: tuple[str, ...]
@@ -103,8 +93,7 @@ class SearchSpace:
         # A name stands in lines and file names.
         if not isinstance(self.name, str) or not self.name or re.search(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", self.name):
             raise ValueError(f"name={self.name!r} is not a name")
-        if not isinstance(self.resolution, int) or isinstance(self.resolution, bool) or self.resolution < 8:
-            raise ValueError(f"resolution={self.resolution!r} is not a whole number of at least 8 pixels")
+        object.__setattr__(self, "resolution", tuple(sorted(_checked_resolutions(_as_tuple(self.resolution)))))
         object.__setattr__(self, "stages", tuple(self.stages))
         if not self.stages:
             raise ValueError("stages is empty: a space has at least one [[stages]] table")
@@ -130,12 +119,30 @@ class SearchSpace:
             in_widths = stage.width
         if total_stride > MAX_TOTAL_STRIDE:
             raise ValueError(f"total stride {total_stride} (the stem's 2 included) is above {MAX_TOTAL_STRIDE}")
+        for pixels in self.own_resolutions:
+            if pixels % total_stride:
+                raise ValueError(
+                    f"resolution={list(self.resolution)}: the total stride of {total_stride} does not divide {pixels}"
+                )
+
+    @property
+    def own_resolutions(self) -> tuple[int, ...]:
+        """The resolutions of which each network has one; empty where all are trained and deployed alike."""
+        return self.resolution if len(self.resolution) > 1 else ()
+
+    @property
+    def default_resolution(self) -> int:
+        """The resolution for training and latency where nothing else is said: the anchor's."""
+        return middle(self.resolution)
 
     # -- text ----------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:
         """The space as plain lists and numbers, ready for JSON; `from_dict` is the inverse."""
-        return dataclasses.asdict(self)
+        fields = dataclasses.asdict(self)
+        if not self.own_resolutions:
+            fields["resolution"] = self.default_resolution
+        return fields
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> SearchSpace:
@@ -157,7 +164,7 @@ class SearchSpace:
             except ValueError as error:
                 raise ValueError(f"stage {number}: {error}") from error
         fields["stages"] = tuple(parsed)
-        for key in ("stem_width", "head_width", "activation"):
+        for key in ("resolution", "stem_width", "head_width", "activation"):
             fields[key] = _as_tuple(fields[key])
         return cls(**{"description": "", **fields})
 
@@ -165,7 +172,8 @@ class SearchSpace:
 
     def choices(self) -> dict[str, tuple[Choice, ...]]:
         """Parameter name -> its choices, such as `stage2_width` -> (32, 48, 64), in the order of the network."""
-        named: dict[str, tuple[Choice, ...]] = {"activation": self.activation, "stem_width": self.stem_width}
+        named: dict[str, tuple[Choice, ...]] = {"resolution": self.own_resolutions} if self.own_resolutions else {}
+        named |= {"activation": self.activation, "stem_width": self.stem_width}
         for number, stage in enumerate(self.stages, start=1):
             for field in dataclasses.fields(stage):
                 named[f"stage{number}_{field.name}"] = getattr(stage, field.name)
@@ -189,11 +197,15 @@ class SearchSpace:
             stage["group_width"] = max(smaller) if smaller else min(valid)
             stages.append(StageSpec(**stage))
             in_channels = stages[-1].width
-        return ArchSpec(int(values["stem_width"]), tuple(stages), str(values["activation"]), int(values["head_width"]))
+        return ArchSpec(
+            int(values["stem_width"]), tuple(stages), str(values["activation"]), int(values["head_width"]),
+            int(values["resolution"]) if self.own_resolutions else None,
+        )  # fmt: skip
 
     def values_of(self, arch: ArchSpec) -> dict[str, Choice]:
         """The inverse of `assemble`: parameter name -> the value it has in `arch`."""
-        named: dict[str, Choice] = {"activation": arch.activation, "stem_width": arch.stem_width}
+        named: dict[str, Choice] = {} if arch.resolution is None else {"resolution": arch.resolution}
+        named |= {"activation": arch.activation, "stem_width": arch.stem_width}
         for number, stage in enumerate(arch.stages, start=1):
             for field in dataclasses.fields(stage):
                 named[f"stage{number}_{field.name}"] = getattr(stage, field.name)
@@ -213,12 +225,15 @@ class SearchSpace:
                 for stem, stages in chains
                 for spec in choices.specs(stages[-1].width if stages else stem)
             ]
-        for (stem, stages), activation, head in itertools.product(chains, self.activation, self.head_width):
-            yield ArchSpec(stem, stages, activation, head)
+        resolutions: tuple[int | None, ...] = self.own_resolutions or (None,)
+        for (stem, stages), activation, head, resolution in itertools.product(
+            chains, self.activation, self.head_width, resolutions
+        ):
+            yield ArchSpec(stem, stages, activation, head, resolution)
 
     def anchor(self) -> ArchSpec:
         """The middle choice of every list: the one fixed network that all latencies of a study are compared with."""
-        return self.assemble({name: choices[len(choices) // 2] for name, choices in self.choices().items()})
+        return self.assemble({name: middle(choices) for name, choices in self.choices().items()})
 
     def smallest(self) -> ArchSpec:
         """The first choice of every list: in general the fastest network, one end of the front."""
@@ -236,13 +251,20 @@ class SearchSpace:
                     groups = len(stage.valid_group_widths(in_width, width, blocks))
                     onward[width] += count * groups * len(stage.kernel_size) * len(stage.expansion) * len(stage.stride)
             ways = onward
-        return sum(ways.values()) * len(self.activation) * len(self.head_width)
+        return sum(ways.values()) * len(self.activation) * len(self.head_width) * len(self.resolution)
 
     def cost_range(self, resolution: int, num_classes: int) -> tuple[Cost, Cost]:
         """The least and the greatest params and MACs of any valid architecture, each on its own.
 
-        The result is exact: dynamic programming over (channels, pixels) at the end of each stage.
+        Args:
+            resolution: resolution of the networks that have none of their own, in pixels.
         """
+        ranges = [self._cost_range_at(pixels, num_classes) for pixels in self.own_resolutions or (resolution,)]
+        # More pixels are more MACs.
+        return ranges[0][0], ranges[-1][1]
+
+    def _cost_range_at(self, resolution: int, num_classes: int) -> tuple[Cost, Cost]:
+        """The cost range at one resolution; exact: dynamic programming over (channels, pixels) after each stage."""
         extremes: dict[tuple[int, int], tuple[Cost, Cost]] = {}
         for width in self.stem_width:
             stem = stem_cost(width, resolution)
@@ -280,44 +302,20 @@ class SearchSpace:
         return lines
 
 
-def builtin_spaces() -> tuple[str, ...]:
-    """Names of the spaces that come with the package."""
-    return tuple(
-        sorted(entry.name.removesuffix(".toml") for entry in BUILTIN.iterdir() if entry.name.endswith(".toml"))
-    )
-
-
-def load_space(name_or_path: str) -> SearchSpace:
-    """A built-in space by name, or a user's own from a TOML file (the module's docstring has the schema).
-
-    Raises:
-        ValueError: no such space or file, not TOML, a wrong key, or an impossible choice.
-    """
-    if name_or_path in builtin_spaces():
-        text = (BUILTIN / f"{name_or_path}.toml").read_text(encoding="utf-8")
-    # Unlike Path.is_file, this takes names that are too long for any file.
-    elif os.path.isfile(name_or_path):
-        try:
-            # Editors on Windows begin files with a byte-order mark.
-            text = Path(name_or_path).read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{name_or_path}: is not encoded in UTF-8, which TOML is") from error
-        except OSError as error:
-            raise ValueError(f"{name_or_path}: cannot be read ({error.strerror})") from error
-    else:
-        raise ValueError(
-            f"{name_or_path}: neither a built-in space ({', '.join(builtin_spaces())}) nor a TOML file that exists"
-        )
-    if text.startswith("version https://git-lfs.github.com/spec/"):
-        raise ValueError(f"{name_or_path}: is Git LFS's pointer to the file, which `git lfs pull` fetches")
-    try:
-        return SearchSpace.from_dict(tomllib.loads(text))
-    except (tomllib.TOMLDecodeError, ValueError, RecursionError) as error:
-        raise ValueError(f"{name_or_path}: {error}") from error
+def middle(choices: Sequence[Value]) -> Value:
+    """The middle choice, of an even number the one after the middle."""
+    return choices[len(choices) // 2]
 
 
 def _as_tuple(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, list | tuple) else (value,)
+
+
+def _checked_resolutions(choices: tuple[Any, ...]) -> tuple[int, ...]:
+    for choice in _checked_choices("resolution", choices):
+        if not isinstance(choice, int) or isinstance(choice, bool) or choice < MIN_RESOLUTION:
+            raise ValueError(f"resolution={choice!r} is not a whole number of at least {MIN_RESOLUTION} pixels")
+    return choices
 
 
 def _checked_choices(name: str, choices: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -144,6 +144,7 @@ class Candidate(Base):
         latency_seconds, train_seconds, total_seconds: the time that the evaluation took; the first and the last include
             any waiting for another process on the device.
         worker: number of the worker that trained it, from 0; None where none did, or an older version.
+        resolution: the architecture's own resolution in pixels; None where it has none.
     """
 
     __tablename__ = "convfirst_candidates"
@@ -173,6 +174,7 @@ class Candidate(Base):
     latency_seconds: Mapped[float | None]
     total_seconds: Mapped[float]
     worker: Mapped[int | None]
+    resolution: Mapped[int | None]
     finished_at: Mapped[datetime] = mapped_column(default=now)
 
     latencies: Mapped[list[CandidateLatency]] = relationship(

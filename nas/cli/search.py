@@ -88,7 +88,7 @@ def _completed(typed: dict[str, Any]) -> dict[str, Any]:
     from search_spaces import load_space
 
     space = typed.get("space") or load_space("small")
-    images = {"resolution": space.resolution, **typed["data"]}
+    images = {"resolution": space.default_resolution, **typed["data"]}
     large = space == load_space("imagenet")
     # The embedded digits stand for whatever the network will be for.
     data = made(DataConfig, images)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -12,6 +12,9 @@ from nas.cli.console import out, reported, say
 from nas.cli.options import given, made, takes
 from nas.errors import UsageError
 from nas.options import Checked, at_least, option
+
+if TYPE_CHECKING:
+    from search_spaces import SearchSpace
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ def space(
             loaded = load_space(name)
         except ValueError as error:
             raise UsageError(f"space {error}") from error
-        pixels, classes = counted.resolution or loaded.resolution, counted.classes
+        pixels, classes = counted.resolution or loaded.default_resolution, counted.classes
         table = Table("parameter", "choices", title=f"{loaded.name}: {loaded.description}", title_justify="left")
         for parameter, choices in loaded.choices().items():
             table.add_row(parameter, "  ".join(f"{c:g}" if isinstance(c, float) else str(c) for c in choices))
@@ -48,5 +51,11 @@ def space(
             say(f"excluded: {line}")
         say(f"architectures: {loaded.size():,}")
         say(f"params: {low.params:,} to {high.params:,} ({classes} classes)")
-        say(f"MACs:   {low.macs:,} to {high.macs:,} (one image of {pixels}x{pixels})")
+        say(f"MACs:   {low.macs:,} to {high.macs:,} ({_images(loaded, pixels)})")
         say(f"anchor: {loaded.anchor()}")
+
+
+def _images(space: SearchSpace, pixels: int) -> str:
+    if own := space.own_resolutions:
+        return f"one image of {own[0]}x{own[0]} to {own[-1]}x{own[-1]}"
+    return f"one image of {pixels}x{pixels}"

@@ -13,7 +13,7 @@ import pandas as pd
 
 from nas.config import SearchConfig
 from nas.recorded import RecordedStudy
-from search_spaces import ArchSpec
+from search_spaces import ArchSpec, SearchSpace
 from search_spaces.arch import STEM_STRIDE, Step
 from search_spaces.cost import steps_cost
 from studies import Candidate, CandidateLatency, CandidateState, LatencyStage
@@ -86,6 +86,14 @@ def stage_table(arch: ArchSpec, resolution: int, num_classes: int) -> str:
     return markdown_table(HEADERS, rows)
 
 
+def pixels(resolution: int, space: SearchSpace) -> str:
+    """The size of the images of a study in words: the one resolution of all, or those that its networks have."""
+    own = space.own_resolutions
+    if not own:
+        return f"{resolution}x{resolution} pixels"
+    return f"each network's own resolution ({', '.join(map(str, own[:-1]))} or {own[-1]} pixels)"
+
+
 def trial_note(candidate: Candidate, latency: CandidateLatency | None, config: SearchConfig) -> str:
     """The outcome of a candidate, and its stages as a table.
 
@@ -139,7 +147,7 @@ def study_note(recorded: RecordedStudy) -> str:
     versions = json.loads(row.versions)
     rows: list[tuple[object, ...]] = [
         ("objectives", "accuracy of the proxy training (up), latency of the deployment in ms (down)"),
-        ("data", f"{code(data.source)}, {data.resolution}x{data.resolution}"),
+        ("data", f"{code(data.source)}, {pixels(data.resolution, config.space)}"),
         (
             "training",
             f"{proxy.steps} steps of {proxy.batch_size}, AdamW, peak learning rate {proxy.learning_rate:g}, "
@@ -148,7 +156,7 @@ def study_note(recorded: RecordedStudy) -> str:
         (
             "latency",
             f"{latency.engine_label}, {latency.dtype}, batch {latency.batch_size}, "
-            f"{latency.resolution}x{latency.resolution}, {latency.num_classes} classes, "
+            f"{pixels(latency.resolution, config.space)}, {latency.num_classes} classes, "
             f"{latency.threads} CPU thread(s); medians, corrected for drift by the anchor",
         ),
         ("device", plain(f"{recorded.device.name} ({recorded.device.driver})")),

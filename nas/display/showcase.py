@@ -69,7 +69,9 @@ def _artifacts(store: Store, row: pd.Series, table: BlockTable) -> list[Artifact
     config, arch, number = table.config, ArchSpec.from_json(row["arch"]), int(row["number"])
     prefix = f"t{number:04d}"
     ours = {"arch": str(arch), "arch_id": arch.arch_id}
-    as_json = json.dumps(timm_config(arch, config.num_classes, config.resolution, convfirst=ours), indent=2).encode()
+    as_json = json.dumps(
+        timm_config(arch, config.num_classes, arch.shown(config.resolution), convfirst=ours), indent=2
+    ).encode()
     artifacts = [Artifact(f"{prefix}_config.json", _stamp(as_json.decode()), lambda: as_json)]
     curve = store.learning_curve(int(row["trial_id"]))
     accuracy = float(row["accuracy"])

@@ -14,7 +14,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from decimal import Decimal
 from functools import cached_property
 from itertools import pairwise
@@ -172,21 +172,25 @@ def of_study(recorded: RecordedStudy, storage: str, rows: pd.DataFrame) -> list[
     kept = Weights(weight_folder(storage), study.study_id)
     networks = []
     for arch, (_, row) in zip(archs, rows.iterrows(), strict=True):
+        own = replace(config, resolution=arch.shown(config.resolution))
         number, latency_ms = int(row["number"]), float(row["latency_ms"])
         trained = kept.find(number, arch.arch_id)
         section = {
             "name": directory_name(latency_ms, number),
             "arch": str(arch), "arch_id": arch.arch_id, "arch_spec": json.loads(arch.to_json()),
             "study": _study_section(recorded, storage, number),
-            "latency": _latency_section(row, config, table, arch) | {"anchor": anchor},
+            "latency": _latency_section(row, own, table, arch) | {"anchor": anchor},
             "accuracy": {
                 "proxy": float(row["accuracy"]), "training": identity["proxy"], "seed": identity["seed"],
-                "data": {**identity["data"], "mirror": recorded.config.data.mirror},
+                "data": {
+                    **identity["data"], "resolution": arch.shown(identity["data"]["resolution"]),
+                    "mirror": recorded.config.data.mirror,
+                },
                 "preparation": [] if trained is None else list(trained.images.preparation),
             },
             "weights": None if trained is None else PROXY_WEIGHTS,
         }  # fmt: skip
-        networks.append(_exported(arch, section, config, trained))
+        networks.append(_exported(arch, section, own, trained))
     return networks
 
 

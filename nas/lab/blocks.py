@@ -50,7 +50,8 @@ def main(
     try:
         spaces = [load_space(name) for name in space or ("small", "imagenet")]
         configs = [
-            LatencyConfig(device=device, engine=engine, threads=threads, resolution=each.resolution) for each in spaces
+            LatencyConfig(device=device, engine=engine, threads=threads, resolution=each.default_resolution)
+            for each in spaces
         ]
         check_device(configs[0])
     except (UsageError, ValueError) as error:

@@ -28,7 +28,7 @@ def main(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--space") from None
     try:
-        cost = measure(loaded.anchor(), ProxyConfig(steps=steps), device, loaded.resolution, rounds)
+        cost = measure(loaded.anchor(), ProxyConfig(steps=steps), device, loaded.default_resolution, rounds)
     except CandidateFailed as error:
         print(f"--device {device}: {error}")
         raise typer.Exit(1) from None

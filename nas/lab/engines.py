@@ -61,7 +61,8 @@ def times(archs: Sequence[ArchSpec], configs: Sequence[LatencyConfig]) -> Times:
             begin = time.perf_counter()
             try:
                 with cpu_threads(config.threads):
-                    run = in_turn(meter.forwards(deploy(network, config, meter.inputs[0]), meter.inputs))
+                    images = meter.images(arch.shown(config.resolution))
+                    run = in_turn(meter.forwards(deploy(network, config, images[0]), images))
                     run()
             except CandidateFailed:
                 continue
@@ -111,7 +112,7 @@ def main(
     for each in spaces:
         rng = random.Random(0)
         archs = [each.sample(rng) for _ in range(networks)]
-        configs = [replace(base, engine=name, resolution=each.resolution) for name in names]
+        configs = [replace(base, engine=name, resolution=each.default_resolution) for name in names]
         with device_lock(where).measuring(lambda: print(WAITING, file=sys.stderr)):
             found = times(archs, configs)
         _print(console, each.name, configs, found)

@@ -41,6 +41,11 @@ ROUNDINGS = {"float16": 1.5e-3, "bfloat16": 1.2e-2}
 
 def block_specs(space: SearchSpace) -> Iterator[tuple[int, BlockSpec]]:
     """Yield every block that a space can sample, with the resolution of its input, some more than once."""
+    for resolution in space.resolution:
+        yield from _blocks_at(space, resolution)
+
+
+def _blocks_at(space: SearchSpace, resolution: int) -> Iterator[tuple[int, BlockSpec]]:
     # Channels and total stride at the entry of the stage.
     entries = {(width, STEM_STRIDE) for width in space.stem_width}
     for stage in space.stages:
@@ -48,7 +53,7 @@ def block_specs(space: SearchSpace) -> Iterator[tuple[int, BlockSpec]]:
         shapes = product(stage.kernel_size, stage.group_width, stage.expansion)
         choices = list(product(stage.width, stage.stride, shapes))
         for (channels, reached), (width, stride, (kernel_size, group_width, expansion)) in product(entries, choices):
-            size = -(-space.resolution // reached)
+            size = -(-resolution // reached)
             if channels % group_width == 0:
                 yield size, BlockSpec(channels, width, kernel_size, group_width, expansion, stride)
             if max(stage.blocks) > 1 and width % group_width == 0:

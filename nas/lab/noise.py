@@ -71,7 +71,7 @@ def main(
     """Print how far repeated measurements of the same networks are apart."""
     try:
         loaded = load_space(space)
-        config = LatencyConfig(device=device, seconds=seconds, resolution=loaded.resolution)
+        config = LatencyConfig(device=device, seconds=seconds, resolution=loaded.default_resolution)
         where = check_device(config)
         runs = _earlier(out)
     except (UsageError, ValueError) as error:
@@ -86,7 +86,7 @@ def main(
     with DataFiles() as files, Workers(workers, [str(where)]) as pool:
         calls = []
         if workers:
-            path = files.write(load(DataConfig(resolution=loaded.resolution)))
+            path = files.write(load(DataConfig(resolution=loaded.default_resolution)))
             proxy = ProxyConfig(steps=STEPS)
             calls = [Call(train_candidate, (arch, path, proxy, 0, False)) for arch in archs[: 2 * workers]]
         for _ in track(range(rounds), "measuring"):

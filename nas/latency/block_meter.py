@@ -107,8 +107,7 @@ class BlockMeter:
             for arch in whole:
                 shape = network_shape(str(arch), self.config)
                 if shape_id(shape) not in seen:
-                    network = arch.build(self.config.num_classes)
-                    found += self._time([partial(self._network, shape, network, self._macs(arch))], call_ms)
+                    found += self._time([partial(self._arch, shape, arch)], call_ms)
                     seen.add(shape_id(shape))
         return found
 
@@ -122,26 +121,31 @@ class BlockMeter:
             makers = [partial(self._part, part, module) for part, module in lacking.values()]
             return found + self._time(makers, self._call_ms(known, found))
 
-    def measure_network(self, name: str, network: nn.Module, macs: int, reference: bool = False) -> ShapeLatency:
-        """Measure a network of any kind as a whole.
+    def measure_network(self, name: str, network: nn.Module, macs: int) -> ShapeLatency:
+        """Measure a network of any kind as a whole, on images of the deployment's resolution.
 
         Args:
-            name: an architecture's line or a timm model's name.
+            name: a timm model's name.
             macs: multiply-accumulates of a batch.
-            reference: whether other latencies are scaled by this one.
 
         Raises:
             CandidateFailed: the engine cannot compile it, or memory runs out.
         """
-        with cpu_threads(self.config.threads), memory_may_run_out():
-            make = partial(self._network, network_shape(name, self.config), network, macs)
-            (measured,) = self._time([make], 0.0, reference)
-        return measured
+        shape = network_shape(name, self.config)
+        return self._whole(partial(self._network, shape, network, macs, self.config.resolution))
 
     def measure_anchor(self, anchor: ArchSpec) -> ShapeLatency:
-        """Measure the network whose latency is the reference of a study's latencies."""
-        network = anchor.build(self.config.num_classes)
-        return self.measure_network(str(anchor), network, self._macs(anchor), reference=True)
+        """Measure the network whose latency is the reference of a study's latencies.
+
+        Raises:
+            CandidateFailed: the engine cannot compile it, or memory runs out.
+        """
+        return self._whole(partial(self._arch, network_shape(str(anchor), self.config), anchor), reference=True)
+
+    def _whole(self, make: Callable[[], _Made], reference: bool = False) -> ShapeLatency:
+        with cpu_threads(self.config.threads), memory_may_run_out():
+            (measured,) = self._time([make], 0.0, reference)
+        return measured
 
     def _macs(self, arch: ArchSpec) -> int:
         return self.config.batch_size * cost(arch, self.config.resolution, self.config.num_classes).macs
@@ -197,8 +201,12 @@ class BlockMeter:
             x = x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
         return meter.forwards(prepared(Repeated(module), x, self.config), [x])
 
-    def _network(self, shape: str, network: nn.Module, macs: int) -> _Made:
-        meter, size = self.yardsticks.meter, self.config.resolution
+    def _arch(self, shape: str, arch: ArchSpec) -> _Made:
+        size = arch.shown(self.config.resolution)
+        return self._network(shape, arch.build(self.config.num_classes), self._macs(arch), size)
+
+    def _network(self, shape: str, network: nn.Module, macs: int, size: int) -> _Made:
+        meter = self.yardsticks.meter
         inputs = meter.random_inputs((self.config.batch_size, 3, size, size))
         return _Made(shape, Timed(meter.forwards(deploy(network, self.config, inputs[0]), inputs), macs))
 

@@ -73,13 +73,16 @@ class LocalMeter:
     def __init__(self, config: LatencyConfig, anchor: ArchSpec, reference_ms: float | None) -> None:
         self.config, self.anchor = config, anchor
         with memory_may_run_out():
-            self.meter = LatencyMeter(config, anchor.build(config.num_classes), reference_ms)
+            self.meter = LatencyMeter(
+                config, anchor.build(config.num_classes), reference_ms, anchor_size=anchor.shown(config.resolution)
+            )
         self.reference_ms = self.meter.reference_ms
         self.blocks: BlockMeter | None = None
 
     def measure_together(self, archs: Sequence[ArchSpec]) -> list[Measurement]:
         with memory_may_run_out():
-            return self.meter.measure_together([arch.build(self.config.num_classes) for arch in archs])
+            networks = [arch.build(self.config.num_classes) for arch in archs]
+            return self.meter.measure_together(networks, [arch.shown(self.config.resolution) for arch in archs])
 
     def measure_blocks(
         self, archs: Sequence[ArchSpec], known: Mapping[str, float], references_ms: Sequence[float]

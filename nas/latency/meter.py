@@ -59,6 +59,7 @@ class LatencyMeter:
     Args:
         config: the deployment.
         anchor: the anchor network, as built by timm.
+        anchor_size: width and height of its images in pixels (default: the deployment's).
         reference_ms: the anchor's reference latency; None measures it now.
         state: function that reads the device's clocks and sensors.
         rest: function that sleeps for a number of seconds.
@@ -69,17 +70,18 @@ class LatencyMeter:
     """
 
     def __init__(
-        self, config: LatencyConfig, anchor: nn.Module, reference_ms: float | None = None,
-        state: Callable[[torch.device], DeviceState | None] = read_state, rest: Callable[[float], None] = time.sleep,
+        self, config: LatencyConfig, anchor: nn.Module, reference_ms: float | None = None, *,
+        anchor_size: int | None = None, state: Callable[[torch.device], DeviceState | None] = read_state,
+        rest: Callable[[float], None] = time.sleep,
     ) -> None:  # fmt: skip
         self.config = config
         self.device = torch.device(config.device)
         self.clock = clock_for(self.device)
         self.state, self.rest = state, rest
         self.rest_helps = True
-        self.inputs = self.random_inputs((config.batch_size, 3, config.resolution, config.resolution))
         with cpu_threads(config.threads):
-            self.anchor_forwards = self.forwards(deploy(anchor, config, self.inputs[0]), self.inputs)
+            images = self.images(anchor_size or config.resolution)
+            self.anchor_forwards = self.forwards(deploy(anchor, config, images[0]), images)
             self.anchor_run = in_turn(self.anchor_forwards)
             if reference_ms is None:
                 sampled, _ = self.sample(
@@ -98,10 +100,17 @@ class LatencyMeter:
         ]
         return [x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in made]
 
-    def measure_together(self, networks: Sequence[nn.Module]) -> list[Measurement]:
+    def images(self, size: int) -> list[Tensor]:
+        """Random batches of square images of a size in pixels."""
+        return self.random_inputs((self.config.batch_size, 3, size, size))
+
+    def measure_together(self, networks: Sequence[nn.Module], sizes: Sequence[int] | None = None) -> list[Measurement]:
         """Latency and inference memory of several networks, sampled in turns with each other and the anchor.
 
         The networks are moved to evaluation mode; batch norms are folded in a copy.
+
+        Args:
+            sizes: width and height of each network's images in pixels (default: the deployment's).
 
         Raises:
             CandidateFailed: the engine cannot compile one of them.
@@ -111,7 +120,8 @@ class LatencyMeter:
             return [seconds[:, index] / seconds[:, -1] for index in range(len(networks))]
 
         with cpu_threads(self.config.threads):
-            deployed = [self._deploy(network) for network in networks]
+            sizes = sizes or [self.config.resolution] * len(networks)
+            deployed = [self._deploy(network, size) for network, size in zip(networks, sizes, strict=True)]
             runs = [in_turn(each.forwards) for each in deployed]
             sampled, state = self.sample([*runs, self.anchor_run], ratios, len(deployed))
         anchor_ms = sampled.seconds[:, -1] * 1e3
@@ -127,12 +137,13 @@ class LatencyMeter:
             ))  # fmt: skip
         return measured
 
-    def _deploy(self, network: nn.Module) -> Deployed:
+    def _deploy(self, network: nn.Module, size: int) -> Deployed:
+        images = self.images(size)
         begin = time.perf_counter()
-        module = deploy(network, self.config, self.inputs[0])
+        module = deploy(network, self.config, images[0])
         ready_seconds = time.perf_counter() - begin
-        workspace = self._workspace_bytes(module)
-        forwards = self.forwards(module, self.inputs)
+        workspace = self._workspace_bytes(module, images[0])
+        forwards = self.forwards(module, images)
         return Deployed(module, forwards, self._weight_bytes(network, module), workspace, ready_seconds)
 
     def latency(
@@ -193,10 +204,10 @@ class LatencyMeter:
         return max(counted, sum(tensor.nbytes for tensor in (*module.parameters(), *module.buffers())))
 
     @torch.inference_mode()
-    def _workspace_bytes(self, module: nn.Module) -> int:
+    def _workspace_bytes(self, module: nn.Module, images: Tensor) -> int:
         if isinstance(module, InRuntime):
             return module.workspace_bytes()
-        return peak_memory_bytes(lambda: module(self.inputs[0]), self.device)
+        return peak_memory_bytes(lambda: module(images), self.device)
 
     def forwards(self, module: nn.Module, inputs: Sequence[Tensor]) -> list[Callable[[], object]]:
         """A forward pass on each of the inputs."""

@@ -152,7 +152,8 @@ def arch_modules(arch: ArchSpec, config: LatencyConfig) -> dict[str, nn.Module]:
     network = arch.build(config.num_classes)
     if config.engine != "fused":
         return _cut(fold(network, config))
-    fused: Any = deploy(network, config, _example((config.batch_size, 3, config.resolution, config.resolution), config))
+    size = arch.shown(config.resolution)
+    fused: Any = deploy(network, config, _example((config.batch_size, 3, size, size), config))
     return _cut(fused.network)
 
 

@@ -64,6 +64,7 @@ def choose(
     found = [_named(store, study, kind, str(value), flag) for kind, value, flag in wanted]
     if given.get("engine") == "fused" and all(arch is None for _, arch, _ in found):
         raise UsageError("--engine fused: times ConvFirst networks by their blocks, and no timm models by their layers")
+    asked = given
     base = next((config for _, _, config in found if config is not None), None)
     if base is None:
         models = [name for name, arch, _ in found if arch is None]
@@ -77,7 +78,12 @@ def choose(
     subjects = []
     for name, arch, _ in found:
         if arch is not None:
-            subjects.append(Subject(f"ConvFirst {arch.arch_id}", name, arch, config))
+            title = f"ConvFirst {arch.arch_id}"
+            if "resolution" in asked:
+                # The network is measured at that resolution, whatever its own is.
+                arch = replace(arch, resolution=None)
+            own = replace(config, resolution=arch.shown(config.resolution))
+            subjects.append(Subject(title, str(arch), arch, own))
             continue
         subjects.append(Subject(name, name, None, replace(config, engine=timm_engine(config.engine))))
     return subjects

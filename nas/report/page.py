@@ -197,11 +197,10 @@ def importance_rows(material: Material) -> list[dict[str, Any]]:
 def comparable(recorded: RecordedStudy, contender: Contender) -> bool:
     """Whether a contender was trained and measured as the search's candidates were."""
     config = recorded.config
-    own = (config.latency.resolution, config.proxy.steps, config.proxy.batch_size)
-    return (
-        own == (contender.resolution, contender.steps, contender.batch_size)
-        and contender.resolution == config.data.resolution
-    )
+    # Contenders are trained and measured at one resolution.
+    sizes = {*config.resolutions} & {*(config.space.own_resolutions or (config.latency.resolution,))}
+    schedule = (config.proxy.steps, config.proxy.batch_size)
+    return contender.resolution in sizes and schedule == (contender.steps, contender.batch_size)
 
 
 def command(line: str) -> Markup:

@@ -8,6 +8,7 @@ from dataclasses import asdict
 import numpy as np
 import pandas as pd
 
+from nas.display.notes import pixels
 from nas.report.data import Material
 
 LIMITS = {
@@ -30,10 +31,10 @@ def set_up(material: Material) -> str:
         f"The space {config.space.name} was searched by {config.sampler} with seed {config.seed}; "
         f"candidates evaluated: {len(material.candidates)}, of which complete: {material.complete}. "
         f"Each was timed on {device.name} ({device.kind}{driver}) by the engine {latency.engine_label} in "
-        f"{latency.dtype}: batch {latency.batch_size}, {latency.resolution}x{latency.resolution} pixels, "
+        f"{latency.dtype}: batch {latency.batch_size}, {pixels(latency.resolution, config.space)}, "
         f"{latency.num_classes} classes, {latency.threads} CPU thread(s), medians corrected for drift by an "
         f"anchor network ({recorded.anchor}) of {row.anchor_ms:.4g} ms. "
-        f"It was trained on {data.source} at {data.resolution}x{data.resolution} pixels (fingerprint "
+        f"It was trained on {data.source} at {pixels(data.resolution, config.space)} (fingerprint "
         f"{row.data_fingerprint}) for {training.steps} steps of {training.batch_size} images with AdamW, "
         f"learning rate up to {training.learning_rate:g}, weight decay {training.weight_decay:g}, label "
         f"smoothing {training.label_smoothing:g}, {training.threads} thread(s). "

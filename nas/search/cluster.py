@@ -117,7 +117,7 @@ class Cluster(RealEvaluator, Places):
         self.last_reason = ""
         # By the id of a node that could not tell what it has, when it is asked again.
         self.again: dict[str, float] = {}
-        data = image_data.load(config.data, note)
+        data = image_data.load_all(config.data, config.resolutions, note)
         self.ray = connect(config.ray_address)
         try:
             self.station = Stations(self.ray, self.flag, config.latency, config.space.anchor(), device, note)
@@ -282,7 +282,7 @@ class Cluster(RealEvaluator, Places):
 
     def chosen_workers(self) -> WorkerCount:
         config, anchor = self.config, self.config.space.anchor()
-        arguments = (self.pool, anchor, self.data, config.proxy, config.seed)
+        arguments = (self.pool, anchor, self.data_for(anchor), config.proxy, config.seed)
         if self.kind == "cuda":
             rate = worker_count.images_per_second(*arguments)
 

@@ -53,7 +53,7 @@ class Machine(RealEvaluator):
         self.pool = Workers(self._first_workers(), [str(device) for device in self.train_devices])
         self.files = DataFiles()
         try:
-            self.take(image_data.load(config.data, note), self.files.write)
+            self.take(image_data.load_all(config.data, config.resolutions, note), self.files.write)
             self._get_ready()
         except BaseException:
             self.close()
@@ -77,7 +77,7 @@ class Machine(RealEvaluator):
         """
         try:
             with self.training():
-                self.pool.everywhere(get_ready, self.data)
+                self.pool.everywhere(get_ready, self.data_for(self.config.space.anchor()))
         except CandidateFailed as error:
             raise UsageError(
                 f"--workers {self.pool.count}: not all of them can be started ({error}); use fewer"
@@ -110,7 +110,7 @@ class Machine(RealEvaluator):
     def chosen_workers(self) -> WorkerCount:
         config, anchor = self.config, self.config.space.anchor()
         if self.train_devices[0].type == "cuda":
-            rate = worker_count.images_per_second(self.pool, anchor, self.data, config.proxy, config.seed)
+            rate = worker_count.images_per_second(self.pool, anchor, self.data_for(anchor), config.proxy, config.seed)
 
             def measured(count: int) -> float:
                 self.resize(max(count, self.pool.count))
@@ -126,7 +126,7 @@ class Machine(RealEvaluator):
 
         def probe() -> worker_count.Probe:
             with self.training():
-                return worker_count.probe(self.pool, anchor, self.data, config.proxy, config.seed)
+                return worker_count.probe(self.pool, anchor, self.data_for(anchor), config.proxy, config.seed)
 
         most = max(1, cores() // config.proxy.threads)
         return worker_count.on_cpu(most, self.free_bytes, probe, self.station.timing_seconds)

@@ -56,13 +56,13 @@ class RealEvaluator:
     Attributes:
         pool: the workers that train.
         station: where latencies are measured.
-        data: the images, as workers are told of them.
+        data: the images at each resolution, as workers are told of them.
     """
 
     pool: Pool
     station: Timing
     device: DeviceInfo
-    data: DataSource
+    data: dict[int, DataSource]
     data_fingerprint: str
     notes: tuple[str, ...]
     apart: bool
@@ -74,11 +74,17 @@ class RealEvaluator:
         # Rounds follow each other without a pause, also while the one before is trained.
         self.turn = threading.Lock()
 
-    def take(self, data: ImageData, share: Callable[[ImageData], DataSource]) -> None:
-        """Take the images, and share them with the workers."""
-        self.data = share(data)
+    def take(self, found: Mapping[int, ImageData], share: Callable[[ImageData], DataSource]) -> None:
+        """Take the images at each resolution, and share them with the workers."""
+        self.data = {resolution: share(data) for resolution, data in found.items()}
+        # Of all resolutions the pixels come from the same images; the anchor's stand for them.
+        data = found[self.config.space.anchor().shown(self.config.data.resolution)]
         self.data_fingerprint = data.fingerprint
         self.notes = (*data.notes, data.summary)
+
+    def data_for(self, arch: ArchSpec) -> DataSource:
+        """The images at the resolution at which a network sees them."""
+        return self.data[arch.shown(self.config.data.resolution)]
 
     @property
     def workers(self) -> int:
@@ -142,7 +148,7 @@ class RealEvaluator:
     def results(self, archs: Sequence[ArchSpec]) -> Generator[Done[ProxyResult]]:
         """Train networks in the pool."""
         config = self.config
-        calls = [Call(train_candidate, (arch, self.data, config.proxy, config.seed, config.keep_weights))
+        calls = [Call(train_candidate, (arch, self.data_for(arch), config.proxy, config.seed, config.keep_weights))
                  for arch in archs]  # fmt: skip
         with closing(self.pool.run(calls)) as results:
             yield from results
@@ -178,9 +184,9 @@ def cost_of_determinism(config: SearchConfig) -> str:
     Raises:
         UsageError: the user wants them, and they are not possible.
     """
-    device = config.latency.device
+    device, anchor = config.latency.device, config.space.anchor()
     try:
-        return str(measure_apart(config.space.anchor(), config.proxy, device, config.data.resolution))
+        return str(measure_apart(anchor, config.proxy, device, anchor.shown(config.data.resolution)))
     except CandidateFailed as error:
         if config.proxy.deterministic:
             raise UsageError(f"--deterministic: not on {device} ({error})") from error

@@ -19,6 +19,7 @@ def candidate_row(recorded: RecordedStudy, proposal: Proposal, trial_id: int, ou
         arch=proposal.arch.to_json(), summary=str(proposal.arch), params=outcome.cost.params,
         macs=outcome.cost.macs, state=outcome.state, reason=outcome.reason, seed=recorded.config.seed,
         latency_seconds=outcome.latency_seconds, total_seconds=outcome.total_seconds, worker=outcome.worker,
+        resolution=proposal.arch.resolution,
     )  # fmt: skip
     row.latencies, row.curve = [], []
     if outcome.latency:

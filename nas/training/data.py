@@ -6,7 +6,7 @@ import hashlib
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -100,22 +100,24 @@ class ImageData:
         return digest.hexdigest()[:12]
 
 
-def load(config: DataConfig, note: Note = lambda line: None) -> ImageData:
+def load(config: DataConfig, note: Note = lambda line: None, largest: int = 0) -> ImageData:
     """The data set that `config` names.
 
     Args:
         note: function that takes a line before a long step.
+        largest: resolution at which the same images are to fit into memory, too, if that is greater.
 
     Raises:
         UsageError: unknown data, missing files, an empty or single-class set, an unreadable or non-RGB image.
     """
     name = config.source
+    most = MAX_BYTES // (3 * max(config.resolution, largest) ** 2)
     if name == "digits":
-        data = _digits(config.resolution, note)
+        data = _digits(config.resolution, most, note)
     elif name in ("cifar10", "cifar100"):
-        data = _cifar(config, note)
+        data = _cifar(config, most, note)
     elif _is_there(name):
-        data = _folder(Path(name).expanduser(), config, note)
+        data = _folder(Path(name).expanduser(), config, most, note)
     elif name.startswith((".", "/", "~")):
         raise UsageError(f"--data {name}: no such folder")
     elif not name.lower().startswith(TIMM_PREFIXES):
@@ -124,10 +126,20 @@ def load(config: DataConfig, note: Note = lambda line: None) -> ImageData:
             "whose names begin with torch/ or hfds/"
         )
     else:
-        data = _timm(config, note)
+        data = _timm(config, most, note)
     if len(data.classes) < 2 or len(data.train_labels.unique()) < 2:
         raise UsageError(f"--data {name}: holds images of {len(data.classes)} class(es), at least 2 are needed")
     return replace(data, flip=bool(config.mirror))
+
+
+def load_all(config: DataConfig, resolutions: Iterable[int], note: Note = lambda line: None) -> dict[int, ImageData]:
+    """The data set that `config` names at several resolutions in pixels: the same images, in the same order.
+
+    Raises:
+        UsageError: see `load`.
+    """
+    largest = max(resolutions)
+    return {size: load(replace(config, resolution=size), note, largest) for size in resolutions}
 
 
 def _is_there(name: str) -> bool:
@@ -142,8 +154,7 @@ def _is_there(name: str) -> bool:
 # -- the embedded digits -------------------------------------------------------------------------------------------
 
 
-def _digits(resolution: int, note: Note) -> ImageData:
-    most = MAX_BYTES // (3 * resolution**2)
+def _digits(resolution: int, most: int, note: Note) -> ImageData:
     train_count, val_count = min(DIGITS_TRAIN, most), min(DIGITS_VAL, most)
     fewer = "" if train_count == DIGITS_TRAIN else f"_{train_count}"
     path = cache_folder() / f"digits_v{clutter.RECIPE_VERSION}_{resolution}px{fewer}_seed{DATA_SEED}.pt"
@@ -187,7 +198,7 @@ def _write_cache(path: Path, tensors: dict[str, Tensor]) -> None:
 # -- folders -------------------------------------------------------------------------------------------------------
 
 
-def _folder(root: Path, config: DataConfig, note: Note) -> ImageData:
+def _folder(root: Path, config: DataConfig, most: int, note: Note) -> ImageData:
     found = list_images(root, config.reading)
     train, val = found.train, found.val
     preparation = found.preparation
@@ -195,7 +206,9 @@ def _folder(root: Path, config: DataConfig, note: Note) -> ImageData:
         train, val = _split(train, [label for _, label in train], str(root), found.classes)
         preparation = (*preparation, "there is no validation folder: the search held out a tenth of each class")
     reader = ImageReader(config)
-    loaded = _assemble(str(root), train, val, found.classes, reader, lambda item: (reader.read(item[0]), item[1]), note)
+    loaded = _assemble(
+        str(root), train, val, found.classes, reader, lambda item: (reader.read(item[0]), item[1]), most, note
+    )
     return replace(loaded, notes=(*found.notes, *loaded.notes), preparation=(*preparation, *loaded.preparation))
 
 
@@ -217,7 +230,7 @@ def class_count(config: DataConfig) -> int | None:
 # -- torchvision and timm ------------------------------------------------------------------------------------------
 
 
-def _cifar(config: DataConfig, note: Note) -> ImageData:
+def _cifar(config: DataConfig, most: int, note: Note) -> ImageData:
     from torchvision import datasets
 
     dataset_class = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}[config.source]
@@ -238,10 +251,10 @@ def _cifar(config: DataConfig, note: Note) -> ImageData:
 
         return reader.tensor(Image.fromarray(item[0])), item[1]
 
-    return _assemble(config.source, train, val, dataset.classes, reader, read, note)
+    return _assemble(config.source, train, val, dataset.classes, reader, read, most, note)
 
 
-def _timm(config: DataConfig, note: Note) -> ImageData:
+def _timm(config: DataConfig, most: int, note: Note) -> ImageData:
     from timm.data import create_dataset
 
     # Data sets with names hold whatever they hold; the reader says what it did to it.
@@ -268,7 +281,7 @@ def _timm(config: DataConfig, note: Note) -> ImageData:
         targets = [int(label) for label in labels]
         train, val = _split(range(len(dataset)), targets, config.source)
         classes = getattr(dataset, "classes", None) or [str(label) for label in range(max(targets) + 1)]
-        return _assemble(config.source, train, val, classes, reader, read, note)
+        return _assemble(config.source, train, val, classes, reader, read, most, note)
     except UsageError:
         raise
     except Exception as error:  # these calls let through every exception of the libraries that read the data
@@ -302,9 +315,12 @@ def _split(
 
 def _assemble(
     data: str, train: Sequence[Any], val: Sequence[Any], classes: Sequence[str], reader: ImageReader,
-    read: Callable[[Any], tuple[Tensor, int]], note: Note,
+    read: Callable[[Any], tuple[Tensor, int]], fitting: int, note: Note,
 ) -> ImageData:  # fmt: skip
-    """Read the items, or a random subset where they exceed `MAX_BYTES` or `MAX_VAL_IMAGES`, into tensors.
+    """Read the items, or a random subset where they exceed what fits or `MAX_VAL_IMAGES`, into tensors.
+
+    Args:
+        fitting: number of images that fit into memory.
 
     Raises:
         UsageError: images are damaged or not RGB, all of which were tried.
@@ -313,7 +329,6 @@ def _assemble(
     resolution = reader.config.resolution
     parts: list[Tensor] = []
     rng = np.random.default_rng(DATA_SEED)
-    fitting = MAX_BYTES // (3 * resolution**2)
     most = {"training": fitting, "validation": min(MAX_VAL_IMAGES, fitting // 2)}
     chosen = {}
     for part, items in (("training", train), ("validation", val)):

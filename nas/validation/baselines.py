@@ -59,7 +59,7 @@ def compare(recorded: RecordedStudy, config: BaselineConfig, note: Note = lambda
     run = _Run(recorded, config, note)
     with run.trainer as trainer:
         # Loaded before anything is measured, because the data may have changed.
-        trainer.data_file(run.latency.resolution)
+        trainer.data_file(run.anchor_resolution)
         networks = [*run.own_networks(), *run.timm_networks()]
         for network in networks:
             note(f"{network.name}: {network.resolution}x{network.resolution}, {network.macs / 1e6:,.1f} MMACs")
@@ -82,7 +82,8 @@ class _Run:
         self.timm_engine = timm_engine(self.latency.engine)
         self.models = _models(config.models, device.type)
         self.members = self._members(config.found)
-        own_map = own_map_size(recorded.anchor, data.resolution)
+        self.anchor_resolution = recorded.anchor.shown(data.resolution)
+        own_map = own_map_size(recorded.anchor, self.anchor_resolution)
         self.map_size = config.map_size or default_map_size(own_map, device.type)
         steps = LONG * proxy.steps if config.steps is None else config.steps
         rates = config.learning_rates or tuple(factor * proxy.learning_rate for factor in RATES)
@@ -92,7 +93,7 @@ class _Run:
         self.latencies = BaselineLatencies(recorded, self.latency, self.trainer)
 
     def _check_data(self, data: ImageData) -> None:
-        if data.train_images.shape[-1] == self.latency.resolution:
+        if data.train_images.shape[-1] == self.anchor_resolution:
             self.recorded.check_images(self.trainer.data.source, data.fingerprint)
 
     def _members(self, count: int) -> list[tuple[int, ArchSpec]]:
@@ -112,7 +113,7 @@ class _Run:
 
     def _own_network(self, name: str, kind: ContenderKind, trial: int | None, arch: ArchSpec) -> NetworkSpec:
         counted = cost(arch, self.latency.resolution, self.latency.num_classes)
-        resolution = self.latency.resolution
+        resolution = arch.shown(self.latency.resolution)
         return NetworkSpec(name, kind, trial, arch, self.latency.engine, resolution, counted.params, counted.macs)
 
     def timm_networks(self) -> list[NetworkSpec]:

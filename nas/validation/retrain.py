@@ -59,7 +59,7 @@ def retrain(recorded: RecordedStudy, config: RetrainConfig, note: Note = lambda 
     """
     run = _Run(recorded, config, note)
     with run.trainer as trainer:
-        trainer.data_file(run.data.resolution)
+        trainer.data_file(run.anchor_resolution)
         lacking = run.lacking()
         note(f"{len(run.chosen)} networks, {len(lacking)} to be trained: {run.set_up}")
         trainer.train(lacking, run.write)
@@ -80,7 +80,8 @@ class _Run:
             own, source=config.data or own.source, resolution=config.resolution or own.resolution,
             to_rgb=own.to_rgb or config.to_rgb, mirror=None if own.mirror == is_mirrored(own.source) else own.mirror,
         )  # fmt: skip
-        self.is_own = (self.data.source, self.data.resolution) == (own.source, own.resolution)
+        self.is_own = self.data.source == own.source and config.resolution in (None, own.resolution)
+        self.anchor_resolution = config.resolution or recorded.anchor.shown(own.resolution)
         device = check_device(replace(searched.latency, engine="eager"))
         self.trainer = Trainer(self.data, self.proxy, device, self.seed, config.workers, note, self._check)
         self.fingerprint = ""
@@ -92,9 +93,11 @@ class _Run:
 
     @property
     def set_up(self) -> str:
-        size = self.data.resolution
+        at = f"{self.data.resolution}x{self.data.resolution}"
+        if self.recorded.config.space.own_resolutions and self.config.resolution is None:
+            at = "each network's own resolution"
         return (
-            f"{self.proxy.steps} steps of {self.proxy.batch_size} images of {self.data.source} at {size}x{size}, "
+            f"{self.proxy.steps} steps of {self.proxy.batch_size} images of {self.data.source} at {at}, "
             f"learning rate {self.proxy.learning_rate:g}"
         )
 
@@ -115,29 +118,40 @@ class _Run:
     @cached_property
     def trial_ids(self) -> dict[str, int]:
         """The trial_id of each chosen network, by the network's name."""
-        return {f"trial {row['number']}": int(row["trial_id"]) for _, row in self.chosen.iterrows()}
+        return {network.name: trial_id for trial_id, network in self.networks.items()}
 
     def lacking(self) -> list[TrainingJob]:
         """The missing trainings, and those that failed: memory may have run out because another process used it."""
         done = {row.trial_id for row in self._of_this_kind() if row.accuracy is not None}
+        return [
+            TrainingJob(network, self.proxy.steps, self.proxy.learning_rate)
+            for trial_id, network in self.networks.items()
+            if trial_id not in done
+        ]
+
+    @cached_property
+    def networks(self) -> dict[int, NetworkSpec]:
+        """The chosen networks, by trial_id.
+
+        Raises:
+            UsageError: another version of the program wrote a candidate.
+        """
         with of_this_version(self.recorded.name):
-            return [
-                TrainingJob(self._network(row), self.proxy.steps, self.proxy.learning_rate)
-                for _, row in self.chosen.iterrows()
-                if row["trial_id"] not in done
-            ]
+            return {int(row["trial_id"]): self._network(row) for _, row in self.chosen.iterrows()}
 
     def _network(self, row: pd.Series) -> NetworkSpec:
+        arch = ArchSpec.from_json(str(row["arch"]))
         return NetworkSpec(
-            f"trial {row['number']}", ContenderKind.FOUND, int(row["number"]), ArchSpec.from_json(str(row["arch"])),
-            self.recorded.config.latency.engine, self.data.resolution, int(row["params"]), int(row["macs"]),
+            f"trial {row['number']}", ContenderKind.FOUND, int(row["number"]), arch,
+            self.recorded.config.latency.engine, self.config.resolution or arch.shown(self.data.resolution),
+            int(row["params"]), int(row["macs"]),
         )  # fmt: skip
 
     def _kind(self) -> dict[str, Any]:
-        """The columns that distinguish these trainings from others, with their values."""
+        """The columns that distinguish these trainings from others, with their values, but for the resolution."""
         return {
-            "data_fingerprint": self.fingerprint, "resolution": self.data.resolution, "steps": self.proxy.steps,
-            "batch_size": self.proxy.batch_size, "learning_rate": self.proxy.learning_rate, "seed": self.seed,
+            "data_fingerprint": self.fingerprint, "steps": self.proxy.steps, "batch_size": self.proxy.batch_size,
+            "learning_rate": self.proxy.learning_rate, "seed": self.seed,
         }  # fmt: skip
 
     def _of_this_kind(self) -> list[Retraining]:
@@ -145,32 +159,38 @@ class _Run:
         return [
             row
             for row in self.store.retrainings.of_study(self.recorded.study_id)
-            if all(getattr(row, key) == value for key, value in kind.items())
+            if row.trial_id in self.networks
+            and row.resolution == self.networks[row.trial_id].resolution
+            and all(getattr(row, key) == value for key, value in kind.items())
         ]
 
     def write(self, job: TrainingJob, result: ProxyResult | CandidateFailed) -> str:
-        row = Retraining(trial_id=self.trial_ids[job.network.name], data=self.data.source, **self._kind())
+        row = Retraining(
+            trial_id=self.trial_ids[job.network.name], data=self.data.source, resolution=job.network.resolution,
+            **self._kind(),
+        )  # fmt: skip
         worth = fill(row, result)
         self.store.retrainings.add(row)
         return f"{job.network.name}: {worth}"
 
     def result(self) -> Retrained:
         """The trainings of the chosen networks, and how well the predictors rank them."""
-        names = {trial_id: name for name, trial_id in self.trial_ids.items()}
         rows = self.store.retrainings.evaluations(self.recorded.name)
         for key, value in self._kind().items():
             column = "retrained_" + key.removeprefix("data_")
             rows = rows[rows[column] == value]
         rows = self.recorded.deployment.rows_of(rows)
-        rows = rows[rows["trial_id"].isin(names)].sort_values(["latency_ms", "number"])
+        sizes = rows["trial_id"].map({trial_id: network.resolution for trial_id, network in self.networks.items()})
+        # Of trials that were not chosen there is no size.
+        rows = rows[rows["retrained_resolution"] == sizes].sort_values(["latency_ms", "number"])
         latency_ms, accuracy = list(rows["latency_ms"]), list(rows["retrained_accuracy"])
         rows = rows.assign(
             on_front=undominated(list(rows["accuracy"]), latency_ms),
             on_retrained_front=undominated(accuracy, latency_ms),
         )
         predictors = {PROXY: list(rows["accuracy"]), PARAMS: list(rows["params"]), MACS: list(rows["macs"])}
-        rows_of_kind = [row for row in self._of_this_kind() if row.trial_id in names]
-        failed = [f"{names[row.trial_id]}: {row.reason}" for row in rows_of_kind if row.reason is not None]
+        rows_of_kind = self._of_this_kind()
+        failed = [f"{self.networks[row.trial_id].name}: {row.reason}" for row in rows_of_kind if row.reason is not None]
         ranked = rankings(predictors, accuracy, latency_ms)
         gains = {rival: gain(predictors[PROXY], predictors[rival], accuracy) for rival in (PARAMS, MACS)}
         return Retrained(rows, ranked, gains, failed, self.set_up)

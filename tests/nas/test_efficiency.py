@@ -129,7 +129,7 @@ def test_blocks_of_random_architectures_sum_to_their_cost(name: str, batch: int)
     rng = random.Random(batch)
     for _ in range(50):
         arch = space.sample(rng)
-        resolution = rng.choice([space.resolution, 33, 50])
+        resolution = rng.choice([space.default_resolution, 33, 50])
         blocks = arch_blocks(arch, batch, resolution, 7, itemsize=2)
         assert sum(block.macs for block in blocks) == batch * cost(arch, resolution, num_classes=7).macs, str(arch)
         assert len(blocks) == len(arch.blocks) + 2

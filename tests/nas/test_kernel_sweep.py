@@ -24,7 +24,7 @@ def test_every_block_that_is_sampled_is_among_those_swept(name: str) -> None:
     rng = random.Random(0)
     for _ in range(50):
         arch = space.sample(rng)
-        size = space.resolution // 2
+        size = space.default_resolution // 2
         for block in arch.blocks:
             assert (size, block) in specs
             size = -(-size // block.stride)

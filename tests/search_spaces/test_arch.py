@@ -16,7 +16,7 @@ ARCH = ArchSpec(stem_width=16, stages=(STAGE,), activation="silu", head_width=64
 
 # Another valid value of every field.
 OTHER_STAGE = dict(width=32, kernel_size=7, group_width=1, expansion=3.0, blocks=1, stride=1)
-OTHER_ARCH = dict(stem_width=24, stages=(STAGE, STAGE), activation="gelu", head_width=128)
+OTHER_ARCH = dict(stem_width=24, stages=(STAGE, STAGE), activation="gelu", head_width=128, resolution=64)
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(StageSpec)])

@@ -63,6 +63,6 @@ def test_one_network_by_hand() -> None:
 
 @pytest.mark.parametrize("name", builtin_spaces())
 def test_built_in_spaces_have_sensible_sizes(name: str) -> None:
-    low, high = load_space(name).cost_range(load_space(name).resolution, 10)
+    low, high = load_space(name).cost_range(load_space(name).default_resolution, 10)
     assert 0 < low.params < high.params
     assert 0 < low.macs < high.macs

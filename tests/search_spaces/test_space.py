@@ -85,9 +85,9 @@ def test_spaces_survive_json(name: str) -> None:
 
 def test_built_in_spaces_say_what_they_are_for() -> None:
     assert {"small", "imagenet"} <= set(builtin_spaces())
-    assert load_space("small").resolution == 32
+    assert load_space("small").default_resolution == 32
     imagenet = load_space("imagenet")
-    assert imagenet.resolution == 224
+    assert imagenet.default_resolution == 224
     assert {imagenet.sample(random.Random(i)).total_stride for i in range(20)} == {32}
 
 

@@ -73,8 +73,8 @@ NEXT = """
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0007"
-down_revision = "0006"
+revision = "0008"
+down_revision = "0007"
 
 
 def upgrade():
@@ -88,7 +88,7 @@ def next_version(old_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """From here on this is a later program, with one more migration: the database of `old_url` is old."""
     folder = tmp_path / "migrations"
     shutil.copytree(schema.MIGRATIONS, folder)
-    (folder / "versions" / "0007_next.py").write_text(NEXT)
+    (folder / "versions" / "0008_next.py").write_text(NEXT)
     monkeypatch.setattr("studies.schema.MIGRATIONS", folder)
 
 
@@ -168,7 +168,7 @@ def test_an_old_database_keeps_its_rows(old_url: str, engine: Engine, create: bo
     before = everything(engine)
     assert [row["latency_id"] for row in before["convfirst_latencies"]] == [3, 5, 7]
     opened(old_url, create=create).close()
-    assert version(engine) == schema.head() == "0007"
+    assert version(engine) == schema.head() == "0008"
     after = everything(engine)
     assert after.pop("convfirst_next") == []
     assert [row.pop("memory_bytes") for row in after["convfirst_devices"]] == [None]
@@ -226,7 +226,7 @@ def test_a_migration_that_fails_changes_nothing(old_url: str, engine: Engine) ->
     with pytest.raises(StorageError, match=r"convfirst_next.* already exists") as caught:
         Store.open(old_url, create=True)
     assert "\n" not in str(caught.value)
-    assert version(engine) == "0006"
+    assert version(engine) == "0007"
     with engine.begin() as connection:
         connection.execute(text("DROP TABLE convfirst_next"))
     assert everything(engine) == before
@@ -254,7 +254,7 @@ def test_an_old_database_that_somebody_holds_is_told_soon(
         holder.execute(text("SELECT * FROM pareto_front"))
         with pytest.raises(StorageError, match=r"locked|lock timeout"):
             Store.open(old_url, create=False)
-    assert version(engine) == "0006"
+    assert version(engine) == "0007"
     opened(old_url).close()
 
 
@@ -279,7 +279,10 @@ def test_the_engine_compile_becomes_inductor(old_url: str, engine: Engine) -> No
     store.baselines.add(study.study_id, [make_baseline_latency("a", 1.0, device_id=1, engine="compile")])
     store.close()
     with engine.begin() as connection:
-        connection.execute(text("ALTER TABLE convfirst_candidates DROP COLUMN worker"))
+        for view in ("retrained_front", "convfirst_retrained", "pareto_front", "convfirst_evaluations"):
+            connection.execute(text(f"DROP VIEW {view}"))
+        for column in ("worker", "resolution"):
+            connection.execute(text(f"ALTER TABLE convfirst_candidates DROP COLUMN {column}"))
         connection.execute(text("UPDATE convfirst_latencies SET engine = 'compile'"))
         connection.execute(text("""UPDATE convfirst_studies SET config = '{"latency": {"engine": "compile"}}'"""))
         connection.execute(text(f"UPDATE {schema.VERSION_TABLE} SET version_num = '0004'"))

@@ -1,0 +1,116 @@
+"""The resolution that an architecture may have of its own, and the views with it."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0007"
+down_revision = "0006"
+
+# One row per candidate and deployment: the final latency where there is one, with the search's beside it.
+EVALUATIONS = """
+CREATE VIEW convfirst_evaluations AS
+SELECT s.study_name, c.study_id, c.trial_id, c.number, c.state, c.reason, c.arch_id, c.summary, c.arch,
+       c.params, c.macs, c.accuracy, c.loss, c.seed, c.train_seconds, c.train_memory_bytes, c.latency_seconds,
+       c.total_seconds, c.finished_at,
+       l.median_ms AS latency_ms, l.p20_ms AS latency_p20_ms, l.p80_ms AS latency_p80_ms, l.repeats AS latency_repeats,
+       l.raw_median_ms AS latency_raw_ms, l.anchor_median_ms, l.weight_bytes, l.workspace_bytes,
+       l.engine, l.dtype, l.batch_size, l.resolution, l.threads, l.device_id,
+       d.kind AS device_kind, d.name AS device_name, o.config,
+       l.stage AS latency_stage, l.interval_share AS latency_interval_share, l.capped AS latency_capped,
+       l.throttled AS latency_throttled, l.sm_clock_mhz, l.temperature_c, l.over_limit AS latency_over_limit,
+       b.median_ms AS searched_latency_ms, COALESCE(c.resolution, l.resolution) AS network_resolution,
+       c.macs * l.batch_size / NULLIF(l.median_ms / 1000 * p.macs_per_s, 0) AS computational_efficiency
+FROM convfirst_candidates c
+JOIN studies s ON s.study_id = c.study_id
+JOIN convfirst_studies o ON o.study_id = c.study_id
+LEFT JOIN convfirst_latencies l ON l.trial_id = c.trial_id AND NOT EXISTS (
+    SELECT 1 FROM convfirst_latencies f
+    WHERE f.trial_id = l.trial_id AND f.device_id = l.device_id AND f.engine = l.engine AND f.dtype = l.dtype
+      AND f.batch_size = l.batch_size AND f.resolution = l.resolution AND f.threads = l.threads
+      AND f.stage = 'final' AND l.stage = 'search'
+)
+LEFT JOIN convfirst_latencies b
+    ON b.trial_id = l.trial_id AND b.device_id = l.device_id AND b.engine = l.engine AND b.dtype = l.dtype
+    AND b.batch_size = l.batch_size AND b.resolution = l.resolution AND b.threads = l.threads AND b.stage = 'search'
+LEFT JOIN convfirst_devices d ON d.device_id = l.device_id
+LEFT JOIN convfirst_profiles p ON p.device_id = l.device_id AND p.dtype = l.dtype AND p.threads = l.threads
+"""
+
+# A point is dominated if a strictly faster one is at least as accurate, or an equally fast one is more accurate.
+# Windows over groups of equal latency find both in one sort, where a self-join would compare all pairs.
+# A candidate that broke the study's limit on the latency when it was measured again is not on the front.
+PARETO_FRONT = """
+CREATE VIEW pareto_front AS
+SELECT study_name, device_name, engine, dtype, batch_size, resolution, threads,
+       number, accuracy, latency_ms, latency_p20_ms, latency_p80_ms, params, macs, weight_bytes, workspace_bytes,
+       arch_id, summary, arch, study_id, trial_id, device_id, device_kind,
+       computational_efficiency, latency_stage, latency_interval_share, latency_capped, searched_latency_ms,
+       network_resolution
+FROM (
+    SELECT e.*,
+           MAX(accuracy) OVER (
+               PARTITION BY study_id, device_id, engine, dtype, batch_size, resolution, threads
+               ORDER BY latency_ms GROUPS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
+           ) AS best_of_faster,
+           MAX(accuracy) OVER (
+               PARTITION BY study_id, device_id, engine, dtype, batch_size, resolution, threads, latency_ms
+           ) AS best_of_equally_fast
+    FROM convfirst_evaluations e
+    WHERE state = 'complete' AND latency_ms IS NOT NULL AND NOT latency_over_limit
+) ranked
+WHERE accuracy = best_of_equally_fast AND (best_of_faster IS NULL OR accuracy > best_of_faster)
+"""
+
+# One row per candidate, deployment and longer training.
+RETRAINED = """
+CREATE VIEW convfirst_retrained AS
+SELECT e.*,
+       r.data AS retrained_data, r.data_fingerprint AS retrained_fingerprint, r.resolution AS retrained_resolution,
+       r.steps AS retrained_steps, r.batch_size AS retrained_batch_size, r.learning_rate AS retrained_learning_rate,
+       r.seed AS retrained_seed, r.accuracy AS retrained_accuracy, r.loss AS retrained_loss,
+       r.train_seconds AS retrained_seconds
+FROM convfirst_evaluations e
+JOIN convfirst_retrainings r ON r.trial_id = e.trial_id AND r.accuracy IS NOT NULL
+"""
+
+# The same as `pareto_front`, but by the accuracy of longer trainings, and with one front for each kind of training.
+# Trainings at each network's own resolution are of one kind.
+RETRAINED_FRONT = """
+CREATE VIEW retrained_front AS
+SELECT *
+FROM (
+    SELECT k.*,
+           MAX(retrained_accuracy) OVER (
+               PARTITION BY study_id, device_id, engine, dtype, batch_size, resolution, threads,
+                   retrained_fingerprint, retrained_at, retrained_steps, retrained_batch_size,
+                   retrained_learning_rate, retrained_seed
+               ORDER BY latency_ms GROUPS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
+           ) AS best_of_faster,
+           MAX(retrained_accuracy) OVER (
+               PARTITION BY study_id, device_id, engine, dtype, batch_size, resolution, threads,
+                   retrained_fingerprint, retrained_at, retrained_steps, retrained_batch_size,
+                   retrained_learning_rate, retrained_seed, latency_ms
+           ) AS best_of_equally_fast
+    FROM (
+        SELECT e.*,
+               CASE WHEN retrained_resolution = network_resolution THEN 0 ELSE retrained_resolution END AS retrained_at
+        FROM convfirst_retrained e
+    ) k
+    WHERE latency_ms IS NOT NULL AND NOT latency_over_limit
+) ranked
+WHERE retrained_accuracy = best_of_equally_fast AND (best_of_faster IS NULL OR retrained_accuracy > best_of_faster)
+"""
+
+VIEWS = {
+    "convfirst_evaluations": EVALUATIONS, "pareto_front": PARETO_FRONT, "convfirst_retrained": RETRAINED,
+    "retrained_front": RETRAINED_FRONT,
+}  # fmt: skip
+
+
+def upgrade() -> None:
+    op.add_column("convfirst_candidates", sa.Column("resolution", sa.Integer))
+    # Some are made of others.
+    for name in reversed(VIEWS):
+        op.execute(f"DROP VIEW IF EXISTS {name}")
+    for view in VIEWS.values():
+        op.execute(view)
