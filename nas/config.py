@@ -78,6 +78,15 @@ def _unless_auto(typed: str) -> str | None:
     return None if typed == AUTO else str(typed)
 
 
+def named_space(typed: str) -> SearchSpace | str:
+    """The space that was typed; `auto` itself, which stands for one that is chosen when a study begins.
+
+    Raises:
+        ValueError: there is no such space.
+    """
+    return AUTO if typed == AUTO else load_space(typed)
+
+
 def worker_number(typed: str) -> int | None:
     """The number of workers that was typed; None for `auto`.
 
@@ -357,8 +366,9 @@ class SearchConfig(Checked):
         DEFAULT_STUDY, "--study", "Name of the study in that database", panel="Study", bounds=NAME, keep=Keep.TRANSIENT
     )
     space: SearchSpace = option(
-        lambda: load_space("small"), "--space", "Search space: small, imagenet or a TOML file (see the command space)",
-        default="small", panel="Search", typed=str, parse=load_space,
+        lambda: load_space("small"), "--space", "Search space: auto (one that fits the latency's limit or the images), "
+        "small, imagenet, a rung such as rung5@32, or a TOML file; see the command space",
+        default="auto; small for digits without --max-latency-ms", panel="Search", typed=str, parse=named_space,
     )  # fmt: skip
     data: DataConfig = field(default_factory=DataConfig)
     proxy: ProxyConfig = field(default_factory=ProxyConfig)

@@ -1,8 +1,8 @@
 """A ladder of search spaces, made by one rule: a resolution and a rung give stages, widths, block counts and strides.
 
 **Rungs.** The middle of the space on rung r, its anchor, costs about 10 GMACs / 2.5^(11 - r): 0.4 million on rung 0,
-which suits a microcontroller, and 10 billion on rung 11. Three more rungs lie between two whole numbers, so that a space
-can be found for any latency.
+which suits a microcontroller, and 10 billion on rung 11. Three more lie between two whole numbers, so that a space can
+be found for any latency.
 
 **Strides.** The stem halves the image, as in all of timm's mobile networks. Each stage after the first halves the map
 again as long as at least `LEAST_MAP` pixels are left at the end: 32 pixels get a total stride of 8, 64 get 16, and 128
@@ -34,6 +34,10 @@ TOP_RUNG, TOP_MACS, GROWTH = 11, 10e9, 2.5
 # Rungs are multiples of this.
 RUNG_STEP = 0.25
 RUNGS = tuple(step * RUNG_STEP for step in range(round(TOP_RUNG / RUNG_STEP) + 1))
+# Resolutions that are a choice for images of any size. Small images are shown at their own size (or one that is nearly
+# as large) and up to so many times as large, large ones at most at their own and down to so many times as small.
+SIZES = (16, 24, 32, 48, 64, 96, 128, 160, 192, 224)
+NEARLY, LARGE, FACTOR = 0.85, 160, 2
 LEAST_RESOLUTION, MOST_RESOLUTION = 16, 256
 # Width in pixels of the last map.
 LEAST_MAP = 4
@@ -86,9 +90,23 @@ def ladder_space(resolution: int | tuple[int, ...], rung: float) -> SearchSpace:
         raise ValueError(f"rung={rung:g} is not a multiple of {RUNG_STEP} between 0 and {TOP_RUNG}")
     widths = _widths(middle(sizes), rung)
     if widths is None:
-        least = next(each for each in RUNGS if each > rung and _widths(middle(sizes), each) is not None)
+        least = nearest_rung(sizes, rung)
         raise ValueError(f"rung={rung:g} does not exist at {middle(sizes)} pixels, where {least:g} is the next")
     return _space(f"rung{rung:g}@{shown}", sizes, rung, widths)
+
+
+def shown_resolutions(resolution: int) -> tuple[int, ...]:
+    """The resolutions that are worth a choice for images of a size in pixels."""
+    size = next((each for each in SIZES if each >= NEARLY * resolution), SIZES[-1])
+    if size >= LARGE:
+        return tuple(each for each in SIZES if size / FACTOR <= each <= size)
+    return tuple(each for each in SIZES if size <= each <= FACTOR * size)
+
+
+def nearest_rung(resolutions: tuple[int, ...], rung: float) -> float:
+    """The rung at some resolutions that is nearest to a number; of low ones that do not exist, the next."""
+    steps = round(min(max(rung, 0), TOP_RUNG) / RUNG_STEP)
+    return next(each for each in RUNGS[steps:] if _widths(middle(resolutions), each) is not None)
 
 
 def stage_strides(resolution: int) -> tuple[int, ...]:
@@ -150,6 +168,7 @@ def _space(name: str, resolutions: tuple[int, ...], rung: float, widths: tuple[i
     )
 
 
+@cache
 def _stage(width: int, blocks: int, stride: int) -> StageChoices:
     widths = _around(width)
     spread = blocks // 2

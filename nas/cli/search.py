@@ -8,11 +8,12 @@ from typing import Annotated, Any
 
 import typer
 
+from nas.cli.choosing import narrowed, space_of
 from nas.cli.console import fail, interruptible, out, prepare, reported, say
 from nas.cli.fronts import print_front
 from nas.cli.opening import store_if_any
 from nas.cli.options import given, made, takes, typed_options
-from nas.config import DEFAULT_STORAGE, DEFAULT_STUDY, DataConfig, SearchConfig, respelled
+from nas.config import AUTO, DEFAULT_STORAGE, DEFAULT_STUDY, DataConfig, SearchConfig, respelled
 from nas.options import Keep, options, parts
 
 
@@ -65,6 +66,11 @@ def _config(typed: dict[str, Any]) -> SearchConfig:
         study = RecordedStudy.find(store, name) if store else None
     if study is None:
         return made(SearchConfig, _completed(typed))
+    if typed.get("space") == AUTO:
+        # It was chosen when the study began.
+        del typed["space"]
+    elif "space" in typed:
+        typed["space"] = narrowed(typed["space"], typed)
     config = made(SearchConfig, typed, study.config)
     if lines := list(_changes(SearchConfig, study.config, respelled(config, study.config), typed)):
         raise other_configuration(name, lines)
@@ -84,17 +90,17 @@ def _changes(owner: type[Any], stored: Any, now: Any, typed: dict[str, Any]) -> 
 
 def _completed(typed: dict[str, Any]) -> dict[str, Any]:
     """The fields of a new study, with those that follow from others where they were left out."""
-    from nas.training.data import class_count
+    from nas.training.facts import class_count
     from search_spaces import load_space
 
-    space = typed.get("space") or load_space("small")
+    space = space_of(typed)
     images = {"resolution": space.default_resolution, **typed["data"]}
     large = space == load_space("imagenet")
     # The embedded digits stand for whatever the network will be for.
     data = made(DataConfig, images)
     known = None if large and data.source == "digits" else class_count(data)
     deployed = {"resolution": data.resolution, "num_classes": known or (1000 if large else 10)}
-    return {**typed, "data": images, "latency": {**deployed, **typed["latency"]}}
+    return {**typed, "space": space, "data": images, "latency": {**deployed, **typed["latency"]}}
 
 
 def _run(config: SearchConfig, take_over: bool) -> None:

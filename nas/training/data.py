@@ -24,7 +24,7 @@ from nas.files import save_tensors
 from nas.options import UNPRINTABLE
 from nas.reporting import Note
 from nas.training import clutter
-from nas.training.folders import count_classes, list_images
+from nas.training.folders import list_images
 from nas.training.images import UNLIKE_TIMM, ImageReader, NotAnImage, NotRGB
 
 DIGITS_TRAIN, DIGITS_VAL = 16_000, 3_000
@@ -116,7 +116,7 @@ def load(config: DataConfig, note: Note = lambda line: None, largest: int = 0) -
         data = _digits(config.resolution, most, note)
     elif name in ("cifar10", "cifar100"):
         data = _cifar(config, most, note)
-    elif _is_there(name):
+    elif is_there(name):
         data = _folder(Path(name).expanduser(), config, most, note)
     elif name.startswith((".", "/", "~")):
         raise UsageError(f"--data {name}: no such folder")
@@ -142,7 +142,7 @@ def load_all(config: DataConfig, resolutions: Iterable[int], note: Note = lambda
     return {size: load(replace(config, resolution=size), note, largest) for size in resolutions}
 
 
-def _is_there(name: str) -> bool:
+def is_there(name: str) -> bool:
     """Whether a source names a folder that exists."""
     try:
         return Path(name).expanduser().is_dir()
@@ -210,21 +210,6 @@ def _folder(root: Path, config: DataConfig, most: int, note: Note) -> ImageData:
         str(root), train, val, found.classes, reader, lambda item: (reader.read(item[0]), item[1]), most, note
     )
     return replace(loaded, notes=(*found.notes, *loaded.notes), preparation=(*preparation, *loaded.preparation))
-
-
-def class_count(config: DataConfig) -> int | None:
-    """The number of classes, as far as it is known without loading images; None elsewhere."""
-    if config.source in ("digits", "cifar10"):
-        return 10
-    if config.source == "cifar100":
-        return 100
-    try:
-        if not _is_there(config.source):
-            return None
-        return count_classes(Path(config.source).expanduser(), config.reading) or None
-    except (OSError, UsageError):
-        # Loading says what is wrong.
-        return None
 
 
 # -- torchvision and timm ------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ from PIL import Image
 
 from nas.config import DataConfig
 from nas.errors import UsageError
-from nas.training import clutter, data, images
+from nas.training import clutter, data, facts, images
 
 
 def make_folder(root: Path, classes: dict[str, int], size: tuple[int, int] = (20, 16), mode: str = "RGB") -> Path:
@@ -145,7 +145,7 @@ def test_a_folder_of_test_images_is_no_class(tmp_path: Path) -> None:
     loaded = load(tmp_path)
     assert loaded.classes == ("cat", "dog")
     assert loaded.notes == (f"{tmp_path}: Test is taken for a test set, and not read",)
-    assert data.class_count(DataConfig(source=str(tmp_path))) == 2
+    assert facts.class_count(DataConfig(source=str(tmp_path))) == 2
 
 
 def test_a_class_may_be_called_like_a_split(tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_class_may_be_called_like_a_split(tmp_path: Path) -> None:
     make_folder(tmp_path, {"train": 6, "bus": 6, "test": 6, "valid": 6})
     loaded = load(tmp_path)
     assert loaded.classes == ("bus", "test", "train", "valid")
-    assert data.class_count(DataConfig(source=str(tmp_path))) == 4
+    assert facts.class_count(DataConfig(source=str(tmp_path))) == 4
     assert f"{tmp_path}: train is taken for a class, as it holds no folders of images" in loaded.notes
     assert len(loaded.notes) == 3
 

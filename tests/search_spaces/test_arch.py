@@ -37,6 +37,19 @@ def test_every_field_survives_json_and_changes_the_id(field: str) -> None:
     assert str(arch) != str(ARCH)
 
 
+def test_a_network_sees_images_at_its_own_resolution() -> None:
+    own = dataclasses.replace(ARCH, resolution=64)
+    assert own.shown(32) == 64
+    assert ARCH.shown(32) == 32
+    assert own.walk(32) == ARCH.walk(64)
+    assert str(own) == f"64 px | {ARCH}"
+    assert ArchSpec.parse(f"  64  px|{ARCH}") == own
+    assert "resolution" not in ARCH.to_dict()
+    for wrong in ("4 px | ", "x px | ", "64px | ", "64 px 32 px | "):
+        with pytest.raises(ValueError, match=r"resolution|is not a stem|is not an architecture"):
+            ArchSpec.parse(f"{wrong}{ARCH}")
+
+
 def test_arch_id_is_the_same_on_every_machine_and_in_every_version() -> None:
     assert ARCH.arch_id == "ada6eb962fa0"
 

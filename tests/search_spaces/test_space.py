@@ -17,10 +17,11 @@ def enumerated(space: SearchSpace) -> set[ArchSpec]:
         list(itertools.product(s.width, s.kernel_size, s.group_width, s.expansion, s.blocks, s.stride))
         for s in space.stages
     ]
-    for stem, activation, head in itertools.product(space.stem_width, space.activation, space.head_width):
+    whole = itertools.product(space.stem_width, space.activation, space.head_width, space.own_resolutions or (None,))
+    for stem, activation, head, resolution in whole:
         for stages in itertools.product(*per_stage):
             try:
-                found.add(ArchSpec(stem, tuple(StageSpec(*stage) for stage in stages), activation, head))
+                found.add(ArchSpec(stem, tuple(StageSpec(*stage) for stage in stages), activation, head, resolution))
             except ValueError:
                 continue
     return found
@@ -31,7 +32,13 @@ def two_stage_space() -> SearchSpace:
     return make_tiny_space(stages=(one, one), activation=("relu",))
 
 
-@pytest.mark.parametrize("space", [make_tiny_space(), two_stage_space()], ids=["one-stage", "two-stage"])
+def two_resolutions() -> SearchSpace:
+    return make_tiny_space(resolution=(16, 24), activation=("relu",))
+
+
+@pytest.mark.parametrize(
+    "space", [make_tiny_space(), two_stage_space(), two_resolutions()], ids=["one-stage", "two-stage", "resolutions"]
+)
 def test_size_and_cost_range_equal_brute_force(space: SearchSpace) -> None:
     everything = enumerated(space)
     assert space.size() == len(everything)
@@ -47,6 +54,27 @@ def test_size_and_cost_range_equal_brute_force(space: SearchSpace) -> None:
 def test_samples_reach_every_architecture_and_nothing_else(tiny_space: SearchSpace) -> None:
     rng = random.Random(0)
     assert {tiny_space.sample(rng) for _ in range(20_000)} == enumerated(tiny_space)
+
+
+def test_of_several_resolutions_each_network_has_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(TINY_TOML.replace("resolution = 16", "resolution = [24, 16, 32]"))
+    space = load_space(str(path))
+    assert space.own_resolutions == (16, 24, 32)
+    assert space.anchor().resolution == space.default_resolution == 24
+    rng = random.Random(0)
+    drawn = [space.sample(rng) for _ in range(50)]
+    assert {arch.resolution for arch in drawn} == {16, 24, 32}
+    for arch in drawn:
+        assert space.values_of(arch)["resolution"] == arch.resolution
+        assert space.assemble(space.values_of(arch)) == arch
+    assert SearchSpace.from_dict(space.to_dict()) == space
+    # Without a choice the text of a space is what it always was, and networks leave their resolution to others.
+    single = make_tiny_space()
+    assert single.to_dict()["resolution"] == 16
+    assert single.own_resolutions == ()
+    assert "resolution" not in single.choices()
+    assert single.anchor().resolution is None
 
 
 @pytest.mark.parametrize("name", builtin_spaces())
@@ -122,6 +150,10 @@ def test_a_users_own_space(tmp_path: Path) -> None:
         ("group_width = [1, 8, 16]", "group_width = [16]", "no group_width of .16. divides the 8 channels"),
         ("stride = [1, 2]", "stride = [1, 4]", "stride=4"),
         ("resolution = 16", "resolution = 2", "resolution=2"),
+        ("resolution = 16", "resolution = [16, 18]", r"resolution=.16, 18.: the total stride of 4 does not divide 18"),
+        ("resolution = 16", "resolution = [16, 16]", "names a choice twice"),
+        ("resolution = 16", "resolution = [16.5]", "resolution=16.5 is not a whole number of at least 8 pixels"),
+        ("resolution = 16", "resolution = []", "resolution=.. holds no choice"),
         ('name = "tiny"', "name = 3", "name=3"),
         ('name = "tiny"', r'name = "a\u0000b"', "name=.* is not a name"),
         ('name = "tiny"', r'name = "a\nb"', "name=.* is not a name"),
@@ -176,5 +208,5 @@ def test_what_is_no_file_is_refused(name: str) -> None:
 
 
 def test_an_unknown_space_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"nosuch: neither a built-in space \(imagenet, small\) nor a TOML file"):
+    with pytest.raises(ValueError, match=r"nosuch: neither a built-in space \(imagenet, small\), nor a rung such as rung5@32, nor a TOML file"):
         load_space("nosuch")
