@@ -905,7 +905,7 @@ def test_a_front_of_which_all_break_the_limit_is_empty(
 ) -> None:
     # At home, where the limit holds.
     monkeypatch.setattr(FakeEvaluator, "device", DeviceInfo.of(torch.device("cpu")))
-    assert call("--budget 3 --device cpu --max-latency-ms 1.5").exit_code == 0
+    assert call("--budget 3 --device cpu --space small --max-latency-ms 1.5").exit_code == 0
     meters(10.0)
     result = call("remeasure")
     assert result.exit_code == 0, result.output
@@ -913,7 +913,7 @@ def test_a_front_of_which_all_break_the_limit_is_empty(
     assert "broke the latency limit" in result.stdout
     assert "all turned out over a limit" in call("pareto").stdout
     # The search goes on from there.
-    assert call("--budget 3 --device cpu --max-latency-ms 1.5").exit_code == 0
+    assert call("--budget 3 --device cpu --space small --max-latency-ms 1.5").exit_code == 0
 
 
 # -- Leaving the house -----------------------------------------------------------------------------------------------
@@ -1000,7 +1000,7 @@ def test_retraining_prints_networks_and_ranks(tmp_path: Path) -> None:
 def test_a_report_is_made_of_whatever_a_study_holds(tmp_path: Path) -> None:
     """Nothing, failures only, one, and some."""
     assert call("--budget 1 --device cpu --study nothing --time-limit 0.000001").exit_code == 0
-    assert call("--budget 1 --device cpu --study failures --max-latency-ms 0.000001").exit_code == 0
+    assert call("--budget 1 --device cpu --study failures --space small --max-latency-ms 0.000001").exit_code == 0
     for study, budget in (("one", 1), ("some", 6)):
         assert call(f"--budget {budget} --device cpu --study {study}").exit_code == 0
     for study in ("nothing", "failures", "one", "some"):

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from nas.cli.console import note
+from nas.cli.console import note, say
 from nas.cli.options import made
-from nas.config import AUTO, DataConfig, LatencyConfig
+from nas.config import AUTO, DataConfig, LatencyConfig, SearchConfig
 from nas.errors import UsageError
 from search_spaces import SearchSpace, ladder_space, load_space
 
@@ -38,8 +38,10 @@ def space_of(typed: Mapping[str, Any]) -> SearchSpace:
                 "--space auto: times networks on this machine, not on a cluster; on a node that times, "
                 f"`run_search.py space auto --max-latency-ms {limit_ms:g}` says which --space to name here"
             )
+        # Whatever is wrong with other flags is said before anything is timed.
+        made(SearchConfig, {name: value for name, value in typed.items() if name != "space"})
         choice = chosen_space(typed["data"], typed["latency"], limit_ms)
-        note(choice.reason)
+        say(choice.reason)
         return choice.space
     assert isinstance(space, SearchSpace)
     return narrowed(space, typed)
@@ -74,20 +76,20 @@ def chosen_space(images: Mapping[str, Any], deployment: Mapping[str, Any], limit
         UsageError: see `nas.search.auto_space.for_limit`.
     """
     from nas.search import auto_space
-    from nas.training.facts import class_count, image_count, image_size
+    from nas.training.facts import facts
     from search_spaces.ladder import TOP_RUNG, shown_resolutions
     from search_spaces.space import middle
 
-    data = made(DataConfig, images)
+    known = facts(made(DataConfig, images))
     given = deployment.get("resolution") or images.get("resolution")
-    resolutions = (given,) if given else shown_resolutions(image_size(data) or USUAL_SIZE)
-    classes = class_count(data) or USUAL_CLASSES
+    resolutions = (given,) if given else shown_resolutions(known.size or USUAL_SIZE)
+    classes = known.classes or USUAL_CLASSES
     try:
         ladder_space(resolutions, TOP_RUNG)
     except ValueError as error:
         raise UsageError(f"--space auto: {error}; name a --space") from error
     if limit_ms is None:
-        return auto_space.for_images(image_count(data) or USUAL_IMAGES, classes, resolutions)
+        return auto_space.for_images(known.images or USUAL_IMAGES, classes, resolutions)
     fields = {"resolution": middle(resolutions), "num_classes": classes, **deployment}
     with auto_space.timer(made(LatencyConfig, fields), note) as time:
         note(f"timing networks of several sizes, to choose a space for --max-latency-ms {limit_ms:g}")

@@ -85,8 +85,7 @@ def for_limit(time: Timer, resolutions: tuple[int, ...], limit_ms: float) -> Cho
     rung = rungs.nearest(FIRST_RUNG)
     while rung not in anchors_ms:
         anchors_ms[rung] = timed_ms(rungs[rung].anchor())
-        further = math.log(limit_ms / anchors_ms[rung], GROWTH)
-        rung = rungs.nearest(rung + round(further))
+        rung = rungs.nearest(round(_further(rung, anchors_ms[rung], limit_ms)))
     lowest, highest = rungs.nearest(0), float(TOP_RUNG)
     if rung == lowest and anchors_ms[rung] > limit_ms:
         least_ms = timed_ms(rungs[lowest].smallest())
@@ -101,9 +100,10 @@ def for_limit(time: Timer, resolutions: tuple[int, ...], limit_ms: float) -> Cho
             f"about {anchors_ms[highest]:.3g} ms here; name a --space"
         )
     found: dict[float, tuple[float, ...]] = {}
+    rung = rungs.nearest(_further(rung, anchors_ms[rung], limit_ms))
     while rung not in found and len(found) < MOST_ROUNDS:
         found[rung] = tuple(sorted(timed_ms(arch) for arch in typical(rungs[rung])))
-        rung = rungs.nearest(rung + math.log(limit_ms / median(found[rung]), GROWTH))
+        rung = rungs.nearest(_further(rung, median(found[rung]), limit_ms))
     best = min(found, key=lambda each: abs(math.log(median(found[each]) / limit_ms)))
     return Choice(
         rungs[best],
@@ -111,6 +111,11 @@ def for_limit(time: Timer, resolutions: tuple[int, ...], limit_ms: float) -> Cho
         anchors_ms,
         found[best],
     )
+
+
+def _further(rung: float, latency_ms: float, limit_ms: float) -> float:
+    """The rung whose latencies are the limit, if latencies grow as MACs do."""
+    return rung + math.log(limit_ms / latency_ms, GROWTH)
 
 
 class _Rungs(dict[float, SearchSpace]):

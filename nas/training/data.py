@@ -8,6 +8,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -110,26 +111,51 @@ def load(config: DataConfig, note: Note = lambda line: None, largest: int = 0) -
     Raises:
         UsageError: unknown data, missing files, an empty or single-class set, an unreadable or non-RGB image.
     """
-    name = config.source
+    name, kind = config.source, kind_of(config)
     most = MAX_BYTES // (3 * max(config.resolution, largest) ** 2)
-    if name == "digits":
+    if kind is Kind.DIGITS:
         data = _digits(config.resolution, most, note)
-    elif name in ("cifar10", "cifar100"):
+    elif kind is Kind.CIFAR:
         data = _cifar(config, most, note)
-    elif is_there(name):
+    elif kind is Kind.FOLDER:
         data = _folder(Path(name).expanduser(), config, most, note)
-    elif name.startswith((".", "/", "~")):
-        raise UsageError(f"--data {name}: no such folder")
-    elif not name.lower().startswith(TIMM_PREFIXES):
-        raise UsageError(
-            f"--data {name}: not digits, cifar10 or cifar100, no such folder, and not a data set of timm, "
-            "whose names begin with torch/ or hfds/"
-        )
     else:
         data = _timm(config, most, note)
     if len(data.classes) < 2 or len(data.train_labels.unique()) < 2:
         raise UsageError(f"--data {name}: holds images of {len(data.classes)} class(es), at least 2 are needed")
     return replace(data, flip=bool(config.mirror))
+
+
+class Kind(Enum):
+    """Kinds of sources of images."""
+
+    DIGITS = "digits"
+    CIFAR = "cifar"
+    FOLDER = "folder"
+    TIMM = "timm"
+
+
+def kind_of(config: DataConfig) -> Kind:
+    """The kind of the source that `config` names.
+
+    Raises:
+        UsageError: it is unknown, or a folder that is not there.
+    """
+    name = config.source
+    if name == "digits":
+        return Kind.DIGITS
+    if name in ("cifar10", "cifar100"):
+        return Kind.CIFAR
+    if _is_there(name):
+        return Kind.FOLDER
+    if name.startswith((".", "/", "~")):
+        raise UsageError(f"--data {name}: no such folder")
+    if not name.lower().startswith(TIMM_PREFIXES):
+        raise UsageError(
+            f"--data {name}: not digits, cifar10 or cifar100, no such folder, and not a data set of timm, "
+            "whose names begin with torch/ or hfds/"
+        )
+    return Kind.TIMM
 
 
 def load_all(config: DataConfig, resolutions: Iterable[int], note: Note = lambda line: None) -> dict[int, ImageData]:
@@ -142,7 +168,7 @@ def load_all(config: DataConfig, resolutions: Iterable[int], note: Note = lambda
     return {size: load(replace(config, resolution=size), note, largest) for size in resolutions}
 
 
-def is_there(name: str) -> bool:
+def _is_there(name: str) -> bool:
     """Whether a source names a folder that exists."""
     try:
         return Path(name).expanduser().is_dir()

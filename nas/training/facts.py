@@ -2,65 +2,65 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
 
 from nas.config import DataConfig
 from nas.errors import UsageError
-from nas.training.data import DIGITS_TRAIN, is_there
+from nas.training.data import DIGITS_TRAIN, Kind, kind_of
 from nas.training.folders import count_classes, list_images
 
-# Classes and training images of the data sets that have a name of their own; a tenth of CIFAR's is held out.
-CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}
-IMAGES = {"digits": DIGITS_TRAIN, "cifar10": 45_000, "cifar100": 45_000}
-SIZES = {"digits": 32, "cifar10": 32, "cifar100": 32}
 # Files whose size is looked at.
 LOOKED_AT = 100
 
 
-def class_count(config: DataConfig) -> int | None:
-    """The number of classes; None where only loading the images would tell."""
-    if config.source in CLASSES:
-        return CLASSES[config.source]
-    try:
-        return count_classes(_folder(config), config.reading) or None
-    except (OSError, UsageError):
-        # Loading says what is wrong.
-        return None
+@dataclass(frozen=True)
+class Facts:
+    """Facts of a data set; None where only loading it would tell.
+
+    Args:
+        images: number of training images.
+        classes: number of classes.
+        size: median of the images' shorter sides, in pixels.
+    """
+
+    images: int | None = None
+    classes: int | None = None
+    size: int | None = None
 
 
-def image_count(config: DataConfig) -> int | None:
-    """The number of training images; None where only loading them would tell."""
-    if config.source in IMAGES:
-        return IMAGES[config.source]
-    try:
-        return len(list_images(_folder(config), config.reading).train) or None
-    except (OSError, UsageError):
-        return None
+# A tenth of CIFAR's images is held out.
+NAMED = {
+    "digits": Facts(DIGITS_TRAIN, 10, 32), "cifar10": Facts(45_000, 10, 32), "cifar100": Facts(45_000, 100, 32)
+}  # fmt: skip
 
 
-def image_size(config: DataConfig) -> int | None:
-    """The median of the shorter sides of some training images, in pixels; None where only loading them would tell."""
-    if config.source in SIZES:
-        return SIZES[config.source]
-    try:
-        found = list_images(_folder(config), config.reading).train
-    except (OSError, UsageError):
-        return None
-    shorter = [size for path, _ in found[:: max(1, len(found) // LOOKED_AT)] if (size := _shorter_side(path))]
-    return round(median(shorter)) if shorter else None
-
-
-def _folder(config: DataConfig) -> Path:
-    """The folder of images that is the source.
+def facts(config: DataConfig) -> Facts:
+    """What is known of the data set that `config` names.
 
     Raises:
-        UsageError: it is none.
+        UsageError: it is unknown, or its folder holds no classification.
     """
-    if not is_there(config.source):
-        raise UsageError(f"--data {config.source}: no such folder")
-    return Path(config.source).expanduser()
+    kind = kind_of(config)
+    if kind is not Kind.FOLDER:
+        return NAMED.get(config.source, Facts())
+    found = list_images(Path(config.source).expanduser(), config.reading)
+    paths = [path for path, _ in found.train[:: max(1, len(found.train) // LOOKED_AT)]]
+    sizes = [size for path in paths if (size := _shorter_side(path))]
+    return Facts(len(found.train) or None, len(found.classes) or None, round(median(sizes)) if sizes else None)
+
+
+def class_count(config: DataConfig) -> int | None:
+    """The number of classes, as far as it is known without looking at each image; None elsewhere."""
+    # Loading says what is wrong.
+    with contextlib.suppress(OSError, UsageError):
+        if kind_of(config) is Kind.FOLDER:
+            return count_classes(Path(config.source).expanduser(), config.reading) or None
+        return NAMED.get(config.source, Facts()).classes
+    return None
 
 
 def _shorter_side(path: Path) -> int | None:

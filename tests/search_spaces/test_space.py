@@ -208,5 +208,8 @@ def test_what_is_no_file_is_refused(name: str) -> None:
 
 
 def test_an_unknown_space_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ValueError, match=r"nosuch: neither a built-in space \(imagenet, small\), nor a rung such as rung5@32, nor a TOML file"):
+    with pytest.raises(
+        ValueError,
+        match=r"nosuch: neither a built-in space \(imagenet, small\), nor a rung such as rung5@32, nor a TOML file",
+    ):
         load_space("nosuch")
