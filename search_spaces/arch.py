@@ -1,6 +1,6 @@
 """A ConvFirst architecture as one small frozen value; everything else about it is derived.
 
-    stem 3x3 conv, stride 2
+    stem 3x3 conv, stride 2 or 1
     stages of ConvFirst blocks: grouped k x k conv -> 1x1 expand -> activation -> 1x1 project (+ residual)
     head: global pool -> 1x1 conv -> activation -> classifier
 
@@ -40,7 +40,7 @@ MIN_RESOLUTION = 8
 
 # The pieces of `str(arch)`, in which spaces are single, and how a message names what was expected.
 _RESOLUTION = (re.compile(r"([0-9]+) px"), "a resolution, such as '64 px'")
-_STEM = (re.compile(r"(\S+) stem ([0-9]+)"), "a stem, such as 'silu stem 16'")
+_STEM = (re.compile(r"(\S+) stem ([0-9]+)(?:/([0-9]+))?"), "a stem, such as 'silu stem 16'")
 _STAGE = (
     re.compile(r"([0-9]+)x([0-9]+)(?:/([0-9]+))? k([0-9]+) g([0-9]+) e([0-9]*\.?[0-9]+(?:e[-+]?[0-9]+)?)"),
     "a stage, such as '2x32/2 k3 g8 e4' (blocks x width / stride, kernel size, group width, expansion)",
@@ -69,14 +69,14 @@ def _quoted(text: str) -> str:
     return repr(text[:_QUOTED_LENGTH])
 
 
-def _parsed(piece: str, form: tuple[re.Pattern[str], str]) -> tuple[str, ...]:
-    """The groups of the form's pattern; "1" for one that is left out, which only a stride can be."""
+def _parsed(piece: str, form: tuple[re.Pattern[str], str], left_out: int = 1) -> tuple[str, ...]:
+    """The groups of the form's pattern; `left_out` for one that is left out, which only a stride can be."""
     pattern, expected = form
     piece = " ".join(piece.split())
     match = pattern.fullmatch(piece)
     if match is None:
         raise ValueError(f"{_quoted(piece)} is not {expected}")
-    return match.groups("1")
+    return match.groups(str(left_out))
 
 
 def _require_whole(name: str, value: object, minimum: int = 1) -> None:
@@ -189,6 +189,7 @@ class StemSpec:
 
     in_channels: int
     out_channels: int
+    stride: int = STEM_STRIDE
 
 
 @dataclass(frozen=True)
@@ -232,12 +233,13 @@ class ArchSpec:
     """A whole network.
 
     Args:
-        stem_width: channels of the 3x3 stride-2 stem, a multiple of 8.
+        stem_width: channels of the 3x3 stem, a multiple of 8.
         stages: the stages, from the stem to the head.
         activation: name of the activation used throughout, one of `ACTIVATIONS`.
         head_width: channels of the 1x1 convolution after the pool, a multiple of 8.
         resolution: width and height in pixels to which images are resized for this network; None leaves that to whoever
             trains or deploys it.
+        stem_stride: stride of the stem, 1 or 2.
 
     Raises:
         ValueError: the message names the field and its value. Also raised where a group width does not divide the width
@@ -250,8 +252,12 @@ class ArchSpec:
     activation: str
     head_width: int
     resolution: int | None = None
+    stem_stride: int = STEM_STRIDE
 
     def __post_init__(self) -> None:
+        _require_whole("stem_stride", self.stem_stride)
+        if self.stem_stride not in (1, 2):
+            raise ValueError(f"stem_stride={self.stem_stride} is neither 1 nor 2")
         if self.resolution is not None:
             _require_whole("resolution", self.resolution, MIN_RESOLUTION)
         _require_channels("stem_width", self.stem_width)
@@ -269,15 +275,14 @@ class ArchSpec:
                     "that enter it"
                 )
             previous_width = stage.width
-        if self.total_stride > MAX_TOTAL_STRIDE:
-            raise ValueError(f"total stride {self.total_stride} is above {MAX_TOTAL_STRIDE}")
+        # timm's builder counts two for any stem.
+        strides = STEM_STRIDE * math.prod(stage.stride for stage in self.stages)
+        if strides > MAX_TOTAL_STRIDE:
+            raise ValueError(f"total stride {strides} is above {MAX_TOTAL_STRIDE}")
 
     @property
     def total_stride(self) -> int:
-        stride = STEM_STRIDE
-        for stage in self.stages:
-            stride *= stage.stride
-        return stride
+        return self.stem_stride * math.prod(stage.stride for stage in self.stages)
 
     @property
     def blocks(self) -> tuple[BlockSpec, ...]:
@@ -296,8 +301,8 @@ class ArchSpec:
     def walk(self, resolution: int) -> tuple[Step, ...]:
         """Stem, blocks and head in order, for images of a resolution, which the network sees at `shown(resolution)`."""
         resolution = self.shown(resolution)
-        size = strided(resolution, STEM_STRIDE)
-        steps = [Step("stem", StemSpec(IMAGE_CHANNELS, self.stem_width), resolution, size)]
+        size = strided(resolution, self.stem_stride)
+        steps = [Step("stem", StemSpec(IMAGE_CHANNELS, self.stem_width, self.stem_stride), resolution, size)]
         names = (f"stage{number}.{index}" for number, s in enumerate(self.stages, 1) for index in range(s.blocks))
         for name, block in zip(names, self.blocks, strict=True):
             in_size, size = size, strided(size, block.stride)
@@ -317,7 +322,8 @@ class ArchSpec:
     def __str__(self) -> str:
         stages = " | ".join(str(stage) for stage in self.stages)
         shown = "" if self.resolution is None else f"{self.resolution} px | "
-        return f"{shown}{self.activation} stem {self.stem_width} | {stages} | head {self.head_width}"
+        stride = "" if self.stem_stride == STEM_STRIDE else f"/{self.stem_stride}"
+        return f"{shown}{self.activation} stem {self.stem_width}{stride} | {stages} | head {self.head_width}"
 
     @classmethod
     def parse(cls, text: str) -> ArchSpec:
@@ -339,7 +345,7 @@ class ArchSpec:
             raise ValueError(
                 f"{_quoted(text.strip())} is not an architecture, such as 'silu stem 16 | 2x32/2 k3 g8 e4 | head 128'"
             )
-        activation, stem_width = _parsed(pieces[0], _STEM)
+        activation, stem_width, stem_stride = _parsed(pieces[0], _STEM, STEM_STRIDE)
         stages = []
         for number, piece in enumerate(pieces[1:-1], start=1):
             try:
@@ -347,13 +353,15 @@ class ArchSpec:
             except ValueError as error:
                 raise ValueError(f"stage {number}: {error}") from error
         (head_width,) = _parsed(pieces[-1], _HEAD)
-        return cls(int(stem_width), tuple(stages), activation, int(head_width), resolution)
+        return cls(int(stem_width), tuple(stages), activation, int(head_width), resolution, int(stem_stride))
 
     def to_dict(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self)
-        # Architectures without a resolution keep the text and the arch_id that they had before there was a choice.
+        # Without these, architectures keep the text and the arch_id that they had before there was a choice.
         if self.resolution is None:
             del fields["resolution"]
+        if self.stem_stride == STEM_STRIDE:
+            del fields["stem_stride"]
         return fields
 
     def to_json(self) -> str:
@@ -376,14 +384,7 @@ class ArchSpec:
 
     def build(self, num_classes: int) -> nn.Module:
         """The network for images (N, 3, H, W), made by timm's own builder from its own classes, freshly initialised."""
-        from timm.layers import get_act_layer
-        from timm.models._efficientnet_builder import decode_arch_def
-        from timm.models.mobilenetv3 import MobileNetV3
+        from search_spaces.timm_config import model_args
+        from search_spaces.timm_models import network
 
-        return MobileNetV3(
-            decode_arch_def(self.arch_def),
-            num_classes=num_classes,
-            stem_size=self.stem_width,
-            num_features=self.head_width,
-            act_layer=get_act_layer(self.activation),
-        )
+        return network(num_classes=num_classes, **model_args(self))

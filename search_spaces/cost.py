@@ -55,9 +55,9 @@ def block_cost(block: BlockSpec, size: int) -> Cost:
     )
 
 
-def stem_cost(stem_width: int, resolution: int) -> Cost:
-    """Cost of the 3x3 stride-2 stem on (3, resolution, resolution) images."""
-    out_size = strided(resolution, STEM_STRIDE)
+def stem_cost(stem_width: int, resolution: int, stride: int = STEM_STRIDE) -> Cost:
+    """Cost of the 3x3 stem on (3, resolution, resolution) images."""
+    out_size = strided(resolution, stride)
     return conv_norm_cost(IMAGE_CHANNELS, stem_width, STEM_KERNEL_SIZE, IMAGE_CHANNELS, out_size)
 
 
@@ -84,7 +84,7 @@ def steps_cost(steps: Iterable[Step], num_classes: int) -> Cost:
     def step_cost(step: Step) -> Cost:
         spec = step.spec
         if isinstance(spec, StemSpec):
-            return stem_cost(spec.out_channels, step.in_size)
+            return stem_cost(spec.out_channels, step.in_size, spec.stride)
         if isinstance(spec, BlockSpec):
             return block_cost(spec, step.in_size)
         return head_cost(spec.in_channels, spec.width, num_classes)

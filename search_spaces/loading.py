@@ -1,12 +1,13 @@
 """Search spaces by name: those that come with the package, rungs of the ladder, and users' own in TOML files.
 
-Schema of the TOML file, every key required but `description`; a choice may be a list or one value:
+Schema of the TOML file, every key required but `description` and `stem_stride`; a choice may be a list or one value:
 
     name = "mine"
     description = "what it is for"
     resolution = 32                    # pixels; the default for training and latency. Of a list each network has one
                                        # of its own, to which its images are resized; the total stride divides all
     stem_width = [16, 24, 32]          # multiples of 8
+    stem_stride = [1, 2]               # may be left out: 2
     head_width = 256                   # multiples of 8
     activation = ["silu", "relu"]      # of silu, relu, hard_swish, gelu
 

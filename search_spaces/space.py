@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import random
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -76,6 +77,7 @@ class SearchSpace:
 
     Args:
         resolution: choices in pixels; a single one, or one number, is no choice of the architecture's.
+        stem_stride: choices of the stem's stride.
 
     Raises:
         ValueError: a choice is impossible or a combination cannot be repaired; the message names the field.
@@ -88,6 +90,7 @@ class SearchSpace:
     head_width: tuple[int, ...]
     activation: tuple[str, ...]
     stages: tuple[StageChoices, ...]
+    stem_stride: tuple[int, ...] = (STEM_STRIDE,)
 
     def __post_init__(self) -> None:
         # A name stands in lines and file names.
@@ -101,15 +104,17 @@ class SearchSpace:
             stem_width=CHANNEL_MULTIPLE, head_width=CHANNEL_MULTIPLE, activation="relu",
             stages=(StageSpec(CHANNEL_MULTIPLE, 1, 1, 1.0, 1, 1),),
         )  # fmt: skip
-        for name in ("stem_width", "head_width", "activation"):
+        for name in ("stem_width", "head_width", "activation", "stem_stride"):
             choices = _checked_choices(name, getattr(self, name))
             for choice in choices:
                 ArchSpec(**{**harmless, name: choice})
             object.__setattr__(self, name, choices if name == "activation" else tuple(sorted(choices)))
-        total_stride = STEM_STRIDE
+        total_stride = max(self.stem_stride)
+        strides = STEM_STRIDE
         in_widths = self.stem_width
         for number, stage in enumerate(self.stages, start=1):
             total_stride *= max(stage.stride)
+            strides *= max(stage.stride)
             for in_width, width, blocks in itertools.product(in_widths, stage.width, stage.blocks):
                 if not stage.valid_group_widths(in_width, width, blocks):
                     raise ValueError(
@@ -117,8 +122,8 @@ class SearchSpace:
                         f"that enter it and its width of {width} (1 always does)"
                     )
             in_widths = stage.width
-        if total_stride > MAX_TOTAL_STRIDE:
-            raise ValueError(f"total stride {total_stride} (the stem's 2 included) is above {MAX_TOTAL_STRIDE}")
+        if strides > MAX_TOTAL_STRIDE:
+            raise ValueError(f"total stride {strides} (the stem's 2 included) is above {MAX_TOTAL_STRIDE}")
         for pixels in self.own_resolutions:
             if pixels % total_stride:
                 raise ValueError(
@@ -142,6 +147,9 @@ class SearchSpace:
         fields = dataclasses.asdict(self)
         if not self.own_resolutions:
             fields["resolution"] = self.default_resolution
+        # Studies that were begun before there was a choice do not have it.
+        if self.stem_stride == (STEM_STRIDE,):
+            del fields["stem_stride"]
         return fields
 
     @classmethod
@@ -152,7 +160,7 @@ class SearchSpace:
             ValueError: a key is wrong or missing, or a choice is impossible; the message names it.
         """
         fields = dict(data)
-        _check_keys("the space", fields, cls, optional={"description"})
+        _check_keys("the space", fields, cls, optional={"description", "stem_stride"})
         stages = fields["stages"]
         if not isinstance(stages, list | tuple) or not all(isinstance(stage, dict) for stage in stages):
             raise ValueError("stages is not a list of [[stages]] tables")
@@ -164,6 +172,8 @@ class SearchSpace:
             except ValueError as error:
                 raise ValueError(f"stage {number}: {error}") from error
         fields["stages"] = tuple(parsed)
+        for key in fields.keys() & {"stem_stride"}:
+            fields[key] = _as_tuple(fields[key])
         for key in ("resolution", "stem_width", "head_width", "activation"):
             fields[key] = _as_tuple(fields[key])
         return cls(**{"description": "", **fields})
@@ -174,6 +184,8 @@ class SearchSpace:
         """Parameter name -> its choices, such as `stage2_width` -> (32, 48, 64), in the order of the network."""
         named: dict[str, tuple[Choice, ...]] = {"resolution": self.own_resolutions} if self.own_resolutions else {}
         named |= {"activation": self.activation, "stem_width": self.stem_width}
+        if self.stem_stride != (STEM_STRIDE,):
+            named["stem_stride"] = self.stem_stride
         for number, stage in enumerate(self.stages, start=1):
             for field in dataclasses.fields(stage):
                 named[f"stage{number}_{field.name}"] = getattr(stage, field.name)
@@ -199,13 +211,15 @@ class SearchSpace:
             in_channels = stages[-1].width
         return ArchSpec(
             int(values["stem_width"]), tuple(stages), str(values["activation"]), int(values["head_width"]),
-            int(values["resolution"]) if self.own_resolutions else None,
+            int(values["resolution"]) if self.own_resolutions else None, int(values.get("stem_stride", STEM_STRIDE)),
         )  # fmt: skip
 
     def values_of(self, arch: ArchSpec) -> dict[str, Choice]:
         """The inverse of `assemble`: parameter name -> the value it has in `arch`."""
         named: dict[str, Choice] = {} if arch.resolution is None else {"resolution": arch.resolution}
         named |= {"activation": arch.activation, "stem_width": arch.stem_width}
+        if self.stem_stride != (STEM_STRIDE,):
+            named["stem_stride"] = arch.stem_stride
         for number, stage in enumerate(arch.stages, start=1):
             for field in dataclasses.fields(stage):
                 named[f"stage{number}_{field.name}"] = getattr(stage, field.name)
@@ -226,10 +240,10 @@ class SearchSpace:
                 for spec in choices.specs(stages[-1].width if stages else stem)
             ]
         resolutions: tuple[int | None, ...] = self.own_resolutions or (None,)
-        for (stem, stages), activation, head, resolution in itertools.product(
-            chains, self.activation, self.head_width, resolutions
+        for (stem, stages), activation, head, resolution, stride in itertools.product(
+            chains, self.activation, self.head_width, resolutions, self.stem_stride
         ):
-            yield ArchSpec(stem, stages, activation, head, resolution)
+            yield ArchSpec(stem, stages, activation, head, resolution, stride)
 
     def anchor(self) -> ArchSpec:
         """The middle choice of every list: the one fixed network that all latencies of a study are compared with."""
@@ -251,7 +265,8 @@ class SearchSpace:
                     groups = len(stage.valid_group_widths(in_width, width, blocks))
                     onward[width] += count * groups * len(stage.kernel_size) * len(stage.expansion) * len(stage.stride)
             ways = onward
-        return sum(ways.values()) * len(self.activation) * len(self.head_width) * len(self.resolution)
+        of_the_rest = (self.activation, self.head_width, self.resolution, self.stem_stride)
+        return sum(ways.values()) * math.prod(map(len, of_the_rest))
 
     def cost_range(self, resolution: int, num_classes: int) -> tuple[Cost, Cost]:
         """The least and the greatest params and MACs of any valid architecture, each on its own.
@@ -266,9 +281,9 @@ class SearchSpace:
     def _cost_range_at(self, resolution: int, num_classes: int) -> tuple[Cost, Cost]:
         """The cost range at one resolution; exact: dynamic programming over (channels, pixels) after each stage."""
         extremes: dict[tuple[int, int], tuple[Cost, Cost]] = {}
-        for width in self.stem_width:
-            stem = stem_cost(width, resolution)
-            extremes[width, strided(resolution, STEM_STRIDE)] = (stem, stem)
+        for width, stride in itertools.product(self.stem_width, self.stem_stride):
+            stem = stem_cost(width, resolution, stride)
+            _widen(extremes, (width, strided(resolution, stride)), stem, stem)
         for choices in self.stages:
             onward: dict[tuple[int, int], tuple[Cost, Cost]] = {}
             for (in_width, size), (low, high) in extremes.items():

@@ -14,7 +14,7 @@ import pandas as pd
 from nas.config import SearchConfig
 from nas.recorded import RecordedStudy
 from search_spaces import ArchSpec, SearchSpace
-from search_spaces.arch import STEM_STRIDE, Step
+from search_spaces.arch import Step
 from search_spaces.cost import steps_cost
 from studies import Candidate, CandidateLatency, CandidateState, LatencyStage
 
@@ -75,7 +75,7 @@ def stage_table(arch: ArchSpec, resolution: int, num_classes: int) -> str:
         return f"{step.out_size}x{step.out_size}"
 
     stem, *blocks, head = arch.walk(resolution)
-    rows = [row([stem], "stem", 1, "3x3", "full", "", arch.stem_width, STEM_STRIDE, output(stem))]
+    rows = [row([stem], "stem", 1, "3x3", "full", "", arch.stem_width, arch.stem_stride, output(stem))]
     for number, stage in enumerate(arch.stages, start=1):
         steps, blocks = blocks[: stage.blocks], blocks[stage.blocks :]
         rows.append(row(

@@ -32,7 +32,7 @@ from kernels.lab.inspect import block_statics
 from kernels.lab.results import ResultFile
 from kernels.problem import MAX_SPLITS, BlockProblem, Tiling, unsupported
 from search_spaces import SearchSpace, load_space
-from search_spaces.arch import STEM_STRIDE, BlockSpec
+from search_spaces.arch import BlockSpec
 
 BUILT_IN = ("small", "imagenet")
 # Root mean square of an error that a few roundings of the dtype explain, and that any wrong tap exceeds.
@@ -47,7 +47,7 @@ def block_specs(space: SearchSpace) -> Iterator[tuple[int, BlockSpec]]:
 
 def _blocks_at(space: SearchSpace, resolution: int) -> Iterator[tuple[int, BlockSpec]]:
     # Channels and total stride at the entry of the stage.
-    entries = {(width, STEM_STRIDE) for width in space.stem_width}
+    entries = set(product(space.stem_width, space.stem_stride))
     for stage in space.stages:
         leaving = set()
         shapes = product(stage.kernel_size, stage.group_width, stage.expansion)

@@ -21,7 +21,7 @@ from nas.config import LatencyConfig
 from nas.latency.engines import deploy, fold, ready
 from nas.latency.roofline import Block, Layer, arch_blocks, single
 from search_spaces import ArchSpec
-from search_spaces.arch import BlockSpec, StemSpec, Step
+from search_spaces.arch import STEM_STRIDE, BlockSpec, StemSpec, Step
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,9 @@ def _shape(step: Step, num_classes: int) -> dict[str, Any]:
     """The fields of a step's shape, without its input size and activation."""
     spec = step.spec
     if isinstance(spec, StemSpec):
-        return dict(kind="stem", out=spec.out_channels)
+        # Without the usual stride, so that what databases hold of stems stays theirs.
+        stride = {} if spec.stride == STEM_STRIDE else {"stride": spec.stride}
+        return dict(kind="stem", out=spec.out_channels) | stride
     if isinstance(spec, BlockSpec):
         return dict(
             kind="convfirst", into=spec.in_channels, hidden=spec.expanded_channels, out=spec.out_channels,

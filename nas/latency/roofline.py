@@ -234,14 +234,15 @@ def everything_else(name: str = "everything else") -> Block:
 
 
 def stem_block(
-    name: str, batch: int, height: int, width: int, in_channels: int, out_channels: int, itemsize: int
-) -> Block:
-    """The block of the 3x3 stride-2 stem of (batch, in_channels, height, width)."""
+    name: str, batch: int, height: int, width: int, in_channels: int, out_channels: int, itemsize: int,
+    stride: int = STEM_STRIDE,
+) -> Block:  # fmt: skip
+    """The block of the 3x3 stem of (batch, in_channels, height, width)."""
     return chain(
         name,
         "stem",
         [conv_layer(
-            "conv", batch, height, width, in_channels, out_channels, STEM_KERNEL_SIZE, in_channels, STEM_STRIDE,
+            "conv", batch, height, width, in_channels, out_channels, STEM_KERNEL_SIZE, in_channels, stride,
             itemsize,
         )],
     )  # fmt: skip
@@ -289,7 +290,7 @@ def arch_blocks(arch: ArchSpec, batch: int, resolution: int, num_classes: int, i
     def block(step: Step) -> Block:
         spec, size = step.spec, step.in_size
         if isinstance(spec, StemSpec):
-            return stem_block(step.name, batch, size, size, spec.in_channels, spec.out_channels, itemsize)
+            return stem_block(step.name, batch, size, size, spec.in_channels, spec.out_channels, itemsize, spec.stride)
         if isinstance(spec, BlockSpec):
             return convfirst_block(
                 step.name, batch, size, size, spec.in_channels, spec.expanded_channels, spec.out_channels,

@@ -16,7 +16,7 @@ ARCH = ArchSpec(stem_width=16, stages=(STAGE,), activation="silu", head_width=64
 
 # Another valid value of every field.
 OTHER_STAGE = dict(width=32, kernel_size=7, group_width=1, expansion=3.0, blocks=1, stride=1)
-OTHER_ARCH = dict(stem_width=24, stages=(STAGE, STAGE), activation="gelu", head_width=128, resolution=64)
+OTHER_ARCH = dict(stem_width=24, stages=(STAGE, STAGE), activation="gelu", head_width=128, resolution=64, stem_stride=1)
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(StageSpec)])
@@ -48,6 +48,17 @@ def test_a_network_sees_images_at_its_own_resolution() -> None:
     for wrong in ("4 px | ", "x px | ", "64px | ", "64 px 32 px | "):
         with pytest.raises(ValueError, match=r"resolution|is not a stem|is not an architecture"):
             ArchSpec.parse(f"{wrong}{ARCH}")
+
+
+def test_a_stem_without_stride_leaves_a_map_twice_as_wide() -> None:
+    fine = dataclasses.replace(ARCH, stem_stride=1)
+    assert fine.total_stride == ARCH.total_stride // 2
+    assert [step.out_size for step in fine.walk(32)[:-1]] == [step.out_size for step in ARCH.walk(64)[:-1]]
+    assert str(fine) == str(ARCH).replace("stem 16", "stem 16/1")
+    assert "stem_stride" not in ARCH.to_dict()
+    assert ArchSpec.parse(str(ARCH).replace("stem 16", "stem 16/2")) == ARCH
+    x = torch.randn(1, 3, 16, 16)
+    assert fine.build(5).eval().conv_stem(x).shape[-1] == 16
 
 
 def test_arch_id_is_the_same_on_every_machine_and_in_every_version() -> None:

@@ -17,11 +17,12 @@ def enumerated(space: SearchSpace) -> set[ArchSpec]:
         list(itertools.product(s.width, s.kernel_size, s.group_width, s.expansion, s.blocks, s.stride))
         for s in space.stages
     ]
-    whole = itertools.product(space.stem_width, space.activation, space.head_width, space.own_resolutions or (None,))
-    for stem, activation, head, resolution in whole:
+    resolutions = space.own_resolutions or (None,)
+    whole = itertools.product(space.stem_width, space.activation, space.head_width, resolutions, space.stem_stride)
+    for stem, activation, head, *rest in whole:
         for stages in itertools.product(*per_stage):
             try:
-                found.add(ArchSpec(stem, tuple(StageSpec(*stage) for stage in stages), activation, head, resolution))
+                found.add(ArchSpec(stem, tuple(StageSpec(*stage) for stage in stages), activation, head, *rest))
             except ValueError:
                 continue
     return found
@@ -37,7 +38,9 @@ def two_resolutions() -> SearchSpace:
 
 
 @pytest.mark.parametrize(
-    "space", [make_tiny_space(), two_stage_space(), two_resolutions()], ids=["one-stage", "two-stage", "resolutions"]
+    "space",
+    [make_tiny_space(), two_stage_space(), two_resolutions(), make_tiny_space(stem_stride=(1, 2))],
+    ids=["one-stage", "two-stage", "resolutions", "stem strides"],
 )
 def test_size_and_cost_range_equal_brute_force(space: SearchSpace) -> None:
     everything = enumerated(space)
@@ -75,6 +78,20 @@ def test_of_several_resolutions_each_network_has_its_own(tmp_path: Path) -> None
     assert single.own_resolutions == ()
     assert "resolution" not in single.choices()
     assert single.anchor().resolution is None
+
+
+def test_the_stems_stride_may_be_a_choice(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text(TINY_TOML.replace("head_width", "stem_stride = [2, 1]\nhead_width"))
+    space = load_space(str(path))
+    assert space.stem_stride == (1, 2)
+    rng = random.Random(0)
+    drawn = [space.sample(rng) for _ in range(20)]
+    assert {arch.stem_stride for arch in drawn} == {1, 2}
+    assert all(space.assemble(space.values_of(arch)) == arch for arch in drawn)
+    assert SearchSpace.from_dict(space.to_dict()) == space
+    assert "stem_stride" not in make_tiny_space().to_dict()
+    assert "stem_stride" not in make_tiny_space().choices()
 
 
 @pytest.mark.parametrize("name", builtin_spaces())
@@ -142,6 +159,7 @@ def test_a_users_own_space(tmp_path: Path) -> None:
         ("kernel_size", "kernel", "stage 1: unknown key 'kernel'"),
         ("kernel_size = [3, 5]", "kernel_size = [3, 4]", "kernel_size=4 is not odd"),
         ("stem_width = [8, 16]", "stem_width = [8, 12]", "stem_width=12"),
+        ("stem_width = [8, 16]", "stem_width = [8]\nstem_stride = [1, 3]", "stem_stride=3 is neither 1 nor 2"),
         ("stem_width = [8, 16]", "stem_width = []", "stem_width=.. holds no choice"),
         ("stem_width = [8, 16]", "stem_width = [8, 8]", "names a choice twice"),
         ("stem_width = [8, 16]", "stem_width = {min = 8, max = 16}", "stem_width={.* is neither a number nor a name"),

@@ -35,7 +35,8 @@ def drawn(space: SearchSpace, count: int) -> list[ArchSpec]:
 
 
 def all_spaces() -> list[SearchSpace]:
-    return [make_tiny_space(), *(load_space(name) for name in builtin_spaces())]
+    without_stride = make_tiny_space(name="no stride in the stem", stem_stride=(1,))
+    return [make_tiny_space(), without_stride, *(load_space(name) for name in builtin_spaces())]
 
 
 ARCHS = [
