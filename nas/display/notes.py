@@ -36,9 +36,11 @@ def duration(seconds: float) -> str:
 
 def deployment_line(row: Mapping[str, Any] | pd.Series) -> str:
     """The deployment of a row of `pareto_front`, in words."""
+    own = ArchSpec.from_json(row["arch"]).resolution is not None
+    shown = "each network at its own resolution" if own else f"{row['resolution']}x{row['resolution']}"
     return (
-        f"{row['device_name']}, {row['engine']}, {row['dtype']}, batch {row['batch_size']}, "
-        f"{row['resolution']}x{row['resolution']}, {row['threads']} thread(s)"
+        f"{row['device_name']}, {row['engine']}, {row['dtype']}, batch {row['batch_size']}, {shown}, "
+        f"{row['threads']} thread(s)"
     )
 
 

@@ -73,7 +73,9 @@ class Material:
     @property
     def deployment(self) -> str:
         """The study's own deployment in words."""
-        return deployment_line({"device_name": self.recorded.device.name, **self.recorded.deployment.as_columns()})
+        recorded = self.recorded
+        columns = {"device_name": recorded.device.name, "arch": recorded.row.anchor}
+        return deployment_line({**columns, **recorded.deployment.as_columns()})
 
     @property
     def complete(self) -> int:

@@ -81,6 +81,9 @@ class RealEvaluator:
         data = found[self.config.space.anchor().shown(self.config.data.resolution)]
         self.data_fingerprint = data.fingerprint
         self.notes = (*data.notes, data.summary)
+        if len(found) > 1:
+            sizes = ", ".join(map(str, found))
+            self.notes += (f"each network is shown them at its own resolution, one of {sizes} pixels",)
 
     def data_for(self, arch: ArchSpec) -> DataSource:
         """The images at the resolution at which a network sees them."""

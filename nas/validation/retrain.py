@@ -87,6 +87,9 @@ class _Run:
         self.fingerprint = ""
 
     def _check(self, data: ImageData) -> None:
+        # At all resolutions the images are the same; the anchor's, which come first, stand for them.
+        if data.train_images.shape[-1] != self.anchor_resolution:
+            return
         self.fingerprint = data.fingerprint
         if self.is_own:
             self.recorded.check_images(self.data.source, data.fingerprint)
