@@ -17,14 +17,14 @@ from search_spaces import load_space
 from tests.conftest import TINY_TOML
 
 
-@pytest.mark.parametrize("name", ["small", "imagenet"])
+@pytest.mark.parametrize("name", ["small", "imagenet", "rung6@32,48,64", "rung11@224"])
 def test_every_block_that_is_sampled_is_among_those_swept(name: str) -> None:
     space = load_space(name)
     specs = set(kernel_sweep.block_specs(space))
     rng = random.Random(0)
     for _ in range(50):
         arch = space.sample(rng)
-        size = space.default_resolution // 2
+        size = arch.shown(space.default_resolution) // 2
         for block in arch.blocks:
             assert (size, block) in specs
             size = -(-size // block.stride)
