@@ -92,5 +92,5 @@ def chosen_space(images: Mapping[str, Any], deployment: Mapping[str, Any], limit
         return auto_space.for_images(known.images or USUAL_IMAGES, classes, resolutions)
     fields = {"resolution": middle(resolutions), "num_classes": classes, **deployment}
     with auto_space.timer(made(LatencyConfig, fields), note) as time:
-        note(f"timing networks of several sizes, to choose a space for --max-latency-ms {limit_ms:g}")
+        say(f"timing networks of several sizes, to choose a space for --max-latency-ms {limit_ms:g}")
         return auto_space.for_limit(time, resolutions, limit_ms)

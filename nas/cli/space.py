@@ -61,6 +61,7 @@ def space(
         from search_spaces import load_space
 
         shown = given(Shown, context)
+        counted = made(Shown, {key: value for key, value in shown.items() if key != "latency"})
         if name == AUTO:
             choice = _chosen(shown)
             found = choice.space
@@ -71,7 +72,6 @@ def space(
                 found = load_space(name)
             except ValueError as error:
                 raise UsageError(f"space {error}") from error
-        counted = made(Shown, {key: value for key, value in shown.items() if key != "latency"})
         pixels, classes = counted.resolution or found.default_resolution, counted.classes or 10
         table = Table("parameter", "choices", title=f"{found.name}: {found.description}", title_justify="left")
         for parameter, choices in found.choices().items():
