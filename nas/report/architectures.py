@@ -12,6 +12,7 @@ import pandas as pd
 from nas import pareto
 from nas.display.charts import INK, plain_texts
 from search_spaces import ArchSpec, StageSpec
+from search_spaces.arch import STEM_STRIDE
 
 # The letters are small, so the page shows the figure at half of its pixels.
 DPI = 200
@@ -103,9 +104,18 @@ def _rows(archs: Sequence[ArchSpec]) -> list[tuple[str, list[_Cell | None]]]:
     widest = max(max(arch.stem_width, *(stage.width for stage in arch.stages)) for arch in archs)
     widest_head = max(arch.head_width for arch in archs)
     rows: list[tuple[str, list[_Cell | None]]] = [
-        ("activation", [_Cell(0, 0, "", (arch.activation,)) for arch in archs]),
-        ("stem", [_Cell(arch.stem_width / widest, 1, ENDS_COLOUR, (str(arch.stem_width),)) for arch in archs]),
+        ("activation", [_Cell(0, 0, "", (arch.activation,)) for arch in archs])
     ]
+    if any(arch.resolution for arch in archs):
+        rows.insert(0, ("resolution", [_Cell(0, 0, "", (f"{arch.resolution} px",)) for arch in archs]))
+    finest = min(arch.stem_stride for arch in archs)
+    stems = [
+        f"{arch.stem_width}/{arch.stem_stride}" if finest < STEM_STRIDE else str(arch.stem_width) for arch in archs
+    ]
+    rows.append((
+        "stem",
+        [_Cell(arch.stem_width / widest, 1, ENDS_COLOUR, (stem,)) for arch, stem in zip(archs, stems, strict=True)],
+    ))  # fmt: skip
     for index in range(max(len(arch.stages) for arch in archs)):
         stages = [arch.stages[index] if index < len(arch.stages) else None for arch in archs]
         strides = {stage.stride for stage in stages if stage}
