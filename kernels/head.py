@@ -1,5 +1,7 @@
 """The head in two or three launches: global average pool, 1x1 convolution, bias, activation; then the classifier.
 
+A head without that convolution takes one launch less.
+
 Small batches take two launches: each program pools one image for itself and multiplies the mean with some rows of the
 weights. With large batches every program would read the map again, so a launch of its own pools first, and the products
 run on tensor cores.
@@ -35,7 +37,7 @@ class HeadProblem:
 
     Args:
         batch, pixels, in_channels: the input's sizes; `pixels` are those of one image.
-        features, classes: outputs of the 1x1 convolution and of the classifier.
+        features, classes: outputs of the 1x1 convolution (0 if there is none) and of the classifier.
         activation: name of the activation between the 1x1 convolution and the classifier.
         dtype: data type of input, weights and output.
     """
@@ -70,9 +72,8 @@ class HeadTiling:
 
 def unsupported(problem: HeadProblem) -> str | None:
     """The reason why the fused head does not compute this problem, with name and value; None if it does."""
-    return first_unsupported_field(
-        problem, ("batch", "pixels", "classes"), ("in_channels", "features"), (*ACTIVATIONS, "none")
-    )
+    channels = ("in_channels", "features") if problem.features else ("in_channels",)
+    return first_unsupported_field(problem, ("batch", "pixels", "classes"), channels, (*ACTIVATIONS, "none"))
 
 
 def tilings(problem: HeadProblem, gpu: GpuSpec = H200) -> list[HeadTiling]:
@@ -91,7 +92,8 @@ def pack(layers: Sequence[Tensor], problem: HeadProblem) -> list[Tensor]:
     """Pack both products' weights, (padded outputs, padded inputs), and float32 biases, in turns.
 
     Args:
-        layers: weight (F, C) or (F, C, 1, 1) and bias (F,) of the 1x1 convolution, (L, F) and (L,) of the classifier.
+        layers: weight (F, C) or (F, C, 1, 1) and bias (F,) of the 1x1 convolution, if there is one, (L, F) and (L,) of
+            the classifier.
     """
     packed = []
     for weight, bias in zip(layers[::2], layers[1::2], strict=True):
@@ -193,15 +195,17 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor, outputs: int, activation: st
 
 def launch(x: Tensor, weights: Sequence[Tensor], problem: HeadProblem, tiling: HeadTiling) -> Tensor:
     """Run the head; x (N, C, H, W) is channels_last, the output (N, L)."""
-    expand, expand_bias, classify, classify_bias = weights
+    # The product of the pooled pixel: with the convolution, or with the classifier where there is none.
+    expand, expand_bias, *classify = weights
+    outputs, activation = (problem.features, problem.activation) if classify else (problem.classes, "none")
     wide = x.numel() >= WIDE_ELEMENTS
     # A compile-time constant, as the interpreter takes no other loop bounds.
     pixel_steps = ceil(problem.pixels / POOL_PIXELS)
     if tiling.pools:
-        features = torch.empty((problem.batch, problem.features), dtype=x.dtype, device=x.device)
-        pool_linear_kernel[(problem.batch, ceil(problem.features / tiling.block_n))](
+        features = torch.empty((problem.batch, outputs), dtype=x.dtype, device=x.device)
+        pool_linear_kernel[(problem.batch, ceil(outputs / tiling.block_n))](
             x, expand, expand_bias, features, problem.pixels,
-            problem.in_channels, expand.shape[1], problem.features, problem.activation,
+            problem.in_channels, expand.shape[1], outputs, activation,
             tiling.block_n, POOL_CHANNELS, POOL_PIXELS, pixel_steps, wide, num_warps=tiling.num_warps,
         )  # fmt: skip
     else:
@@ -209,5 +213,7 @@ def launch(x: Tensor, weights: Sequence[Tensor], problem: HeadProblem, tiling: H
         pool_kernel[(problem.batch, ceil(problem.in_channels / POOL_CHANNELS))](
             x, pooled, problem.pixels, problem.in_channels, POOL_CHANNELS, POOL_PIXELS, pixel_steps, wide, num_warps=4
         )
-        features = linear(pooled, expand, expand_bias, problem.features, problem.activation, tiling)
-    return linear(features, classify, classify_bias, problem.classes, "none", tiling)
+        features = linear(pooled, expand, expand_bias, outputs, activation, tiling)
+    if not classify:
+        return features
+    return linear(features, classify[0], classify[1], problem.classes, "none", tiling)

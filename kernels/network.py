@@ -175,7 +175,7 @@ class FusedStem(_Fused):
 
 
 class FusedHead(_Fused):
-    """Pool, 1x1 convolution, activation and classifier (`kernels.head`)."""
+    """Pool, 1x1 convolution and activation if there are any, and classifier (`kernels.head`)."""
 
     kernel = ops.HEAD
 
@@ -315,7 +315,11 @@ class _Fuser:
         act = next((name for name in acts if name != "none"), "none")
         classifier = model.classifier
         bias = classifier.bias if classifier.bias is not None else classifier.weight.new_zeros(classifier.out_features)
-        layers = [*_conv(model.conv_head, "conv_head", 1), classifier.weight.detach(), bias.detach()]
+        layers = [classifier.weight.detach(), bias.detach()]
+        if not isinstance(model.conv_head, nn.Identity):
+            layers = [*_conv(model.conv_head, "conv_head", 1), *layers]
+        elif act != "none":
+            raise NotFused(f"act2={model.act2} follows no 1x1 convolution")
         return FusedHead(self._cast(*layers), act)
 
     def block(self, block: nn.Module) -> nn.Module:

@@ -38,10 +38,11 @@ def _stem_layers(x: Tensor, layers: Sequence[Tensor], problem: StemProblem) -> T
 
 
 def _head_layers(x: Tensor, layers: Sequence[Tensor], problem: HeadProblem) -> Tensor:
-    weight, bias, classify, classify_bias = layers
-    pooled = F.adaptive_avg_pool2d(x, 1)
-    features = ACTIVATE[problem.activation](F.conv2d(pooled, weight, bias)).flatten(1)
-    return F.linear(features, classify, classify_bias)
+    classify, classify_bias = layers[-2:]
+    features = F.adaptive_avg_pool2d(x, 1)
+    if problem.features:
+        features = ACTIVATE[problem.activation](F.conv2d(features, layers[0], layers[1]))
+    return F.linear(features.flatten(1), classify, classify_bias)
 
 
 def _mbconv_layers(x: Tensor, layers: Sequence[Tensor], problem: MBConvProblem) -> Tensor:
@@ -122,9 +123,8 @@ def stem_problem(
 
 def head_problem(shape: Sequence[int], dtype: torch.dtype, layers: Sequence[Tensor], activation: str) -> HeadProblem:
     batch, channels, height, width = map(int, shape)
-    return HeadProblem(
-        batch, height * width, channels, layers[0].shape[0], layers[2].shape[0], activation, dtype_name(dtype)
-    )
+    features = layers[0].shape[0] if len(layers) > 2 else 0
+    return HeadProblem(batch, height * width, channels, features, layers[-2].shape[0], activation, dtype_name(dtype))
 
 
 # -- Operators -------------------------------------------------------------------------------------------------------
@@ -228,4 +228,4 @@ def head_layers(x: Tensor, weights: Sequence[Tensor], layers: Sequence[Tensor], 
 
 @head_layers.register_fake
 def _(x, weights, layers, activation):  # type: ignore[no-untyped-def]
-    return x.new_empty((x.shape[0], layers[2].shape[0]))
+    return x.new_empty((x.shape[0], layers[-2].shape[0]))

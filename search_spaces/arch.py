@@ -2,7 +2,7 @@
 
     stem 3x3 conv, stride 2 or 1
     stages of ConvFirst blocks: grouped k x k conv -> 1x1 expand -> activation -> 1x1 project (+ residual)
-    head: global pool -> 1x1 conv -> activation -> classifier
+    head: global pool -> 1x1 conv -> activation -> classifier, or global pool -> classifier
 
 An architecture may have a resolution of its own, to which the images that it is given are resized.
 
@@ -194,7 +194,7 @@ class StemSpec:
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """The head inside a network, without its classifier's size; `ArchSpec.walk` derives it."""
+    """The head inside a network, without its classifier's size; `ArchSpec.walk` derives it. Width 0 is no 1x1 conv."""
 
     in_channels: int
     width: int
@@ -236,7 +236,7 @@ class ArchSpec:
         stem_width: channels of the 3x3 stem, a multiple of 8.
         stages: the stages, from the stem to the head.
         activation: name of the activation used throughout, one of `ACTIVATIONS`.
-        head_width: channels of the 1x1 convolution after the pool, a multiple of 8.
+        head_width: channels of the 1x1 convolution after the pool, a multiple of 8; 0 for none, and no activation.
         resolution: width and height in pixels to which images are resized for this network; None leaves that to whoever
             trains or deploys it.
         stem_stride: stride of the stem, 1 or 2.
@@ -261,7 +261,9 @@ class ArchSpec:
         if self.resolution is not None:
             _require_whole("resolution", self.resolution, MIN_RESOLUTION)
         _require_channels("stem_width", self.stem_width)
-        _require_channels("head_width", self.head_width)
+        # Not False, which would be equal to 0, but give another arch_id.
+        if self.head_width or isinstance(self.head_width, bool):
+            _require_channels("head_width", self.head_width)
         if self.activation not in ACTIVATIONS:
             raise ValueError(f"activation={self.activation!r} is none of {', '.join(ACTIVATIONS)}")
         object.__setattr__(self, "stages", tuple(self.stages))

@@ -73,7 +73,9 @@ def stage_cost(in_channels: int, stage: StageSpec, size: int) -> Cost:
 
 
 def head_cost(in_channels: int, head_width: int, num_classes: int) -> Cost:
-    """Cost of the 1x1 convolution with bias on the pooled pixel, and of the classifier with bias."""
+    """Cost of the 1x1 convolution with bias on the pooled pixel, if there is one, and of the classifier with bias."""
+    if not head_width:
+        return Cost(params=(in_channels + 1) * num_classes, macs=in_channels * num_classes)
     weights = in_channels * head_width + head_width * num_classes
     return Cost(params=weights + head_width + num_classes, macs=weights)
 

@@ -8,7 +8,7 @@ Schema of the TOML file, every key required but `description` and `stem_stride`;
                                        # of its own, to which its images are resized; the total stride divides all
     stem_width = [16, 24, 32]          # multiples of 8
     stem_stride = [1, 2]               # may be left out: 2
-    head_width = 256                   # multiples of 8
+    head_width = 256                   # multiples of 8; 0 for a classifier right after the pool
     activation = ["silu", "relu"]      # of silu, relu, hard_swish, gelu
 
     [[stages]]                         # one table a stage, from the stem to the head

@@ -22,21 +22,26 @@ def network(
     Args:
         arch_def: arch strings of each stage, such as `uir_r2_a3_k0_s2_e4_c64_gs8`.
         stem_size: channels of the stem.
-        num_features: channels of the 1x1 convolution after the pool.
+        num_features: channels of the 1x1 convolution after the pool; 0 for none, and no activation.
         act_layer: one of timm's names of activations.
         stem_stride: stride of the stem; timm's own is always 2.
         kwargs: further arguments of timm's MobileNetV3: `num_classes`, `in_chans`, `drop_path_rate`, ...
     """
     # The builder takes activations by name, and the rest of the network does not.
-    model = MobileNetV3(
-        decode_arch_def(arch_def), stem_size=stem_size, num_features=num_features, act_layer=get_act_layer(act_layer),
-        **kwargs,
+    model: Any = MobileNetV3(
+        decode_arch_def(arch_def), stem_size=stem_size, num_features=num_features or 8,
+        act_layer=get_act_layer(act_layer), **kwargs,
     )  # fmt: skip
+    if not num_features:
+        model.conv_head, model.act2 = nn.Identity(), nn.Identity()
+        model.head_hidden_size = model.num_features
+        model.reset_classifier(model.num_classes, model.global_pool.pool_type)
     if stem_stride == 1:
         model.conv_stem.stride = (1, 1)
         for features in model.feature_info:
             features["reduction"] //= 2
-    return model
+    made: nn.Module = model
+    return made
 
 
 def build(

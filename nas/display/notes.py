@@ -84,7 +84,8 @@ def stage_table(arch: ArchSpec, resolution: int, num_classes: int) -> str:
             steps, number, stage.blocks, f"{stage.kernel_size}x{stage.kernel_size}", stage.group_width,
             f"{stage.expansion:g}", stage.width, stage.stride, output(steps[-1]),
         ))  # fmt: skip
-    rows.append(row([head], "head", 1, "1x1", "full", "", arch.head_width, "", f"{num_classes} classes"))
+    conv = ("1x1", "full", "", arch.head_width) if arch.head_width else ("", "", "", "none")
+    rows.append(row([head], "head", 1, *conv, "", f"{num_classes} classes"))
     return markdown_table(HEADERS, rows)
 
 

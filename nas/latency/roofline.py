@@ -271,11 +271,15 @@ def head_block(
 ) -> Block:
     """The head of (batch, in_channels, height, width): global pool, 1x1 convolution on the pooled pixel, classifier.
 
+    A width of 0 stands for no convolution.
+
     The pool has no MACs: its additions are not counted.
     """
     _require_whole(1, batch=batch, height=height, width=width, in_channels=in_channels, itemsize=itemsize)
     pooled_bytes = itemsize * batch * in_channels
     pool = Layer("pool", 0, height * width * pooled_bytes, 0, pooled_bytes)
+    if not head_width:
+        return chain(name, "head", [pool, linear_layer("classifier", batch, in_channels, num_classes, itemsize)])
     conv = linear_layer("conv_head", batch, in_channels, head_width, itemsize)
     classifier = linear_layer("classifier", batch, head_width, num_classes, itemsize)
     return chain(name, "head", [pool, conv, classifier])

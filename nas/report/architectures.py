@@ -102,7 +102,7 @@ def _rows(archs: Sequence[ArchSpec]) -> list[tuple[str, list[_Cell | None]]]:
     """A row for the stem, each stage and the head: its name, and a cell for each network that has it."""
     colours = _kernel_colours(archs)
     widest = max(max(arch.stem_width, *(stage.width for stage in arch.stages)) for arch in archs)
-    widest_head = max(arch.head_width for arch in archs)
+    widest_head = max(1, *(arch.head_width for arch in archs))
     rows: list[tuple[str, list[_Cell | None]]] = [
         ("activation", [_Cell(0, 0, "", (arch.activation,)) for arch in archs])
     ]
@@ -129,7 +129,7 @@ def _rows(archs: Sequence[ArchSpec]) -> list[tuple[str, list[_Cell | None]]]:
                 for stage in stages
             ],
         ))  # fmt: skip
-    heads = [_Cell(arch.head_width / widest_head, 1, ENDS_COLOUR, (str(arch.head_width),)) for arch in archs]
+    heads = [_Cell(arch.head_width / widest_head, 1, ENDS_COLOUR, (str(arch.head_width or "none"),)) for arch in archs]
     return [*rows, ("head\n(own scale)", [*heads])]
 
 

@@ -86,14 +86,17 @@ HEAD = HeadProblem(3, 49, 72, 136, 10, "silu", "float16")
         replace(HEAD, dtype="bfloat16", activation="relu", classes=9, batch=1),
         replace(HEAD, activation="hard_swish", pixels=33, batch=17, classes=130),
         replace(HEAD, activation="none", in_channels=8, features=8),
+        replace(HEAD, activation="none", features=0),
+        replace(HEAD, activation="none", features=0, batch=17, classes=130, dtype="bfloat16"),
     ],
     ids=str,
 )
 def test_head(problem: HeadProblem, pools: bool, kernel_device: torch.device, poisoned: None) -> None:
-    layers = [
-        draw(problem.features, problem.in_channels, 1, 1, fan_in=problem.in_channels), draw(problem.features, seed=1),
-        draw(problem.classes, problem.features, fan_in=problem.features, seed=2), draw(problem.classes, seed=3),
-    ]  # fmt: skip
+    inputs, layers = problem.in_channels, []
+    if problem.features:
+        layers = [draw(problem.features, inputs, 1, 1, fan_in=inputs), draw(problem.features, seed=1)]
+        inputs = problem.features
+    layers += [draw(problem.classes, inputs, fan_in=inputs, seed=2), draw(problem.classes, seed=3)]
     shape = (problem.batch, problem.in_channels, problem.pixels, 1)
     assert head.unsupported(problem) is None
     assert head.tilings(problem)

@@ -61,6 +61,17 @@ def test_a_stem_without_stride_leaves_a_map_twice_as_wide() -> None:
     assert fine.build(5).eval().conv_stem(x).shape[-1] == 16
 
 
+def test_a_head_may_be_a_classifier_alone() -> None:
+    short = dataclasses.replace(ARCH, head_width=0)
+    assert str(short).endswith("| head 0")
+    assert ArchSpec.parse(str(short)) == short
+    network = short.build(5).eval()
+    assert network(torch.randn(1, 3, 16, 16)).shape == (1, 5)
+    for wrong in (False, -8, 4):
+        with pytest.raises(ValueError, match="head_width"):
+            dataclasses.replace(ARCH, head_width=wrong)
+
+
 def test_arch_id_is_the_same_on_every_machine_and_in_every_version() -> None:
     assert ARCH.arch_id == "ada6eb962fa0"
 
@@ -200,7 +211,7 @@ def test_impossible_stages_are_refused_by_name(field: str, value: object, messag
     ("changes", "message"),
     [
         (dict(stem_width=20), "stem_width=20"),
-        (dict(head_width=0), "head_width=0"),
+        (dict(head_width=-8), "head_width=-8"),
         (dict(activation="tanh"), "activation='tanh'"),
         (dict(stages=()), "stages"),
         (dict(stages=(dataclasses.replace(STAGE, stride=2),) * 5), "total stride 64"),

@@ -39,7 +39,7 @@ def two_resolutions() -> SearchSpace:
 
 @pytest.mark.parametrize(
     "space",
-    [make_tiny_space(), two_stage_space(), two_resolutions(), make_tiny_space(stem_stride=(1, 2))],
+    [make_tiny_space(), two_stage_space(), two_resolutions(), make_tiny_space(stem_stride=(1, 2), head_width=(0, 16))],
     ids=["one-stage", "two-stage", "resolutions", "stem strides"],
 )
 def test_size_and_cost_range_equal_brute_force(space: SearchSpace) -> None:
