@@ -47,9 +47,8 @@ BLOCKS, BLOCKS_MACS, DEPTH_EXPONENT = 6, 13e6, 0.25
 # Shares of the blocks by stage, for each number of stages.
 SHARES = {1: (1,), 2: (1, 2), 3: (1, 2, 2), 4: (1, 2, 4, 2)}
 WIDTH_FACTORS = (0.625, 0.8, 1.0, 1.25, 1.6)
-HEAD_FACTORS = (0.5, 1.0, 1.5)
-# The head's width over the last stage's, and its greatest and least middle: EfficientNet-B0 has 1280, and so many
-# channels on a single pixel cost little time.
+# The head's width over the last stage's, and its limits: EfficientNet-B0 has 1280. The other choice is a head without
+# its 1x1 convolution, as in ResNet and RegNet.
 HEAD_EXPANSION, LEAST_HEAD, MOST_HEAD = 4, 128, 1280
 KERNEL_SIZES = (3, 5, 7)
 GROUP_WIDTHS = (1, 8, 16, 32)
@@ -60,7 +59,7 @@ TOLERANCE = 1.25
 # and how much a stage that is off the doubling counts beside a cost that is off.
 FINENESS = 1.01
 NEAR = (0.8, 0.9, 1.0, 1.1, 1.25)
-BENDING = 0.25
+BENDING = 0.5
 CLASSES = 10
 
 
@@ -162,7 +161,7 @@ def _space(name: str, resolutions: tuple[int, ...], rung: float, widths: tuple[i
         resolution=resolutions,
         # What has more pixels has fewer channels.
         stem_width=_around(_rounded(widths[0] / strides[0])),
-        head_width=tuple(sorted({_rounded(factor * head) for factor in HEAD_FACTORS})),
+        head_width=(0, _rounded(head)),
         activation=ACTIVATIONS,
         stages=tuple(stages),
     )
@@ -175,7 +174,8 @@ def _stage(width: int, blocks: int, stride: int) -> StageChoices:
     return StageChoices(
         width=widths,
         kernel_size=KERNEL_SIZES,
-        group_width=tuple(group for group in GROUP_WIDTHS if group <= widths[0]),
+        # A group of all channels is a full convolution.
+        group_width=tuple(group for group in GROUP_WIDTHS if group == 1 or 2 * group <= widths[0]),
         expansion=EXPANSIONS,
         blocks=tuple(range(blocks - spread, blocks + spread + 1)),
         stride=(stride,),

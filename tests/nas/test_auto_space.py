@@ -68,11 +68,11 @@ def test_where_all_networks_of_some_rungs_take_as_long_higher_ones_are_found() -
 
 
 def test_a_limit_below_the_fastest_network_is_refused() -> None:
-    with pytest.raises(UsageError, match=r"--max-latency-ms 1e-06: the fastest network of the lowest rung .rung0.5@32"):
+    with pytest.raises(UsageError, match=r"--max-latency-ms 1e-06: the fastest network of the lowest rung .rung0@32"):
         for_limit(timer(), (32,), 1e-6)
     # Between the fastest and the middle of the lowest rung, it is the lowest.
     found = for_limit(timer(), (32,), 0.0125)
-    assert found.space == ladder_space(32, 0.5)
+    assert found.space == ladder_space(32, 0)
     assert "the ladder ends with this rung" in found.reason
 
 

@@ -34,14 +34,14 @@ def test_the_middle_of_each_rung_costs_two_and_a_half_times_that_of_the_one_belo
     macs = [anchor_macs(ladder_space(resolution, rung)) for rung in RUNGS if rung >= lowest]
     # Four steps make a factor of 2.5. The lowest rungs consist of the narrowest networks, whose costs jump.
     for number, (below, above) in enumerate(zip(macs, macs[4:], strict=False)):
-        assert (1.7, 2.1)[number >= 8] < above / below < (3.5, 3)[number >= 8]
+        assert (1.7, 2.1)[number >= 8] < above / below < (3.2, 2.9)[number >= 8]
     for below, above in pairwise(macs[8:]):
         assert 1.1 < above / below < 1.45
     assert macs[-1] == pytest.approx(10e9, rel=0.05)
 
 
 def test_the_ladder_reaches_from_microcontrollers_to_ten_billions() -> None:
-    assert anchor_macs(ladder_space(32, 0.5)) < 1e6
+    assert anchor_macs(ladder_space(32, 0)) < 0.5e6
     assert anchor_macs(ladder_space(16, 0)) < 1e6
     assert rung_macs(TOP_RUNG) == 10e9
     assert rung_macs(3) == pytest.approx(rung_macs(2) * GROWTH)
@@ -114,7 +114,7 @@ def test_rungs_have_names_and_may_stand_in_files(tmp_path: Path) -> None:
         ("rung5@512", "resolution=512 is not between 16 and 256"),
         ("rung5.1@32", "rung=5.1 is not a multiple of 0.25 between 0 and 11"),
         ("rung12@32", "rung=12 is not a multiple"),
-        ("rung0@224", r"rung=0 does not exist at 224 pixels, where 3\.\d+ is the next"),
+        ("rung0@224", r"rung=0 does not exist at 224 pixels, where 2\.75 is the next"),
         ("rung5@32,36", r"resolution=\[32, 36\]: the total stride of 8 does not divide 36"),
         ("rung5", "neither a built-in space .*, nor a rung such as rung5@32, nor a TOML file"),
         ("rung5@32,", "neither a built-in space"),
