@@ -19,7 +19,7 @@ from kernels.lab.emulator import emulated
 from kernels.network import FusedBlock, FusedNetwork, moved_bytes
 from kernels.problem import BlockProblem
 from kernels.timing import peak_memory_bytes
-from search_spaces import load_space
+from search_spaces import ArchSpec, load_space
 from tests.conftest import INTERPRETED
 from tests.kernels.cases import make_operands
 
@@ -85,6 +85,17 @@ def test_networks_of_the_search_space_are_fused_whole_and_exactly(
     fused = fuse(model, dtype=dtype)
     assert all(status.fused for status in fused.fusion), fused.report()
     assert len(fused.fusion) == 2 + len(arch.blocks)
+    own, torchs = errors(model, fused, images(IMAGES, 16, dtype, kernel_device))
+    assert own <= 2 * torchs
+
+
+@pytest.mark.kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_stem_without_stride_and_a_head_without_convolution(dtype: torch.dtype, kernel_device: torch.device) -> None:
+    arch = ArchSpec.parse("hard_swish stem 16/1 | 1x16/2 k3 g8 e2 | 2x32/2 k5 g16 e2 | head 0")
+    model = as_if_trained(arch.build(num_classes=CLASSES)).to(kernel_device)
+    fused = fuse(model, dtype=dtype)
+    assert all(status.fused for status in fused.fusion), fused.report()
     own, torchs = errors(model, fused, images(IMAGES, 16, dtype, kernel_device))
     assert own <= 2 * torchs
 
