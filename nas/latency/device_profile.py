@@ -12,12 +12,15 @@ from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 
 import torch
+from torch import nn
 
-from kernels.ceilings import ceiling_runs, rate
+from kernels.ceilings import PRODUCT_SIDE, CeilingRun, ceiling_runs, rate
 from kernels.device_info import DeviceInfo
-from nas.config import LatencyConfig
+from nas.config import LatencyConfig, installed_runtime
 from nas.errors import CandidateFailed, UsageError, memory_may_run_out
+from nas.latency.onnx_graph import onnx_graph
 from nas.latency.roofline import Machine
+from nas.latency.runtimes import OnnxRuntime
 from nas.latency.yardsticks import Timed, Yardsticks
 from nas.locks import device_lock
 from nas.recorded import device_info
@@ -25,6 +28,8 @@ from studies import Profile, Store
 
 # Time cap of the sampling; that of the yardsticks' references is `ANCHOR_FACTOR` times as long.
 SECONDS = 2.0
+# Name of the run that is ONNX Runtime's.
+RUNTIME_PRODUCT = "runtime_product_macs"
 
 
 @dataclass(frozen=True)
@@ -33,7 +38,7 @@ class DeviceProfile:
 
     Args:
         copy_bytes_per_s: bytes per second of a large copy, read and written together.
-        macs_per_s: multiply-accumulates per second of a large square product.
+        macs_per_s: multiply-accumulates per second of a large square product, in what is fastest at it.
         launch_seconds: time of the smallest operation launched from Python.
         graph_launch_seconds: time of one such operation in a CUDA graph of many; None on a CPU.
         network_yardstick_ms, product_yardstick_ms: latencies of the two yardsticks (`nas.latency.yardsticks`).
@@ -54,6 +59,9 @@ class DeviceProfile:
 def measure_profile(config: LatencyConfig) -> DeviceProfile:
     """Measure copy bandwidth, matrix rate and launch overhead, in turns with each other and the yardsticks.
 
+    The matrix rate is that of torch or of ONNX Runtime, whichever is faster: on a CPU with AVX-512 that torch's library
+    of products does not use, ONNX Runtime reaches more than twice torch's.
+
     The precision is the default one, however quickly the user's networks are to be measured, as all later measurements
     depend on it.
 
@@ -68,17 +76,27 @@ def measure_profile(config: LatencyConfig) -> DeviceProfile:
         with memory_may_run_out():
             yardsticks = Yardsticks(config)
             runs = ceiling_runs(torch.device(config.device), getattr(torch, config.dtype))
+            if config.device == "cpu" and config.dtype == "float32" and installed_runtime("onnxruntime"):
+                runs[RUNTIME_PRODUCT] = _runtime_product(config.threads)
             latencies = yardsticks.time([Timed([each.run], each.macs) for each in runs.values()])
     except CandidateFailed as error:
         raise UsageError(f"--device {config.device}: its limits cannot be measured ({error})") from error
     rates = {name: rate(name, runs[name], of.median_ms / 1e3) for name, of in zip(runs, latencies, strict=True)}
+    macs_per_s = max(rates["product_macs"], rates.get(RUNTIME_PRODUCT, 0.0))
     network_ms, product_ms = yardsticks.references_ms
     throttled = latencies[0].throttled
     return DeviceProfile(
-        rates["copy_bytes"], rates["product_macs"], rates["launch_seconds"], rates.get("graph_launch_seconds"),
+        rates["copy_bytes"], macs_per_s, rates["launch_seconds"], rates.get("graph_launch_seconds"),
         network_ms, product_ms, max(yardsticks.interval_share, *(each.interval_share for each in latencies)),
         None if throttled is None else bool(throttled or yardsticks.throttled),
     )  # fmt: skip
+
+
+def _runtime_product(threads: int) -> CeilingRun:
+    """The square product of `ceiling_runs` in ONNX Runtime."""
+    side = PRODUCT_SIDE["cpu"]
+    graph = onnx_graph(nn.Linear(side, side, bias=False), (side, side)).SerializeToString()
+    return CeilingRun(OnnxRuntime(graph, threads).bound([torch.randn(side, side).numpy()]), side**3, side**3)
 
 
 def store_profile(
