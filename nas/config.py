@@ -311,7 +311,7 @@ class Limits(Checked):
 
     latency_ms: float | None = option(
         None, "--max-latency-ms", "Upper limit on a batch's latency in ms; slower candidates are not trained",
-        panel="Limits", bounds=POSITIVE,
+        panel="Limits", bounds=FINITE,
     )  # fmt: skip
     params: int | None = option(None, "--max-params", "Upper limit on the parameters", panel="Limits", bounds=POSITIVE)
     macs: int | None = option(

@@ -140,6 +140,12 @@ class SearchSpace:
         """The resolution for training and latency where nothing else is said: the anchor's."""
         return middle(self.resolution)
 
+    def at(self, resolution: int) -> SearchSpace:
+        """The space with one resolution in pixels for all networks; a rung of the ladder is then called by that."""
+        return dataclasses.replace(
+            self, name=re.sub("@[0-9,]+$", f"@{resolution}", self.name), resolution=(resolution,)
+        )
+
     # -- text ----------------------------------------------------------------------------------------------------
 
     def to_dict(self) -> dict[str, Any]:

@@ -32,10 +32,13 @@ def bench(
             told, **{"device": benches.device_here(told.device), "runtime": None, **given(LatencyConfig, context)}
         )
         try:
-            rows = benches.bench(networks, config, note)
+            asked = given(LatencyConfig, context).get("resolution")
+            rows = benches.bench(networks, config, note, asked)
         except CandidateFailed as error:
             raise UsageError(f"bench: {error}") from error
-        where = f"{config.device}, batch {config.batch_size}, {config.resolution}x{config.resolution}"
+        sizes = {asked} if asked else {network.resolution for _, network in networks}
+        shown = " and ".join(f"{size}x{size}" for size in sorted(sizes))
+        where = f"{config.device}, batch {config.batch_size}, {shown}"
         for table in benches.tables(rows, f"{where}, {config.threads} CPU thread(s)"):
             out.print(table)
             out.print()

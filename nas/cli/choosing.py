@@ -47,6 +47,21 @@ def space_of(typed: Mapping[str, Any]) -> SearchSpace:
     return narrowed(space, typed)
 
 
+def refuse_sizes(space: SearchSpace, typed: Mapping[str, Any]) -> None:
+    """Refuse flags that give all networks one resolution, in a study whose networks have their own.
+
+    Raises:
+        UsageError: there is such a flag.
+    """
+    for flag, part in (("--resolution", "data"), ("--latency-resolution", "latency")):
+        if space.own_resolutions and "resolution" in typed[part]:
+            own = ", ".join(map(str, space.own_resolutions))
+            raise UsageError(
+                f"{flag} {typed[part]['resolution']}: the networks of the space {space.name} have resolutions of their "
+                f"own ({own}); use another --study"
+            )
+
+
 def narrowed(space: SearchSpace, typed: Mapping[str, Any]) -> SearchSpace:
     """A space whose networks have no resolution of their own where `--resolution` says it.
 
@@ -56,7 +71,8 @@ def narrowed(space: SearchSpace, typed: Mapping[str, Any]) -> SearchSpace:
     if not space.own_resolutions:
         return space
     if "resolution" in typed["data"]:
-        return replace(space, resolution=(typed["data"]["resolution"],))
+        # It may be impossible.
+        return space.at(made(DataConfig, typed["data"]).resolution)
     if "resolution" in typed["latency"]:
         own = ", ".join(map(str, space.own_resolutions))
         raise UsageError(
@@ -83,7 +99,7 @@ def chosen_space(images: Mapping[str, Any], deployment: Mapping[str, Any], limit
     known = facts(made(DataConfig, images))
     given = deployment.get("resolution") or images.get("resolution")
     resolutions = (given,) if given else shown_resolutions(known.size or USUAL_SIZE)
-    classes = known.classes or USUAL_CLASSES
+    classes = deployment.get("num_classes") or known.classes or USUAL_CLASSES
     try:
         ladder_space(resolutions, TOP_RUNG)
     except ValueError as error:
@@ -93,4 +109,4 @@ def chosen_space(images: Mapping[str, Any], deployment: Mapping[str, Any], limit
     fields = {"resolution": middle(resolutions), "num_classes": classes, **deployment}
     with auto_space.timer(made(LatencyConfig, fields), note) as time:
         say(f"timing networks of several sizes, to choose a space for --max-latency-ms {limit_ms:g}")
-        return auto_space.for_limit(time, resolutions, limit_ms)
+        return replace(auto_space.for_limit(time, resolutions, limit_ms), classes=classes)

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from nas.cli.choosing import narrowed, space_of
+from nas.cli.choosing import narrowed, refuse_sizes, space_of
 from nas.cli.console import fail, interruptible, out, prepare, reported, say
 from nas.cli.fronts import print_front
 from nas.cli.opening import store_if_any
@@ -69,8 +69,9 @@ def _config(typed: dict[str, Any]) -> SearchConfig:
     if typed.get("space") == AUTO:
         # It was chosen when the study began.
         del typed["space"]
-    elif "space" in typed:
-        typed["space"] = narrowed(typed["space"], typed)
+    refuse_sizes(study.config.space, typed)
+    if "space" in typed and not study.config.space.own_resolutions:
+        typed["space"] = narrowed(typed["space"], {"data": {"resolution": study.config.data.resolution}})
     config = made(SearchConfig, typed, study.config)
     if lines := list(_changes(SearchConfig, study.config, respelled(config, study.config), typed)):
         raise other_configuration(name, lines)

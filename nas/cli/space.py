@@ -62,9 +62,10 @@ def space(
 
         shown = given(Shown, context)
         counted = made(Shown, {key: value for key, value in shown.items() if key != "latency"})
+        known_classes = 10
         if name == AUTO:
             choice = _chosen(shown)
-            found = choice.space
+            found, known_classes = choice.space, choice.classes
         else:
             if others := [flag for flag in typed_options(context) if flag.startswith("--") and flag not in COUNTED]:
                 raise UsageError(f"{others[0]}: is for `space auto` only")
@@ -72,7 +73,9 @@ def space(
                 found = load_space(name)
             except ValueError as error:
                 raise UsageError(f"space {error}") from error
-        pixels, classes = counted.resolution or found.default_resolution, counted.classes or 10
+        if counted.resolution is not None:
+            found = found.at(counted.resolution)
+        pixels, classes = found.default_resolution, counted.classes or known_classes
         table = Table("parameter", "choices", title=f"{found.name}: {found.description}", title_justify="left")
         for parameter, choices in found.choices().items():
             table.add_row(parameter, "  ".join(f"{c:g}" if isinstance(c, float) else str(c) for c in choices))

@@ -59,7 +59,10 @@ class Row:
 Prepared = tuple[Row, Forwards | None, int]
 
 
-def bench(folders: Sequence[tuple[Path, Exported]], config: LatencyConfig, note: Note = lambda line: None) -> list[Row]:
+def bench(
+    folders: Sequence[tuple[Path, Exported]], config: LatencyConfig, note: Note = lambda line: None,
+    resolution: int | None = None,
+) -> list[Row]:  # fmt: skip
     """Latencies of all formats of some exported networks, sampled in turns with each other and the yardsticks.
 
     On the device and in the deployment of the first network's search, they are corrected as that search corrected its
@@ -70,8 +73,9 @@ def bench(folders: Sequence[tuple[Path, Exported]], config: LatencyConfig, note:
 
     Args:
         folders: each directory, and the network that was read from it.
-        config: the deployment.
+        config: the deployment; its resolution does not matter.
         note: function that takes lines on the progress.
+        resolution: width and height of the images in pixels (default: each network's own).
 
     Raises:
         UsageError: the device does not exist here.
@@ -85,9 +89,11 @@ def bench(folders: Sequence[tuple[Path, Exported]], config: LatencyConfig, note:
             note(f"{network.name}: getting ready")
             work = Path(aside) / str(index)
             work.mkdir()
-            prepared += _Formats(folder, network, config, yardsticks, work).ready()
+            own = replace(config, resolution=resolution or network.resolution)
+            prepared += _Formats(folder, network, own, yardsticks, work).ready()
         timed = [Timed(forwards, macs) for _, forwards, macs in prepared if forwards is not None]
-        anchor = _Anchor.of(folders[0][1], config, yardsticks)
+        first = folders[0][1]
+        anchor = _Anchor.of(first, replace(config, resolution=resolution or first.resolution), yardsticks)
         note(f"measuring {len(timed)} in turns")
         latencies = yardsticks.time([*timed, *([anchor.timed] if anchor else [])])
     factor = anchor.recorded_ms / latencies[-1].median_ms if anchor else 1.0
@@ -113,7 +119,7 @@ class _Anchor:
             return None
         anchor = network.config[SECTION]["latency"]["anchor"]
         arch = ArchSpec.from_json(json.dumps(anchor["arch_spec"]))
-        size = deployment.resolution
+        size = arch.shown(deployment.resolution)
         inputs = yardsticks.meter.random_inputs((deployment.batch_size, 3, size, size))
         with quiet():
             module = deploy(arch.build(deployment.num_classes), deployment, inputs[0])
@@ -149,7 +155,9 @@ class _Formats:
         self.model = network.build()
         size = config.resolution
         self.inputs = self.meter.random_inputs((config.batch_size, 3, size, size))
-        self.macs = config.batch_size * cost(network.arch, size, network.num_classes).macs
+        # At a resolution that is asked for, whatever its own is.
+        arch = replace(network.arch, resolution=None)
+        self.macs = config.batch_size * cost(arch, size, network.num_classes).macs
         # A file works at one resolution only.
         self.files_fit = size == network.resolution
 

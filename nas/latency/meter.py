@@ -79,6 +79,7 @@ class LatencyMeter:
         self.clock = clock_for(self.device)
         self.state, self.rest = state, rest
         self.rest_helps = True
+        self.batches: dict[int, list[Tensor]] = {}
         with cpu_threads(config.threads):
             images = self.images(anchor_size or config.resolution)
             self.anchor_forwards = self.forwards(deploy(anchor, config, images[0]), images)
@@ -101,8 +102,10 @@ class LatencyMeter:
         return [x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x for x in made]
 
     def images(self, size: int) -> list[Tensor]:
-        """Random batches of square images of a size in pixels."""
-        return self.random_inputs((self.config.batch_size, 3, size, size))
+        """Random batches of square images of a size in pixels, which all networks of that size share."""
+        if size not in self.batches:
+            self.batches[size] = self.random_inputs((self.config.batch_size, 3, size, size))
+        return self.batches[size]
 
     def measure_together(self, networks: Sequence[nn.Module], sizes: Sequence[int] | None = None) -> list[Measurement]:
         """Latency and inference memory of several networks, sampled in turns with each other and the anchor.

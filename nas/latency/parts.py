@@ -21,7 +21,7 @@ from nas.config import LatencyConfig
 from nas.latency.engines import deploy, fold, ready
 from nas.latency.roofline import Block, Layer, arch_blocks, single
 from search_spaces import ArchSpec
-from search_spaces.arch import STEM_STRIDE, BlockSpec, StemSpec, Step
+from search_spaces.arch import STEM_STRIDE, BlockSpec, HeadSpec, StemSpec, Step
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,9 @@ def arch_parts(arch: ArchSpec, config: LatencyConfig) -> list[Part]:
     fused, splits = _fused_parts(arch, config) if config.engine == "fused" else (set[str](), dict[str, int]())
     parts = []
     for step, block in zip(arch.walk(config.resolution), blocks, strict=True):
-        shape = _shape(step, config.num_classes) | {"activation": arch.activation, "size": step.in_size}
+        # A head without convolution has no activation.
+        activation = "none" if isinstance(step.spec, HeadSpec) and not step.spec.width else arch.activation
+        shape = _shape(step, config.num_classes) | {"activation": activation, "size": step.in_size}
         if step.name in splits:
             shape["splits"] = splits[step.name]
         shape |= surroundings(config)

@@ -3,8 +3,8 @@
 
 With a limit, a few rungs' anchors are timed in the deployment, each where the last one's latency says that the limit
 lies. Then some random networks of the rung found are timed, spread evenly over the MACs of many, and the rung is moved
-until their median is nearest to the limit: about half of what a search proposes keeps it then. Rungs are a quarter of a
-factor of 2.5 apart, so that an error of a tenth in a latency moves the choice by one of them at most.
+until their median is nearest to the limit: about half of what a search proposes keeps it then. Rungs are a factor of
+1.26 apart, so that an error of a tenth in a latency moves the choice by one of them at most.
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ FIRST_RUNG = 4
 # Random networks of a rung that are timed, and that they stand for.
 TIMED, DRAWN = 12, 240
 # Rungs whose random networks are timed at most.
-MOST_ROUNDS = 4
+MOST_ROUNDS = 6
+# Distance of the share that keeps the limit from a half, from which on a rung is left for one that is not timed yet.
+LOPSIDED = 0.3
 # Widest interval of a latency, as a share of it: no more than from one rung to the next.
 WIDEST = GROWTH**RUNG_STEP - 1
 # A limit so many times above the latencies of the highest rung is no limit.
@@ -47,6 +49,7 @@ class Choice:
 
     Args:
         reason: the reason for it, as a line.
+        classes: number of classes of the networks for which it was chosen.
         anchors_ms: latencies of the rungs' anchors that were timed, by rung; empty where none was.
         latencies_ms: latencies of random networks of the space, in ascending order; empty where none was timed.
     """
@@ -55,6 +58,7 @@ class Choice:
     reason: str
     anchors_ms: dict[float, float]
     latencies_ms: tuple[float, ...] = ()
+    classes: int = 10
 
 
 # -- By a limit on the latency ---------------------------------------------------------------------------------------
@@ -87,13 +91,17 @@ def for_limit(time: Timer, resolutions: tuple[int, ...], limit_ms: float) -> Cho
         anchors_ms[rung] = timed_ms(rungs[rung].anchor())
         rung = rungs.nearest(round(_further(rung, anchors_ms[rung], limit_ms)))
     lowest, highest = rungs.nearest(0), float(TOP_RUNG)
-    if rung == lowest and anchors_ms[rung] > limit_ms:
+
+    def refuse_impossible() -> None:
         least_ms = timed_ms(rungs[lowest].smallest())
         if least_ms > limit_ms:
             raise UsageError(
                 f"--max-latency-ms {limit_ms:g}: the fastest network of the lowest rung ({rungs[lowest].name}) takes "
                 f"{least_ms:.3g} ms here"
             )
+
+    if rung == lowest and anchors_ms[rung] > limit_ms:
+        refuse_impossible()
     if rung == highest and limit_ms > BEYOND * anchors_ms[rung]:
         raise UsageError(
             f"--max-latency-ms {limit_ms:g}: no limit to the highest rung ({rungs[highest].name}), whose networks take "
@@ -101,16 +109,28 @@ def for_limit(time: Timer, resolutions: tuple[int, ...], limit_ms: float) -> Cho
         )
     found: dict[float, tuple[float, ...]] = {}
     rung = rungs.nearest(_further(rung, anchors_ms[rung], limit_ms))
+    # The rungs between which the one that is sought lies.
+    fast, slow = lowest, highest
     while rung not in found and len(found) < MOST_ROUNDS:
         found[rung] = tuple(sorted(timed_ms(arch) for arch in typical(rungs[rung])))
-        rung = rungs.nearest(_further(rung, median(found[rung]), limit_ms))
-    best = min(found, key=lambda each: abs(math.log(median(found[each]) / limit_ms)))
-    return Choice(
-        rungs[best],
-        _limit_reason(rungs[best], found[best], limit_ms, best in (lowest, highest)),
-        anchors_ms,
-        found[best],
-    )
+        middle_ms = median(found[rung])
+        fast, slow = (fast, min(slow, rung)) if middle_ms > limit_ms else (max(fast, rung), slow)
+        wanted = rungs.nearest(_further(rung, middle_ms, limit_ms))
+        lopsided = abs(_share(found[rung], limit_ms) - 0.5) > LOPSIDED
+        # Where launches cost more than operations, latencies say little of how far the rung is.
+        rung = (
+            rungs.nearest((fast + slow) / 2) if lopsided and (wanted in found or not fast <= wanted <= slow) else wanted
+        )
+    best = min(found, key=lambda each: (abs(_share(found[each], limit_ms) - 0.5), each))
+    if not _share(found[best], limit_ms):
+        refuse_impossible()
+    at_end = best in (lowest, highest)
+    return Choice(rungs[best], _limit_reason(rungs[best], found[best], limit_ms, at_end), anchors_ms, found[best])
+
+
+def _share(latencies_ms: Sequence[float], limit_ms: float) -> float:
+    """The share of the latencies that keep a limit."""
+    return sum(each <= limit_ms for each in latencies_ms) / len(latencies_ms)
 
 
 def _further(rung: float, latency_ms: float, limit_ms: float) -> float:
@@ -193,4 +213,4 @@ def for_images(images: int, classes: int, resolutions: tuple[int, ...]) -> Choic
         f"space {space.name}: it suits {images:,} images of {classes:,} classes; with --max-latency-ms it would be one "
         "that fits"
     )
-    return Choice(space, reason, {})
+    return Choice(space, reason, {}, classes=classes)

@@ -10,7 +10,7 @@ from statistics import median
 
 from nas.config import DataConfig
 from nas.errors import UsageError
-from nas.training.data import DIGITS_TRAIN, Kind, kind_of
+from nas.training.data import DIGITS_TRAIN, VAL_SHARE, Kind, kind_of
 from nas.training.folders import count_classes, list_images
 
 # Files whose size is looked at.
@@ -50,7 +50,9 @@ def facts(config: DataConfig) -> Facts:
     found = list_images(Path(config.source).expanduser(), config.reading)
     paths = [path for path, _ in found.train[:: max(1, len(found.train) // LOOKED_AT)]]
     sizes = [size for path in paths if (size := _shorter_side(path))]
-    return Facts(len(found.train) or None, len(found.classes) or None, round(median(sizes)) if sizes else None)
+    # Without validation images some are held out.
+    images = len(found.train) if found.val is not None else round((1 - VAL_SHARE) * len(found.train))
+    return Facts(images or None, len(found.classes) or None, round(median(sizes)) if sizes else None)
 
 
 def class_count(config: DataConfig) -> int | None:

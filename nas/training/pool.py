@@ -173,6 +173,7 @@ class Trainer:
             CUDA device.
         note: function that takes a line for each step of the work.
         check: function that is called with the data at each resolution when they are loaded, and may raise.
+        largest: resolution at which the same images are to fit into memory, see `nas.training.data.load`.
 
     Raises:
         UsageError: there are more workers than make sense.
@@ -183,9 +184,10 @@ class Trainer:
 
     def __init__(
         self, data: DataConfig, config: ProxyConfig, device: torch.device, seed: int, workers: int | None, note: Note,
-        check: Callable[[ImageData], None] = lambda data: None,
+        check: Callable[[ImageData], None] = lambda data: None, largest: int = 0,
     ) -> None:  # fmt: skip
         self.data, self.device, self.seed, self.note, self.check = data, device, seed, note, check
+        self.largest = largest
         self.devices = [str(each) for each in every_cuda(device)]
         self.lock, self.waiting = device_lock(device), partial(note, WAITING)
         # The same number for all trainings, because it changes the rounding.
@@ -210,7 +212,7 @@ class Trainer:
     def data_file(self, resolution: int) -> DataFile:
         """The file with the data at a resolution, which is written if need be."""
         if resolution not in self.files.files:
-            data = image_data.load(replace(self.data, resolution=resolution), self.note)
+            data = image_data.load(replace(self.data, resolution=resolution), self.note, self.largest)
             self.check(data)
             self.note(f"data at {resolution}x{resolution}")
             for line in data.notes:

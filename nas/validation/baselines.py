@@ -88,7 +88,10 @@ class _Run:
         steps = LONG * proxy.steps if config.steps is None else config.steps
         rates = config.learning_rates or tuple(factor * proxy.learning_rate for factor in RATES)
         rounded = tuple(sorted({float(f"{rate:.4g}") for rate in rates}))
-        self.trainer = Trainer(data, proxy, device, recorded.config.seed, config.workers, note, self._check_data)
+        self.trainer = Trainer(
+            data, proxy, device, recorded.config.seed, config.workers, note, self._check_data,
+            max(recorded.config.space.own_resolutions, default=0),
+        )  # fmt: skip
         self.trainings = _Trainings(recorded, self.trainer, steps, rounded)
         self.latencies = BaselineLatencies(recorded, self.latency, self.trainer)
 

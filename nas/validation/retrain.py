@@ -83,7 +83,9 @@ class _Run:
         self.is_own = self.data.source == own.source and config.resolution in (None, own.resolution)
         self.anchor_resolution = config.resolution or recorded.anchor.shown(own.resolution)
         device = check_device(replace(searched.latency, engine="eager"))
-        self.trainer = Trainer(self.data, self.proxy, device, self.seed, config.workers, note, self._check)
+        # As many images as the search had, which needed them at all resolutions.
+        largest = max(searched.space.own_resolutions, default=0)
+        self.trainer = Trainer(self.data, self.proxy, device, self.seed, config.workers, note, self._check, largest)
         self.fingerprint = ""
 
     def _check(self, data: ImageData) -> None:

@@ -67,6 +67,23 @@ def test_where_all_networks_of_some_rungs_take_as_long_higher_ones_are_found() -
     assert median(found.latencies_ms) == pytest.approx(0.4, rel=0.2)
 
 
+def test_below_a_plateau_lower_rungs_are_found_or_the_limit_is_refused() -> None:
+    """As on a GPU: a network takes as long as its launches, whatever they compute."""
+
+    def by_launches(arch: ArchSpec) -> Latency:
+        ms = 0.05 + 0.02 * len(arch.blocks)
+        return Latency(ms, ms, ms, 10, 0.02)
+
+    with pytest.raises(
+        UsageError, match=r"--max-latency-ms 0.1: the fastest network of the lowest rung .* takes 0.11 ms"
+    ):
+        for_limit(by_launches, (32,), 0.1)
+    found = for_limit(by_launches, (32,), 0.12)
+    assert sum(each <= 0.12 for each in found.latencies_ms) >= 2
+    with pytest.raises(UsageError, match=r"--max-latency-ms 0.19: the fastest network"):
+        for_limit(timer(overhead_ms=0.2), (32,), 0.19)
+
+
 def test_a_limit_below_the_fastest_network_is_refused() -> None:
     with pytest.raises(UsageError, match=r"--max-latency-ms 1e-06: the fastest network of the lowest rung .rung0@32"):
         for_limit(timer(), (32,), 1e-6)

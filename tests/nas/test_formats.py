@@ -217,7 +217,7 @@ def test_a_file_that_does_not_run_here_is_told_and_the_rest_timed(tmp_path: Path
         assert any(line.startswith(f"convfirst_1ms_t001, {what}: left out (") for line in remarks(rows))
     assert any("model.onnx: left out (model.onnx: " in line and "`git lfs pull`" in line for line in remarks(rows))
     # In another deployment files of one resolution are made anew, and what was recorded is no measure.
-    rows = bench([(folder, read(folder))], replace(DEPLOYMENT, resolution=24))
+    rows = bench([(folder, read(folder))], DEPLOYMENT, resolution=24)
     assert all(row.latency is not None and row.recorded_ms is None for row in rows)
 
 

@@ -106,6 +106,17 @@ def test_the_same_images_are_loaded_at_every_resolution(images: Path, monkeypatc
     assert len(image_data.load(config).train_images) > 10
 
 
+def test_a_subset_of_the_images_is_the_same_later(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many are taken as fit at the largest resolution, also by trainings that need another one."""
+    monkeypatch.setattr(image_data, "MAX_BYTES", 10 * 3 * 32 * 32)
+    run(config)
+    store = Store.open(config.storage, create=False)
+    assert store is not None
+    recorded = RecordedStudy.open(store, config.study)
+    assert len(retrain(recorded, RetrainConfig(steps=2, workers=1)).rows) > 1
+    store.close()
+
+
 def test_networks_of_several_sizes_are_timed_in_turns() -> None:
     config = LatencyConfig(device="cpu", engine="eager", seconds=0.2, precision=0.9)
     anchor = SPACE.anchor()
