@@ -29,6 +29,7 @@ from search_spaces.arch import (
 from search_spaces.cost import Cost, head_cost, stage_cost, stem_cost
 
 Choice = int | float | str
+MAX_RESOLUTION = 2048  # pixels
 Value = TypeVar("Value")
 
 
@@ -334,8 +335,11 @@ def _as_tuple(value: Any) -> tuple[Any, ...]:
 
 def _checked_resolutions(choices: tuple[Any, ...]) -> tuple[int, ...]:
     for choice in _checked_choices("resolution", choices):
-        if not isinstance(choice, int) or isinstance(choice, bool) or choice < MIN_RESOLUTION:
-            raise ValueError(f"resolution={choice!r} is not a whole number of at least {MIN_RESOLUTION} pixels")
+        if not isinstance(choice, int) or isinstance(choice, bool) or not MIN_RESOLUTION <= choice <= MAX_RESOLUTION:
+            raise ValueError(
+                f"resolution={choice!r} is not a whole number of at least {MIN_RESOLUTION} pixels, and at most "
+                f"{MAX_RESOLUTION}"
+            )
     return choices
 
 

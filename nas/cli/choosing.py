@@ -105,6 +105,8 @@ def chosen_space(images: Mapping[str, Any], deployment: Mapping[str, Any], limit
     except ValueError as error:
         raise UsageError(f"--space auto: {error}; name a --space") from error
     if limit_ms is None:
+        if known.images is None:
+            say(f"before the data are loaded, {USUAL_IMAGES:,} images of {classes} classes are assumed")
         return auto_space.for_images(known.images or USUAL_IMAGES, classes, resolutions)
     fields = {"resolution": middle(resolutions), "num_classes": classes, **deployment}
     with auto_space.timer(made(LatencyConfig, fields), note) as time:

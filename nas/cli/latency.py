@@ -13,7 +13,11 @@ from nas.config import DEFAULT_STORAGE, DEFAULT_STUDY, LatencyConfig
 from nas.errors import CandidateFailed, UsageError
 
 
-@takes(LatencyConfig, resolution="224 for total stride 32, else 32", num_classes="1000 for total stride 32, else 10")
+@takes(
+    LatencyConfig,
+    resolution="the network's own, or 224 for total stride 32, else 32",
+    num_classes="1000 for total stride 32, else 10",
+)
 def latency(
     context: typer.Context,
     arch: Annotated[str, ARCH],

@@ -117,9 +117,9 @@ def main(
             if plot is not None:
                 lowest = nearest_rung(resolutions, 0)
                 spaces = [ladder_space(resolutions, rung) for rung in RUNGS if rung >= lowest and rung.is_integer()]
-                # The lowest ones say the most of small networks, and the highest take longest.
                 shown = [timed(time, space, drawn, 0) for space in track(spaces, "rungs")]
-                title = f"random networks of all rungs at {size} pixels: {config.engine_label}, {threads} thread(s)"
+                how = f"{config.engine_label}, {threads} thread(s)"
+                title = f"random networks of all rungs for images of {size} pixels: {how}"
                 draw(shown, limits_ms, title, plot)
     except (UsageError, ValueError) as error:
         print(f"Error: {error}", file=sys.stderr)

@@ -50,11 +50,18 @@ def trained(
     """Accuracies of architectures by their lines, and then by seed; those that a file holds are not trained again.
 
     Raises:
-        UsageError: the data cannot be loaded, or one cannot be trained.
+        UsageError: the data cannot be loaded, one cannot be trained, or the file holds what was trained in another way.
     """
     found: Result = {}
+    how = {"data": data.source, "resolution": data.resolution, "steps": proxy.steps, "rate": proxy.learning_rate}
     if out is not None and out.exists():
-        found = json.loads(out.read_text())
+        try:
+            stored = json.loads(out.read_text())
+            found, before = stored["accuracies"], stored["trained"]
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UsageError(f"--out {out}: holds no accuracies of an earlier run") from error
+        if before != how:
+            raise UsageError(f"--out {out}: holds accuracies of other trainings ({before}, now {how})")
     # Seeds in the outer loop, so that a run that is cut short has trained all architectures as often.
     missing = [(arch, seed) for seed in range(seeds) for arch in archs if str(seed) not in found.get(str(arch), {})]
     if not missing:
@@ -74,7 +81,7 @@ def trained(
                     raise UsageError(f"{arch}: {done.result}")
                 found.setdefault(str(arch), {})[str(seed)] = done.result.accuracy
                 if out is not None:
-                    out.write_text(json.dumps(found, indent=1) + "\n")
+                    out.write_text(json.dumps({"trained": how, "accuracies": found}, indent=1) + "\n")
                 progress.advance(bar)
     return found
 
@@ -98,11 +105,12 @@ def main(
         proxy = ProxyConfig(steps=steps, learning_rate=rate)
         found = trained(archs, DataConfig(data, resolution), proxy, seeds, workers or cores(), out)
         config = LatencyConfig(device="cpu", resolution=resolution)
-        with device_lock(check_device(config)).measuring(lambda: print(WAITING, file=sys.stderr)):
-            meter = meter_for(config, load_space("small").anchor(), None)
+        with (
+            device_lock(check_device(config)).measuring(lambda: print(WAITING, file=sys.stderr)),
+            closing(meter_for(config, load_space("small").anchor(), None)) as meter,
+        ):
             latencies_ms = [each.median_ms for each in meter.measure_together(archs)]
-            meter.close()
-    except (UsageError, ValueError) as error:
+    except (UsageError, CandidateFailed, ValueError) as error:
         print(f"Error: {error}", file=sys.stderr)
         raise typer.Exit(2) from error
     table = console_table(

@@ -63,7 +63,8 @@ def from_table(table: BlockTable, arch: ArchSpec, title: str, network_ms: float)
     parts = arch_parts(arch, table.config)
     if table.lacks(parts) or table.profile is None:
         return None
-    return _network(table.config, title, _rows(table, parts), network_ms)
+    own = replace(table.config, resolution=arch.shown(table.config.resolution))
+    return _network(own, title, _rows(table, parts), network_ms)
 
 
 def _rows(table: BlockTable, parts: Sequence[Part]) -> list[Efficiency]:

@@ -44,7 +44,7 @@ SMALL_AT = (32, 10)
 def choose(
     store: Store | None, study: str, chosen: tuple[str, Any], against: str | None, given: dict[str, Any]
 ) -> list[Subject]:
-    """The one or two networks that are meant, in one deployment but for the engine.
+    """The one or two networks that are meant, in one deployment but for the engine and the networks' own resolutions.
 
     Args:
         store: the database; None where there is none yet.

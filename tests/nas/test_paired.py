@@ -40,13 +40,17 @@ def test_what_was_trained_is_not_trained_again(tmp_path: Path, images: Path) -> 
     command = [one, other, "--data", str(images), "--steps", "2", "--workers", "1", "--out", str(out)]
     code, output = invoke(*command, "--seeds", "2")
     assert code == 0, output
-    found = json.loads(out.read_text())
+    stored = json.loads(out.read_text())
+    found = stored["accuracies"]
     assert {line: set(by_seed) for line, by_seed in found.items()} == {one: {"0", "1"}, other: {"0", "1"}}
     found[one]["0"] = 0.125
-    out.write_text(json.dumps(found))
+    out.write_text(json.dumps(stored))
+    code, output = invoke(*command, "--seeds", "2", "--rate", "0.001")
+    assert code == 2
+    assert "holds accuracies of other trainings" in output
     code, output = invoke(*command, "--seeds", "3")
     assert code == 0, output
-    after = json.loads(out.read_text())
+    after = json.loads(out.read_text())["accuracies"]
     assert after[one]["0"] == 0.125
     assert set(after[other]) == {"0", "1", "2"}
     lines = [line for line in output.splitlines() if " | " in line]
