@@ -45,7 +45,7 @@ LEAST_MAP = 4
 # space `small` and its anchor; at the cost of the anchor of `imagenet` it gives as many blocks as that has.
 BLOCKS, BLOCKS_MACS, DEPTH_EXPONENT = 6, 13e6, 0.25
 # Shares of the blocks by stage, for each number of stages.
-SHARES = {1: (1,), 2: (1, 2), 3: (1, 2, 2), 4: (1, 2, 4, 2)}
+SHARES = {2: (1, 2), 3: (1, 2, 2), 4: (1, 2, 4, 2)}
 WIDTH_FACTORS = (0.625, 0.8, 1.0, 1.25, 1.6)
 # The head's width over the last stage's, and its limits: EfficientNet-B0 has 1280. The other choice is a head without
 # its 1x1 convolution, as in ResNet and RegNet.

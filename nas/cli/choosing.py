@@ -101,6 +101,7 @@ def chosen_space(images: Mapping[str, Any], deployment: Mapping[str, Any], limit
     resolutions = (given,) if given else shown_resolutions(known.size or USUAL_SIZE)
     classes = deployment.get("num_classes") or known.classes or USUAL_CLASSES
     try:
+        # All resolutions that have a ladder have its highest rung.
         ladder_space(resolutions, TOP_RUNG)
     except ValueError as error:
         raise UsageError(f"--space auto: {error}; name a --space") from error

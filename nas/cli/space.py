@@ -73,8 +73,8 @@ def space(
                 found = load_space(name)
             except ValueError as error:
                 raise UsageError(f"space {error}") from error
-        if counted.resolution is not None:
-            found = found.at(counted.resolution)
+            if counted.resolution is not None:
+                found = found.at(counted.resolution)
         pixels, classes = found.default_resolution, counted.classes or known_classes
         table = Table("parameter", "choices", title=f"{found.name}: {found.description}", title_justify="left")
         for parameter, choices in found.choices().items():

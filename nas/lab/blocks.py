@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import track
 
 from nas.config import AUTO, LatencyConfig
+from nas.display.notes import pixels
 from nas.errors import UsageError
 from nas.lab.options import Spaces
 from nas.latency.block_meter import BlockMeter
@@ -62,7 +63,7 @@ def main(
         archs = [each.sample(rng) for _ in range(networks)]
         with device_lock(torch.device(config.device)).measuring(lambda: print(WAITING, file=sys.stderr)):
             found = sums(archs, BlockMeter(config))
-        where = f"{each.name}, {config.resolution}x{config.resolution}, {config.engine_label}, {threads} thread(s)"
+        where = f"{each.name}, {pixels(config.resolution, each)}, {config.engine_label}, {threads} thread(s)"
         table = console_table(where, "network ms", "sum ms", "error", "network", text=("network",))
         for arch, (network_ms, sum_ms) in zip(archs, found, strict=True):
             table.add_row(f"{network_ms:.4f}", f"{sum_ms:.4f}", f"{sum_ms / network_ms - 1:+.1%}", str(arch))

@@ -21,6 +21,7 @@ from rich.progress import track
 
 from kernels.timing import median_interval, sample_until
 from nas.config import LatencyConfig
+from nas.display.notes import pixels
 from nas.errors import CandidateFailed, UsageError
 from nas.lab.options import Spaces
 from nas.latency.devices import check_device
@@ -29,7 +30,7 @@ from nas.latency.meter import LatencyMeter, cpu_threads, in_turn
 from nas.locks import WAITING, device_lock
 from nas.reporting import console_table
 from nas.validation.ranking import rankings
-from search_spaces import ArchSpec, load_space
+from search_spaces import ArchSpec, SearchSpace, load_space
 
 # Samples are shorter than a search's: all engines take their turn in each round.
 MIN_SAMPLE_SECONDS = 2e-3
@@ -115,12 +116,13 @@ def main(
         configs = [replace(base, engine=name, resolution=each.default_resolution) for name in names]
         with device_lock(where).measuring(lambda: print(WAITING, file=sys.stderr)):
             found = times(archs, configs)
-        _print(console, each.name, configs, found)
+        _print(console, each, configs, found)
 
 
-def _print(console: Console, space: str, configs: Sequence[LatencyConfig], found: Times) -> None:
+def _print(console: Console, space: SearchSpace, configs: Sequence[LatencyConfig], found: Times) -> None:
     first, latencies_ms = configs[0], found.latencies_ms
-    where = f"{len(latencies_ms)} networks of {space}, {first.resolution}x{first.resolution}, {first.threads} thread(s)"
+    shown = pixels(first.resolution, space)
+    where = f"{len(latencies_ms)} networks of {space.name}, {shown}, {first.threads} thread(s)"
     table = console_table(
         where, "engine", "fastest ms", "median ms", "slowest ms", "interval", "speed", "ready s", text=("engine",)
     )

@@ -2,7 +2,7 @@
 
 For each limit, `--space auto` chooses a space, and random networks of it are timed, other ones than those by which it
 was chosen. The command prints how many keep the limit, and what share of it the slowest of these uses. `--plot` draws
-all of them, and networks of the whole rungs, as MACs against latency.
+networks of all whole rungs, as MACs against latency.
 """
 
 from __future__ import annotations

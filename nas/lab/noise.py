@@ -29,7 +29,7 @@ from nas.latency.devices import check_device
 from nas.latency.isolation import meter_for
 from nas.locks import WAITING, device_lock
 from nas.search.real_evaluator import train_candidate
-from nas.training.data import load
+from nas.training.data import load_all
 from nas.training.pool import DataFiles
 from nas.training.workers import Call, Workers
 from search_spaces import load_space
@@ -86,9 +86,13 @@ def main(
     with DataFiles() as files, Workers(workers, [str(where)]) as pool:
         calls = []
         if workers:
-            path = files.write(load(DataConfig(resolution=loaded.default_resolution)))
+            sizes = loaded.own_resolutions or (loaded.default_resolution,)
+            paths = {size: files.write(data) for size, data in load_all(DataConfig(), sizes)}
             proxy = ProxyConfig(steps=STEPS)
-            calls = [Call(train_candidate, (arch, path, proxy, 0, False)) for arch in archs[: 2 * workers]]
+            calls = [
+                Call(train_candidate, (arch, paths[arch.shown(loaded.default_resolution)], proxy, 0, False))
+                for arch in archs[: 2 * workers]
+            ]
         for _ in track(range(rounds), "measuring"):
             with lock.training():
                 # All of them end before anything is measured, and their processes stay.

@@ -34,6 +34,7 @@ from nas.training.workers import Call, Workers
 from search_spaces import ArchSpec, load_space
 
 Result = dict[str, dict[str, float]]
+CPU = LatencyConfig(device="cpu", engine="eager")
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -68,7 +69,7 @@ def trained(
         return found
     sizes = sorted({arch.shown(data.resolution) for arch, _ in missing})
     with DataFiles() as files, Workers(workers, ["cpu"]) as pool, device_lock(check_device(CPU)).training():
-        sources = {size: files.write(each) for size, each in load_all(data, sizes).items()}
+        sources = {size: files.write(each) for size, each in load_all(data, sizes)}
         calls = [
             Call(train_candidate, (arch, sources[arch.shown(data.resolution)], proxy, seed, False))
             for arch, seed in missing
@@ -84,9 +85,6 @@ def trained(
                     out.write_text(json.dumps({"trained": how, "accuracies": found}, indent=1) + "\n")
                 progress.advance(bar)
     return found
-
-
-CPU = LatencyConfig(device="cpu", engine="eager")
 
 
 def main(

@@ -117,7 +117,8 @@ class Cluster(RealEvaluator, Places):
         self.last_reason = ""
         # By the id of a node that could not tell what it has, when it is asked again.
         self.again: dict[str, float] = {}
-        data = image_data.load_all(config.data, config.resolutions, note)
+        # What is wrong with the images is said before anything is started.
+        data = list(image_data.load_all(config.data, config.resolutions, note))
         self.ray = connect(config.ray_address)
         try:
             self.station = Stations(self.ray, self.flag, config.latency, config.space.anchor(), device, note)

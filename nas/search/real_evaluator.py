@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Protocol
@@ -74,15 +74,17 @@ class RealEvaluator:
         # Rounds follow each other without a pause, also while the one before is trained.
         self.turn = threading.Lock()
 
-    def take(self, found: Mapping[int, ImageData], share: Callable[[ImageData], DataSource]) -> None:
+    def take(self, found: Iterable[tuple[int, ImageData]], share: Callable[[ImageData], DataSource]) -> None:
         """Take the images at each resolution, and share them with the workers."""
-        self.data = {resolution: share(data) for resolution, data in found.items()}
-        # Of all resolutions the pixels come from the same images; the anchor's stand for them.
-        data = found[self.config.space.anchor().shown(self.config.data.resolution)]
-        self.data_fingerprint = data.fingerprint
-        self.notes = (*data.notes, data.summary)
-        if len(found) > 1:
-            sizes = ", ".join(map(str, found))
+        self.data = {}
+        for resolution, data in found:
+            self.data[resolution] = share(data)
+            # At all resolutions the images are the same; the anchor's stand for them.
+            if resolution == self.config.space.anchor().shown(self.config.data.resolution):
+                self.data_fingerprint = data.fingerprint
+                self.notes = (*data.notes, data.summary)
+        if len(self.data) > 1:
+            sizes = ", ".join(map(str, self.data))
             self.notes += (f"each network is shown them at its own resolution, one of {sizes} pixels",)
 
     def data_for(self, arch: ArchSpec) -> DataSource:

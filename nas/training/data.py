@@ -6,7 +6,7 @@ import hashlib
 import time
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 from torch.utils.data import IterableDataset
 
 from kernels.cache import cache_folder
@@ -41,6 +42,7 @@ MEAN_IMAGES, MEAN_VALUES = 10_000, 50_000_000
 FEW_VAL_IMAGES = 200
 # Seconds between two lines of progress while images are read.
 PROGRESS_SECONDS = 10.0
+SHRUNK_AT_ONCE = 1000
 # Images that cannot be used and are named before they are only counted.
 NAMED = 10
 
@@ -106,7 +108,8 @@ def load(config: DataConfig, note: Note = lambda line: None, largest: int = 0) -
 
     Args:
         note: function that takes a line before a long step.
-        largest: resolution at which the same images are to fit into memory, too, if that is greater.
+        largest: resolution at which the same images are needed, too, if that is greater: no more of them are taken than
+            fit into memory there.
 
     Raises:
         UsageError: unknown data, missing files, an empty or single-class set, an unreadable or non-RGB image.
@@ -114,7 +117,7 @@ def load(config: DataConfig, note: Note = lambda line: None, largest: int = 0) -
     name, kind = config.source, kind_of(config)
     most = MAX_BYTES // (3 * max(config.resolution, largest) ** 2)
     if kind is Kind.DIGITS:
-        data = _digits(config.resolution, most, note)
+        data = _digits(config.resolution, max(config.resolution, largest), most, note)
     elif kind is Kind.CIFAR:
         data = _cifar(config, most, note)
     elif kind is Kind.FOLDER:
@@ -158,14 +161,16 @@ def kind_of(config: DataConfig) -> Kind:
     return Kind.TIMM
 
 
-def load_all(config: DataConfig, resolutions: Iterable[int], note: Note = lambda line: None) -> dict[int, ImageData]:
-    """The data set that `config` names at several resolutions in pixels: the same images, in the same order.
+def load_all(
+    config: DataConfig, resolutions: Sequence[int], note: Note = lambda line: None
+) -> Iterator[tuple[int, ImageData]]:
+    """Yield the data set that `config` names at several resolutions in pixels: the same images, in the same order.
 
     Raises:
         UsageError: see `load`.
     """
-    largest = max(resolutions)
-    return {size: load(replace(config, resolution=size), note, largest) for size in resolutions}
+    for size in resolutions:
+        yield size, load(replace(config, resolution=size), note, max(resolutions))
 
 
 def _is_there(name: str) -> bool:
@@ -180,25 +185,43 @@ def _is_there(name: str) -> bool:
 # -- the embedded digits -------------------------------------------------------------------------------------------
 
 
-def _digits(resolution: int, most: int, note: Note) -> ImageData:
+def _digits(resolution: int, composed: int, most: int, note: Note) -> ImageData:
+    """The embedded digits.
+
+    Args:
+        composed: resolution at which they are composed; other random numbers would be drawn at another.
+        most: number of images that fit into memory.
+    """
     train_count, val_count = min(DIGITS_TRAIN, most), min(DIGITS_VAL, most)
     fewer = "" if train_count == DIGITS_TRAIN else f"_{train_count}"
-    path = cache_folder() / f"digits_v{clutter.RECIPE_VERSION}_{resolution}px{fewer}_seed{DATA_SEED}.pt"
+    path = cache_folder() / f"digits_v{clutter.RECIPE_VERSION}_{composed}px{fewer}_seed{DATA_SEED}.pt"
     tensors = _read_cache(path)
     if tensors is None:
-        seconds = (train_count + val_count) * COMPOSING_SECONDS * resolution**2
-        note(f"composing {train_count + val_count:,} images of {resolution}x{resolution}, once: some {seconds:.0f} s")
+        seconds = (train_count + val_count) * COMPOSING_SECONDS * composed**2
+        note(f"composing {train_count + val_count:,} images of {composed}x{composed}, once: some {seconds:.0f} s")
         train_digits, val_digits = clutter.split_digits(DATA_SEED)
-        train_images, train_labels = clutter.compose(train_digits, train_count, resolution, seed=DATA_SEED)
-        val_images, val_labels = clutter.compose(val_digits, val_count, resolution, seed=DATA_SEED + 1)
+        train_images, train_labels = clutter.compose(train_digits, train_count, composed, seed=DATA_SEED)
+        val_images, val_labels = clutter.compose(val_digits, val_count, composed, seed=DATA_SEED + 1)
         tensors = dict(
             train_images=train_images, train_labels=train_labels, val_images=val_images, val_labels=val_labels
         )
         _write_cache(path, tensors)
+    if composed > resolution:
+        tensors |= {name: _shrunk(tensors[name], resolution) for name in ("train_images", "val_images")}
     return ImageData(
         tensors["train_images"], tensors["train_labels"], tensors["val_images"], tensors["val_labels"],
         classes=tuple("0123456789"), flip=False,
     )  # fmt: skip
+
+
+def _shrunk(images: Tensor, size: int) -> Tensor:
+    """Square images (N, 3, H, W) uint8 at a smaller size in pixels."""
+    # As floats, all of them would take four times as much memory.
+    parts = [
+        functional.interpolate(part.float(), size=size, mode="bilinear", antialias=True).round().to(torch.uint8)
+        for part in images.split(SHRUNK_AT_ONCE)
+    ]
+    return torch.cat(parts)
 
 
 def _read_cache(path: Path) -> dict[str, Tensor] | None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from torch.nn import functional
 
 from nas.config import DataConfig, LatencyConfig, ProxyConfig, SearchConfig
 from nas.errors import UsageError
@@ -74,6 +75,12 @@ def test_a_study_of_several_resolutions(config: SearchConfig) -> None:
     assert len(retrain(recorded, RetrainConfig(steps=3, dominated=6, workers=1)).rows) == 6
     elsewhere = retrain(recorded, RetrainConfig(steps=3, dominated=6, workers=1, resolution=16)).rows
     assert set(elsewhere["retrained_resolution"]) == {16}
+    # Those are a front of their own, on which are also networks that have this resolution anyway.
+    assert 16 in [archs[number].resolution for number in elsewhere["number"]]
+    fronts = read_view(store.engine, f"{SELECT} retrained_front WHERE study_name = :name", config.study)
+    at_one = fronts[fronts["one_resolution"] == 16]
+    assert set(at_one["number"]) == set(elsewhere[elsewhere["on_retrained_front"]]["number"])
+    assert set(fronts[fronts["one_resolution"].isna()]["number"]) == set(on_front["number"])
 
     compare(recorded, BaselineConfig(models=("test_efficientnet",), steps=2, found=2, workers=1))
     own = {each.name: each.resolution for each in contenders(recorded)}
@@ -96,11 +103,11 @@ def test_a_study_of_several_resolutions(config: SearchConfig) -> None:
 def test_the_same_images_are_loaded_at_every_resolution(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where not all of them fit at the largest."""
     config = DataConfig(str(images), resolution=16)
-    every = image_data.load_all(config, (16, 32))
+    every = dict(image_data.load_all(config, (16, 32)))
     assert {size: data.train_images.shape[-1] for size, data in every.items()} == {16: 16, 32: 32}
     assert torch.equal(every[16].train_labels, every[32].train_labels)
     monkeypatch.setattr(image_data, "MAX_BYTES", 10 * 3 * 32 * 32)
-    few = image_data.load_all(config, (16, 32))
+    few = dict(image_data.load_all(config, (16, 32)))
     assert len(few[16].train_images) == len(few[32].train_images) == 10
     assert torch.equal(few[16].train_labels, few[32].train_labels)
     assert len(image_data.load(config).train_images) > 10
@@ -115,6 +122,22 @@ def test_a_subset_of_the_images_is_the_same_later(config: SearchConfig, monkeypa
     recorded = RecordedStudy.open(store, config.study)
     assert len(retrain(recorded, RetrainConfig(steps=2, workers=1)).rows) > 1
     store.close()
+
+
+def test_digits_of_several_resolutions_are_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CONVFIRST_CACHE", str(tmp_path))
+    monkeypatch.setattr(image_data, "DIGITS_TRAIN", 60)
+    monkeypatch.setattr(image_data, "DIGITS_VAL", 20)
+    # Images are composed in chunks, and labels drawn after the pixels of the chunk before.
+    monkeypatch.setattr("nas.training.clutter.CHUNK", 10)
+    every = dict(image_data.load_all(DataConfig(), (16, 32)))
+    small, large = every[16], every[32]
+    assert torch.equal(small.train_labels, large.train_labels)
+    assert torch.equal(small.val_labels, large.val_labels)
+    shrunk = functional.avg_pool2d(large.train_images.float(), 2)
+    assert float((shrunk - small.train_images.float()).abs().mean()) < 10
+    # One resolution alone is what it was.
+    assert torch.equal(image_data.load(DataConfig()).train_images, large.train_images)
 
 
 def test_networks_of_several_sizes_are_timed_in_turns() -> None:

@@ -74,27 +74,38 @@ JOIN convfirst_retrainings r ON r.trial_id = e.trial_id AND r.accuracy IS NOT NU
 """
 
 # The same as `pareto_front`, but by the accuracy of longer trainings, and with one front for each kind of training.
-# Trainings at each network's own resolution are of one kind.
-RETRAINED_FRONT = """
+# One kind is at each network's own resolution. Where networks were trained at another one, those that have it as their
+# own are on that front, too. `one_resolution` is that of all trainings of a front; NULL where each network had its own.
+KIND = """study_id, device_id, engine, dtype, batch_size, resolution, threads, retrained_fingerprint, retrained_steps,
+                   retrained_batch_size, retrained_learning_rate, retrained_seed"""
+RETRAINED_FRONT = f"""
 CREATE VIEW retrained_front AS
 SELECT *
 FROM (
     SELECT k.*,
            MAX(retrained_accuracy) OVER (
-               PARTITION BY study_id, device_id, engine, dtype, batch_size, resolution, threads,
-                   retrained_fingerprint, retrained_at, retrained_steps, retrained_batch_size,
-                   retrained_learning_rate, retrained_seed
+               PARTITION BY {KIND}, one_resolution
                ORDER BY latency_ms GROUPS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING
            ) AS best_of_faster,
            MAX(retrained_accuracy) OVER (
-               PARTITION BY study_id, device_id, engine, dtype, batch_size, resolution, threads,
-                   retrained_fingerprint, retrained_at, retrained_steps, retrained_batch_size,
-                   retrained_learning_rate, retrained_seed, latency_ms
+               PARTITION BY {KIND}, one_resolution, latency_ms
            ) AS best_of_equally_fast
     FROM (
-        SELECT e.*,
-               CASE WHEN retrained_resolution = network_resolution THEN 0 ELSE retrained_resolution END AS retrained_at
+        SELECT e.*, CAST(NULL AS INTEGER) AS one_resolution
         FROM convfirst_retrained e
+        WHERE retrained_resolution = network_resolution
+        UNION ALL
+        SELECT e.*, retrained_resolution AS one_resolution
+        FROM convfirst_retrained e
+        WHERE EXISTS (
+            SELECT 1 FROM convfirst_retrained o
+            WHERE o.retrained_resolution = e.retrained_resolution AND o.network_resolution <> e.retrained_resolution
+              AND o.study_id = e.study_id AND o.device_id = e.device_id AND o.engine = e.engine AND o.dtype = e.dtype
+              AND o.batch_size = e.batch_size AND o.resolution = e.resolution AND o.threads = e.threads
+              AND o.retrained_fingerprint = e.retrained_fingerprint AND o.retrained_steps = e.retrained_steps
+              AND o.retrained_batch_size = e.retrained_batch_size AND o.retrained_seed = e.retrained_seed
+              AND o.retrained_learning_rate = e.retrained_learning_rate
+        )
     ) k
     WHERE latency_ms IS NOT NULL AND NOT latency_over_limit
 ) ranked
