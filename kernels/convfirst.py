@@ -2,7 +2,7 @@
 
     y   = conv(x) + conv_bias                     [M, C]    float32, rounded to the input's dtype
     h   = act(y @ expand^T + expand_bias)         [M, BE]   one block of hidden channels after the other
-    out = sum over blocks (h @ project) + bias    [M, C']   float32, plus x, stored once
+    out = sum over blocks (h @ project) + bias    [M, C']   float32, plus x (pooled, if need be), stored once
 
 A program computes a tile of M output pixels. They are consecutive pixels of the flattened batch, or, with `rows` > 1,
 several rows of some columns, for which each row of the input is loaded once for a column of taps. With `tiles_each` > 1
@@ -64,7 +64,16 @@ def layer_by_layer(x: Tensor, layers: Sequence[Tensor], problem: BlockProblem) -
     y = F.conv2d(x, conv, conv_bias, problem.stride, problem.kernel_size // 2, groups=groups)
     h = ACTIVATE[problem.activation](F.conv2d(y, expand, expand_bias))
     out = F.conv2d(h, project, project_bias)
-    return out + x if problem.residual else out
+    return out + pooled(x, problem) if problem.residual else out
+
+
+def pooled(x: Tensor, problem: BlockProblem) -> Tensor:
+    """The input as it is added to the output: averaged over a stride's pixels, with the output's channels."""
+    if problem.stride > 1:
+        x = F.avg_pool2d(x, problem.stride, ceil_mode=True, count_include_pad=False)
+    more = problem.out_channels - problem.in_channels
+    # Negative padding cuts.
+    return F.pad(x, (0, 0, 0, 0, 0, more)) if more else x
 
 
 # -- Kernel ----------------------------------------------------------------------------------------------------------
@@ -148,7 +157,7 @@ def convfirst_kernel(
 
         store_tile(
             out, totals, partial, counters, project_bias, x, row, valid, pixels, counter, split, first_out,
-            OUT_PARTS, OUT, PADDED_OUT, RESIDUAL, BLOCK_M, SPLITS,
+            height, width, out_height, out_width, OUT_PARTS, OUT, PADDED_OUT, RESIDUAL, IN, STRIDE, BLOCK_M, SPLITS,
         )  # fmt: skip
 
 

@@ -205,8 +205,8 @@ def l2_bytes(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec) -> float:
     # A full convolution reads all of its input for each part of its output.
     channels = problem.in_channels * (len(widths) if tiling.conv == "dense" else 1)
     tiles = tiling.tiles(problem) * tiling.splits * tiling.out_splits
-    # What misses the cache has to be loaded again for the residual.
-    out = problem.out_pixels * problem.out_channels * (2 if missed and problem.residual else 1)
+    # What misses the cache has to be loaded again for the shortcut.
+    out = problem.out_pixels * problem.out_channels + (problem.shortcut_elements if missed else 0)
     elements = tiling.programs(problem) * weights + tiles * (conv_weights + pixels * channels) + out
     return size * elements + 2 * tiling.partial_bytes(problem)
 
@@ -274,8 +274,8 @@ def launch_costs(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec = H200) -> 
     into, hidden, out = problem.in_channels, problem.hidden_channels, problem.out_channels
     return [
         replace(conv, terms=terms, programs=slices * conv.programs),
-        _product_cost(problem, expansion, into, hidden, problem.activation, False, gpu),
-        _product_cost(problem, projection, hidden, out, "none", problem.residual, gpu),
+        _product_cost(problem, expansion, into, hidden, problem.activation, 0, gpu),
+        _product_cost(problem, projection, hidden, out, "none", problem.shortcut_elements, gpu),
     ]
 
 
@@ -326,10 +326,10 @@ def _block_cost(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec) -> LaunchCo
 
 
 def _product_cost(
-    problem: BlockProblem, tiling: ProductTiling, into: int, outputs: int, activation: str, residual: bool,
-    gpu: GpuSpec,
-) -> LaunchCost:  # fmt: skip
-    """Cost of a product of (pixels, into) and (into, outputs) in a launch of its own."""
+    problem: BlockProblem, tiling: ProductTiling, into: int, outputs: int, activation: str, added: int, gpu: GpuSpec
+) -> LaunchCost:
+    """Cost of a product of (pixels, into) and (into, outputs) in a launch of its own, which also reads `added` elements
+    of a shortcut."""
     size, m, n = problem.itemsize, tiling.block_m, tiling.block_n
     programs = tiling.programs(problem.out_pixels, outputs)
     inner = ceil(into / tiling.block_k) * tiling.block_k
@@ -343,7 +343,7 @@ def _product_cost(
     traffic = loaded + (programs * inner * read + 2 * computed) * size
     terms = {
         "dram": (_dram_bytes(problem, problem.out_pixels * into) + _dram_bytes(problem, stored)) / gpu.dram_bytes,
-        "l2": (loaded + stored * size * (2 if residual else 1)) / gpu.l2_bytes,
+        "l2": (loaded + (stored + added) * size) / gpu.l2_bytes,
         "shared": traffic / (gpu.l1_bytes * per_clock),
         "tensor": computed * inner / matrix,
         "special": computed * SPECIAL_FUNCTIONS.get(activation, 0) / (gpu.special_functions * per_clock),
@@ -392,7 +392,7 @@ def layer_roofline(problem: BlockProblem, gpu: GpuSpec = H200) -> float:
     layers = (
         (problem.conv_macs, problem.batch * problem.height * problem.width * into + pixels * into),
         (pixels * into * hidden, pixels * (into + hidden) + into * hidden),
-        (pixels * hidden * out, pixels * (hidden + out * (2 if problem.residual else 1)) + hidden * out),
+        (pixels * hidden * out, pixels * (hidden + out) + problem.shortcut_elements + hidden * out),
     )
     return sum(max(macs / peak, elements * size / gpu.dram_bytes) for macs, elements in layers)
 

@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.device_functions import activate, convolve_tile, dot, place, round_to
+from kernels.device_functions import activate, convolve_tile, dot, place, pooled, round_to
 from kernels.packing import BlockWeights
 from kernels.problem import DENSE_MULTIPLE, WIDE_ELEMENTS, BlockProblem, ProductTiling, Tiling, product_tilings
 
@@ -46,11 +46,11 @@ def conv_kernel(
     tl.store(out + row[:, None] * CHANNELS + columns[None, :], y, mask=mask)
 
 
-@triton.jit(do_not_specialize=["rows"])
+@triton.jit(do_not_specialize=["rows", "height", "width", "out_height", "out_width"])
 def product_kernel(
-    a, matrix, bias, shortcut, out, rows,
+    a, matrix, bias, shortcut, out, rows, height, width, out_height, out_width,
     IN: tl.constexpr, OUT: tl.constexpr, PADDED: tl.constexpr, BY_OUTPUT: tl.constexpr, ACTIVATION: tl.constexpr,
-    RESIDUAL: tl.constexpr,
+    RESIDUAL: tl.constexpr, CHANNELS: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Compute act(a @ matrix + bias), plus the shortcut if RESIDUAL: BLOCK_M rows, BLOCK_N outputs.
@@ -60,7 +60,8 @@ def product_kernel(
     Args:
         a: input, (rows, IN).
         matrix: weights as rows of PADDED elements, one row for each output if BY_OUTPUT, else one for each input.
-        shortcut, out: tensors (rows, OUT).
+        shortcut: pixels of CHANNELS channels, for each row as many as the stride has.
+        out: tensor (rows, OUT).
     """
     ACROSS: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
     row = tl.program_id(0) // ACROSS * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -84,7 +85,7 @@ def product_kernel(
     offset = row[:, None] * OUT + columns[None, :]
     mask = valid[:, None] & (columns < OUT)[None, :]
     if RESIDUAL:
-        total += tl.load(shortcut + offset, mask=mask, other=0.0).to(tl.float32)
+        total += pooled(shortcut, row, valid, columns, height, width, out_height, out_width, CHANNELS, STRIDE)
     tl.store(out + offset, round_to(total, out.dtype.element_ty), mask=mask)
 
 
@@ -111,6 +112,7 @@ def product_constants(problem: BlockProblem) -> list[tuple[dict[str, object], Pr
     for (into, out, padded, by_output, act, residual), tiling in zip(shapes, product_tilings(problem), strict=True):
         constants = {
             "IN": into, "OUT": out, "PADDED": padded, "BY_OUTPUT": by_output, "ACTIVATION": act, "RESIDUAL": residual,
+            "CHANNELS": problem.in_channels, "STRIDE": problem.stride,
             "BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k,
             "STAGES": tiling.num_stages, "WIDE": problem.out_pixels * max(into, out) >= WIDE_ELEMENTS,
         }  # fmt: skip
@@ -136,5 +138,6 @@ def launch(x: Tensor, weights: BlockWeights, problem: BlockProblem, tiling: Tili
         (projection, h, weights.project, weights.project_bias, out, problem.out_channels),
     ):
         product_kernel[(cut.programs(pixels, outputs),)](
-            a, matrix, bias, x, into, pixels, **constants, num_warps=cut.num_warps
-        )
+            a, matrix, bias, x, into, pixels, problem.height, problem.width, problem.out_height, problem.out_width,
+            **constants, num_warps=cut.num_warps,
+        )  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import timm.layers
 import torch
@@ -244,6 +244,14 @@ def _no_activation(module: nn.Module, where: str) -> None:
         raise NotFused(f"{where}={module} activates where a fused kernel does not")
 
 
+def _has_pooled_shortcut(block: nn.Module) -> TypeGuard[UniversalInvertedResidual]:
+    """Whether a block is a `PooledResidual` of `search_spaces.timm_models`.
+
+    Each exported network brings a copy of that class, so it is known by its name.
+    """
+    return isinstance(block, UniversalInvertedResidual) and type(block).__name__ == "PooledResidual"
+
+
 class _Fuser:
     """Maker of fused modules in one dtype, from modules whose batch norms are folded."""
 
@@ -274,7 +282,11 @@ class _Fuser:
             _no_activation(block.dw_start.bn, "dw_start.bn")
             conv = _conv(block.dw_start.conv, "dw_start")
             stride = block.dw_start.conv.stride[0]
-            return FusedBlock(self._cast(*conv, *expand, *project), stride, act, block.has_skip)
+            return FusedBlock(
+                self._cast(*conv, *expand, *project), stride, act, block.has_skip or _has_pooled_shortcut(block)
+            )
+        if _has_pooled_shortcut(block):
+            raise NotFused(f"a pooled shortcut has no place around dw_mid={type(block.dw_mid).__name__}")
         _require_identity(block.dw_mid, "aa")
         if _activation(block.dw_mid.bn, "dw_mid.bn") != act:
             raise NotFused(f"dw_mid.bn={block.dw_mid.bn} activates differently from the expansion")
@@ -323,7 +335,7 @@ class _Fuser:
         return FusedHead(self._cast(*layers), act)
 
     def block(self, block: nn.Module) -> nn.Module:
-        if type(block) is UniversalInvertedResidual:
+        if type(block) is UniversalInvertedResidual or _has_pooled_shortcut(block):
             return self.universal(block)
         if type(block) is InvertedResidual:
             return self.inverted(block)

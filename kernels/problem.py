@@ -128,7 +128,8 @@ class BlockProblem(Splittable):
         in_channels, hidden_channels, out_channels: numbers of channels that enter the block, lie within and leave it.
         kernel_size, group_width, stride: the grouped convolution's; it is padded by kernel_size // 2.
         activation: one of `ACTIVATIONS`.
-        residual: whether the input is added to the output.
+        residual: whether the input is added to the output: averaged over the pixels of a stride, and with zeros for
+            additional channels; of more channels than the output has, the first ones.
         dtype: data type of input, weights and output; one of `DTYPE_BYTES`.
         max_splits: most programs that may share a tile's hidden channels; for their float32 partial sums the caller
             lends scratch. With 1 no tile is split.
@@ -170,6 +171,12 @@ class BlockProblem(Splittable):
         """Bytes of input and output, which a fused block has to move once, beside its weights."""
         in_pixels = self.batch * self.height * self.width
         return self.itemsize * (in_pixels * self.in_channels + self.out_pixels * self.out_channels)
+
+    @property
+    def shortcut_elements(self) -> int:
+        """Elements of the input that are added to the output."""
+        channels = min(self.in_channels, self.out_channels)
+        return self.batch * self.height * self.width * channels if self.residual else 0
 
     @cached_property
     def conv_block(self) -> int:
@@ -393,6 +400,4 @@ def unsupported(problem: BlockProblem) -> str | None:
         return f"group_width={problem.group_width} is none of {widths} and not all {into} channels"
     if into % problem.group_width:
         return f"group_width={problem.group_width} does not divide in_channels={into}"
-    if problem.residual and (problem.stride != 1 or into != out):
-        return f"residual with stride={problem.stride}, {into} -> {out} channels"
     return None

@@ -1,13 +1,16 @@
 """A ConvFirst architecture as one small frozen value; everything else about it is derived.
 
     stem 3x3 conv, stride 2 or 1
-    stages of ConvFirst blocks: grouped k x k conv -> 1x1 expand -> activation -> 1x1 project (+ residual)
+    stages of ConvFirst blocks: grouped k x k conv -> 1x1 expand -> activation -> 1x1 project (+ shortcut)
     head: global pool -> 1x1 conv -> activation -> classifier, or global pool -> classifier
 
 An architecture may have a resolution of its own, to which the images that it is given are resized.
 
 The block is timm's `UniversalInvertedResidual` with only its first convolution, so every architecture here is also a
-list of timm arch strings, and timm's own builder makes the network (`ArchSpec.build`).
+list of timm arch strings, and timm's own builder makes the network (`ArchSpec.build`). As in timm, a block's input is
+added to its output where both have the same shape. With pooled shortcuts it is added everywhere: averaged over the
+pixels of a stride, and with zeros for additional channels, as in PyramidNet (Han et al. 2017,
+https://arxiv.org/abs/1610.02915); of more channels than the output has, the first ones count.
 """
 
 from __future__ import annotations
@@ -26,6 +29,9 @@ if TYPE_CHECKING:
 
 # By timm's names, which `get_act_layer` takes.
 ACTIVATIONS = ("silu", "relu", "hard_swish", "gelu")
+
+# Around which blocks the input is added to the output: those that keep the shape, or all of them.
+IDENTITY, POOLED = SHORTCUTS = ("identity", "pooled")
 
 # timm rounds widths to multiples of 8; a width that it would change is refused instead.
 CHANNEL_MULTIPLE = 8
@@ -46,6 +52,7 @@ _STAGE = (
     "a stage, such as '2x32/2 k3 g8 e4' (blocks x width / stride, kernel size, group width, expansion)",
 )
 _HEAD = (re.compile(r"head ([0-9]+)"), "a head, such as 'head 128'")
+_POOLED_SHORTCUTS = "pooled shortcuts"
 # A message quotes at most so many characters of a text.
 _QUOTED_LENGTH = 200
 
@@ -165,7 +172,11 @@ class StageSpec:
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """One ConvFirst block inside a network, with the channels that enter it; `ArchSpec.blocks` derives it."""
+    """One ConvFirst block inside a network, with the channels that enter it; `ArchSpec.blocks` derives it.
+
+    Args:
+        shortcut: one of `SHORTCUTS`; "identity" where the block keeps the shape.
+    """
 
     in_channels: int
     out_channels: int
@@ -173,14 +184,25 @@ class BlockSpec:
     group_width: int
     expansion: float
     stride: int
+    shortcut: str = IDENTITY
+
+    def __post_init__(self) -> None:
+        # Blocks that keep the shape are the same in all networks.
+        if self.keeps_shape:
+            object.__setattr__(self, "shortcut", IDENTITY)
 
     @property
     def expanded_channels(self) -> int:
         return expanded_channels(self.in_channels, self.expansion)
 
     @property
-    def residual(self) -> bool:
+    def keeps_shape(self) -> bool:
         return self.stride == 1 and self.in_channels == self.out_channels
+
+    @property
+    def residual(self) -> bool:
+        """Whether the input, pooled if need be, is added to the output."""
+        return self.keeps_shape or self.shortcut == POOLED
 
 
 @dataclass(frozen=True)
@@ -221,9 +243,11 @@ def strided(size: int, stride: int) -> int:
     return (size + stride - 1) // stride
 
 
-def stage_blocks(in_channels: int, stage: StageSpec) -> tuple[BlockSpec, ...]:
+def stage_blocks(in_channels: int, stage: StageSpec, shortcut: str = IDENTITY) -> tuple[BlockSpec, ...]:
     """The blocks of a stage that `in_channels` channels enter: only the first changes width and resolution."""
-    first = BlockSpec(in_channels, stage.width, stage.kernel_size, stage.group_width, stage.expansion, stage.stride)
+    first = BlockSpec(
+        in_channels, stage.width, stage.kernel_size, stage.group_width, stage.expansion, stage.stride, shortcut
+    )
     rest = dataclasses.replace(first, in_channels=stage.width, stride=1)
     return (first,) + (rest,) * (stage.blocks - 1)
 
@@ -240,6 +264,7 @@ class ArchSpec:
         resolution: width and height in pixels to which images are resized for this network; None leaves that to whoever
             trains or deploys it.
         stem_stride: stride of the stem, 1 or 2.
+        shortcut: "identity" for a shortcut around the blocks that keep the shape, "pooled" for one around all.
 
     Raises:
         ValueError: the message names the field and its value. Also raised where a group width does not divide the width
@@ -253,8 +278,11 @@ class ArchSpec:
     head_width: int
     resolution: int | None = None
     stem_stride: int = STEM_STRIDE
+    shortcut: str = IDENTITY
 
     def __post_init__(self) -> None:
+        if self.shortcut not in SHORTCUTS:
+            raise ValueError(f"shortcut={self.shortcut!r} is none of {', '.join(SHORTCUTS)}")
         _require_whole("stem_stride", self.stem_stride)
         if self.stem_stride not in (1, 2):
             raise ValueError(f"stem_stride={self.stem_stride} is neither 1 nor 2")
@@ -292,7 +320,7 @@ class ArchSpec:
         in_channels = self.stem_width
         blocks: tuple[BlockSpec, ...] = ()
         for stage in self.stages:
-            blocks += stage_blocks(in_channels, stage)
+            blocks += stage_blocks(in_channels, stage, self.shortcut)
             in_channels = stage.width
         return blocks
 
@@ -322,7 +350,7 @@ class ArchSpec:
         return [[stage.arch_string] for stage in self.stages]
 
     def __str__(self) -> str:
-        stages = " | ".join(str(stage) for stage in self.stages)
+        stages = " | ".join([*map(str, self.stages), *([_POOLED_SHORTCUTS] if self.shortcut == POOLED else [])])
         shown = "" if self.resolution is None else f"{self.resolution} px | "
         stride = "" if self.stem_stride == STEM_STRIDE else f"/{self.stem_stride}"
         return f"{shown}{self.activation} stem {self.stem_width}{stride} | {stages} | head {self.head_width}"
@@ -348,14 +376,18 @@ class ArchSpec:
                 f"{_quoted(text.strip())} is not an architecture, such as 'silu stem 16 | 2x32/2 k3 g8 e4 | head 128'"
             )
         activation, stem_width, stem_stride = _parsed(pieces[0], _STEM, STEM_STRIDE)
+        pooled = " ".join(pieces[-2].split()) == _POOLED_SHORTCUTS
         stages = []
-        for number, piece in enumerate(pieces[1:-1], start=1):
+        for number, piece in enumerate(pieces[1 : -2 if pooled else -1], start=1):
             try:
                 stages.append(StageSpec.parse(piece))
             except ValueError as error:
                 raise ValueError(f"stage {number}: {error}") from error
         (head_width,) = _parsed(pieces[-1], _HEAD)
-        return cls(int(stem_width), tuple(stages), activation, int(head_width), resolution, int(stem_stride))
+        return cls(
+            int(stem_width), tuple(stages), activation, int(head_width), resolution, int(stem_stride),
+            POOLED if pooled else IDENTITY,
+        )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
         fields = dataclasses.asdict(self)
@@ -364,6 +396,8 @@ class ArchSpec:
             del fields["resolution"]
         if self.stem_stride == STEM_STRIDE:
             del fields["stem_stride"]
+        if self.shortcut == IDENTITY:
+            del fields["shortcut"]
         return fields
 
     def to_json(self) -> str:

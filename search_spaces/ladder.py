@@ -18,6 +18,9 @@ EfficientNet (Tan and Le 2019, https://arxiv.org/abs/1905.11946) deepens somewha
 et al. 2020, https://arxiv.org/abs/2003.13678) above a GMAC hardly at all, and Dollar et al. (2021,
 https://arxiv.org/abs/2103.06877) show that of equal costs the wider networks are the faster ones. Most blocks are in
 the stage before the last, as in RegNet and ConvNeXt; with three stages as many in the last.
+
+**Shortcuts** are pooled ones, around every block: they cost no parameters, nearly no time, and gained 4 points of
+accuracy on small photos (docs/measurements.md).
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import itertools
 import math
 from functools import cache
 
-from search_spaces.arch import ACTIVATIONS, CHANNEL_MULTIPLE, MAX_TOTAL_STRIDE, STEM_STRIDE
+from search_spaces.arch import ACTIVATIONS, CHANNEL_MULTIPLE, MAX_TOTAL_STRIDE, POOLED, STEM_STRIDE
 from search_spaces.cost import cost
 from search_spaces.space import SearchSpace, StageChoices, middle
 
@@ -164,6 +167,7 @@ def _space(name: str, resolutions: tuple[int, ...], rung: float, widths: tuple[i
         head_width=(0, _rounded(head)),
         activation=ACTIVATIONS,
         stages=tuple(stages),
+        shortcut=(POOLED,),
     )
 
 

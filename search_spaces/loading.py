@@ -1,6 +1,7 @@
 """Search spaces by name: those that come with the package, rungs of the ladder, and users' own in TOML files.
 
-Schema of the TOML file, every key required but `description` and `stem_stride`; a choice may be a list or one value:
+Schema of the TOML file, every key required but `description`, `stem_stride` and `shortcut`; a choice may be a list or
+one value:
 
     name = "mine"
     description = "what it is for"
@@ -8,6 +9,7 @@ Schema of the TOML file, every key required but `description` and `stem_stride`;
                                        # of its own, to which its images are resized; the total stride divides all
     stem_width = [16, 24, 32]          # multiples of 8
     stem_stride = [1, 2]               # may be left out: 2
+    shortcut = "pooled"                # may be left out: "identity", only around the blocks that keep the shape
     head_width = 256                   # multiples of 8; 0 for a classifier right after the pool
     activation = ["silu", "relu"]      # of silu, relu, hard_swish, gelu
 

@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 
 from search_spaces.arch import (
     CHANNEL_MULTIPLE,
+    IDENTITY,
     MAX_TOTAL_STRIDE,
     MIN_RESOLUTION,
     STEM_STRIDE,
@@ -79,6 +80,7 @@ class SearchSpace:
     Args:
         resolution: choices in pixels; a single one, or one number, is no choice of the architecture's.
         stem_stride: choices of the stem's stride.
+        shortcut: choices of `ArchSpec.shortcut`.
 
     Raises:
         ValueError: a choice is impossible or a combination cannot be repaired; the message names the field.
@@ -92,6 +94,7 @@ class SearchSpace:
     activation: tuple[str, ...]
     stages: tuple[StageChoices, ...]
     stem_stride: tuple[int, ...] = (STEM_STRIDE,)
+    shortcut: tuple[str, ...] = (IDENTITY,)
 
     def __post_init__(self) -> None:
         # A name stands in lines and file names.
@@ -105,11 +108,11 @@ class SearchSpace:
             stem_width=CHANNEL_MULTIPLE, head_width=CHANNEL_MULTIPLE, activation="relu",
             stages=(StageSpec(CHANNEL_MULTIPLE, 1, 1, 1.0, 1, 1),),
         )  # fmt: skip
-        for name in ("stem_width", "head_width", "activation", "stem_stride"):
+        for name in ("stem_width", "head_width", "activation", "stem_stride", "shortcut"):
             choices = _checked_choices(name, getattr(self, name))
             for choice in choices:
                 ArchSpec(**{**harmless, name: choice})
-            object.__setattr__(self, name, choices if name == "activation" else tuple(sorted(choices)))
+            object.__setattr__(self, name, choices if isinstance(choices[0], str) else tuple(sorted(choices)))
         total_stride = max(self.stem_stride)
         strides = STEM_STRIDE
         in_widths = self.stem_width
@@ -157,6 +160,8 @@ class SearchSpace:
         # Studies that were begun before there was a choice do not have it.
         if self.stem_stride == (STEM_STRIDE,):
             del fields["stem_stride"]
+        if self.shortcut == (IDENTITY,):
+            del fields["shortcut"]
         return fields
 
     @classmethod
@@ -167,7 +172,7 @@ class SearchSpace:
             ValueError: a key is wrong or missing, or a choice is impossible; the message names it.
         """
         fields = dict(data)
-        _check_keys("the space", fields, cls, optional={"description", "stem_stride"})
+        _check_keys("the space", fields, cls, optional={"description", "stem_stride", "shortcut"})
         stages = fields["stages"]
         if not isinstance(stages, list | tuple) or not all(isinstance(stage, dict) for stage in stages):
             raise ValueError("stages is not a list of [[stages]] tables")
@@ -179,7 +184,7 @@ class SearchSpace:
             except ValueError as error:
                 raise ValueError(f"stage {number}: {error}") from error
         fields["stages"] = tuple(parsed)
-        for key in fields.keys() & {"stem_stride"}:
+        for key in fields.keys() & {"stem_stride", "shortcut"}:
             fields[key] = _as_tuple(fields[key])
         for key in ("resolution", "stem_width", "head_width", "activation"):
             fields[key] = _as_tuple(fields[key])
@@ -193,6 +198,8 @@ class SearchSpace:
         named |= {"activation": self.activation, "stem_width": self.stem_width}
         if self.stem_stride != (STEM_STRIDE,):
             named["stem_stride"] = self.stem_stride
+        if self.shortcut != (IDENTITY,):
+            named["shortcut"] = self.shortcut
         for number, stage in enumerate(self.stages, start=1):
             for field in dataclasses.fields(stage):
                 named[f"stage{number}_{field.name}"] = getattr(stage, field.name)
@@ -219,6 +226,7 @@ class SearchSpace:
         return ArchSpec(
             int(values["stem_width"]), tuple(stages), str(values["activation"]), int(values["head_width"]),
             int(values["resolution"]) if self.own_resolutions else None, int(values.get("stem_stride", STEM_STRIDE)),
+            str(values.get("shortcut", IDENTITY)),
         )  # fmt: skip
 
     def values_of(self, arch: ArchSpec) -> dict[str, Choice]:
@@ -227,6 +235,8 @@ class SearchSpace:
         named |= {"activation": arch.activation, "stem_width": arch.stem_width}
         if self.stem_stride != (STEM_STRIDE,):
             named["stem_stride"] = arch.stem_stride
+        if self.shortcut != (IDENTITY,):
+            named["shortcut"] = arch.shortcut
         for number, stage in enumerate(arch.stages, start=1):
             for field in dataclasses.fields(stage):
                 named[f"stage{number}_{field.name}"] = getattr(stage, field.name)
@@ -247,10 +257,10 @@ class SearchSpace:
                 for spec in choices.specs(stages[-1].width if stages else stem)
             ]
         resolutions: tuple[int | None, ...] = self.own_resolutions or (None,)
-        for (stem, stages), activation, head, resolution, stride in itertools.product(
-            chains, self.activation, self.head_width, resolutions, self.stem_stride
+        for (stem, stages), activation, head, resolution, stride, shortcut in itertools.product(
+            chains, self.activation, self.head_width, resolutions, self.stem_stride, self.shortcut
         ):
-            yield ArchSpec(stem, stages, activation, head, resolution, stride)
+            yield ArchSpec(stem, stages, activation, head, resolution, stride, shortcut)
 
     def anchor(self) -> ArchSpec:
         """The middle choice of every list: the one fixed network that all latencies of a study are compared with."""
@@ -272,7 +282,7 @@ class SearchSpace:
                     groups = len(stage.valid_group_widths(in_width, width, blocks))
                     onward[width] += count * groups * len(stage.kernel_size) * len(stage.expansion) * len(stage.stride)
             ways = onward
-        of_the_rest = (self.activation, self.head_width, self.resolution, self.stem_stride)
+        of_the_rest = (self.activation, self.head_width, self.resolution, self.stem_stride, self.shortcut)
         return sum(ways.values()) * math.prod(map(len, of_the_rest))
 
     def cost_range(self, resolution: int, num_classes: int) -> tuple[Cost, Cost]:

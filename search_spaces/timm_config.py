@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from search_spaces.arch import STEM_STRIDE, ArchSpec
+from search_spaces.arch import IDENTITY, STEM_STRIDE, ArchSpec
 
 ARCHITECTURE = "convfirst"
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -16,6 +16,7 @@ def model_args(arch: ArchSpec) -> dict[str, Any]:
     return {
         "arch_def": arch.arch_def, "stem_size": arch.stem_width, "num_features": arch.head_width,
         "act_layer": arch.activation, **({} if arch.stem_stride == STEM_STRIDE else {"stem_stride": arch.stem_stride}),
+        **({} if arch.shortcut == IDENTITY else {"shortcut": arch.shortcut}),
     }  # fmt: skip
 
 

@@ -55,7 +55,8 @@ def _blocks_at(space: SearchSpace, resolution: int) -> Iterator[tuple[int, Block
         for (channels, reached), (width, stride, (kernel_size, group_width, expansion)) in product(entries, choices):
             size = -(-resolution // reached)
             if channels % group_width == 0:
-                yield size, BlockSpec(channels, width, kernel_size, group_width, expansion, stride)
+                for shortcut in space.shortcut:
+                    yield size, BlockSpec(channels, width, kernel_size, group_width, expansion, stride, shortcut)
             if max(stage.blocks) > 1 and width % group_width == 0:
                 yield -(-size // stride), BlockSpec(width, width, kernel_size, group_width, expansion, 1)
             leaving.add((width, reached * stride))

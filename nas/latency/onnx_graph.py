@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
+from search_spaces.timm_models import PooledShortcut
+
 # Names of the first input and output.
 INPUT, OUTPUT = "images", "logits"
 # torch 2.11 writes this one by default: newer ones gain these networks nothing, and fewer runtimes read them.
@@ -80,10 +82,16 @@ def exporters_graph(module: nn.Module, shape: Sequence[int], *, free_batch: bool
 # -- Operations --------------------------------------------------------------------------------------------------------
 
 
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        return isinstance(m, PooledShortcut) or super().is_leaf_module(m, module_qualified_name)
+
+
 def _traced(module: nn.Module) -> fx.GraphModule:
+    # A layer alone would be traced into, were it not part of something.
+    whole = nn.Sequential(module)
     try:
-        # A layer alone would be traced into, were it not part of something.
-        return fx.symbolic_trace(nn.Sequential(module))
+        return fx.GraphModule(whole, _Tracer().trace(whole))
     except Exception as error:  # control flow that depends on tensors raises many kinds
         raise NotKnown(f"torch.fx does not trace it ({error})") from error
 
@@ -204,6 +212,19 @@ def _pooling(writer: _Writer, name: str, layer: Any, x: str) -> str:
     return writer.add("GlobalAveragePool", x)
 
 
+def _pooled_shortcut(writer: _Writer, name: str, layer: Any, x: str) -> str:
+    if layer.stride > 1:
+        size = [layer.stride, layer.stride]
+        x = writer.add("AveragePool", x, kernel_shape=size, strides=size, ceil_mode=1)
+    into, out = layer.in_channels, layer.out_channels
+    if into == out:
+        return x
+    # As a convolution, which takes and gives channels in whatever layout the runtime has chosen, and into which the
+    # runtime draws the sum. To pad or cut channels it would change the layout twice.
+    weight = writer.weight(f"{name}.identity", torch.eye(out, into)[:, :, None, None])
+    return writer.add("Conv", x, weight, kernel_shape=[1, 1])
+
+
 def _flatten(writer: _Writer, name: str, layer: Any, x: str) -> str:
     if (layer.start_dim, layer.end_dim) != (1, -1):
         raise NotKnown(f"a flattening of dimensions {layer.start_dim} to {layer.end_dim}")
@@ -241,6 +262,7 @@ MODULES: dict[type[nn.Module], Callable[..., str]] = {
     nn.Linear: _linear_layer,
     nn.AdaptiveAvgPool2d: _pooling,
     nn.Flatten: _flatten,
+    PooledShortcut: _pooled_shortcut,
     nn.ReLU: lambda writer, name, layer, x: _relu(writer, x),
     nn.SiLU: lambda writer, name, layer, x: _silu(writer, x),
     nn.Hardswish: lambda writer, name, layer, x: _hard_swish(writer, x),

@@ -21,7 +21,7 @@ from nas.config import LatencyConfig
 from nas.latency.engines import deploy, fold, ready
 from nas.latency.roofline import Block, Layer, arch_blocks, single
 from search_spaces import ArchSpec
-from search_spaces.arch import STEM_STRIDE, BlockSpec, HeadSpec, StemSpec, Step
+from search_spaces.arch import IDENTITY, STEM_STRIDE, BlockSpec, HeadSpec, StemSpec, Step
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,9 @@ def _shape(step: Step, num_classes: int) -> dict[str, Any]:
         stride = {} if spec.stride == STEM_STRIDE else {"stride": spec.stride}
         return dict(kind="stem", out=spec.out_channels) | stride
     if isinstance(spec, BlockSpec):
-        return dict(
+        # Without the usual shortcut, likewise.
+        shortcut = {} if spec.shortcut == IDENTITY else {"shortcut": spec.shortcut}
+        return shortcut | dict(
             kind="convfirst", into=spec.in_channels, hidden=spec.expanded_channels, out=spec.out_channels,
             kernel_size=spec.kernel_size, group_width=spec.group_width, stride=spec.stride,
         )  # fmt: skip

@@ -139,7 +139,7 @@ class Block:
 
 def conv_layer(
     name: str, batch: int, height: int, width: int, in_channels: int, out_channels: int, kernel_size: int,
-    group_width: int, stride: int, itemsize: int, residual: bool = False,
+    group_width: int, stride: int, itemsize: int, shortcut_bytes: int = 0,
 ) -> Layer:  # fmt: skip
     """The layer of a convolution of (batch, in_channels, height, width), padded by kernel_size // 2, with bias.
 
@@ -148,7 +148,7 @@ def conv_layer(
     Args:
         group_width: input channels that each output channel reads; 1 is depthwise.
         itemsize: bytes of an element of input, weights, biases and output alike.
-        residual: whether something of the output's shape is added to it.
+        shortcut_bytes: bytes of what is added to the output.
     """
     _require_whole(
         1, batch=batch, height=height, width=width, in_channels=in_channels, out_channels=out_channels,
@@ -169,7 +169,7 @@ def conv_layer(
         input_bytes=itemsize * batch * height * width * in_channels,
         weight_bytes=itemsize * (weights + out_channels),
         output_bytes=output_bytes,
-        shortcut_bytes=output_bytes if residual else 0,
+        shortcut_bytes=shortcut_bytes,
     )
 
 
@@ -186,7 +186,8 @@ def linear_layer(name: str, rows: int, in_features: int, out_features: int, item
 
 
 def chain(name: str, kind: str, layers: Sequence[Layer]) -> Block:
-    """A block of layers each of which reads what the one before it wrote; a shortcut of the last is the block's input.
+    """A block of layers each of which reads what the one before it wrote; a shortcut of the last is the block's input,
+    or channels of it.
 
     As one kernel it moves its input, all weights and its output; the shortcut is not read a second time. Its workspace
     is then input and output. Layer by layer the workspace is the most of any layer's input and output, together with
@@ -207,8 +208,8 @@ def chain(name: str, kind: str, layers: Sequence[Layer]) -> Block:
             )
         if layer.shortcut_bytes:
             raise ValueError(f"{name}: shortcut_bytes={layer.shortcut_bytes} of {layer.name}, which is not the last")
-    if last.shortcut_bytes not in (0, first.input_bytes):
-        raise ValueError(f"{name}: shortcut_bytes={last.shortcut_bytes} is not its input's {first.input_bytes}")
+    if last.shortcut_bytes > first.input_bytes:
+        raise ValueError(f"{name}: shortcut_bytes={last.shortcut_bytes} is more than its input's {first.input_bytes}")
     kept = first.input_bytes if last.shortcut_bytes else 0
     alive = [layer.input_bytes + layer.output_bytes for layer in layers]
     return Block(
@@ -252,17 +253,18 @@ def convfirst_block(
     name: str, batch: int, height: int, width: int, in_channels: int, hidden_channels: int, out_channels: int,
     kernel_size: int, group_width: int, stride: int, residual: bool, itemsize: int,
 ) -> Block:  # fmt: skip
-    """The ConvFirst block of (batch, in_channels, height, width): grouped convolution, 1x1 expansion and projection."""
-    if residual and (stride != 1 or in_channels != out_channels):
-        raise ValueError(f"residual with stride={stride}, {in_channels} -> {out_channels} channels")
+    """The ConvFirst block of (batch, in_channels, height, width): grouped convolution, 1x1 expansion and projection.
+
+    Args:
+        residual: whether the input is added to the output, pooled if need be. The sums of pooling are not counted.
+    """
     conv = conv_layer(
         "conv", batch, height, width, in_channels, in_channels, kernel_size, group_width, stride, itemsize
     )
     size = strided(height, stride), strided(width, stride)
     expand = conv_layer("expand", batch, *size, in_channels, hidden_channels, 1, in_channels, 1, itemsize)
-    project = conv_layer(
-        "project", batch, *size, hidden_channels, out_channels, 1, hidden_channels, 1, itemsize, residual
-    )
+    added = itemsize * batch * height * width * min(in_channels, out_channels) if residual else 0
+    project = conv_layer("project", batch, *size, hidden_channels, out_channels, 1, hidden_channels, 1, itemsize, added)
     return chain(name, "convfirst", [conv, expand, project])
 
 

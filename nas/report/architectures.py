@@ -108,6 +108,8 @@ def _rows(archs: Sequence[ArchSpec]) -> list[tuple[str, list[_Cell | None]]]:
     ]
     if any(arch.resolution for arch in archs):
         rows.insert(0, ("resolution", [_Cell(0, 0, "", (f"{arch.resolution} px",)) for arch in archs]))
+    if len({arch.shortcut for arch in archs}) > 1:
+        rows.append(("shortcuts", [_Cell(0, 0, "", (arch.shortcut,)) for arch in archs]))
     finest = min(arch.stem_stride for arch in archs)
     stems = [
         f"{arch.stem_width}/{arch.stem_stride}" if finest < STEM_STRIDE else str(arch.stem_width) for arch in archs

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.convfirst import ACTIVATE
+from kernels.convfirst import ACTIVATE, pooled
 from kernels.cost_model import GPU_SPECS
 from kernels.problem import ACTIVATIONS, BlockProblem, Splittable, Tiling, conv_forms, unsupported
 
@@ -24,7 +24,8 @@ AXES: dict[str, tuple[object, ...]] = {
     "height": (1, 7, 13),
     "width": (1, 7, 13),
     "channels": (8, 24, 40, 64, 72),
-    "out": ("same, residual", "same", 8, 24, 40, 64, 72),
+    "out": ("same", 8, 24, 40, 64, 72),
+    "residual": (False, True),
     "kernel_size": (3, 5, 7),
     "group_width": (1, 8, 16, 32, "full"),
     "stride": (1, 2),
@@ -64,14 +65,13 @@ def block_case(case: Case) -> BlockCase | None:
     group: int = channels if case["group_width"] == "full" else case["group_width"]  # type: ignore[assignment]
     if channels % group or (case["group_width"] == "full" and channels in AXES["group_width"]):
         return None
-    residual = case["out"] == "same, residual"
     out: int = case["out"] if isinstance(case["out"], int) else channels
-    if (residual and case["stride"] == 2) or case["out"] == channels:
+    if case["out"] == channels:
         return None
     hidden = int(channels * case["expansion"]) // 8 * 8  # type: ignore[operator]
     problem = BlockProblem(
         case["batch"], case["height"], case["width"], channels, hidden, out, case["kernel_size"], group,
-        case["stride"], case["activation"], residual, case["dtype"], case["splits"],
+        case["stride"], case["activation"], case["residual"], case["dtype"], case["splits"],
     )  # type: ignore[arg-type] # fmt: skip
     forms = conv_forms(problem)
     if case["form"] and len(forms) == 1:
@@ -124,6 +124,9 @@ def covering_cases(seed: int = 0) -> list[BlockCase]:
         best = max(drawn, key=lambda case: len(_pairs(case) & uncovered) / sqrt(300 + _cost(case)))
         uncovered -= _pairs(best)
         chosen.append(best)
+    # Shortcuts in which both shapes change are made of three axes.
+    for out, stride in itertools.product(("same", 8, 72), (1, 2)):
+        chosen += [each for _ in range(EACH_VALUE // 2) if (each := draw(dict(out=out, stride=stride, residual=True)))]
     while len(chosen) < AT_LEAST + len(AXES):
         more = draw({})
         chosen += [more] if more is not None and more not in chosen else []
@@ -145,22 +148,20 @@ WIDE_CASES = [
     BlockCase(_square(16, 32, 8), Tiling(32, 16, "mma", num_warps=8, rows=2)),
     BlockCase(_WIDE, Tiling(16, 32, "mma", 4)),
     BlockCase(_WIDE, Tiling(16, 64, "mma", part=64)),
-    BlockCase(replace(_WIDE, in_channels=320, hidden_channels=320, residual=False), Tiling(16, 128, "mma")),
-    BlockCase(replace(_WIDE, out_channels=512, residual=False, stride=2), Tiling(16, 32, "mma")),
+    BlockCase(replace(_WIDE, in_channels=320, hidden_channels=320), Tiling(16, 128, "mma")),
+    BlockCase(replace(_WIDE, out_channels=512, stride=2), Tiling(16, 32, "mma")),
     BlockCase(replace(_WIDE, group_width=160, dtype="bfloat16"), Tiling(16, 32, "dense", dense_block=64)),
     BlockCase(_square(8, 64, 1), Tiling(16, 16, "fma", 4)),
     BlockCase(_square(64, 128, 8), Tiling(16, 32, "mma", out_splits=4)),
     BlockCase(_square(128, 256, 1), Tiling(16, 64, "diagonal", 2, out_splits=2)),
     BlockCase(replace(_square(64, 64, 8), out_channels=512, residual=False), Tiling(16, 32, "mma", out_splits=4)),
-    BlockCase(replace(_square(64, 64, 16), out_channels=24, residual=False), Tiling(16, 32, "mma", 2, out_splits=2)),
+    BlockCase(replace(_square(64, 64, 16), out_channels=24), Tiling(16, 32, "mma", 2, out_splits=2)),
     BlockCase(_square(24, 96, 24), Tiling(16, 32, "mma")),
     BlockCase(_square(40, 40, 4), Tiling(16, 32, "mma")),
     BlockCase(replace(_square(96, 96, 8), batch=2), Tiling(32, 32, "mma", rows=2, tiles_each=2)),
     BlockCase(replace(_square(24, 72, 1), height=7, kernel_size=5), Tiling(16, 16, "fma", tiles_each=3)),
     BlockCase(replace(_square(40, 80, 1), batch=9), Tiling(32, 64, "diagonal", rows=2, tiles_each=2, part=64)),
-    BlockCase(
-        replace(_square(16, 32, 16), height=9, width=17, stride=2, residual=False), Tiling(128, 32, "mma", rows=8)
-    ),
+    BlockCase(replace(_square(16, 32, 16), height=9, width=17, stride=2), Tiling(128, 32, "mma", rows=8)),
 ]
 
 
@@ -172,7 +173,7 @@ LAYERED_CASES = [
         (replace(_square(40, 80, 8), batch=2, height=7, width=5), 32, "mma", 2, 16, 3),
         (replace(_square(24, 24, 1), height=13, activation="gelu"), 16, "fma", 1, 16, 1),
         (replace(_square(64, 256, 1), width=17, dtype="bfloat16"), 64, "diagonal", 4, 64, 1),
-        (replace(_square(96, 144, 32), stride=2, residual=False, activation="relu"), 16, "mma", 1, 32, 1),
+        (replace(_square(96, 144, 32), stride=2, out_channels=136, activation="relu"), 16, "mma", 1, 32, 1),
         (replace(_square(72, 104, 1), height=9, kernel_size=5, activation="hard_swish"), 32, "fma", 2, 16, 1),
         (replace(_square(32, 128, 16), out_channels=200, residual=False, kernel_size=7), 16, "mma", 1, 32, 1),
         (replace(_square(64, 64, 8), dtype="float32", height=5, width=9), 16, "mma", 1, 64, 1),
@@ -242,6 +243,6 @@ def error_bound(x: Tensor, layers: Sequence[Tensor], problem: BlockProblem) -> T
     h_error = SLOPE * before_error + unit * h.abs() + (TANH_ERROR if inexact else 4 * ACCUMULATION) * before.abs()
     out = conv2d(h, project, project_bias)
     magnitude = conv2d(h.abs(), project.abs(), project_bias.abs())
-    shortcut = x if problem.residual else torch.zeros_like(out)
+    shortcut = pooled(x, problem) if problem.residual else torch.zeros_like(out)
     error = conv2d(h_error, project.abs()) + depth(problem.hidden_channels) * (magnitude + shortcut.abs())
     return error + unit * (out + shortcut).abs()

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels.convfirst import launch, layer_by_layer
+from kernels.convfirst import launch, layer_by_layer, pooled
 from kernels.packing import BlockWeights, pack
 from kernels.problem import BlockProblem, Tiling, parts, unsupported
 from tests.kernels.cases import (
@@ -48,10 +48,33 @@ def test_the_cases_cover_every_value_often_and_are_reproducible() -> None:
     assert Counter(tiling.splits for tiling in tilings)[2] >= EACH_VALUE
     by_rows = Counter((tiling.rows > 1, tiling.conv) for tiling in tilings)
     assert all(by_rows[True, form] >= EACH_VALUE for form in ("mma", "diagonal", "fma")), by_rows
-    assert Counter(problem.residual for problem in problems)[True] >= EACH_VALUE
+    # Shortcuts by stride, and to more, fewer and equal channels.
+    wider = Counter(
+        (problem.stride, (problem.out_channels > problem.in_channels) - (problem.out_channels < problem.in_channels))
+        for problem in problems
+        if problem.residual
+    )
+    assert all(wider[stride, sign] >= EACH_VALUE for stride in (1, 2) for sign in (-1, 0, 1)), wider
     # A sample of pairs, read from the problems themselves.
     for kernel_size, dtype in itertools.product(AXES["kernel_size"], AXES["dtype"]):
         assert any(problem.kernel_size == kernel_size and problem.dtype == dtype for problem in problems)
+
+
+@pytest.mark.parametrize("out_channels", [16, 8, 24])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_the_shortcut_is_the_mean_of_the_pixels_that_there_are(stride: int, out_channels: int) -> None:
+    problem = BlockProblem(2, 5, 6, 16, 32, out_channels, 3, 8, stride, "relu", True, "float32")
+    x = torch.randn(2, 16, 5, 6, generator=torch.Generator().manual_seed(0))
+    added = pooled(x, problem)
+    assert added.shape == (2, out_channels, problem.out_height, problem.out_width)
+    for image, channel, row, column in itertools.product(range(2), range(out_channels), range(3), range(3)):
+        patch = (
+            x[image, channel, stride * row :, stride * column :][:stride, :stride] if channel < 16 else x.new_zeros(1)
+        )
+        torch.testing.assert_close(added[image, channel, row, column], patch.mean())
+    elements = x[:, : min(16, out_channels)].numel()
+    assert problem.shortcut_elements == elements
+    assert replace(problem, residual=False).shortcut_elements == 0
 
 
 @pytest.mark.kernels
@@ -162,7 +185,6 @@ PROBLEM = BlockProblem(1, 7, 7, 64, 256, 64, 3, 8, 1, "silu", True, "float16")
         (dict(stride=3), "stride=3"),
         (dict(activation="tanh"), "activation='tanh'"),
         (dict(dtype="float64"), "dtype='float64'"),
-        (dict(stride=2), "residual"),
     ],
 )
 def test_what_is_not_supported_is_named(changes: dict[str, object], told: str) -> None:

@@ -76,6 +76,16 @@ def test_grouped_block_with_stride_by_hand() -> None:
     assert block.unfused_workspace_bytes == tensors[0] + tensors[1]
 
 
+def test_pooled_shortcuts_read_the_input_by_hand() -> None:
+    """The same block with a shortcut, from all its input; and one to fewer channels, from as many of them."""
+    plain, added = (convfirst_block("block", 1, 9, 6, 16, 32, 24, 5, 8, 2, each, itemsize=4) for each in (False, True))
+    assert added.fused_bytes == plain.fused_bytes
+    assert added.unfused_bytes == plain.unfused_bytes + 4 * 9 * 6 * 16
+    assert added.macs == plain.macs
+    plain, added = (convfirst_block("block", 1, 9, 6, 16, 32, 8, 5, 8, 1, each, itemsize=4) for each in (False, True))
+    assert added.unfused_bytes == plain.unfused_bytes + 4 * 9 * 6 * 8
+
+
 def test_stem_by_hand() -> None:
     """4 images of 33x33 pixels in 3 channels to 17x17 in 24; float16."""
     block = stem_block("stem", 4, 33, 33, 3, 24, itemsize=2)
@@ -111,7 +121,7 @@ def test_single_layers_by_hand() -> None:
     assert block.fused_workspace_bytes == block.unfused_workspace_bytes == 4 * (8 * 100 + 8 * 10)
 
     # A full 3x3 convolution, to whose output something of its shape is added.
-    conv = conv_layer("conv", 1, 6, 6, 8, 16, 3, 8, 1, itemsize=1, residual=True)
+    conv = conv_layer("conv", 1, 6, 6, 8, 16, 3, 8, 1, itemsize=1, shortcut_bytes=576)
     assert conv == Layer("conv", 36 * 16 * 8 * 9, 36 * 8, 16 * 8 * 9 + 16, 36 * 16, shortcut_bytes=36 * 16)
     assert single(conv, "conv").fused_bytes == 36 * 8 + (16 * 8 * 9 + 16) + 36 * 16 + 36 * 16
     assert single(conv, "conv").fused_workspace_bytes == 36 * 8 + 36 * 16 + 36 * 16
@@ -249,8 +259,6 @@ BLOCK = single(layer(300, 200), "conv")
         (lambda: conv_layer("conv", 1, 8, 8, 8, 8, 3, 1, 0, 2), "stride=0"),
         (lambda: linear_layer("fc", 1, 0, 10, 2), "in_features=0"),
         (lambda: linear_layer("fc", 1, 10, 10, 2.0), "itemsize=2.0"),  # type: ignore[arg-type]
-        (lambda: convfirst_block("b", 1, 8, 8, 8, 16, 8, 3, 1, 2, True, 2), "residual with stride=2"),
-        (lambda: convfirst_block("b", 1, 8, 8, 8, 16, 16, 3, 1, 1, True, 2), "8 -> 16"),
         (lambda: head_block("head", 1, 0, 8, 8, 16, 10, 2), "height=0"),
         (lambda: arch_blocks(load_space("small").anchor(), 1, 0, 10, 2), "height=0"),
         (lambda: chain("block", "conv", []), "layers of block is empty"),
@@ -259,7 +267,7 @@ BLOCK = single(layer(300, 200), "conv")
             lambda: chain("block", "conv", [Layer("a", 1, 4, 0, 4, shortcut_bytes=4), layer(3, 4)]),
             "which is not the last",
         ),
-        (lambda: chain("block", "conv", [Layer("a", 1, 5, 0, 4, shortcut_bytes=4)]), "shortcut_bytes=4"),
+        (lambda: chain("block", "conv", [Layer("a", 1, 3, 0, 4, shortcut_bytes=4)]), "shortcut_bytes=4"),
         (lambda: computational_efficiency(1, 0, ROUND), "seconds=0"),
         (lambda: computational_efficiency(-1, 1, ROUND), "macs=-1"),
         (lambda: Efficiency(BLOCK, ROUND, True, 0.0), "seconds=0.0"),

@@ -40,7 +40,7 @@ def folded(network: nn.Module) -> nn.Module:
     return fold_batch_norms(network.eval()).requires_grad_(False)
 
 
-@pytest.mark.parametrize(("space", "size", "networks"), [("small", 33, 6), ("imagenet", 65, 2)])
+@pytest.mark.parametrize(("space", "size", "networks"), [("small", 33, 6), ("imagenet", 65, 2), ("rung4@32", 33, 6)])
 @pytest.mark.parametrize("batch", [1, 8])
 @torch.no_grad()
 def test_random_networks_of_every_space_compute_what_torch_does(

@@ -23,7 +23,7 @@ from search_spaces import ArchSpec, load_space
 SIZE = 20
 CONFIG = LatencyConfig(device="cpu", engine="onnxruntime", batch_size=2, resolution=SIZE)
 # Channels that no layout fills, residual blocks, a convolution in groups that the runtime computes in torch's layout.
-ODD = ArchSpec.parse("silu stem 16 | 2x16 k3 g8 e2 | 2x40/2 k3 g1 e1 | 2x24/2 k5 g8 e3 | head 72")
+ODD = ArchSpec.parse("silu stem 16 | 2x16 k3 g8 e2 | 2x40/2 k3 g1 e1 | 2x24/2 k5 g8 e3 | pooled shortcuts | head 72")
 
 
 def blocked(x: np.ndarray, channels: int) -> np.ndarray:
@@ -78,7 +78,7 @@ def test_a_part_within_a_network_computes_what_it_does_alone(name: str, times: i
 
 def sampled_archs() -> list[ArchSpec]:
     rng = random.Random(0)
-    return [ODD, *(load_space(name).sample(rng) for name in ("small", "imagenet") for _ in range(3))]
+    return [ODD, *(load_space(name).sample(rng) for name in ("small", "imagenet", "rung4@32") for _ in range(3))]
 
 
 @pytest.mark.parametrize("arch", sampled_archs(), ids=str)

@@ -43,7 +43,9 @@ def fed(arch: ArchSpec, config: LatencyConfig) -> dict[str, tuple[int, ...]]:
 # -- ConvFirst networks ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "resolution"), [("tiny", 17), ("small", 32), ("small", 33), ("imagenet", 64)])
+@pytest.mark.parametrize(
+    ("name", "resolution"), [("tiny", 17), ("small", 32), ("small", 33), ("imagenet", 64), ("rung4@32", 33)]
+)
 def test_the_parts_of_a_network_have_all_its_operations(name: str, resolution: int) -> None:
     config = replace(EAGER, batch_size=3, resolution=resolution, num_classes=7)
     for arch in random_archs(name, 20):
@@ -53,7 +55,7 @@ def test_the_parts_of_a_network_have_all_its_operations(name: str, resolution: i
         assert len(parts) == len(arch.blocks) + 2
 
 
-@pytest.mark.parametrize(("name", "resolution"), [("tiny", 17), ("small", 33)])
+@pytest.mark.parametrize(("name", "resolution"), [("tiny", 17), ("small", 33), ("rung4@32", 33)])
 def test_the_parts_inputs_are_those_of_the_built_network(name: str, resolution: int) -> None:
     config = replace(EAGER, batch_size=2, resolution=resolution)
     for arch in random_archs(name, 5):
@@ -96,17 +98,17 @@ def test_a_shape_is_a_problem_and_no_deployment(changes: dict[str, object], chan
 
 
 def test_the_activation_and_every_size_of_a_block_are_in_its_shape() -> None:
-    def block(stem: int = 16, activation: str = "relu", **changes: int) -> str:
+    def block(stem: int = 16, activation: str = "relu", shortcut: str = "identity", **changes: int) -> str:
         fields = dict(width=16, kernel_size=3, group_width=8, expansion=2, blocks=1, stride=1)
         stage = StageSpec(**(fields | changes))  # type: ignore[arg-type]
-        return arch_parts(ArchSpec(stem, (stage,), activation, 64), EAGER)[1].shape_id
+        return arch_parts(ArchSpec(stem, (stage,), activation, 64, shortcut=shortcut), EAGER)[1].shape_id
 
     others = [
         block(stem=32), block(activation="silu"), block(width=32), block(kernel_size=5), block(group_width=16),
-        block(expansion=3), block(stride=2),
+        block(expansion=3), block(stride=2), block(stride=2, shortcut="pooled"), block(width=32, shortcut="pooled"),
     ]  # fmt: skip
     assert len({block(), *others}) == len(others) + 1
-    assert block(blocks=2) == block()
+    assert block(blocks=2) == block() == block(shortcut="pooled")
 
 
 def test_shapes_are_canonical() -> None:
@@ -116,7 +118,7 @@ def test_shapes_are_canonical() -> None:
 
 
 @pytest.mark.parametrize("engine", ["eager", "torchscript"])
-@pytest.mark.parametrize("name", ["tiny", "small"])
+@pytest.mark.parametrize("name", ["tiny", "small", "rung4@32"])
 def test_the_parts_one_after_the_other_compute_what_the_network_does(name: str, engine: str) -> None:
     config = LatencyConfig(device="cpu", engine=engine, batch_size=2, num_classes=7, resolution=24)
     torch.manual_seed(0)
@@ -146,7 +148,7 @@ def test_of_the_fused_engine_the_lent_scratch_is_part_of_the_problem() -> None:
 @pytest.mark.kernels
 def test_the_fused_parts_compute_what_the_network_does(kernel_device: torch.device) -> None:
     config = LatencyConfig(device=str(kernel_device), engine="fused", dtype="float32", resolution=8)
-    arch = make_tiny_space().smallest()
+    arch = ArchSpec.parse("relu stem 8/1 | 1x16/2 k3 g8 e2 | 2x8/2 k3 g1 e1 | pooled shortcuts | head 0")
     torch.manual_seed(1)
     modules = arch_modules(arch, config)
     torch.manual_seed(1)

@@ -1,22 +1,34 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 import re
+from typing import Any
 
 import pytest
+import timm
 import torch
 from timm.layers import make_divisible
 
 from search_spaces import ACTIVATIONS, ArchSpec, StageSpec, builtin_spaces, load_space
 from search_spaces.arch import HeadSpec, StemSpec, expanded_channels
+from search_spaces.timm_config import model_args
 
 STAGE = StageSpec(width=24, kernel_size=5, group_width=8, expansion=2.5, blocks=2, stride=2)
 ARCH = ArchSpec(stem_width=16, stages=(STAGE,), activation="silu", head_width=64)
 
 # Another valid value of every field.
 OTHER_STAGE = dict(width=32, kernel_size=7, group_width=1, expansion=3.0, blocks=1, stride=1)
-OTHER_ARCH = dict(stem_width=24, stages=(STAGE, STAGE), activation="gelu", head_width=128, resolution=64, stem_stride=1)
+OTHER_ARCH = dict(
+    stem_width=24,
+    stages=(STAGE, STAGE),
+    activation="gelu",
+    head_width=128,
+    resolution=64,
+    stem_stride=1,
+    shortcut="pooled",
+)
 
 
 @pytest.mark.parametrize("field", [f.name for f in dataclasses.fields(StageSpec)])
@@ -59,6 +71,55 @@ def test_a_stem_without_stride_leaves_a_map_twice_as_wide() -> None:
     assert ArchSpec.parse(str(ARCH).replace("stem 16", "stem 16/2")) == ARCH
     x = torch.randn(1, 3, 16, 16)
     assert fine.build(5).eval().conv_stem(x).shape[-1] == 16
+
+
+def test_pooled_shortcuts_go_around_every_block() -> None:
+    pooled = dataclasses.replace(ARCH, shortcut="pooled")
+    assert str(pooled) == str(ARCH).replace("| head", "| pooled shortcuts | head")
+    assert ArchSpec.parse(str(pooled).replace("pooled shortcuts", " pooled  shortcuts ")) == pooled
+    assert "shortcut" not in ARCH.to_dict()
+    assert [block.residual for block in ARCH.blocks] == [False, True]
+    assert [block.residual for block in pooled.blocks] == [True, True]
+    # Blocks that keep the shape are alike in both.
+    assert ARCH.blocks[1] == pooled.blocks[1]
+    assert ARCH.blocks[0] != pooled.blocks[0]
+    for wrong in ("pooled", "pooled shortcut"):
+        with pytest.raises(ValueError, match="is not a stage"):
+            ArchSpec.parse(str(pooled).replace("pooled shortcuts", wrong))
+    with pytest.raises(ValueError, match="is not an architecture"):
+        ArchSpec.parse("silu stem 16 | pooled shortcuts")
+    with pytest.raises(ValueError, match="stages"):
+        ArchSpec.parse("silu stem 16 | pooled shortcuts | head 64")
+    with pytest.raises(ValueError, match="shortcut='conv' is none of identity, pooled"):
+        dataclasses.replace(ARCH, shortcut="conv")
+
+
+@torch.no_grad()
+def test_a_pooled_shortcut_is_the_mean_of_a_strides_pixels_with_zeros_for_more_channels() -> None:
+    arch = ArchSpec.parse("relu stem 8 | 1x16/2 k3 g1 e1 | 1x8 k3 g1 e1 | pooled shortcuts | head 0")
+    network = arch.build(5).eval()
+    wider, narrower = (stage[0] for stage in network.blocks)
+    for block in (wider, narrower):
+        # Nothing but the shortcut is left.
+        block.pw_proj.conv.weight.zero_()
+    x = torch.randn(2, 8, 5, 6)
+    expected = torch.zeros(2, 16, 3, 3)
+    for row, column in itertools.product(range(3), range(3)):
+        expected[:, :8, row, column] = x[:, :, 2 * row : 2 * row + 2, 2 * column : 2 * column + 2].mean((2, 3))
+    torch.testing.assert_close(wider(x), expected)
+    torch.testing.assert_close(narrower(expected), expected[:, :8])
+    # The same weights as without.
+    plain = dataclasses.replace(arch, shortcut="identity").build(5)
+    assert list(plain.state_dict()) == list(network.state_dict())
+
+
+def test_pooled_shortcuts_drop_their_blocks_as_timms_own_do() -> None:
+    arch = ArchSpec.parse("relu stem 8 | 1x16/2 k3 g1 e1 | 1x16 k3 g1 e1 | pooled shortcuts | head 0")
+    network: Any = timm.create_model("convfirst", **model_args(arch), num_classes=5, drop_path_rate=0.9)
+    (block,) = network.blocks[0]
+    network.blocks[0][0].drop_path = timm.layers.DropPath(0.999999)
+    x = torch.randn(4, 8, 4, 4)
+    torch.testing.assert_close(block.train()(x), block.shortcut(x))
 
 
 def test_a_head_may_be_a_classifier_alone() -> None:

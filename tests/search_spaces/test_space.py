@@ -18,7 +18,9 @@ def enumerated(space: SearchSpace) -> set[ArchSpec]:
         for s in space.stages
     ]
     resolutions = space.own_resolutions or (None,)
-    whole = itertools.product(space.stem_width, space.activation, space.head_width, resolutions, space.stem_stride)
+    whole = itertools.product(
+        space.stem_width, space.activation, space.head_width, resolutions, space.stem_stride, space.shortcut
+    )
     for stem, activation, head, *rest in whole:
         for stages in itertools.product(*per_stage):
             try:
@@ -39,8 +41,14 @@ def two_resolutions() -> SearchSpace:
 
 @pytest.mark.parametrize(
     "space",
-    [make_tiny_space(), two_stage_space(), two_resolutions(), make_tiny_space(stem_stride=(1, 2), head_width=(0, 16))],
-    ids=["one-stage", "two-stage", "resolutions", "stem strides"],
+    [
+        make_tiny_space(),
+        two_stage_space(),
+        two_resolutions(),
+        make_tiny_space(stem_stride=(1, 2), head_width=(0, 16)),
+        make_tiny_space(shortcut=("identity", "pooled")),
+    ],
+    ids=["one-stage", "two-stage", "resolutions", "stem strides", "shortcuts"],
 )
 def test_size_and_cost_range_equal_brute_force(space: SearchSpace) -> None:
     everything = enumerated(space)
@@ -57,6 +65,23 @@ def test_size_and_cost_range_equal_brute_force(space: SearchSpace) -> None:
 def test_samples_reach_every_architecture_and_nothing_else(tiny_space: SearchSpace) -> None:
     rng = random.Random(0)
     assert {tiny_space.sample(rng) for _ in range(20_000)} == enumerated(tiny_space)
+
+
+def test_shortcuts_may_be_a_choice(tmp_path: Path) -> None:
+    path = tmp_path / "space.toml"
+    path.write_text(TINY_TOML.replace("head_width", 'shortcut = ["pooled", "identity"]\nhead_width'))
+    space = load_space(str(path))
+    assert space.choices()["shortcut"] == space.shortcut == ("pooled", "identity")
+    assert SearchSpace.from_dict(space.to_dict()) == space
+    rng = random.Random(0)
+    drawn = {space.sample(rng) for _ in range(20)}
+    assert {arch.shortcut for arch in drawn} == {"identity", "pooled"}
+    assert all(space.assemble(space.values_of(arch)) == arch for arch in drawn)
+    for unsaid in (make_tiny_space().to_dict(), make_tiny_space().choices()):
+        assert "shortcut" not in unsaid
+    path.write_text(TINY_TOML.replace("head_width", 'shortcut = "none"\nhead_width'))
+    with pytest.raises(ValueError, match="shortcut='none' is none of identity, pooled"):
+        load_space(str(path))
 
 
 def test_of_several_resolutions_each_network_has_its_own(tmp_path: Path) -> None:

@@ -36,7 +36,8 @@ def drawn(space: SearchSpace, count: int) -> list[ArchSpec]:
 
 def all_spaces() -> list[SearchSpace]:
     without_stride = make_tiny_space(name="no stride in the stem", stem_stride=(1,), head_width=(0,))
-    return [make_tiny_space(), without_stride, *(load_space(name) for name in builtin_spaces())]
+    rung = load_space("rung4@32")
+    return [make_tiny_space(), without_stride, rung, *(load_space(name) for name in builtin_spaces())]
 
 
 ARCHS = [
