@@ -297,7 +297,7 @@ class Cluster(RealEvaluator, Places):
                 raise UsageError(f"{self.flag}: a first training fails ({error})") from error
         memory = sum(node.memory_bytes for node in self.trainers)
         return worker_count.on_cpu(
-            self.most, memory, lambda: worker_count.probe(*arguments),
+            self.most, memory, lambda: worker_count.probe(*arguments, config.space.own_resolutions),
             lambda: self.station.timing_seconds() / self.timers,
         )  # fmt: skip
 

@@ -126,7 +126,9 @@ class Machine(RealEvaluator):
 
         def probe() -> worker_count.Probe:
             with self.training():
-                return worker_count.probe(self.pool, anchor, self.data_for(anchor), config.proxy, config.seed)
+                return worker_count.probe(
+                    self.pool, anchor, self.data_for(anchor), config.proxy, config.seed, config.space.own_resolutions
+                )
 
         most = max(1, cores() // config.proxy.threads)
         return worker_count.on_cpu(most, self.free_bytes, probe, self.station.timing_seconds)

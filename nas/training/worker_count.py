@@ -6,8 +6,9 @@ workers wait for networks to train. On CUDA as many train at once as pay: twice 
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import psutil
@@ -24,7 +25,7 @@ from search_spaces import ArchSpec
 PROBE_STEPS = 20
 # So many workers are started unasked if there is so much memory for each.
 FEW, PLENTY_BYTES = 2, 4 * 2**30
-# Networks of a space may need so many times the memory of its anchor's training.
+# Networks of a space may need so many times the memory of its anchor's training, at equal resolution.
 MEMORY_FACTOR = 3
 # On CUDA, twice as many workers must train so many times as much.
 MIN_GAIN = 1.15
@@ -114,8 +115,14 @@ def on_cuda(devices: int, images_per_second: Callable[[int], float], most: int) 
     return WorkerCount(count, {bound: count})
 
 
-def probe(pool: Pool, arch: ArchSpec, data: DataSource, config: ProxyConfig, seed: int) -> Probe:
+def probe(
+    pool: Pool, arch: ArchSpec, data: DataSource, config: ProxyConfig, seed: int, resolutions: Sequence[int] = ()
+) -> Probe:
     """Train a network for a moment in one worker, and extrapolate.
+
+    Args:
+        resolutions: resolutions in pixels of the networks for whose training there has to be memory, if they have
+            resolutions of their own.
 
     Raises:
         CandidateFailed: it cannot be trained.
@@ -128,7 +135,8 @@ def probe(pool: Pool, arch: ArchSpec, data: DataSource, config: ProxyConfig, see
     seconds_each = (last.seconds - first.seconds) / max(1, last.step - first.step)
     # Before the first point of the curve lies what a process does once.
     seconds = seconds_each * config.steps + result.seconds - last.seconds
-    return Probe(seconds, own_bytes + MEMORY_FACTOR * result.train_memory_bytes)
+    pixels = (max(resolutions) / arch.resolution) ** 2 if resolutions and arch.resolution else 1
+    return Probe(seconds, own_bytes + math.ceil(MEMORY_FACTOR * pixels * result.train_memory_bytes))
 
 
 def images_per_second(

@@ -13,18 +13,23 @@ from typer.testing import CliRunner
 from kernels import packing
 from kernels.problem import BlockProblem, Tiling
 from nas.lab import kernel_sweep
-from search_spaces import load_space
-from tests.conftest import TINY_TOML
+from search_spaces import SearchSpace, load_space
+from tests.conftest import TINY_TOML, make_tiny_space
+
+FINE = make_tiny_space(name="fine", resolution=(16, 24), stem_stride=(1, 2), shortcut=("identity", "pooled"))
 
 
-@pytest.mark.parametrize("name", ["small", "imagenet", "rung6@32,48,64", "rung11@224"])
-def test_every_block_that_is_sampled_is_among_those_swept(name: str) -> None:
-    space = load_space(name)
+@pytest.mark.parametrize(
+    "space",
+    [FINE, *map(load_space, ("small", "imagenet", "rung6@32,48,64", "rung11@224"))],
+    ids=lambda space: space.name,
+)
+def test_every_block_that_is_sampled_is_among_those_swept(space: SearchSpace) -> None:
     specs = set(kernel_sweep.block_specs(space))
     rng = random.Random(0)
     for _ in range(50):
         arch = space.sample(rng)
-        size = arch.shown(space.default_resolution) // 2
+        size = arch.shown(space.default_resolution) // arch.stem_stride
         for block in arch.blocks:
             assert (size, block) in specs
             size = -(-size // block.stride)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from nas.search import machine
 from nas.search.machine import train_devices
 from nas.training import pool
 from nas.training.data import load
-from nas.training.pool import DataFiles, DataSource
+from nas.training.pool import DataFile, DataFiles, DataSource
 from nas.training.worker_count import Probe, on_cpu, on_cuda, probe
 from nas.training.workers import Workers
 from search_spaces import load_space
@@ -105,6 +107,17 @@ def test_a_probe_trains_in_a_worker(images: Path) -> None:
     assert found.seconds > 2 * shorter.seconds > 0
     # torch itself takes more than this.
     assert found.bytes > 2**25
+
+
+def test_there_is_memory_for_the_largest_resolution() -> None:
+    points = [SimpleNamespace(step=step, seconds=float(step)) for step in (1, 20)]
+    result = SimpleNamespace(curve=points, seconds=21.0, train_memory_bytes=100)
+    workers: Any = SimpleNamespace(run=lambda calls: [SimpleNamespace(result=(result, 5))])
+    anchor = make_tiny_space(resolution=(16, 24, 32)).anchor()
+    assert anchor.resolution == 24
+    config = ProxyConfig(steps=100)
+    assert probe(workers, anchor, DataFile(""), config, 0) == Probe(101.0, 5 + 3 * 100)
+    assert probe(workers, anchor, DataFile(""), config, 0, (16, 24, 32)) == Probe(101.0, 5 + 534)
 
 
 def test_a_search_trains_side_by_side_as_it_does_one_by_one(

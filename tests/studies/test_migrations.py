@@ -36,10 +36,9 @@ def insert(database: Engine, table: str, /, **values: Any) -> None:
         connection.execute(text(f"INSERT INTO {table} ({names}) VALUES ({marks})"), values)
 
 
-@pytest.fixture
-def old_url(any_url: str) -> str:
-    """A database of the oldest version that is known, with a study of three candidates."""
-    store = opened(any_url)
+def fill(url: str) -> None:
+    """Make a database of the newest version that is known, with a study of three candidates."""
+    store = opened(url)
     storage, engine = store.optuna_storage, store.engine
     study_id = storage.create_new_study([optuna.study.StudyDirection.MAXIMIZE] * 2, "one")
     insert(engine, "convfirst_devices", device_id=1, **DEVICE)
@@ -66,6 +65,12 @@ def old_url(any_url: str) -> str:
         with engine.begin() as connection:
             connection.execute(text("SELECT setval('convfirst_latencies_latency_id_seq', 7)"))
     store.close()
+
+
+@pytest.fixture
+def old_url(any_url: str) -> str:
+    """A database of the oldest version that is known, with a study of three candidates."""
+    fill(any_url)
     return any_url
 
 
@@ -215,6 +220,39 @@ def test_a_row_may_be_written_without_what_the_first_versions_did_not_know(old_u
     insert(engine, "convfirst_latencies", trial_id=1, median_ms=1.0, **(DEPLOYMENT | {"threads": 2}), **FIGURES)
     found = rows(engine, "SELECT stage, over_limit FROM convfirst_latencies WHERE threads = 2")
     assert found == [{"stage": "search", "over_limit": False}]
+
+
+def test_candidates_from_before_there_were_resolutions_have_those_of_their_trainings(
+    any_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "migrations"
+    shutil.copytree(schema.MIGRATIONS, folder, ignore=shutil.ignore_patterns("0007_*"))
+    with monkeypatch.context() as earlier:
+        earlier.setattr("studies.schema.MIGRATIONS", folder)
+        fill(any_url)
+    database = create_engine(any_url)
+    assert version(database) == "0006"
+    training = dict(data="digits", data_fingerprint="f", steps=800, batch_size=32, learning_rate=8e-3, seed=0, loss=1.0)
+    # At the deployment's resolution the second is dominated, at another one the third.
+    for number, (trial_id, resolution, accuracy) in enumerate(
+        [(1, 32, 0.6), (2, 32, 0.5), (3, 32, 0.9), (1, 64, 0.6), (2, 64, 0.8), (3, 64, 0.7)], start=1
+    ):
+        insert(
+            database, "convfirst_retrainings", retraining_id=number, trial_id=trial_id, resolution=resolution,
+            accuracy=accuracy, train_seconds=2.0, finished_at=WHEN, **training,
+        )  # fmt: skip
+    searched = rows(database, "SELECT number, accuracy FROM pareto_front ORDER BY number")
+
+    opened(any_url).close()
+    assert version(database) == "0007"
+    assert differences(database) == []
+    found = rows(database, "SELECT number, accuracy, network_resolution FROM pareto_front ORDER BY number")
+    assert found == [row | {"network_resolution": 32} for row in searched]
+    columns = "retrained_resolution, trial_id, one_resolution"
+    trained = rows(database, f"SELECT {columns} FROM retrained_front ORDER BY {columns}")
+    assert [tuple(row.values()) for row in trained] == [(32, 1, None), (32, 3, None), (64, 1, 64), (64, 2, 64)]
+    assert rows(database, "SELECT DISTINCT resolution FROM convfirst_candidates") == [{"resolution": None}]
+    database.dispose()
 
 
 @pytest.mark.usefixtures("next_version")
