@@ -436,7 +436,11 @@ def live_registers(problem: BlockProblem, tiling: Tiling) -> float:
     """Registers per thread for the tensors that live through the loop over hidden channels, without addresses."""
     words = problem.itemsize / 4
     outputs = problem.padded_out // tiling.out_splits
-    elements = tiling.block_m * (outputs + problem.padded_in * words + tiling.block_e)
+    step = tiling.block_e
+    if problem.residual and problem.stride > 1:
+        # Before the loop, the pixels of a stride are loaded for one part of the output after the other.
+        step = max(step, min(outputs, max(parts(problem.out_channels, MIN_DOT, tiling.part))))
+    elements = tiling.block_m * (outputs + problem.padded_in * words + step)
     steps = tiling.steps(problem)
     if tiling.tiles_each == 1 and (tiling.num_stages == 1 or steps <= tiling.num_stages):
         # If the loop is too short for its pipeline, the weights of a step come through registers.

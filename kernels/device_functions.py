@@ -463,10 +463,10 @@ def convolve_tile(
 
 
 @triton.jit
-def pooled(
-    x, row, valid, columns, height, width, out_height, out_width, CHANNELS: tl.constexpr, STRIDE: tl.constexpr,
+def add_pooled(
+    total, x, row, valid, columns, height, width, out_height, out_width, CHANNELS: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """Average the input's pixels under output pixels, and pad its channels with zeros: [rows, columns] in float32.
+    """Add to [rows, columns] of the output, in float32, the input: the mean of its pixels, its channels or zeros.
 
     Args:
         row: indices of output pixels.
@@ -475,34 +475,29 @@ def pooled(
     """
     mask = valid[:, None] & (columns < CHANNELS)[None, :]
     if STRIDE == 1:
-        total = tl.load(x + row[:, None] * CHANNELS + columns[None, :], mask=mask, other=0.0).to(tl.float32)
+        total += tl.load(x + row[:, None] * CHANNELS + columns[None, :], mask=mask, other=0.0).to(tl.float32)
     else:
         image, within = row // (out_height * out_width), row % (out_height * out_width)
         top, left = within // out_width * STRIDE, within % out_width * STRIDE
         pixel = (image * height + top) * width + left
-        total = tl.zeros([row.shape[0], columns.shape[0]], tl.float32)
-        for dy in tl.static_range(STRIDE):
-            for dx in tl.static_range(STRIDE):
-                inside = (top + dy < height) & (left + dx < width)
-                address = x + (pixel + dy * width + dx)[:, None] * CHANNELS + columns[None, :]
-                total += tl.load(address, mask=mask & inside[:, None], other=0.0).to(tl.float32)
         # At the lower and the right edge of odd sizes there are fewer pixels.
-        number = tl.minimum(height - top, STRIDE) * tl.minimum(width - left, STRIDE)
-        total = total * (1.0 / number.to(tl.float32))[:, None]
+        share = 1.0 / (tl.minimum(height - top, STRIDE) * tl.minimum(width - left, STRIDE)).to(tl.float32)
+        for each in tl.static_range(STRIDE * STRIDE):
+            dy, dx = each // STRIDE, each % STRIDE
+            inside = (top + dy < height) & (left + dx < width)
+            address = x + (pixel + dy * width + dx)[:, None] * CHANNELS + columns[None, :]
+            tile = tl.load(address, mask=mask & inside[:, None], other=0.0)
+            total += tile.to(tl.float32) * share[:, None]
     return total
 
 
 @triton.jit
 def finish(
-    out, total, partial, bias, x, row, valid, pixels, first_out, height, width, out_height, out_width,
+    out, total, partial, bias, x, row, valid, pixels, first_out,
     FIRST: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr, RESIDUAL: tl.constexpr,
-    IN: tl.constexpr, STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Store WIDTH output channels from first_out + FIRST on: all splits' sums, the bias, and the input if RESIDUAL.
-
-    Args:
-        IN, STRIDE: the input's channels and pixels for each of the output's, along height and width.
-    """
+    """Store WIDTH output channels from first_out + FIRST on: all splits' sums, the bias, and the input if RESIDUAL."""
     columns = first_out + FIRST + tl.arange(0, WIDTH)
     if SPLITS > 1:
         total = tl.zeros([BLOCK_M, WIDTH], tl.float32)
@@ -514,16 +509,16 @@ def finish(
     offset = row[:, None] * CHANNELS + columns[None, :]
     mask = valid[:, None] & (columns < CHANNELS)[None, :]
     if RESIDUAL:
-        total += pooled(x, row, valid, columns, height, width, out_height, out_width, IN, STRIDE)
+        # With stride 1 and equal channels an output has the offset of its input.
+        total += tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
     tl.store(out + offset, round_to(total, out.dtype.element_ty), mask=mask)
 
 
 @triton.jit
 def store_tile(
     out, totals, partial, counters, bias, shortcut, row, valid, pixels, counter, split, first_out,
-    height, width, out_height, out_width,
-    PARTS: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr, RESIDUAL: tl.constexpr, IN: tl.constexpr,
-    STRIDE: tl.constexpr, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr,
+    PARTS: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr, RESIDUAL: tl.constexpr,
+    BLOCK_M: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Store a tile's output from channel first_out on; of splits that share the tile, the last to end does it."""
     last = True
@@ -542,6 +537,5 @@ def store_tile(
         for i in tl.static_range(len(PARTS)):
             finish(
                 out, totals[i], partial, bias, shortcut, row, valid, pixels, first_out,
-                height, width, out_height, out_width,
-                start(PARTS, i), size(PARTS, i), CHANNELS, PADDED, RESIDUAL, IN, STRIDE, BLOCK_M, SPLITS,
+                start(PARTS, i), size(PARTS, i), CHANNELS, PADDED, RESIDUAL, BLOCK_M, SPLITS,
             )  # fmt: skip

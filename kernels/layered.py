@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.device_functions import activate, convolve_tile, dot, place, pooled, round_to
+from kernels.device_functions import activate, add_pooled, convolve_tile, dot, place, round_to
 from kernels.packing import BlockWeights
 from kernels.problem import DENSE_MULTIPLE, WIDE_ELEMENTS, BlockProblem, ProductTiling, Tiling, product_tilings
 
@@ -53,7 +53,7 @@ def product_kernel(
     RESIDUAL: tl.constexpr, CHANNELS: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Compute act(a @ matrix + bias), plus the shortcut if RESIDUAL: BLOCK_M rows, BLOCK_N outputs.
+    """Compute act(a @ matrix + bias), of RESIDUAL act(shortcut + a @ matrix + bias): BLOCK_M rows, BLOCK_N outputs.
 
     Neighbouring programs share rows.
 
@@ -70,6 +70,8 @@ def product_kernel(
     if WIDE:
         row = row.to(tl.int64)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+    if RESIDUAL:
+        total = add_pooled(total, shortcut, row, valid, columns, height, width, out_height, out_width, CHANNELS, STRIDE)
     for first in tl.range(0, IN, BLOCK_K, num_stages=STAGES):
         inner = first + tl.arange(0, BLOCK_K)
         tile = tl.load(a + row[:, None] * IN + inner[None, :], mask=valid[:, None] & (inner < IN)[None, :], other=0.0)
@@ -84,8 +86,6 @@ def product_kernel(
     total = activate(total, ACTIVATION, a.dtype.element_ty == tl.float32)
     offset = row[:, None] * OUT + columns[None, :]
     mask = valid[:, None] & (columns < OUT)[None, :]
-    if RESIDUAL:
-        total += pooled(shortcut, row, valid, columns, height, width, out_height, out_width, CHANNELS, STRIDE)
     tl.store(out + offset, round_to(total, out.dtype.element_ty), mask=mask)
 
 

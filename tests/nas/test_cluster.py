@@ -310,9 +310,12 @@ def begun(command: list[str], nodes: RayNodes, *more: str) -> subprocess.Popen[s
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("resolutions", [(16,), (16, 24)], ids=["one resolution", "two resolutions"])
 def test_two_nodes_find_what_one_machine_finds(
-    nodes: RayNodes, command: list[str], sqlite_url: str, images: Path
+    resolutions: tuple[int, ...], nodes: RayNodes, command: list[str], sqlite_url: str, images: Path, tmp_path: Path
 ) -> None:
+    toml = TINY_TOML.replace("resolution = 16", f"resolution = [{', '.join(map(str, resolutions))}]")
+    (tmp_path / "tiny.toml").write_text(toml)
     status, output = ended(begun(command, nodes, "--budget", "8", "--workers", "2"))
     assert status == 0, output
     assert "Ray: 1 node trains, 1 measures latency\n" in output
@@ -320,12 +323,15 @@ def test_two_nodes_find_what_one_machine_finds(
     rows = candidates_of(sqlite_url)
     assert {row.worker for row in rows} == {0, 1}
     assert all(row.latencies for row in rows)
+    assert {row.resolution for row in rows} == (set(resolutions) if len(resolutions) > 1 else {None})
 
     # The same networks reach the same accuracies on this machine.
-    data = DataConfig(source=str(images), resolution=16)
+    space = make_tiny_space(resolution=resolutions)
+    size = space.default_resolution
     here = Machine(
         SearchConfig(
-            space=make_tiny_space(), data=data, latency=replace(CPU, resolution=16, num_classes=2), workers=1,
+            space=space, data=DataConfig(source=str(images), resolution=size), workers=1,
+            latency=replace(CPU, resolution=size, num_classes=2),
             proxy=replace(SearchConfig().proxy, steps=3, batch_size=4),
         )
     )  # fmt: skip
