@@ -433,7 +433,7 @@ def shared_bytes(problem: BlockProblem, tiling: Tiling) -> int:
 
 
 def live_registers(problem: BlockProblem, tiling: Tiling) -> float:
-    """Registers per thread for the tensors that live through the loop over hidden channels, without addresses."""
+    """Registers per thread for the tensors of the loop over hidden channels, or right before it, without addresses."""
     words = problem.itemsize / 4
     outputs = problem.padded_out // tiling.out_splits
     step = tiling.block_e

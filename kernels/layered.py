@@ -53,14 +53,14 @@ def product_kernel(
     RESIDUAL: tl.constexpr, CHANNELS: tl.constexpr, STRIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
-    """Compute act(a @ matrix + bias), of RESIDUAL act(shortcut + a @ matrix + bias): BLOCK_M rows, BLOCK_N outputs.
+    """Compute act(a @ matrix + bias), plus the shortcut if RESIDUAL, without activation: BLOCK_M rows, BLOCK_N outputs.
 
     Neighbouring programs share rows.
 
     Args:
         a: input, (rows, IN).
         matrix: weights as rows of PADDED elements, one row for each output if BY_OUTPUT, else one for each input.
-        shortcut: pixels of CHANNELS channels, for each row as many as the stride has.
+        shortcut: the block's input, of CHANNELS channels; a row stands for the pixels of a stride, at edges for fewer.
         out: tensor (rows, OUT).
     """
     ACROSS: tl.constexpr = (OUT + BLOCK_N - 1) // BLOCK_N
@@ -71,6 +71,7 @@ def product_kernel(
         row = row.to(tl.int64)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     if RESIDUAL:
+        tl.static_assert(ACTIVATION == "none", "the shortcut would be activated, too")
         total = add_pooled(total, shortcut, row, valid, columns, height, width, out_height, out_width, CHANNELS, STRIDE)
     for first in tl.range(0, IN, BLOCK_K, num_stages=STAGES):
         inner = first + tl.arange(0, BLOCK_K)
@@ -109,12 +110,14 @@ def product_constants(problem: BlockProblem) -> list[tuple[dict[str, object], Pr
         (problem.hidden_channels, problem.out_channels, problem.padded_out, False, "none", problem.residual),
     )
     products = []
+    in_elements = problem.batch * problem.height * problem.width * problem.in_channels
     for (into, out, padded, by_output, act, residual), tiling in zip(shapes, product_tilings(problem), strict=True):
+        elements = max(problem.out_pixels * max(into, out), in_elements if residual else 0)
         constants = {
             "IN": into, "OUT": out, "PADDED": padded, "BY_OUTPUT": by_output, "ACTIVATION": act, "RESIDUAL": residual,
             "CHANNELS": problem.in_channels, "STRIDE": problem.stride,
             "BLOCK_M": tiling.block_m, "BLOCK_N": tiling.block_n, "BLOCK_K": tiling.block_k,
-            "STAGES": tiling.num_stages, "WIDE": problem.out_pixels * max(into, out) >= WIDE_ELEMENTS,
+            "STAGES": tiling.num_stages, "WIDE": elements >= WIDE_ELEMENTS,
         }  # fmt: skip
         products.append((constants, tiling))
     return products

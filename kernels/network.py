@@ -247,9 +247,10 @@ def _no_activation(module: nn.Module, where: str) -> None:
 def _has_pooled_shortcut(block: nn.Module) -> TypeGuard[UniversalInvertedResidual]:
     """Whether a block is a `PooledResidual` of `search_spaces.timm_models`.
 
-    Each exported network brings a copy of that class, so it is known by its name.
+    Each exported network brings copies of that module's classes, so they are known by their names.
     """
-    return isinstance(block, UniversalInvertedResidual) and type(block).__name__ == "PooledResidual"
+    names = type(block).__name__, type(getattr(block, "shortcut", None)).__name__
+    return isinstance(block, UniversalInvertedResidual) and names == ("PooledResidual", "PooledShortcut")
 
 
 class _Fuser:

@@ -6,10 +6,10 @@
 
 An architecture may have a resolution of its own, to which the images that it is given are resized.
 
-The block is timm's `UniversalInvertedResidual` with only its first convolution, so every architecture here is also a
-list of timm arch strings, and timm's own builder makes the network (`ArchSpec.build`). As in timm, a block's input is
-added to its output where both have the same shape. With pooled shortcuts it is added everywhere: averaged over the
-pixels of a stride, and with zeros for additional channels, as in PyramidNet (Han et al. 2017,
+The block is timm's `UniversalInvertedResidual` with only its first convolution: timm's own builder makes the network
+from arch strings (`ArchSpec.build`), and `search_spaces.timm_models` changes what it cannot make. As in timm, a block's
+input is added to its output where both have the same shape. With pooled shortcuts it is added everywhere: averaged over
+the pixels of a stride, and with zeros for additional channels, as in PyramidNet (Han et al. 2017,
 https://arxiv.org/abs/1610.02915); of more channels than the output has, the first ones count.
 """
 

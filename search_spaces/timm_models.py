@@ -41,11 +41,17 @@ class PooledShortcut(nn.Module):
 class PooledResidual(UniversalInvertedResidual):
     """timm's block where it has no shortcut of its own, with a pooled one."""
 
-    shortcut: PooledShortcut
-
     def forward(self, x: Tensor) -> Tensor:
-        branch: Any = super()
-        out: Tensor = self.drop_path(branch.forward(x)) + self.shortcut(x)
+        # As in timm's block, whose `forward` TorchScript could not call from here.
+        shortcut = self.shortcut(x)  # type: ignore[operator]
+        x = self.dw_start(x)
+        x = self.pw_exp(x)
+        x = self.dw_mid(x)
+        x = self.se(x)
+        x = self.pw_proj(x)
+        x = self.dw_end(x)
+        x = self.layer_scale(x)
+        out: Tensor = self.drop_path(x) + shortcut
         return out
 
 
@@ -54,8 +60,9 @@ def add_pooled_shortcuts(model: Any) -> None:
     for block in (block for stage in model.blocks for block in stage if not block.has_skip):
         # timm's builder takes no class of blocks.
         block.__class__ = PooledResidual
-        first, last = block.dw_start.conv, block.pw_proj.conv
-        block.shortcut = PooledShortcut(first.in_channels, last.out_channels, first.stride[0])
+        convolutions = [module for module in block.modules() if isinstance(module, nn.Conv2d)]
+        stride = max(each.stride[0] for each in convolutions)
+        block.shortcut = PooledShortcut(convolutions[0].in_channels, convolutions[-1].out_channels, stride)
 
 
 def network(

@@ -180,6 +180,7 @@ def main(
     kernel_size: Annotated[int, typer.Option(help="Kernel size: 3, 5 or 7.")] = 3,
     group_width: Annotated[int, typer.Option(help="Channels per group; 1 is depthwise.")] = 8,
     stride: Annotated[int, typer.Option(help="Stride: 1 or 2.")] = 1,
+    shortcut: Annotated[bool, typer.Option("--shortcut", help="Add the input where the shape changes, too.")] = False,
     activation: Annotated[str, typer.Option(help="Activation: silu, relu, gelu or hard_swish.")] = "silu",
     dtype: Annotated[str, typer.Option(help="Data type: float16, bfloat16 or float32.")] = "float16",
     batch: Annotated[int, typer.Option(help="Images per batch.")] = 128,
@@ -194,7 +195,7 @@ def main(
     hidden = max(8, round(channels * expansion / 8) * 8)
     problem = BlockProblem(
         batch, resolution, resolution, channels, hidden, out, kernel_size, group_width, stride, activation,
-        stride == 1 and out == channels, dtype, MAX_SPLITS,
+        shortcut or (stride == 1 and out == channels), dtype, MAX_SPLITS,
     )  # fmt: skip
     if why := unsupported(problem):
         fail(why)

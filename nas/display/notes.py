@@ -16,6 +16,7 @@ from nas.recorded import RecordedStudy
 from search_spaces import ArchSpec, SearchSpace
 from search_spaces.arch import Step
 from search_spaces.cost import steps_cost
+from search_spaces.timm_config import model_args
 from studies import Candidate, CandidateLatency, CandidateState, LatencyStage
 
 # Names of user attributes of trials: the reason why a trial is not complete, and the number of the trial it repeats.
@@ -114,7 +115,7 @@ def trial_note(candidate: Candidate, latency: CandidateLatency | None, config: S
         lines.append(latency_words(latency))
     return "\n\n".join([
         f"`{arch}`", "  \n".join(lines), stage_table(arch, config.latency.resolution, config.latency.num_classes),
-        "timm: " + " ".join(f"`{stage.arch_string}`" for stage in arch.stages),
+        f"timm: `{model_args(arch)}`",
     ])  # fmt: skip
 
 

@@ -20,8 +20,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from search_spaces.timm_models import PooledShortcut
-
 # Names of the first input and output.
 INPUT, OUTPUT = "images", "logits"
 # torch 2.11 writes this one by default: newer ones gain these networks nothing, and fewer runtimes read them.
@@ -82,9 +80,16 @@ def exporters_graph(module: nn.Module, shape: Sequence[int], *, free_batch: bool
 # -- Operations --------------------------------------------------------------------------------------------------------
 
 
+def _is_pooled_shortcut(module: nn.Module) -> bool:
+    """Whether it is a `PooledShortcut` of `search_spaces.timm_models`, of which each exported network brings a copy."""
+    return type(module).__name__ == "PooledShortcut"
+
+
 class _Tracer(fx.Tracer):
+    """Traces into all but torch's layers and pooled shortcuts."""
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, PooledShortcut) or super().is_leaf_module(m, module_qualified_name)
+        return _is_pooled_shortcut(m) or super().is_leaf_module(m, module_qualified_name)
 
 
 def _traced(module: nn.Module) -> fx.GraphModule:
@@ -141,6 +146,8 @@ class _Writer:
         if node.op == "call_module":
             module = self.modules[str(node.target)]
             write = next((MODULES[kind] for kind in type(module).__mro__ if kind in MODULES), None)
+            if _is_pooled_shortcut(module):
+                write = _pooled_shortcut
             if write is None:
                 raise NotKnown(f"the layer {type(module).__name__}")
             return write(self, str(node.target), module, *arguments)
@@ -262,7 +269,6 @@ MODULES: dict[type[nn.Module], Callable[..., str]] = {
     nn.Linear: _linear_layer,
     nn.AdaptiveAvgPool2d: _pooling,
     nn.Flatten: _flatten,
-    PooledShortcut: _pooled_shortcut,
     nn.ReLU: lambda writer, name, layer, x: _relu(writer, x),
     nn.SiLU: lambda writer, name, layer, x: _silu(writer, x),
     nn.Hardswish: lambda writer, name, layer, x: _hard_swish(writer, x),

@@ -108,7 +108,7 @@ def _shape(step: Step, num_classes: int) -> dict[str, Any]:
         stride = {} if spec.stride == STEM_STRIDE else {"stride": spec.stride}
         return dict(kind="stem", out=spec.out_channels) | stride
     if isinstance(spec, BlockSpec):
-        # Without the usual shortcut, likewise.
+        # Likewise, the usual shortcut is left out.
         shortcut = {} if spec.shortcut == IDENTITY else {"shortcut": spec.shortcut}
         return shortcut | dict(
             kind="convfirst", into=spec.in_channels, hidden=spec.expanded_channels, out=spec.out_channels,

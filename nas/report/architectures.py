@@ -12,7 +12,7 @@ import pandas as pd
 from nas import pareto
 from nas.display.charts import INK, plain_texts
 from search_spaces import ArchSpec, StageSpec
-from search_spaces.arch import STEM_STRIDE
+from search_spaces.arch import IDENTITY, STEM_STRIDE
 
 # The letters are small, so the page shows the figure at half of its pixels.
 DPI = 200
@@ -108,7 +108,7 @@ def _rows(archs: Sequence[ArchSpec]) -> list[tuple[str, list[_Cell | None]]]:
     ]
     if any(arch.resolution for arch in archs):
         rows.insert(0, ("resolution", [_Cell(0, 0, "", (f"{arch.resolution} px",)) for arch in archs]))
-    if len({arch.shortcut for arch in archs}) > 1:
+    if any(arch.shortcut != IDENTITY for arch in archs):
         rows.append(("shortcuts", [_Cell(0, 0, "", (arch.shortcut,)) for arch in archs]))
     finest = min(arch.stem_stride for arch in archs)
     stems = [

@@ -243,6 +243,7 @@ def error_bound(x: Tensor, layers: Sequence[Tensor], problem: BlockProblem) -> T
     h_error = SLOPE * before_error + unit * h.abs() + (TANH_ERROR if inexact else 4 * ACCUMULATION) * before.abs()
     out = conv2d(h, project, project_bias)
     magnitude = conv2d(h.abs(), project.abs(), project_bias.abs())
-    shortcut = pooled(x, problem) if problem.residual else torch.zeros_like(out)
-    error = conv2d(h_error, project.abs()) + depth(problem.hidden_channels) * (magnitude + shortcut.abs())
+    shortcut, added = (pooled(each, problem) if problem.residual else torch.zeros_like(out) for each in (x, x.abs()))
+    # Of a stride of 2, four pixels are summed.
+    error = conv2d(h_error, project.abs()) + depth(problem.hidden_channels + 4) * (magnitude + added)
     return error + unit * (out + shortcut).abs()

@@ -337,7 +337,7 @@ def test_shared_memory_is_used_without_conflicts_and_as_much_as_the_cost_model_c
         # 45 columns in three tiles, each with rows that end in the second.
         (BlockProblem(3, 6, 15, 40, 80, 24, 3, 8, 1, "gelu", False, "bfloat16"), Tiling(64, 32, "mma", rows=4)),
         (
-            BlockProblem(3, 9, 15, 40, 80, 24, 5, 8, 2, "relu", False, "float32"),
+            BlockProblem(3, 9, 15, 40, 80, 24, 5, 8, 2, "relu", True, "float32"),
             Tiling(32, 32, "mma", rows=2, tiles_each=5),
         ),
         (
@@ -346,7 +346,7 @@ def test_shared_memory_is_used_without_conflicts_and_as_much_as_the_cost_model_c
         ),
         (BlockProblem(2, 6, 15, 24, 48, 24, 3, 1, 1, "silu", True, "float16", 2), Tiling(32, 16, "fma", 2, rows=2)),
         (
-            BlockProblem(2, 9, 15, 48, 80, 24, 3, 8, 2, "gelu", False, "float16"),
+            BlockProblem(2, 9, 15, 48, 80, 56, 3, 8, 2, "gelu", True, "float16"),
             Tiling(32, 16, "mma", rows=2, part=16, launches=3),
         ),
     ],

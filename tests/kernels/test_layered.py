@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from kernels import cost_model, problem
-from kernels.convfirst import launch, layer_by_layer
+from kernels import cost_model, layered, problem
+from kernels.convfirst import constants, launch, layer_by_layer
 from kernels.lab.inspect import block_statics
 from kernels.packing import pack
 from kernels.problem import PRODUCT_TILINGS, BlockProblem, ProductTiling, Tiling, product_tilings
@@ -44,6 +44,15 @@ def test_products_compile_and_do_not_spill(
     assert not statics.complaints(capability, "float16")
     if capability == 90 and cut.block_m >= 64:
         assert statics.tensor_core["HGMMA"]
+
+
+def test_offsets_into_what_a_shortcut_reads_are_wide_enough() -> None:
+    """A pooled shortcut reads four times as many pixels as the products have rows."""
+    block = BlockProblem(1024, 256, 256, 32, 32, 32, 3, 8, 2, "relu", True, "float16")
+    wide = [fixed["WIDE"] for fixed, _ in layered.product_constants(block)]
+    assert wide == [False, True]
+    assert layered.conv_constants(block, LAYERED)["WIDE"]
+    assert constants(block, Tiling(64, 32, "mma"))["WIDE"]
 
 
 def test_products_are_cut_so_that_a_gpu_is_busy() -> None:

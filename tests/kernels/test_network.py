@@ -6,10 +6,12 @@ import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from timm.models import MobileNetV3
+from timm.models._efficientnet_blocks import UniversalInvertedResidual
 from timm.models._efficientnet_builder import decode_arch_def
 from torch import Tensor, nn
 
@@ -20,6 +22,7 @@ from kernels.network import FusedBlock, FusedNetwork, moved_bytes
 from kernels.problem import BlockProblem
 from kernels.timing import peak_memory_bytes
 from search_spaces import ArchSpec, load_space
+from search_spaces.timm_models import add_pooled_shortcuts
 from tests.conftest import INTERPRETED
 from tests.kernels.cases import make_operands
 
@@ -228,6 +231,40 @@ def test_partial_sums_stay_within_the_networks_memory(batch: int, resolution: in
         assert tiling.partial_bytes(problems[name]) <= scratch.nbytes
         assert scratch.nbytes + moved_bytes(problems[name]) <= 1.05 * largest
     assert len(splits) > 1
+
+
+def pooled(*stages: str) -> nn.Module:
+    model = network(*stages)
+    add_pooled_shortcuts(model)
+    return model
+
+
+def test_blocks_with_pooled_shortcuts_are_fused() -> None:
+    model = pooled("uir_r2_a3_k0_s2_e4_c64", "uir_r1_a5_k0_s1_e4_c24_gs8")
+    problems = fuse(model).problems(batch=1, resolution=32)
+    assert [problems[f"blocks.{name}"].residual for name in ("0.0", "0.1", "1.0")] == [True, True, True]
+
+    # A network from an exported file brings classes of its own.
+    class PooledShortcut(nn.Module):
+        pass
+
+    class PooledResidual(UniversalInvertedResidual):
+        pass
+
+    block: Any = model.blocks[0][0]
+    block.__class__, block.shortcut = PooledResidual, PooledShortcut()
+    assert fuse(model).problems(batch=1, resolution=32)["blocks.0.0"].residual
+    # Another class may do anything.
+    block.shortcut = nn.Identity()
+    (status,) = [status for status in fuse(model).fusion if status.name == "blocks.0.0"]
+    assert not status.fused
+
+
+def test_a_pooled_shortcut_around_an_mbconv_is_not_fused() -> None:
+    fused = fuse(pooled("uir_r1_a0_k3_s2_e4_c64"))
+    (status,) = [status for status in fused.fusion if status.name == "blocks.0.0"]
+    assert not status.fused
+    assert "pooled shortcut" in str(status)
 
 
 BLOCK_PROBLEM = BlockProblem(1, 14, 14, 256, 1024, 256, 3, 8, 1, "silu", True, "float16")

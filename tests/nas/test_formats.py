@@ -32,7 +32,7 @@ def network(activation: str = "silu", weights: bool = True) -> Exported:
     """As `export` makes one, of a tiny architecture."""
     import json
 
-    arch = replace(make_tiny_space().anchor(), activation=activation)
+    arch = replace(make_tiny_space().anchor(), activation=activation, shortcut="pooled")
     section = {
         "name": "convfirst_1ms_t001", "arch": str(arch), "arch_id": arch.arch_id,
         "arch_spec": json.loads(arch.to_json()), "weights": "proxy" if weights else None,

@@ -10,6 +10,7 @@ import pytest
 import timm
 import torch
 from timm.layers import make_divisible
+from torch import nn
 
 from search_spaces import ACTIVATIONS, ArchSpec, StageSpec, builtin_spaces, load_space
 from search_spaces.arch import HeadSpec, StemSpec, expanded_channels
@@ -116,10 +117,20 @@ def test_a_pooled_shortcut_is_the_mean_of_a_strides_pixels_with_zeros_for_more_c
 def test_pooled_shortcuts_drop_their_blocks_as_timms_own_do() -> None:
     arch = ArchSpec.parse("relu stem 8 | 1x16/2 k3 g1 e1 | 1x16 k3 g1 e1 | pooled shortcuts | head 0")
     network: Any = timm.create_model("convfirst", **model_args(arch), num_classes=5, drop_path_rate=0.9)
-    (block,) = network.blocks[0]
-    network.blocks[0][0].drop_path = timm.layers.DropPath(0.999999)
+    # timm drops later blocks more often.
+    assert [type(stage[0].drop_path) for stage in network.blocks] == [nn.Identity, timm.layers.DropPath]
+    block = network.blocks[0][0]
+    block.drop_path = timm.layers.DropPath(0.999999)
     x = torch.randn(4, 8, 4, 4)
     torch.testing.assert_close(block.train()(x), block.shortcut(x))
+
+
+@torch.no_grad()
+def test_pooled_shortcuts_can_be_scripted() -> None:
+    arch = ArchSpec.parse("relu stem 8 | 1x16/2 k3 g1 e1 | 1x8 k3 g1 e1 | pooled shortcuts | head 0")
+    network = arch.build(5).eval()
+    x = torch.randn(2, 3, 9, 10)
+    assert torch.equal(torch.jit.script(network)(x), network(x))
 
 
 def test_a_head_may_be_a_classifier_alone() -> None:
