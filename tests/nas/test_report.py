@@ -28,7 +28,7 @@ from nas.pareto import hypervolume, running_hypervolume
 from nas.recorded import RecordedStudy, deployment_of
 from nas.report import data as report_data
 from nas.report import page as report
-from nas.report.architectures import MOST_COLUMNS, chosen_members
+from nas.report.architectures import MOST_COLUMNS, _rows, chosen_members
 from nas.report.data import Material, gather, incomplete_trials
 from nas.report.importance import FEWEST_TRIALS, importances
 from nas.report.page import comparable, write_report
@@ -39,6 +39,7 @@ from nas.training.workers import Done
 from nas.validation.contenders import Contender, ContenderKind
 from search_spaces import ArchSpec
 from studies import Candidate, CandidateLatency, CandidateState, LatencyStage, Store
+from tests.conftest import make_tiny_space
 
 HOSTILE = "<script>alert(1)</script> & 'Tom' $\\frac$"
 
@@ -426,6 +427,14 @@ def test_of_a_long_front_as_many_are_drawn_as_there_is_room_for(material: Materi
     assert len(chosen) == MOST_COLUMNS
     assert list(chosen.index)[:: MOST_COLUMNS - 1] == [0, 3 * MOST_COLUMNS - 1]
     assert chosen_members(front.head(MOST_COLUMNS)).equals(front.head(MOST_COLUMNS))
+
+
+def test_the_picture_of_architectures_names_what_is_not_usual() -> None:
+    plain = make_tiny_space().anchor()
+    pooled = replace(plain, shortcut="pooled")
+    named = [dict(_rows(archs)) for archs in ([plain], [plain, pooled])]
+    assert named[0].keys().isdisjoint({"shortcuts", "resolution"})
+    assert [cell.words for cell in named[1]["shortcuts"] if cell] == [("identity",), ("pooled",)]
 
 
 # -- How it is written -----------------------------------------------------------------------------------------------
