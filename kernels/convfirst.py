@@ -2,7 +2,7 @@
 
     y   = conv(x) + conv_bias                     [M, C]    float32, rounded to the input's dtype
     h   = act(y @ expand^T + expand_bias)         [M, BE]   one block of hidden channels after the other
-    out = x + sum over blocks (h @ project) + bias    [M, C']   float32, x pooled if need be, stored once
+    out = sum over blocks (h @ project) + bias    [M, C']   float32, plus x (pooled, if need be), stored once
 
 A program computes a tile of M output pixels. They are consecutive pixels of the flattened batch, or, with `rows` > 1,
 several rows of some columns, for which each row of the input is loaded once for a column of taps. With `tiles_each` > 1
@@ -130,8 +130,8 @@ def convfirst_kernel(
         totals = ()
         for i in tl.static_range(len(OUT_PARTS)):
             total = tl.zeros([BLOCK_M, size(OUT_PARTS, i)], tl.float32)
-            if RESIDUAL:
-                # Now, while much of it is in the first-level cache. At the end the compiler spilled.
+            if RESIDUAL and STRIDE > 1:
+                # Now: at the end the compiler spilled. (With stride 1 it does not, and this order takes more memory.)
                 columns = first_out + start(OUT_PARTS, i) + tl.arange(0, size(OUT_PARTS, i))
                 there = valid & (split == 0)
                 total = add_pooled(total, x, row, there, columns, height, width, out_height, out_width, IN, STRIDE)
@@ -164,7 +164,7 @@ def convfirst_kernel(
 
         store_tile(
             out, totals, partial, counters, project_bias, x, row, valid, pixels, counter, split, first_out,
-            OUT_PARTS, OUT, PADDED_OUT, False, BLOCK_M, SPLITS,
+            OUT_PARTS, OUT, PADDED_OUT, RESIDUAL and STRIDE == 1, IN, BLOCK_M, SPLITS,
         )  # fmt: skip
 
 

@@ -31,7 +31,7 @@ ISSUE_SLOTS = {"silu": 4.5, "relu": 2.5, "gelu": 9.5, "hard_swish": 6.5}
 # mask, copy and the way into products), a tap at a time or in rows, which share much of that; for 16 bytes of weights;
 # for an output element; for a multiply-add of a depthwise convolution without tensor cores, conversions included; and
 # for an element of a dense block that is made from weights on its diagonal. The last is for an element of the input
-# that is added to the output.
+# in a pooled shortcut.
 PIXEL_SLOTS, ROW_PIXEL_SLOTS, WEIGHT_SLOTS, OUT_SLOTS, FMA_SLOTS, DIAGONAL_SLOTS = 20, 15, 18, 5, 1.5, 4
 SHORTCUT_SLOTS = 3.5
 
@@ -170,7 +170,7 @@ def issue_slots(problem: BlockProblem, tiling: Tiling) -> float:
     weights = steps * tiling.block_e * (problem.padded_in + outputs) / tiling.tiles_each
     pixels = loaded_pixels(problem, tiling) * problem.padded_in
     a_tile = tiling.block_m * (steps * tiling.block_e * ISSUE_SLOTS[problem.activation] + outputs * OUT_SLOTS)
-    if problem.residual:
+    if problem.residual and problem.stride > 1:
         a_tile += tiling.block_m * outputs * problem.stride**2 * SHORTCUT_SLOTS
     taps = problem.kernel_size**2 * problem.padded_in
     if tiling.conv == "fma":

@@ -466,7 +466,7 @@ def convolve_tile(
 def add_pooled(
     total, x, row, valid, columns, height, width, out_height, out_width, CHANNELS: tl.constexpr, STRIDE: tl.constexpr,
 ):  # fmt: skip
-    """Add to [rows, columns] of the output, in float32, the input: the mean of its pixels, its channels or zeros.
+    """Add the input to [rows, columns] of the output, in float32: the mean of a stride's pixels, its channels or zeros.
 
     Args:
         row: indices of output pixels.
@@ -474,20 +474,17 @@ def add_pooled(
         CHANNELS: channels of the input.
     """
     mask = valid[:, None] & (columns < CHANNELS)[None, :]
-    if STRIDE == 1:
-        total += tl.load(x + row[:, None] * CHANNELS + columns[None, :], mask=mask, other=0.0).to(tl.float32)
-    else:
-        image, within = row // (out_height * out_width), row % (out_height * out_width)
-        top, left = within // out_width * STRIDE, within % out_width * STRIDE
-        pixel = (image * height + top) * width + left
-        # At the lower and the right edge of odd sizes there are fewer pixels.
-        share = 1.0 / (tl.minimum(height - top, STRIDE) * tl.minimum(width - left, STRIDE)).to(tl.float32)
-        for each in tl.static_range(STRIDE * STRIDE):
-            dy, dx = each // STRIDE, each % STRIDE
-            inside = (top + dy < height) & (left + dx < width)
-            address = x + (pixel + dy * width + dx)[:, None] * CHANNELS + columns[None, :]
-            tile = tl.load(address, mask=mask & inside[:, None], other=0.0)
-            total += tile.to(tl.float32) * share[:, None]
+    image, within = row // (out_height * out_width), row % (out_height * out_width)
+    top, left = within // out_width * STRIDE, within % out_width * STRIDE
+    pixel = (image * height + top) * width + left
+    # At the lower and the right edge of odd sizes there are fewer pixels.
+    share = 1.0 / (tl.minimum(height - top, STRIDE) * tl.minimum(width - left, STRIDE)).to(tl.float32)
+    for each in tl.static_range(STRIDE * STRIDE):
+        dy, dx = each // STRIDE, each % STRIDE
+        inside = (top + dy < height) & (left + dx < width)
+        address = x + (pixel + dy * width + dx)[:, None] * CHANNELS + columns[None, :]
+        tile = tl.load(address, mask=mask & inside[:, None], other=0.0)
+        total += tile.to(tl.float32) * share[:, None]
     return total
 
 
@@ -495,9 +492,12 @@ def add_pooled(
 def finish(
     out, total, partial, bias, x, row, valid, pixels, first_out,
     FIRST: tl.constexpr, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr, RESIDUAL: tl.constexpr,
-    BLOCK_M: tl.constexpr, SPLITS: tl.constexpr,
+    IN: tl.constexpr, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
-    """Store WIDTH output channels from first_out + FIRST on: all splits' sums, the bias, and the input if RESIDUAL."""
+    """Store WIDTH output channels from first_out + FIRST on: all splits' sums, the bias, and the input if RESIDUAL.
+
+    The input has IN channels, and an output pixel the index of its input pixel.
+    """
     columns = first_out + FIRST + tl.arange(0, WIDTH)
     if SPLITS > 1:
         total = tl.zeros([BLOCK_M, WIDTH], tl.float32)
@@ -509,8 +509,8 @@ def finish(
     offset = row[:, None] * CHANNELS + columns[None, :]
     mask = valid[:, None] & (columns < CHANNELS)[None, :]
     if RESIDUAL:
-        # With stride 1 and equal channels an output has the offset of its input.
-        total += tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
+        there = mask & (columns < IN)[None, :]
+        total += tl.load(x + row[:, None] * IN + columns[None, :], mask=there, other=0.0).to(tl.float32)
     tl.store(out + offset, round_to(total, out.dtype.element_ty), mask=mask)
 
 
@@ -518,7 +518,7 @@ def finish(
 def store_tile(
     out, totals, partial, counters, bias, shortcut, row, valid, pixels, counter, split, first_out,
     PARTS: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr, RESIDUAL: tl.constexpr,
-    BLOCK_M: tl.constexpr, SPLITS: tl.constexpr,
+    IN: tl.constexpr, BLOCK_M: tl.constexpr, SPLITS: tl.constexpr,
 ):  # fmt: skip
     """Store a tile's output from channel first_out on; of splits that share the tile, the last to end does it."""
     last = True
@@ -537,5 +537,5 @@ def store_tile(
         for i in tl.static_range(len(PARTS)):
             finish(
                 out, totals[i], partial, bias, shortcut, row, valid, pixels, first_out,
-                start(PARTS, i), size(PARTS, i), CHANNELS, PADDED, RESIDUAL, BLOCK_M, SPLITS,
+                start(PARTS, i), size(PARTS, i), CHANNELS, PADDED, RESIDUAL, IN, BLOCK_M, SPLITS,
             )  # fmt: skip

@@ -70,7 +70,7 @@ def product_kernel(
     if WIDE:
         row = row.to(tl.int64)
     total = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    if RESIDUAL:
+    if RESIDUAL and STRIDE > 1:
         tl.static_assert(ACTIVATION == "none", "the shortcut would be activated, too")
         total = add_pooled(total, shortcut, row, valid, columns, height, width, out_height, out_width, CHANNELS, STRIDE)
     for first in tl.range(0, IN, BLOCK_K, num_stages=STAGES):
@@ -87,6 +87,9 @@ def product_kernel(
     total = activate(total, ACTIVATION, a.dtype.element_ty == tl.float32)
     offset = row[:, None] * OUT + columns[None, :]
     mask = valid[:, None] & (columns < OUT)[None, :]
+    if RESIDUAL and STRIDE == 1:
+        there = mask & (columns < CHANNELS)[None, :]
+        total += tl.load(shortcut + row[:, None] * CHANNELS + columns[None, :], mask=there, other=0.0).to(tl.float32)
     tl.store(out + offset, round_to(total, out.dtype.element_ty), mask=mask)
 
 

@@ -195,7 +195,7 @@ def conv_project_kernel(
         totals = sums
     store_tile(
         out, totals, partial, counters, project_bias, shortcut, row, valid, pixels, tile, split, 0,
-        OUT_PARTS, OUT, PADDED_OUT, RESIDUAL, BLOCK_M, SPLITS,
+        OUT_PARTS, OUT, PADDED_OUT, RESIDUAL, OUT, BLOCK_M, SPLITS,
     )  # fmt: skip
 
 

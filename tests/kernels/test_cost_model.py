@@ -36,7 +36,7 @@ def test_terms_are_work_over_rate() -> None:
     assert found["shared"] == pytest.approx(PIXELS / 128 * (conv + hidden + ends) / (128 * clock))
     assert found["special"] == pytest.approx(PIXELS * 256 / (16 * clock))
     weights = 9 * 64 * 16 + 2 * 64 * 256
-    slots = 256 * 4.5 + 64 * (5 + 3.5 + 9 * 2 / 16 * 20) + weights / 128 * 2 / 16 * 18
+    slots = 256 * 4.5 + 64 * (5 + 9 * 2 / 16 * 20) + weights / 128 * 2 / 16 * 18
     assert found["issue"] == pytest.approx(PIXELS * slots / (128 * clock))
     # 48 KiB of shared memory leave the first-level cache too little for the taps, and for the residual.
     assert found["l2"] == pytest.approx((PIXELS / 128 * weights + (9 + 1 + 1) * PIXELS * 64) * 2 / 5.5e12)
