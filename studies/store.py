@@ -24,8 +24,8 @@ from studies.optuna_storage import OptunaStorage
 from studies.ownership import Owner, Ownership, require_owner
 from studies.reconnecting import repeatable
 from studies.sql import device_row, read_view, transaction, transaction_on, upsert
-from studies.tables import Candidate, CandidateLatency, CandidateState, CurvePoint, Study, now
-from studies.validation import Baselines, Retrainings
+from studies.tables import Candidate, CandidateLatency, CandidateState, CandidateTraining, Study, TrainingStage, now
+from studies.validation import Baselines, Trainings
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -54,7 +54,7 @@ class Store:
         ownership: which process searches which study.
         devices: devices, their profiles, and latencies of blocks.
         baselines: networks that candidates are compared with.
-        retrainings: longer trainings of candidates.
+        trainings: trainings of candidates.
     """
 
     def __init__(self, optuna_storage: OptunaStorage) -> None:
@@ -63,7 +63,7 @@ class Store:
         self.ownership = Ownership(self.engine)
         self.devices = Devices(self.engine)
         self.baselines = Baselines(self.engine)
-        self.retrainings = Retrainings(self.engine)
+        self.trainings = Trainings(self.engine)
 
     @classmethod
     def open(cls, url: str, *, create: bool) -> Store | None:
@@ -157,14 +157,16 @@ class Store:
 
     @repeatable
     def add_candidate(self, candidate: Candidate, owner: Owner) -> None:
-        """Write a candidate with its latencies and learning curve, all or nothing.
+        """Write a candidate with its latencies and its training, all or nothing.
 
         Raises:
             StorageError: the study was deleted meanwhile, or is no longer `owner`'s.
         """
+        # A lost attempt leaves them ids, which a server that crashed may give to other rows.
         for latency in candidate.latencies:
-            # A lost attempt leaves it an id, which a server that crashed may give to another row.
             latency.latency_id = None  # type: ignore[assignment]
+        for training in candidate.trainings:
+            training.training_id = None  # type: ignore[assignment]
         try:
             with transaction_on(self.engine, candidate.study_id) as session:
                 session.add(candidate)
@@ -212,11 +214,13 @@ class Store:
             return list(session.scalars(query))
 
     @repeatable
-    def learning_curve(self, trial_id: int) -> list[CurvePoint]:
-        """The points of a candidate's learning curve, in the order of their steps."""
-        query = select(CurvePoint).where(CurvePoint.trial_id == trial_id).order_by(CurvePoint.step)
+    def learning_curve(self, trial_id: int) -> str | None:
+        """The learning curve of a candidate's training in the search, as text; None where there is none."""
+        query = select(CandidateTraining.curve).where(
+            CandidateTraining.trial_id == trial_id, CandidateTraining.stage == TrainingStage.SEARCH
+        )
         with transaction(self.engine) as session:
-            return list(session.scalars(query))
+            return session.scalar(query)
 
     @repeatable
     def front(self, name: str) -> pd.DataFrame:

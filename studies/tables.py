@@ -51,6 +51,14 @@ class CandidateState(enum.StrEnum):
     FAILED = "failed"
 
 
+class TrainingStage(enum.StrEnum):
+    """What a candidate was trained for: to be chosen, to have its accuracy confirmed with another seed, or longer."""
+
+    SEARCH = "search"
+    CONFIRMATION = "confirmation"
+    RETRAINING = "retraining"
+
+
 class LatencyStage(enum.StrEnum):
     """When a latency was measured: when its candidate was evaluated, or later, in turn with the rest of the front."""
 
@@ -94,12 +102,13 @@ class InDeployment(OnDevice):
 
 
 class Training:
-    """Columns of every training after the search.
+    """Columns of every training.
 
     Attributes:
         resolution: pixels of the training images.
+        steps: length of the whole schedule.
         reason: why the training failed.
-        curve: JSON, a list of [step, train_loss, train_accuracy, seconds], averages as in `CurvePoint`.
+        curve: JSON, a list of points as `nas.training.curves` writes them.
     """
 
     resolution: Mapped[int]
@@ -120,6 +129,7 @@ class Study(Base):
     Attributes:
         study_id: the id of Optuna's study, which has the name.
         owner: an `ownership.Owner` as text.
+        confirmed_at: when the accuracies of the front were confirmed; None if they are not, or no longer.
     """
 
     __tablename__ = "convfirst_studies"
@@ -133,6 +143,7 @@ class Study(Base):
     anchor_ms: Mapped[float]
     created_at: Mapped[datetime] = mapped_column(default=now)
     owner: Mapped[str | None]
+    confirmed_at: Mapped[datetime | None]
 
     device: Mapped[Device] = relationship(lazy="joined")
 
@@ -141,10 +152,14 @@ class Candidate(Base):
     """One evaluated architecture: trained and timed, over a limit, or failed with a reason.
 
     Attributes:
+        seed, accuracy, loss, train_seconds, train_memory_bytes: those of the training by which the search judged it.
         latency_seconds, train_seconds, total_seconds: the time that the evaluation took; the first and the last include
             any waiting for another process on the device.
         worker: number of the worker that trained it, from 0; None where none did, or an older version.
         resolution: the architecture's own resolution in pixels; None where it has none.
+        confirmed_accuracy, confirmed_low, confirmed_high: mean of the trainings with other seeds, and the ends of its
+            95 % interval; None where there are none.
+        confirmed_trainings: number of these trainings.
     """
 
     __tablename__ = "convfirst_candidates"
@@ -175,12 +190,18 @@ class Candidate(Base):
     total_seconds: Mapped[float]
     worker: Mapped[int | None]
     resolution: Mapped[int | None]
+    confirmed_accuracy: Mapped[float | None]
+    confirmed_low: Mapped[float | None]
+    confirmed_high: Mapped[float | None]
+    confirmed_trainings: Mapped[int | None]
     finished_at: Mapped[datetime] = mapped_column(default=now)
 
     latencies: Mapped[list[CandidateLatency]] = relationship(
         cascade="all, delete-orphan", passive_deletes=True, order_by="CandidateLatency.latency_id"
     )
-    curve: Mapped[list[CurvePoint]] = relationship(cascade="all, delete-orphan", passive_deletes=True)
+    trainings: Mapped[list[CandidateTraining]] = relationship(
+        cascade="all, delete-orphan", passive_deletes=True, order_by="CandidateTraining.training_id"
+    )
 
     def latency_in(self, deployment: Deployment) -> CandidateLatency | None:
         """The latency in one deployment: the final one if there is one, else the search's."""
@@ -224,18 +245,31 @@ class CandidateLatency(InDeployment, Base):
     over_limit: Mapped[bool] = mapped_column(default=False, server_default=false())
 
 
-class CurvePoint(Base):
-    """A point of a candidate's learning curve: averages over the steps since the point before."""
+class CandidateTraining(Training, Base):
+    """A training of a candidate: the search's, one that confirms its accuracy, or a longer one.
 
-    __tablename__ = "convfirst_learning_curves"
+    The view `convfirst_retrained` shows the longer ones beside their candidates.
 
-    trial_id: Mapped[int] = mapped_column(
-        ForeignKey("convfirst_candidates.trial_id", ondelete="CASCADE"), primary_key=True
+    Attributes:
+        stage: a `TrainingStage`.
+        data, data_fingerprint: the images that it was trained on: the study's own or others.
+        host: name of the machine that trained it; None where an older version did.
+    """
+
+    __tablename__ = "convfirst_trainings"
+    __table_args__ = (
+        UniqueConstraint(
+            "trial_id", "stage", "data_fingerprint", "resolution", "steps", "batch_size", "learning_rate", "seed"
+        ),
     )
-    step: Mapped[int] = mapped_column(primary_key=True)
-    train_loss: Mapped[float]
-    train_accuracy: Mapped[float]
-    seconds: Mapped[float]
+
+    training_id: Mapped[int] = mapped_column(primary_key=True)
+    trial_id: Mapped[int] = mapped_column(ForeignKey("convfirst_candidates.trial_id", ondelete="CASCADE"))
+    stage: Mapped[str] = mapped_column(String(16))
+    data: Mapped[str]
+    data_fingerprint: Mapped[str] = mapped_column(String(12))
+    seed: Mapped[int] = mapped_column(BigInteger)
+    host: Mapped[str | None]
 
 
 class Profile(OnDevice, Base):
@@ -336,24 +370,3 @@ class BaselineLatency(InDeployment, Base):
     repeats: Mapped[int | None]
     interval_share: Mapped[float | None]
     capped: Mapped[bool | None]
-
-
-class Retraining(Training, Base):
-    """A training of a candidate that is longer than the proxy's.
-
-    The view `convfirst_retrained` shows it beside the candidate.
-
-    Attributes:
-        data, data_fingerprint: the images that it was trained on: the study's own or others.
-    """
-
-    __tablename__ = "convfirst_retrainings"
-    __table_args__ = (
-        UniqueConstraint("trial_id", "data_fingerprint", "resolution", "steps", "batch_size", "learning_rate", "seed"),
-    )
-
-    retraining_id: Mapped[int] = mapped_column(primary_key=True)
-    trial_id: Mapped[int] = mapped_column(ForeignKey("convfirst_candidates.trial_id", ondelete="CASCADE"))
-    data: Mapped[str]
-    data_fingerprint: Mapped[str] = mapped_column(String(12))
-    seed: Mapped[int] = mapped_column(BigInteger)

@@ -1,4 +1,4 @@
-"""What is added to a finished study: baselines, and longer trainings of its candidates."""
+"""What stands beside a study's candidates: their trainings, and baselines."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sqlalchemy.exc import IntegrityError
 
 from studies.errors import StorageError
 from studies.sql import read_view, transaction, transaction_on, upsert
-from studies.tables import BaselineLatency, BaselineTraining, Candidate, Retraining
+from studies.tables import BaselineLatency, BaselineTraining, Candidate, CandidateTraining, TrainingStage
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -46,31 +46,32 @@ class Baselines:
             return list(session.scalars(query.order_by(BaselineLatency.baseline_latency_id)))
 
 
-class Retrainings:
-    """Trainings of studies' candidates that are longer than the proxy's."""
+class Trainings:
+    """Trainings of studies' candidates: those of the searches, and later ones."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
-    def add(self, row: Retraining) -> None:
-        """Write a longer training of a candidate, in the place of an older one with the same settings.
+    def add(self, row: CandidateTraining) -> None:
+        """Write a training of a candidate, in the place of an older one of the same stage with the same settings.
 
         Raises:
             StorageError: the candidate was deleted meanwhile.
         """
         try:
             with transaction(self.engine) as session:
-                upsert(session, Retraining, [row])
+                upsert(session, CandidateTraining, [row])
         except IntegrityError as error:
             raise StorageError("the study was deleted, or candidates of it") from error
 
-    def of_study(self, study_id: int) -> list[Retraining]:
-        """All longer trainings of a study's candidates, failed ones too."""
-        query = select(Retraining).join(Candidate, Candidate.trial_id == Retraining.trial_id)
+    def of_study(self, study_id: int, stage: TrainingStage) -> list[CandidateTraining]:
+        """The trainings of a study's candidates in one stage, failed ones too, in the order in which they were made."""
+        query = select(CandidateTraining).join(Candidate, Candidate.trial_id == CandidateTraining.trial_id)
+        query = query.where(Candidate.study_id == study_id, CandidateTraining.stage == stage)
         with transaction(self.engine) as session:
-            return list(session.scalars(query.where(Candidate.study_id == study_id).order_by(Retraining.retraining_id)))
+            return list(session.scalars(query.order_by(CandidateTraining.training_id)))
 
-    def evaluations(self, name: str) -> pd.DataFrame:
+    def retrained(self, name: str) -> pd.DataFrame:
         """The rows of one study in the view `convfirst_retrained`, fastest first."""
         query = "SELECT * FROM convfirst_retrained WHERE study_name = :name ORDER BY latency_ms, number"
         return read_view(self.engine, query, name)

@@ -17,6 +17,7 @@ from nas.display.study_plots import plot_learning_curve
 from nas.latency.analysis import from_table
 from nas.latency.block_table import BlockTable
 from nas.recorded import RecordedStudy
+from nas.training import curves
 from search_spaces import ArchSpec
 from search_spaces.timm_config import timm_config
 from studies import Store
@@ -73,7 +74,7 @@ def _artifacts(store: Store, row: pd.Series, table: BlockTable) -> list[Artifact
         timm_config(arch, config.num_classes, arch.shown(config.resolution), convfirst=ours), indent=2
     ).encode()
     artifacts = [Artifact(f"{prefix}_config.json", _stamp(as_json.decode()), lambda: as_json)]
-    curve = store.learning_curve(int(row["trial_id"]))
+    curve = curves.from_json(store.learning_curve(int(row["trial_id"])))
     accuracy = float(row["accuracy"])
     title = f"trial {number}: {arch}"
     if curve:

@@ -22,7 +22,7 @@ from nas.display.charts import (
     write_figure,
 )
 from nas.display.notes import deployment_line
-from studies import CurvePoint
+from nas.training.curves import CurvePoint
 
 LATENCY_TITLE = "drift-corrected latency of one batch in ms"
 # More trial numbers than this would overlap.

@@ -13,7 +13,8 @@ from nas.latency.device_profile import DeviceProfile
 from nas.latency.parts import CALL, arch_parts, network_shape, shape_id
 from nas.latency.values import Latency, Measurement, ShapeLatency
 from nas.search.evaluation import OneByOne
-from nas.training.proxy import CurvePoint, ProxyResult
+from nas.training.curves import CurvePoint
+from nas.training.proxy import ProxyResult
 from search_spaces import ArchSpec, Cost, cost, load_space
 
 

@@ -25,7 +25,8 @@ from nas.latency.values import Latency, Measurement, ShapeLatency
 from nas.recorded import RecordedStudy
 from nas.search import run
 from nas.search.evaluation import OneByOne
-from nas.training.proxy import CurvePoint, ProxyResult
+from nas.training import curves
+from nas.training.proxy import ProxyResult
 from search_spaces import ArchSpec, Cost, cost
 from studies import Candidate, CandidateLatency, Store
 
@@ -80,8 +81,7 @@ class ReplayingEvaluator(OneByOne):
         candidate = self._candidate(arch)
         if candidate.accuracy is None or candidate.loss is None:
             raise CandidateFailed(candidate.reason or "")
-        points = self.recorded.store.learning_curve(candidate.trial_id)
-        curve = tuple(CurvePoint(each.step, each.train_loss, each.train_accuracy, each.seconds) for each in points)
+        curve = curves.from_json(self.recorded.store.learning_curve(candidate.trial_id))
         seconds, memory_bytes = candidate.train_seconds or 0.0, candidate.train_memory_bytes or 0
         return ProxyResult(candidate.accuracy, candidate.loss, curve, seconds, memory_bytes)
 
@@ -123,10 +123,10 @@ def tables_of(recorded: RecordedStudy) -> dict[str, pd.DataFrame]:
     store = recorded.store
     candidates = [_columns(each) for each in recorded.candidates()]
     latencies = [{"number": each.number} | _columns(row) for each in recorded.candidates() for row in each.latencies]
-    curves = [
-        {"number": each.number} | _columns(point)
+    points = [
+        {"number": each.number} | {name: value for name, value in asdict(point).items() if not _passes(name)}
         for each in recorded.candidates()
-        for point in store.learning_curve(each.trial_id)
+        for point in curves.from_json(store.learning_curve(each.trial_id))
     ]
     trials = [
         {
@@ -139,7 +139,7 @@ def tables_of(recorded: RecordedStudy) -> dict[str, pd.DataFrame]:
     views = {"evaluations": recorded.evaluations(), "front": recorded.front()}
     return {
         "trials": pd.DataFrame(trials), "candidates": pd.DataFrame(candidates), "latencies": pd.DataFrame(latencies),
-        "curves": pd.DataFrame(curves),
+        "curves": pd.DataFrame(points),
         **{name: view.drop(columns=[c for c in view if _passes(str(c))]) for name, view in views.items()},
     }  # fmt: skip
 

@@ -9,7 +9,17 @@ from nas.latency.values import Measurement, memory_mb
 from nas.recorded import RecordedStudy
 from nas.search.evaluation import Outcome
 from nas.search.sampling import Proposal
-from studies import Candidate, CandidateLatency, CandidateState, CurvePoint, Deployment, LatencyStage
+from nas.training.pool import fill
+from search_spaces import ArchSpec
+from studies import (
+    Candidate,
+    CandidateLatency,
+    CandidateState,
+    CandidateTraining,
+    Deployment,
+    LatencyStage,
+    TrainingStage,
+)
 
 
 def candidate_row(recorded: RecordedStudy, proposal: Proposal, trial_id: int, outcome: Outcome) -> Candidate:
@@ -21,14 +31,25 @@ def candidate_row(recorded: RecordedStudy, proposal: Proposal, trial_id: int, ou
         latency_seconds=outcome.latency_seconds, total_seconds=outcome.total_seconds, worker=outcome.worker,
         resolution=proposal.arch.resolution,
     )  # fmt: skip
-    row.latencies, row.curve = [], []
+    row.latencies, row.trainings = [], []
     if outcome.latency:
         row.latencies = [latency_row(trial_id, outcome.latency, recorded.deployment, LatencyStage.SEARCH)]
     if outcome.proxy:
         row.accuracy, row.loss = outcome.proxy.accuracy, outcome.proxy.loss
         row.train_seconds, row.train_memory_bytes = outcome.proxy.seconds, outcome.proxy.train_memory_bytes
-        row.curve = [CurvePoint(**asdict(point)) for point in outcome.proxy.curve]
+        row.trainings = [training_row(recorded, proposal.arch, TrainingStage.SEARCH, row.seed)]
+        fill(row.trainings[0], outcome.proxy)
     return row
+
+
+def training_row(recorded: RecordedStudy, arch: ArchSpec, stage: TrainingStage, seed: int) -> CandidateTraining:
+    """The row of a training at the study's own schedule, still without a result and without its candidate."""
+    proxy, data = recorded.config.proxy, recorded.config.data
+    return CandidateTraining(
+        stage=stage, data=data.source, data_fingerprint=recorded.row.data_fingerprint,
+        resolution=arch.shown(data.resolution), steps=proxy.steps, batch_size=proxy.batch_size,
+        learning_rate=proxy.learning_rate, seed=seed,
+    )  # fmt: skip
 
 
 def latency_row(

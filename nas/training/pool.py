@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import os
 import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing
-from dataclasses import astuple, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 from functools import cache, partial
 from pathlib import Path
 from typing import Protocol
@@ -23,13 +22,13 @@ from nas.errors import CandidateFailed, UsageError
 from nas.files import save_tensors
 from nas.locks import WAITING, device_lock, training_on
 from nas.reporting import Note
+from nas.training import curves, proxy
 from nas.training import data as image_data
-from nas.training import proxy
 from nas.training.data import ImageData
 from nas.training.proxy import ProxyResult
 from nas.training.weights import Images
 from nas.training.workers import Call, Workers, contained, trim_heap
-from studies import BaselineTraining, Retraining
+from studies import BaselineTraining, CandidateTraining
 
 # A worker with torch and timm needs some 400 MB of its own, and a training as much again.
 WORKER_BYTES = 2**30
@@ -245,13 +244,15 @@ class Trainer:
         return Call(train_one, (job.network, data, config, self.seed), None if job.network.ours else job.network.name)
 
 
-def fill(row: BaselineTraining | Retraining, result: ProxyResult | CandidateFailed) -> str:
+def fill(row: BaselineTraining | CandidateTraining, result: ProxyResult | CandidateFailed) -> str:
     """Write the result of a training into its row; return it in words."""
     if isinstance(result, CandidateFailed):
         row.reason = str(result)
         return f"failed ({row.reason})"
     row.accuracy, row.loss, row.train_seconds = result.accuracy, result.loss, result.seconds
-    row.curve = json.dumps([astuple(point) for point in result.curve])
+    row.curve = curves.to_json(result.curve)
+    if isinstance(row, CandidateTraining):
+        row.host = result.host
     return f"{result.accuracy:.1%} in {result.seconds:.0f} s"
 
 

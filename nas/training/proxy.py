@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import math
 import os
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +25,7 @@ from torch.nn import functional
 from kernels.timing import peak_memory_bytes
 from nas.config import ProxyConfig
 from nas.errors import CandidateFailed
+from nas.training.curves import CurvePoint
 from nas.training.data import ImageData
 from nas.training.weights import Trained
 
@@ -36,16 +38,6 @@ EVAL_RESOLUTION = 64
 MIN_EVAL_BATCH = 16
 
 
-@dataclass(frozen=True, slots=True)
-class CurvePoint:
-    """Training loss and accuracy, averaged over the steps since the last point, and the seconds since the beginning."""
-
-    step: int
-    train_loss: float
-    train_accuracy: float
-    seconds: float
-
-
 @dataclass(frozen=True)
 class ProxyResult:
     """The result of a training.
@@ -53,6 +45,7 @@ class ProxyResult:
     Args:
         accuracy, loss: accuracy and plain cross-entropy on the validation images.
         curve: learning curve of the training.
+        host: name of the machine that trained.
         seconds: time of training and validation.
         train_memory_bytes: peak of the tensor memory that the first training step took beside the weights and the
             data set: activations, gradients and the optimizer's state.
@@ -65,6 +58,7 @@ class ProxyResult:
     seconds: float
     train_memory_bytes: int
     trained: Trained | None = None
+    host: str = field(default_factory=platform.node)
 
 
 # -- data ----------------------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from nas.validation.contenders import ContenderKind
 from nas.validation.networks import NetworkSpec
 from nas.validation.ranking import Coefficient, Ranking, gain, rankings
 from search_spaces import ArchSpec
-from studies import Retraining
+from studies import CandidateTraining, TrainingStage
 
 PROXY, PARAMS, MACS = "proxy accuracy", "params", "MACs"
 
@@ -159,28 +159,28 @@ class _Run:
             "learning_rate": self.proxy.learning_rate, "seed": self.seed,
         }  # fmt: skip
 
-    def _of_this_kind(self) -> list[Retraining]:
+    def _of_this_kind(self) -> list[CandidateTraining]:
         kind = self._kind()
         return [
             row
-            for row in self.store.retrainings.of_study(self.recorded.study_id)
+            for row in self.store.trainings.of_study(self.recorded.study_id, TrainingStage.RETRAINING)
             if row.trial_id in self.networks
             and row.resolution == self.networks[row.trial_id].resolution
             and all(getattr(row, key) == value for key, value in kind.items())
         ]
 
     def write(self, job: TrainingJob, result: ProxyResult | CandidateFailed) -> str:
-        row = Retraining(
-            trial_id=self.trial_ids[job.network.name], data=self.data.source, resolution=job.network.resolution,
-            **self._kind(),
+        row = CandidateTraining(
+            trial_id=self.trial_ids[job.network.name], stage=TrainingStage.RETRAINING, data=self.data.source,
+            resolution=job.network.resolution, **self._kind(),
         )  # fmt: skip
         worth = fill(row, result)
-        self.store.retrainings.add(row)
+        self.store.trainings.add(row)
         return f"{job.network.name}: {worth}"
 
     def result(self) -> Retrained:
         """The trainings of the chosen networks, and how well the predictors rank them."""
-        rows = self.store.retrainings.evaluations(self.recorded.name)
+        rows = self.store.trainings.retrained(self.recorded.name)
         for key, value in self._kind().items():
             column = "retrained_" + key.removeprefix("data_")
             rows = rows[rows[column] == value]

@@ -5,6 +5,7 @@ A commit whose answer was lost took effect, or did not: both are tried for each.
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 import uuid
@@ -100,7 +101,7 @@ def stored(url: str) -> dict[str, Any]:
             (
                 row.number, numbers[str(row.trial_id)], row.arch_id, row.state, row.reason, row.accuracy, row.params,
                 [(each.stage, each.median_ms, each.over_limit) for each in row.latencies],
-                [(point.step, point.train_loss) for point in store.learning_curve(row.trial_id)],
+                [point[:2] for point in json.loads(store.learning_curve(row.trial_id) or "")],
             )
             for row in store.candidates(study.study_id)
         ],

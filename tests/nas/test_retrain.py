@@ -27,7 +27,7 @@ from nas.validation.retrain import (
     tables,
     undominated,
 )
-from studies import Store
+from studies import Store, TrainingStage
 from studies.sql import read_view
 from tests.nas.conftest import add_candidates, begun, study_id
 
@@ -66,7 +66,7 @@ def test_for_real(store: Store, config: SearchConfig) -> None:
     found = retrain(RecordedStudy.open(store, config.study), RetrainConfig(top=1, dominated=2, steps=3), lines.append)
     assert list(found.rows["number"]) == [1, 3, 5]
     assert found.rows["retrained_accuracy"].between(0, 1).all()
-    rows = store.retrainings.of_study(study_id(store, config))
+    rows = store.trainings.of_study(study_id(store, config), TrainingStage.RETRAINING)
     assert {(row.steps, row.batch_size, row.resolution, row.data) for row in rows} == {(3, 8, 16, config.data.source)}
     assert "3 networks, 3 to be trained: 3 steps of 8 images" in lines[-4]
     assert lines[-1].startswith("3/3  trial 5: ")
@@ -76,7 +76,7 @@ def test_for_real(store: Store, config: SearchConfig) -> None:
     assert "4 networks, 1 to be trained" in lines[-2]
     # A schedule of its own, by default of four times the study's steps.
     retrain(RecordedStudy.open(store, config.study), RetrainConfig(top=1, dominated=0), lines.append)
-    assert {row.steps for row in store.retrainings.of_study(study_id(store, config))} == {3, 8}
+    assert {row.steps for row in store.trainings.of_study(study_id(store, config), TrainingStage.RETRAINING)} == {3, 8}
 
 
 def test_the_front_by_the_longer_trainings(
@@ -137,7 +137,7 @@ def test_other_data_are_another_kind(store: Store, config: SearchConfig, images:
     found = retrain(RecordedStudy.open(store, config.study), RetrainConfig(dominated=0, data=str(other), resolution=24))
     assert len(found.rows) == 2
     assert set(found.rows["retrained_resolution"]) == {24}
-    assert len(store.retrainings.evaluations(config.study)) == 4
+    assert len(store.trainings.retrained(config.study)) == 4
     assert str(other) in found.set_up
 
 
@@ -150,7 +150,7 @@ def test_a_study_is_retrained_from_another_folder(
     moved = images.rename(tmp_path / "moved")
     after = retrain(RecordedStudy.open(store, config.study), RetrainConfig(dominated=0, data=f"{moved}/"))
     assert set(before.rows["number"]) < set(after.rows["number"])
-    assert len(store.retrainings.evaluations(config.study)) == len(after.rows)
+    assert len(store.trainings.retrained(config.study)) == len(after.rows)
 
 
 def test_the_studys_own_data_may_not_have_changed(store: Store, config: SearchConfig, images: Path) -> None:
@@ -170,10 +170,10 @@ def test_a_study_without_candidates_is_refused(config: SearchConfig) -> None:
 def test_they_go_with_their_study(store: Store, config: SearchConfig) -> None:
     retrain(RecordedStudy.open(store, config.study), RetrainConfig())
     number = study_id(store, config)
-    assert len(store.retrainings.of_study(number)) == 6
+    assert len(store.trainings.of_study(number, TrainingStage.RETRAINING)) == 6
     optuna.delete_study(study_name=config.study, storage=store.optuna_storage)
     with store.engine.connect() as connection:
-        assert connection.exec_driver_sql("SELECT count(*) FROM convfirst_retrainings").scalar() == 0
+        assert connection.exec_driver_sql("SELECT count(*) FROM convfirst_trainings").scalar() == 0
 
 
 def test_dominated_ones_are_spread_over_the_latencies() -> None:

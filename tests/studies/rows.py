@@ -13,13 +13,13 @@ from studies import (
     Candidate,
     CandidateLatency,
     CandidateState,
-    CurvePoint,
+    CandidateTraining,
     LatencyStage,
     Owner,
     Profile,
-    Retraining,
     Store,
     Study,
+    TrainingStage,
 )
 
 DEVICE = dict(kind="cpu", name="a CPU", driver="d", torch="2.11.0", triton="3.6.0")
@@ -27,8 +27,7 @@ OTHER_DEVICE = DEVICE | dict(name="a GPU", kind="cuda")
 OURS = {
     "convfirst_alembic_version", "convfirst_baseline_latencies", "convfirst_baseline_trainings",
     "convfirst_block_latencies", "convfirst_candidates", "convfirst_devices",
-    "convfirst_latencies", "convfirst_learning_curves", "convfirst_profiles", "convfirst_retrainings",
-    "convfirst_studies",
+    "convfirst_latencies", "convfirst_profiles", "convfirst_studies", "convfirst_trainings",
 }  # fmt: skip
 
 
@@ -86,12 +85,13 @@ def make_baseline_latency(name: str, median_ms: float | None, **changes: Any) ->
     return BaselineLatency(**(fields | changes))
 
 
-def make_retraining(candidate: Candidate, accuracy: float | None, **changes: Any) -> Retraining:
+def make_candidate_training(candidate: Candidate, accuracy: float | None, **changes: Any) -> CandidateTraining:
     fields = dict(
-        trial_id=candidate.trial_id, data="digits", data_fingerprint="f", resolution=32, steps=800, batch_size=32,
+        trial_id=candidate.trial_id, stage=TrainingStage.RETRAINING, data="digits", data_fingerprint="f", resolution=32,
+        steps=800, batch_size=32,
         learning_rate=8e-3, seed=0, accuracy=accuracy, loss=1.0, train_seconds=2.0,
     )  # fmt: skip
-    return Retraining(**(fields | changes))
+    return CandidateTraining(**(fields | changes))
 
 
 def make_candidate(
@@ -112,7 +112,9 @@ def make_candidate(
     )  # fmt: skip
     if latency_ms is not None:
         candidate.latencies = [make_latency(latency_ms, **deployment)]
-    candidate.curve = [CurvePoint(step=step, train_loss=1.0, train_accuracy=0.5, seconds=1.0) for step in (1, 2)]
+    if accuracy is not None:
+        changes = dict(stage=TrainingStage.SEARCH, steps=200, curve="[[1, 1.0, 0.5, 1.0], [2, 1.0, 0.5, 1.0]]")
+        candidate.trainings = [make_candidate_training(candidate, accuracy, **changes)]
     return candidate
 
 

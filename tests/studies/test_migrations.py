@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -27,6 +28,11 @@ FIGURES = dict(
 )  # fmt: skip
 # (trial_id, accuracy, latency_id, median_ms): the ids have gaps, as after a deletion.
 POINTS = ((1, 0.5, 3, 1.0), (2, 0.4, 7, 2.0), (3, 0.9, 5, 4.0))
+
+
+TRAINING = dict(
+    data="digits", data_fingerprint="f", resolution=32, steps=200, batch_size=32, learning_rate=8e-3, seed=0
+)  # fmt: skip
 
 
 def insert(database: Engine, table: str, /, **values: Any) -> None:
@@ -57,14 +63,32 @@ def fill(url: str) -> None:
             engine, "convfirst_latencies", latency_id=latency_id, trial_id=trial_id, median_ms=median_ms, **DEPLOYMENT,
             **FIGURES,
         )  # fmt: skip
-        insert(
-            engine, "convfirst_learning_curves", trial_id=trial_id, step=1, train_loss=1.0, train_accuracy=0.5,
-            seconds=1.0,
-        )  # fmt: skip
+        if inspect(engine).has_table("convfirst_learning_curves"):
+            for step in (2, 1):
+                insert(
+                    engine, "convfirst_learning_curves", trial_id=trial_id, step=step, train_loss=1.0 / step,
+                    train_accuracy=0.5, seconds=1.0,
+                )  # fmt: skip
+        else:
+            insert(
+                engine, "convfirst_trainings", trial_id=trial_id, stage="search", accuracy=accuracy, finished_at=WHEN,
+                **TRAINING,
+            )  # fmt: skip
     if engine.dialect.name == "postgresql":
         with engine.begin() as connection:
             connection.execute(text("SELECT setval('convfirst_latencies_latency_id_seq', 7)"))
     store.close()
+
+
+def fill_as_before(url: str, first_unknown: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Make a database as a program did that did not know a migration and those after it."""
+    shutil.copytree(schema.MIGRATIONS, folder)
+    for path in (folder / "versions").glob("0*.py"):
+        if path.name >= first_unknown:
+            path.unlink()
+    with monkeypatch.context() as earlier:
+        earlier.setattr("studies.schema.MIGRATIONS", folder)
+        fill(url)
 
 
 @pytest.fixture
@@ -78,8 +102,8 @@ NEXT = """
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0008"
-down_revision = "0007"
+revision = "0009"
+down_revision = "0008"
 
 
 def upgrade():
@@ -93,7 +117,7 @@ def next_version(old_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """From here on this is a later program, with one more migration: the database of `old_url` is old."""
     folder = tmp_path / "migrations"
     shutil.copytree(schema.MIGRATIONS, folder)
-    (folder / "versions" / "0008_next.py").write_text(NEXT)
+    (folder / "versions" / "0009_next.py").write_text(NEXT)
     monkeypatch.setattr("studies.schema.MIGRATIONS", folder)
 
 
@@ -173,7 +197,7 @@ def test_an_old_database_keeps_its_rows(old_url: str, engine: Engine, create: bo
     before = everything(engine)
     assert [row["latency_id"] for row in before["convfirst_latencies"]] == [3, 5, 7]
     opened(old_url, create=create).close()
-    assert version(engine) == schema.head() == "0008"
+    assert version(engine) == schema.head() == "0009"
     after = everything(engine)
     assert after.pop("convfirst_next") == []
     assert [row.pop("memory_bytes") for row in after["convfirst_devices"]] == [None]
@@ -211,7 +235,7 @@ def test_an_old_study_is_gone_on_with(old_url: str, engine: Engine) -> None:
     store.close()
     # The triggers and the foreign keys hold for all tables.
     optuna.delete_study(study_name="one", storage=optuna.storages.RDBStorage(old_url))
-    for table in ("studies", "candidates", "latencies", "learning_curves", "baseline_trainings", "baseline_latencies"):
+    for table in ("studies", "candidates", "latencies", "trainings", "baseline_trainings", "baseline_latencies"):
         assert rows(engine, f"SELECT * FROM convfirst_{table}") == []
     assert len(rows(engine, "SELECT * FROM convfirst_profiles")) == 1
 
@@ -225,26 +249,21 @@ def test_a_row_may_be_written_without_what_the_first_versions_did_not_know(old_u
 def test_candidates_from_before_there_were_resolutions_have_those_of_their_trainings(
     any_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "migrations"
-    shutil.copytree(schema.MIGRATIONS, folder, ignore=shutil.ignore_patterns("0007_*"))
-    with monkeypatch.context() as earlier:
-        earlier.setattr("studies.schema.MIGRATIONS", folder)
-        fill(any_url)
+    fill_as_before(any_url, "0007", tmp_path / "migrations", monkeypatch)
     database = create_engine(any_url)
     assert version(database) == "0006"
-    training = dict(data="digits", data_fingerprint="f", steps=800, batch_size=32, learning_rate=8e-3, seed=0, loss=1.0)
     # At the deployment's resolution the second is dominated, at another one the third.
     for number, (trial_id, resolution, accuracy) in enumerate(
         [(1, 32, 0.6), (2, 32, 0.5), (3, 32, 0.9), (1, 64, 0.6), (2, 64, 0.8), (3, 64, 0.7)], start=1
     ):
         insert(
-            database, "convfirst_retrainings", retraining_id=number, trial_id=trial_id, resolution=resolution,
-            accuracy=accuracy, train_seconds=2.0, finished_at=WHEN, **training,
+            database, "convfirst_retrainings", retraining_id=number, trial_id=trial_id, accuracy=accuracy,
+            train_seconds=2.0, finished_at=WHEN, **(TRAINING | dict(resolution=resolution, steps=800)),
         )  # fmt: skip
     searched = rows(database, "SELECT number, accuracy FROM pareto_front ORDER BY number")
 
     opened(any_url).close()
-    assert version(database) == "0007"
+    assert version(database) == schema.head()
     assert differences(database) == []
     found = rows(database, "SELECT number, accuracy, network_resolution FROM pareto_front ORDER BY number")
     assert found == [row | {"network_resolution": 32} for row in searched]
@@ -252,6 +271,39 @@ def test_candidates_from_before_there_were_resolutions_have_those_of_their_train
     trained = rows(database, f"SELECT {columns} FROM retrained_front ORDER BY {columns}")
     assert [tuple(row.values()) for row in trained] == [(32, 1, None), (32, 3, None), (64, 1, 64), (64, 2, 64)]
     assert rows(database, "SELECT DISTINCT resolution FROM convfirst_candidates") == [{"resolution": None}]
+    database.dispose()
+
+
+def test_trainings_from_before_they_had_a_table_are_there(
+    any_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill_as_before(any_url, "0008", tmp_path / "migrations", monkeypatch)
+    database = create_engine(any_url)
+    proxy, data = dict(steps=100, batch_size=16, learning_rate=4e-3), dict(source="a folder", resolution=64)
+    with database.begin() as connection:
+        config = json.dumps(dict(latency={"engine": "eager"}, proxy=proxy, data=data))
+        connection.execute(text("UPDATE convfirst_studies SET config = :config"), {"config": config})
+        connection.execute(text("UPDATE convfirst_candidates SET resolution = 48, seed = 3 WHERE trial_id = 2"))
+        connection.execute(text("UPDATE convfirst_candidates SET accuracy = NULL, state = 'failed' WHERE trial_id = 3"))
+    longer = TRAINING | dict(steps=800)
+    insert(database, "convfirst_retrainings", retraining_id=7, trial_id=1, accuracy=0.6, finished_at=WHEN, **longer)
+    before = rows(database, "SELECT * FROM pareto_front ORDER BY number")
+
+    store = opened(any_url)
+    assert store.learning_curve(1) == "[[1, 1.0, 0.5, 1.0], [2, 0.5, 0.5, 1.0]]"
+    assert store.learning_curve(3) is None
+    store.close()
+    assert not inspect(database).has_table("convfirst_learning_curves")
+    columns = "trial_id, stage, data, resolution, steps, batch_size, learning_rate, seed, accuracy, host"
+    assert [tuple(row.values()) for row in rows(database, f"SELECT {columns} FROM convfirst_trainings")] == [
+        (1, "search", "a folder", 64, 100, 16, 4e-3, 0, 0.5, None),
+        (2, "search", "a folder", 48, 100, 16, 4e-3, 3, 0.4, None),
+        (1, "retraining", "digits", 32, 800, 32, 8e-3, 0, 0.6, None),
+    ]
+    # Nothing is confirmed yet.
+    after = rows(database, "SELECT * FROM pareto_front ORDER BY number")
+    assert [{name: row[name] for name in before[0]} for row in after] == before
+    assert [(row["confirmed"], row["searched_accuracy"], row["accuracy_low"]) for row in after] == [(0, 0.5, None)]
     database.dispose()
 
 
@@ -264,7 +316,7 @@ def test_a_migration_that_fails_changes_nothing(old_url: str, engine: Engine) ->
     with pytest.raises(StorageError, match=r"convfirst_next.* already exists") as caught:
         Store.open(old_url, create=True)
     assert "\n" not in str(caught.value)
-    assert version(engine) == "0007"
+    assert version(engine) == "0008"
     with engine.begin() as connection:
         connection.execute(text("DROP TABLE convfirst_next"))
     assert everything(engine) == before
@@ -292,12 +344,14 @@ def test_an_old_database_that_somebody_holds_is_told_soon(
         holder.execute(text("SELECT * FROM pareto_front"))
         with pytest.raises(StorageError, match=r"locked|lock timeout"):
             Store.open(old_url, create=False)
-    assert version(engine) == "0007"
+    assert version(engine) == "0008"
     opened(old_url).close()
 
 
-def test_the_engine_compile_becomes_inductor(old_url: str, engine: Engine) -> None:
+def test_the_engine_compile_becomes_inductor(any_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In the database of a version that did not know the name: latencies stay with their study."""
+    fill_as_before(any_url, "0005", tmp_path / "migrations", monkeypatch)
+    engine = create_engine(any_url)
     of_a_block = DEPLOYMENT | {"engine": "compile", "kernels": "", "shape_id": "a", "shape": "{}", "median_ms": 1.0}
     del of_a_block["resolution"]
     insert(
@@ -311,23 +365,16 @@ def test_the_engine_compile_becomes_inductor(old_url: str, engine: Engine) -> No
         measured_at=WHEN,
         **of_a_block,
     )
-    store = opened(old_url)
-    study = store.find_study("one")
-    assert study is not None
-    store.baselines.add(study.study_id, [make_baseline_latency("a", 1.0, device_id=1, engine="compile")])
-    store.close()
+    of_a_baseline = DEPLOYMENT | {"engine": "compile", "name": "a", "study_id": 1, "median_ms": 1.0}
+    insert(engine, "convfirst_baseline_latencies", measured_at=WHEN, **of_a_baseline)
     with engine.begin() as connection:
-        for view in ("retrained_front", "convfirst_retrained", "pareto_front", "convfirst_evaluations"):
-            connection.execute(text(f"DROP VIEW {view}"))
-        for column in ("worker", "resolution"):
-            connection.execute(text(f"ALTER TABLE convfirst_candidates DROP COLUMN {column}"))
         connection.execute(text("UPDATE convfirst_latencies SET engine = 'compile'"))
         connection.execute(text("""UPDATE convfirst_studies SET config = '{"latency": {"engine": "compile"}}'"""))
-        connection.execute(text(f"UPDATE {schema.VERSION_TABLE} SET version_num = '0004'"))
-    store = opened(old_url, create=False)
+    store = opened(any_url, create=False)
     assert [summary.engine for summary in store.summaries()] == ["inductor"]
     assert set(store.front("one")["engine"]) == {"inductor"}
     assert [row.shape for row in store.devices.block_latencies(DEVICE, "inductor", "float32", 1, 1).values()] == ["{}"]
-    assert [row.engine for row in store.baselines.latencies(study.study_id)] == ["inductor"]
+    assert [row.engine for row in store.baselines.latencies(1)] == ["inductor"]
     store.close()
     assert version(engine) == schema.head()
+    engine.dispose()

@@ -28,8 +28,8 @@ from tests.studies.rows import (
     make_baseline_latency,
     make_block,
     make_candidate,
+    make_candidate_training,
     make_profile,
-    make_retraining,
     make_study,
     make_training,
     measured_again,
@@ -239,15 +239,15 @@ def test_deleting_a_study_as_the_dashboard_does_leaves_nothing_of_ours(any_url: 
     for study in (doomed, kept):
         store.baselines.add(study.study_id, [make_training("a")])
         store.baselines.add(study.study_id, [make_baseline_latency("a", 1.0, device_id=study.device_id)])
-        store.retrainings.add(make_retraining(store.candidates(study.study_id)[0], 0.5))
+        store.trainings.add(make_candidate_training(store.candidates(study.study_id)[0], 0.5))
     # This storage, like the dashboard's, asks SQLite for no foreign keys.
     optuna.delete_study(study_name="one", storage=optuna.storages.RDBStorage(any_url))
     assert store.find_study("one") is None
     # What was measured of the device does not belong to the study.
     assert counts(store) == {
         "convfirst_baseline_latencies": 1, "convfirst_baseline_trainings": 1, "convfirst_block_latencies": 1,
-        "convfirst_candidates": 2, "convfirst_devices": 1, "convfirst_latencies": 2, "convfirst_learning_curves": 4,
-        "convfirst_profiles": 1, "convfirst_retrainings": 1, "convfirst_studies": 1,
+        "convfirst_candidates": 2, "convfirst_devices": 1, "convfirst_latencies": 2, "convfirst_profiles": 1,
+        "convfirst_studies": 1, "convfirst_trainings": 3,
     }  # fmt: skip
     # A new study takes the old one's name, and on SQLite its ids.
     again = make_study(store)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from nas.config import LatencyConfig, SearchConfig
-from studies import CandidateState, LatencyStage, Owner, Store, schema
+from studies import CandidateState, LatencyStage, Owner, Store, TrainingStage, schema
 from studies.sql import read_view
 from tests.studies.rows import OURS, make_baseline_latency, make_training, measured_again
 
@@ -23,8 +23,8 @@ DEVICE = dict(
 ROWS = {
     "convfirst_alembic_version": 1, "convfirst_baseline_latencies": 3, "convfirst_baseline_trainings": 12,
     "convfirst_block_latencies": 28, "convfirst_candidates": 4, "convfirst_devices": 1, "convfirst_evaluations": 4,
-    "convfirst_latencies": 8, "convfirst_learning_curves": 80, "convfirst_profiles": 1, "convfirst_retrained": 1,
-    "convfirst_retrainings": 1, "convfirst_studies": 1, "pareto_front": 4, "retrained_front": 1,
+    "convfirst_latencies": 8, "convfirst_profiles": 1, "convfirst_retrained": 1,
+    "convfirst_studies": 1, "convfirst_trainings": 5, "pareto_front": 4, "retrained_front": 1,
 }  # fmt: skip
 
 
@@ -61,7 +61,7 @@ def test_a_new_database_has_the_same_tables_views_and_triggers(stored_url: str, 
 
 def test_every_table_and_view_has_its_rows(store: Store) -> None:
     with store.engine.connect() as connection:
-        assert schema.current(connection) == "0007"
+        assert schema.current(connection) == "0008"
         counted = {name: connection.exec_driver_sql(f"SELECT COUNT(*) FROM {name}").scalar_one() for name in ROWS}
     assert counted == ROWS
     assert set(ROWS) >= OURS
@@ -79,7 +79,7 @@ def test_the_views_give_what_was_recorded(store: Store) -> None:
     assert list(evaluations["number"]) == [0, 1, 2, 3]
     assert list(evaluations["latency_ms"]) == [FRONT[number] for number in range(4)]
     retrained_front = read_view(store.engine, "SELECT * FROM retrained_front WHERE study_name = :name", "convfirst")
-    for rows in (store.retrainings.evaluations("convfirst"), retrained_front):
+    for rows in (store.trainings.retrained("convfirst"), retrained_front):
         found = rows[["number", "latency_ms", "retrained_steps", "retrained_accuracy"]]
         assert found.to_numpy().tolist() == [[1, FRONT[1], 2, 0.096]]
 
@@ -99,7 +99,8 @@ def test_every_table_is_read(store: Store) -> None:
     assert [row.state for row in candidates] == [CandidateState.COMPLETE] * 4
     assert [[row.stage for row in candidate.latencies] for candidate in candidates] == [list(LatencyStage)] * 4
     for candidate in candidates:
-        assert [point.step for point in store.learning_curve(candidate.trial_id)] == list(range(10, 201, 10))
+        curve = json.loads(store.learning_curve(candidate.trial_id) or "")
+        assert [point[0] for point in curve] == list(range(10, 201, 10))
     optuna_study = store.load_optuna_study("convfirst")
     assert [trial.number for trial in optuna_study.trials] == [0, 1, 2, 3]
     assert [trial.values[0] for trial in optuna_study.trials] == [row.accuracy for row in candidates]
@@ -121,7 +122,7 @@ def test_every_table_is_read(store: Store) -> None:
     assert latencies == {
         "ConvFirst anchor": 0.45668854694215866, "resnet18": 5.725173726707022, "trial 1": 0.4730862738969423,
     }  # fmt: skip
-    (retraining,) = store.retrainings.of_study(study.study_id)
+    (retraining,) = store.trainings.of_study(study.study_id, TrainingStage.RETRAINING)
     assert (retraining.steps, retraining.seed, retraining.accuracy) == (2, 0, 0.096)
     store.ownership.claim(study.study_id, Owner.me())
     store.ownership.release(study.study_id, Owner.me())

@@ -5,14 +5,14 @@ from __future__ import annotations
 import optuna
 import pytest
 
-from studies import StorageError, Store
+from studies import StorageError, Store, TrainingStage
 from studies.sql import read_view
 from tests.studies.rows import (
     OTHER_DEVICE,
     add,
     counts,
     make_baseline_latency,
-    make_retraining,
+    make_candidate_training,
     make_study,
     make_training,
 )
@@ -52,28 +52,28 @@ def test_longer_trainings_have_a_front_of_their_own(store: Store) -> None:
     study = make_study(store)
     rows = [add(store, study, accuracy, ms) for accuracy, ms in ((0.5, 1.0), (0.4, 2.0), (0.6, 3.0), (0.7, 4.0))]
     for row, accuracy in zip(rows, (0.1, 0.8, 0.9, 0.85), strict=True):
-        store.retrainings.add(make_retraining(row, accuracy))
-    store.retrainings.add(make_retraining(rows[0], 0.7))
-    store.retrainings.add(make_retraining(rows[0], 0.2, steps=1600))
-    store.retrainings.add(make_retraining(rows[1], 0.1, steps=1600))
-    store.retrainings.add(make_retraining(rows[2], None, reason="the loss diverged", steps=1600))
+        store.trainings.add(make_candidate_training(row, accuracy))
+    store.trainings.add(make_candidate_training(rows[0], 0.7))
+    store.trainings.add(make_candidate_training(rows[0], 0.2, steps=1600))
+    store.trainings.add(make_candidate_training(rows[1], 0.1, steps=1600))
+    store.trainings.add(make_candidate_training(rows[2], None, reason="the loss diverged", steps=1600))
     assert list(store.front("one")["number"]) == [0, 2, 3]
     front = read_view(store.engine, "SELECT * FROM retrained_front WHERE study_name = :name", "one")
     found = list(zip(front["number"], front["retrained_steps"], front["retrained_accuracy"], strict=True))
     assert sorted(found) == [(0, 800, 0.7), (0, 1600, 0.2), (1, 800, 0.8), (2, 800, 0.9)]
-    assert len(store.retrainings.evaluations("one")) == 6
+    assert len(store.trainings.retrained("one")) == 6
     # The proxy's accuracies stay beside them.
-    assert set(store.retrainings.evaluations("one")["accuracy"]) == {0.5, 0.4, 0.6, 0.7}
-    assert len(store.retrainings.of_study(study.study_id)) == 7
-    assert store.retrainings.of_study(make_study(store, "two").study_id) == []
+    assert set(store.trainings.retrained("one")["accuracy"]) == {0.5, 0.4, 0.6, 0.7}
+    assert len(store.trainings.of_study(study.study_id, TrainingStage.RETRAINING)) == 7
+    assert store.trainings.of_study(make_study(store, "two").study_id, TrainingStage.RETRAINING) == []
 
 
 def test_a_longer_training_of_a_candidate_that_is_gone_is_refused(store: Store) -> None:
     row = add(store, make_study(store), 0.5, 1.0)
     optuna.delete_study(study_name="one", storage=store.optuna_storage)
     with pytest.raises(StorageError, match="the study was deleted"):
-        store.retrainings.add(make_retraining(row, 0.5))
-    assert counts(store)["convfirst_retrainings"] == 0
+        store.trainings.add(make_candidate_training(row, 0.5))
+    assert counts(store)["convfirst_trainings"] == 0
 
 
 def test_baselines_of_a_study_that_is_gone_are_refused(store: Store) -> None:
