@@ -45,6 +45,7 @@ MAX_THREADS = 1024
 MAX_RESOLUTION = 2048  # pixels
 MAX_WORKERS = 1024
 MAX_BUDGET = 1_000_000
+MAX_CONFIRM = 10
 # Data sets that have a name of their own; a name with one of timm's prefixes is that of a data set of timm, which takes
 # one without a prefix for a folder of images below --data-dir.
 NAMED_DATA = ("digits", "cifar10", "cifar100")
@@ -334,7 +335,10 @@ class SearchConfig(Checked):
 
     Args:
         budget: number of distinct architectures fully evaluated in the study at the end, earlier runs included.
-        time_limit_s: seconds after which the search ends as if the budget were met; None means no limit.
+        time_limit_s: seconds after which the search ends as if the budget were met, with the time in which the front
+            is confirmed; None means no limit.
+        confirm: trainings with other seeds that confirm the front, as a share of those of the search, but one for each
+            likely member at least; 0 means none.
         storage: SQLAlchemy URL of the study database.
         study: name of the study in that database.
         block_table: whether the blocks of every candidate are measured alone, not only those of the front at the end.
@@ -355,8 +359,13 @@ class SearchConfig(Checked):
         bounds=between(1, MAX_BUDGET), keep=Keep.TRANSIENT,
     )  # fmt: skip
     time_limit_s: float | None = option(
-        None, "--time-limit", "Seconds after which no candidate is begun", panel="Search", bounds=POSITIVE,
-        keep=Keep.TRANSIENT,
+        None, "--time-limit", "Seconds after which nothing more is trained; the time to confirm the front is set aside "
+        "from them", panel="Search", bounds=POSITIVE, keep=Keep.TRANSIENT,
+    )  # fmt: skip
+    confirm: float = option(
+        0.2, "--confirm", "Trainings with other seeds at the end that confirm the front's accuracies, at most, as a "
+        "share of the search's trainings; 0 leaves the accuracies of the search", panel="Search",
+        bounds=between(0, MAX_CONFIRM), keep=Keep.TRANSIENT,
     )  # fmt: skip
     storage: str = option(
         DEFAULT_STORAGE, "--storage", "SQLAlchemy URL of the study database: SQLite or PostgreSQL", panel="Study",

@@ -11,6 +11,7 @@ import pandas as pd
 from kernels.device_info import DeviceInfo
 from nas.config import LatencyConfig, SearchConfig
 from nas.errors import UsageError, of_this_version
+from nas.pareto import hypervolume
 from search_spaces import ArchSpec
 from studies import Candidate, Deployment, Store, Study, displayed
 from studies.tables import Device
@@ -32,6 +33,24 @@ def not_there(store: Store, name: str) -> UsageError:
     """The refusal of a study that a database does not have."""
     known = ", ".join(row.name for row in store.summaries()) or "none"
     return UsageError(f"--study {name}: not in {displayed(str(store.engine.url))} (there: {known})")
+
+
+@dataclass(frozen=True)
+class Hypervolumes:
+    """Hypervolumes of a study's front, in 0..1; see `RecordedStudy.reference_latency_ms`.
+
+    Args:
+        searched: that of all complete candidates by the accuracies of the search.
+        confirmed: that of the front by its confirmed accuracies; None where they are not confirmed.
+    """
+
+    searched: float
+    confirmed: float | None
+
+    @property
+    def optimism(self) -> float | None:
+        """By how much the search overrates its front; None where nothing is confirmed."""
+        return None if self.confirmed is None else self.searched - self.confirmed
 
 
 @dataclass(frozen=True)
@@ -125,6 +144,17 @@ class RecordedStudy:
     def front(self) -> pd.DataFrame:
         """The rows of the view `pareto_front` in the study's own deployment, fastest first."""
         return self.deployment.rows_of(self.store.front(self.name))
+
+    def hypervolumes(self) -> Hypervolumes:
+        """The hypervolumes of the front in the study's own deployment, with the latest latencies."""
+        rows, front = self.evaluations(), self.front()
+        rows = rows[~rows["latency_over_limit"].astype(bool)]
+
+        def volume(points: pd.DataFrame) -> float:
+            return hypervolume(list(points["accuracy"]), list(points["latency_ms"]), self.reference_latency_ms)
+
+        confirmed = bool(len(front)) and bool((front["confirmed"] == 1).all())
+        return Hypervolumes(volume(rows), volume(front) if confirmed else None)
 
     def evaluations(self) -> pd.DataFrame:
         """The complete rows of the view `convfirst_evaluations` in the study's own deployment, by trial number."""

@@ -8,7 +8,7 @@ from studies.errors import StorageError, guarded
 from studies.opening import OBJECTIVES, check_free, check_writable, displayed
 from studies.ownership import Owner, check_claimable
 from studies.reconnecting import keep_connecting
-from studies.store import Store
+from studies.store import Confirmed, Store
 from studies.tables import (
     BaselineLatency,
     BaselineTraining,
@@ -32,6 +32,7 @@ __all__ = [
     "CandidateLatency",
     "CandidateState",
     "CandidateTraining",
+    "Confirmed",
     "Deployment",
     "LatencyStage",
     "Owner",

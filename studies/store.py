@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import optuna
-from sqlalchemy import func, select, text
+from sqlalchemy import func, select, text, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, subqueryload
 
@@ -31,6 +31,17 @@ if TYPE_CHECKING:
     import pandas as pd
 
 METRIC_NAMES_KEY = "study:metric_names"
+
+
+@dataclass(frozen=True, slots=True)
+class Confirmed:
+    """A candidate's accuracy over further trainings; see `tables.Candidate`."""
+
+    trial_id: int
+    accuracy: float
+    low: float
+    high: float
+    trainings: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,6 +184,9 @@ class Store:
                 # Rows are locked in the order in which deleting a study locks them: its trials, then our rows.
                 session.flush()
                 require_owner(session, candidate.study_id, owner)
+                if candidate.state == CandidateState.COMPLETE:
+                    # The front may be another one now.
+                    session.execute(update(Study).where(Study.study_id == candidate.study_id).values(confirmed_at=None))
         except IntegrityError:
             # Only the owner writes candidates: that of this trial was written by an attempt of which no answer came.
             if not self._has_candidate(candidate):
@@ -182,6 +196,26 @@ class Store:
         with transaction(self.engine) as session:
             stored = session.get(Candidate, candidate.trial_id)
         return stored is not None and stored.arch_id == candidate.arch_id and stored.state == candidate.state
+
+    @repeatable
+    def confirm(self, study_id: int, owner: Owner, confirmed: Sequence[Confirmed]) -> None:
+        """Write the confirmed accuracies of a study, in the place of any older ones, all or nothing.
+
+        With them `pareto_front` becomes the front of these candidates; without any it is the searched one.
+
+        Raises:
+            StorageError: the study was deleted meanwhile, or is no longer `owner`'s.
+        """
+        with transaction(self.engine) as session:
+            require_owner(session, study_id, owner)
+            columns = ("confirmed_accuracy", "confirmed_low", "confirmed_high", "confirmed_trainings")
+            candidates = update(Candidate).where(Candidate.study_id == study_id)
+            session.execute(candidates.values(dict.fromkeys(columns)))
+            for each in confirmed:
+                values = dict(zip(columns, (each.accuracy, each.low, each.high, each.trainings), strict=True))
+                session.execute(candidates.where(Candidate.trial_id == each.trial_id).values(values))
+            when = now() if confirmed else None
+            session.execute(update(Study).where(Study.study_id == study_id).values(confirmed_at=when))
 
     @repeatable
     def add_latencies(self, study_id: int, rows: Sequence[CandidateLatency]) -> None:

@@ -426,6 +426,7 @@ def picture_folder(root: Path, classes: int, mode: str = "RGB") -> None:
         ("report --out one/class0/0.png", "--out one/class0/0.png: .*0.png is not a folder"),
         ("baselines", "--storage sqlite:///studies/convfirst.db: there is no study database"),
         ("retrain", "--storage sqlite:///studies/convfirst.db: there is no study database"),
+        ("confirm", "--storage sqlite:///studies/convfirst.db: there is no study database"),
         ("export", "--storage sqlite:///studies/convfirst.db: there is no study database"),
         ("export --storage sqlite:///foreign.db", "--storage sqlite:///foreign.db: "),
         ("export --out one/class0/0.png", "--out one/class0/0.png: .*0.png is not a folder"),
@@ -991,6 +992,30 @@ def test_retraining_prints_networks_and_ranks(tmp_path: Path) -> None:
     assert re.search(r"(\d) networks, \1 to be trained", result.stderr)
     again = call("retrain --data pictures --resolution 16 --steps 2 --top 1 --dominated 3")
     assert re.search(r"\d networks, 0 to be trained", again.stderr)
+
+
+@pytest.mark.usefixtures("fake", "profiled")
+def test_what_cannot_be_confirmed_gets_one_line() -> None:
+    assert call("--budget 1 --device cpu --time-limit 0.000001 --study nothing").exit_code == 0
+    assert "--study nothing: has no complete candidate" in refused("confirm --study nothing")
+    ended = call("--budget 12 --device cpu --confirm 0")
+    assert ended.exit_code == 0
+    assert "hypervolume as searched" in ended.stdout
+    assert "as confirmed" not in ended.stdout
+    before = call("pareto --format json").stdout
+    for line, told in (
+        ("confirm --share 0", "--share 0: is less than one training for 12 candidates"),
+        ("confirm --share 11", "--share 11.0: .*between 0 and 10"),
+        ("confirm --data nosuch", "--data nosuch: "),
+        ("confirm --workers 0", "--workers 0: .*between 1 and 1024"),
+        ("--budget 12 --device cpu --confirm -1", "--confirm -1.0: .*between 0 and 10"),
+    ):
+        assert re.search(told, refused(line)), line
+    assert call("pareto --format json").stdout == before
+    # The same search with a share confirms what it found.
+    ended = call("--budget 12 --device cpu")
+    assert re.search(r"as confirmed \d\.\d{4} \(optimism [+-]\d\.\d{4}\)", ended.stdout)
+    assert all(row["confirmed"] == 1 for row in json.loads(call("pareto --format json").stdout))
 
 
 # -- Looking ---------------------------------------------------------------------------------------------------------

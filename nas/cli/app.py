@@ -15,6 +15,7 @@ from nas.cli import (
     analyze,
     baselines,
     bench,
+    confirm,
     dashboard,
     device,
     export,
@@ -56,6 +57,7 @@ app = typer.Typer(
 app.callback(invoke_without_command=True)(search.search)
 for command in (
     pareto.pareto, studies.studies, dashboard.dashboard, report.report, baselines.baselines, export.export,
-    bench.bench, retrain.retrain, space.space, device.device, remeasure.remeasure, analyze.analyze, latency.latency,
+    bench.bench, confirm.confirm, retrain.retrain, space.space, device.device, remeasure.remeasure, analyze.analyze,
+    latency.latency,
 ):  # fmt: skip
     app.command()(command)

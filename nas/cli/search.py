@@ -107,7 +107,7 @@ def _completed(typed: dict[str, Any]) -> dict[str, Any]:
 def _run(config: SearchConfig, take_over: bool) -> None:
     from nas.search import opening
     from nas.search.loop import run
-    from nas.search.progress import LiveProgress, PlainProgress, shares_line
+    from nas.search.progress import LiveProgress, PlainProgress, hypervolume_words, shares_line
     from studies import displayed
 
     if take_over:
@@ -120,7 +120,7 @@ def _run(config: SearchConfig, take_over: bool) -> None:
     print_front(result.pareto_front, f"Pareto front of {config.study} ({result.complete} candidates)")
     shown = displayed(config.storage)
     for line in (
-        f"{result.why}: {result.complete} of {config.budget} candidates; hypervolume {result.hypervolume:.4f}",
+        f"{result.why}: {result.complete} of {config.budget} candidates; {hypervolume_words(result.hypervolumes)}",
         *result.remarks,
         shares_line(result),
         f"study '{config.study}' is in {shown}",

@@ -46,6 +46,7 @@ class Series:
         size: width of a marker, in pixels of an interactive figure.
         stairs: whether a line joins the points, which keeps its height up to the next point.
         low, high: ends of a horizontal bar through each point, (n,) each; empty for no bars.
+        below, above: ends of a vertical bar through each point, (n,) each; empty for no bars.
         labels: words beside the points, (n,); empty for none.
         details: texts of several lines, (n,), which an interactive figure shows for the point under the pointer.
     """
@@ -59,16 +60,27 @@ class Series:
     stairs: bool = False
     low: Sequence[float] = ()
     high: Sequence[float] = ()
+    below: Sequence[float] = ()
+    above: Sequence[float] = ()
     labels: Sequence[str] = ()
     details: Sequence[str] = ()
 
     @property
     def bar_lengths(self) -> tuple[list[float], list[float]]:
-        """Lengths of the parts of each bar to the left and to the right of its point."""
-        return (
-            [max(0.0, x - low) for x, low in zip(self.x, self.low, strict=False)],
-            [max(0.0, high - x) for x, high in zip(self.x, self.high, strict=False)],
-        )
+        """Lengths of the parts of each horizontal bar to the left and to the right of its point."""
+        return _lengths(self.x, self.low, self.high)
+
+    @property
+    def bar_heights(self) -> tuple[list[float], list[float]]:
+        """Lengths of the parts of each vertical bar below and above its point."""
+        return _lengths(self.y, self.below, self.above)
+
+
+def _lengths(points: Sequence[float], low: Sequence[float], high: Sequence[float]) -> tuple[list[float], list[float]]:
+    return (
+        [max(0.0, point - end) for point, end in zip(points, low, strict=False)],
+        [max(0.0, end - point) for point, end in zip(points, high, strict=False)],
+    )
 
 
 @dataclass(frozen=True)
@@ -157,7 +169,8 @@ def _draw(axes: Any, chart: Chart) -> None:
 
     for layer, each in enumerate(chart.series, start=2):
         axes.errorbar(
-            each.x, each.y, xerr=each.bar_lengths if each.low else None, marker=each.marker,
+            each.x, each.y, xerr=each.bar_lengths if each.low else None, yerr=each.bar_heights if each.below else None,
+            marker=each.marker,
             ls="-" if each.stairs else "", drawstyle="steps-post", color=each.colour, ms=POINTS * each.size, lw=1.2,
             ecolor=(each.colour, BAR_OPACITY), label=each.name, zorder=layer,
         )  # fmt: skip

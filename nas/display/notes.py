@@ -45,6 +45,20 @@ def deployment_line(row: Mapping[str, Any] | pd.Series) -> str:
     )
 
 
+def is_confirmed(front: pd.DataFrame) -> bool:
+    """Whether the accuracies of rows of `pareto_front` are confirmed ones."""
+    return bool(len(front)) and bool((front["confirmed"] == 1).all())
+
+
+def accuracy_line(front: pd.DataFrame) -> str:
+    """What the accuracies of rows of `pareto_front` are, in words."""
+    if not is_confirmed(front):
+        return "accuracies as searched: each is that of the one training by which the network was chosen"
+    least, most = int(front["accuracy_trainings"].min()), int(front["accuracy_trainings"].max())
+    count = str(least) if least == most else f"{least} to {most}"
+    return f"accuracies as confirmed: means of {count} other trainings, with 95 % intervals"
+
+
 def code(text: str) -> str:
     """A text as code in Markdown, which shows it as it is, whatever it holds."""
     # A run of backticks within may be as long as none of the two around.
@@ -110,7 +124,12 @@ def trial_note(candidate: Candidate, latency: CandidateLatency | None, config: S
         f"**{STATES[CandidateState(candidate.state)]}**" + (f": {plain(candidate.reason)}" if candidate.reason else "")
     ]
     if candidate.accuracy is not None:
-        lines.append(f"accuracy {candidate.accuracy:.2%} after {config.proxy.steps} steps")
+        lines.append(f"accuracy {candidate.accuracy:.2%} after {config.proxy.steps} steps, as searched")
+    if candidate.confirmed_accuracy is not None:
+        lines.append(
+            f"accuracy {candidate.confirmed_accuracy:.2%} ({candidate.confirmed_low:.2%} to "
+            f"{candidate.confirmed_high:.2%}) as confirmed by {candidate.confirmed_trainings} other trainings"
+        )
     if latency is not None:
         lines.append(latency_words(latency))
     return "\n\n".join([
@@ -174,6 +193,8 @@ def study_note(recorded: RecordedStudy) -> str:
     return "\n\n".join([
         f"Search for ConvFirst networks, study {code(recorded.name)}.", markdown_table(("what", "how"), rows),
         "Pruned trials broke a limit or proposed the architecture of an earlier trial, failed ones could not run; user "
-        "attributes and notes give the reasons. The front is also the view `pareto_front` of this database; its "
-        "latencies were measured again at the end of the search, so that they may differ from the objectives.",
+        "attributes and notes give the reasons. The objectives, and the plot of them here, are those of the search, in "
+        "which the front's members look better than they are. The front that counts is the view `pareto_front` of this "
+        "database: at the end of the search its latencies were measured again, and its accuracies were confirmed by "
+        "trainings with other seeds (where `confirmed` is 1).",
     ])  # fmt: skip

@@ -21,7 +21,7 @@ from nas.display.charts import (
     wrapped,
     write_figure,
 )
-from nas.display.notes import deployment_line
+from nas.display.notes import deployment_line, is_confirmed
 from nas.training.curves import CurvePoint
 
 LATENCY_TITLE = "drift-corrected latency of one batch in ms"
@@ -30,7 +30,7 @@ MOST_LABELS = 12
 
 
 def front_chart(evaluations: pd.DataFrame, front: pd.DataFrame) -> Chart:
-    """Accuracy against latency: the front as a staircase with the spread of each latency, other candidates in grey.
+    """Accuracy against latency: the front as a staircase with its spreads, other candidates, as searched, in grey.
 
     Args:
         evaluations: complete candidates of one deployment, rows of the view `convfirst_evaluations`.
@@ -39,14 +39,18 @@ def front_chart(evaluations: pd.DataFrame, front: pd.DataFrame) -> Chart:
     front = front.sort_values("latency_ms")
     over = evaluations["latency_over_limit"].fillna(False).astype(bool)
     dominated = evaluations[~over & ~evaluations["number"].isin(front["number"])]
-    series = [_points(dominated, f"dominated ({len(dominated)})", colour=DARK_GREY)]
+    confirmed = is_confirmed(front)
+    others = f"others as searched ({len(dominated)})" if confirmed else f"dominated ({len(dominated)})"
+    series = [_points(dominated, others, colour=DARK_GREY)]
     if over.any():
         series.append(_points(
             evaluations[over], f"over the limit, measured again ({over.sum()})", colour="#555d66", marker="x", size=7,
         ))  # fmt: skip
     series.append(_points(
-        front, f"front ({len(front)}), bars from p20 to p80", colour=RED, size=9, stairs=True,
-        low=list(front["latency_p20_ms"]), high=list(front["latency_p80_ms"]),
+        front, f"front ({len(front)}), {'confirmed: 95 % and' if confirmed else 'bars from'} p20 to p80", colour=RED,
+        size=9, stairs=True, low=list(front["latency_p20_ms"]), high=list(front["latency_p80_ms"]),
+        below=[100 * value for value in front["accuracy_low"]] if confirmed else (),
+        above=[100 * value for value in front["accuracy_high"]] if confirmed else (),
         labels=[str(number) for number in front["number"]] if len(front) <= MOST_LABELS else (),
     ))  # fmt: skip
     return Chart(LATENCY_TITLE, "accuracy of the proxy training in %", series)
@@ -62,8 +66,15 @@ def _points(rows: pd.DataFrame, name: str, **style: Any) -> Series:
 def _details(row: Mapping[Hashable, Any]) -> str:
     """A description of a candidate, with one line for each stage."""
     stages = row["summary"].replace(" | ", "\n")
+    confirmed = ""
+    # Only rows of the front have these.
+    if row.get("confirmed") and not pd.isna(row.get("accuracy_low")):
+        confirmed = (
+            f"{100 * row['accuracy_low']:.2f} to {100 * row['accuracy_high']:.2f} %, {row['accuracy_trainings']:.0f} "
+            f"trainings\nas searched: {100 * row['searched_accuracy']:.2f} %\n"
+        )
     return (
-        f"trial {row['number']}\n{100 * row['accuracy']:.2f} % at {row['latency_ms']:.4g} ms\n"
+        f"trial {row['number']}\n{100 * row['accuracy']:.2f} % at {row['latency_ms']:.4g} ms\n{confirmed}"
         f"p20 to p80: {row['latency_p20_ms']:.4g} to {row['latency_p80_ms']:.4g} ms\n"
         f"{row['params'] / 1e3:,.0f} k parameters, {row['macs'] / 1e6:,.2f} MMACs\n{stages}"
     )

@@ -129,13 +129,17 @@ def chosen(recorded: RecordedStudy, selection: Selection) -> pd.DataFrame:
         if passing.empty:
             least = rows["latency_ms"].min()
             raise UsageError(f"--max-latency-ms {selection.max_latency_ms:g}: the fastest takes {least:.4g} ms")
+    # Of candidates that were not trained again, the accuracy of the search is all that is known.
+    passing = passing.assign(known_accuracy=passing["confirmed_accuracy"].fillna(passing["accuracy"]))
     if selection.min_accuracy is not None:
-        accurate = passing[passing["accuracy"] >= selection.min_accuracy]
+        accurate = passing[passing["known_accuracy"] >= selection.min_accuracy]
         if accurate.empty:
-            raise UsageError(f"--min-accuracy {selection.min_accuracy:g}: the best has {passing['accuracy'].max():.4f}")
+            raise UsageError(
+                f"--min-accuracy {selection.min_accuracy:g}: the best has {passing['known_accuracy'].max():.4f}"
+            )
         passing = accurate
     if selection.top is not None:
-        passing = passing.sort_values(["accuracy", "latency_ms"], ascending=[False, True]).head(selection.top)
+        passing = passing.sort_values(["known_accuracy", "latency_ms"], ascending=[False, True]).head(selection.top)
     return passing.sort_values(["latency_ms", "number"])
 
 
@@ -182,6 +186,7 @@ def of_study(recorded: RecordedStudy, storage: str, rows: pd.DataFrame) -> list[
             "latency": _latency_section(row, own, table, arch) | {"anchor": anchor},
             "accuracy": {
                 "proxy": float(row["accuracy"]), "training": identity["proxy"], "seed": identity["seed"],
+                "confirmed": _confirmed_section(row), "weights": None if trained is None else trained.accuracy,
                 "data": {
                     **identity["data"], "resolution": arch.shown(identity["data"]["resolution"]),
                     "mirror": recorded.config.data.mirror,
@@ -192,6 +197,16 @@ def of_study(recorded: RecordedStudy, storage: str, rows: pd.DataFrame) -> list[
         }  # fmt: skip
         networks.append(_exported(arch, section, own, trained))
     return networks
+
+
+def _confirmed_section(row: pd.Series) -> dict[str, float] | None:
+    """The accuracy over trainings with other seeds, with its 95 % interval; None where there were none."""
+    if pd.isna(row["confirmed_accuracy"]):
+        return None
+    return {
+        "accuracy": float(row["confirmed_accuracy"]), "low": float(row["confirmed_low"]),
+        "high": float(row["confirmed_high"]), "trainings": int(row["confirmed_trainings"]),
+    }  # fmt: skip
 
 
 def _study_section(recorded: RecordedStudy, storage: str, number: int) -> dict[str, Any]:
@@ -264,6 +279,7 @@ def render(exported: Exported) -> dict[str, str]:
         "mirror": trained_on.get("mirror", is_mirrored(trained_on["source"])), "reading": trained_on.get("reading", 1),
         "folder": is_folder(trained_on["source"]),
         "preparation": section["accuracy"].get("preparation", ()),
+        "confirmed": section["accuracy"].get("confirmed"), "own_accuracy": section["accuracy"].get("weights"),
         "classes": exported.classes, "timms_order": _is_timms_order(exported.classes),
         **{key: section[key] for key in ("weights", "latency", "accuracy", "study")},
     }  # fmt: skip

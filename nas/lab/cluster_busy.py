@@ -52,7 +52,7 @@ class Sleeping(FakeEvaluator):
     def round_size(self) -> int:
         return self.pool.count
 
-    def train(self, archs: Sequence[ArchSpec]) -> Generator[Done[ProxyResult]]:
+    def train(self, archs: Sequence[ArchSpec], seeds: Sequence[int] | None = None) -> Generator[Done[ProxyResult]]:
         for done in self.pool.run([Call(sleep, (self.seconds,))] * len(archs)):
             result: ProxyResult | CandidateFailed
             if isinstance(done.result, CandidateFailed):

@@ -14,7 +14,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from nas.display.notes import DUPLICATE_OF, REASON, deployment_line
 from nas.pareto import running_hypervolume
-from nas.recorded import RecordedStudy
+from nas.recorded import Hypervolumes, RecordedStudy
 from nas.report.importance import Importances, importances
 from studies import OBJECTIVES, Candidate, CandidateState, Deployment, Owner
 
@@ -55,6 +55,7 @@ class Material:
         time_spent: a row for each candidate, with the seconds of `training`, `latency` and `all else`.
         trainings: a row for each training in a worker: `worker`, and `begin` and `end` in seconds of the search.
         evaluations, front: rows of the two views in the study's own deployment, the front fastest first.
+        hypervolumes: those of the front.
         elsewhere: fronts in other deployments, each with the deployment in words.
         incomplete: trials without a result, the most frequent reason first.
     """
@@ -66,6 +67,7 @@ class Material:
     trainings: pd.DataFrame
     evaluations: pd.DataFrame
     front: pd.DataFrame
+    hypervolumes: Hypervolumes
     elsewhere: list[tuple[str, pd.DataFrame]]
     importances: list[Importances]
     incomplete: list[IncompleteTrials]
@@ -115,6 +117,7 @@ def gather(recorded: RecordedStudy) -> Material:
         trainings=trainings_of(candidates, clock),
         evaluations=recorded.evaluations(),
         front=front.reset_index(drop=True),
+        hypervolumes=recorded.hypervolumes(),
         elsewhere=[
             (deployment_line(members.iloc[0]), members)
             for _, members in others.groupby(Deployment.columns(), sort=False)

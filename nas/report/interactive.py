@@ -57,13 +57,18 @@ def _trace(series: Series) -> PlotlyFigure:
         trace |= {"text": [escape(label) for label in series.labels], "textposition": position}
         trace["textfont"] = {"size": 11, "color": INK}
     if series.low:
-        to_the_left, to_the_right = series.bar_lengths
-        red, green, blue = bytes.fromhex(series.colour[1:])
-        trace["error_x"] = {
-            "type": "data", "symmetric": False, "array": to_the_right, "arrayminus": to_the_left, "thickness": 1.2,
-            "width": 3, "color": f"rgba({red}, {green}, {blue}, {BAR_OPACITY})",
-        }  # fmt: skip
+        trace["error_x"] = _bars(series, *series.bar_lengths)
+    if series.below:
+        trace["error_y"] = _bars(series, *series.bar_heights)
     return trace
+
+
+def _bars(series: Series, to_less: list[float], to_more: list[float]) -> PlotlyFigure:
+    red, green, blue = bytes.fromhex(series.colour[1:])
+    return {
+        "type": "data", "symmetric": False, "array": to_more, "arrayminus": to_less, "thickness": 1.2,
+        "width": 3, "color": f"rgba({red}, {green}, {blue}, {BAR_OPACITY})",
+    }  # fmt: skip
 
 
 def _hover_text(details: str) -> str:

@@ -171,8 +171,11 @@ def tiles(material: Material) -> list[tuple[str, str]]:
             (f"{front['latency_ms'].min():.3g} ms", "fastest of the front"),
         ]
     if len(history):
-        reference = f"hypervolume up to {material.recorded.reference_latency_ms:.3g} ms"
-        shown.append((f"{history['hypervolume'].iloc[-1]:.4f}", reference))
+        reference = f"up to {material.recorded.reference_latency_ms:.3g} ms"
+        volumes = material.hypervolumes
+        shown.append((f"{volumes.searched:.4f}", f"hypervolume as searched, {reference}"))
+        if volumes.confirmed is not None:
+            shown.append((f"{volumes.confirmed:.4f}", f"hypervolume as confirmed, {reference}"))
     return [*shown, (duration(float(material.time_spent.to_numpy().sum())), "spent on candidates")]
 
 

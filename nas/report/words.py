@@ -8,7 +8,7 @@ from dataclasses import asdict
 import numpy as np
 import pandas as pd
 
-from nas.display.notes import pixels
+from nas.display.notes import accuracy_line, pixels
 from nas.report.data import Material
 
 LIMITS = {
@@ -45,18 +45,22 @@ def set_up(material: Material) -> str:
 def front_words(front: pd.DataFrame) -> str:
     """The front in a sentence."""
     first, last = front.iloc[0], front.iloc[-1]
+    line = accuracy_line(front)
+    line = f"{line[0].upper()}{line[1:]}."
     if len(front) == 1:
-        return f"The front is one network: {first['accuracy']:.1%} at {first['latency_ms']:.3g} ms."
+        return f"The front is one network: {first['accuracy']:.1%} at {first['latency_ms']:.3g} ms. {line}"
     return (
         f"The front has {len(front)} networks, from {first['accuracy']:.1%} at {first['latency_ms']:.3g} ms "
-        f"to {last['accuracy']:.1%} at {last['latency_ms']:.3g} ms."
+        f"to {last['accuracy']:.1%} at {last['latency_ms']:.3g} ms. {line}"
     )
 
 
 def history_words(material: Material) -> str:
     """Sentences that say whether the search was still improving."""
     volumes = material.history["hypervolume"].to_numpy()
-    reached = f"It came to {volumes[-1]:.4f} after {len(volumes)} candidate{'s' if len(volumes) > 1 else ''}."
+    reached = (
+        f"As searched, it came to {volumes[-1]:.4f} after {len(volumes)} candidate{'s' if len(volumes) > 1 else ''}."
+    )
     recent = round(LAST_SHARE * len(volumes))
     if not volumes[-1] or not recent:
         return reached

@@ -301,9 +301,9 @@ class Cluster(RealEvaluator, Places):
             lambda: self.station.timing_seconds() / self.timers,
         )  # fmt: skip
 
-    def train(self, archs: Sequence[ArchSpec]) -> Generator[Done[ProxyResult]]:
+    def train(self, archs: Sequence[ArchSpec], seeds: Sequence[int] | None = None) -> Generator[Done[ProxyResult]]:
         # The next round's trainings begin as workers become free of this one's.
-        return self.results(archs)
+        return self.results(archs, seeds)
 
     def determinism(self) -> str | None:
         # What trains is of another kind than what measures, or is no CUDA device.

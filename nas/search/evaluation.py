@@ -68,6 +68,8 @@ class Evaluator(Protocol):
 
     device: DeviceInfo
     data_fingerprint: str
+    # Number of validation images.
+    val_images: int
     notes: tuple[str, ...]
 
     @property
@@ -102,8 +104,12 @@ class Evaluator(Protocol):
 
     def measure(self, arch: ArchSpec) -> Measurement: ...
 
-    def train(self, archs: Sequence[ArchSpec]) -> Generator[Done[ProxyResult]]:
-        """Train networks side by side, those first that stand first, and yield each when it ends."""
+    def train(self, archs: Sequence[ArchSpec], seeds: Sequence[int] | None = None) -> Generator[Done[ProxyResult]]:
+        """Train networks side by side, those first that stand first, and yield each when it ends.
+
+        Args:
+            seeds: seed of each training; None stands for the search's, which all have in common.
+        """
         ...
 
     def measure_together(self, archs: Sequence[ArchSpec]) -> list[Measurement]:
@@ -140,6 +146,7 @@ class OneByOne:
     workers = 1
     apart = False
     timers = 1
+    val_images = 3000
 
     @property
     def round_size(self) -> int:
@@ -153,13 +160,18 @@ class OneByOne:
         """
         raise NotImplementedError
 
-    def train(self, archs: Sequence[ArchSpec]) -> Generator[Done[ProxyResult]]:
+    def train_again(self, arch: ArchSpec, seed: int) -> ProxyResult:
+        """Train a network with another seed; by default the seed changes nothing."""
+        return self.train_one(arch)
+
+    def train(self, archs: Sequence[ArchSpec], seeds: Sequence[int] | None = None) -> Generator[Done[ProxyResult]]:
         """See `Evaluator.train`."""
         for index, arch in enumerate(archs):
             begin = time.perf_counter()
             try:
                 with memory_may_run_out():
-                    result: ProxyResult | CandidateFailed = self.train_one(arch)
+                    result: ProxyResult | CandidateFailed
+                    result = self.train_one(arch) if seeds is None else self.train_again(arch, seeds[index])
             except CandidateFailed as error:
                 result = error
             yield Done(index, 0, time.perf_counter() - begin, result)

@@ -81,7 +81,7 @@ class LiveStudy:
 
     @property
     def hypervolume(self) -> float:
-        """Hypervolume of the complete candidates, in 0..1; see `RecordedStudy.reference_latency_ms`."""
+        """Hypervolume of the complete candidates as searched, in 0..1; see `RecordedStudy.reference_latency_ms`."""
         return self.front.hypervolume(self.recorded.reference_latency_ms)
 
     def recover(self) -> None:

@@ -17,13 +17,16 @@ from nas.display.showcase import show
 from nas.errors import CandidateFailed, UsageError
 from nas.latency.block_table import BlockTable, sum_errors, sum_errors_line
 from nas.latency.parts import arch_parts, network_shape
+from nas.recorded import Hypervolumes
 from nas.reporting import Note
+from nas.search.confirmation import Confirmer
 from nas.search.evaluation import Evaluator, Outcome
 from nas.search.front_measurement import measure_front
 from nas.search.live_study import LiveStudy
 from nas.search.machine import Machine
 from nas.search.opening import known_device, open_study, refuse_early
 from nas.search.rounds import Recorded, Rounds, weights
+from nas.training.proxy import ProxyResult
 from nas.versions import versions
 from search_spaces import ArchSpec
 from studies import LatencyStage
@@ -62,6 +65,15 @@ class Progress(Protocol):
 
     def candidate(self, event: Event) -> None: ...
 
+    def confirming(self, done: int, most: int, likely: int) -> None:
+        """Show that the front is being confirmed.
+
+        Args:
+            done, most: number of trainings that have ended, and of those that there may be.
+            likely: number of candidates that are likely on the front.
+        """
+        ...
+
 
 class Silent:
     """Progress that shows nothing."""
@@ -73,6 +85,9 @@ class Silent:
         pass
 
     def candidate(self, event: Event) -> None:
+        pass
+
+    def confirming(self, done: int, most: int, likely: int) -> None:
         pass
 
 
@@ -112,7 +127,7 @@ class SearchResult:
         complete: number of distinct architectures fully evaluated in the study, earlier runs included.
         why: the reason for which the run ended, a line.
         pareto_front: the study's rows of the view of that name, fastest first.
-        hypervolume: hypervolume of the front, in 0..1; see `RecordedStudy.reference_latency_ms`.
+        hypervolumes: hypervolumes of the front as searched and as confirmed.
         shares: the seconds that this run spent, and on what.
         remarks: lines on the last measurement of the front and its blocks.
     """
@@ -120,7 +135,7 @@ class SearchResult:
     complete: int
     why: str
     pareto_front: pd.DataFrame
-    hypervolume: float
+    hypervolumes: Hypervolumes
     shares: Shares
     remarks: tuple[str, ...] = ()
 
@@ -149,8 +164,9 @@ def run(config: SearchConfig, evaluator: Evaluator | None = None, progress: Prog
     with closing(evaluator), open_study(config, evaluator, json.dumps(versions()), progress.note) as study:
         progress.begin(len(study.complete), config.budget)
         rounds = _loop(config, study, evaluator, progress, begin)
+        remarks = _confirm(config, study, evaluator, progress, rounds)
         final_begin = time.perf_counter()
-        remarks = _finish(config, study, evaluator, progress)
+        remarks += _finish(config, study, evaluator, progress)
         if config.keep_weights:
             weights(config, study).keep_only({int(number) for number in study.recorded.front()["number"]})
         latency = rounds.latency + time.perf_counter() - final_begin
@@ -159,7 +175,7 @@ def run(config: SearchConfig, evaluator: Evaluator | None = None, progress: Prog
             complete=len(study.complete),
             why=rounds.why,
             pareto_front=study.recorded.store.front(config.study),
-            hypervolume=study.hypervolume,
+            hypervolumes=study.recorded.hypervolumes(),
             shares=Shares(
                 rounds.training, latency, time.perf_counter() - begin, evaluator.workers, rounds.worked, rounds.both
             ),
@@ -180,6 +196,36 @@ def _real_evaluator(config: SearchConfig, note: Note) -> Evaluator:
     from nas.search.cluster import Cluster
 
     return Cluster(config, note, known_device(config))
+
+
+def _confirm(
+    config: SearchConfig, study: LiveStudy, evaluator: Evaluator, progress: Progress, rounds: Rounds
+) -> tuple[str, ...]:
+    """Train the front's likely members again with other seeds, and return a remark on the result."""
+    most = int(config.confirm * len(study.complete))
+    if not most:
+        return ()
+    confirmer = Confirmer(study.recorded, study.owner, evaluator.train, evaluator.val_images, evaluator.round_size)
+    begin, trained = time.perf_counter(), 0
+
+    def is_late() -> bool:
+        now = time.perf_counter()
+        each = (now - begin) / trained if trained else 0.0
+        return config.time_limit_s is not None and now - rounds.begin + each * confirmer.batch >= config.time_limit_s
+
+    def step(index: int, result: ProxyResult | CandidateFailed, seconds: float) -> None:
+        nonlocal trained
+        trained += 1
+        rounds.worked += seconds
+        progress.confirming(trained, most, confirmer.likely)
+        if config.keep_weights and isinstance(result, ProxyResult) and result.trained:
+            row = confirmer.rows.iloc[index]
+            rounds.keep_better(int(row["number"]), str(row["arch_id"]), result.accuracy, result.trained)
+
+    progress.confirming(0, most, confirmer.likely)
+    done = confirmer.run(most, is_late, step)
+    rounds.training += time.perf_counter() - begin
+    return (str(done),)
 
 
 def _finish(config: SearchConfig, study: LiveStudy, evaluator: Evaluator, progress: Progress) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn
 from rich.progress import Progress as RichProgress
 
 from nas.display.notes import duration
+from nas.recorded import Hypervolumes
 from nas.search.loop import Event, SearchResult
 from studies import CandidateState
 
@@ -72,6 +73,11 @@ def live_words(event: Event, room: int) -> str:
     return line
 
 
+def confirming_words(done: int, most: int, likely: int) -> str:
+    """How far the confirmation of the front has come, in a few words."""
+    return f"confirming the front with other seeds: {done} of at most {most} trainings, {likely} likely members"
+
+
 class PlainProgress:
     """Prints one line for each candidate, for logs and pipes."""
 
@@ -91,6 +97,9 @@ class PlainProgress:
     def candidate(self, event: Event) -> None:
         parts = (f"{event.complete}/{event.budget}", scored(event), standing(event), pace(event), f"[{event.arch}]")
         self._print("  ".join(part for part in parts if part))
+
+    def confirming(self, done: int, most: int, likely: int) -> None:
+        self._print(confirming_words(done, most, likely))
 
 
 class LiveProgress:
@@ -132,6 +141,10 @@ class LiveProgress:
         words = live_words(event, self.console.width - taken)
         self.bar.update(self.task, completed=event.complete, description=words)
 
+    def confirming(self, done: int, most: int, likely: int) -> None:
+        assert self.task is not None, "begin comes first"
+        self.bar.update(self.task, description=confirming_words(done, most, likely))
+
 
 def shares_line(result: SearchResult) -> str:
     """The time that this run spent, and on what, in a line."""
@@ -141,3 +154,11 @@ def shares_line(result: SearchResult) -> str:
     listed += f", where {duration(shares.both)} went to both" if shares.both else ""
     busy = f"; {shares.workers} workers were busy for {shares.busy:.0%} of the training" if shares.workers > 1 else ""
     return f"{duration(shares.total)} in all: {listed}{busy}"
+
+
+def hypervolume_words(found: Hypervolumes) -> str:
+    """The hypervolume of a front as searched, as confirmed, and by how much the search was too optimistic."""
+    searched = f"hypervolume as searched {found.searched:.4f}"
+    if found.confirmed is None:
+        return searched
+    return f"{searched}, as confirmed {found.confirmed:.4f} (optimism {found.optimism:+.4f})"

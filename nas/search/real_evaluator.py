@@ -64,6 +64,7 @@ class RealEvaluator:
     device: DeviceInfo
     data: dict[int, DataSource]
     data_fingerprint: str
+    val_images: int
     notes: tuple[str, ...]
     apart: bool
     timers: int
@@ -81,7 +82,7 @@ class RealEvaluator:
             self.data[resolution] = share(data)
             # At all resolutions the images are the same; the anchor's stand for them.
             if resolution == self.config.space.anchor().shown(self.config.data.resolution):
-                self.data_fingerprint = data.fingerprint
+                self.data_fingerprint, self.val_images = data.fingerprint, len(data.val_labels)
                 self.notes = (*data.notes, data.summary)
         if len(self.data) > 1:
             sizes = ", ".join(map(str, self.data))
@@ -143,18 +144,18 @@ class RealEvaluator:
     def profile(self) -> DeviceProfile:
         return self.station.profile()
 
-    def train(self, archs: Sequence[ArchSpec]) -> Generator[Done[ProxyResult]]:
+    def train(self, archs: Sequence[ArchSpec], seeds: Sequence[int] | None = None) -> Generator[Done[ProxyResult]]:
         with self.turn:
             # It may have been closed while this round waited for the one before.
             if not self.closed:
                 with self.training():
-                    yield from self.results(archs)
+                    yield from self.results(archs, seeds)
 
-    def results(self, archs: Sequence[ArchSpec]) -> Generator[Done[ProxyResult]]:
+    def results(self, archs: Sequence[ArchSpec], seeds: Sequence[int] | None) -> Generator[Done[ProxyResult]]:
         """Train networks in the pool."""
         config = self.config
-        calls = [Call(train_candidate, (arch, self.data_for(arch), config.proxy, config.seed, config.keep_weights))
-                 for arch in archs]  # fmt: skip
+        calls = [Call(train_candidate, (arch, self.data_for(arch), config.proxy, seed, config.keep_weights))
+                 for arch, seed in zip(archs, seeds or [config.seed] * len(archs), strict=True)]  # fmt: skip
         with closing(self.pool.run(calls)) as results:
             yield from results
 

@@ -23,7 +23,7 @@ from nas.search.evaluation import Evaluator, Outcome, Screened, screen
 from nas.search.live_study import LiveStudy
 from nas.search.sampling import Proposal
 from nas.training.proxy import ProxyResult
-from nas.training.weights import Weights, near_front, weight_folder
+from nas.training.weights import Trained, Weights, near_front, weight_folder
 from nas.training.workers import Done
 from search_spaces import ArchSpec
 from studies import CandidateState
@@ -114,6 +114,7 @@ class Rounds:
     Attributes:
         why: the reason for which no more candidates are proposed; empty until there is one.
         busy: number of workers that train.
+        trained: number of trainings of this run.
         training, latency: seconds of this run in which it trained, and in which it measured latency.
         worked: seconds of all trainings, those at the same time added up.
         both: seconds of `latency` in which it also trained.
@@ -136,6 +137,7 @@ class Rounds:
         self.unsettled: list[Trainings] = []
         self.results: queue.Queue[Result] = queue.Queue()
         self.trained_until = 0.0
+        self.trained = 0
 
     def run(self) -> Generator[Recorded]:
         """Evaluate candidates until the budget is met, or there is another reason to end; yield each when recorded."""
@@ -215,7 +217,13 @@ class Rounds:
 
     def _is_late(self) -> bool:
         limit = self.config.time_limit_s
-        return limit is not None and time.perf_counter() - self.begin >= limit
+        return limit is not None and time.perf_counter() - self.begin + self.confirming_seconds >= limit
+
+    @property
+    def confirming_seconds(self) -> float:
+        """Estimate of the time that it takes to confirm the front of what is complete now."""
+        each = self.training / self.trained if self.trained else 0.0
+        return self.config.confirm * self.complete * each
 
     def _propose(self, flights: list[Flight]) -> Iterator[Recorded]:
         """Propose and time candidates until there is a round of them to train; yield those that are not to be trained,
@@ -282,6 +290,7 @@ class Rounds:
         trainings.left -= 1
         self._count_busy()
         self.worked += done.seconds
+        self.trained += 1
         outcome = flight.screened.trained(done)
         if self.config.keep_weights:
             self._keep_weights(flight.proposal, outcome)
@@ -306,11 +315,15 @@ class Rounds:
         # Whatever another candidate is far better than, a member of the front is.
         others = list(zip(self.study.front.accuracy, self.study.front.latency_ms, strict=True))
         if near_front(outcome.proxy.accuracy, outcome.latency.median_ms, others):
-            try:
-                weights(self.config, self.study).keep(proposal.number, proposal.arch.arch_id, outcome.proxy.trained)
-            except OSError as error:
-                # The candidate is recorded all the same.
-                self.note(f"weights of trial {proposal.number} could not be kept ({error})")
+            self.keep_better(proposal.number, proposal.arch.arch_id, outcome.proxy.accuracy, outcome.proxy.trained)
+
+    def keep_better(self, number: int, arch_id: str, accuracy: float, trained: Trained) -> None:
+        """Keep a candidate's weights, unless better ones are kept already."""
+        try:
+            weights(self.config, self.study).keep_better(number, arch_id, accuracy, trained)
+        except OSError as error:
+            # The candidate is recorded all the same.
+            self.note(f"weights of trial {number} could not be kept ({error})")
 
 
 def weights(config: SearchConfig, study: LiveStudy) -> Weights:

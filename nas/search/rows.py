@@ -9,7 +9,7 @@ from nas.latency.values import Measurement, memory_mb
 from nas.recorded import RecordedStudy
 from nas.search.evaluation import Outcome
 from nas.search.sampling import Proposal
-from nas.training.pool import fill
+from nas.training.pool import fill, storable
 from search_spaces import ArchSpec
 from studies import (
     Candidate,
@@ -46,7 +46,7 @@ def training_row(recorded: RecordedStudy, arch: ArchSpec, stage: TrainingStage, 
     """The row of a training at the study's own schedule, still without a result and without its candidate."""
     proxy, data = recorded.config.proxy, recorded.config.data
     return CandidateTraining(
-        stage=stage, data=data.source, data_fingerprint=recorded.row.data_fingerprint,
+        stage=stage, data=storable(data.source), data_fingerprint=recorded.row.data_fingerprint,
         resolution=arch.shown(data.resolution), steps=proxy.steps, batch_size=proxy.batch_size,
         learning_rate=proxy.learning_rate, seed=seed,
     )  # fmt: skip

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
@@ -27,7 +27,7 @@ from nas.training import data as image_data
 from nas.training.data import ImageData
 from nas.training.proxy import ProxyResult
 from nas.training.weights import Images
-from nas.training.workers import Call, Workers, contained, trim_heap
+from nas.training.workers import Call, Done, Workers, contained, trim_heap
 from studies import BaselineTraining, CandidateTraining
 
 # A worker with torch and timm needs some 400 MB of its own, and a training as much again.
@@ -90,11 +90,16 @@ class Trainable(Protocol):
 
 @dataclass(frozen=True)
 class TrainingJob:
-    """One training, which is stored or repeated as a whole."""
+    """One training, which is stored or repeated as a whole.
+
+    Args:
+        seed: seed of weights, order and augmentation; None stands for the trainer's.
+    """
 
     network: Trainable
     steps: int
     learning_rate: float
+    seed: int | None = None
 
 
 class DataSource(Protocol):
@@ -232,16 +237,27 @@ class Trainer:
         # Between rounds, others may measure.
         for begin in range(0, len(jobs), 2 * self.count):
             group = jobs[begin : begin + 2 * self.count]
-            calls = [self._call(job) for job in group]
-            with self.training(), closing(self.workers.run(calls)) as results:
+            with closing(self.results(group)) as results:
                 for number, each in enumerate(results, start=begin + 1):
                     self.note(f"{number}/{len(jobs)}  {done(group[each.index], each.result)}")
+
+    def results(self, jobs: Sequence[TrainingJob]) -> Generator[Done[ProxyResult]]:
+        """Train networks side by side, those first that stand first, and yield each when it ends."""
+        calls = [self._call(job) for job in jobs]
+        with self.training(), closing(self.workers.run(calls)) as results:
+            yield from results
 
     def _call(self, job: TrainingJob) -> Call[ProxyResult]:
         config = replace(self.config, steps=job.steps, learning_rate=job.learning_rate)
         data = self.data_file(job.network.resolution)
         # A network that is not ours may break its process.
-        return Call(train_one, (job.network, data, config, self.seed), None if job.network.ours else job.network.name)
+        seed = self.seed if job.seed is None else job.seed
+        return Call(train_one, (job.network, data, config, seed), None if job.network.ours else job.network.name)
+
+
+def storable(path: str) -> str:
+    """A path as a database can hold it: bytes that are no text are written as escapes."""
+    return path.encode(errors="backslashreplace").decode()
 
 
 def fill(row: BaselineTraining | CandidateTraining, result: ProxyResult | CandidateFailed) -> str:

@@ -56,10 +56,15 @@ class Images:
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """A network's weights after its training, in main memory."""
+    """A network's weights after its training, in main memory.
+
+    Args:
+        accuracy: accuracy of these weights on the validation images; None where it was not recorded.
+    """
 
     weights: dict[str, Tensor]
     images: Images
+    accuracy: float | None = None
 
     @classmethod
     def of(cls, network: nn.Module, images: Images) -> Trained:
@@ -98,14 +103,26 @@ class Weights:
     def __init__(self, folder: Path, study_id: int) -> None:
         self.folder, self.study_id = folder, study_id
 
-    def keep(self, number: int, arch_id: str, trained: Trained) -> None:
-        """Write a candidate's weights into a file."""
+    def keep_better(self, number: int, arch_id: str, accuracy: float, trained: Trained) -> None:
+        """Write a candidate's weights into a file, unless it holds weights of a greater accuracy."""
         path = self._path(number)
+        if self._accuracy(path, arch_id) > accuracy:
+            return
         path.parent.mkdir(parents=True, exist_ok=True)
-        metadata = {"arch_id": arch_id, "images": json.dumps(asdict(trained.images))}
+        metadata = {"arch_id": arch_id, "images": json.dumps(asdict(trained.images)), "accuracy": repr(accuracy)}
         # `save_file` would make files that no other user may read.
         with whole(path) as part:
             part.write_bytes(save(trained.weights, metadata=metadata))
+
+    def _accuracy(self, path: Path, arch_id: str) -> float:
+        """The accuracy of the weights in a file; -1 where there are none of that architecture, or none is recorded."""
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                metadata = file.metadata()
+                return float(metadata["accuracy"]) if metadata["arch_id"] == arch_id else -1.0
+        except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError):
+            # A damaged file is replaced, too.
+            return -1.0
 
     def find(self, number: int, arch_id: str) -> Trained | None:
         """A candidate's weights; None where they were not kept.
@@ -123,13 +140,14 @@ class Weights:
                 if metadata["arch_id"] != arch_id:
                     return None
                 images = Images.from_json(metadata["images"])
+                accuracy = float(metadata["accuracy"]) if "accuracy" in metadata else None
                 weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except FileNotFoundError:
             return None
         except (safetensors.SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise UsageError(f"{path}: cannot be read ({unreadable(path, error)})") from error
         require_finite(weights, str(path))
-        return Trained(weights, images)
+        return Trained(weights, images, accuracy)
 
     def keep_only(self, numbers: Collection[int]) -> None:
         """Delete the weights of all other candidates."""

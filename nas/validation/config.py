@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from nas.config import AUTO, MAX_WORKERS, PIXELS, DataConfig, worker_number
+from nas.config import AUTO, MAX_CONFIRM, MAX_WORKERS, PIXELS, DataConfig, worker_number
 from nas.options import Bounds, Checked, at_least, between, listed, option, same_as
 
 # Length of the long schedule, in steps of the study's proxy, and its learning rates, in units of the study's.
@@ -64,6 +64,27 @@ class BaselineConfig(Checked):
     map_size: int | None = option(
         None, "--map", "Width of the final feature map of timm's networks, in pixels",
         default="the study's, on a CPU half of it", bounds=at_least(1),
+    )  # fmt: skip
+    data: str | None = option(None, "--data", "Folder of the study's images, if they were moved", default="the study's")
+    data_dir: str = same_as(DataConfig, "data_dir")
+    download: bool = same_as(DataConfig, "download")
+    workers: int | None = option(
+        None, "--workers", "Number of trainings at once, or auto: one for each core for which there is memory, or GPU",
+        default=AUTO, bounds=between(1, MAX_WORKERS), typed=str, parse=worker_number,
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ConfirmConfig(Checked):
+    """The trainings that confirm a front.
+
+    Raises:
+        FieldError: a field has a value that it cannot have.
+    """
+
+    share: float = option(
+        0.2, "--share", "Trainings with other seeds, at most, as a share of the search's trainings; earlier ones count",
+        bounds=between(0, MAX_CONFIRM),
     )  # fmt: skip
     data: str | None = option(None, "--data", "Folder of the study's images, if they were moved", default="the study's")
     data_dir: str = same_as(DataConfig, "data_dir")

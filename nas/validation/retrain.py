@@ -18,7 +18,7 @@ from nas.latency.devices import check_device
 from nas.recorded import RecordedStudy
 from nas.reporting import Note, console_table
 from nas.training.data import ImageData
-from nas.training.pool import Trainer, TrainingJob, fill
+from nas.training.pool import Trainer, TrainingJob, fill, storable
 from nas.training.proxy import ProxyResult
 from nas.validation.config import LONG, RetrainConfig
 from nas.validation.contenders import ContenderKind
@@ -171,7 +171,7 @@ class _Run:
 
     def write(self, job: TrainingJob, result: ProxyResult | CandidateFailed) -> str:
         row = CandidateTraining(
-            trial_id=self.trial_ids[job.network.name], stage=TrainingStage.RETRAINING, data=self.data.source,
+            trial_id=self.trial_ids[job.network.name], stage=TrainingStage.RETRAINING, data=storable(self.data.source),
             resolution=job.network.resolution, **self._kind(),
         )  # fmt: skip
         worth = fill(row, result)

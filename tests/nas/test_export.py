@@ -62,8 +62,8 @@ def keep_weights(store: Store, config: SearchConfig, number: int) -> dict[str, T
     arch = archs(config, 4)[number]
     torch.manual_seed(number)
     network = arch.build(2)
-    Weights(weight_folder(config.storage), study_id(store, config)).keep(
-        number, arch.arch_id, Trained.of(network, IMAGES)
+    Weights(weight_folder(config.storage), study_id(store, config)).keep_better(
+        number, arch.arch_id, 0.5, Trained.of(network, IMAGES)
     )
     return network.state_dict()
 
@@ -268,7 +268,7 @@ def test_weights_of_another_architecture_are_not_taken(store: Store, config: Sea
     """The number of a study that was deleted may come round again."""
     arch = archs(config, 4)[0]
     kept = Weights(weight_folder(config.storage), study_id(store, config))
-    kept.keep(3, arch.arch_id, Trained.of(arch.build(2), IMAGES))
+    kept.keep_better(3, arch.arch_id, 0.5, Trained.of(arch.build(2), IMAGES))
     assert exported(store, config, top=1)[0].weights is None
 
 
@@ -300,7 +300,7 @@ def test_a_card_says_what_timms_loaders_do_otherwise(store: Store, config: Searc
     arch = archs(config, 4)[3]
     images = replace(IMAGES, classes=("10", "2"), preparation=("images were laid on white",))
     kept = Weights(weight_folder(config.storage), study_id(store, config))
-    kept.keep(3, arch.arch_id, Trained.of(arch.build(2), images))
+    kept.keep_better(3, arch.arch_id, 0.5, Trained.of(arch.build(2), images))
     (folder,) = write(exported(store, config, top=1), tmp_path / "out")
     card = (folder / "README.md").read_text()
     assert "- images were laid on white\n" in card
@@ -592,7 +592,7 @@ def test_weights_of_a_training_that_diverged_are_refused_by_name(
     kept = Weights(weight_folder(config.storage), study_id(store, config))
     diverged = network.arch.build(2)
     diverged.load_state_dict(broken)
-    kept.keep(3, network.arch.arch_id, Trained.of(diverged, IMAGES))
+    kept.keep_better(3, network.arch.arch_id, 0.5, Trained.of(diverged, IMAGES))
     with pytest.raises(UsageError, match=rf"study1_t0003\.safetensors: {told}"):
         exported(store, config, top=1)
 

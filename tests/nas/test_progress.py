@@ -9,9 +9,10 @@ from rich.console import Console
 
 from nas.display.front_table import front_table
 from nas.lab.invented import FakeEvaluator
+from nas.recorded import Hypervolumes
 from nas.search.evaluation import Outcome
 from nas.search.loop import Event, SearchResult, Shares
-from nas.search.progress import LiveProgress, PlainProgress, scored, shares_line
+from nas.search.progress import LiveProgress, PlainProgress, hypervolume_words, scored, shares_line
 from search_spaces import load_space
 from studies import CandidateState
 
@@ -57,10 +58,12 @@ def test_a_line_shows_how_many_workers_train_and_how_fast() -> None:
 @pytest.mark.parametrize(("workers", "busy"), [(1, None), (4, "4 workers were busy for 75% of the training")])
 def test_the_last_line_says_how_busy_the_workers_were(workers: int, busy: str | None) -> None:
     shares = Shares(training=60.0, latency=30.0, total=120.0, workers=workers, worked=180.0)
-    line = shares_line(SearchResult(1, "budget met", pd.DataFrame(), 0.5, shares))
+    line = shares_line(SearchResult(1, "budget met", pd.DataFrame(), Hypervolumes(0.5, None), shares))
     assert line.startswith("0:02:00 in all: training 0:01:00 (50%), latency 0:00:30 (25%), all else 0:00:30 (25%)")
     assert line.partition("; ")[2] == (busy or "")
-    both = shares_line(SearchResult(1, "budget met", pd.DataFrame(), 0.5, replace(shares, both=20.0)))
+    both = shares_line(
+        SearchResult(1, "budget met", pd.DataFrame(), Hypervolumes(0.5, None), replace(shares, both=20.0))
+    )
     assert "all else 0:00:50 (42%), where 0:00:20 went to both" in both
 
 
@@ -93,9 +96,34 @@ def test_a_terminal_says_why_a_candidate_failed_and_what_is_done_at_the_end() ->
 
 def test_a_front_without_a_profile_is_shown_without_efficiencies() -> None:
     row = dict(
-        number=3, accuracy=0.5, latency_ms=1.25, computational_efficiency=None, params=1e4, macs=1e6, summary="a"
+        number=3,
+        accuracy=0.5,
+        latency_ms=1.25,
+        computational_efficiency=None,
+        params=1e4,
+        macs=1e6,
+        summary="a",
+        confirmed=0,
     )
     shown = io.StringIO()
     Console(file=shown, width=120).print(front_table(pd.DataFrame([row]), "front"))
     assert "1.2500" in shown.getvalue()
     assert "nan" not in shown.getvalue()
+
+
+def test_confirmed_accuracies_are_shown_with_their_intervals() -> None:
+    row = dict(
+        number=3, accuracy=0.5, latency_ms=1.25, computational_efficiency=0.5, params=1e4, macs=1e6, summary="a",
+        confirmed=1, accuracy_low=0.48, accuracy_high=0.521, accuracy_trainings=2, searched_accuracy=0.55,
+    )  # fmt: skip
+    shown = io.StringIO()
+    Console(file=shown, width=80).print(front_table(pd.DataFrame([row]), "front"))
+    assert "means of 2 other trainings, with 95 % intervals" in " ".join(shown.getvalue().split())
+    assert "0.480-0.521" in shown.getvalue()
+    assert "0.55" not in shown.getvalue()
+
+
+def test_hypervolumes_have_two_names() -> None:
+    assert hypervolume_words(Hypervolumes(0.62, None)) == "hypervolume as searched 0.6200"
+    words = "hypervolume as searched 0.6200, as confirmed 0.5900 (optimism +0.0300)"
+    assert hypervolume_words(Hypervolumes(0.62, 0.59)) == words

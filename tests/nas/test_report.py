@@ -508,7 +508,7 @@ def test_the_report_shows_how_busy_the_workers_were(tmp_path: Path) -> None:
     class Workers(FakeEvaluator):
         workers = 3
 
-        def train(self, archs: Sequence[ArchSpec]) -> Iterator[Done[ProxyResult]]:
+        def train(self, archs: Sequence[ArchSpec], seeds: Sequence[int] | None = None) -> Iterator[Done[ProxyResult]]:
             for done in super().train(archs):
                 time.sleep(0.02)
                 if isinstance(done.result, ProxyResult):

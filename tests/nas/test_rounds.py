@@ -51,7 +51,7 @@ class SideBySide(FakeEvaluator):
 
 @pytest.fixture
 def config(sqlite_url: str) -> SearchConfig:
-    return SearchConfig(storage=sqlite_url, latency=LatencyConfig(device="cpu", engine="eager"))
+    return SearchConfig(storage=sqlite_url, latency=LatencyConfig(device="cpu", engine="eager"), confirm=0)
 
 
 def proposed(config: SearchConfig) -> list[tuple[int, str, str]]:

@@ -15,7 +15,8 @@ def candidates(count: int, **columns: object) -> pd.DataFrame:
         "number": numbers, "accuracy": [0.5 + 0.01 * number for number in numbers],
         "latency_ms": [1.0 + number for number in numbers], "latency_p20_ms": [0.9 + number for number in numbers],
         "latency_p80_ms": [1.2 + number for number in numbers], "params": 1000, "macs": 2_000_000,
-        "summary": "silu stem 16 | 1x24 k3", "latency_over_limit": False, **columns,
+        "summary": "silu stem 16 | 1x24 k3", "latency_over_limit": False, "confirmed": 0,
+        **columns,
     })  # fmt: skip
 
 
@@ -40,3 +41,19 @@ def test_of_a_long_front_no_trial_is_named() -> None:
     _, front = front_chart(rows, rows).series
     assert not front.labels
     assert len(front.x) == MOST_LABELS + 1
+
+
+def test_a_confirmed_front_has_intervals_and_says_what_was_searched() -> None:
+    rows = candidates(3, confirmed=1)
+    front = rows.iloc[[1, 2]].assign(
+        accuracy=[0.5, 0.6], accuracy_low=[0.48, 0.57], accuracy_high=[0.52, 0.63], accuracy_trainings=[2, 3],
+        searched_accuracy=[0.51, 0.52],
+    )  # fmt: skip
+    others, confirmed = front_chart(rows, front).series
+    assert (others.name, confirmed.name) == ("others as searched (1)", "front (2), confirmed: 95 % and p20 to p80")
+    assert (confirmed.y, confirmed.below, confirmed.above) == (
+        pytest.approx([50, 60]), pytest.approx([48, 57]), pytest.approx([52, 63])
+    )  # fmt: skip
+    assert confirmed.details[1].splitlines()[1:4] == [
+        "60.00 % at 3 ms", "57.00 to 63.00 %, 3 trainings", "as searched: 52.00 %"
+    ]  # fmt: skip

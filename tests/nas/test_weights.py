@@ -27,7 +27,7 @@ def trained() -> Trained:
 def test_what_is_kept_is_found(tmp_path: Path) -> None:
     kept, made = Weights(tmp_path / "w", 3), trained()
     assert kept.find(7, ARCH.arch_id) is None
-    kept.keep(7, ARCH.arch_id, made)
+    kept.keep_better(7, ARCH.arch_id, 0.5, made)
     found = kept.find(7, ARCH.arch_id)
     assert found is not None
     assert found.images == IMAGES
@@ -42,8 +42,8 @@ def test_what_is_kept_is_found(tmp_path: Path) -> None:
 def test_only_this_studys_others_go(tmp_path: Path) -> None:
     mine, others = Weights(tmp_path, 1), Weights(tmp_path, 11)
     for number in (1, 2, 3):
-        mine.keep(number, ARCH.arch_id, trained())
-    others.keep(1, ARCH.arch_id, trained())
+        mine.keep_better(number, ARCH.arch_id, 0.5, trained())
+    others.keep_better(1, ARCH.arch_id, 0.5, trained())
     mine.keep_only({2})
     assert [mine.find(number, ARCH.arch_id) is not None for number in (1, 2, 3)] == [False, True, False]
     assert others.find(1, ARCH.arch_id) is not None

@@ -1,0 +1,174 @@
+"""A race for the places on a front: who of many candidates is trained again, and when enough is known.
+
+A single training ranks candidates badly, and those that it ranks first are those that it flatters most. So candidates
+that may be on the front are trained again with other seeds, most where the front is undecided, as in Maron and Moore's
+races (Hoeffding Races, 1993) and in procedures that select the best by posterior probability (Chen et al., OCBA, 2000).
+Nothing here knows networks: a candidate is a latency, an accuracy and the accuracies of its further trainings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy import stats
+
+# Probability of being on the front, or of not being there, at which a candidate is decided.
+CONFIDENCE = 0.9
+# A member's accuracy is the mean of so many further trainings at least, if there are as many.
+TRAININGS = 2
+MOST_TRAININGS = 12
+# Standard deviation of one training in accuracy, and the number of trainings that this guess is worth: measured on the
+# embedded digits at 200 steps (docs/measurements.md).
+NOISE, NOISE_TRAININGS = 0.024, 4
+DRAWS = 4000
+# Fewer candidates do not say how accuracy depends on latency and size.
+LEAST_FITTED = 12
+
+
+@dataclass
+class Race:
+    """The state of a race.
+
+    Args:
+        searched: accuracy of each candidate in the training by which it was found, (n,).
+        latency_ms: its latency, (n,).
+        features: what is known of each candidate in figures from which accuracy may be guessed, (n, f).
+        further: for each candidate, the accuracies of its further trainings, failed ones left out.
+        failed: for each candidate, the number of further trainings that failed.
+    """
+
+    searched: np.ndarray
+    latency_ms: np.ndarray
+    features: np.ndarray
+    further: list[list[float]] = field(default_factory=list)
+    failed: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.further = self.further or [[] for _ in self.searched]
+        self.failed = self.failed or [0] * len(self.searched)
+
+    def add(self, index: int, accuracy: float | None) -> None:
+        """Take the result of a further training of a candidate; None if it failed."""
+        if accuracy is None:
+            self.failed[index] += 1
+        else:
+            self.further[index].append(accuracy)
+
+    def trained(self, index: int) -> int:
+        """Number of further trainings of a candidate, failed ones included."""
+        return len(self.further[index]) + self.failed[index]
+
+    def lost(self, index: int) -> bool:
+        """Whether all further trainings of a candidate failed, and there were enough of them."""
+        return not self.further[index] and self.failed[index] >= TRAININGS
+
+    @property
+    def noise(self) -> float:
+        """Standard deviation of one training, from the further trainings so far and from what is usual."""
+        squares, freedom = self._spread()
+        return float(np.sqrt((NOISE_TRAININGS * NOISE**2 + squares) / (NOISE_TRAININGS + freedom)))
+
+    def _spread(self) -> tuple[float, int]:
+        """Sum of squares of the further trainings around their candidates' means, and its degrees of freedom."""
+        several = [each for each in self.further if len(each) > 1]
+        return sum(float(np.var(each) * len(each)) for each in several), sum(len(each) - 1 for each in several)
+
+    def posterior(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of each candidate's accuracy, (n,) each, given all that is known."""
+        variance = self.noise**2
+        mean, spread = self._guess(variance)
+        count = np.array([1 + len(each) for each in self.further])
+        total = self.searched + np.array([sum(each) for each in self.further])
+        precision = 1 / spread + count / variance
+        return (mean / spread + total / variance) / precision, np.sqrt(1 / precision)
+
+    def _guess(self, noise_variance: float) -> tuple[np.ndarray, float]:
+        """What latency and size say of each candidate's accuracy, (n,), and the variance of the truth around that."""
+        count = len(self.searched)
+        least = noise_variance / 16
+        if count < LEAST_FITTED:
+            return np.full(count, self.searched.mean()), max(float(np.var(self.searched)), noise_variance)
+        scaled = (self.features - self.features.mean(0)) / np.maximum(self.features.std(0), 1e-9)
+        design = np.column_stack([np.ones(count), scaled, scaled**2])
+        ridge = np.diag([1e-9] + [1.0] * (design.shape[1] - 1))
+        hat = design @ np.linalg.solve(design.T @ design + ridge, design.T)
+        guessed = hat @ self.searched
+        # Each error is that of a fit without the candidate itself.
+        errors = (self.searched - guessed) / np.maximum(1 - np.diag(hat), 1e-3)
+        return guessed, max(float(np.mean(errors**2)) - noise_variance, least)
+
+    def membership(self) -> np.ndarray:
+        """The probability that each candidate is on the front of the true accuracies, (n,)."""
+        mean, deviation = self.posterior()
+        # What fails whenever it is trained again is on no front.
+        mean[[self.lost(index) for index in range(len(mean))]] = -np.inf
+        order = np.argsort(self.latency_ms, kind="stable")
+        draws = np.random.default_rng(0).standard_normal((DRAWS, len(order)))
+        drawn = mean[order] + deviation[order] * draws
+        best = np.maximum.accumulate(drawn, axis=1)
+        faster = np.column_stack([np.full(DRAWS, -np.inf), best[:, :-1]])
+        probability = np.empty(len(order))
+        probability[order] = (drawn > faster).mean(0)
+        return probability
+
+    def next(self, count: int) -> list[int]:
+        """At most `count` candidates to train again; none when the front is decided.
+
+        First come likely members that have fewer than `TRAININGS` further trainings, then those whose place is least
+        certain and becomes most certain by one more.
+        """
+        probability = self.membership()
+        trained = np.array([self.trained(index) for index in range(len(probability))])
+        open_ = trained < MOST_TRAININGS
+        lacking = np.flatnonzero((probability >= 0.5) & (trained < TRAININGS) & open_)
+        chosen = sorted(lacking, key=lambda index: (trained[index], -probability[index], index))[:count]
+        undecided = np.minimum(probability, 1 - probability) > 1 - CONFIDENCE
+        _, deviation = self.posterior()
+        gain = probability * (1 - probability) * deviation**4 / (deviation**2 + self.noise**2)
+        others = [index for index in np.flatnonzero(undecided & open_) if index not in chosen]
+        chosen += sorted(others, key=lambda index: (-gain[index], index))[: count - len(chosen)]
+        return [int(index) for index in chosen]
+
+    def missing(self, count: int) -> list[int]:
+        """At most `count` likely members that have no further accuracy, without whom nothing is confirmed."""
+        probability = self.membership()
+        found = [index for index in np.flatnonzero(probability >= 0.5).tolist() if not self.further[index]]
+        return sorted(found, key=lambda index: (-probability[index], index))[:count]
+
+    def decided(self) -> bool:
+        """Whether every candidate is on the front, or off it, with the stated probability."""
+        probability = self.membership()
+        return bool((np.minimum(probability, 1 - probability) <= 1 - CONFIDENCE).all())
+
+    def eligible(self) -> list[int]:
+        """The candidates whose accuracy is confirmed: none while a likely member was not trained again."""
+        probability = self.membership()
+        likely = [len(each) for index, each in enumerate(self.further) if probability[index] >= 0.5]
+        least = min(TRAININGS, min(likely, default=0))
+        return [index for index, each in enumerate(self.further) if least and len(each) >= least]
+
+    def interval(self, index: int, images: int) -> tuple[float, float, float]:
+        """Mean of a candidate's further trainings, and the ends of its 95 % interval.
+
+        The spread between seeds is that of all candidates together. Another set of validation images would add to it
+        what a share of so many images scatters.
+
+        Args:
+            images: number of validation images.
+        """
+        mean = float(np.mean(self.further[index]))
+        squares, freedom = self._spread()
+        variance, quantile = NOISE**2, stats.norm.ppf(0.975)
+        if freedom:
+            variance, quantile = squares / freedom, stats.t.ppf(0.975, freedom)
+        half = float(quantile * np.sqrt(variance / len(self.further[index]) + mean * (1 - mean) / images))
+        return mean, max(0.0, mean - half), min(1.0, mean + half)
+
+
+def features_of(params: Sequence[int], macs: Sequence[int], latency_ms: Sequence[float]) -> np.ndarray:
+    """Figures from which the accuracy of networks may be guessed: logarithms of size, work and latency, (n, 3)."""
+    columns = [np.maximum(np.asarray(each, dtype=float), 1e-9) for each in (params, macs, latency_ms)]
+    logs: np.ndarray = np.log(np.column_stack(columns))
+    return logs

@@ -1,0 +1,89 @@
+"""The confirmation of a finished study's front, or one that goes on: see `nas.search.confirmation`."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import closing
+from dataclasses import replace
+
+from nas.errors import CandidateFailed, UsageError
+from nas.latency.devices import check_device
+from nas.recorded import RecordedStudy
+from nas.reporting import Note
+from nas.search.confirmation import Confirmation, Confirmer
+from nas.search.evaluation import round_of
+from nas.search.progress import confirming_words
+from nas.training.data import ImageData
+from nas.training.pool import Trainer, TrainingJob
+from nas.training.proxy import ProxyResult
+from nas.training.workers import Done
+from nas.validation.config import ConfirmConfig
+from nas.validation.contenders import ContenderKind
+from nas.validation.networks import NetworkSpec
+from search_spaces import ArchSpec, cost
+from studies import Owner
+
+
+def confirm(recorded: RecordedStudy, config: ConfirmConfig, note: Note = lambda line: None) -> Confirmation:
+    """Train the likely members of a study's front again with other seeds, and store the confirmed accuracies.
+
+    What is trained already counts. Nothing is timed.
+
+    Raises:
+        UsageError: there are no candidates, the study's device is not here, or the data are missing or have changed.
+        studies.StorageError: the study was deleted meanwhile, or a process searches it.
+    """
+    searched = recorded.config
+    complete = len(recorded.evaluations())
+    if not complete:
+        raise UsageError(f"--study {recorded.name}: has no complete candidate")
+    if not int(config.share * complete):
+        raise UsageError(f"--share {config.share:g}: is less than one training for {complete} candidates")
+    source = config.data or searched.data.source
+    data = replace(searched.data, source=source, data_dir=config.data_dir, download=config.download)
+    images: list[int] = []
+    anchor_resolution = recorded.anchor.shown(data.resolution)
+
+    def check(loaded: ImageData) -> None:
+        # At all resolutions the images are the same; the anchor's, which come first, stand for them.
+        if loaded.train_images.shape[-1] == anchor_resolution:
+            recorded.check_images(source, loaded.fingerprint)
+            images.append(len(loaded.val_labels))
+
+    device = check_device(replace(searched.latency, engine="eager"))
+    # As many images as the search had, which needed them at all resolutions.
+    largest = max(searched.space.own_resolutions, default=0)
+    trainer = Trainer(data, searched.proxy, device, searched.seed, config.workers, note, check, largest)
+    with trainer:
+        trainer.data_file(anchor_resolution)
+        networks: dict[str, NetworkSpec] = {}
+
+        def train(archs: Sequence[ArchSpec], seeds: Sequence[int]) -> Generator[Done[ProxyResult]]:
+            jobs = [
+                TrainingJob(network_of(arch), searched.proxy.steps, searched.proxy.learning_rate, seed)
+                for arch, seed in zip(archs, seeds, strict=True)
+            ]
+            with closing(trainer.results(jobs)) as results:
+                yield from results
+
+        def network_of(arch: ArchSpec) -> NetworkSpec:
+            if arch.arch_id not in networks:
+                counted = cost(arch, searched.latency.resolution, searched.latency.num_classes)
+                networks[arch.arch_id] = NetworkSpec(
+                    str(arch), ContenderKind.FOUND, None, arch, searched.latency.engine, arch.shown(data.resolution),
+                    counted.params, counted.macs,
+                )  # fmt: skip
+            return networks[arch.arch_id]
+
+        owner = Owner.me()
+        recorded.store.ownership.claim(recorded.study_id, owner)
+        try:
+            confirmer = Confirmer(recorded, owner, train, images[0], round_of(trainer.count))
+            most, before = int(config.share * complete), confirmer.trainings
+
+            def step(index: int, result: ProxyResult | CandidateFailed, seconds: float) -> None:
+                note(confirming_words(confirmer.trainings - before, most - before, confirmer.likely))
+
+            return confirmer.run(most, step=step)
+        finally:
+            recorded.store.ownership.release(recorded.study_id, owner)

@@ -1,0 +1,291 @@
+"""Fronts that are confirmed by trainings with other seeds: at the end of a search, and later by a command."""
+
+from __future__ import annotations
+
+import hashlib
+import statistics
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+
+from nas.config import LatencyConfig, SearchConfig
+from nas.errors import CandidateFailed, UsageError
+from nas.lab.invented import FakeEvaluator
+from nas.recorded import RecordedStudy
+from nas.search import loop as search
+from nas.search.loop import SearchResult, Silent
+from nas.training.proxy import ProxyResult
+from nas.training.weights import Images, Trained, Weights, weight_folder
+from nas.validation.config import ConfirmConfig
+from nas.validation.confirm import confirm
+from search_spaces import ArchSpec
+from studies import CandidateTraining, Owner, StorageError, Store, TrainingStage
+from tests.nas.conftest import add_candidates, begun
+
+IMAGES = Images(("a", "b"), 16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+class Noisy(FakeEvaluator):
+    """Trainings that scatter: each architecture and seed has an error of its own.
+
+    Args:
+        interrupted_at: number of the further training at which Ctrl-C comes.
+        failing: seed with which trainings fail.
+    """
+
+    def __init__(self, interrupted_at: int | None = None, failing: int | None = None, weights: bool = False) -> None:
+        super().__init__()
+        self.interrupted_at, self.failing, self.weights = interrupted_at, failing, weights
+        self.again: list[tuple[str, int]] = []
+
+    def train_one(self, arch: ArchSpec) -> ProxyResult:
+        return self.scattered(arch, 0)
+
+    def train_again(self, arch: ArchSpec, seed: int) -> ProxyResult:
+        if len(self.again) == self.interrupted_at:
+            raise KeyboardInterrupt
+        self.again.append((arch.arch_id, seed))
+        if seed == self.failing:
+            raise CandidateFailed("the loss diverged")
+        return self.scattered(arch, seed)
+
+    def scattered(self, arch: ArchSpec, seed: int) -> ProxyResult:
+        result = super().train_one(arch)
+        digest = hashlib.sha256(f"{arch.arch_id} {seed}".encode()).digest()
+        error = 0.05 * (digest[0] + digest[1] + digest[2] - 3 * 127.5) / 255
+        accuracy = min(0.99, max(0.01, result.accuracy + error))
+        trained = Trained({"seed": torch.tensor([seed])}, IMAGES) if self.weights else None
+        return replace(result, accuracy=accuracy, trained=trained)
+
+
+@pytest.fixture
+def scattering(sqlite_url: str) -> SearchConfig:
+    return SearchConfig(
+        budget=40, storage=sqlite_url, sampler="random", latency=LatencyConfig(device="cpu", engine="eager")
+    )
+
+
+def run(config: SearchConfig, evaluator: FakeEvaluator) -> SearchResult:
+    return search.run(config, evaluator, Silent())
+
+
+def opened(config: SearchConfig) -> RecordedStudy:
+    store = Store.open(config.storage, create=True)
+    assert store is not None
+    return RecordedStudy.open(store, config.study)
+
+
+def further(recorded: RecordedStudy) -> list[CandidateTraining]:
+    return recorded.store.trainings.of_study(recorded.study_id, TrainingStage.CONFIRMATION)
+
+
+def rows_of(recorded: RecordedStudy) -> list[tuple[int, int, float | None]]:
+    return [(row.trial_id, row.seed, row.accuracy) for row in further(recorded)]
+
+
+def test_a_search_ends_with_the_front_of_means_over_other_seeds(scattering: SearchConfig) -> None:
+    result = run(scattering, Noisy())
+    recorded = opened(scattering)
+    front = recorded.front()
+    assert set(front["confirmed"]) == {1}
+    accuracies: dict[int, list[float]] = {}
+    for row in further(recorded):
+        assert row.seed != scattering.seed
+        assert row.accuracy is not None
+        accuracies.setdefault(row.trial_id, []).append(row.accuracy)
+    for row in front.to_dict("records"):
+        own = accuracies[row["trial_id"]]
+        assert row["accuracy"] == pytest.approx(statistics.mean(own))
+        assert row["accuracy_trainings"] == len(own)
+        assert row["accuracy_low"] < row["accuracy"] < row["accuracy_high"]
+    # The training that chose a candidate stands beside its mean, not in it.
+    evaluations = recorded.evaluations().set_index("number")
+    assert list(front["searched_accuracy"]) == [evaluations["accuracy"][number] for number in front["number"]]
+    assert result.hypervolumes == recorded.hypervolumes()
+    assert result.hypervolumes.confirmed is not None
+    assert result.hypervolumes.optimism is not None
+    assert result.hypervolumes.optimism > 0
+    assert any(f"confirmed by {len(further(recorded))} trainings" in line for line in result.remarks)
+    assert result.pareto_front["number"].tolist() == front["number"].tolist()
+    # Optuna's objectives stay those of the search.
+    trials = recorded.store.load_optuna_study(scattering.study).get_trials(deepcopy=False)
+    assert [trial.values[0] for trial in trials if trial.values] == list(evaluations["accuracy"])  # noqa: PD011
+    recorded.store.close()
+
+
+def test_few_trainings_suffice_and_no_more_than_the_share_are_made(scattering: SearchConfig) -> None:
+    evaluator = Noisy()
+    run(replace(scattering, budget=120), evaluator)
+    assert 0 < len(evaluator.again) <= 24
+    assert len(set(evaluator.again)) == len(evaluator.again)
+
+
+def test_without_a_share_the_front_stays_as_searched(scattering: SearchConfig) -> None:
+    evaluator = Noisy()
+    result = run(replace(scattering, confirm=0), evaluator)
+    assert evaluator.again == []
+    assert set(result.pareto_front["confirmed"]) == {0}
+    assert result.hypervolumes.confirmed is None
+    assert result.pareto_front["accuracy_low"].isna().all()
+
+
+@pytest.mark.parametrize("at", [0, 1, 5])
+def test_an_interrupted_confirmation_goes_on_as_if_nothing_had_happened(scattering: SearchConfig, at: int) -> None:
+    whole = replace(scattering, study="whole")
+    run(whole, Noisy())
+    with pytest.raises(KeyboardInterrupt):
+        run(scattering, Noisy(interrupted_at=at))
+    recorded = opened(scattering)
+    assert len(further(recorded)) == at
+    # Nothing counts before it is finished.
+    assert set(recorded.front()["confirmed"]) == {0}
+    evaluator = Noisy()
+    run(scattering, evaluator)
+    other = opened(whole)
+    assert [(seed, accuracy) for _, seed, accuracy in rows_of(recorded)] == [
+        (seed, accuracy) for _, seed, accuracy in rows_of(other)
+    ]
+    assert len(evaluator.again) == len(further(recorded)) - at
+    columns = ["number", "accuracy", "accuracy_low", "accuracy_trainings"]
+    pd.testing.assert_frame_equal(recorded.front()[columns], other.front()[columns])
+    recorded.store.close()
+    other.store.close()
+
+
+def test_a_confirmed_study_that_is_opened_again_trains_nothing(scattering: SearchConfig) -> None:
+    first = run(scattering, Noisy())
+    evaluator = Noisy()
+    again = run(scattering, evaluator)
+    assert evaluator.again == []
+    pd.testing.assert_frame_equal(again.pareto_front, first.pareto_front)
+
+
+def test_a_search_that_goes_on_is_unconfirmed_until_its_end(scattering: SearchConfig) -> None:
+    run(scattering, Noisy())
+    seen: list[set[int]] = []
+
+    class Watching(Noisy):
+        def train_one(self, arch: ArchSpec) -> ProxyResult:
+            recorded = opened(scattering)
+            seen.append(set(recorded.front()["confirmed"]))
+            recorded.store.close()
+            return super().train_one(arch)
+
+    recorded = opened(scattering)
+    before = rows_of(recorded)
+    result = run(replace(scattering, budget=60), Watching())
+    # The first candidate is trained while the old front still holds, the others when it does no longer.
+    assert seen[0] == {1}
+    assert all(confirmed == {0} for confirmed in seen[1:])
+    assert set(result.pareto_front["confirmed"]) == {1}
+    # What was trained before is used.
+    assert rows_of(recorded)[: len(before)] == before
+    assert len(set(rows_of(recorded))) == len(rows_of(recorded))
+    recorded.store.close()
+
+
+def test_trainings_that_fail_are_recorded_and_confirm_nothing(scattering: SearchConfig) -> None:
+    run(scattering, Noisy(failing=1))
+    recorded = opened(scattering)
+    failed = [row for row in further(recorded) if row.seed == 1]
+    assert failed
+    assert {(row.accuracy, row.reason) for row in failed} == {(None, "the loss diverged")}
+    for row in recorded.front().to_dict("records"):
+        own = [each.accuracy for each in further(recorded) if each.trial_id == row["trial_id"] and each.seed != 1]
+        assert row["accuracy"] == pytest.approx(statistics.mean(each for each in own if each is not None))
+    recorded.store.close()
+
+
+def test_the_time_limit_holds_for_the_confirmation_too(
+    scattering: SearchConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+
+    class Slow(Noisy):
+        def train_one(self, arch: ArchSpec) -> ProxyResult:
+            clock[0] += 10
+            return super().train_one(arch)
+
+        def train_again(self, arch: ArchSpec, seed: int) -> ProxyResult:
+            clock[0] += 10
+            return super().train_again(arch, seed)
+
+    evaluator = Slow()
+    result = run(replace(scattering, budget=1000, time_limit_s=600), evaluator)
+    # A sixth of the time is a fifth of what the search took, in which some trainings failed.
+    assert 45 <= result.complete <= 50
+    assert len(evaluator.again) <= 10
+    assert clock[0] <= 610
+    assert "time limit" in result.why
+
+
+def test_the_best_weights_of_a_member_are_kept(scattering: SearchConfig) -> None:
+    run(replace(scattering, keep_weights=True), Noisy(weights=True))
+    recorded = opened(scattering)
+    weights = Weights(weight_folder(scattering.storage), recorded.study_id)
+    accuracies = {row.trial_id: [row.accuracy] for row in recorded.candidates()}
+    seeds: dict[tuple[int, float | None], int] = {(row.trial_id, row.accuracy): 0 for row in recorded.candidates()}
+    for row in further(recorded):
+        accuracies[row.trial_id].append(row.accuracy)
+        seeds[row.trial_id, row.accuracy] = row.seed
+    front = recorded.front()
+    for member in front.to_dict("records"):
+        found = weights.find(member["number"], member["arch_id"])
+        assert found is not None
+        # Weights of a candidate far from the front are not kept before it is trained again.
+        assert found.accuracy in accuracies[member["trial_id"]]
+        assert found.accuracy >= max(each for each in accuracies[member["trial_id"]][1:] if each is not None)
+        assert found.weights["seed"].item() == seeds[member["trial_id"], found.accuracy]
+    kept = {path.name for path in weights.folder.iterdir()}
+    assert len(kept) == len(front)
+    recorded.store.close()
+
+
+# -- The command -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recorded(config: SearchConfig, inline: None) -> RecordedStudy:
+    """A study of ten candidates on real images, all on the front as searched."""
+    store = begun(config)
+    study = store.find_study(config.study)
+    assert study is not None
+    points = [(0.5 + 0.03 * number, 1.0 + number) for number in range(10)]
+    add_candidates(store, config, study.study_id, study.device_id, points)
+    return RecordedStudy.open(store, config.study)
+
+
+def test_the_command_confirms_a_finished_study(recorded: RecordedStudy) -> None:
+    lines: list[str] = []
+    done = confirm(recorded, ConfirmConfig(share=1.0), lines.append)
+    assert done.confirmed
+    assert 0 < done.trainings == len(further(recorded)) <= 10
+    front = recorded.front()
+    assert set(front["confirmed"]) == {1}
+    (row,) = [row for row in further(recorded) if row.trial_id == front["trial_id"].iloc[0]][:1]
+    assert (row.steps, row.batch_size, row.resolution, row.seed) == (2, 8, 16, 1)
+    assert row.host
+    assert any("likely members" in line for line in lines)
+    # The same again trains nothing new, a greater share goes on.
+    again = confirm(recorded, ConfirmConfig(share=1.0), lines.append)
+    assert again.trainings == done.trainings
+    assert confirm(recorded, ConfirmConfig(share=2.0), lines.append).trainings > done.trainings
+    # It is free for others again.
+    recorded.store.ownership.claim(recorded.study_id, Owner.me())
+
+
+def test_the_command_refuses_what_it_cannot_do(recorded: RecordedStudy, tmp_path: Path, config: SearchConfig) -> None:
+    with pytest.raises(UsageError, match=r"^--share 0\.01: is less than one training for 10 candidates$"):
+        confirm(recorded, ConfirmConfig(share=0.01))
+    with pytest.raises(UsageError, match=r"^--data .*nowhere"):
+        confirm(recorded, ConfirmConfig(data=str(tmp_path / "nowhere")))
+    other = Owner("elsewhere", 1, 0.0)
+    recorded.store.ownership.disown(recorded.study_id)
+    recorded.store.ownership.claim(recorded.study_id, other)
+    with pytest.raises(StorageError, match="elsewhere"):
+        confirm(recorded, ConfirmConfig())
+    assert further(recorded) == []
