@@ -52,11 +52,16 @@ def is_confirmed(front: pd.DataFrame) -> bool:
 
 def accuracy_line(front: pd.DataFrame) -> str:
     """What the accuracies of rows of `pareto_front` are, in words."""
+    # All have the study's schedule.
+    steps, batch = (front[name].max() for name in ("training_steps", "training_batch_size"))
+    schedule = "" if pd.isna(steps) else f" of {steps:.0f} steps of {batch:.0f} images"
     if not is_confirmed(front):
-        return "accuracies as searched: each is that of the one training by which the network was chosen"
+        return f"accuracies as searched: of the one training{schedule} by which each network was chosen"
     least, most = int(front["accuracy_trainings"].min()), int(front["accuracy_trainings"].max())
+    if most == 1:
+        return f"accuracies as confirmed: each of one other training{schedule}, with 95 % intervals"
     count = str(least) if least == most else f"{least} to {most}"
-    return f"accuracies as confirmed: means of {count} other trainings, with 95 % intervals"
+    return f"accuracies as confirmed: means of {count} other trainings{schedule}, with 95 % intervals"
 
 
 def code(text: str) -> str:
@@ -128,7 +133,8 @@ def trial_note(candidate: Candidate, latency: CandidateLatency | None, config: S
     if candidate.confirmed_accuracy is not None:
         lines.append(
             f"accuracy {candidate.confirmed_accuracy:.2%} ({candidate.confirmed_low:.2%} to "
-            f"{candidate.confirmed_high:.2%}) as confirmed by {candidate.confirmed_trainings} other trainings"
+            f"{candidate.confirmed_high:.2%}) as confirmed by "
+            f"{candidate.confirmed_trainings} other training{'s' if candidate.confirmed_trainings != 1 else ''}"
         )
     if latency is not None:
         lines.append(latency_words(latency))

@@ -36,14 +36,14 @@ class Confirmation:
         candidates: number of the candidates whose accuracy is confirmed.
         decided: whether every candidate is known to be on the front or off it.
         confirmed: whether the front is the confirmed one now; it is not where likely members were not trained again.
-        noise: standard deviation of the accuracy of one training.
+        noise: standard deviation of the accuracy of one training; None where too few show it.
     """
 
     trainings: int
     candidates: int
     decided: bool
     confirmed: bool
-    noise: float
+    noise: float | None
 
     def __str__(self) -> str:
         trained = f"{self.trainings} training{'s' if self.trainings != 1 else ''} with other seeds"
@@ -53,10 +53,8 @@ class Confirmation:
                 "(the command confirm goes on)"
             )
         open_ = "" if self.decided else "; some places are still within the noise"
-        return (
-            f"confirmed by {trained} of {self.candidates} networks, of which one scatters by "
-            f"{100 * self.noise:.1f} points{open_}"
-        )
+        scatter = "" if self.noise is None else f", which scatter by {100 * self.noise:.1f} points"
+        return f"{self.candidates} networks confirmed by {trained}{scatter}{open_}"
 
 
 class Confirmer:
@@ -127,7 +125,7 @@ class Confirmer:
                       len(self.race.further[index]))
             for index in eligible
         ])  # fmt: skip
-        return Confirmation(self._count(), len(eligible), self.race.decided(), bool(eligible), self.race.noise)
+        return Confirmation(self._count(), len(eligible), self.race.decided(), bool(eligible), self.race.measured_noise)
 
     def _chosen(self, left: int) -> list[int]:
         """The candidates to train next, where so many trainings are left."""

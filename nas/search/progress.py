@@ -75,7 +75,9 @@ def live_words(event: Event, room: int) -> str:
 
 def confirming_words(done: int, most: int, likely: int) -> str:
     """How far the confirmation of the front has come, in a few words."""
-    return f"confirming the front with other seeds: {done} of at most {most} trainings, {likely} likely members"
+    # Each likely member is trained once, even where that is more.
+    trained = f"{done} of at most {max(done, most)} trainings"
+    return f"confirming the front with other seeds: {trained}, {likely} likely member{'s' if likely != 1 else ''}"
 
 
 class PlainProgress:

@@ -22,6 +22,8 @@ MOST_TRAININGS = 12
 # Standard deviation of one training in accuracy, and the number of trainings that this guess is worth: measured on the
 # embedded digits at 200 steps (docs/measurements.md).
 NOISE, NOISE_TRAININGS = 0.024, 4
+# Degrees of freedom below which a standard deviation is not worth being told.
+LEAST_FREEDOM = 4
 DRAWS = 4000
 # Fewer candidates do not say how accuracy depends on latency and size.
 LEAST_FITTED = 12
@@ -69,6 +71,12 @@ class Race:
         """Standard deviation of one training, from the further trainings so far and from what is usual."""
         squares, freedom = self._spread()
         return float(np.sqrt((NOISE_TRAININGS * NOISE**2 + squares) / (NOISE_TRAININGS + freedom)))
+
+    @property
+    def measured_noise(self) -> float | None:
+        """Standard deviation of one training from the further trainings alone; None where too few show it."""
+        squares, freedom = self._spread()
+        return float(np.sqrt(squares / freedom)) if freedom >= LEAST_FREEDOM else None
 
     def _spread(self) -> tuple[float, int]:
         """Sum of squares of the further trainings around their candidates' means, and its degrees of freedom."""

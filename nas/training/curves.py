@@ -15,16 +15,23 @@ class CurvePoint:
         step: number of steps that were done.
         train_loss, train_accuracy: averages over the steps since the last point.
         seconds: time since the beginning.
+        val_accuracy, val_loss: accuracy and cross-entropy on the validation images; None where they were not looked at.
     """
 
     step: int
     train_loss: float
     train_accuracy: float
     seconds: float
+    val_accuracy: float | None = None
+    val_loss: float | None = None
 
 
 def to_json(curve: Sequence[CurvePoint]) -> str:
-    return json.dumps([astuple(point) for point in curve])
+    def stored(point: CurvePoint) -> tuple[float | None, ...]:
+        values = astuple(point)
+        return values[:4] if point.val_accuracy is None else values
+
+    return json.dumps([stored(point) for point in curve])
 
 
 def from_json(text: str | None) -> tuple[CurvePoint, ...]:

@@ -6,7 +6,7 @@ import contextlib
 import gc
 import os
 import tempfile
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, fields, replace
 from functools import cache, partial
@@ -286,18 +286,20 @@ def train_one(network: Trainable, data: DataSource, config: ProxyConfig, seed: i
 
 
 def train_new(
-    build: Callable[[int], nn.Module], data: DataSource, config: ProxyConfig, seed: int, device: str
-) -> tuple[nn.Module, ProxyResult]:
+    build: Callable[[int], nn.Module], data: DataSource, config: ProxyConfig, seed: int, device: str,
+    checkpoints: Collection[int] = (),
+) -> tuple[nn.Module, ProxyResult]:  # fmt: skip
     """Build a network and train it, in this process; every network sees the same images in the same order.
 
     Args:
         build: function from a number of classes to a network with new random weights.
+        checkpoints: numbers of steps after which it is validated too, see `proxy.train`.
     """
     torch.set_num_threads(config.threads)
     batches, images = mapped(data, device)
     torch.manual_seed(seed)
     network = build(len(images.classes))
-    return network, proxy.train(network, batches, config, seed)
+    return network, proxy.train(network, batches, config, seed, checkpoints)
 
 
 @cache

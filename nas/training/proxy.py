@@ -13,7 +13,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -173,11 +173,14 @@ def prepare_determinism() -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 
-def train(network: nn.Module, batches: Batches, config: ProxyConfig, seed: int) -> ProxyResult:
+def train(
+    network: nn.Module, batches: Batches, config: ProxyConfig, seed: int, checkpoints: Collection[int] = ()
+) -> ProxyResult:
     """Train `network` from its present weights, in place, and validate it.
 
     Args:
         seed: seed of the order and the augmentation of the images.
+        checkpoints: numbers of steps after which it is validated too, as far as the curve has points there.
 
     Raises:
         CandidateFailed: the loss is no longer finite.
@@ -218,7 +221,9 @@ def train(network: nn.Module, batches: Batches, config: ProxyConfig, seed: int) 
                 loss, accuracy = torch.stack([torch.stack(pair) for pair in pending]).mean(dim=0).tolist()
                 if not math.isfinite(loss):
                     raise CandidateFailed(f"the loss diverged before step {number} of {config.steps}")
-                curve.append(CurvePoint(number, loss, accuracy, time.perf_counter() - begin))
+                held_out = validate(network, batches) if number in checkpoints else (None, None)
+                network.train()
+                curve.append(CurvePoint(number, loss, accuracy, time.perf_counter() - begin, *held_out))
                 pending.clear()
             if number < config.steps:
                 pending.append(step(number))

@@ -108,7 +108,7 @@ def test_a_search_ends_with_the_front_of_means_over_other_seeds(scattering: Sear
     assert result.hypervolumes.confirmed is not None
     assert result.hypervolumes.optimism is not None
     assert result.hypervolumes.optimism > 0
-    assert any(f"confirmed by {len(further(recorded))} trainings" in line for line in result.remarks)
+    assert any(f"networks confirmed by {len(further(recorded))} trainings" in line for line in result.remarks)
     assert result.pareto_front["number"].tolist() == front["number"].tolist()
     # Optuna's objectives stay those of the search.
     trials = recorded.store.load_optuna_study(scattering.study).get_trials(deepcopy=False)

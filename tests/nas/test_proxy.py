@@ -10,7 +10,7 @@ from torch import nn
 
 from nas.config import ProxyConfig
 from nas.errors import CandidateFailed
-from nas.training import proxy
+from nas.training import curves, proxy
 from nas.training.data import ImageData
 from nas.training.proxy import Batches, learning_rate, train
 from tests.conftest import make_tiny_space
@@ -42,6 +42,18 @@ def test_a_network_learns() -> None:
     assert result.curve[-1].train_accuracy > result.curve[0].train_accuracy
     assert result.curve[-1].train_loss < result.curve[0].train_loss
     assert result.seconds > 0
+
+
+def test_a_look_at_the_validation_images_changes_nothing_else() -> None:
+    batches = Batches(easy_data(), CPU)
+    plain = train(build(), batches, QUICK, seed=0)
+    looked = train(build(), batches, QUICK, seed=0, checkpoints=(10, 30))
+    assert (looked.accuracy, looked.loss) == (plain.accuracy, plain.loss)
+    assert [point.train_loss for point in looked.curve] == [point.train_loss for point in plain.curve]
+    assert [point.step for point in looked.curve if point.val_accuracy is not None] == [10, 30]
+    assert (looked.curve[-1].val_accuracy, looked.curve[-1].val_loss) == (plain.accuracy, plain.loss)
+    assert curves.from_json(curves.to_json(looked.curve)) == looked.curve
+    assert curves.from_json(curves.to_json(plain.curve)) == plain.curve
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -86,7 +86,8 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served_config(tmp_path_factory: pytest.TempPathFactory) -> SearchConfig:
-    return make_config(f"sqlite:///{tmp_path_factory.mktemp('served') / 'study.db'}")
+    # The dashboard's own front is that of the objectives, as searched.
+    return replace(make_config(f"sqlite:///{tmp_path_factory.mktemp('served') / 'study.db'}"), confirm=0)
 
 
 @pytest.fixture(scope="module")

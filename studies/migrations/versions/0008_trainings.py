@@ -56,7 +56,11 @@ SELECT study_name, device_name, engine, dtype, batch_size, resolution, threads,
        network_resolution, confirmed, accuracy AS searched_accuracy,
        CASE WHEN confirmed = 1 THEN confirmed_low END AS accuracy_low,
        CASE WHEN confirmed = 1 THEN confirmed_high END AS accuracy_high,
-       CASE WHEN confirmed = 1 THEN confirmed_trainings END AS accuracy_trainings
+       CASE WHEN confirmed = 1 THEN confirmed_trainings END AS accuracy_trainings,
+       (SELECT MAX(t.steps) FROM convfirst_trainings t WHERE t.trial_id = ranked.trial_id AND t.stage = 'search')
+           AS training_steps,
+       (SELECT MAX(t.batch_size) FROM convfirst_trainings t WHERE t.trial_id = ranked.trial_id AND t.stage = 'search')
+           AS training_batch_size
 FROM (
     SELECT k.*,
            MAX(front_accuracy) OVER (

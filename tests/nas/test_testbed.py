@@ -1,0 +1,78 @@
+"""Tables of evaluated networks: made in parts, packed and read again."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from nas.lab import testbed
+from nas.lab.testbed import Plan, checkpoints_of, jobs_of, lines_of, random_networks, read_table
+from nas.training.proxy import ProxyResult
+from search_spaces import load_space
+
+SPACE = load_space("small")
+
+
+def test_networks_of_a_smaller_table_are_the_first_of_a_greater() -> None:
+    assert random_networks(SPACE, 5) == random_networks(SPACE, 9)[:5]
+    assert len({arch.arch_id for arch in random_networks(SPACE, 60)}) == 60
+
+
+def test_any_first_part_of_the_trainings_is_a_balanced_table() -> None:
+    archs = random_networks(SPACE, 20)
+    plan = Plan("small", "digits", 32, 200, 32, 8e-3, 8, 10)
+    jobs = list(jobs_of(archs[:15], archs[15:], plan))
+    assert len(jobs) == len(set(jobs)) == 20 + 2 * 4 + 3 * 2
+    assert [seed for arch, seed, long in jobs if arch == archs[0] and not long] == [0, 1, 2]
+    assert [seed for arch, seed, long in jobs if arch == archs[10] and long] == [100, 101, 102]
+    assert [seed for arch, seed, long in jobs if arch == archs[1]] == [0]
+
+
+def test_networks_are_validated_where_the_curve_has_points() -> None:
+    assert checkpoints_of(200) == [50, 70, 100, 150]
+    assert checkpoints_of(1600) == [400, 560, 800, 1200]
+    assert checkpoints_of(10) == [2, 4, 5, 8]
+
+
+def test_a_line_that_was_cut_off_is_left_out(tmp_path: Path) -> None:
+    path = tmp_path / "lines"
+    testbed.append(path, {"a": 1})
+    with path.open("a") as file:
+        file.write('{"a": ')
+    testbed.append(path, {"a": 2})
+    assert lines_of(path) == [{"a": 1}, {"a": 2}]
+
+
+def test_a_table_is_made_packed_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inline: None) -> None:
+    """The trainings are invented; each is made once, also when the command is called again."""
+    trained: list[tuple[str, int]] = []
+
+    def train_new(build: object, data: object, config: object, seed: int, *rest: object) -> tuple[None, ProxyResult]:
+        trained.append((str(build), seed))
+        return None, ProxyResult(0.5 + 0.01 * seed % 0.1, 1.0, (), 1.0, 0)
+
+    monkeypatch.setattr(testbed, "train_new", train_new)
+    monkeypatch.setattr(testbed.image_data, "load_all", lambda *rest: iter([(32, None)]))
+    monkeypatch.setattr(testbed.DataFiles, "write", lambda self, data: None)
+    folder, table = tmp_path / "table", tmp_path / "table.json.xz"
+    run = CliRunner().invoke
+    line = ["train", str(folder), "--random", "6", "--steps", "20", "--long-every", "5", "--workers", "1"]
+    for _ in range(2):
+        result = run(testbed.app, line)
+        assert result.exit_code == 0, result.output
+    assert len(trained) == 6 + 2 * 2 + 3 * 2
+    assert "was begun with another plan" in str(run(testbed.app, [*line, "--rate", "0.001"]).exception)
+    for arch in random_networks(SPACE, 6):
+        testbed.append(folder / testbed.LATENCIES, {"arch": str(arch), "latency_ms": 0.25})
+    assert run(testbed.app, ["pack", str(folder), str(table)]).exit_code == 0
+    networks = read_table(table)
+    assert [network.arch for network in networks] == random_networks(SPACE, 6)
+    assert [(len(network.short), len(network.long)) for network in networks] == [(3, 3), *[(1, 0)] * 4, (3, 3)]
+    assert {network.latency_ms for network in networks} == {0.25}
+    shown = run(testbed.app, ["show", str(table)])
+    assert shown.exit_code == 0
+    assert "16" in shown.output
+    assert json.loads((folder / "found.json").read_text()) == []
