@@ -57,6 +57,7 @@ READING = 2
 
 
 class Sampler(StrEnum):
+    MODEL = "model"
     TPE = "tpe"
     NSGA2 = "nsga2"
     RANDOM = "random"
@@ -384,8 +385,8 @@ class SearchConfig(Checked):
     latency: LatencyConfig = field(default_factory=LatencyConfig)
     limits: Limits = field(default_factory=Limits)
     sampler: str = option(
-        "tpe", "--sampler", "Optuna sampler that proposes candidates", panel="Search", bounds=one_of(Sampler),
-        typed=Sampler, parse=str,
+        "model", "--sampler", "What proposes candidates: a model of accuracy and latency, or Optuna's TPE, NSGA-II or "
+        "random sampler", panel="Search", bounds=one_of(Sampler), typed=Sampler, parse=str,
     )  # fmt: skip
     seed: int = option(0, "--seed", "Seed of the proposals and trainings", panel="Search", bounds=between(0, 2**32 - 1))
     block_table: bool = option(

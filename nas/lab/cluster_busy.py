@@ -97,7 +97,7 @@ def main(
     workers: Annotated[int, typer.Option(min=1, help="Number of workers.")] = 64,
     candidates: Annotated[int, typer.Option(min=2, help="Candidates of the search.")] = 640,
     seconds: Annotated[float, typer.Option(min=0, help="Seconds of each evaluation.")] = 15.0,
-    sampler: Annotated[str, typer.Option(help="Sampler: tpe, nsga2 or random.")] = "tpe",
+    sampler: Annotated[str, typer.Option(help="Sampler: model, tpe, nsga2 or random.")] = "model",
 ) -> None:
     """Print how busy the workers were, and the milliseconds of the search's process for each candidate."""
     ray: Any = connect(None, cpus=workers)
@@ -107,7 +107,7 @@ def main(
         evaluator, watch = Sleeping(pool, seconds), Watch()
         with tempfile.TemporaryDirectory() as folder:
             url = f"sqlite:///{Path(folder) / 'study.db'}"
-            result = run(SearchConfig(budget=candidates, storage=url, sampler=sampler), evaluator, watch)
+            result = run(SearchConfig(budget=candidates, storage=url, sampler=sampler, confirm=0), evaluator, watch)
     finally:
         disconnect(ray)
     later = watch.marks[min(workers, len(watch.marks) - 2) :]

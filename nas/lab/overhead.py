@@ -104,7 +104,7 @@ class _Stopwatch(Silent):
                     # What it drew with that seed, the sampler draws once more.
                     seed = rng.choice(seeds)
                 seeds.append(seed)
-                return original("random", seed, *arguments)
+                return original("random", seed, *arguments[:1])
 
             patches.enter_context(mock.patch.object(sampling, "make_sampler", make))
             yield
@@ -182,7 +182,7 @@ def main(
         list[int] | None,
         typer.Option(help="Complete candidates of a study; may be given several times (default: 200 and 2000)."),
     ] = None,
-    sampler: Annotated[str, typer.Option(help="Sampler: tpe, nsga2 or random.")] = "tpe",
+    sampler: Annotated[str, typer.Option(help="Sampler: model, tpe, nsga2 or random.")] = "model",
     space: Space = "small",
     storage: Annotated[
         str, typer.Option(help="URL of an empty database, for one study (default: an SQLite file for each).")
@@ -195,7 +195,7 @@ def main(
     for count in trials or [200, 2000]:
         with tempfile.TemporaryDirectory() as folder:
             url = storage or f"sqlite:///{Path(folder) / 'study.db'}"
-            config = SearchConfig(budget=count, storage=url, space=load_space(space), sampler=sampler)
+            config = SearchConfig(budget=count, storage=url, space=load_space(space), sampler=sampler, confirm=0)
             evaluator = FakeEvaluator(build=drawn == 0)
             watch = _Stopwatch(evaluator, drawn, again)
             with watch.watching():

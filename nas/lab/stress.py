@@ -65,7 +65,7 @@ def drive(address: str, storage: str, budget: int, workers: int, seconds: float)
     ray, lines = connect(address), Lines()
     try:
         evaluator = Sleeping(ClusterPool(ray, workers, "cpu", threads=1, locked=False), seconds)
-        run(SearchConfig(budget=budget, storage=storage, study=STUDY), evaluator, lines)
+        run(SearchConfig(budget=budget, storage=storage, study=STUDY, confirm=0), evaluator, lines)
     except StorageError as error:
         print(error, flush=True)
         raise typer.Exit(1 if lines.begun else NO_DATABASE) from error

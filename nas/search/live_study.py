@@ -7,9 +7,11 @@ from dataclasses import dataclass
 
 from optuna.trial import TrialState
 
+from nas.config import Sampler
 from nas.pareto import GrowingFront
 from nas.recorded import RecordedStudy
 from nas.search.evaluation import Outcome
+from nas.search.front_sampler import Memory
 from nas.search.rows import candidate_row, constraints, objectives
 from nas.search.sampling import Proposal, Proposer
 from nas.search.trials import TRIAL_STATES, Trials
@@ -48,9 +50,16 @@ class LiveStudy:
         self.known = {candidate.arch_id: candidate.number for candidate in candidates}
         self._count(candidates)
         config, optuna_study = recorded.config, self.trials.study
+        memory = None
+        if config.sampler == Sampler.MODEL:
+            deployed = config.latency
+            memory = Memory(
+                config.space, deployed.resolution, deployed.num_classes, recorded.reference_latency_ms, config.limits
+            )
         self.proposer = Proposer(
-            config.space, config.sampler, config.seed, optuna_study.directions, optuna_study.get_trials(deepcopy=False)
-        )
+            config.space, config.sampler, config.seed, optuna_study.directions,
+            optuna_study.get_trials(deepcopy=False), memory, self.known,
+        )  # fmt: skip
         self.untold: dict[int, tuple[list[float] | None, TrialState, dict[str, float]]] = {}
         self.size = config.space.size()
         # The fast end of the front and its middle, so that a sampler has them to build on from the start. Random search

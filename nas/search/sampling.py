@@ -12,20 +12,20 @@ import random
 import warnings
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from decimal import Decimal
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from nas.config import Sampler
+from nas.search.front_sampler import FrontSampler, Memory
+from nas.search.parameters import chosen, distribution
 from nas.search.recent_trials import RecentTrials
 from search_spaces import ArchSpec, SearchSpace
-from search_spaces.space import Choice
 
 NSGA2_POPULATION = 20
 # This is twice Optuna's default: with some twenty parameters, multivariate TPE settles too early on the few points it
@@ -35,29 +35,6 @@ TPE_STARTUP_TRIALS = 20
 FALLBACK_DRAWS = 1000
 # In a larger space, a thousand draws in a row miss all architectures that are left only if nearly none is left.
 LARGEST_ENUMERATED = 50_000
-
-
-def distribution(choices: Sequence[Choice]) -> BaseDistribution:
-    """The distribution of one parameter: ordered for evenly spaced numbers, categories for all other choices."""
-    numbers = [choice for choice in choices if isinstance(choice, int | float)]
-    if len(numbers) == len(choices) > 1:
-        # In binary, 1.4 - 1.2 is a little less than the 0.2 that was meant, and 1.6 would be out of reach.
-        decimals = [Decimal(str(number)) for number in numbers]
-        steps = {after - before for before, after in pairwise(decimals)}
-        if len(steps) == 1:
-            step = steps.pop()
-            if all(isinstance(number, int) for number in numbers):
-                return IntDistribution(int(numbers[0]), int(numbers[-1]), step=int(step))
-            return FloatDistribution(float(numbers[0]), float(numbers[-1]), step=float(step))
-    return CategoricalDistribution(tuple(choices))
-
-
-def chosen(choices: Sequence[Choice], value: Any) -> Choice:
-    """The choice that a sampled value stands for: low + 2 * step is not always exactly the number that was written."""
-    if value in choices:
-        choice: Choice = value
-        return choice
-    return min(choices, key=lambda choice: abs(float(choice) - value))
 
 
 class OrderedNSGAII(NSGAIISampler):
@@ -88,13 +65,20 @@ class FixedSpaceTPE(TPESampler):
 
 
 def make_sampler(
-    name: str, seed: int, space: dict[str, BaseDistribution], pending: Collection[int] = ()
-) -> BaseSampler:
+    name: str, seed: int, space: dict[str, BaseDistribution], pending: Collection[int] = (),
+    memory: Memory | None = None, known: Collection[str] = (),
+) -> BaseSampler:  # fmt: skip
     """The sampler of one trial, over the parameters of `space`.
 
     Args:
         pending: numbers of the trials that are running.
+        memory: what the sampler that models has in common with those of other trials.
+        known: ids of architectures that it is not to propose again.
     """
+    if memory is not None:
+        return FrontSampler(memory, seed, known)
+    if name == Sampler.MODEL:
+        raise ValueError("the sampler that models needs a memory")
     if name == "random":
         return RandomSampler(seed=seed)
     if name == "nsga2":
@@ -130,6 +114,8 @@ class Proposer:
         seed: the search's seed.
         directions: the objectives' directions.
         history: all finished trials of the study, in the order of their numbers.
+        memory: of the sampler that models, what those of all trials have in common.
+        known: ids of the architectures that the study has; the caller adds those that are proposed.
     """
 
     def __init__(
@@ -139,7 +125,10 @@ class Proposer:
         seed: int,
         directions: Sequence[optuna.study.StudyDirection],
         history: Sequence[FrozenTrial],
+        memory: Memory | None = None,
+        known: Collection[str] = (),
     ) -> None:
+        self.memory, self.known = memory, known
         self.space = space
         self.sampler = sampler
         self.seed = seed
@@ -193,7 +182,10 @@ class Proposer:
     def _ask(self, sampler: str) -> Trial:
         number = self.trials
         self.trials += 1
-        self.study.sampler = make_sampler(sampler, trial_seed(self.seed, number), self.distributions, self.pending)
+        memory = self.memory if sampler == self.sampler else None
+        self.study.sampler = make_sampler(
+            sampler, trial_seed(self.seed, number), self.distributions, self.pending, memory, self.known
+        )
         with warnings.catch_warnings():
             # Optuna calls multivariate TPE and the constant liar experimental, and warns at each trial.
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)

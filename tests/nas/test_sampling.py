@@ -11,7 +11,9 @@ from optuna.trial import FrozenTrial, TrialState, create_trial
 from nas.config import Sampler
 from nas.lab.invented import FakeEvaluator
 from nas.search import recent_trials
-from nas.search.sampling import Proposer, distribution
+from nas.search.front_sampler import Memory
+from nas.search.parameters import distribution
+from nas.search.sampling import Proposer
 from search_spaces import load_space
 
 DIRECTIONS = (StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE)
@@ -19,7 +21,9 @@ FAKE = FakeEvaluator()
 
 
 def proposer(sampler: str, seed: int = 0, history: list[FrozenTrial] | None = None) -> Proposer:
-    return Proposer(load_space("small"), sampler, seed, DIRECTIONS, history or [])
+    space = load_space("small")
+    memory = Memory(space, 32, 10, most_ms=2.0) if sampler == Sampler.MODEL else None
+    return Proposer(space, sampler, seed, DIRECTIONS, history or [], memory)
 
 
 def advance(into: Proposer, trials: int) -> list[str]:

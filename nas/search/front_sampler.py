@@ -1,0 +1,262 @@
+"""The sampler that models: it proposes what is expected to add most to the front's hypervolume.
+
+Accuracy and log latency of the evaluated architectures are modelled from closed-form features. Of many random
+architectures and mutations of the front's members, the one is proposed by which the hypervolume of the denoised front
+(that of the model's means) is expected to grow most, as in BANANAS (White et al. 2021, whose mutations explain much of
+its success: Schneider et al. 2021) and in expected hypervolume improvement (Emmerich et al. 2006).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import optuna
+from optuna.distributions import BaseDistribution
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, TrialState
+from scipy.special import ndtr
+
+from nas import pareto
+from nas.config import Limits
+from nas.display.notes import INTERRUPTED, REASON
+from nas.search.features import matrix
+from nas.search.improvement import Staircase
+from nas.search.model import FIRST, Kernel, Model, Scale, kernel_for
+from nas.search.parameters import chosen, distribution
+from search_spaces import ArchSpec, SearchSpace, cost
+from search_spaces.space import Choice
+
+# Trials before the model: random ones.
+STARTUP_TRIALS = 10
+# Random architectures by which the features are scaled.
+SCALE_DRAWS = 300
+# Candidates of a proposal: random ones, mutations of the front, and mutations of the best of these.
+RANDOM, MUTATED, REFINED = 200, 300, 200
+# Of so many of the best candidates mutations are looked at, too.
+BEST = 10
+# Greatest number of parameters that a mutation changes.
+MOST_CHANGES = 3
+# A model of more points costs more than it gains; the latest are kept, and those next to the front.
+MOST_POINTS = 500
+# The fastest architecture that may come is so much faster than the fastest seen.
+FASTER = 0.8
+# Of trials that failed or broke the limit on the latency, the latest so many are taken into account.
+MOST_FAILED = 100
+# Failures are rarer than what does not fail; and nothing is so likely to fail that it is never tried.
+DEVIATION_OF_FAILURES, LEAST_LIKELY = 0.3, 0.02
+# The name of that limit among a trial's constraints.
+LATENCY = "latency_ms"
+
+
+@dataclass
+class Memory:
+    """What the samplers of one search have in common, so that nothing is computed twice.
+
+    Args:
+        space: the search space.
+        resolution, classes: those of the deployment.
+        most_ms: latency up to which hypervolume counts.
+        limits: limits on candidates; what breaks one on parameters or MACs is never proposed.
+    """
+
+    space: SearchSpace
+    resolution: int
+    classes: int
+    most_ms: float
+    limits: Limits = field(default_factory=Limits)
+    features: dict[str, np.ndarray] = field(default_factory=dict)
+    archs: dict[int, ArchSpec] = field(default_factory=dict)
+    accuracy_kernels: dict[int, Kernel] = field(default_factory=dict)
+    latency_kernels: dict[int, Kernel] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        rng = random.Random(0)
+        draws = [self.space.sample(rng) for _ in range(SCALE_DRAWS)]
+        self.scale = Scale.of(matrix(draws, self.resolution, self.classes))
+        self.choices = {name: choices for name, choices in self.space.choices().items() if len(choices) > 1}
+        self.fixed = {name: choices[0] for name, choices in self.space.choices().items() if len(choices) == 1}
+
+    def points(self, archs: Sequence[ArchSpec]) -> np.ndarray:
+        """The scaled features of architectures, (n, f)."""
+        lacking = [arch for arch in archs if arch.arch_id not in self.features]
+        if lacking:
+            rows = self.scale(matrix(lacking, self.resolution, self.classes))
+            self.features.update((arch.arch_id, row) for arch, row in zip(lacking, rows, strict=True))
+        return np.array([self.features[arch.arch_id] for arch in archs]).reshape(len(archs), len(self.scale.mean))
+
+    def possible(self, arch: ArchSpec) -> bool:
+        """Whether an architecture keeps the limits that are known before it is timed."""
+        if self.limits.params is None and self.limits.macs is None:
+            return True
+        counted = cost(arch, self.resolution, self.classes)
+        return not any(excess > 0 for excess in self.limits.excess(params=counted.params, macs=counted.macs).values())
+
+    def arch_of(self, trial: FrozenTrial) -> ArchSpec:
+        if trial.number not in self.archs:
+            self.archs[trial.number] = self.space.assemble(self.chosen(trial.params) | self.fixed)
+        return self.archs[trial.number]
+
+    def chosen(self, params: Mapping[str, Any]) -> dict[str, Choice]:
+        """The choices of the space that a trial's parameters stand for."""
+        return {name: chosen(choices, params[name]) for name, choices in self.choices.items()}
+
+    def mutated(self, arch: ArchSpec, rng: random.Random, most_changes: int) -> ArchSpec:
+        """An architecture in which a few parameters have other values."""
+        values = self.space.values_of(arch)
+        for name in rng.sample(sorted(self.choices), min(len(self.choices), rng.randint(1, most_changes))):
+            values[name] = rng.choice([choice for choice in self.choices[name] if choice != values[name]])
+        return self.space.assemble(values)
+
+
+class FrontSampler(BaseSampler):
+    """The sampler of one trial.
+
+    Args:
+        memory: what it has in common with the samplers of other trials.
+        seed: seed of this trial's draws.
+        known: ids of the architectures that are not to be proposed again.
+    """
+
+    def __init__(self, memory: Memory, seed: int, known: Collection[str] = ()) -> None:
+        self.memory, self.rng, self.known = memory, random.Random(seed), known
+
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
+        # All parameters are chosen in `before_trial`'s place: by `sample_relative`, of whatever is asked for.
+        return {name: distribution(choices) for name, choices in self.memory.choices.items()}
+
+    def sample_relative(
+        self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, BaseDistribution]
+    ) -> dict[str, Any]:
+        values = self.memory.space.values_of(self.proposed(study))
+        return {name: values[name] for name in search_space}
+
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: BaseDistribution
+    ) -> Any:
+        return self.rng.choice(self.memory.choices[param_name])
+
+    def proposed(self, study: optuna.Study) -> ArchSpec:
+        """The architecture to evaluate next."""
+        trials = [trial for trial in study.get_trials(deepcopy=False) if trial.params]
+        if sum(trial.state == TrialState.COMPLETE for trial in trials) < STARTUP_TRIALS:
+            return self.random()
+        return self.best(FrontModel.of(self.memory, trials))
+
+    def random(self) -> ArchSpec:
+        """A random architecture that is possible, if one is found soon."""
+        drawn = [self.memory.space.sample(self.rng) for _ in range(RANDOM)]
+        found = self._new(drawn)
+        return found[0] if found else drawn[0]
+
+    def best(self, model: FrontModel) -> ArchSpec:
+        """The candidate by which the front is expected to grow most."""
+        memory, rng = self.memory, self.rng
+        drawn = [memory.space.sample(rng) for _ in range(RANDOM)]
+        parents = model.members or [memory.space.anchor()]
+        drawn += [memory.mutated(rng.choice(parents), rng, MOST_CHANGES) for _ in range(MUTATED)]
+        found = self._new(drawn)
+        if not found:
+            return self.random()
+        gains = model.improvement(found)
+        leaders = [found[index] for index in np.argsort(-gains, kind="stable")[:BEST]]
+        refined = self._new([memory.mutated(rng.choice(leaders), rng, 1) for _ in range(REFINED)])
+        found += refined
+        gains = np.append(gains, model.improvement(refined)) if refined else gains
+        return found[int(np.argmax(gains))]
+
+    def _new(self, archs: Sequence[ArchSpec]) -> list[ArchSpec]:
+        """The possible architectures that are not known, each once."""
+        new = {arch.arch_id: arch for arch in archs if arch.arch_id not in self.known}
+        return [arch for arch in new.values() if self.memory.possible(arch)]
+
+
+@dataclass(frozen=True)
+class FrontModel:
+    """The models of accuracy and latency, and the front of their means.
+
+    Args:
+        runs: model of what fails, of 0 for those that did and 1 for others; None where nothing did.
+        members: the denoised front.
+    """
+
+    memory: Memory
+    accuracy: Model
+    latency: Model
+    runs: Model | None
+    stairs: Staircase
+    members: list[ArchSpec]
+
+    @classmethod
+    def of(cls, memory: Memory, trials: Sequence[FrozenTrial]) -> FrontModel:
+        """The models after some trials, of which several are complete.
+
+        What is being evaluated counts with its guessed values. What failed makes its neighbours less likely to be
+        worth a trial, and a latency over the limit is a latency all the same.
+        """
+        by_state: dict[TrialState, list[FrozenTrial]] = {state: [] for state in TrialState}
+        for trial in trials:
+            by_state[trial.state].append(trial)
+        complete = by_state[TrialState.COMPLETE]
+        archs = [memory.arch_of(trial) for trial in complete]
+        accuracy = np.array([trial.values[0] for trial in complete])
+        latency_ms = np.array([trial.values[1] for trial in complete])
+        points = memory.points(archs)
+        kernel = kernel_for(points, accuracy, memory.accuracy_kernels)
+        kept = _kept(accuracy, latency_ms)
+        failed = [trial for trial in by_state[TrialState.FAIL] if trial.user_attrs.get(REASON) != INTERRUPTED]
+        bad = memory.points([memory.arch_of(trial) for trial in failed[-MOST_FAILED:]])
+        runs = Model(points[kept], np.ones(len(kept)), Kernel(*FIRST), mean=1.0, deviation=DEVIATION_OF_FAILURES)
+        of_accuracy = Model.of(points[kept], accuracy[kept], kernel)
+        over = [trial for trial in by_state[TrialState.PRUNED] if LATENCY in trial.constraints][-MOST_FAILED:]
+        of_latency = Model.of(
+            points[kept], np.log(latency_ms[kept]), kernel_for(points, np.log(latency_ms), memory.latency_kernels)
+        ).with_more(
+            memory.points([memory.arch_of(trial) for trial in over]),
+            np.log([memory.most_ms * (1 + trial.constraints[LATENCY]) for trial in over]),
+        )
+        means, _ = of_accuracy.predict(points[kept])
+        known, known_ms = [archs[index] for index in kept], latency_ms[kept]
+        if pending := [memory.arch_of(trial) for trial in by_state[TrialState.RUNNING]]:
+            ahead = memory.points(pending)
+            guessed, _ = of_accuracy.predict(ahead)
+            of_accuracy = of_accuracy.with_more(ahead, guessed)
+            means = np.concatenate([means, guessed])
+            known_ms = np.concatenate([known_ms, np.exp(of_latency.predict(ahead)[0])])
+            known = [*known, *pending]
+        stairs = Staircase.of(means, known_ms, FASTER * float(latency_ms.min()), memory.most_ms)
+        members = [known[index] for index in pareto.front(means, known_ms) if known_ms[index] < memory.most_ms]
+        runs_or_fails = runs.with_more(bad, np.zeros(len(bad))) if len(bad) else None
+        return cls(memory, of_accuracy, of_latency, runs_or_fails, stairs, members)
+
+    def improvement(self, archs: Sequence[ArchSpec], latency_ms: np.ndarray | None = None) -> np.ndarray:
+        """The hypervolume that architectures are expected to add, (m,).
+
+        Args:
+            latency_ms: their measured latencies, (m,); None stands for guessed ones.
+        """
+        points = self.memory.points(archs)
+        mean, deviation = self.accuracy.predict(points)
+        if latency_ms is not None:
+            return self.stairs.improvement(mean, deviation, latency_ms)
+        likely = np.ones(len(archs)) if self.runs is None else np.clip(self.runs.predict(points)[0], LEAST_LIKELY, 1)
+        guessed, spread = self.latency.predict(points)
+        # A network that turns out slower than all that counts adds nothing.
+        fast_enough = ndtr((np.log(self.memory.most_ms) - guessed) / np.hypot(spread, self.latency.noise))
+        expected: np.ndarray = likely * fast_enough * self.stairs.improvement(mean, deviation, np.exp(guessed))
+        return expected
+
+
+def _kept(accuracy: np.ndarray, latency_ms: np.ndarray) -> np.ndarray:
+    """The indices of the trials that the models are given, in order."""
+    count = len(accuracy)
+    if count <= MOST_POINTS:
+        return np.arange(count)
+    order = np.argsort(latency_ms, kind="stable")
+    best = np.empty(count)
+    best[order] = np.maximum.accumulate(accuracy[order])
+    nearest = np.argsort(best - accuracy, kind="stable")[: MOST_POINTS // 2]
+    return np.unique(np.concatenate([nearest, np.arange(count - MOST_POINTS // 2, count)]))
