@@ -11,9 +11,13 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import pandas as pd
+
 from nas.errors import CandidateFailed
 from nas.recorded import RecordedStudy
-from nas.search.racing import Race, features_of
+from nas.search.features import matrix
+from nas.search.model import Scale
+from nas.search.racing import Race
 from nas.search.rows import training_row
 from nas.training.pool import fill
 from nas.training.proxy import ProxyResult
@@ -21,6 +25,8 @@ from nas.training.workers import Done
 from search_spaces import ArchSpec
 from studies import CandidateTraining, Confirmed, Owner, TrainingStage
 
+# Of a long study, most candidates are far from the front.
+MOST_RACING = 400
 # What takes the place of a candidate among the rows, the result of its training, and the seconds that it took; and what
 # trains architectures, each with the seed that stands at its place.
 Step: TypeAlias = Callable[[int, ProxyResult | CandidateFailed, float], None]
@@ -73,12 +79,13 @@ class Confirmer:
     def __init__(self, recorded: RecordedStudy, owner: Owner, train: Train, images: int, batch: int) -> None:
         self.recorded, self.owner, self.train, self.images, self.batch = recorded, owner, train, images, batch
         rows = recorded.evaluations()
-        self.rows = rows[~rows["latency_over_limit"].astype(bool)].reset_index(drop=True)
+        self.rows = nearest_to_front(rows[~rows["latency_over_limit"].astype(bool)])
         self.archs = [ArchSpec.from_json(text) for text in self.rows["arch"]]
+        deployed = recorded.config.latency
+        features = matrix(self.archs, deployed.resolution, deployed.num_classes)
         self.race = Race(
-            self.rows["accuracy"].to_numpy(float), self.rows["latency_ms"].to_numpy(float),
-            features_of(list(self.rows["params"]), list(self.rows["macs"]), list(self.rows["latency_ms"])),
-        )  # fmt: skip
+            self.rows["accuracy"].to_numpy(float), self.rows["latency_ms"].to_numpy(float), Scale.of(features)(features)
+        )
         self.stored: dict[tuple[int, int], CandidateTraining] = {
             (row.trial_id, row.seed): row
             for row in recorded.store.trainings.of_study(recorded.study_id, TrainingStage.CONFIRMATION)
@@ -156,3 +163,15 @@ class Confirmer:
                 step(index, done.result, done.seconds)
         if missing := [key for key in keys if key not in self.stored]:
             raise RuntimeError(f"{len(missing)} trainings ended without a result")
+
+
+def nearest_to_front(rows: pd.DataFrame) -> pd.DataFrame:
+    """The candidates that may be on the front: at most `MOST_RACING`, whose accuracy lacks least to be on it.
+
+    Args:
+        rows: rows of the view `convfirst_evaluations`, in the order of their trials.
+    """
+    ordered = rows.sort_values("latency_ms", kind="stable")
+    lacks = ordered["accuracy"].cummax() - ordered["accuracy"]
+    nearest = lacks.sort_values(kind="stable").index[:MOST_RACING]
+    return rows.loc[rows.index.isin(nearest)].reset_index(drop=True)

@@ -131,6 +131,15 @@ class Model:
         variance = np.maximum(self.kernel.signal - (explained**2).sum(0), 1e-9)
         return self.mean + self.deviation * (across @ weights), self.deviation * np.sqrt(variance)
 
+    def left_out(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and standard deviation of each value, guessed from all others, (n,) each.
+
+        (Rasmussen and Williams, Gaussian Processes for Machine Learning, equation 5.12.)
+        """
+        factor, weights = self._solved
+        precision = np.diag(cho_solve((factor, True), np.eye(len(factor))))
+        return self.values - self.deviation * weights / precision, self.deviation / np.sqrt(precision)
+
 
 def kernel_for(points: np.ndarray, values: np.ndarray, known: dict[int, Kernel]) -> Kernel:
     """The kernel for some points: that of the greatest milestone that they have passed.

@@ -3,16 +3,18 @@
 A single training ranks candidates badly, and those that it ranks first are those that it flatters most. So candidates
 that may be on the front are trained again with other seeds, most where the front is undecided, as in Maron and Moore's
 races (Hoeffding Races, 1993) and in procedures that select the best by posterior probability (Chen et al., OCBA, 2000).
-Nothing here knows networks: a candidate is a latency, an accuracy and the accuracies of its further trainings.
+Nothing here knows networks: a candidate is a latency, some figures, an accuracy and those of its further trainings.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 from scipy import stats
+
+from nas.search.model import Model, kernel_for
 
 # Probability of being on the front, or of not being there, at which a candidate is decided.
 CONFIDENCE = 0.9
@@ -25,7 +27,7 @@ NOISE, NOISE_TRAININGS = 0.024, 4
 # Degrees of freedom below which a standard deviation is not worth being told.
 LEAST_FREEDOM = 4
 DRAWS = 4000
-# Fewer candidates do not say how accuracy depends on latency and size.
+# Fewer candidates do not say how accuracy depends on what an architecture is.
 LEAST_FITTED = 12
 
 
@@ -36,14 +38,14 @@ class Race:
     Args:
         searched: accuracy of each candidate in the training by which it was found, (n,).
         latency_ms: its latency, (n,).
-        features: what is known of each candidate in figures from which accuracy may be guessed, (n, f).
+        points: what is known of each candidate in figures from which accuracy may be guessed, (n, f), scaled.
         further: for each candidate, the accuracies of its further trainings, failed ones left out.
         failed: for each candidate, the number of further trainings that failed.
     """
 
     searched: np.ndarray
     latency_ms: np.ndarray
-    features: np.ndarray
+    points: np.ndarray
     further: list[list[float]] = field(default_factory=list)
     failed: list[int] = field(default_factory=list)
 
@@ -92,20 +94,22 @@ class Race:
         precision = 1 / spread + count / variance
         return (mean / spread + total / variance) / precision, np.sqrt(1 / precision)
 
-    def _guess(self, noise_variance: float) -> tuple[np.ndarray, float]:
-        """What latency and size say of each candidate's accuracy, (n,), and the variance of the truth around that."""
-        count = len(self.searched)
-        least = noise_variance / 16
-        if count < LEAST_FITTED:
-            return np.full(count, self.searched.mean()), max(float(np.var(self.searched)), noise_variance)
-        scaled = (self.features - self.features.mean(0)) / np.maximum(self.features.std(0), 1e-9)
-        design = np.column_stack([np.ones(count), scaled, scaled**2])
-        ridge = np.diag([1e-9] + [1.0] * (design.shape[1] - 1))
-        hat = design @ np.linalg.solve(design.T @ design + ridge, design.T)
-        guessed = hat @ self.searched
-        # Each error is that of a fit without the candidate itself.
-        errors = (self.searched - guessed) / np.maximum(1 - np.diag(hat), 1e-3)
-        return guessed, max(float(np.mean(errors**2)) - noise_variance, least)
+    def _guess(self, noise_variance: float) -> tuple[np.ndarray, np.ndarray]:
+        """What is known of each candidate's accuracy without its own trainings: mean and variance, (n,) each."""
+        if self.guessed is None:
+            variance = max(float(np.var(self.searched)), noise_variance)
+            return np.full(len(self.searched), self.searched.mean()), np.full(len(self.searched), variance)
+        mean, deviation = self.guessed
+        # They are of one training, which scatters around the truth.
+        return mean, np.maximum(deviation**2 - noise_variance, noise_variance / 16)
+
+    @cached_property
+    def guessed(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Mean and standard deviation of the training of each candidate, guessed from all others; None for too few."""
+        if len(self.searched) < LEAST_FITTED:
+            return None
+        kernel = kernel_for(self.points, self.searched, {})
+        return Model.of(self.points, self.searched, kernel).left_out()
 
     def membership(self) -> np.ndarray:
         """The probability that each candidate is on the front of the true accuracies, (n,)."""
@@ -173,10 +177,3 @@ class Race:
             variance, quantile = squares / freedom, stats.t.ppf(0.975, freedom)
         half = float(quantile * np.sqrt(variance / len(self.further[index]) + mean * (1 - mean) / images))
         return mean, max(0.0, mean - half), min(1.0, mean + half)
-
-
-def features_of(params: Sequence[int], macs: Sequence[int], latency_ms: Sequence[float]) -> np.ndarray:
-    """Figures from which the accuracy of networks may be guessed: logarithms of size, work and latency, (n, 3)."""
-    columns = [np.maximum(np.asarray(each, dtype=float), 1e-9) for each in (params, macs, latency_ms)]
-    logs: np.ndarray = np.log(np.column_stack(columns))
-    return logs

@@ -16,6 +16,7 @@ from nas.errors import CandidateFailed, UsageError
 from nas.lab.invented import FakeEvaluator
 from nas.recorded import RecordedStudy
 from nas.search import loop as search
+from nas.search.confirmation import nearest_to_front
 from nas.search.loop import SearchResult, Silent
 from nas.training.proxy import ProxyResult
 from nas.training.weights import Images, Trained, Weights, weight_folder
@@ -289,3 +290,12 @@ def test_the_command_refuses_what_it_cannot_do(recorded: RecordedStudy, tmp_path
     with pytest.raises(StorageError, match="elsewhere"):
         confirm(recorded, ConfirmConfig())
     assert further(recorded) == []
+
+
+def test_of_a_long_study_those_nearest_to_the_front_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nas.search.confirmation.MOST_RACING", 3)
+    rows = pd.DataFrame({"latency_ms": [3.0, 1.0, 2.0, 4.0, 5.0], "accuracy": [0.4, 0.5, 0.6, 0.7, 0.65]})
+    # At its latency the first lacks .2, the last .05; the others are on the front.
+    assert nearest_to_front(rows)["latency_ms"].tolist() == [1.0, 2.0, 4.0]
+    monkeypatch.setattr("nas.search.confirmation.MOST_RACING", 4)
+    assert nearest_to_front(rows)["latency_ms"].tolist() == [1.0, 2.0, 4.0, 5.0]

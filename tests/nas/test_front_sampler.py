@@ -110,6 +110,18 @@ def test_our_own_prediction_is_that_of_scikit_learn() -> None:
     assert ours_deviation == pytest.approx(0.1 * np.sqrt(deviation**2 - 0.2), rel=1e-4)
 
 
+def test_what_is_left_out_is_guessed_from_all_others() -> None:
+    points, _, values = noisy_values(30, 0.02)
+    kernel = Kernel(signal=1.5, length=3.0, noise=0.2)
+    mean, deviation = Model(points, values, kernel, mean=0.5, deviation=0.1).left_out()
+    for index in (0, 7, 29):
+        others = np.arange(30) != index
+        without = Model(points[others], values[others], kernel, mean=0.5, deviation=0.1)
+        guessed, spread = without.predict(points[index : index + 1])
+        assert mean[index] == pytest.approx(guessed[0])
+        assert deviation[index] == pytest.approx(np.hypot(spread[0], without.noise))
+
+
 def test_a_kernel_depends_on_the_first_points_only() -> None:
     points, _, values = noisy_values(79, 0.02)
     known: dict[int, Kernel] = {}

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from nas import pareto
-from nas.search.racing import CONFIDENCE, MOST_TRAININGS, TRAININGS, Race, features_of
+from nas.search.model import Scale
+from nas.search.racing import CONFIDENCE, MOST_TRAININGS, TRAININGS, Race
 
 NOISE = 0.024
 
@@ -21,9 +22,8 @@ class Pool:
         params = macs / 100 * np.exp(self.rng.normal(0, 0.5, count))
         self.accuracy = 0.45 + 0.35 * (1 - np.exp(-self.latency_ms / 0.12)) + self.rng.normal(0, 0.024, count)
         searched = self.accuracy + self.rng.normal(0, NOISE, count)
-        self.race = Race(
-            searched, self.latency_ms, features_of(list(params.astype(int)), list(macs.astype(int)), self.latency_ms)
-        )
+        features = np.log(np.column_stack([params, macs, self.latency_ms]))
+        self.race = Race(searched, self.latency_ms, Scale.of(features)(features))
 
     def train(self, index: int) -> None:
         self.race.add(index, float(self.accuracy[index] + self.rng.normal(0, NOISE)))
