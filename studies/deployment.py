@@ -42,6 +42,11 @@ class Deployment:
         """The deployment of a row of a view. (As an attribute, `dtype` would be the Series' own.)"""
         return cls(*(row[name] for name in cls.columns()))
 
+    @property
+    def key(self) -> str:
+        """The deployment as one text, as the view `convfirst_evaluations` writes it, too."""
+        return " ".join(str(value) for value in asdict(self).values())
+
     def as_columns(self) -> dict[str, Any]:
         """The value of each column."""
         return asdict(self)

@@ -17,6 +17,7 @@ from sqlalchemy import func, select, text, update
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, subqueryload
 
+from studies.deployment import Deployment
 from studies.devices import Devices
 from studies.errors import StorageError, guarded
 from studies.opening import OBJECTIVES, open_storage, require_ours
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 METRIC_NAMES_KEY = "study:metric_names"
+NOT_CONFIRMED: dict[str, Any] = dict(confirmed_at=None, confirmed_in=None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +188,7 @@ class Store:
                 require_owner(session, candidate.study_id, owner)
                 if candidate.state == CandidateState.COMPLETE:
                     # The front may be another one now.
-                    session.execute(update(Study).where(Study.study_id == candidate.study_id).values(confirmed_at=None))
+                    session.execute(update(Study).where(Study.study_id == candidate.study_id).values(NOT_CONFIRMED))
         except IntegrityError:
             # Only the owner writes candidates: that of this trial was written by an attempt of which no answer came.
             if not self._has_candidate(candidate):
@@ -198,24 +200,26 @@ class Store:
         return stored is not None and stored.arch_id == candidate.arch_id and stored.state == candidate.state
 
     @repeatable
-    def confirm(self, study_id: int, owner: Owner, confirmed: Sequence[Confirmed]) -> None:
+    def confirm(self, study_id: int, owner: Owner, deployment: Deployment, confirmed: Sequence[Confirmed]) -> None:
         """Write the confirmed accuracies of a study, in the place of any older ones, all or nothing.
 
-        With them `pareto_front` becomes the front of these candidates; without any it is the searched one.
+        With them `pareto_front` becomes the front of these candidates; without any it is the searched one, as it is in
+        other deployments than that whose front was confirmed.
 
         Raises:
             StorageError: the study was deleted meanwhile, or is no longer `owner`'s.
         """
         with transaction(self.engine) as session:
-            require_owner(session, study_id, owner)
             columns = ("confirmed_accuracy", "confirmed_low", "confirmed_high", "confirmed_trainings")
             candidates = update(Candidate).where(Candidate.study_id == study_id)
             session.execute(candidates.values(dict.fromkeys(columns)))
             for each in confirmed:
                 values = dict(zip(columns, (each.accuracy, each.low, each.high, each.trainings), strict=True))
                 session.execute(candidates.where(Candidate.trial_id == each.trial_id).values(values))
-            when = now() if confirmed else None
-            session.execute(update(Study).where(Study.study_id == study_id).values(confirmed_at=when))
+            # Rows are locked in the order in which deleting a study locks them: its candidates, then the study.
+            require_owner(session, study_id, owner)
+            state = dict(confirmed_at=now(), confirmed_in=deployment.key) if confirmed else NOT_CONFIRMED
+            session.execute(update(Study).where(Study.study_id == study_id).values(state))
 
     @repeatable
     def add_latencies(self, study_id: int, rows: Sequence[CandidateLatency]) -> None:
@@ -262,6 +266,7 @@ class Store:
         query = "SELECT * FROM pareto_front WHERE study_name = :name ORDER BY latency_ms, accuracy DESC, number"
         return read_view(self.engine, query, name)
 
+    @repeatable
     def evaluations(self, name: str) -> pd.DataFrame:
         """The complete rows of one study in the view `convfirst_evaluations`, in the order of their trials."""
         query = "SELECT * FROM convfirst_evaluations WHERE study_name = :name AND state = 'complete' ORDER BY number"

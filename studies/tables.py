@@ -130,6 +130,7 @@ class Study(Base):
         study_id: the id of Optuna's study, which has the name.
         owner: an `ownership.Owner` as text.
         confirmed_at: when the accuracies of the front were confirmed; None if they are not, or no longer.
+        confirmed_in: the deployment whose front was confirmed, as `Deployment.key` writes it.
     """
 
     __tablename__ = "convfirst_studies"
@@ -144,6 +145,7 @@ class Study(Base):
     created_at: Mapped[datetime] = mapped_column(default=now)
     owner: Mapped[str | None]
     confirmed_at: Mapped[datetime | None]
+    confirmed_in: Mapped[str | None]
 
     device: Mapped[Device] = relationship(lazy="joined")
 

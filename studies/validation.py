@@ -9,6 +9,7 @@ from sqlalchemy import Engine, select
 from sqlalchemy.exc import IntegrityError
 
 from studies.errors import StorageError
+from studies.reconnecting import repeatable
 from studies.sql import read_view, transaction, transaction_on, upsert
 from studies.tables import BaselineLatency, BaselineTraining, Candidate, CandidateTraining, TrainingStage
 
@@ -52,6 +53,7 @@ class Trainings:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
 
+    @repeatable
     def add(self, row: CandidateTraining) -> None:
         """Write a training of a candidate, in the place of an older one of the same stage with the same settings.
 
@@ -64,6 +66,7 @@ class Trainings:
         except IntegrityError as error:
             raise StorageError("the study was deleted, or candidates of it") from error
 
+    @repeatable
     def of_study(self, study_id: int, stage: TrainingStage) -> list[CandidateTraining]:
         """The trainings of a study's candidates in one stage, failed ones too, in the order in which they were made."""
         query = select(CandidateTraining).join(Candidate, Candidate.trial_id == CandidateTraining.trial_id)

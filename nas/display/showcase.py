@@ -75,7 +75,8 @@ def _artifacts(store: Store, row: pd.Series, table: BlockTable) -> list[Artifact
     ).encode()
     artifacts = [Artifact(f"{prefix}_config.json", _stamp(as_json.decode()), lambda: as_json)]
     curve = curves.from_json(store.learning_curve(int(row["trial_id"])))
-    accuracy = float(row["accuracy"])
+    # The curve is that of the training by which the search chose it.
+    accuracy = float(row["searched_accuracy"])
     title = f"trial {number}: {arch}"
     if curve:
         artifacts.append(Artifact(

@@ -46,9 +46,10 @@ def front_chart(evaluations: pd.DataFrame, front: pd.DataFrame) -> Chart:
         series.append(_points(
             evaluations[over], f"over the limit, measured again ({over.sum()})", colour="#555d66", marker="x", size=7,
         ))  # fmt: skip
+    bars = "confirmed; bars: 95 %, p20 to p80" if confirmed else "bars from p20 to p80"
     series.append(_points(
-        front, f"front ({len(front)}), {'confirmed: 95 % and' if confirmed else 'bars from'} p20 to p80", colour=RED,
-        size=9, stairs=True, low=list(front["latency_p20_ms"]), high=list(front["latency_p80_ms"]),
+        front, f"front ({len(front)}), {bars}", colour=RED, size=9, stairs=True,
+        low=list(front["latency_p20_ms"]), high=list(front["latency_p80_ms"]),
         below=[100 * value for value in front["accuracy_low"]] if confirmed else (),
         above=[100 * value for value in front["accuracy_high"]] if confirmed else (),
         labels=[str(number) for number in front["number"]] if len(front) <= MOST_LABELS else (),

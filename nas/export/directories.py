@@ -130,7 +130,8 @@ def chosen(recorded: RecordedStudy, selection: Selection) -> pd.DataFrame:
             least = rows["latency_ms"].min()
             raise UsageError(f"--max-latency-ms {selection.max_latency_ms:g}: the fastest takes {least:.4g} ms")
     # Of candidates that were not trained again, the accuracy of the search is all that is known.
-    passing = passing.assign(known_accuracy=passing["confirmed_accuracy"].fillna(passing["accuracy"]))
+    confirmed = passing["confirmed_accuracy"].where(passing["confirmed"] == 1)
+    passing = passing.assign(known_accuracy=confirmed.fillna(passing["accuracy"]))
     if selection.min_accuracy is not None:
         accurate = passing[passing["known_accuracy"] >= selection.min_accuracy]
         if accurate.empty:

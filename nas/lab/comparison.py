@@ -30,7 +30,7 @@ REFERENCES = (1.0, 2.0, 4.0)
 def search(folder: Path, sampler: str, seed: int, seconds: int) -> subprocess.Popen[bytes]:
     """Start a search in a process of its own, with a database of its own."""
     name = f"{sampler}{seed}"
-    command = [sys.executable, SCRIPT, "--budget", UNLIMITED, "--time-limit", seconds, "--threads", 1]
+    command = [sys.executable, SCRIPT, "--budget", UNLIMITED, "--time-limit", seconds, "--threads", 1, "--confirm", 0]
     command += ["--sampler", sampler, "--seed", seed, "--study", name, "--storage", url(folder, name)]
     with (folder / f"{name}.log").open("wb") as log:
         return subprocess.Popen([str(part) for part in command], stdout=log, stderr=subprocess.STDOUT)

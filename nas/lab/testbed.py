@@ -59,7 +59,8 @@ class Plan:
         resolution: their width and height in pixels, for networks without a resolution of their own.
         steps, batch_size, learning_rate: the schedule.
         longer: number of steps of the long trainings, in units of `steps`.
-        long_every: every so many random networks are trained longer.
+        long_every: every so many random networks, and every so many found ones, are trained longer.
+        classes: number of classes.
     """
 
     space: str
@@ -70,6 +71,7 @@ class Plan:
     learning_rate: float
     longer: int
     long_every: int
+    classes: int = 10
 
     @property
     def proxy(self) -> ProxyConfig:
@@ -145,7 +147,7 @@ def random_networks(space: SearchSpace, count: int) -> list[ArchSpec]:
 
 def jobs_of(archs: Sequence[ArchSpec], found: Sequence[ArchSpec], plan: Plan) -> Iterator[tuple[ArchSpec, int, bool]]:
     """All trainings, (network, seed, long), in an order in which any first part is a balanced table."""
-    for index, arch in enumerate([*archs, *found]):
+    for index, arch in [*enumerate(archs), *enumerate(found)]:
         several = index % SEVERAL_SEEDS_EVERY == 0
         for seed in range(SEEDS if several else 1):
             yield arch, seed, False
@@ -229,12 +231,13 @@ def train(
     rate: Annotated[float, typer.Option(help="Peak learning rate.")] = ProxyConfig().learning_rate,
     longer: Annotated[int, typer.Option(help="Length of the long trainings, in units of the others.")] = 8,
     long_every: Annotated[int, typer.Option(help="Every so many networks are trained longer.")] = 20,
+    classes: Annotated[int, typer.Option(help="Number of classes.")] = 10,
     workers: Annotated[int, typer.Option(help="Number of trainings at once.")] = 2,
 ) -> None:
     """Train what the table lacks."""
     console = Console()
     folder.mkdir(parents=True, exist_ok=True)
-    plan = Plan(space, data, resolution, steps, batch, rate, longer, long_every)
+    plan = Plan(space, data, resolution, steps, batch, rate, longer, long_every, classes)
     if (folder / PLAN).exists() and (before := Plan(**json.loads((folder / PLAN).read_text()))) != plan:
         raise SystemExit(f"{folder}: was begun with another plan, {before}")
     with whole(folder / PLAN) as part:
@@ -283,12 +286,14 @@ def time_(folder: Folder) -> None:
     done = {row["arch"] for row in lines_of(folder / LATENCIES)}
     wanted = dict.fromkeys(row["arch"] for row in lines_of(folder / TRAININGS))
     lacking = [ArchSpec.parse(text) for text in wanted if text not in done]
-    config = LatencyConfig(device="cpu", engine="onnxruntime", resolution=plan.resolution, num_classes=10)
+    config = LatencyConfig(device="cpu", engine="onnxruntime", resolution=plan.resolution, num_classes=plan.classes)
     torch.set_num_threads(1)
-    meter = LatencyMeter(config, space.anchor().build(10))
+    meter = LatencyMeter(config, space.anchor().build(plan.classes))
     for begin in track(range(0, len(lacking), TIMED_TOGETHER), "timing"):
         group = lacking[begin : begin + TIMED_TOGETHER]
-        for arch, measured in zip(group, meter.measure_together([arch.build(10) for arch in group]), strict=True):
+        for arch, measured in zip(
+            group, meter.measure_together([arch.build(plan.classes) for arch in group]), strict=True
+        ):
             append(folder / LATENCIES, {"arch": str(arch), "latency_ms": measured.latency.median_ms})
 
 
@@ -305,7 +310,7 @@ def pack(folder: Folder, table: Annotated[Path, typer.Argument(help="File of the
     for text, rows in by_arch.items():
         if text not in latencies:
             continue
-        counted = cost(ArchSpec.parse(text), plan.resolution, 10)
+        counted = cost(ArchSpec.parse(text), plan.resolution, plan.classes)
         ordered = sorted(rows, key=lambda row: row["seed"])
         networks.append({
             "arch": text, "found": text in found, "params": counted.params, "macs": counted.macs,
@@ -327,9 +332,13 @@ def show(table: Annotated[Path, typer.Argument(help="File of the table.")]) -> N
     several = [each for each in short if len(each) == SEEDS]
     noise = float(np.sqrt(np.mean([np.var(each, ddof=1) for each in several]))) if several else float("nan")
     spread = float(np.std([each[0] for each in short if each], ddof=1))
-    long = [network for network in networks if len(network.long) == SEEDS and network.short]
-    score = [network.short[0].accuracy for network in long]
-    truth = [np.mean([each.accuracy for each in network.long]) for network in long]
+    scored = [
+        (one[0], [each.accuracy for each in network.long if each.accuracy is not None])
+        for one, network in zip(short, networks, strict=True)
+        if one
+    ]
+    long = [(score, longer) for score, longer in scored if len(longer) == SEEDS]
+    score, truth = [each for each, _ in long], [float(np.mean(longer)) for _, longer in long]
     lines = console_table(str(table), "what", "value", text=("what",))
     for name, value in (
         ("networks", f"{len(networks):,}"), ("of them found", f"{sum(each.found for each in networks):,}"),

@@ -79,7 +79,7 @@ def hypervolume_charts(history: pd.DataFrame, reference_latency_ms: float) -> di
         for row in rows.to_dict("records")
     ]
     marker = "" if len(rows) > MOST_MARKERS else "o"
-    y_title = f"hypervolume up to {reference_latency_ms:.3g} ms"
+    y_title = f"hypervolume as searched, up to {reference_latency_ms:.3g} ms"
     axes = {
         "hypervolume_trials": ("candidates", rows["count"]),
         "hypervolume_seconds": (f"{unit} of evaluating candidates", rows["seconds"] / scale),
@@ -87,7 +87,13 @@ def hypervolume_charts(history: pd.DataFrame, reference_latency_ms: float) -> di
     charts = {}
     for name, (x_title, values) in axes.items():
         stairs = Series(
-            "hypervolume", [0, *values], [0, *rows["hypervolume"]], RED, marker, stairs=True, details=["", *details]
+            "hypervolume as searched",
+            [0, *values],
+            [0, *rows["hypervolume"]],
+            RED,
+            marker,
+            stairs=True,
+            details=["", *details],
         )
         charts[name] = Chart(x_title, y_title, [stairs], from_zero=True)
     return charts

@@ -17,7 +17,7 @@ from markupsafe import Markup, escape
 
 from nas import pareto
 from nas.display.charts import Chart, save_charts
-from nas.display.notes import deployment_line, duration
+from nas.display.notes import deployment_line, duration, is_confirmed
 from nas.display.study_plots import front_chart
 from nas.errors import UsageError
 from nas.files import folder_for
@@ -176,6 +176,7 @@ def tiles(material: Material) -> list[tuple[str, str]]:
         shown.append((f"{volumes.searched:.4f}", f"hypervolume as searched, {reference}"))
         if volumes.confirmed is not None:
             shown.append((f"{volumes.confirmed:.4f}", f"hypervolume as confirmed, {reference}"))
+            shown.append((f"{volumes.optimism:+.4f}", "optimism: as searched minus as confirmed"))
     return [*shown, (duration(float(material.time_spent.to_numpy().sum())), "spent on candidates")]
 
 
@@ -243,6 +244,7 @@ def page(
         plotly_js=get_plotlyjs() if plots else "",
         of_study=of_study,
         front_words=front_words(material.front) if len(material.front) else "",
+        confirmed=is_confirmed(material.front),
         front_rows=some_rows(material.front, MOST_ROWS),
         columns_drawn=min(len(material.front), MOST_COLUMNS),
         architectures_px=round(100 * figure_width(min(len(material.front), MOST_COLUMNS))),

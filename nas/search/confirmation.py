@@ -11,6 +11,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TypeAlias
 
+import numpy as np
 import pandas as pd
 
 from nas.errors import CandidateFailed
@@ -55,8 +56,8 @@ class Confirmation:
         trained = f"{self.trainings} training{'s' if self.trainings != 1 else ''} with other seeds"
         if not self.confirmed:
             return (
-                f"the front is not confirmed: {trained} leave out some of its likely members "
-                "(the command confirm goes on)"
+                f"the front is not confirmed: some of its likely members were not trained again ({trained}); the "
+                "command confirm goes on"
             )
         open_ = "" if self.decided else "; some places are still within the noise"
         scatter = "" if self.noise is None else f", which scatter by {100 * self.noise:.1f} points"
@@ -82,10 +83,11 @@ class Confirmer:
         self.rows = nearest_to_front(rows[~rows["latency_over_limit"].astype(bool)])
         self.archs = [ArchSpec.from_json(text) for text in self.rows["arch"]]
         deployed = recorded.config.latency
-        features = matrix(self.archs, deployed.resolution, deployed.num_classes)
-        self.race = Race(
-            self.rows["accuracy"].to_numpy(float), self.rows["latency_ms"].to_numpy(float), Scale.of(features)(features)
-        )
+        points = np.zeros((0, 1))
+        if self.archs:
+            features = matrix(self.archs, deployed.resolution, deployed.num_classes)
+            points = Scale.of(features)(features)
+        self.race = Race(self.rows["accuracy"].to_numpy(float), self.rows["latency_ms"].to_numpy(float), points)
         self.stored: dict[tuple[int, int], CandidateTraining] = {
             (row.trial_id, row.seed): row
             for row in recorded.store.trainings.of_study(recorded.study_id, TrainingStage.CONFIRMATION)
@@ -101,7 +103,7 @@ class Confirmer:
     @property
     def likely(self) -> int:
         """Number of candidates that are more likely on the front than not."""
-        return int((self.race.membership() >= 0.5).sum())
+        return int((self.race.membership() >= 0.5).sum()) if self.archs else 0
 
     def run(
         self, most: int, is_late: Callable[[], bool] = lambda: False,
@@ -118,7 +120,7 @@ class Confirmer:
         Raises:
             studies.StorageError: the study was deleted or taken over meanwhile.
         """
-        while chosen := self._chosen(most - self._count()):
+        while self.archs and (chosen := self._chosen(most - self._count())):
             lacking = [index for index in chosen if self._key(index) not in self.stored]
             if lacking and is_late():
                 break
@@ -126,13 +128,14 @@ class Confirmer:
             keys = [self._key(index) for index in chosen]
             for index, key in zip(chosen, keys, strict=True):
                 self.race.add(index, self.stored[key].accuracy)
-        eligible = self.race.eligible()
-        self.recorded.store.confirm(self.recorded.study_id, self.owner, [
+        eligible = self.race.eligible() if self.archs else []
+        self.recorded.store.confirm(self.recorded.study_id, self.owner, self.recorded.deployment, [
             Confirmed(int(self.rows["trial_id"][index]), *self.race.interval(index, self.images),
                       len(self.race.further[index]))
             for index in eligible
         ])  # fmt: skip
-        return Confirmation(self._count(), len(eligible), self.race.decided(), bool(eligible), self.race.measured_noise)
+        decided = bool(eligible) and self.race.decided()
+        return Confirmation(self._count(), len(eligible), decided, bool(eligible), self.race.measured_noise)
 
     def _chosen(self, left: int) -> list[int]:
         """The candidates to train next, where so many trainings are left."""

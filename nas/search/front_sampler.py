@@ -18,7 +18,6 @@ import optuna
 from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
-from scipy.special import ndtr
 
 from nas import pareto
 from nas.config import Limits
@@ -48,8 +47,8 @@ FASTER = 0.8
 MOST_FAILED = 100
 # Failures are rarer than what does not fail; and nothing is so likely to fail that it is never tried.
 DEVIATION_OF_FAILURES, LEAST_LIKELY = 0.3, 0.02
-# The name of that limit among a trial's constraints.
-LATENCY = "latency_ms"
+# The names of limits among a trial's constraints.
+LATENCY, MEMORY = "latency_ms", "memory_mb"
 
 
 @dataclass
@@ -100,6 +99,12 @@ class Memory:
             self.archs[trial.number] = self.space.assemble(self.chosen(trial.params) | self.fixed)
         return self.archs[trial.number]
 
+    def latency_ms(self, trial: FrozenTrial) -> float:
+        """The latency of a trial that was timed, also of one over the limit."""
+        if trial.state == TrialState.COMPLETE:
+            return float(trial.values[1])
+        return self.most_ms * (1 + trial.constraints[LATENCY])
+
     def chosen(self, params: Mapping[str, Any]) -> dict[str, Choice]:
         """The choices of the space that a trial's parameters stand for."""
         return {name: chosen(choices, params[name]) for name, choices in self.choices.items()}
@@ -125,7 +130,7 @@ class FrontSampler(BaseSampler):
         self.memory, self.rng, self.known = memory, random.Random(seed), known
 
     def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, BaseDistribution]:
-        # All parameters are chosen in `before_trial`'s place: by `sample_relative`, of whatever is asked for.
+        # All parameters are chosen at once, by `sample_relative`.
         return {name: distribution(choices) for name, choices in self.memory.choices.items()}
 
     def sample_relative(
@@ -142,15 +147,28 @@ class FrontSampler(BaseSampler):
     def proposed(self, study: optuna.Study) -> ArchSpec:
         """The architecture to evaluate next."""
         trials = [trial for trial in study.get_trials(deepcopy=False) if trial.params]
-        if sum(trial.state == TrialState.COMPLETE for trial in trials) < STARTUP_TRIALS:
-            return self.random()
+        complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+        if len(complete) < STARTUP_TRIALS:
+            return self.random([*complete, *over_latency(trials)])
         return self.best(FrontModel.of(self.memory, trials))
 
-    def random(self) -> ArchSpec:
-        """A random architecture that is possible, if one is found soon."""
-        drawn = [self.memory.space.sample(self.rng) for _ in range(RANDOM)]
-        found = self._new(drawn)
-        return found[0] if found else drawn[0]
+    def random(self, timed: Sequence[FrozenTrial] = ()) -> ArchSpec:
+        """A random architecture that is possible, if one is found soon.
+
+        Args:
+            timed: trials whose latency is known. Once there are several, architectures that are likely too slow to
+                count are left out, or a tight limit would hardly ever be kept.
+        """
+        memory = self.memory
+        drawn = [memory.space.sample(self.rng) for _ in range(RANDOM)]
+        found = self._new(drawn) or drawn[:1]
+        if len(timed) < STARTUP_TRIALS:
+            return found[0]
+        points = memory.points([memory.arch_of(trial) for trial in timed])
+        latency = Model.of(points, np.log([memory.latency_ms(trial) for trial in timed]), Kernel(*FIRST))
+        likely = latency.below(memory.points(found), np.log(memory.most_ms))
+        # Of those that are likely fast enough the first, else the likeliest.
+        return found[int(np.argmax(np.minimum(likely, 0.5)))]
 
     def best(self, model: FrontModel) -> ArchSpec:
         """The candidate by which the front is expected to grow most."""
@@ -208,15 +226,18 @@ class FrontModel:
         kernel = kernel_for(points, accuracy, memory.accuracy_kernels)
         kept = _kept(accuracy, latency_ms)
         failed = [trial for trial in by_state[TrialState.FAIL] if trial.user_attrs.get(REASON) != INTERRUPTED]
+        # A limit on the memory is kept or not, as a network runs or not.
+        failed += [trial for trial in by_state[TrialState.PRUNED] if trial.constraints.get(MEMORY, 0) > 0]
+        failed.sort(key=lambda trial: trial.number)
         bad = memory.points([memory.arch_of(trial) for trial in failed[-MOST_FAILED:]])
         runs = Model(points[kept], np.ones(len(kept)), Kernel(*FIRST), mean=1.0, deviation=DEVIATION_OF_FAILURES)
         of_accuracy = Model.of(points[kept], accuracy[kept], kernel)
-        over = [trial for trial in by_state[TrialState.PRUNED] if LATENCY in trial.constraints][-MOST_FAILED:]
+        over = over_latency(by_state[TrialState.PRUNED])[-MOST_FAILED:]
         of_latency = Model.of(
             points[kept], np.log(latency_ms[kept]), kernel_for(points, np.log(latency_ms), memory.latency_kernels)
         ).with_more(
             memory.points([memory.arch_of(trial) for trial in over]),
-            np.log([memory.most_ms * (1 + trial.constraints[LATENCY]) for trial in over]),
+            np.log([memory.latency_ms(trial) for trial in over]),
         )
         means, _ = of_accuracy.predict(points[kept])
         known, known_ms = [archs[index] for index in kept], latency_ms[kept]
@@ -243,11 +264,16 @@ class FrontModel:
         if latency_ms is not None:
             return self.stairs.improvement(mean, deviation, latency_ms)
         likely = np.ones(len(archs)) if self.runs is None else np.clip(self.runs.predict(points)[0], LEAST_LIKELY, 1)
-        guessed, spread = self.latency.predict(points)
+        guessed, _ = self.latency.predict(points)
         # A network that turns out slower than all that counts adds nothing.
-        fast_enough = ndtr((np.log(self.memory.most_ms) - guessed) / np.hypot(spread, self.latency.noise))
+        fast_enough = self.latency.below(points, np.log(self.memory.most_ms))
         expected: np.ndarray = likely * fast_enough * self.stairs.improvement(mean, deviation, np.exp(guessed))
         return expected
+
+
+def over_latency(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The trials that were pruned because they broke the limit on the latency."""
+    return [trial for trial in trials if trial.state == TrialState.PRUNED and trial.constraints.get(LATENCY, 0) > 0]
 
 
 def _kept(accuracy: np.ndarray, latency_ms: np.ndarray) -> np.ndarray:

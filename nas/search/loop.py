@@ -32,6 +32,9 @@ from search_spaces import ArchSpec
 from studies import LatencyStage
 from studies.display import artifact_folder
 
+# Times that a front is confirmed and timed, where members turn out over the limit.
+MAX_CONFIRMATIONS = 3
+
 
 @dataclass(frozen=True)
 class Event:
@@ -164,9 +167,18 @@ def run(config: SearchConfig, evaluator: Evaluator | None = None, progress: Prog
     with closing(evaluator), open_study(config, evaluator, json.dumps(versions()), progress.note) as study:
         progress.begin(len(study.complete), config.budget)
         rounds = _loop(config, study, evaluator, progress, begin)
-        remarks = _confirm(config, study, evaluator, progress, rounds)
+        remarks: tuple[str, ...] = ()
+        for _ in range(MAX_CONFIRMATIONS):
+            confirmed = _confirm(config, study, evaluator, progress, rounds)
+            timed_begin = time.perf_counter()
+            timed, over_limit = _time_front(config, study, evaluator, progress)
+            rounds.latency += time.perf_counter() - timed_begin
+            remarks = (*remarks, *confirmed, *timed)
+            # In the place of members that turned out over the limit others may be on the front, to be confirmed.
+            if not (confirmed and over_limit):
+                break
         final_begin = time.perf_counter()
-        remarks += _finish(config, study, evaluator, progress)
+        remarks += _measure_parts(config, study, evaluator, progress)
         if config.keep_weights:
             weights(config, study).keep_only({int(number) for number in study.recorded.front()["number"]})
         latency = rounds.latency + time.perf_counter() - final_begin
@@ -206,53 +218,57 @@ def _confirm(
     if not most:
         return ()
     confirmer = Confirmer(study.recorded, study.owner, evaluator.train, evaluator.val_images, evaluator.round_size)
-    begin, trained = time.perf_counter(), 0
+    begin = time.perf_counter()
 
     def is_late() -> bool:
-        now = time.perf_counter()
-        each = (now - begin) / trained if trained else 0.0
-        return config.time_limit_s is not None and now - rounds.begin + each * confirmer.batch >= config.time_limit_s
+        seconds = time.perf_counter() - rounds.begin + rounds.seconds_each * confirmer.batch
+        return config.time_limit_s is not None and seconds >= config.time_limit_s
 
     def step(index: int, result: ProxyResult | CandidateFailed, seconds: float) -> None:
-        nonlocal trained
-        trained += 1
         rounds.worked += seconds
-        progress.confirming(trained, most, confirmer.likely)
+        progress.confirming(confirmer.trainings, most, confirmer.likely)
         if config.keep_weights and isinstance(result, ProxyResult) and result.trained:
             row = confirmer.rows.iloc[index]
             rounds.keep_better(int(row["number"]), str(row["arch_id"]), result.accuracy, result.trained)
 
-    progress.confirming(0, most, confirmer.likely)
+    progress.confirming(confirmer.trainings, most, confirmer.likely)
     done = confirmer.run(most, is_late, step)
     rounds.training += time.perf_counter() - begin
     return (str(done),)
 
 
-def _finish(config: SearchConfig, study: LiveStudy, evaluator: Evaluator, progress: Progress) -> tuple[str, ...]:
-    """Measure the front's members again in turns, then their blocks, and return remarks on the results."""
-    if not study.complete:
-        return ()
-    deployment, recorded = config.latency, study.recorded
-    remarks = []
+def _time_front(
+    config: SearchConfig, study: LiveStudy, evaluator: Evaluator, progress: Progress
+) -> tuple[tuple[str, ...], bool]:
+    """Measure the front's members again in turns; return remarks on the result, and whether some broke the limit."""
+    recorded = study.recorded
     front = recorded.front()
-    if (front["latency_stage"] != LatencyStage.FINAL).any():
-        members = "the one network" if len(front) == 1 else f"the {len(front)} networks"
-        progress.note(f"measuring {members} of the front again" + (", in turns" if len(front) > 1 else ""))
-        try:
-            changes = measure_front(
-                recorded, recorded.deployment, evaluator.measure_together, limit_ms=config.limits.latency_ms
-            )
-            remarks += [] if changes is None else [str(changes)]
-        except CandidateFailed as error:
-            # Each member ran before; now one does not.
-            remarks.append(f"the front could not be measured again ({error})")
-        study.reload()
-        front = recorded.front()
+    if front.empty or (front["latency_stage"] == LatencyStage.FINAL).all():
+        return (), False
+    members = "the one network" if len(front) == 1 else f"the {len(front)} networks"
+    progress.note(f"measuring {members} of the front again" + (", in turns" if len(front) > 1 else ""))
+    try:
+        changes = measure_front(
+            recorded, recorded.deployment, evaluator.measure_together, limit_ms=config.limits.latency_ms
+        )
+    except CandidateFailed as error:
+        # Each member ran before; now one does not.
+        return (f"the front could not be measured again ({error})",), False
+    study.reload()
+    return ((), False) if changes is None else ((str(changes),), bool(changes.over_limit))
+
+
+def _measure_parts(config: SearchConfig, study: LiveStudy, evaluator: Evaluator, progress: Progress) -> tuple[str, ...]:
+    """Measure the blocks of the front's members, and return remarks on how they add up."""
+    deployment, recorded = config.latency, study.recorded
+    front = recorded.front()
+    if front.empty:
+        return ()
     archs = [ArchSpec.from_json(text) for text in front["arch"]]
     table = BlockTable(study.recorded.store, evaluator.device, deployment)
     _measure_blocks(table, evaluator, archs, progress)
     failed = sum(table.lacks(arch_parts(arch, deployment)) for arch in archs)
-    remarks += [f"blocks of {failed} of the front's networks could not be measured alone"] if failed else []
+    remarks = [f"blocks of {failed} of the front's networks could not be measured alone"] if failed else []
     anchor = table.median_ms(network_shape(str(config.space.anchor()), deployment))
     errors = sum_errors(table, archs, list(front["latency_ms"]), recorded.row.anchor_ms, anchor)
     return (*remarks, sum_errors_line(errors)) if errors else tuple(remarks)

@@ -22,6 +22,7 @@ from nas.recorded import RecordedStudy
 from nas.reporting import Note
 from nas.search.evaluation import Evaluator
 from nas.search.live_study import LiveStudy
+from nas.training.weights import Weights, weight_folder
 from studies import Owner, Store, guarded
 from studies.display import write_note
 
@@ -223,6 +224,8 @@ def _begin(
         anchor_ms=anchor_ms,
     )  # fmt: skip
     store.ownership.claim(row.study_id, owner)
+    # On SQLite a study may have the id of one that was deleted, whose files are still there.
+    Weights(weight_folder(config.storage), row.study_id).keep_only(())
     recorded = RecordedStudy.open(store, config.study)
     write_note(store.optuna_storage, row.study_id, None, notes.study_note(recorded))
     return recorded, profile

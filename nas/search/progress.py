@@ -48,7 +48,8 @@ def scored_briefly(event: Event) -> str:
 def standing(event: Event) -> str:
     """The state of the search in a few words."""
     left = f"  {duration(event.seconds_left)} left" if event.seconds_left is not None else ""
-    return f"best {event.best_accuracy:.3f}  front {event.front_size}  hypervolume {event.hypervolume:.4f}{left}"
+    volume = f"hypervolume as searched {event.hypervolume:.4f}"
+    return f"best {event.best_accuracy:.3f}  front {event.front_size}  {volume}{left}"
 
 
 def pace(event: Event) -> str:
@@ -63,7 +64,7 @@ def live_words(event: Event, room: int) -> str:
     left = f"{duration(event.seconds_left)} left" if event.seconds_left is not None else ""
     words = {
         "last": scored_briefly(event), "best": f"best {event.best_accuracy:.3f}", "front": f"front {event.front_size}",
-        "hypervolume": f"hypervolume {event.hypervolume:.4f}", "pace": pace(event), "left": left,
+        "hypervolume": f"hypervolume as searched {event.hypervolume:.4f}", "pace": pace(event), "left": left,
     }  # fmt: skip
     for least in ("", "front", "hypervolume"):
         words.pop(least, None)

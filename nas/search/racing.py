@@ -21,8 +21,8 @@ CONFIDENCE = 0.9
 # A member's accuracy is the mean of so many further trainings at least, if there are as many.
 TRAININGS = 2
 MOST_TRAININGS = 12
-# Standard deviation of one training in accuracy, and the number of trainings that this guess is worth: measured on the
-# embedded digits at 200 steps (docs/measurements.md).
+# Standard deviation of one training in accuracy, that of the embedded digits at 200 steps, where nothing else is known;
+# and the number of trainings that such an expectation is worth.
 NOISE, NOISE_TRAININGS = 0.024, 4
 # Degrees of freedom below which a standard deviation is not worth being told.
 LEAST_FREEDOM = 4
@@ -70,9 +70,18 @@ class Race:
 
     @property
     def noise(self) -> float:
-        """Standard deviation of one training, from the further trainings so far and from what is usual."""
+        """Standard deviation of one training, from the further trainings so far and from what is expected."""
         squares, freedom = self._spread()
-        return float(np.sqrt((NOISE_TRAININGS * NOISE**2 + squares) / (NOISE_TRAININGS + freedom)))
+        return float(np.sqrt((NOISE_TRAININGS * self.expected_noise**2 + squares) / (NOISE_TRAININGS + freedom)))
+
+    @cached_property
+    def expected_noise(self) -> float:
+        """What is expected of the noise before a network was trained twice.
+
+        Of what the model does not explain, half the variance is taken for noise, and half for what each network has of
+        its own: so it was on the embedded digits. Of few candidates it is the usual noise.
+        """
+        return NOISE if self.model is None else self.model.noise / np.sqrt(2)
 
     @property
     def measured_noise(self) -> float | None:
@@ -104,12 +113,16 @@ class Race:
         return mean, np.maximum(deviation**2 - noise_variance, noise_variance / 16)
 
     @cached_property
-    def guessed(self) -> tuple[np.ndarray, np.ndarray] | None:
-        """Mean and standard deviation of the training of each candidate, guessed from all others; None for too few."""
+    def model(self) -> Model | None:
+        """The model of the searched accuracies; None for too few."""
         if len(self.searched) < LEAST_FITTED:
             return None
-        kernel = kernel_for(self.points, self.searched, {})
-        return Model.of(self.points, self.searched, kernel).left_out()
+        return Model.of(self.points, self.searched, kernel_for(self.points, self.searched, {}))
+
+    @cached_property
+    def guessed(self) -> tuple[np.ndarray, np.ndarray] | None:
+        """Mean and standard deviation of the training of each candidate, guessed from all others; None for too few."""
+        return None if self.model is None else self.model.left_out()
 
     def membership(self) -> np.ndarray:
         """The probability that each candidate is on the front of the true accuracies, (n,)."""
@@ -164,16 +177,15 @@ class Race:
     def interval(self, index: int, images: int) -> tuple[float, float, float]:
         """Mean of a candidate's further trainings, and the ends of its 95 % interval.
 
-        The spread between seeds is that of all candidates together. Another set of validation images would add to it
-        what a share of so many images scatters.
+        The spread between seeds is that of all candidates together, and as long as few were trained several times,
+        what is expected of it. Another set of validation images would add what a share of so many images scatters.
 
         Args:
             images: number of validation images.
         """
         mean = float(np.mean(self.further[index]))
-        squares, freedom = self._spread()
-        variance, quantile = NOISE**2, stats.norm.ppf(0.975)
-        if freedom:
-            variance, quantile = squares / freedom, stats.t.ppf(0.975, freedom)
-        half = float(quantile * np.sqrt(variance / len(self.further[index]) + mean * (1 - mean) / images))
+        _, freedom = self._spread()
+        of_seeds = stats.t.ppf(0.975, NOISE_TRAININGS + freedom) * self.noise / np.sqrt(len(self.further[index]))
+        of_images = stats.norm.ppf(0.975) * np.sqrt(mean * (1 - mean) / images)
+        half = float(np.hypot(of_seeds, of_images))
         return mean, max(0.0, mean - half), min(1.0, mean + half)

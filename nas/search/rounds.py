@@ -26,7 +26,7 @@ from nas.training.proxy import ProxyResult
 from nas.training.weights import Trained, Weights, near_front, weight_folder
 from nas.training.workers import Done
 from search_spaces import ArchSpec
-from studies import CandidateState
+from studies import CandidateState, TrainingStage
 
 # Candidates in a row that failed or broke a limit, after which the user should look at the limits or the machine.
 MAX_BARREN = 200
@@ -138,6 +138,10 @@ class Rounds:
         self.results: queue.Queue[Result] = queue.Queue()
         self.trained_until = 0.0
         self.trained = 0
+        # Trainings that confirmed the front before count towards those that will.
+        self.confirmed = len(
+            study.recorded.store.trainings.of_study(study.recorded.study_id, TrainingStage.CONFIRMATION)
+        )
 
     def run(self) -> Generator[Recorded]:
         """Evaluate candidates until the budget is met, or there is another reason to end; yield each when recorded."""
@@ -222,8 +226,12 @@ class Rounds:
     @property
     def confirming_seconds(self) -> float:
         """Estimate of the time that it takes to confirm the front of what is complete now."""
-        each = self.training / self.trained if self.trained else 0.0
-        return self.config.confirm * self.complete * each
+        return max(0.0, self.config.confirm * self.complete - self.confirmed) * self.seconds_each
+
+    @property
+    def seconds_each(self) -> float:
+        """Time of this run for a training, as far as trainings side by side share it; 0 before one has ended."""
+        return self.training / self.trained if self.trained else 0.0
 
     def _propose(self, flights: list[Flight]) -> Iterator[Recorded]:
         """Propose and time candidates until there is a round of them to train; yield those that are not to be trained,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from nas.config import Limits
+from nas.errors import CandidateFailed
 from nas.latency.values import Measurement, memory_mb
 from nas.recorded import RecordedStudy
 from nas.search.evaluation import Outcome
@@ -37,8 +38,11 @@ def candidate_row(recorded: RecordedStudy, proposal: Proposal, trial_id: int, ou
     if outcome.proxy:
         row.accuracy, row.loss = outcome.proxy.accuracy, outcome.proxy.loss
         row.train_seconds, row.train_memory_bytes = outcome.proxy.seconds, outcome.proxy.train_memory_bytes
-        row.trainings = [training_row(recorded, proposal.arch, TrainingStage.SEARCH, row.seed)]
-        fill(row.trainings[0], outcome.proxy)
+    # What failed before it was trained has no worker.
+    if outcome.proxy or outcome.worker is not None:
+        training = training_row(recorded, proposal.arch, TrainingStage.SEARCH, row.seed)
+        fill(training, outcome.proxy or CandidateFailed(outcome.reason or ""))
+        row.trainings = [training]
     return row
 
 

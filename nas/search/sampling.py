@@ -147,7 +147,8 @@ class Proposer:
     def propose(self) -> Proposal:
         """The sampler's next architecture, which may be a known one; `tell` must follow at some time.
 
-        Of what is proposed and not told yet, the sampler assumes the worst, so that it does not propose it again.
+        Of what is proposed and not told yet, the sampler assumes what it guesses, or the worst, so that it does not
+        propose it again.
         """
         trial = self._ask(self.sampler)
         values = {name: chosen(choices, trial.params[name]) for name, choices in self.choices.items()} | self.fixed

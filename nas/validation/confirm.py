@@ -34,7 +34,7 @@ def confirm(recorded: RecordedStudy, config: ConfirmConfig, note: Note = lambda 
         studies.StorageError: the study was deleted meanwhile, or a process searches it.
     """
     searched = recorded.config
-    complete = len(recorded.evaluations())
+    complete = int((~recorded.evaluations()["latency_over_limit"].astype(bool)).sum())
     if not complete:
         raise UsageError(f"--study {recorded.name}: has no complete candidate")
     if not int(config.share * complete):
@@ -79,10 +79,10 @@ def confirm(recorded: RecordedStudy, config: ConfirmConfig, note: Note = lambda 
         recorded.store.ownership.claim(recorded.study_id, owner)
         try:
             confirmer = Confirmer(recorded, owner, train, images[0], round_of(trainer.count))
-            most, before = int(config.share * complete), confirmer.trainings
+            most = int(config.share * complete)
 
             def step(index: int, result: ProxyResult | CandidateFailed, seconds: float) -> None:
-                note(confirming_words(confirmer.trainings - before, most - before, confirmer.likely))
+                note(confirming_words(confirmer.trainings, most, confirmer.likely))
 
             return confirmer.run(most, step=step)
         finally:

@@ -35,8 +35,8 @@ class Retrained:
     """The results of longer trainings with the same data and schedule.
 
     Args:
-        rows: rows of the view `convfirst_retrained`, one per candidate, fastest first, with `on_front` (by the proxy)
-            and `on_retrained_front`, both among these candidates only.
+        rows: rows of the view `convfirst_retrained`, one per candidate, fastest first, with `on_front` (the
+            study's) and `on_retrained_front`, among these candidates only.
         rankings: rank correlations with the longer training's accuracy, of the proxy's accuracy, parameters and MACs.
         gains: difference between the proxy's tau and that of each rival over all networks, by the rival's name.
         failed: a line for each training that failed.
@@ -112,8 +112,9 @@ class _Run:
         rows = self.recorded.evaluations()
         if rows.empty:
             raise UsageError(f"--study {self.recorded.name}: has no complete candidate")
-        on_front = rows["trial_id"].isin(self.recorded.front()["trial_id"])
-        best = rows[on_front].sort_values("accuracy", ascending=False).head(self.config.top or len(rows))
+        front = self.recorded.front().sort_values("accuracy", ascending=False)
+        on_front = rows["trial_id"].isin(front["trial_id"])
+        best = rows[rows["trial_id"].isin(front["trial_id"].head(self.config.top or len(rows)))]
         others = rows[~on_front & ~rows["latency_over_limit"].astype(bool)]
         picked = spread_over(list(others["latency_ms"]), self.config.dominated)
         if len(picked) < self.config.dominated:
@@ -190,7 +191,7 @@ class _Run:
         rows = rows[rows["retrained_resolution"] == sizes].sort_values(["latency_ms", "number"])
         latency_ms, accuracy = list(rows["latency_ms"]), list(rows["retrained_accuracy"])
         rows = rows.assign(
-            on_front=undominated(list(rows["accuracy"]), latency_ms),
+            on_front=rows["trial_id"].isin(self.recorded.front()["trial_id"]),
             on_retrained_front=undominated(accuracy, latency_ms),
         )
         predictors = {PROXY: list(rows["accuracy"]), PARAMS: list(rows["params"]), MACS: list(rows["macs"])}

@@ -4,26 +4,31 @@ from __future__ import annotations
 
 import hashlib
 import statistics
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import optuna
 import pandas as pd
 import pytest
 import torch
 
-from nas.config import LatencyConfig, SearchConfig
+from nas.config import LatencyConfig, Limits, SearchConfig
 from nas.errors import CandidateFailed, UsageError
 from nas.lab.invented import FakeEvaluator
+from nas.latency.values import Measurement
 from nas.recorded import RecordedStudy
 from nas.search import loop as search
 from nas.search.confirmation import nearest_to_front
 from nas.search.loop import SearchResult, Silent
+from nas.search.rows import latency_row
 from nas.training.proxy import ProxyResult
 from nas.training.weights import Images, Trained, Weights, weight_folder
+from nas.training.workers import Done
 from nas.validation.config import ConfirmConfig
 from nas.validation.confirm import confirm
 from search_spaces import ArchSpec
-from studies import CandidateTraining, Owner, StorageError, Store, TrainingStage
+from studies import CandidateTraining, LatencyStage, Owner, StorageError, Store, TrainingStage
 from tests.nas.conftest import add_candidates, begun
 
 IMAGES = Images(("a", "b"), 16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -120,7 +125,9 @@ def test_a_search_ends_with_the_front_of_means_over_other_seeds(scattering: Sear
 def test_few_trainings_suffice_and_no_more_than_the_share_are_made(scattering: SearchConfig) -> None:
     evaluator = Noisy()
     run(replace(scattering, budget=120), evaluator)
-    assert 0 < len(evaluator.again) <= 24
+    assert evaluator.again
+    # More are made only where a likely member was not trained again yet.
+    assert {seed for _, seed in evaluator.again[24:]} <= {1}
     assert len(set(evaluator.again)) == len(evaluator.again)
 
 
@@ -299,3 +306,102 @@ def test_of_a_long_study_those_nearest_to_the_front_take_part(monkeypatch: pytes
     assert nearest_to_front(rows)["latency_ms"].tolist() == [1.0, 2.0, 4.0]
     monkeypatch.setattr("nas.search.confirmation.MOST_RACING", 4)
     assert nearest_to_front(rows)["latency_ms"].tolist() == [1.0, 2.0, 4.0, 5.0]
+
+
+class SideBySide(Noisy):
+    """Four trainings at once, whose results come in another order."""
+
+    workers = 4
+
+    def train(self, archs: Sequence[ArchSpec], seeds: Sequence[int] | None = None) -> Generator[Done[ProxyResult]]:
+        for done in reversed(list(super().train(archs, seeds))):
+            yield replace(done, worker=done.index % 4)
+
+
+def test_results_may_come_in_any_order(scattering: SearchConfig) -> None:
+    others = replace(scattering, study="others")
+    run(scattering, SideBySide())
+
+    class InOrder(Noisy):
+        workers = 4
+
+    run(others, InOrder())
+    recorded, other = opened(scattering), opened(others)
+    columns = ["number", "accuracy", "accuracy_low", "accuracy_trainings"]
+    pd.testing.assert_frame_equal(recorded.front()[columns], other.front()[columns])
+    assert {row[1:] for row in rows_of(recorded)} == {row[1:] for row in rows_of(other)}
+    recorded.store.close()
+    other.store.close()
+
+
+def test_in_another_deployment_the_front_stays_as_searched(scattering: SearchConfig) -> None:
+    run(scattering, Noisy())
+    recorded = opened(scattering)
+    elsewhere = replace(recorded.deployment, threads=2)
+    rows = []
+    for candidate in recorded.candidates():
+        if candidate.latencies:
+            measured = FakeEvaluator().measure(ArchSpec.from_json(candidate.arch))
+            rows.append(latency_row(candidate.trial_id, measured, elsewhere, LatencyStage.SEARCH))
+    recorded.store.add_latencies(recorded.study_id, rows)
+    fronts = recorded.store.front(scattering.study)
+    assert set(elsewhere.rows_of(fronts)["confirmed"]) == {0}
+    assert set(recorded.deployment.rows_of(fronts)["confirmed"]) == {1}
+    evaluations = elsewhere.rows_of(recorded.store.evaluations(scattering.study))
+    best = evaluations["accuracy"].max()
+    assert elsewhere.rows_of(fronts)["accuracy"].max() == best
+    recorded.store.close()
+
+
+def test_members_that_turn_out_over_the_limit_are_replaced_by_others_that_are_confirmed(
+    scattering: SearchConfig,
+) -> None:
+    """Measured again, all that was accurate is slower than it seemed."""
+    limit_ms = 1.0
+
+    class Slower(Noisy):
+        def measure_together(self, archs: Sequence[ArchSpec]) -> list[Measurement]:
+            found = super().measure_together(archs)
+            return [replace(each, latency=each.latency.scaled(1.6)) for each in found]
+
+    config = replace(scattering, limits=Limits(latency_ms=limit_ms))
+    result = run(config, Slower())
+    assert any("broke the latency limit" in line for line in result.remarks)
+    assert len(result.pareto_front)
+    assert set(result.pareto_front["confirmed"]) == {1}
+    assert (result.pareto_front["latency_ms"] <= limit_ms).all()
+
+
+def test_a_study_of_candidates_over_the_limit_has_nothing_to_confirm(scattering: SearchConfig) -> None:
+    config = replace(scattering, limits=Limits(latency_ms=0.9), confirm=0, budget=6)
+    run(config, Noisy())
+    recorded = opened(config)
+    rows = []
+    for candidate in recorded.candidates():
+        for latency in candidate.latencies:
+            measured = FakeEvaluator().measure(ArchSpec.from_json(candidate.arch))
+            slow = replace(measured, latency=measured.latency.scaled(100))
+            rows.append(latency_row(latency.trial_id, slow, recorded.deployment, LatencyStage.FINAL, limit_ms=0.9))
+    recorded.store.add_latencies(recorded.study_id, rows)
+    recorded.store.close()
+    evaluator = Noisy()
+    result = run(replace(config, confirm=1.0), evaluator)
+    assert evaluator.again == []
+    assert result.pareto_front.empty
+    assert result.hypervolumes.confirmed is None
+
+
+def test_a_new_study_has_no_weights_of_one_that_was_deleted(scattering: SearchConfig) -> None:
+    config = replace(scattering, keep_weights=True, budget=6)
+    run(config, Noisy(weights=True))
+    recorded = opened(config)
+    folder = weight_folder(config.storage)
+    number = recorded.study_id
+    assert list(folder.iterdir())
+    optuna.delete_study(study_name=config.study, storage=recorded.store.optuna_storage)
+    recorded.store.close()
+    run(replace(config, keep_weights=False), Noisy())
+    again = opened(config)
+    assert again.study_id == number
+    assert list(folder.iterdir()) == []
+    again.store.close()

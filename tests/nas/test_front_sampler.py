@@ -16,7 +16,7 @@ from nas.display.notes import INTERRUPTED, REASON
 from nas.lab.invented import FakeEvaluator
 from nas.search import model
 from nas.search.features import SIZES, features, matrix
-from nas.search.front_sampler import LATENCY, STARTUP_TRIALS, FrontModel, FrontSampler, Memory
+from nas.search.front_sampler import LATENCY, MEMORY, STARTUP_TRIALS, FrontModel, FrontSampler, Memory
 from nas.search.improvement import Staircase
 from nas.search.model import MILESTONES, Kernel, Model, Scale, kernel_for
 from nas.search.parameters import distribution
@@ -298,3 +298,33 @@ def test_a_latency_over_the_limit_is_learnt() -> None:
     later = np.exp(FrontModel.of(learnt.memory, learnt.study.get_trials(deepcopy=False)).latency.predict(
         learnt.memory.points([slow]))[0][0])  # fmt: skip
     assert guessed < later <= 5.5
+
+
+def test_a_limit_on_the_memory_is_learnt() -> None:
+    plain = with_history(lambda found: None)
+    best = plain.sampler().best(FrontModel.of(plain.memory, plain.study.get_trials(deepcopy=False)))
+    rng = random.Random(0)
+    near = [plain.memory.mutated(best, rng, 1) for _ in range(20)]
+
+    def over(found: Landscape) -> None:
+        for arch in near[:5]:
+            found.add(arch, TrialState.PRUNED, constraints={LATENCY: -0.5, MEMORY: 0.2})
+
+    assert improvements(with_history(over), near[5:]).sum() < 0.7 * improvements(plain, near[5:]).sum()
+
+
+def test_where_hardly_a_random_network_keeps_the_limit_fast_ones_are_drawn_soon() -> None:
+    found = Landscape(most_ms=0.0)
+    latencies = sorted(found.fake.measure(arch).median_ms for arch in draws(400, seed=3))
+    limit = latencies[12]
+    found.memory.most_ms = limit
+    while len(found.known) < 60:
+        arch = found.sampler().proposed(found.study)
+        ms = found.fake.measure(arch).median_ms
+        if ms > limit:
+            found.add(arch, TrialState.PRUNED, constraints={LATENCY: ms / limit - 1})
+        else:
+            found.add(arch, *([TrialState.FAIL] if found.fails(arch) else []))
+    kept = sum(found.fake.measure(arch).median_ms <= limit for arch in found.archs[20:])
+    # Of random ones it would be one or two.
+    assert kept >= 12

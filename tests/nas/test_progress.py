@@ -40,8 +40,9 @@ def test_a_line_shows_how_many_workers_train_and_how_fast() -> None:
     complete = Outcome(CandidateState.COMPLETE, fake.cost(arch), 1.0, latency=latency, proxy=fake.train_one(arch))
     event = replace(event, outcome=complete, complete=200, budget=200, per_minute=12.34, seconds_left=83.0)
     for width, there, missing in (
-        (80, ("best 0.500",), ("front", "hypervolume")), (100, ("best 0.500", "hypervolume 0.3000"), ("front",)),
-        (140, ("front 1  hypervolume 0.3000",), ()),
+        (80, ("best 0.500",), ("front", "hypervolume")),
+        (110, ("best 0.500", "hypervolume as searched 0.3000"), ("front",)),
+        (150, ("front 1  hypervolume as searched 0.3000",), ()),
     ):  # fmt: skip
         shown = io.StringIO()
         with LiveProgress(Console(file=shown, force_terminal=True, width=width)) as live:

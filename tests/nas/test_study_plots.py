@@ -50,7 +50,7 @@ def test_a_confirmed_front_has_intervals_and_says_what_was_searched() -> None:
         searched_accuracy=[0.51, 0.52],
     )  # fmt: skip
     others, confirmed = front_chart(rows, front).series
-    assert (others.name, confirmed.name) == ("others as searched (1)", "front (2), confirmed: 95 % and p20 to p80")
+    assert (others.name, confirmed.name) == ("others as searched (1)", "front (2), confirmed; bars: 95 %, p20 to p80")
     assert (confirmed.y, confirmed.below, confirmed.above) == (
         pytest.approx([50, 60]), pytest.approx([48, 57]), pytest.approx([52, 63])
     )  # fmt: skip

@@ -25,10 +25,14 @@ def test_any_first_part_of_the_trainings_is_a_balanced_table() -> None:
     archs = random_networks(SPACE, 20)
     plan = Plan("small", "digits", 32, 200, 32, 8e-3, 8, 10)
     jobs = list(jobs_of(archs[:15], archs[15:], plan))
-    assert len(jobs) == len(set(jobs)) == 20 + 2 * 4 + 3 * 2
+    assert len(jobs) == len(set(jobs)) == 20 + 2 * 4 + 3 * 3
     assert [seed for arch, seed, long in jobs if arch == archs[0] and not long] == [0, 1, 2]
     assert [seed for arch, seed, long in jobs if arch == archs[10] and long] == [100, 101, 102]
     assert [seed for arch, seed, long in jobs if arch == archs[1]] == [0]
+    # What is done with found networks does not depend on the number of random ones.
+    assert [job for job in jobs_of(archs[:10], archs[15:], plan) if job[0] in archs[15:]] == [
+        job for job in jobs if job[0] in archs[15:]
+    ]
 
 
 def test_networks_are_validated_where_the_curve_has_points() -> None:

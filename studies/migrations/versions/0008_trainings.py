@@ -26,7 +26,8 @@ SELECT s.study_name, c.study_id, c.trial_id, c.number, c.state, c.reason, c.arch
        b.median_ms AS searched_latency_ms, COALESCE(c.resolution, l.resolution) AS network_resolution,
        c.macs * l.batch_size / NULLIF(l.median_ms / 1000 * p.macs_per_s, 0) AS computational_efficiency,
        c.confirmed_accuracy, c.confirmed_low, c.confirmed_high, c.confirmed_trainings,
-       CASE WHEN o.confirmed_at IS NULL THEN 0 ELSE 1 END AS confirmed
+       CASE WHEN o.confirmed_at IS NOT NULL AND o.confirmed_in = l.device_id || ' ' || l.engine || ' ' || l.dtype
+           || ' ' || l.batch_size || ' ' || l.resolution || ' ' || l.threads THEN 1 ELSE 0 END AS confirmed
 FROM convfirst_candidates c
 JOIN studies s ON s.study_id = c.study_id
 JOIN convfirst_studies o ON o.study_id = c.study_id
@@ -46,7 +47,8 @@ LEFT JOIN convfirst_profiles p ON p.device_id = l.device_id AND p.dtype = l.dtyp
 # A point is dominated if a strictly faster one is at least as accurate, or an equally fast one is more accurate.
 # Windows over groups of equal latency find both in one sort, where a self-join would compare all pairs.
 # A candidate that broke the study's limit on the latency when it was measured again is not on the front.
-# Where the study is confirmed, `accuracy` is the confirmed one, and candidates that have none are not on the front.
+# Where the front of a deployment is confirmed, `accuracy` is the confirmed one, and candidates that have none are not
+# on it.
 PARETO_FRONT = """
 CREATE VIEW pareto_front AS
 SELECT study_name, device_name, engine, dtype, batch_size, resolution, threads,
@@ -165,6 +167,7 @@ def upgrade() -> None:
         for name in TRIGGERS:
             op.execute(f"DROP TRIGGER IF EXISTS {name}")
     op.add_column("convfirst_studies", sa.Column("confirmed_at", sa.DateTime(timezone=True)))
+    op.add_column("convfirst_studies", sa.Column("confirmed_in", sa.Text))
     for name in ("confirmed_accuracy", "confirmed_low", "confirmed_high"):
         op.add_column("convfirst_candidates", sa.Column(name, sa.Double))
     op.add_column("convfirst_candidates", sa.Column("confirmed_trainings", sa.Integer))
