@@ -14,6 +14,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TypeAlias
 
 from nas.config import SearchConfig
@@ -138,10 +139,6 @@ class Rounds:
         self.results: queue.Queue[Result] = queue.Queue()
         self.trained_until = 0.0
         self.trained = 0
-        # Trainings that confirmed the front before count towards those that will.
-        self.confirmed = len(
-            study.recorded.store.trainings.of_study(study.recorded.study_id, TrainingStage.CONFIRMATION)
-        )
 
     def run(self) -> Generator[Recorded]:
         """Evaluate candidates until the budget is met, or there is another reason to end; yield each when recorded."""
@@ -227,6 +224,12 @@ class Rounds:
     def confirming_seconds(self) -> float:
         """Estimate of the time that it takes to confirm the front of what is complete now."""
         return max(0.0, self.config.confirm * self.complete - self.confirmed) * self.seconds_each
+
+    @cached_property
+    def confirmed(self) -> int:
+        """Number of trainings that confirmed the front before; they count towards those that will."""
+        recorded = self.study.recorded
+        return len(recorded.store.trainings.of_study(recorded.study_id, TrainingStage.CONFIRMATION))
 
     @property
     def seconds_each(self) -> float:

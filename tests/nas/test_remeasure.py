@@ -93,7 +93,8 @@ def opened(config: SearchConfig) -> tuple[Store, Study]:
 def searched(config: SearchConfig, monkeypatch: pytest.MonkeyPatch, evaluator: Scored) -> tuple[Store, Study]:
     """A study as it is before its front is measured again."""
     with monkeypatch.context() as patch:
-        patch.setattr(search, "_finish", lambda *_: ())
+        patch.setattr(search, "_time_front", lambda *_: ((), False))
+        patch.setattr(search, "_measure_parts", lambda *_: ())
         assert search.run(config, evaluator).complete == config.budget
     return opened(config)
 
@@ -203,7 +204,8 @@ def test_a_study_without_complete_candidates_has_nothing_to_measure(
 ) -> None:
     evaluator = Scored()
     with monkeypatch.context() as patch:
-        patch.setattr(search, "_finish", lambda *_: ())
+        patch.setattr(search, "_time_front", lambda *_: ((), False))
+        patch.setattr(search, "_measure_parts", lambda *_: ())
         search.run(replace(config, time_limit_s=1e-6), evaluator)
     store, study = opened(config)
     assert fronted(config, store, study, evaluator, again=True) is None

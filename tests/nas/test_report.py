@@ -163,7 +163,7 @@ def test_the_page_tells_the_set_up_and_every_member_of_the_front(
     page = made(store, tmp_path / "new" / "folder", storage=url)
     assert set_up(material) in page.text
     for words in (
-        "space small", "tpe with seed 0", "complete: 15", "timed on invented", "onnxruntime 1.", "float32", "batch 1",
+        "space small", "model with seed 0", "complete: 15", "timed on invented", "onnxruntime 1.", "float32", "batch 1",
         "digits", "200 steps of 32", "latency at most 2 ms", "at most 300,000 parameters", "optuna 5",
         "fingerprint invented",
     ):  # fmt: skip

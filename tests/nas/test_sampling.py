@@ -132,7 +132,9 @@ def test_decimal_choices_are_proposed_as_they_are_written(sampler: str, expansio
     from tests.conftest import make_tiny_space
 
     stage = replace(make_tiny_space().stages[0], expansion=expansion)
-    into = Proposer(make_tiny_space(stages=(stage,)), sampler, 0, DIRECTIONS, [])
+    space = make_tiny_space(stages=(stage,))
+    memory = Memory(space, 16, 10, most_ms=100.0) if sampler == Sampler.MODEL else None
+    into = Proposer(space, sampler, 0, DIRECTIONS, [], memory)
     seen = set()
     for number in range(60):
         proposal = into.propose_unseen(set()) if number % 3 == 0 else into.propose()

@@ -119,7 +119,7 @@ def test_objectives_have_names_and_the_study_a_note(served: Served) -> None:
         "| device | invented",
         "onnxruntime",
         "params at most 250000",
-        "| sampler | tpe",
+        "| sampler | model",
     ):
         assert words in note
 
@@ -195,7 +195,9 @@ def test_members_of_the_front_carry_their_files(served: Served, served_config: S
 
 
 def test_what_was_proposed_again_says_so(sqlite_url: str, tiny_space: SearchSpace, tmp_path: Path) -> None:
-    config = SearchConfig(budget=25, storage=sqlite_url, latency=LatencyConfig(device="cpu"), space=tiny_space)
+    config = SearchConfig(
+        budget=25, storage=sqlite_url, latency=LatencyConfig(device="cpu"), space=tiny_space, sampler="tpe"
+    )
     search.run(config, FakeEvaluator())
     store = opened(config)
     served = Served(store, tmp_path / "files")
