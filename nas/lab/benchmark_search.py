@@ -16,7 +16,6 @@ import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -34,8 +33,7 @@ from scipy import stats
 from nas import pareto
 from nas.config import Sampler
 from nas.display.charts import BLUE, GREY, ORANGE, RED, Chart, Series, save_charts
-from nas.lab.testbed import read_table
-from nas.recorded import RecordedStudy
+from nas.lab.testbed import read_table, stored_study
 from nas.reporting import console_table
 from nas.search.features import matrix
 from nas.search.front_sampler import Memory
@@ -43,7 +41,6 @@ from nas.search.model import Scale
 from nas.search.racing import Race
 from nas.search.sampling import Proposer
 from search_spaces import ArchSpec, SearchSpace, load_space
-from studies import Store
 
 TREES, LEAF, FOLDS = 150, 2, 5
 # Standard deviation of one training in accuracy, and of one timing as a share: docs/measurements.md.
@@ -78,12 +75,7 @@ def known_networks(tables: Sequence[Path], studies: Sequence[str]) -> list[Known
                 known = Known(network.arch, network.short[0].accuracy, network.latency_ms)
                 found.setdefault(network.arch.arch_id, known)
     for each in studies:
-        url, _, name = each.rpartition("#")
-        store = Store.open(url, create=False)
-        if store is None:
-            raise SystemExit(f"--study {each}: there is no study database")
-        with closing(store):
-            recorded = RecordedStudy.open(store, name)
+        with stored_study(each) as recorded:
             deployed = recorded.config.latency
             deployments[each] = f"{deployed.engine}, {deployed.dtype}, batch {deployed.batch_size}"
             if len(set(deployments.values())) > 1:

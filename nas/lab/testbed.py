@@ -15,7 +15,7 @@ import json
 import lzma
 import random
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -199,15 +199,22 @@ def found_networks(studies: Sequence[str]) -> list[ArchSpec]:
     """
     found: dict[str, ArchSpec] = {}
     for each in studies:
-        url, _, name = each.rpartition("#")
-        store = Store.open(url, create=False)
-        if store is None:
-            raise SystemExit(f"--study {each}: there is no study database")
-        with closing(store):
-            for candidate in RecordedStudy.open(store, name).candidates():
+        with stored_study(each) as recorded:
+            for candidate in recorded.candidates():
                 if candidate.accuracy is not None:
                     found.setdefault(candidate.arch_id, ArchSpec.from_json(candidate.arch))
     return list(found.values())
+
+
+@contextmanager
+def stored_study(named: str) -> Iterator[RecordedStudy]:
+    """A stored study that is named as URL#NAME, while the block runs."""
+    url, _, name = named.rpartition("#")
+    store = Store.open(url, create=False)
+    if store is None:
+        raise SystemExit(f"--study {named}: there is no study database")
+    with closing(store):
+        yield RecordedStudy.open(store, name)
 
 
 app = typer.Typer(add_completion=False, help=(__doc__ or "").splitlines()[0])
