@@ -101,7 +101,7 @@ def stored(url: str) -> dict[str, Any]:
             (
                 row.number, numbers[str(row.trial_id)], row.arch_id, row.state, row.reason, row.accuracy, row.params,
                 [(each.stage, each.median_ms, each.over_limit) for each in row.latencies],
-                [point[:2] for point in json.loads(store.learning_curve(row.trial_id) or "")],
+                [point[:2] for point in json.loads(store.learning_curve(row.trial_id) or "[]")],
             )
             for row in store.candidates(study.study_id)
         ],
@@ -139,7 +139,10 @@ def nothing(url: str) -> None:
 
 
 def searched(url: str) -> SearchConfig:
-    return SearchConfig(budget=BUDGET, storage=url, space=SPACE, limits=LIMITS, seed=SEED, block_table=True)
+    # TPE proposes known architectures, too.
+    return SearchConfig(
+        budget=BUDGET, storage=url, space=SPACE, limits=LIMITS, seed=SEED, block_table=True, sampler="tpe"
+    )
 
 
 class Databases:

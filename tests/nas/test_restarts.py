@@ -73,7 +73,7 @@ def test_a_search_waits_for_its_database(server: PostgresServer) -> None:
     url = f"{server.url}/studies"
     evaluator, notes = Restarting(server, 1.5), Notes()
     try:
-        result = search.run(SearchConfig(budget=10, storage=url), evaluator, notes)
+        result = search.run(SearchConfig(budget=10, storage=url, confirm=0), evaluator, notes)
         assert result.complete == 10
         (waiting,) = (line for line in notes.lines if "waiting for up to 300 s" in line)
         assert waiting.startswith("the database does not answer (")
@@ -91,11 +91,11 @@ def test_a_database_that_is_gone_ends_the_search(server: PostgresServer, monkeyp
     monkeypatch.setattr("studies.reconnecting.keep_connecting.__defaults__", (1.0,))
     url = f"{server.url}/studies"
     with pytest.raises(StorageError):
-        search.run(SearchConfig(budget=10, storage=url), Restarting(server, None))
+        search.run(SearchConfig(budget=10, storage=url, confirm=0), Restarting(server, None))
     server.start()
     try:
         # Nothing was lost that was recorded.
-        assert search.run(SearchConfig(budget=10, storage=url), FakeEvaluator()).complete == 10
+        assert search.run(SearchConfig(budget=10, storage=url, confirm=0), FakeEvaluator()).complete == 10
     finally:
         server.stop()
 
@@ -142,7 +142,7 @@ class Faulty(Notes):
 
 def test_restarts_in_the_middle_of_whatever_it_does(server: PostgresServer) -> None:
     """A search that trains nothing is nearly always in the middle of a statement."""
-    config = SearchConfig(budget=80, storage=f"{server.url}/studies", sampler="random")
+    config = SearchConfig(budget=80, storage=f"{server.url}/studies", sampler="random", confirm=0)
     evaluator, faulty = Restarting(server, None, at=0), Faulty(server)
     try:
         try:
