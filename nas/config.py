@@ -364,8 +364,8 @@ class SearchConfig(Checked):
         "from them", panel="Search", bounds=POSITIVE, keep=Keep.TRANSIENT,
     )  # fmt: skip
     confirm: float = option(
-        0.2, "--confirm", "Trainings with other seeds at the end that confirm the front's accuracies, at most, as a "
-        "share of the search's trainings; 0 leaves the accuracies of the search", panel="Search",
+        0.2, "--confirm", "Share of the search's trainings that may be added at its end, with other seeds, to confirm "
+        "the front's accuracies; 0 leaves those of the search", panel="Search",
         bounds=between(0, MAX_CONFIRM), keep=Keep.TRANSIENT,
     )  # fmt: skip
     storage: str = option(
@@ -385,8 +385,8 @@ class SearchConfig(Checked):
     latency: LatencyConfig = field(default_factory=LatencyConfig)
     limits: Limits = field(default_factory=Limits)
     sampler: str = option(
-        "model", "--sampler", "What proposes candidates: a model of accuracy and latency, or Optuna's TPE, NSGA-II or "
-        "random sampler", panel="Search", bounds=one_of(Sampler), typed=Sampler, parse=str,
+        "model", "--sampler", "Method that proposes candidates: a model of accuracy and latency, or Optuna's TPE, "
+        "NSGA-II or random sampler", panel="Search", bounds=one_of(Sampler), typed=Sampler, parse=str,
     )  # fmt: skip
     seed: int = option(0, "--seed", "Seed of the proposals and trainings", panel="Search", bounds=between(0, 2**32 - 1))
     block_table: bool = option(

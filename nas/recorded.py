@@ -35,6 +35,11 @@ def not_there(store: Store, name: str) -> UsageError:
     return UsageError(f"--study {name}: not in {displayed(str(store.engine.url))} (there: {known})")
 
 
+def is_confirmed(front: pd.DataFrame) -> bool:
+    """Whether the accuracies of rows of `pareto_front` are confirmed ones."""
+    return bool(len(front)) and bool((front["confirmed"] == 1).all())
+
+
 @dataclass(frozen=True)
 class Hypervolumes:
     """Hypervolumes of a study's front, in 0..1; see `RecordedStudy.reference_latency_ms`.
@@ -153,8 +158,7 @@ class RecordedStudy:
         def volume(points: pd.DataFrame) -> float:
             return hypervolume(list(points["accuracy"]), list(points["latency_ms"]), self.reference_latency_ms)
 
-        confirmed = bool(len(front)) and bool((front["confirmed"] == 1).all())
-        return Hypervolumes(volume(rows), volume(front) if confirmed else None)
+        return Hypervolumes(volume(rows), volume(front) if is_confirmed(front) else None)
 
     def evaluations(self) -> pd.DataFrame:
         """The complete rows of the view `convfirst_evaluations` in the study's own deployment, by trial number."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pandas as pd
 from rich.table import Table
 
-from nas.display.notes import accuracy_line, is_confirmed
+from nas.display.notes import accuracy_line
+from nas.recorded import is_confirmed
 from nas.reporting import console_table
 
 FRONT_COLUMNS = {

@@ -12,7 +12,7 @@ from typing import Any
 import pandas as pd
 
 from nas.config import SearchConfig
-from nas.recorded import RecordedStudy
+from nas.recorded import RecordedStudy, is_confirmed
 from search_spaces import ArchSpec, SearchSpace
 from search_spaces.arch import Step
 from search_spaces.cost import steps_cost
@@ -43,11 +43,6 @@ def deployment_line(row: Mapping[str, Any] | pd.Series) -> str:
         f"{row['device_name']}, {row['engine']}, {row['dtype']}, batch {row['batch_size']}, {shown}, "
         f"{row['threads']} thread(s)"
     )
-
-
-def is_confirmed(front: pd.DataFrame) -> bool:
-    """Whether the accuracies of rows of `pareto_front` are confirmed ones."""
-    return bool(len(front)) and bool((front["confirmed"] == 1).all())
 
 
 def accuracy_line(front: pd.DataFrame) -> str:

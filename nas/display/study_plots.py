@@ -21,7 +21,8 @@ from nas.display.charts import (
     wrapped,
     write_figure,
 )
-from nas.display.notes import deployment_line, is_confirmed
+from nas.display.notes import deployment_line
+from nas.recorded import is_confirmed
 from nas.training.curves import CurvePoint
 
 LATENCY_TITLE = "drift-corrected latency of one batch in ms"

@@ -17,11 +17,11 @@ from markupsafe import Markup, escape
 
 from nas import pareto
 from nas.display.charts import Chart, save_charts
-from nas.display.notes import deployment_line, duration, is_confirmed
+from nas.display.notes import deployment_line, duration
 from nas.display.study_plots import front_chart
 from nas.errors import UsageError
 from nas.files import folder_for
-from nas.recorded import RecordedStudy
+from nas.recorded import RecordedStudy, is_confirmed
 from nas.report.architectures import MOST_COLUMNS, chosen_members, figure_width, plot_architectures
 from nas.report.data import Material, gather
 from nas.report.figures import PARTS, contender_series, contenders_chart, hypervolume_charts, plot_time, plot_workers

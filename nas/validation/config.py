@@ -86,13 +86,10 @@ class ConfirmConfig(Checked):
         0.2, "--share", "Trainings with other seeds, at most, as a share of the search's trainings; earlier ones count",
         bounds=between(0, MAX_CONFIRM),
     )  # fmt: skip
-    data: str | None = option(None, "--data", "Folder of the study's images, if they were moved", default="the study's")
+    data: str | None = same_as(BaselineConfig, "data")
     data_dir: str = same_as(DataConfig, "data_dir")
     download: bool = same_as(DataConfig, "download")
-    workers: int | None = option(
-        None, "--workers", "Number of trainings at once, or auto: one for each core for which there is memory, or GPU",
-        default=AUTO, bounds=between(1, MAX_WORKERS), typed=str, parse=worker_number,
-    )  # fmt: skip
+    workers: int | None = same_as(BaselineConfig, "workers")
 
 
 @dataclass(frozen=True)
@@ -120,8 +117,5 @@ class RetrainConfig(Checked):
     )  # fmt: skip
     data_dir: str = same_as(DataConfig, "data_dir")
     download: bool = same_as(DataConfig, "download")
-    workers: int | None = option(
-        None, "--workers", "Number of trainings at once, or auto: one for each core for which there is memory, or GPU",
-        default=AUTO, bounds=between(1, MAX_WORKERS), typed=str, parse=worker_number,
-    )  # fmt: skip
+    workers: int | None = same_as(BaselineConfig, "workers")
     to_rgb: bool = same_as(DataConfig, "to_rgb")

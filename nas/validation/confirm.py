@@ -56,7 +56,6 @@ def confirm(recorded: RecordedStudy, config: ConfirmConfig, note: Note = lambda 
     trainer = Trainer(data, searched.proxy, device, searched.seed, config.workers, note, check, largest)
     with trainer:
         trainer.data_file(anchor_resolution)
-        networks: dict[str, NetworkSpec] = {}
 
         def train(archs: Sequence[ArchSpec], seeds: Sequence[int]) -> Generator[Done[ProxyResult]]:
             jobs = [
@@ -67,13 +66,11 @@ def confirm(recorded: RecordedStudy, config: ConfirmConfig, note: Note = lambda 
                 yield from results
 
         def network_of(arch: ArchSpec) -> NetworkSpec:
-            if arch.arch_id not in networks:
-                counted = cost(arch, searched.latency.resolution, searched.latency.num_classes)
-                networks[arch.arch_id] = NetworkSpec(
-                    str(arch), ContenderKind.FOUND, None, arch, searched.latency.engine, arch.shown(data.resolution),
-                    counted.params, counted.macs,
-                )  # fmt: skip
-            return networks[arch.arch_id]
+            counted = cost(arch, searched.latency.resolution, searched.latency.num_classes)
+            return NetworkSpec(
+                str(arch), ContenderKind.FOUND, None, arch, searched.latency.engine, arch.shown(data.resolution),
+                counted.params, counted.macs,
+            )  # fmt: skip
 
         owner = Owner.me()
         recorded.store.ownership.claim(recorded.study_id, owner)

@@ -163,14 +163,17 @@ def test_an_error_while_several_are_timed_does_not_wait_for_the_others(config: S
         search.run(replace(config, budget=30), Stuck(1))
 
 
-def test_the_number_of_workers_changes_what_a_proposal_knows(config: SearchConfig) -> None:
-    config = replace(config, budget=40)
+@pytest.mark.parametrize(("sampler", "at_random"), [(Sampler.TPE, 20), (Sampler.MODEL, 10)])
+def test_the_number_of_workers_changes_what_a_proposal_knows(
+    sampler: str, at_random: int, config: SearchConfig
+) -> None:
+    config = replace(config, budget=40, sampler=sampler)
     found = {}
     for workers in (1, 4):
         search.run(replace(config, study=str(workers)), SideBySide(workers))
         found[workers] = [arch for _, arch, _ in proposed(replace(config, study=str(workers)))]
     # The first are openers and random draws.
-    assert found[1][:10] == found[4][:10]
+    assert found[1][:at_random] == found[4][:at_random]
     assert found[1] != found[4]
 
 
