@@ -128,7 +128,8 @@ class ChildProcess:
             stream.flush()
             reply: dict[str, Any] = pickle.load(stream)
             return reply
-        except (ConnectionError, EOFError, pickle.UnpicklingError) as error:
+        except (ConnectionError, EOFError, ValueError, pickle.UnpicklingError) as error:
+            # A stream that another thread has closed raises a ValueError.
             try:
                 status = process.wait(DYING_SECONDS)
             except subprocess.TimeoutExpired:

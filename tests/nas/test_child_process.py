@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -49,6 +50,25 @@ def test_the_answer_of_an_interrupted_call_is_never_the_next_ones() -> None:
             child.call(time.sleep, 60)
         timer.join()
         assert child.process is None
+        assert child.call(abs, -1) == 1
+
+
+def test_a_stream_that_another_thread_closes_while_it_is_read_tells_of_a_dead_child() -> None:
+    """The reader finds the stream closed before it finds its end."""
+    with ChildProcess() as child:
+        child.start()
+        assert child.stream is not None
+        stream = child.stream
+
+        def close_then_read(size: int = -1) -> bytes:
+            child.close()
+            return stream.read(size)
+
+        child.stream = SimpleNamespace(  # type: ignore[assignment]
+            write=stream.write, flush=stream.flush, read=close_then_read, readline=close_then_read, close=stream.close
+        )
+        with pytest.raises(CandidateFailed, match="killed by SIGKILL"):
+            child.call(abs, -1)
         assert child.call(abs, -1) == 1
 
 
