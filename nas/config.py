@@ -388,6 +388,10 @@ class SearchConfig(Checked):
         "model", "--sampler", "Method that proposes candidates: a model of accuracy and latency, or Optuna's TPE, "
         "NSGA-II or random sampler", panel="Search", bounds=one_of(Sampler), typed=Sampler, parse=str,
     )  # fmt: skip
+    early_stopping: bool = option(
+        True, "--early-stopping/--no-early-stopping", "End a training once it will hardly reach the front at its "
+        "network's latency", panel="Search",
+    )  # fmt: skip
     seed: int = option(0, "--seed", "Seed of the proposals and trainings", panel="Search", bounds=between(0, 2**32 - 1))
     block_table: bool = option(
         False, "--block-table", "Measure the blocks of every candidate alone, not only those of the front's networks",
@@ -437,6 +441,8 @@ class SearchConfig(Checked):
         # Studies that were begun before there was a choice do not have it.
         if not self.data.to_rgb:
             del fields["data"]["to_rgb"]
+        if not self.early_stopping:
+            del fields["early_stopping"]
         if self.data.reading == 1:
             del fields["data"]["reading"]
             if self.data.mirror == is_mirrored(self.data.source):
@@ -459,6 +465,7 @@ class SearchConfig(Checked):
         }
         made["space"] = SearchSpace.from_dict(known.pop("space"))
         made |= {name: known.pop(name) for name in ("sampler", "seed")}
+        made["early_stopping"] = known.pop("early_stopping", False)
         if known:
             raise ValueError(f"{', '.join(known)}: unknown")
         return cls(**made, **transient)

@@ -13,7 +13,7 @@ from nas.config import LatencyConfig, SearchConfig
 from nas.errors import UsageError, of_this_version
 from nas.pareto import hypervolume
 from search_spaces import ArchSpec
-from studies import Candidate, Deployment, Store, Study, displayed
+from studies import TRAINED, Candidate, CandidateState, Deployment, Store, Study, displayed
 from studies.tables import Device
 
 
@@ -145,6 +145,15 @@ class RecordedStudy:
     def candidates(self) -> list[Candidate]:
         """All evaluated candidates, in the order of their trials."""
         return self.store.candidates(self.study_id)
+
+    def passes(self) -> float:
+        """Number of whole trainings that all of the search's took together."""
+        steps = self.config.proxy.steps
+        return sum(
+            1 if each.state == CandidateState.COMPLETE else (each.given_up_at or 0) / steps
+            for each in self.candidates()
+            if each.state in TRAINED
+        )
 
     def front(self) -> pd.DataFrame:
         """The rows of the view `pareto_front` in the study's own deployment, fastest first."""

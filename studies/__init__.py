@@ -10,6 +10,7 @@ from studies.ownership import Owner, check_claimable
 from studies.reconnecting import keep_connecting
 from studies.store import Confirmed, Store
 from studies.tables import (
+    TRAINED,
     BaselineLatency,
     BaselineTraining,
     BlockLatency,
@@ -25,6 +26,7 @@ from studies.tables import (
 
 __all__ = [
     "OBJECTIVES",
+    "TRAINED",
     "BaselineLatency",
     "BaselineTraining",
     "BlockLatency",

@@ -52,6 +52,7 @@ class StudySummary:
 
     name: str
     complete: int
+    stopped: int
     over_limit: int
     failed: int
     device: str
@@ -157,6 +158,7 @@ class Store:
                 StudySummary(
                     name=names[study.study_id],
                     complete=per_state.get((study.study_id, CandidateState.COMPLETE), 0),
+                    stopped=per_state.get((study.study_id, CandidateState.STOPPED), 0),
                     over_limit=per_state.get((study.study_id, CandidateState.OVER_LIMIT), 0),
                     failed=per_state.get((study.study_id, CandidateState.FAILED), 0),
                     device=study.device.name,

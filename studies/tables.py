@@ -44,11 +44,21 @@ def now() -> datetime:
 
 
 class CandidateState(enum.StrEnum):
-    """How the evaluation of a candidate ended."""
+    """How the evaluation of a candidate ended.
+
+    `STOPPED` is one whose training was given up, as it would hardly have reached the front; `DECLINED` one that was not
+    worth a training once it was timed.
+    """
 
     COMPLETE = "complete"
+    STOPPED = "stopped"
+    DECLINED = "declined"
     OVER_LIMIT = "over_limit"
     FAILED = "failed"
+
+
+# The states of candidates that were trained, and that count for the budget.
+TRAINED = (CandidateState.COMPLETE, CandidateState.STOPPED)
 
 
 class TrainingStage(enum.StrEnum):
@@ -131,6 +141,7 @@ class Study(Base):
         owner: an `ownership.Owner` as text.
         confirmed_at: when the accuracies of the front were confirmed; None if they are not, or no longer.
         confirmed_in: the deployment whose front was confirmed, as `Deployment.key` writes it.
+        pilot: JSON, what the pilot measured and why the schedule was chosen; None where there was no pilot.
     """
 
     __tablename__ = "convfirst_studies"
@@ -146,12 +157,13 @@ class Study(Base):
     owner: Mapped[str | None]
     confirmed_at: Mapped[datetime | None]
     confirmed_in: Mapped[str | None]
+    pilot: Mapped[str | None]
 
     device: Mapped[Device] = relationship(lazy="joined")
 
 
 class Candidate(Base):
-    """One evaluated architecture: trained and timed, over a limit, or failed with a reason.
+    """One evaluated architecture: trained and timed, or not, with a reason.
 
     Attributes:
         seed, accuracy, loss, train_seconds, train_memory_bytes: those of the training by which the search judged it.
@@ -162,6 +174,10 @@ class Candidate(Base):
         confirmed_accuracy, confirmed_low, confirmed_high: mean of the trainings with other seeds, and the ends of its
             95 % interval; None where there are none.
         confirmed_trainings: number of these trainings.
+        given_up_at: number of steps after which the training was given up, or would have been, as some are trained to
+            the end all the same; None where it was not.
+        predicted_accuracy, predicted_deviation: accuracy that was expected then, and its standard deviation.
+        needed_accuracy: accuracy that it would hardly have reached.
     """
 
     __tablename__ = "convfirst_candidates"
@@ -196,6 +212,10 @@ class Candidate(Base):
     confirmed_low: Mapped[float | None]
     confirmed_high: Mapped[float | None]
     confirmed_trainings: Mapped[int | None]
+    given_up_at: Mapped[int | None]
+    predicted_accuracy: Mapped[float | None]
+    predicted_deviation: Mapped[float | None]
+    needed_accuracy: Mapped[float | None]
     finished_at: Mapped[datetime] = mapped_column(default=now)
 
     latencies: Mapped[list[CandidateLatency]] = relationship(
@@ -256,6 +276,8 @@ class CandidateTraining(Training, Base):
         stage: a `TrainingStage`.
         data, data_fingerprint: the images that it was trained on: the study's own or others.
         host: name of the machine that trained it; None where an older version did.
+        test_accuracy: accuracy on the images of the data's `test` folder; None where there is none, or for a training
+            of the search, which must not know them.
     """
 
     __tablename__ = "convfirst_trainings"
@@ -272,6 +294,7 @@ class CandidateTraining(Training, Base):
     data_fingerprint: Mapped[str] = mapped_column(String(12))
     seed: Mapped[int] = mapped_column(BigInteger)
     host: Mapped[str | None]
+    test_accuracy: Mapped[float | None]
 
 
 class Profile(OnDevice, Base):

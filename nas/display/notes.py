@@ -13,20 +13,25 @@ import pandas as pd
 
 from nas.config import SearchConfig
 from nas.recorded import RecordedStudy, is_confirmed
+from nas.training.curves import from_json
 from search_spaces import ArchSpec, SearchSpace
 from search_spaces.arch import Step
 from search_spaces.cost import steps_cost
 from search_spaces.timm_config import model_args
-from studies import Candidate, CandidateLatency, CandidateState, LatencyStage
+from studies import TRAINED, Candidate, CandidateLatency, CandidateState, LatencyStage
 
 # Names of user attributes of trials: the reason why a trial is not complete, and the number of the trial it repeats.
 REASON, DUPLICATE_OF = "reason", "duplicate_of"
+# Those of a training that was given up: the accuracy that was expected at its end, and its standard deviation; and the
+# latency of any trial that was timed and not trained to the end.
+PREDICTED, DEVIATION, TIMED = "predicted_accuracy", "predicted_deviation", "latency_ms"
 # The reason of a trial whose search was interrupted.
 INTERRUPTED = "interrupted"
 HEADERS = ("stage", "blocks", "kernel", "group width", "expansion", "width", "stride", "output", "MMACs", "params k")
 STATES = {
     CandidateState.COMPLETE: "complete", CandidateState.OVER_LIMIT: "over a limit, not trained",
-    CandidateState.FAILED: "failed",
+    CandidateState.FAILED: "failed", CandidateState.STOPPED: "stopped early",
+    CandidateState.DECLINED: "timed, not trained",
 }  # fmt: skip
 
 
@@ -57,6 +62,25 @@ def accuracy_line(front: pd.DataFrame) -> str:
         return f"accuracies as confirmed: each of one other training{schedule}, with 95 % intervals"
     count = str(least) if least == most else f"{least} to {most}"
     return f"accuracies as confirmed: means of {count} other trainings{schedule}, with 95 % intervals"
+
+
+def stopping_line(candidates: Sequence[Candidate], steps: int) -> str | None:
+    """How many trainings were given up, what that saved, and how often it was wrong; None where none was.
+
+    Args:
+        steps: length of the schedule.
+    """
+    trained = [each for each in candidates if each.state in TRAINED]
+    judged = [each for each in trained if each.given_up_at is not None and each.needed_accuracy is not None]
+    stopped = [each.given_up_at or 0 for each in judged if each.state == CandidateState.STOPPED]
+    if not judged:
+        return None
+    saved = sum(1 - step / steps for step in stopped) / len(trained)
+    line = f"stopped early: {len(stopped)} of {len(trained)} trainings, which saved {saved:.0%} of all steps"
+    controls = [each for each in judged if each.state == CandidateState.COMPLETE]
+    wrong = sum((each.accuracy or 0) >= (each.needed_accuracy or 0) for each in controls)
+    checked = f"{len(controls)} that {'was' if len(controls) == 1 else 'were'} trained to the end all the same"
+    return f"{line}; of {checked}, {wrong} reached the accuracy that it was thought to miss" if controls else line
 
 
 def code(text: str) -> str:
@@ -125,6 +149,12 @@ def trial_note(candidate: Candidate, latency: CandidateLatency | None, config: S
     ]
     if candidate.accuracy is not None:
         lines.append(f"accuracy {candidate.accuracy:.2%} after {config.proxy.steps} steps, as searched")
+    if candidate.state == CandidateState.COMPLETE and candidate.given_up_at is not None:
+        lines.append(
+            f"trained to the end to check the rule that would have given it up after {candidate.given_up_at} steps: "
+            f"{candidate.predicted_accuracy:.2%} +- {candidate.predicted_deviation:.2%} expected, "
+            f"{candidate.needed_accuracy:.2%} needed"
+        )
     if candidate.confirmed_accuracy is not None:
         lines.append(
             f"accuracy {candidate.confirmed_accuracy:.2%} ({candidate.confirmed_low:.2%} to "
@@ -133,10 +163,21 @@ def trial_note(candidate: Candidate, latency: CandidateLatency | None, config: S
         )
     if latency is not None:
         lines.append(latency_words(latency))
-    return "\n\n".join([
+    parts = [
         f"`{arch}`", "  \n".join(lines), stage_table(arch, config.latency.resolution, config.latency.num_classes),
         f"timm: `{model_args(arch)}`",
-    ])  # fmt: skip
+    ]  # fmt: skip
+    if candidate.state == CandidateState.STOPPED:
+        parts += [curve_table(training.curve) for training in candidate.trainings]
+    return "\n\n".join(parts)
+
+
+def curve_table(curve: str | None) -> str:
+    """A Markdown table of a stored learning curve."""
+    rows: list[tuple[object, ...]] = [
+        (point.step, f"{point.train_loss:.3f}", f"{point.train_accuracy:.1%}") for point in from_json(curve)
+    ]
+    return markdown_table(("step", "training loss", "training accuracy"), rows)
 
 
 def latency_words(latency: CandidateLatency) -> str:
@@ -187,15 +228,17 @@ def study_note(recorded: RecordedStudy) -> str:
         ("anchor", f"{code(str(recorded.anchor))}, {row.anchor_ms:.4g} ms"),
         ("limits", ", ".join(limits) or "none"),
         ("sampler", f"{config.sampler}, seed {config.seed}"),
+        ("early stopping", "of what will hardly reach the front" if config.early_stopping else "none"),
         ("space", code(config.space.name)),
         ("versions", ", ".join(f"{package} {version}" for package, version in versions.items())),
         ("begun", f"{row.created_at:%Y-%m-%d %H:%M} UTC"),
     ]
     return "\n\n".join([
         f"Search for ConvFirst networks, study {code(recorded.name)}.", markdown_table(("what", "how"), rows),
-        "Pruned trials broke a limit or proposed the architecture of an earlier trial, failed ones could not run; user "
-        "attributes and notes give the reasons. The objectives, and the plot of them here, are those of the search, in "
-        "which the front's members look better than they are. The front that counts is the view `pareto_front` of this "
-        "database: at the end of the search its latencies were measured again, and its accuracies were confirmed by "
-        "trainings with other seeds (where `confirmed` is 1).",
+        "Pruned trials were given up (their notes show the learning curves), broke a limit or proposed the "
+        "architecture of an earlier trial; failed ones could not run. User attributes and notes give the reasons. The "
+        "objectives, and the plot of them here, are those of the search, in which the front's members look better than "
+        "they are. The front that counts is the view `pareto_front` of this database: at the end of the search its "
+        "latencies were measured again, and its accuracies were confirmed by trainings with other seeds (where "
+        "`confirmed` is 1).",
     ])  # fmt: skip

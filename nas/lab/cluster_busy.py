@@ -25,6 +25,7 @@ from nas.lab.invented import FakeEvaluator
 from nas.search import run
 from nas.search.loop import Event, Silent
 from nas.training.proxy import ProxyResult
+from nas.training.stopping import Rules
 from nas.training.workers import Call, Done
 from search_spaces import ArchSpec
 
@@ -52,7 +53,9 @@ class Sleeping(FakeEvaluator):
     def round_size(self) -> int:
         return self.pool.count
 
-    def train(self, archs: Sequence[ArchSpec], seeds: Sequence[int] | None = None) -> Generator[Done[ProxyResult]]:
+    def train(
+        self, archs: Sequence[ArchSpec], seeds: Sequence[int] | None = None, rules: Rules = None
+    ) -> Generator[Done[ProxyResult]]:
         for done in self.pool.run([Call(sleep, (self.seconds,))] * len(archs)):
             result: ProxyResult | CandidateFailed
             if isinstance(done.result, CandidateFailed):

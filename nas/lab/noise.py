@@ -90,7 +90,7 @@ def main(
             paths = {size: files.write(data) for size, data in load_all(DataConfig(), sizes)}
             proxy = ProxyConfig(steps=STEPS)
             calls = [
-                Call(train_candidate, (arch, paths[arch.shown(loaded.default_resolution)], proxy, 0, False))
+                Call(train_candidate, (arch, paths[arch.shown(loaded.default_resolution)], proxy, 0, False, None))
                 for arch in archs[: 2 * workers]
             ]
         for _ in track(range(rounds), "measuring"):

@@ -190,7 +190,10 @@ def incomplete_trials(candidates: Sequence[Candidate], trials: Sequence[FrozenTr
     Args:
         trials: Optuna's trials, among them duplicates and interrupted ones, which were never evaluated.
     """
-    outcomes = {CandidateState.FAILED: "failed", CandidateState.OVER_LIMIT: "over a limit"}
+    outcomes = {
+        CandidateState.FAILED: "failed", CandidateState.OVER_LIMIT: "over a limit",
+        CandidateState.STOPPED: "stopped early", CandidateState.DECLINED: "timed, not trained",
+    }  # fmt: skip
     rows: list[tuple[int, str, str]] = []
     for candidate in candidates:
         if candidate.state in outcomes:

@@ -8,7 +8,7 @@ from dataclasses import asdict
 import numpy as np
 import pandas as pd
 
-from nas.display.notes import accuracy_line, pixels
+from nas.display.notes import accuracy_line, pixels, stopping_line
 from nas.report.data import Material
 
 LIMITS = {
@@ -27,6 +27,8 @@ def set_up(material: Material) -> str:
     limits = [LIMITS[name].format(value) for name, value in asdict(config.limits).items() if value is not None]
     driver = f", {device.driver}" if device.driver not in ("", "none") else ""
     versions = ", ".join(f"{name} {value}" for name, value in json.loads(row.versions).items() if value != "none")
+    stopping = stopping_line(material.candidates, training.steps)
+    early = f"{stopping[0].upper()}{stopping[1:]}. " if stopping else ""
     return (
         f"The space {config.space.name} was searched by {config.sampler} with seed {config.seed}; "
         f"candidates evaluated: {len(material.candidates)}, of which complete: {material.complete}. "
@@ -38,7 +40,8 @@ def set_up(material: Material) -> str:
         f"{row.data_fingerprint}) for {training.steps} steps of {training.batch_size} images with AdamW, "
         f"learning rate up to {training.learning_rate:g}, weight decay {training.weight_decay:g}, label "
         f"smoothing {training.label_smoothing:g}, {training.threads} thread(s). "
-        f"Limits: {', '.join(limits) or 'none'}. Begun {row.created_at:%Y-%m-%d %H:%M} UTC. Versions: {versions}."
+        f"{early}Limits: {', '.join(limits) or 'none'}. Begun {row.created_at:%Y-%m-%d %H:%M} UTC. "
+        f"Versions: {versions}."
     )
 
 

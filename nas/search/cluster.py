@@ -35,6 +35,7 @@ from nas.training import worker_count
 from nas.training.data import ImageData
 from nas.training.pool import MOST_WORKERS
 from nas.training.proxy import ProxyResult
+from nas.training.stopping import Rules
 from nas.training.worker_count import WorkerCount
 from nas.training.workers import Done
 from search_spaces import ArchSpec
@@ -301,9 +302,11 @@ class Cluster(RealEvaluator, Places):
             lambda: self.station.timing_seconds() / self.timers,
         )  # fmt: skip
 
-    def train(self, archs: Sequence[ArchSpec], seeds: Sequence[int] | None = None) -> Generator[Done[ProxyResult]]:
+    def train(
+        self, archs: Sequence[ArchSpec], seeds: Sequence[int] | None = None, rules: Rules = None
+    ) -> Generator[Done[ProxyResult]]:
         # The next round's trainings begin as workers become free of this one's.
-        return self.results(archs, seeds)
+        return self.results(archs, seeds, rules)
 
     def determinism(self) -> str | None:
         # What trains is of another kind than what measures, or is no CUDA device.

@@ -13,6 +13,7 @@ from nas.errors import CandidateFailed, memory_may_run_out
 from nas.latency.device_profile import DeviceProfile
 from nas.latency.values import Measurement, ShapeLatency, memory_mb
 from nas.training.proxy import ProxyResult
+from nas.training.stopping import Rules, Verdict
 from nas.training.workers import Done
 from search_spaces import ArchSpec, Cost
 from studies import CandidateState
@@ -60,7 +61,18 @@ class Screened:
         )  # fmt: skip
         if isinstance(done.result, CandidateFailed):
             return replace(outcome, state=CandidateState.FAILED, reason=str(done.result))
+        if done.result.stopped and done.result.verdict:
+            reason = given_up(done.result.verdict, self.latency.median_ms)
+            return replace(outcome, state=CandidateState.STOPPED, reason=reason, proxy=done.result)
         return replace(outcome, proxy=done.result)
+
+
+def given_up(verdict: Verdict, latency_ms: float) -> str:
+    """The reason for which a training was given up, in words."""
+    return (
+        f"given up after {verdict.step} steps: {verdict.predicted:.1%} +- {verdict.deviation:.1%} expected, "
+        f"{verdict.needed:.1%} needed at {latency_ms:.3g} ms"
+    )
 
 
 class Evaluator(Protocol):
@@ -104,11 +116,14 @@ class Evaluator(Protocol):
 
     def measure(self, arch: ArchSpec) -> Measurement: ...
 
-    def train(self, archs: Sequence[ArchSpec], seeds: Sequence[int] | None = None) -> Generator[Done[ProxyResult]]:
+    def train(
+        self, archs: Sequence[ArchSpec], seeds: Sequence[int] | None = None, rules: Rules = None
+    ) -> Generator[Done[ProxyResult]]:
         """Train networks side by side, those first that stand first, and yield each when it ends.
 
         Args:
             seeds: seed of each training; None stands for the search's, which all have in common.
+            rules: rule by which each training may end early; None stands for none.
         """
         ...
 
@@ -164,7 +179,9 @@ class OneByOne:
         """Train a network with another seed; by default the seed changes nothing."""
         return self.train_one(arch)
 
-    def train(self, archs: Sequence[ArchSpec], seeds: Sequence[int] | None = None) -> Generator[Done[ProxyResult]]:
+    def train(
+        self, archs: Sequence[ArchSpec], seeds: Sequence[int] | None = None, rules: Rules = None
+    ) -> Generator[Done[ProxyResult]]:
         """See `Evaluator.train`."""
         for index, arch in enumerate(archs):
             begin = time.perf_counter()
@@ -172,6 +189,8 @@ class OneByOne:
                 with memory_may_run_out():
                     result: ProxyResult | CandidateFailed
                     result = self.train_one(arch) if seeds is None else self.train_again(arch, seeds[index])
+                    rule = rules[index] if rules else None
+                    result = result.under(rule) if rule else result
             except CandidateFailed as error:
                 result = error
             yield Done(index, 0, time.perf_counter() - begin, result)

@@ -21,7 +21,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from nas import pareto
 from nas.config import Limits
-from nas.display.notes import INTERRUPTED, REASON
+from nas.display.notes import DEVIATION, INTERRUPTED, PREDICTED, REASON, TIMED
 from nas.search.features import matrix
 from nas.search.improvement import Staircase
 from nas.search.model import FIRST, Kernel, Model, Scale, kernel_for
@@ -45,6 +45,8 @@ MOST_POINTS = 500
 FASTER = 0.8
 # Of trials that failed or broke the limit on the latency, the latest so many are taken into account.
 MOST_FAILED = 100
+# And so many of those that were not trained to the end.
+MOST_UNFINISHED = 200
 # Failures are rarer than what does not fail; and nothing is so likely to fail that it is never tried.
 DEVIATION_OF_FAILURES, LEAST_LIKELY = 0.3, 0.02
 # The names of limits among a trial's constraints.
@@ -103,6 +105,8 @@ class Memory:
         """The latency of a trial that was timed, also of one over the limit."""
         if trial.state == TrialState.COMPLETE:
             return float(trial.values[1])
+        if TIMED in trial.user_attrs:
+            return float(trial.user_attrs[TIMED])
         return self.most_ms * (1 + trial.constraints[LATENCY])
 
     def chosen(self, params: Mapping[str, Any]) -> dict[str, Choice]:
@@ -224,23 +228,31 @@ class FrontModel:
         latency_ms = np.array([trial.values[1] for trial in complete])
         points = memory.points(archs)
         kernel = kernel_for(points, accuracy, memory.accuracy_kernels)
-        kept = _kept(accuracy, latency_ms)
+        given = kept(accuracy, latency_ms)
         failed = [trial for trial in by_state[TrialState.FAIL] if trial.user_attrs.get(REASON) != INTERRUPTED]
         # A limit on the memory is kept or not, as a network runs or not.
         failed += [trial for trial in by_state[TrialState.PRUNED] if trial.constraints.get(MEMORY, 0) > 0]
         failed.sort(key=lambda trial: trial.number)
         bad = memory.points([memory.arch_of(trial) for trial in failed[-MOST_FAILED:]])
-        runs = Model(points[kept], np.ones(len(kept)), Kernel(*FIRST), mean=1.0, deviation=DEVIATION_OF_FAILURES)
-        of_accuracy = Model.of(points[kept], accuracy[kept], kernel)
-        over = over_latency(by_state[TrialState.PRUNED])[-MOST_FAILED:]
+        runs = Model(points[given], np.ones(len(given)), Kernel(*FIRST), mean=1.0, deviation=DEVIATION_OF_FAILURES)
+        of_accuracy = Model.of(points[given], accuracy[given], kernel)
+        unfinished = [trial for trial in by_state[TrialState.PRUNED] if TIMED in trial.user_attrs][-MOST_UNFINISHED:]
+        # What was expected of a training that was given up is known less well than the result of one.
+        if given_up := [trial for trial in unfinished if PREDICTED in trial.user_attrs]:
+            of_accuracy = of_accuracy.with_more(
+                memory.points([memory.arch_of(trial) for trial in given_up]),
+                np.array([trial.user_attrs[PREDICTED] for trial in given_up]),
+                np.array([trial.user_attrs[DEVIATION] for trial in given_up]),
+            )
+        over = [*over_latency(by_state[TrialState.PRUNED])[-MOST_FAILED:], *unfinished]
         of_latency = Model.of(
-            points[kept], np.log(latency_ms[kept]), kernel_for(points, np.log(latency_ms), memory.latency_kernels)
+            points[given], np.log(latency_ms[given]), kernel_for(points, np.log(latency_ms), memory.latency_kernels)
         ).with_more(
             memory.points([memory.arch_of(trial) for trial in over]),
             np.log([memory.latency_ms(trial) for trial in over]),
         )
-        means, _ = of_accuracy.predict(points[kept])
-        known, known_ms = [archs[index] for index in kept], latency_ms[kept]
+        means, _ = of_accuracy.predict(points[given])
+        known, known_ms = [archs[index] for index in given], latency_ms[given]
         if pending := [memory.arch_of(trial) for trial in by_state[TrialState.RUNNING]]:
             ahead = memory.points(pending)
             guessed, _ = of_accuracy.predict(ahead)
@@ -276,7 +288,7 @@ def over_latency(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     return [trial for trial in trials if trial.state == TrialState.PRUNED and trial.constraints.get(LATENCY, 0) > 0]
 
 
-def _kept(accuracy: np.ndarray, latency_ms: np.ndarray) -> np.ndarray:
+def kept(accuracy: np.ndarray, latency_ms: np.ndarray) -> np.ndarray:
     """The indices of the trials that the models are given, in order."""
     count = len(accuracy)
     if count <= MOST_POINTS:

@@ -12,11 +12,14 @@ from nas.pareto import GrowingFront
 from nas.recorded import RecordedStudy
 from nas.search.evaluation import Outcome
 from nas.search.front_sampler import Memory
-from nas.search.rows import candidate_row, constraints, objectives
+from nas.search.rows import beliefs, candidate_row, constraints, objectives
 from nas.search.sampling import Proposal, Proposer
+from nas.search.stopper import Stopper
 from nas.search.trials import TRIAL_STATES, Trials
+from nas.training.curves import CurvePoint, from_json
+from nas.training.stopping import Rule
 from search_spaces import ArchSpec
-from studies import Candidate, CandidateState, Owner
+from studies import Candidate, CandidateState, Owner, TrainingStage
 
 # After this many known architectures in a row, a random draw takes the sampler's place. TPE proposes known
 # architectures more often the longer a study is (after 1,950 candidates, eight proposals for a new one); thanks to the
@@ -32,11 +35,30 @@ class Measured:
     latency_ms: float
 
 
+@dataclass(frozen=True)
+class Told:
+    """What sampler and stopper are told of a trial when its round has ended.
+
+    Args:
+        values: the objectives; None where the candidate is not complete.
+        attributes: what is believed of a candidate that was not trained to the end.
+    """
+
+    values: list[float] | None
+    state: TrialState
+    constraints: dict[str, float]
+    attributes: dict[str, float]
+    arch: ArchSpec
+    curve: Sequence[CurvePoint]
+
+
 class LiveStudy:
     """The study of a running search. Make one with `open_study`, which claims it for this process.
 
     Attributes:
         complete: the objectives of each complete candidate, in the order in which they were evaluated.
+        stopped: number of candidates whose training was given up.
+        passes: number of whole trainings that all of the search's took together.
         front: the front of the complete candidates, by their places in `complete`.
         known: arch_id -> trial number of every candidate, whatever its outcome, those in flight included.
         untold: by number, the trials that the sampler is not told of yet.
@@ -51,25 +73,48 @@ class LiveStudy:
         self._count(candidates)
         config, optuna_study = recorded.config, self.trials.study
         memory = None
-        if config.sampler == Sampler.MODEL:
+        if config.sampler == Sampler.MODEL or config.early_stopping:
             deployed = config.latency
             memory = Memory(
                 config.space, deployed.resolution, deployed.num_classes, recorded.reference_latency_ms, config.limits
             )
         self.proposer = Proposer(
-            config.space, config.sampler, config.seed, optuna_study.directions,
-            optuna_study.get_trials(deepcopy=False), memory, self.known,
+            config.space, config.sampler, config.seed, optuna_study.directions, optuna_study.get_trials(deepcopy=False),
+            memory if config.sampler == Sampler.MODEL else None, self.known,
         )  # fmt: skip
-        self.untold: dict[int, tuple[list[float] | None, TrialState, dict[str, float]]] = {}
+        self.stopper = Stopper(memory, config.proxy.steps) if memory is not None and config.early_stopping else None
+        if self.stopper is not None:
+            self._teach(self.stopper, candidates)
+        self.untold: dict[int, Told] = {}
         self.size = config.space.size()
         # The fast end of the front and its middle, so that a sampler has them to build on from the start. Random search
         # stays what it is: the plain baseline.
         self.openers = () if config.sampler == "random" else (config.space.smallest(), config.space.anchor())
 
+    def _teach(self, stopper: Stopper, candidates: Sequence[Candidate]) -> None:
+        """Teach the stopper the trainings that are stored."""
+        stored = self.recorded.store.trainings.of_study(self.recorded.study_id, TrainingStage.SEARCH)
+        curves = {training.trial_id: training.curve for training in stored}
+        for row in candidates:
+            values = objectives(row)
+            if values is not None:
+                stopper.add(ArchSpec.from_json(row.arch), values[0], values[1], from_json(curves.get(row.trial_id)))
+
+    def rules(self, archs: Sequence[ArchSpec], latency_ms: Sequence[float]) -> list[Rule | None]:
+        """The rules by which the trainings of architectures may end early; None for those that may not."""
+        return [None] * len(archs) if self.stopper is None else self.stopper.rules(archs, latency_ms)
+
+    @property
+    def trained(self) -> int:
+        """Number of candidates that were trained, those whose training was given up included."""
+        return len(self.complete) + self.stopped
+
     def _count(self, candidates: Sequence[Candidate]) -> None:
         """Set accuracy and latest latency of the complete candidates, and their front."""
         self.complete: list[Measured] = []
         self.front = GrowingFront()
+        given_up = [each.given_up_at or 0 for each in candidates if each.state == CandidateState.STOPPED]
+        self.stopped, self.passes = len(given_up), sum(given_up) / self.recorded.config.proxy.steps
         for candidate in candidates:
             latency = candidate.latency_in(self.recorded.deployment)
             if candidate.state == CandidateState.COMPLETE and candidate.accuracy is not None and latency is not None:
@@ -78,6 +123,7 @@ class LiveStudy:
     def _add_complete(self, measured: Measured) -> None:
         self.front.add(len(self.complete), measured.accuracy, measured.latency_ms)
         self.complete.append(measured)
+        self.passes += 1
 
     def timed_archs(self) -> list[ArchSpec]:
         """The architectures of all candidates that were timed in the deployment that is searched."""
@@ -137,8 +183,11 @@ class LiveStudy:
         return None
 
     def settle(self, number: int) -> None:
-        """Tell the sampler of a trial that was recorded."""
-        self.proposer.tell(number, *self.untold.pop(number))
+        """Tell the sampler and the stopper of a trial that was recorded."""
+        told = self.untold.pop(number)
+        self.proposer.tell(number, told.values, told.state, told.constraints, told.attributes)
+        if told.values is not None and self.stopper is not None:
+            self.stopper.add(told.arch, told.values[0], told.values[1], told.curve)
 
     def record(self, proposal: Proposal, trial_id: int, outcome: Outcome) -> None:
         """Write a candidate's rows, then close its trial in Optuna's tables. The sampler learns of it from `settle`."""
@@ -146,6 +195,12 @@ class LiveStudy:
         self.recorded.store.add_candidate(row, self.owner)
         broken = outcome.constraints or {}
         self.trials.finish(trial_id, row, broken)
-        self.untold[proposal.number] = objectives(row), TRIAL_STATES[outcome.state], broken
+        self.untold[proposal.number] = Told(
+            objectives(row), TRIAL_STATES[outcome.state], broken, beliefs(row), proposal.arch,
+            outcome.proxy.curve if outcome.proxy else (),
+        )  # fmt: skip
         if outcome.state == CandidateState.COMPLETE and outcome.proxy and outcome.latency:
             self._add_complete(Measured(outcome.proxy.accuracy, outcome.latency.median_ms))
+        elif outcome.state == CandidateState.STOPPED and row.given_up_at:
+            self.stopped += 1
+            self.passes += row.given_up_at / self.recorded.config.proxy.steps

@@ -13,6 +13,7 @@ from typing import Protocol
 import pandas as pd
 
 from nas.config import SearchConfig
+from nas.display.notes import stopping_line
 from nas.display.showcase import show
 from nas.errors import CandidateFailed, UsageError
 from nas.latency.block_table import BlockTable, sum_errors, sum_errors_line
@@ -42,6 +43,7 @@ class Event:
 
     Args:
         seconds_left: estimate of the time until the budget is met; None before the first round has ended.
+        complete, stopped: number of candidates that count for the budget, and of those whose training was given up.
         workers, busy: number of workers, and of those that train.
         per_minute: candidates that are completed in a minute; None before the first round has ended.
     """
@@ -57,6 +59,7 @@ class Event:
     workers: int = 1
     busy: int = 0
     per_minute: float | None = None
+    stopped: int = 0
 
 
 class Progress(Protocol):
@@ -127,7 +130,8 @@ class SearchResult:
     """The result of a run.
 
     Args:
-        complete: number of distinct architectures fully evaluated in the study, earlier runs included.
+        complete: number of distinct architectures that were timed and trained in the study, earlier runs included.
+        stopped: number of those whose training was given up.
         why: the reason for which the run ended, a line.
         pareto_front: the study's rows of the view of that name, fastest first.
         hypervolumes: hypervolumes of the front as searched and as confirmed.
@@ -136,6 +140,7 @@ class SearchResult:
     """
 
     complete: int
+    stopped: int
     why: str
     pareto_front: pd.DataFrame
     hypervolumes: Hypervolumes
@@ -144,7 +149,7 @@ class SearchResult:
 
 
 def run(config: SearchConfig, evaluator: Evaluator | None = None, progress: Progress | None = None) -> SearchResult:
-    """Search until the study holds `config.budget` complete candidates, going on where an earlier run stopped.
+    """Search until the study holds `config.budget` trained candidates, going on where an earlier run stopped.
 
     Args:
         config: the whole search.
@@ -165,7 +170,7 @@ def run(config: SearchConfig, evaluator: Evaluator | None = None, progress: Prog
     for line in evaluator.notes:
         progress.note(line)
     with closing(evaluator), open_study(config, evaluator, json.dumps(versions()), progress.note) as study:
-        progress.begin(len(study.complete), config.budget)
+        progress.begin(study.trained, config.budget)
         rounds = _loop(config, study, evaluator, progress, begin)
         remarks: tuple[str, ...] = ()
         for _ in range(MAX_CONFIRMATIONS):
@@ -179,12 +184,15 @@ def run(config: SearchConfig, evaluator: Evaluator | None = None, progress: Prog
                 break
         final_begin = time.perf_counter()
         remarks += _measure_parts(config, study, evaluator, progress)
+        stopping = stopping_line(study.recorded.candidates(), config.proxy.steps)
+        remarks += (stopping,) if stopping else ()
         if config.keep_weights:
             weights(config, study).keep_only({int(number) for number in study.recorded.front()["number"]})
         latency = rounds.latency + time.perf_counter() - final_begin
         remarks += _show(config, study)
         return SearchResult(
-            complete=len(study.complete),
+            complete=study.trained,
+            stopped=study.stopped,
             why=rounds.why,
             pareto_front=study.recorded.store.front(config.study),
             hypervolumes=study.recorded.hypervolumes(),
@@ -214,7 +222,7 @@ def _confirm(
     config: SearchConfig, study: LiveStudy, evaluator: Evaluator, progress: Progress, rounds: Rounds
 ) -> tuple[str, ...]:
     """Train the front's likely members again with other seeds, and return a remark on the result."""
-    most = int(config.confirm * len(study.complete))
+    most = int(config.confirm * study.passes)
     if not most:
         return ()
     confirmer = Confirmer(study.recorded, study.owner, evaluator.train, evaluator.val_images, evaluator.round_size)
@@ -318,12 +326,12 @@ def _loop(config: SearchConfig, study: LiveStudy, evaluator: Evaluator, progress
 
     rounds = Rounds(config, study, evaluator, begin, progress.note, timed)
     rounds.latency += earlier_seconds
-    pace = Pace(len(study.complete))
+    pace = Pace(study.trained)
     with closing(rounds.run()) as course:
         for recorded in course:
             if recorded.ends_round:
-                pace.pause(len(study.complete))
-            left = pace.seconds_left(config.budget - len(study.complete))
+                pace.pause(study.trained)
+            left = pace.seconds_left(config.budget - study.trained)
             progress.candidate(_event(config, study, rounds, recorded, pace.per_minute, left))
     return rounds
 
@@ -356,7 +364,8 @@ def _event(
     return Event(
         arch=recorded.proposal.arch,
         outcome=recorded.outcome,
-        complete=len(study.complete),
+        complete=study.trained,
+        stopped=study.stopped,
         budget=config.budget,
         best_accuracy=study.front.best_accuracy,
         front_size=len(study.front),

@@ -94,6 +94,7 @@ class Model:
         values: the figures there, (n,).
         kernel: the kernel's parameters.
         mean, deviation: the scale of the values.
+        doubts: standard deviation of each value in addition to the noise, (n,); None stands for none.
     """
 
     points: np.ndarray
@@ -101,26 +102,32 @@ class Model:
     kernel: Kernel
     mean: float
     deviation: float
+    doubts: np.ndarray | None = None
 
     @classmethod
     def of(cls, points: np.ndarray, values: np.ndarray, kernel: Kernel) -> Model:
         """The model of some points, on whose values its scale depends."""
         return cls(points, values, kernel, float(values.mean()), max(float(values.std()), 1e-9))
 
-    def with_more(self, points: np.ndarray, values: np.ndarray) -> Model:
+    def with_more(self, points: np.ndarray, values: np.ndarray, doubts: np.ndarray | None = None) -> Model:
         """The model with more points, on the same scale."""
         joined = np.concatenate([self.points, points]), np.concatenate([self.values, values])
-        return replace(self, points=joined[0], values=joined[1])
+        added = np.concatenate([self._doubts, np.zeros(len(values)) if doubts is None else doubts])
+        return replace(self, points=joined[0], values=joined[1], doubts=added)
 
     @property
     def noise(self) -> float:
         """Standard deviation of a single value around the truth."""
         return float(np.sqrt(self.kernel.noise)) * self.deviation
 
+    @property
+    def _doubts(self) -> np.ndarray:
+        return np.zeros(len(self.values)) if self.doubts is None else self.doubts
+
     @cached_property
     def _solved(self) -> tuple[np.ndarray, np.ndarray]:
         covariance = self.kernel.between(self.points, self.points)
-        covariance[np.diag_indices_from(covariance)] += self.kernel.noise + 1e-9
+        covariance[np.diag_indices_from(covariance)] += self.kernel.noise + (self._doubts / self.deviation) ** 2 + 1e-9
         factor = np.linalg.cholesky(covariance)
         return factor, cho_solve((factor, True), (self.values - self.mean) / self.deviation)
 

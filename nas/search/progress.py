@@ -45,6 +45,11 @@ def scored_briefly(event: Event) -> str:
     return outcome.state.value.replace("_", " ")
 
 
+def counted(event: Event) -> str:
+    """The number of candidates, of all that there will be, and of those whose training was given up."""
+    return f"{event.complete}/{event.budget}" + (f" ({event.stopped} stopped early)" if event.stopped else "")
+
+
 def standing(event: Event) -> str:
     """The state of the search in a few words."""
     left = f"  {duration(event.seconds_left)} left" if event.seconds_left is not None else ""
@@ -63,10 +68,11 @@ def live_words(event: Event, room: int) -> str:
     """The last candidate and the state of the search, without what has no room in so many columns."""
     left = f"{duration(event.seconds_left)} left" if event.seconds_left is not None else ""
     words = {
-        "last": scored_briefly(event), "best": f"best {event.best_accuracy:.3f}", "front": f"front {event.front_size}",
+        "last": scored_briefly(event), "stopped": f"{event.stopped} stopped early" if event.stopped else "",
+        "best": f"best {event.best_accuracy:.3f}", "front": f"front {event.front_size}",
         "hypervolume": f"hypervolume as searched {event.hypervolume:.4f}", "pace": pace(event), "left": left,
     }  # fmt: skip
-    for least in ("", "front", "hypervolume"):
+    for least in ("", "front", "stopped", "hypervolume"):
         words.pop(least, None)
         line = "  ".join(word for word in words.values() if word)
         if len(line) <= room:
@@ -95,10 +101,10 @@ class PlainProgress:
 
     def begin(self, complete: int, budget: int) -> None:
         if complete:
-            self._print(f"going on: {complete} of {budget} candidates are complete")
+            self._print(f"going on: {complete} of {budget} candidates are there")
 
     def candidate(self, event: Event) -> None:
-        parts = (f"{event.complete}/{event.budget}", scored(event), standing(event), pace(event), f"[{event.arch}]")
+        parts = (counted(event), scored(event), standing(event), pace(event), f"[{event.arch}]")
         self._print("  ".join(part for part in parts if part))
 
     def confirming(self, done: int, most: int, likely: int) -> None:

@@ -20,6 +20,7 @@ from nas.training.data import ImageData
 from nas.training.determinism import measure_apart
 from nas.training.pool import DataSource, mapped, train_new
 from nas.training.proxy import ProxyResult
+from nas.training.stopping import Rule, Rules
 from nas.training.weights import Trained
 from nas.training.worker_count import WorkerCount
 from nas.training.workers import Call, Done, Pool, contained, trim_heap
@@ -144,18 +145,23 @@ class RealEvaluator:
     def profile(self) -> DeviceProfile:
         return self.station.profile()
 
-    def train(self, archs: Sequence[ArchSpec], seeds: Sequence[int] | None = None) -> Generator[Done[ProxyResult]]:
+    def train(
+        self, archs: Sequence[ArchSpec], seeds: Sequence[int] | None = None, rules: Rules = None
+    ) -> Generator[Done[ProxyResult]]:
         with self.turn:
             # It may have been closed while this round waited for the one before.
             if not self.closed:
                 with self.training():
-                    yield from self.results(archs, seeds)
+                    yield from self.results(archs, seeds, rules)
 
-    def results(self, archs: Sequence[ArchSpec], seeds: Sequence[int] | None) -> Generator[Done[ProxyResult]]:
+    def results(
+        self, archs: Sequence[ArchSpec], seeds: Sequence[int] | None, rules: Rules
+    ) -> Generator[Done[ProxyResult]]:
         """Train networks in the pool."""
-        config = self.config
-        calls = [Call(train_candidate, (arch, self.data_for(arch), config.proxy, seed, config.keep_weights))
-                 for arch, seed in zip(archs, seeds or [config.seed] * len(archs), strict=True)]  # fmt: skip
+        config, count = self.config, len(archs)
+        calls = [Call(train_candidate, (arch, self.data_for(arch), config.proxy, seed, config.keep_weights, rule))
+                 for arch, seed, rule
+                 in zip(archs, seeds or [config.seed] * count, rules or [None] * count, strict=True)]  # fmt: skip
         with closing(self.pool.run(calls)) as results:
             yield from results
 
@@ -167,7 +173,7 @@ class RealEvaluator:
 
 
 def train_candidate(
-    arch: ArchSpec, data: DataSource, config: ProxyConfig, seed: int, keep_weights: bool, device: str
+    arch: ArchSpec, data: DataSource, config: ProxyConfig, seed: int, keep_weights: bool, rule: Rule | None, device: str
 ) -> ProxyResult:
     """Train a candidate in this process, which is a worker.
 
@@ -176,8 +182,8 @@ def train_candidate(
     """
     try:
         with contained():
-            network, result = train_new(arch.build, data, config, seed, device)
-        if keep_weights:
+            network, result = train_new(arch.build, data, config, seed, device, rule=rule)
+        if keep_weights and not result.stopped:
             result = replace(result, trained=Trained.of(network, mapped(data, device)[1]))
         return result
     finally:

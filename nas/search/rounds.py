@@ -10,7 +10,7 @@ from __future__ import annotations
 import queue
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -24,10 +24,11 @@ from nas.search.evaluation import Evaluator, Outcome, Screened, screen
 from nas.search.live_study import LiveStudy
 from nas.search.sampling import Proposal
 from nas.training.proxy import ProxyResult
+from nas.training.stopping import Rule
 from nas.training.weights import Trained, Weights, near_front, weight_folder
 from nas.training.workers import Done
 from search_spaces import ArchSpec
-from studies import CandidateState, TrainingStage
+from studies import TRAINED, TrainingStage
 
 # Candidates in a row that failed or broke a limit, after which the user should look at the limits or the machine.
 MAX_BARREN = 200
@@ -61,14 +62,16 @@ class Trainings:
     Args:
         flights: the candidates of the round, of which those with most to compute are begun first, so that no worker is
             left with one of them at the end.
+        rules: by the candidate's number, the rule by which its training may end early, of those that have one.
 
     Attributes:
         left: number of those whose end this thread has not seen.
-        complete: by the candidate's number, whether it is complete, of those that have ended.
+        complete: by the candidate's number, whether it counts for the budget, of those that have ended.
         begin, end: time at which the trainings in another thread began, and ended.
     """
 
-    def __init__(self, flights: Sequence[Flight], evaluator: Evaluator) -> None:
+    def __init__(self, flights: Sequence[Flight], evaluator: Evaluator, rules: Mapping[int, Rule]) -> None:
+        self.rules = rules
         self.flights = sorted(flights, key=lambda flight: (-flight.screened.cost.macs, flight.proposal.number))
         self.evaluator = evaluator
         self.left = len(flights)
@@ -79,7 +82,9 @@ class Trainings:
     def here(self) -> Generator[Done[ProxyResult]]:
         """Train in this thread, and yield each result."""
         if self.flights:
-            yield from self.evaluator.train([flight.proposal.arch for flight in self.flights])
+            archs = [flight.proposal.arch for flight in self.flights]
+            rules = [self.rules.get(flight.proposal.number) for flight in self.flights]
+            yield from self.evaluator.train(archs, rules=rules) if self.rules else self.evaluator.train(archs)
 
     def start(self, results: queue.Queue[Result]) -> None:
         """Train in another thread, and put each result into a queue; None comes last, or an exception."""
@@ -115,7 +120,6 @@ class Rounds:
     Attributes:
         why: the reason for which no more candidates are proposed; empty until there is one.
         busy: number of workers that train.
-        trained: number of trainings of this run.
         training, latency: seconds of this run in which it trained, and in which it measured latency.
         worked: seconds of all trainings, those at the same time added up.
         both: seconds of `latency` in which it also trained.
@@ -130,15 +134,15 @@ class Rounds:
         self.why = ""
         self.training = self.latency = self.worked = self.both = 0.0
         self.busy = self.barren = 0
-        # Complete candidates without those of rounds that have not ended: a decision that counted these would depend
-        # on which training ends first.
-        self.complete = len(study.complete)
+        # Trained candidates without those of rounds that have not ended: a decision that counted these would depend on
+        # which training ends first.
+        self.complete = study.trained
         self.running: list[Trainings] = []
         # The rounds that the sampler does not know.
         self.unsettled: list[Trainings] = []
         self.results: queue.Queue[Result] = queue.Queue()
         self.trained_until = 0.0
-        self.trained = 0
+        self.passes_before = study.passes
 
     def run(self) -> Generator[Recorded]:
         """Evaluate candidates until the budget is met, or there is another reason to end; yield each when recorded."""
@@ -149,7 +153,7 @@ class Rounds:
         while not self._ended():
             flights: list[Flight] = []
             yield from self._propose(flights)
-            trainings = Trainings(flights, self.evaluator)
+            trainings = self._trainings(flights)
             begin = time.perf_counter()
             self.running = [trainings]
             self._count_busy()
@@ -168,7 +172,7 @@ class Rounds:
                 yield from self._propose(flights)
                 before, self.unsettled = self.unsettled, []
                 if flights:
-                    trainings = Trainings(flights, self.evaluator)
+                    trainings = self._trainings(flights)
                     self.unsettled.append(trainings)
                     self.running.append(trainings)
                     trainings.start(self.results)
@@ -223,7 +227,7 @@ class Rounds:
     @property
     def confirming_seconds(self) -> float:
         """Estimate of the time that it takes to confirm the front of what is complete now."""
-        return max(0.0, self.config.confirm * self.complete - self.confirmed) * self.seconds_each
+        return max(0.0, self.config.confirm * self.study.passes - self.confirmed) * self.seconds_each
 
     @cached_property
     def confirmed(self) -> int:
@@ -233,8 +237,9 @@ class Rounds:
 
     @property
     def seconds_each(self) -> float:
-        """Time of this run for a training, as far as trainings side by side share it; 0 before one has ended."""
-        return self.training / self.trained if self.trained else 0.0
+        """Time of this run for a whole training, as far as trainings side by side share it; 0 before one has ended."""
+        passes = self.study.passes - self.passes_before
+        return self.training / passes if passes else 0.0
 
     def _propose(self, flights: list[Flight]) -> Iterator[Recorded]:
         """Propose and time candidates until there is a round of them to train; yield those that are not to be trained,
@@ -276,6 +281,13 @@ class Rounds:
             while not self.results.empty():
                 yield from self._received(self.results.get())
 
+    def _trainings(self, flights: Sequence[Flight]) -> Trainings:
+        """The trainings of a round that is about to begin."""
+        archs = [flight.proposal.arch for flight in flights]
+        rules = self.study.rules(archs, [flight.screened.latency.median_ms for flight in flights])
+        numbered = {flight.proposal.number: rule for flight, rule in zip(flights, rules, strict=True) if rule}
+        return Trainings(flights, self.evaluator, numbered)
+
     def _screen(self, archs: Sequence[ArchSpec]) -> list[Outcome | Screened]:
         """Count and time several candidates, each on a device of its own."""
         if len(archs) <= 1:
@@ -301,12 +313,11 @@ class Rounds:
         trainings.left -= 1
         self._count_busy()
         self.worked += done.seconds
-        self.trained += 1
         outcome = flight.screened.trained(done)
         if self.config.keep_weights:
             self._keep_weights(flight.proposal, outcome)
         recorded = self._record(flight.proposal, flight.trial_id, outcome)
-        trainings.complete[flight.proposal.number] = outcome.state == CandidateState.COMPLETE
+        trainings.complete[flight.proposal.number] = outcome.state in TRAINED
         return replace(recorded, ends_round=not trainings.left)
 
     def _settle(self, trainings: Trainings) -> None:

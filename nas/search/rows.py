@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from nas.config import Limits
+from nas.display.notes import DEVIATION, PREDICTED, TIMED
 from nas.errors import CandidateFailed
 from nas.latency.values import Measurement, memory_mb
 from nas.recorded import RecordedStudy
@@ -36,12 +37,17 @@ def candidate_row(recorded: RecordedStudy, proposal: Proposal, trial_id: int, ou
     if outcome.latency:
         row.latencies = [latency_row(trial_id, outcome.latency, recorded.deployment, LatencyStage.SEARCH)]
     if outcome.proxy:
-        row.accuracy, row.loss = outcome.proxy.accuracy, outcome.proxy.loss
+        if not outcome.proxy.stopped:
+            row.accuracy, row.loss = outcome.proxy.accuracy, outcome.proxy.loss
+        if verdict := outcome.proxy.verdict:
+            row.given_up_at, row.needed_accuracy = verdict.step, verdict.needed
+            row.predicted_accuracy, row.predicted_deviation = verdict.predicted, verdict.deviation
         row.train_seconds, row.train_memory_bytes = outcome.proxy.seconds, outcome.proxy.train_memory_bytes
     # What failed before it was trained has no worker.
     if outcome.proxy or outcome.worker is not None:
         training = training_row(recorded, proposal.arch, TrainingStage.SEARCH, row.seed)
         fill(training, outcome.proxy or CandidateFailed(outcome.reason or ""))
+        training.reason = outcome.reason
         row.trainings = [training]
     return row
 
@@ -84,6 +90,17 @@ def objectives(row: Candidate) -> list[float] | None:
     if row.state != CandidateState.COMPLETE or row.accuracy is None or latency is None:
         return None
     return [row.accuracy, latency.median_ms]
+
+
+def beliefs(row: Candidate) -> dict[str, float]:
+    """What is believed of a candidate that was timed and not trained to the end, as attributes of its trial."""
+    latency = searched_latency(row)
+    if row.state not in (CandidateState.STOPPED, CandidateState.DECLINED) or latency is None:
+        return {}
+    believed = {TIMED: latency.median_ms}
+    if row.predicted_accuracy is not None and row.predicted_deviation is not None:
+        believed |= {PREDICTED: row.predicted_accuracy, DEVIATION: row.predicted_deviation}
+    return believed
 
 
 def constraints(row: Candidate, limits: Limits) -> dict[str, float]:

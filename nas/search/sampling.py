@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import warnings
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -172,10 +172,17 @@ class Proposer:
         return self.propose_this(rng.choice(left)) if left else None
 
     def tell(
-        self, number: int, values: Sequence[float] | None, state: TrialState, constraints: dict[str, float]
-    ) -> None:
-        """Close a trial that was proposed, by its number. `values` are for the state COMPLETE only."""
+        self, number: int, values: Sequence[float] | None, state: TrialState, constraints: Mapping[str, float],
+        attributes: Mapping[str, float] | None = None,
+    ) -> None:  # fmt: skip
+        """Close a trial that was proposed, by its number. `values` are for the state COMPLETE only.
+
+        Args:
+            attributes: what else is known of it, see `nas.search.rows.beliefs`.
+        """
         trial = self.pending.pop(number)
+        for key, value in (attributes or {}).items():
+            trial.set_user_attr(key, value)
         for key, value in constraints.items():
             trial.set_constraint(key, value)
         self.study.tell(trial, values, state)

@@ -10,7 +10,7 @@ from nas.display import notes
 from nas.display.notes import DUPLICATE_OF, INTERRUPTED, REASON
 from nas.latency.values import memory_mb
 from nas.recorded import RecordedStudy
-from nas.search.rows import objectives
+from nas.search.rows import beliefs, objectives
 from nas.search.sampling import Proposal
 from studies import Candidate, CandidateState
 from studies.display import write_note
@@ -21,6 +21,8 @@ TRIAL_STATES = {
     # It is never COMPLETE: the dashboard does not read Optuna 5's constraints, and would draw it on the front.
     CandidateState.OVER_LIMIT: TrialState.PRUNED,
     CandidateState.FAILED: TrialState.FAIL,
+    CandidateState.STOPPED: TrialState.PRUNED,
+    CandidateState.DECLINED: TrialState.PRUNED,
 }
 
 
@@ -95,7 +97,7 @@ class Trials:
         return self.storage.add_trial(self.recorded.study_id, proposal.number, trial)
 
     def _attributes(self, row: Candidate) -> dict[str, Any]:
-        attrs: dict[str, Any] = {"params": row.params, "macs": row.macs}
+        attrs: dict[str, Any] = {"params": row.params, "macs": row.macs, **beliefs(row)}
         if row.reason:
             attrs[REASON] = row.reason
         if latency := row.latency_in(self.recorded.deployment):

@@ -26,6 +26,7 @@ from nas.training import curves, proxy
 from nas.training import data as image_data
 from nas.training.data import ImageData
 from nas.training.proxy import ProxyResult
+from nas.training.stopping import Rule
 from nas.training.weights import Images
 from nas.training.workers import Call, Done, Workers, contained, trim_heap
 from studies import BaselineTraining, CandidateTraining
@@ -265,7 +266,9 @@ def fill(row: BaselineTraining | CandidateTraining, result: ProxyResult | Candid
     if isinstance(result, CandidateFailed):
         row.reason = str(result)
         return f"failed ({row.reason})"
-    row.accuracy, row.loss, row.train_seconds = result.accuracy, result.loss, result.seconds
+    if not result.stopped:
+        row.accuracy, row.loss = result.accuracy, result.loss
+    row.train_seconds = result.seconds
     row.curve = curves.to_json(result.curve)
     if isinstance(row, CandidateTraining):
         row.host = result.host
@@ -287,19 +290,19 @@ def train_one(network: Trainable, data: DataSource, config: ProxyConfig, seed: i
 
 def train_new(
     build: Callable[[int], nn.Module], data: DataSource, config: ProxyConfig, seed: int, device: str,
-    checkpoints: Collection[int] = (),
+    checkpoints: Collection[int] = (), rule: Rule | None = None,
 ) -> tuple[nn.Module, ProxyResult]:  # fmt: skip
     """Build a network and train it, in this process; every network sees the same images in the same order.
 
     Args:
         build: function from a number of classes to a network with new random weights.
-        checkpoints: numbers of steps after which it is validated too, see `proxy.train`.
+        checkpoints, rule: when it is validated too, and when it ends early; see `proxy.train`.
     """
     torch.set_num_threads(config.threads)
     batches, images = mapped(data, device)
     torch.manual_seed(seed)
     network = build(len(images.classes))
-    return network, proxy.train(network, batches, config, seed, checkpoints)
+    return network, proxy.train(network, batches, config, seed, checkpoints, rule)
 
 
 @cache

@@ -15,7 +15,7 @@ import platform
 import time
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ from nas.config import ProxyConfig
 from nas.errors import CandidateFailed
 from nas.training.curves import CurvePoint
 from nas.training.data import ImageData
+from nas.training.stopping import Rule, Verdict
 from nas.training.weights import Trained
 
 CURVE_POINTS = 20
@@ -43,13 +44,16 @@ class ProxyResult:
     """The result of a training.
 
     Args:
-        accuracy, loss: accuracy and plain cross-entropy on the validation images.
+        accuracy, loss: accuracy and plain cross-entropy on the validation images; not a number where the training was
+            ended early.
         curve: learning curve of the training.
         host: name of the machine that trained.
         seconds: time of training and validation.
         train_memory_bytes: peak of the tensor memory that the first training step took beside the weights and the
             data set: activations, gradients and the optimizer's state.
         trained: the weights; None where they are not to be kept.
+        verdict: what a rule said of the training that would give it up; None where none did.
+        stopped: whether the training ended with that.
     """
 
     accuracy: float
@@ -59,6 +63,20 @@ class ProxyResult:
     train_memory_bytes: int
     trained: Trained | None = None
     host: str = field(default_factory=platform.node)
+    verdict: Verdict | None = None
+    stopped: bool = False
+
+    def under(self, rule: Rule) -> ProxyResult:
+        """What this training, which was not ended early, would have come to under a rule."""
+        for number, point in enumerate(self.curve, start=1):
+            verdict = rule.verdict(self.curve[:number])
+            if verdict is not None:
+                if not rule.ends:
+                    return replace(self, verdict=verdict)
+                seconds = self.seconds * point.step / self.curve[-1].step
+                return replace(self, accuracy=math.nan, loss=math.nan, curve=self.curve[:number], seconds=seconds,
+                               trained=None, verdict=verdict, stopped=True)  # fmt: skip
+        return self
 
 
 # -- data ----------------------------------------------------------------------------------------------------------
@@ -174,13 +192,15 @@ def prepare_determinism() -> None:
 
 
 def train(
-    network: nn.Module, batches: Batches, config: ProxyConfig, seed: int, checkpoints: Collection[int] = ()
-) -> ProxyResult:
+    network: nn.Module, batches: Batches, config: ProxyConfig, seed: int, checkpoints: Collection[int] = (),
+    rule: Rule | None = None,
+) -> ProxyResult:  # fmt: skip
     """Train `network` from its present weights, in place, and validate it.
 
     Args:
         seed: seed of the order and the augmentation of the images.
         checkpoints: numbers of steps after which it is validated too, as far as the curve has points there.
+        rule: rule by which the training may end early; then the network is not validated.
 
     Raises:
         CandidateFailed: the loss is no longer finite.
@@ -208,6 +228,7 @@ def train(
     curve: list[CurvePoint] = []
     pending: list[tuple[Tensor, Tensor]] = []
     every = max(1, config.steps // CURVE_POINTS)
+    verdict: Verdict | None = None
 
     def first_step() -> None:
         pending.append(step(0))
@@ -225,10 +246,17 @@ def train(
                 network.train()
                 curve.append(CurvePoint(number, loss, accuracy, time.perf_counter() - begin, *held_out))
                 pending.clear()
+                if rule is not None and verdict is None:
+                    verdict = rule.verdict(curve)
+                    if verdict is not None and rule.ends:
+                        seconds = time.perf_counter() - begin
+                        return ProxyResult(math.nan, math.nan, tuple(curve), seconds, train_memory_bytes,
+                                           verdict=verdict, stopped=True)  # fmt: skip
             if number < config.steps:
                 pending.append(step(number))
         accuracy, loss = validate(network, batches)
-    return ProxyResult(accuracy, loss, tuple(curve), time.perf_counter() - begin, train_memory_bytes)
+    seconds = time.perf_counter() - begin
+    return ProxyResult(accuracy, loss, tuple(curve), seconds, train_memory_bytes, verdict=verdict)
 
 
 # -- validation ----------------------------------------------------------------------------------------------------

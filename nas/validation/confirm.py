@@ -37,7 +37,8 @@ def confirm(recorded: RecordedStudy, config: ConfirmConfig, note: Note = lambda 
     complete = int((~recorded.evaluations()["latency_over_limit"].astype(bool)).sum())
     if not complete:
         raise UsageError(f"--study {recorded.name}: has no complete candidate")
-    if not int(config.share * complete):
+    passes = recorded.passes()
+    if not int(config.share * passes):
         raise UsageError(f"--share {config.share:g}: is less than one training for {complete} candidates")
     source = config.data or searched.data.source
     data = replace(searched.data, source=source, data_dir=config.data_dir, download=config.download)
@@ -76,7 +77,7 @@ def confirm(recorded: RecordedStudy, config: ConfirmConfig, note: Note = lambda 
         recorded.store.ownership.claim(recorded.study_id, owner)
         try:
             confirmer = Confirmer(recorded, owner, train, images[0], round_of(trainer.count))
-            most = int(config.share * complete)
+            most = int(config.share * passes)
 
             def step(index: int, result: ProxyResult | CandidateFailed, seconds: float) -> None:
                 note(confirming_words(confirmer.trainings, most, confirmer.likely))

@@ -23,6 +23,7 @@ from nas.search.confirmation import nearest_to_front
 from nas.search.loop import SearchResult, Silent
 from nas.search.rows import latency_row
 from nas.training.proxy import ProxyResult
+from nas.training.stopping import Rules
 from nas.training.weights import Images, Trained, Weights, weight_folder
 from nas.training.workers import Done
 from nas.validation.config import ConfirmConfig
@@ -313,8 +314,10 @@ class SideBySide(Noisy):
 
     workers = 4
 
-    def train(self, archs: Sequence[ArchSpec], seeds: Sequence[int] | None = None) -> Generator[Done[ProxyResult]]:
-        for done in reversed(list(super().train(archs, seeds))):
+    def train(
+        self, archs: Sequence[ArchSpec], seeds: Sequence[int] | None = None, rules: Rules = None
+    ) -> Generator[Done[ProxyResult]]:
+        for done in reversed(list(super().train(archs, seeds, rules))):
             yield replace(done, worker=done.index % 4)
 
 

@@ -59,11 +59,11 @@ def test_a_line_shows_how_many_workers_train_and_how_fast() -> None:
 @pytest.mark.parametrize(("workers", "busy"), [(1, None), (4, "4 workers were busy for 75% of the training")])
 def test_the_last_line_says_how_busy_the_workers_were(workers: int, busy: str | None) -> None:
     shares = Shares(training=60.0, latency=30.0, total=120.0, workers=workers, worked=180.0)
-    line = shares_line(SearchResult(1, "budget met", pd.DataFrame(), Hypervolumes(0.5, None), shares))
+    line = shares_line(SearchResult(1, 0, "budget met", pd.DataFrame(), Hypervolumes(0.5, None), shares))
     assert line.startswith("0:02:00 in all: training 0:01:00 (50%), latency 0:00:30 (25%), all else 0:00:30 (25%)")
     assert line.partition("; ")[2] == (busy or "")
     both = shares_line(
-        SearchResult(1, "budget met", pd.DataFrame(), Hypervolumes(0.5, None), replace(shares, both=20.0))
+        SearchResult(1, 0, "budget met", pd.DataFrame(), Hypervolumes(0.5, None), replace(shares, both=20.0))
     )
     assert "all else 0:00:50 (42%), where 0:00:20 went to both" in both
 

@@ -35,6 +35,7 @@ from nas.report.page import comparable, write_report
 from nas.report.words import set_up
 from nas.search.loop import run
 from nas.training.proxy import ProxyResult
+from nas.training.stopping import Rules
 from nas.training.workers import Done
 from nas.validation.contenders import Contender, ContenderKind
 from search_spaces import ArchSpec
@@ -508,8 +509,10 @@ def test_the_report_shows_how_busy_the_workers_were(tmp_path: Path) -> None:
     class Workers(FakeEvaluator):
         workers = 3
 
-        def train(self, archs: Sequence[ArchSpec], seeds: Sequence[int] | None = None) -> Iterator[Done[ProxyResult]]:
-            for done in super().train(archs):
+        def train(
+            self, archs: Sequence[ArchSpec], seeds: Sequence[int] | None = None, rules: Rules = None
+        ) -> Iterator[Done[ProxyResult]]:
+            for done in super().train(archs, seeds, rules):
                 time.sleep(0.02)
                 if isinstance(done.result, ProxyResult):
                     done = replace(done, result=replace(done.result, seconds=0.02))

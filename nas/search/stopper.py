@@ -1,0 +1,130 @@
+"""Early stopping for two objectives: which accuracy a candidate needs, and what its curve says of its end.
+
+A candidate's latency is known before it is trained, so a training may end as soon as it will hardly reach the front at
+that latency. What it will reach is predicted from its learning curve so far and from the model of accuracy together, by
+a regression on the study's own trainings; so the prediction's errors are those of this study (docs/measurements.md,
+"Early stopping").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from scipy import stats
+
+from nas.search.front_sampler import Memory, kept
+from nas.search.model import Model, kernel_for
+from nas.training.curves import CurvePoint
+from nas.training.stopping import Check, Rule, figures
+from search_spaces import ArchSpec
+
+# Shares of the schedule after which a training is looked at.
+SHARES = (0.25, 0.35, 0.5, 0.75)
+# Probability of reaching the needed accuracy, below which a training is given up.
+LEAST_CHANCE = 0.1
+# A network is compared with those that are at most so much slower, as latencies have errors of their own.
+SLOWER = 1.05
+# Complete trainings without which nothing is predicted.
+LEAST_TRAININGS = 20
+# Of so many candidates one is trained to the end, whatever the rule says.
+CONTROL_EVERY = 10
+# Weight of the regression's penalty, in trainings.
+RIDGE = 1.0
+
+
+@dataclass
+class Stopper:
+    """Makes the rules of a search's trainings.
+
+    Args:
+        memory: the features and kernels of the search.
+        steps: length of the schedule.
+
+    Attributes:
+        archs, accuracy, latency_ms, curves: the complete trainings, in the order of their candidates' numbers.
+    """
+
+    memory: Memory
+    steps: int
+    archs: list[ArchSpec] = field(default_factory=list)
+    accuracy: list[float] = field(default_factory=list)
+    latency_ms: list[float] = field(default_factory=list)
+    curves: list[Sequence[CurvePoint]] = field(default_factory=list)
+
+    def add(self, arch: ArchSpec, accuracy: float, latency_ms: float, curve: Sequence[CurvePoint]) -> None:
+        """Take a training that was completed."""
+        self.archs.append(arch)
+        self.accuracy.append(accuracy)
+        self.latency_ms.append(latency_ms)
+        self.curves.append(curve)
+
+    def rules(self, archs: Sequence[ArchSpec], latency_ms: Sequence[float]) -> list[Rule | None]:
+        """The rules of trainings that are to begin; None where a training cannot be judged.
+
+        Args:
+            latency_ms: latencies of the architectures, (n,).
+        """
+        if len(self.archs) < LEAST_TRAININGS or not archs:
+            return [None] * len(archs)
+        accuracy, known_ms = np.array(self.accuracy), np.array(self.latency_ms)
+        indices = kept(accuracy, known_ms)
+        points = self.memory.points(self.archs)
+        model = Model.of(points[indices], accuracy[indices], kernel_for(points, accuracy, self.memory.accuracy_kernels))
+        checks = self._checks(indices, model)
+        guessed, _ = model.predict(self.memory.points(archs))
+        rules: list[Rule | None] = []
+        for arch, guess, own_ms in zip(archs, guessed, latency_ms, strict=True):
+            faster = accuracy[known_ms <= SLOWER * own_ms]
+            if not len(faster) or not checks:
+                rules.append(None)
+                continue
+            own = tuple(
+                Check(step, float(weights[0] + weights[1] * guess), tuple(map(float, weights[2:])), deviation, margin)
+                for step, weights, deviation, margin in checks
+            )
+            rules.append(Rule(float(faster.max()), own, not is_control(arch)))
+        return rules
+
+    def _checks(self, indices: np.ndarray, model: Model) -> list[tuple[int, np.ndarray, float, float]]:
+        """For each look: its step, the regression's weights, its deviation, and the margin."""
+        guessed, _ = model.left_out()
+        found = []
+        for share in SHARES:
+            step = round(share * self.steps)
+            seen = [(place, figures(self.curves[index], step)) for place, index in enumerate(indices)]
+            usable = [(place, each) for place, each in seen if each is not None]
+            if len(usable) < LEAST_TRAININGS:
+                continue
+            places = [place for place, _ in usable]
+            columns = np.column_stack([guessed[places], np.array([each for _, each in usable])])
+            weights, errors = regression(columns, model.values[places])
+            freedom = len(places) - len(weights)
+            deviation = float(np.sqrt(np.mean(errors**2)))
+            found.append((step, weights, deviation, float(stats.t.ppf(1 - LEAST_CHANCE, freedom)) * deviation))
+        return found
+
+
+def regression(columns: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A ridge regression: the intercept with the columns' weights, (1 + f,), and the errors at left-out values, (n,).
+
+    Args:
+        columns: the figures, (n, f); each is scaled, so that the penalty treats all alike.
+        values: what they are to explain, (n,).
+    """
+    mean, scale = columns.mean(0), np.maximum(columns.std(0), 1e-9)
+    design = np.column_stack([np.ones(len(values)), (columns - mean) / scale])
+    penalty = RIDGE * np.eye(design.shape[1])
+    penalty[0, 0] = 0.0
+    inverse = np.linalg.inv(design.T @ design + penalty)
+    scaled = inverse @ design.T @ values
+    leverage = np.einsum("ij,jk,ik->i", design, inverse, design)
+    errors = (values - design @ scaled) / np.maximum(1 - leverage, 1e-9)
+    weights = scaled[1:] / scale
+    return np.array([scaled[0] - weights @ mean, *weights]), errors
+
+
+def is_control(arch: ArchSpec) -> bool:
+    """Whether an architecture is one of those that are trained to the end, whatever the rule says."""
+    return int(arch.arch_id, 16) % CONTROL_EVERY == 0
