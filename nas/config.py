@@ -46,6 +46,9 @@ MAX_RESOLUTION = 2048  # pixels
 MAX_WORKERS = 1024
 MAX_BUDGET = 1_000_000
 MAX_CONFIRM = 10
+# The least budget for which a pilot chooses what the user leaves open of the schedule.
+PILOT_BUDGET = 20
+PILOT = ("steps", "batch_size", "learning_rate")
 # Data sets that have a name of their own; a name with one of timm's prefixes is that of a data set of timm, which takes
 # one without a prefix for a folder of images below --data-dir.
 NAMED_DATA = ("digits", "cifar10", "cifar100")
@@ -174,17 +177,26 @@ class ProxyConfig(Checked):
     """The short training: AdamW, linear warm-up, cosine to zero, label smoothing.
 
     Args:
-        steps, batch_size: the schedule; 200 x 32 beat fewer steps of a larger batch at equal CPU time.
+        steps, batch_size: the schedule, if no pilot chooses it; batches of 32 beat fewer steps of a larger batch at
+            equal CPU time.
         learning_rate: peak learning rate.
         warmup: share of the steps during which the learning rate rises.
         threads: CPU threads of each training (they change the rounding, so they are part of the identity).
         deterministic: whether algorithms are deterministic on CUDA, too; `nas.training.determinism` measures the cost.
     """
 
-    steps: int = option(200, "--proxy-steps", "Training steps per candidate", panel=DATA, bounds=at_least(1))
+    steps: int = option(
+        200, "--proxy-steps", "Training steps per candidate", default="as a pilot finds for a budget of 20 or "
+        "more, else 200", panel=DATA, bounds=at_least(1),
+    )  # fmt: skip
     # One image leaves batch norm nothing to normalise over once the map is a single pixel.
-    batch_size: int = option(32, "--proxy-batch", "Images per training step", panel=DATA, bounds=at_least(2))
-    learning_rate: float = option(8e-3, "--proxy-lr", "Peak learning rate", panel=DATA, bounds=FINITE)
+    batch_size: int = option(
+        32, "--proxy-batch", "Images per training step", default="as the pilot finds, else 32", panel=DATA,
+        bounds=at_least(2),
+    )  # fmt: skip
+    learning_rate: float = option(
+        8e-3, "--proxy-lr", "Peak learning rate", default="as the pilot finds, else 0.008", panel=DATA, bounds=FINITE
+    )
     weight_decay: float = 0.02
     betas: tuple[float, float] = (0.9, 0.98)
     warmup: float = 0.2
@@ -332,7 +344,8 @@ class Limits(Checked):
 
 @dataclass(frozen=True)
 class SearchConfig(Checked):
-    """A whole search: `nas.search.run(SearchConfig(budget=200))` is what `python run_search.py --budget 200` does.
+    """A whole search: `nas.search.loop.run(SearchConfig(budget=200, pilot=PILOT))` does what
+    `python run_search.py --budget 200` does.
 
     Args:
         budget: number of distinct architectures fully evaluated in the study at the end, earlier runs included.
@@ -346,6 +359,9 @@ class SearchConfig(Checked):
         keep_weights: whether the proxy-trained weights of the front's members are kept.
         workers: number of trainings at once; None stands for the greatest that pays. Candidates are proposed in rounds
             of twice as many, so the proposals of a seed depend on it.
+        pilot: names of the fields of `proxy` that a pilot chooses when a study begins with a budget of 20 or more; none
+            leaves the schedule as it is. On the command line all are chosen that are not given, unless `--proxy-steps`
+            is.
         train_devices: names of the devices that train; None stands for the latency's device, and for all CUDA devices
             where that is one.
         ray: whether a Ray cluster is started on this machine, on which candidates are trained and timed.
@@ -407,6 +423,7 @@ class SearchConfig(Checked):
         default=AUTO, panel="Search", bounds=between(1, MAX_WORKERS), typed=str, parse=worker_number,
         keep=Keep.TRANSIENT,
     )  # fmt: skip
+    pilot: tuple[str, ...] = ()
     train_devices: tuple[str, ...] | None = option(
         None, "--train-devices", "Comma-separated devices that train; while they do, the next candidates are timed on "
         "a --device that is none of them",
@@ -430,7 +447,7 @@ class SearchConfig(Checked):
     def identity(self) -> dict[str, Any]:
         """The configuration that a study stores and that every later run must equal, as plain JSON values."""
         fields = dataclasses.asdict(self)
-        for name in _transient(type(self)):
+        for name in (*_transient(type(self)), "pilot"):
             del fields[name]
         fields["space"] = self.space.to_dict()
         # Where files lie and how they came there does not change what they hold.
@@ -494,7 +511,9 @@ def respelled(config: SearchConfig, stored: SearchConfig) -> SearchConfig:
         data = replace(data, source=stored.data.source)
     if _indexed(latency.device) == _indexed(stored.latency.device):
         latency = replace(latency, device=stored.latency.device)
-    return replace(config, data=data, latency=latency)
+    # What a pilot is to choose was chosen when the study began.
+    proxy = replace(config.proxy, **{name: getattr(stored.proxy, name) for name in config.pilot})
+    return replace(config, data=data, latency=latency, proxy=proxy)
 
 
 def _indexed(device: str) -> str:

@@ -116,6 +116,11 @@ class RecordedStudy:
         return self.row.study_id
 
     @property
+    def pilot_lines(self) -> tuple[str, ...]:
+        """What the study's pilot chose and found, in words; empty where there was none."""
+        return tuple(json.loads(self.row.pilot)["lines"]) if self.row.pilot else ()
+
+    @property
     def identity(self) -> dict[str, Any]:
         """The configuration as it is stored, in plain JSON values."""
         identity: dict[str, Any] = json.loads(self.row.config)

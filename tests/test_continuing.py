@@ -50,7 +50,7 @@ DIFFERENT = {
     "--device": "cuda:1", "--engine": "eager", "--dtype": "bfloat16", "--latency-batch": "4",
     "--latency-resolution": "64", "--latency-classes": "3", "--latency-threads": "2", "--max-latency-ms": "9",
     "--max-params": "9000000", "--max-macs": "9000000000", "--max-memory-mb": "99", "--sampler": "random",
-    "--seed": "7",
+    "--seed": "7", "--early-stopping": "",
 }  # fmt: skip
 
 SAME = (

@@ -61,7 +61,8 @@ def takes(
                 option = replace(option, default=defaults.get(name, default or option.default))
                 declared[option.parameter] = option
                 # What is left out is None: its default may be a study's value.
-                value, kind = (False, bool) if typed is bool else (None, typed | None)
+                is_switch = typed is bool and "/" not in option.flag
+                value, kind = (False, bool) if is_switch else (None, typed | None)
                 added.append(
                     Parameter(option.parameter, Parameter.KEYWORD_ONLY, default=_typers(option, value), annotation=kind)
                 )

@@ -13,7 +13,7 @@ from nas.cli.console import fail, interruptible, out, prepare, reported, say
 from nas.cli.fronts import print_front
 from nas.cli.opening import store_if_any
 from nas.cli.options import given, made, takes, typed_options
-from nas.config import AUTO, DEFAULT_STORAGE, DEFAULT_STUDY, DataConfig, SearchConfig, respelled
+from nas.config import AUTO, DEFAULT_STORAGE, DEFAULT_STUDY, PILOT, DataConfig, SearchConfig, respelled
 from nas.options import Keep, options, parts
 
 
@@ -101,7 +101,8 @@ def _completed(typed: dict[str, Any]) -> dict[str, Any]:
     data = made(DataConfig, images)
     known = None if large and data.source == "digits" else class_count(data)
     deployed = {"resolution": data.resolution, "num_classes": known or (1000 if large else 10)}
-    return {**typed, "space": space, "data": images, "latency": {**deployed, **typed["latency"]}}
+    open_ = () if "steps" in typed["proxy"] else tuple(name for name in PILOT if name not in typed["proxy"])
+    return {**typed, "space": space, "data": images, "latency": {**deployed, **typed["latency"]}, "pilot": open_}
 
 
 def _run(config: SearchConfig, take_over: bool) -> None:

@@ -19,12 +19,13 @@ def studies(
 ) -> None:
     """List the studies of a database."""
     with reported(storage), existing_store(storage, study) as store:
-        table = Table(*("study", "complete", "stopped", "over limit", "failed", "device", "engine", "begun (UTC)"))
+        table = Table(*("study", "complete", "over limit", "failed", "device", "engine", "begun (UTC)"))
         # A name is shown as a whole.
         table.columns[0].overflow = "fold"
         for row in store.summaries():
             if study not in (None, row.name):
                 continue
-            counts = (row.complete, row.stopped, row.over_limit, row.failed)
+            complete = f"{row.complete}, {row.stopped} stopped early" if row.stopped else str(row.complete)
+            counts = (complete, row.over_limit, row.failed)
             table.add_row(row.name, *map(str, counts), row.device, row.engine, row.created_at)
         out.print(table)

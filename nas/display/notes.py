@@ -218,6 +218,7 @@ def study_note(recorded: RecordedStudy) -> str:
             f"{proxy.steps} steps of {proxy.batch_size}, AdamW, peak learning rate {proxy.learning_rate:g}, "
             f"{proxy.threads} thread(s)",
         ),
+        *((("pilot", "; ".join(map(plain, recorded.pilot_lines))),) if recorded.pilot_lines else ()),
         (
             "latency",
             f"{latency.engine_label}, {latency.dtype}, batch {latency.batch_size}, "

@@ -27,6 +27,7 @@ def set_up(material: Material) -> str:
     limits = [LIMITS[name].format(value) for name, value in asdict(config.limits).items() if value is not None]
     driver = f", {device.driver}" if device.driver not in ("", "none") else ""
     versions = ", ".join(f"{name} {value}" for name, value in json.loads(row.versions).items() if value != "none")
+    pilot = "".join(f"{line[0].upper()}{line[1:]}. " for line in recorded.pilot_lines)
     stopping = stopping_line(material.candidates, training.steps)
     early = f"{stopping[0].upper()}{stopping[1:]}. " if stopping else ""
     return (
@@ -40,7 +41,7 @@ def set_up(material: Material) -> str:
         f"{row.data_fingerprint}) for {training.steps} steps of {training.batch_size} images with AdamW, "
         f"learning rate up to {training.learning_rate:g}, weight decay {training.weight_decay:g}, label "
         f"smoothing {training.label_smoothing:g}, {training.threads} thread(s). "
-        f"{early}Limits: {', '.join(limits) or 'none'}. Begun {row.created_at:%Y-%m-%d %H:%M} UTC. "
+        f"{pilot}{early}Limits: {', '.join(limits) or 'none'}. Begun {row.created_at:%Y-%m-%d %H:%M} UTC. "
         f"Versions: {versions}."
     )
 

@@ -278,6 +278,10 @@ class Cluster(RealEvaluator, Places):
         return self.station.timers
 
     @property
+    def trains_on(self) -> str:
+        return self.kind
+
+    @property
     def round_size(self) -> int:
         # Where the next round is there before this one ends, no worker waits for the last of it.
         return self.workers if self.apart else round_of(self.workers)

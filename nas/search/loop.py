@@ -184,7 +184,7 @@ def run(config: SearchConfig, evaluator: Evaluator | None = None, progress: Prog
                 break
         final_begin = time.perf_counter()
         remarks += _measure_parts(config, study, evaluator, progress)
-        stopping = stopping_line(study.recorded.candidates(), config.proxy.steps)
+        stopping = stopping_line(study.recorded.candidates(), study.recorded.config.proxy.steps)
         remarks += (stopping,) if stopping else ()
         if config.keep_weights:
             weights(config, study).keep_only({int(number) for number in study.recorded.front()["number"]})

@@ -96,6 +96,10 @@ class Machine(RealEvaluator):
         return kinds == {"cuda"} and self.station.device not in self.train_devices
 
     @property
+    def trains_on(self) -> str:
+        return self.train_devices[0].type
+
+    @property
     def round_size(self) -> int:
         return round_of(self.workers)
 

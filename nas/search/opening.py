@@ -22,6 +22,7 @@ from nas.recorded import RecordedStudy
 from nas.reporting import Note
 from nas.search.evaluation import Evaluator
 from nas.search.live_study import LiveStudy
+from nas.search.pilot import Adjustable, Piloting, wants_pilot
 from nas.training.weights import Weights, weight_folder
 from studies import Owner, Store, guarded
 from studies.display import write_note
@@ -191,6 +192,8 @@ def open_study(config: SearchConfig, evaluator: Evaluator, versions: str, note: 
             check_same_set_up(config, recorded, evaluator)
             store.ownership.claim(recorded.study_id, owner)
             profile = _profile(store, config, evaluator)
+            if isinstance(evaluator, Adjustable):
+                evaluator.adopt(recorded.config.proxy)
             evaluator.start(recorded.row.anchor_ms)
         try:
             study = LiveStudy(recorded, profile.macs_per_s, owner)
@@ -218,10 +221,17 @@ def _begin(
     profile = _profile(store, config, evaluator)
     anchor_ms = BlockTable(store, evaluator.device, config.latency).anchor_ms(config.space.anchor(), evaluator.anchor)
     evaluator.start(anchor_ms)
+    pilot = None
+    if wants_pilot(config) and isinstance(evaluator, Adjustable):
+        note("a pilot trains a few networks")
+        pilot = Piloting(config, evaluator, note).run()
+        for line in pilot.lines:
+            note(line)
+        config = replace(config, proxy=pilot.proxy, pilot=())
     row = store.create_study(
         config.study, config=json.dumps(config.identity()), data_fingerprint=evaluator.data_fingerprint,
         versions=versions, device=asdict(evaluator.device), anchor=config.space.anchor().to_json(),
-        anchor_ms=anchor_ms,
+        anchor_ms=anchor_ms, pilot=pilot.to_json() if pilot else None,
     )  # fmt: skip
     store.ownership.claim(row.study_id, owner)
     # On SQLite a study may have the id of one that was deleted, whose files are still there.

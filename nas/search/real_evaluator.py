@@ -16,6 +16,7 @@ from nas.latency.device_profile import DeviceProfile
 from nas.latency.devices import anchor_must_run
 from nas.latency.values import Measurement, ShapeLatency
 from nas.reporting import Note
+from nas.search.pilot import PilotTraining
 from nas.training.data import ImageData
 from nas.training.determinism import measure_apart
 from nas.training.pool import DataSource, mapped, train_new
@@ -58,6 +59,7 @@ class RealEvaluator:
         pool: the workers that train.
         station: where latencies are measured.
         data: the images at each resolution, as workers are told of them.
+        train_images, val_images: number of training and of validation images.
     """
 
     pool: Pool
@@ -65,6 +67,7 @@ class RealEvaluator:
     device: DeviceInfo
     data: dict[int, DataSource]
     data_fingerprint: str
+    train_images: int
     val_images: int
     notes: tuple[str, ...]
     apart: bool
@@ -72,7 +75,8 @@ class RealEvaluator:
 
     def __init__(self, config: SearchConfig, note: Note) -> None:
         self.config, self.note = config, note
-        self.closed = False
+        self.closed = self.started = False
+        self.told_workers = ""
         # Rounds follow each other without a pause, also while the one before is trained.
         self.turn = threading.Lock()
 
@@ -83,7 +87,8 @@ class RealEvaluator:
             self.data[resolution] = share(data)
             # At all resolutions the images are the same; the anchor's stand for them.
             if resolution == self.config.space.anchor().shown(self.config.data.resolution):
-                self.data_fingerprint, self.val_images = data.fingerprint, len(data.val_labels)
+                self.data_fingerprint = data.fingerprint
+                self.train_images, self.val_images = len(data.train_labels), len(data.val_labels)
                 self.notes = (*data.notes, data.summary)
         if len(self.data) > 1:
             sizes = ", ".join(map(str, self.data))
@@ -123,10 +128,17 @@ class RealEvaluator:
     def start(self, anchor_ms: float) -> None:
         with anchor_must_run(self.config.latency):
             self.station.start(anchor_ms)
-        if self.config.workers is None:
-            chosen = self.chosen_workers()
-            self.note(str(chosen))
-            self.resize(chosen.count)
+        self.started = True
+        self._choose_workers()
+
+    def _choose_workers(self) -> None:
+        if self.config.workers is not None:
+            return
+        chosen = self.chosen_workers()
+        if str(chosen) != self.told_workers:
+            self.told_workers = str(chosen)
+            self.note(self.told_workers)
+        self.resize(chosen.count)
 
     def cost(self, arch: ArchSpec) -> Cost:
         return cost(arch, self.config.latency.resolution, self.config.latency.num_classes)
@@ -164,6 +176,25 @@ class RealEvaluator:
                  in zip(archs, seeds or [config.seed] * count, rules or [None] * count, strict=True)]  # fmt: skip
         with closing(self.pool.run(calls)) as results:
             yield from results
+
+    @property
+    def trains_on(self) -> str:
+        """The kind of the devices that train."""
+        raise NotImplementedError
+
+    def train_as(self, trainings: Sequence[PilotTraining]) -> Generator[Done[ProxyResult]]:
+        """See `nas.search.pilot.Adjustable`."""
+        calls = [Call(train_candidate, (each.arch, self.data_for(each.arch), each.proxy, each.seed, False, None))
+                 for each in trainings]  # fmt: skip
+        with self.training(), closing(self.pool.run(calls)) as results:
+            yield from results
+
+    def adopt(self, proxy: ProxyConfig) -> None:
+        """Train candidates by this schedule from now on."""
+        before, self.config = self.config.proxy, replace(self.config, proxy=proxy)
+        # How many workers pay depends on how long a training takes.
+        if self.started and proxy != before:
+            self._choose_workers()
 
     def close(self) -> None:
         """Release the devices, also where another thread trains."""
