@@ -136,10 +136,13 @@ def pixels(resolution: int, space: SearchSpace) -> str:
     return f"each network's own resolution ({', '.join(map(str, own[:-1]))} or {own[-1]} pixels)"
 
 
-def trial_note(candidate: Candidate, latency: CandidateLatency | None, config: SearchConfig) -> str:
-    """The outcome of a candidate, and its stages as a table.
+def trial_note(
+    candidate: Candidate, latency: CandidateLatency | None, config: SearchConfig, curve: str | None
+) -> str:  # fmt: skip
+    """The outcome of a candidate, its stages as a table, and the learning curve of one that was given up.
 
     Args:
+        curve: learning curve of the search's training; None where there is none.
         latency: latency in the study's deployment; None where it was not measured.
         config: configuration of the study.
     """
@@ -167,8 +170,8 @@ def trial_note(candidate: Candidate, latency: CandidateLatency | None, config: S
         f"`{arch}`", "  \n".join(lines), stage_table(arch, config.latency.resolution, config.latency.num_classes),
         f"timm: `{model_args(arch)}`",
     ]  # fmt: skip
-    if candidate.state == CandidateState.STOPPED:
-        parts += [curve_table(training.curve) for training in candidate.trainings]
+    if candidate.state == CandidateState.STOPPED and curve:
+        parts.append(curve_table(curve))
     return "\n\n".join(parts)
 
 

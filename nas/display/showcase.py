@@ -20,7 +20,7 @@ from nas.recorded import RecordedStudy
 from nas.training import curves
 from search_spaces import ArchSpec
 from search_spaces.timm_config import timm_config
-from studies import Store
+from studies import CandidateState, Store, TrainingStage
 from studies.display import Artifact, Artifacts, update_notes
 
 # Greatest number of members of a front that have files: drawing those of one takes a good part of a second.
@@ -51,9 +51,14 @@ def show(recorded: RecordedStudy, folder: Path) -> int:
 
 def _write_notes(recorded: RecordedStudy) -> None:
     bodies: dict[int | None, str] = {None: notes.study_note(recorded)}
-    for candidate in recorded.candidates():
-        latency = candidate.latency_in(recorded.deployment)
-        bodies[candidate.trial_id] = notes.trial_note(candidate, latency, recorded.config)
+    candidates = recorded.candidates()
+    stored = []
+    if any(candidate.state == CandidateState.STOPPED for candidate in candidates):
+        stored = recorded.store.trainings.of_study(recorded.study_id, TrainingStage.SEARCH)
+    curves_of = {training.trial_id: training.curve for training in stored}
+    for candidate in candidates:
+        latency, curve = candidate.latency_in(recorded.deployment), curves_of.get(candidate.trial_id)
+        bodies[candidate.trial_id] = notes.trial_note(candidate, latency, recorded.config, curve)
     for trial in recorded.store.load_optuna_study(recorded.name).get_trials(deepcopy=False):
         first = trial.user_attrs.get(notes.DUPLICATE_OF)
         if first is not None:

@@ -203,8 +203,8 @@ class Piloting:
         share = measured.share
         if share is not None and share < GOOD_SHARE and longer is not None and self._affordable(longer):
             self.proxy = replace(self.proxy, steps=longer)
-        elif share is not None and share < POOR_SHARE:
-            warnings.append(self._poor(measured, longer))
+        if share is not None and share < POOR_SHARE:
+            warnings.append(self._poor(measured))
         self.evaluator.adopt(self.proxy)
         return Pilot(self.proxy, measured, (*self._lines(measured), *warnings), self.seconds)
 
@@ -339,7 +339,7 @@ class Piloting:
         trainings = self._expected(self.proxy.steps)
         return f"{self._schedule()}; trainings will take {trainings}, less what is stopped early", found
 
-    def _poor(self, measured: Measured, longer: int | None) -> str:
+    def _poor(self, measured: Measured) -> str:
         error = math.sqrt(measured.accuracy * (1 - measured.accuracy) / self.evaluator.val_images)
         line = "warning: one training hardly tells these networks apart"
         if error > (measured.noise or 0.0) / 2:
@@ -347,6 +347,7 @@ class Piloting:
                 f"{line}: {self.evaluator.val_images:,} validation images know an accuracy to +-{100 * error:.1f} "
                 "points only; more of them would"
             )
+        longer = next((rung for rung in RUNGS if rung > self.proxy.steps), None)
         if longer is not None:
             return f"{line}; {longer} steps might, in {self._expected(longer)} (--proxy-steps {longer})"
         return f"{line}, and no longer schedule is known to; a larger --confirm tells the front's members apart"

@@ -75,7 +75,8 @@ class Trials:
         """
         self.storage.set_trial_user_attrs(trial_id, self._attributes(row))
         latency = row.latency_in(self.recorded.deployment)
-        self._write_note(trial_id, notes.trial_note(row, latency, self.recorded.config))
+        curve = self.recorded.store.learning_curve(trial_id) if row.state == CandidateState.STOPPED else None
+        self._write_note(trial_id, notes.trial_note(row, latency, self.recorded.config, curve))
         self._set_constraints(trial_id, constraints)
         # `study.tell` looks for the trial by its number, which no index of Optuna's tables holds: it goes through all.
         self.storage.finish_trial(trial_id, TRIAL_STATES[CandidateState(row.state)], objectives(row))

@@ -131,6 +131,10 @@ def test_a_longer_schedule_is_taken_where_noise_hides_the_networks() -> None:
     trainer.val_images = 10**6
     hopeless = pilot_of(trainer)
     assert hopeless.proxy.steps == 3200
+    # Where more steps are taken and are not known to suffice, both is said.
+    doubtful = pilot_of(Trainer(noise=0.05, spread=0.0))
+    assert doubtful.proxy.steps == 800
+    assert doubtful.lines[-1].startswith("warning: one training hardly tells these networks apart; 1600 steps might")
     assert hopeless.lines[-1].startswith("warning: one training hardly tells these networks apart, and no longer")
 
 

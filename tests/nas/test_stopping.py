@@ -7,6 +7,7 @@ import math
 import random
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import optuna
@@ -15,6 +16,7 @@ import torch
 
 from nas.config import LatencyConfig, ProxyConfig, SearchConfig
 from nas.display.notes import curve_table, stopping_line
+from nas.display.showcase import show
 from nas.lab.invented import FakeEvaluator
 from nas.latency.values import Measurement
 from nas.recorded import RecordedStudy
@@ -185,7 +187,7 @@ def test_nothing_is_given_up_before_enough_is_known_or_where_nothing_is_faster()
 # -- a search -------------------------------------------------------------------------------------------------------
 
 
-def test_a_search_gives_up_what_will_hardly_reach_the_front(config: SearchConfig) -> None:
+def test_a_search_gives_up_what_will_hardly_reach_the_front(config: SearchConfig, tmp_path: Path) -> None:
     evaluator = Learning()
     result = search.run(config, evaluator)
     rows = candidates(config)
@@ -221,6 +223,15 @@ def test_a_search_gives_up_what_will_hardly_reach_the_front(config: SearchConfig
         assert trial.state == optuna.trial.TrialState.PRUNED
         assert trial.user_attrs["predicted_accuracy"] == row.predicted_accuracy
         assert trial.user_attrs["latency_ms"] == row.latencies[0].median_ms
+    # At the end the notes are written again, which other tests leave out.
+    show(recorded, tmp_path)
+    attributes = store.optuna_storage.get_study_system_attrs(recorded.study_id)
+    for row in stopped:
+        note = "".join(
+            str(value) for key, value in attributes.items() if key.startswith(f"dashboard:{row.trial_id}:note_str")
+        )
+        assert "**stopped early**: given up after" in note
+        assert f"| {row.given_up_at} | " in note
     passes = recorded.passes()
     assert passes == pytest.approx(
         states[CandidateState.COMPLETE] + sum((row.given_up_at or 0) / 200 for row in stopped)
