@@ -46,13 +46,11 @@ def now() -> datetime:
 class CandidateState(enum.StrEnum):
     """How the evaluation of a candidate ended.
 
-    `STOPPED` is one whose training was given up, as it would hardly have reached the front; `DECLINED` one that was not
-    worth a training once it was timed.
+    `STOPPED` is one whose training was given up, as it would hardly have reached the front.
     """
 
     COMPLETE = "complete"
     STOPPED = "stopped"
-    DECLINED = "declined"
     OVER_LIMIT = "over_limit"
     FAILED = "failed"
 

@@ -13,6 +13,7 @@ FRONT_COLUMNS = {
     "number": ("trial", "{:d}"),
     "accuracy": ("accuracy", "{:.4f}"),
     "interval": ("95 %", "{}"),
+    "test_accuracy": ("test", "{:.3f}"),
     "latency_ms": ("latency ms", "{:.4f}"),
     "computational_efficiency": ("of peak", "{:.1%}"),
     "params": ("params k", "{:,.0f}"),
@@ -31,6 +32,8 @@ def front_table(front: pd.DataFrame, title: str) -> Table:
         front = front.assign(interval=[f"{low:.3f}-{high:.3f}" for low, high in ends])
     else:
         del columns["interval"]
+    if front["test_accuracy"].isna().all():
+        del columns["test_accuracy"]
     table = console_table(f"{title}\n{accuracy_line(front)}")
     for name, (header, _) in columns.items():
         if name == "summary":

@@ -23,7 +23,7 @@ from studies import TRAINED, Candidate, CandidateLatency, CandidateState, Latenc
 # Names of user attributes of trials: the reason why a trial is not complete, and the number of the trial it repeats.
 REASON, DUPLICATE_OF = "reason", "duplicate_of"
 # Those of a training that was given up: the accuracy that was expected at its end, and its standard deviation; and the
-# latency of any trial that was timed and not trained to the end.
+# latency of that trial.
 PREDICTED, DEVIATION, TIMED = "predicted_accuracy", "predicted_deviation", "latency_ms"
 # The reason of a trial whose search was interrupted.
 INTERRUPTED = "interrupted"
@@ -31,7 +31,6 @@ HEADERS = ("stage", "blocks", "kernel", "group width", "expansion", "width", "st
 STATES = {
     CandidateState.COMPLETE: "complete", CandidateState.OVER_LIMIT: "over a limit, not trained",
     CandidateState.FAILED: "failed", CandidateState.STOPPED: "stopped early",
-    CandidateState.DECLINED: "timed, not trained",
 }  # fmt: skip
 
 

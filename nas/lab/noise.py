@@ -90,7 +90,9 @@ def main(
             paths = {size: files.write(data) for size, data in load_all(DataConfig(), sizes)}
             proxy = ProxyConfig(steps=STEPS)
             calls = [
-                Call(train_candidate, (arch, paths[arch.shown(loaded.default_resolution)], proxy, 0, False, None))
+                Call(
+                    train_candidate, (arch, paths[arch.shown(loaded.default_resolution)], proxy, 0, False, None, False)
+                )
                 for arch in archs[: 2 * workers]
             ]
         for _ in track(range(rounds), "measuring"):

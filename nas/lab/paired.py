@@ -71,7 +71,7 @@ def trained(
     with DataFiles() as files, Workers(workers, ["cpu"]) as pool, device_lock(check_device(CPU)).training():
         sources = {size: files.write(each) for size, each in load_all(data, sizes)}
         calls = [
-            Call(train_candidate, (arch, sources[arch.shown(data.resolution)], proxy, seed, False, None))
+            Call(train_candidate, (arch, sources[arch.shown(data.resolution)], proxy, seed, False, None, False))
             for arch, seed in missing
         ]
         with Progress() as progress, closing(pool.run(calls)) as results:

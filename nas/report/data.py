@@ -192,7 +192,7 @@ def incomplete_trials(candidates: Sequence[Candidate], trials: Sequence[FrozenTr
     """
     outcomes = {
         CandidateState.FAILED: "failed", CandidateState.OVER_LIMIT: "over a limit",
-        CandidateState.STOPPED: "stopped early", CandidateState.DECLINED: "timed, not trained",
+        CandidateState.STOPPED: "stopped early",
     }  # fmt: skip
     rows: list[tuple[int, str, str]] = []
     for candidate in candidates:

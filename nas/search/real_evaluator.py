@@ -19,7 +19,7 @@ from nas.reporting import Note
 from nas.search.pilot import PilotTraining
 from nas.training.data import ImageData
 from nas.training.determinism import measure_apart
-from nas.training.pool import DataSource, mapped, train_new
+from nas.training.pool import DataSource, mapped, tested, train_new
 from nas.training.proxy import ProxyResult
 from nas.training.stopping import Rule, Rules
 from nas.training.weights import Trained
@@ -170,8 +170,9 @@ class RealEvaluator:
         self, archs: Sequence[ArchSpec], seeds: Sequence[int] | None, rules: Rules
     ) -> Generator[Done[ProxyResult]]:
         """Train networks in the pool."""
-        config, count = self.config, len(archs)
-        calls = [Call(train_candidate, (arch, self.data_for(arch), config.proxy, seed, config.keep_weights, rule))
+        config, count, tests = self.config, len(archs), seeds is not None
+        calls = [Call(train_candidate,
+                      (arch, self.data_for(arch), config.proxy, seed, config.keep_weights, rule, tests))
                  for arch, seed, rule
                  in zip(archs, seeds or [config.seed] * count, rules or [None] * count, strict=True)]  # fmt: skip
         with closing(self.pool.run(calls)) as results:
@@ -184,7 +185,7 @@ class RealEvaluator:
 
     def train_as(self, trainings: Sequence[PilotTraining]) -> Generator[Done[ProxyResult]]:
         """See `nas.search.pilot.Adjustable`."""
-        calls = [Call(train_candidate, (each.arch, self.data_for(each.arch), each.proxy, each.seed, False, None))
+        calls = [Call(train_candidate, (each.arch, self.data_for(each.arch), each.proxy, each.seed, False, None, False))
                  for each in trainings]  # fmt: skip
         with self.training(), closing(self.pool.run(calls)) as results:
             yield from results
@@ -204,8 +205,9 @@ class RealEvaluator:
 
 
 def train_candidate(
-    arch: ArchSpec, data: DataSource, config: ProxyConfig, seed: int, keep_weights: bool, rule: Rule | None, device: str
-) -> ProxyResult:
+    arch: ArchSpec, data: DataSource, config: ProxyConfig, seed: int, keep_weights: bool, rule: Rule | None,
+    tests: bool, device: str,
+) -> ProxyResult:  # fmt: skip
     """Train a candidate in this process, which is a worker.
 
     Raises:
@@ -214,6 +216,8 @@ def train_candidate(
     try:
         with contained():
             network, result = train_new(arch.build, data, config, seed, device, rule=rule)
+            if tests:
+                result = tested(network, result, data, device)
         if keep_weights and not result.stopped:
             result = replace(result, trained=Trained.of(network, mapped(data, device)[1]))
         return result

@@ -95,7 +95,7 @@ def objectives(row: Candidate) -> list[float] | None:
 def beliefs(row: Candidate) -> dict[str, float]:
     """What is believed of a candidate that was timed and not trained to the end, as attributes of its trial."""
     latency = searched_latency(row)
-    if row.state not in (CandidateState.STOPPED, CandidateState.DECLINED) or latency is None:
+    if row.state != CandidateState.STOPPED or latency is None:
         return {}
     believed = {TIMED: latency.median_ms}
     if row.predicted_accuracy is not None and row.predicted_deviation is not None:

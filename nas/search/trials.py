@@ -22,7 +22,6 @@ TRIAL_STATES = {
     CandidateState.OVER_LIMIT: TrialState.PRUNED,
     CandidateState.FAILED: TrialState.FAIL,
     CandidateState.STOPPED: TrialState.PRUNED,
-    CandidateState.DECLINED: TrialState.PRUNED,
 }
 
 

@@ -58,6 +58,7 @@ class ImageData:
         flip: whether training images are mirrored at random, because a mirrored image keeps its label.
         notes: lines that the user should see, for example that a subset is used.
         preparation: what must be done to such images before timm's loaders make the same pixels and labels of them.
+        test_images, test_labels: images and labels of a test set, by which nothing is chosen; None where there is none.
     """
 
     train_images: Tensor
@@ -68,6 +69,8 @@ class ImageData:
     flip: bool
     notes: tuple[str, ...] = ()
     preparation: tuple[str, ...] = ()
+    test_images: Tensor | None = None
+    test_labels: Tensor | None = None
 
     @cached_property
     def mean_std(self) -> tuple[Tensor, Tensor]:
@@ -258,7 +261,23 @@ def _folder(root: Path, config: DataConfig, most: int, note: Note) -> ImageData:
     loaded = _assemble(
         str(root), train, val, found.classes, reader, lambda item: (reader.read(item[0]), item[1]), most, note
     )
-    return replace(loaded, notes=(*found.notes, *loaded.notes), preparation=(*preparation, *loaded.preparation))
+    loaded = replace(loaded, notes=(*found.notes, *loaded.notes), preparation=(*preparation, *loaded.preparation))
+    return _with_test(loaded, found.test, root, config, note) if found.test else loaded
+
+
+def _with_test(
+    data: ImageData, test: Sequence[tuple[Path, int]], root: Path, config: DataConfig, note: Note
+) -> ImageData:  # fmt: skip
+    """A folder's data with its test set, or with a line that says why it is left out: it is no reason not to search."""
+    reader = ImageReader(config)
+    items, line = _chosen(test, min(MAX_VAL_IMAGES, len(data.train_labels)), "test")
+    images, labels, unusable = _read_all(
+        items, config.resolution, lambda item: (reader.read(item[0]), item[1]), _Progress(len(items), note)
+    )
+    if unusable:
+        return replace(data, notes=(*data.notes, f"{root}: the test images are left out: {_named(unusable)}"))
+    notes = (*data.notes, f"{root}: {line}") if line else data.notes
+    return replace(data, test_images=images, test_labels=labels, notes=notes)
 
 
 # -- torchvision and timm ------------------------------------------------------------------------------------------
@@ -366,27 +385,16 @@ def _assemble(
     most = {"training": fitting, "validation": min(MAX_VAL_IMAGES, fitting // 2)}
     chosen = {}
     for part, items in (("training", train), ("validation", val)):
-        if len(items) > most[part]:
-            line = f"{most[part]:,} of {len(items):,} {part} images are used"
+        chosen[part], line = _chosen(items, most[part], part, rng)
+        if line:
             notes.append(f"{data}: {line}")
             preparation += [line] if part == "validation" else []
-            items = [items[index] for index in sorted(rng.permutation(len(items))[: most[part]])]
-        chosen[part] = items
     progress = _Progress(sum(map(len, chosen.values())), note)
     unusable: list[str] = []
     for items in chosen.values():
-        images = torch.empty(len(items), 3, resolution, resolution, dtype=torch.uint8)
-        labels = torch.empty(len(items), dtype=torch.int64)
-        for index, item in enumerate(items):
-            try:
-                images[index], labels[index] = read(item)
-            except NotAnImage as error:
-                unusable.append(f"{item[0]} cannot be read as an image ({error})")
-            except NotRGB as error:
-                shown = item[0] if isinstance(item, tuple) else f"image {item}"
-                unusable.append(f"{shown} is {error}")
-            progress.step()
+        images, labels, more = _read_all(items, resolution, read, progress)
         parts += [images, labels]
+        unusable += more
     if unusable:
         raise UsageError(f"--data {data}: {_named(unusable)}")
     notes += [f"{data}: images {what}: {count:,}" for what, count in reader.done.most_common()]
@@ -395,6 +403,36 @@ def _assemble(
         train_images, train_labels, val_images, val_labels, classes=tuple(classes), flip=True, notes=tuple(notes),
         preparation=(*preparation, *(f"images were {what}" for what in UNLIKE_TIMM if what in reader.done)),
     )  # fmt: skip
+
+
+def _chosen(
+    items: Sequence[Any], most: int, part: str, rng: np.random.Generator | None = None
+) -> tuple[Sequence[Any], str | None]:  # fmt: skip
+    """At most so many random items, in their order, and a line where these are not all."""
+    if len(items) <= most:
+        return items, None
+    rng = rng or np.random.default_rng(DATA_SEED)
+    line = f"{most:,} of {len(items):,} {part} images are used"
+    return [items[index] for index in sorted(rng.permutation(len(items))[:most])], line
+
+
+def _read_all(
+    items: Sequence[Any], resolution: int, read: Callable[[Any], tuple[Tensor, int]], progress: _Progress
+) -> tuple[Tensor, Tensor, list[str]]:
+    """The images and labels of all items, and a line for each that cannot be used."""
+    images = torch.empty(len(items), 3, resolution, resolution, dtype=torch.uint8)
+    labels = torch.empty(len(items), dtype=torch.int64)
+    unusable = []
+    for index, item in enumerate(items):
+        try:
+            images[index], labels[index] = read(item)
+        except NotAnImage as error:
+            unusable.append(f"{item[0]} cannot be read as an image ({error})")
+        except NotRGB as error:
+            shown = item[0] if isinstance(item, tuple) else f"image {item}"
+            unusable.append(f"{shown} is {error}")
+        progress.step()
+    return images, labels, unusable
 
 
 def _named(unusable: Sequence[str]) -> str:

@@ -39,6 +39,7 @@ class Listing:
         classes: name of each label.
         train: image files with their labels.
         val: held-out image files with their labels; None where the folder has none.
+        test: image files of a test set with their labels; None where there is none, or one of other classes.
         notes: lines on what was taken for what, and what was left out.
         preparation: what must be done to such a folder before timm's loaders read the same images and labels from it.
     """
@@ -46,6 +47,7 @@ class Listing:
     classes: tuple[str, ...]
     train: list[tuple[Path, int]]
     val: list[tuple[Path, int]] | None
+    test: list[tuple[Path, int]] | None
     notes: tuple[str, ...]
     preparation: tuple[str, ...]
 
@@ -60,6 +62,7 @@ class _Layout:
     train: Path
     classes: dict[str, list[Path]]
     val: Path | None
+    test: Path | None
     notes: list[str]
 
 
@@ -123,13 +126,22 @@ def _listing(root: Path, reading: int) -> Listing:
     lacking = [] if val is None else [name for label, name in enumerate(classes) if label not in seen]
     if layout.val is not None and lacking:
         notes.append(f"{root}: {layout.val.name} holds no image of {_listed(lacking)}")
+    test = None
+    if layout.test is not None:
+        tested = _class_folders(layout.test, reading)
+        if strangers := sorted(tested.keys() - set(keys)):
+            notes.append(
+                f"{root}: {layout.test.name} is left out: it has the class {strangers[0]}, which training lacks"
+            )
+        else:
+            test = [(path, label) for label, key in enumerate(keys) for path in scan.images(tested.get(key, []))]
     for folder in dict.fromkeys(each for each in (root, layout.train, layout.val) if each is not None):
         scan.outside(folder, images=folder != root or folder == layout.train)
     if scan.left_out.total() or scan.other_suffixes:
         notes.append(f"{root}: left out: {scan.summary()}")
     folders = [folder for each in (layout.classes, held_out) for folder in each.values()]
     preparation = _preparation(classes, folders, [path for path, _ in (*train, *(val or ()))], lacking)
-    return Listing(tuple(classes), train, val, tuple(notes), tuple(preparation))
+    return Listing(tuple(classes), train, val, test, tuple(notes), tuple(preparation))
 
 
 def _preparation(
@@ -170,15 +182,15 @@ def _layout(root: Path, reading: int) -> _Layout:
         sources += [f"validation images from {val.name}"] if val else []
         notes.append(f"{root}: {', '.join(sources)}")
     if test:
-        notes.append(f"{root}: {test.name} is taken for a test set, and not read")
+        notes.append(f"{root}: test images, which are only for the final front, from {test.name}")
     if train:
         if beside:
             notes.append(f"{root}: left out beside {train.name}: {_listed(list(beside))}")
-        return _Layout(train, _class_folders(train, reading), val, notes)
+        return _Layout(train, _class_folders(train, reading), val, test, notes)
     if named_as_splits and len(named_as_splits) == len(beside):
         raise UsageError(f"--data {root}: {_listed(named_as_splits)}: no folders of images in them")
     notes += [f"{root}: {name} is taken for a class, as it holds no folders of images" for name in named_as_splits]
-    return _Layout(root, beside, val, notes)
+    return _Layout(root, beside, val, test, notes)
 
 
 def _split(root: Path, names: Sequence[str]) -> Path | None:
@@ -224,7 +236,7 @@ def _layout_of_reading_1(root: Path) -> _Layout:
     if train is None:
         names = [name for name in names if name.lower() not in ("val", "validation", "valid", *TEST_FOLDERS)]
         notes = [f"{root}: {test.name} is a test set, not a class"] if test else []
-    return _Layout(train or root, {name: [(train or root) / name] for name in names}, val, notes)
+    return _Layout(train or root, {name: [(train or root) / name] for name in names}, val, None, notes)
 
 
 # -- Files -------------------------------------------------------------------------------------------------------------

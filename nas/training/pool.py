@@ -95,12 +95,14 @@ class TrainingJob:
 
     Args:
         seed: seed of weights, order and augmentation; None stands for the trainer's.
+        test: whether the network is scored on the test images, if there are any.
     """
 
     network: Trainable
     steps: int
     learning_rate: float
     seed: int | None = None
+    test: bool = False
 
 
 class DataSource(Protocol):
@@ -253,7 +255,9 @@ class Trainer:
         data = self.data_file(job.network.resolution)
         # A network that is not ours may break its process.
         seed = self.seed if job.seed is None else job.seed
-        return Call(train_one, (job.network, data, config, seed), None if job.network.ours else job.network.name)
+        return Call(
+            train_one, (job.network, data, config, seed, job.test), None if job.network.ours else job.network.name
+        )
 
 
 def storable(path: str) -> str:
@@ -271,11 +275,13 @@ def fill(row: BaselineTraining | CandidateTraining, result: ProxyResult | Candid
     row.train_seconds = result.seconds
     row.curve = curves.to_json(result.curve)
     if isinstance(row, CandidateTraining):
-        row.host = result.host
+        row.host, row.test_accuracy = result.host, result.test_accuracy
     return f"{result.accuracy:.1%} in {result.seconds:.0f} s"
 
 
-def train_one(network: Trainable, data: DataSource, config: ProxyConfig, seed: int, device: str) -> ProxyResult:
+def train_one(
+    network: Trainable, data: DataSource, config: ProxyConfig, seed: int, test: bool, device: str
+) -> ProxyResult:  # fmt: skip
     """Train a network from new weights, in this process.
 
     Raises:
@@ -283,7 +289,8 @@ def train_one(network: Trainable, data: DataSource, config: ProxyConfig, seed: i
     """
     try:
         with network.failing(), contained():
-            return train_new(network.build, data, config, seed, device)[1]
+            trained, result = train_new(network.build, data, config, seed, device)
+            return tested(trained, result, data, device) if test else result
     finally:
         trim_heap()
 
@@ -303,6 +310,14 @@ def train_new(
     torch.manual_seed(seed)
     network = build(len(images.classes))
     return network, proxy.train(network, batches, config, seed, checkpoints, rule)
+
+
+def tested(network: nn.Module, result: ProxyResult, data: DataSource, device: str) -> ProxyResult:
+    """The result of a training with the accuracy on the test images, if there are any."""
+    batches, _ = mapped(data, device)
+    if batches.test_images is None or not len(batches.test_images):
+        return result
+    return replace(result, test_accuracy=proxy.score(network, batches.test(), batches.device)[0])
 
 
 @cache

@@ -13,7 +13,7 @@ import math
 import os
 import platform
 import time
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -54,6 +54,7 @@ class ProxyResult:
         trained: the weights; None where they are not to be kept.
         verdict: what a rule said of the training that would give it up; None where none did.
         stopped: whether the training ended with that.
+        test_accuracy: accuracy on the test images; None where it was not looked at.
     """
 
     accuracy: float
@@ -65,6 +66,7 @@ class ProxyResult:
     host: str = field(default_factory=platform.node)
     verdict: Verdict | None = None
     stopped: bool = False
+    test_accuracy: float | None = None
 
     def under(self, rule: Rule) -> ProxyResult:
         """What this training, which was not ended early, would have come to under a rule."""
@@ -102,6 +104,8 @@ class Batches:
                 resident = device
         self.train_images, self.train_labels = data.train_images.to(resident), data.train_labels.to(resident)
         self.val_images, self.val_labels = data.val_images.to(resident), data.val_labels.to(resident)
+        # They are looked at a few times only.
+        self.test_images, self.test_labels = data.test_images, data.test_labels
 
     def _normalised(self, images: Tensor) -> Tensor:
         images = (images.to(self.device, torch.float32) / 255 - self.mean) / self.std
@@ -128,8 +132,17 @@ class Batches:
         return padded.permute(0, 2, 3, 1)[index[0], index[1], index[2]].permute(0, 3, 1, 2)
 
     def validation(self) -> Iterator[tuple[Tensor, Tensor]]:
-        size = eval_batch(self.device.type, self.val_images.shape[-1])
-        for images, labels in zip(self.val_images.split(size), self.val_labels.split(size), strict=True):
+        """The validation images (N, 3, H, W) in batches, with their labels (N,)."""
+        yield from self._in_order(self.val_images, self.val_labels)
+
+    def test(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The test images (N, 3, H, W) in batches, with their labels (N,); none where there is no test set."""
+        if self.test_images is not None and self.test_labels is not None:
+            yield from self._in_order(self.test_images, self.test_labels)
+
+    def _in_order(self, all_images: Tensor, all_labels: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        size = eval_batch(self.device.type, all_images.shape[-1])
+        for images, labels in zip(all_images.split(size), all_labels.split(size), strict=True):
             yield self._normalised(images), labels.to(self.device)
 
 
@@ -262,19 +275,31 @@ def train(
 # -- validation ----------------------------------------------------------------------------------------------------
 
 
-@torch.inference_mode()
 def validate(network: nn.Module, batches: Batches) -> tuple[float, float]:
     """Accuracy and mean cross-entropy on the validation images.
 
     Raises:
         CandidateFailed: the loss is not finite.
     """
+    return score(network, batches.validation(), batches.device)
+
+
+@torch.inference_mode()
+def score(network: nn.Module, labelled: Iterable[tuple[Tensor, Tensor]], device: torch.device) -> tuple[float, float]:
+    """Accuracy and mean cross-entropy on some images.
+
+    Args:
+        labelled: batches of images (N, 3, H, W) and labels (N,), at least one.
+
+    Raises:
+        CandidateFailed: the loss is not finite.
+    """
     network.eval()
-    correct = torch.zeros((), device=batches.device)
-    total_loss = torch.zeros((), device=batches.device)
+    correct = torch.zeros((), device=device)
+    total_loss = torch.zeros((), device=device)
     count = 0
-    for images, labels in batches.validation():
-        with torch.autocast(batches.device.type, torch.bfloat16, enabled=batches.device.type == "cuda"):
+    for images, labels in labelled:
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             logits = network(images)
         total_loss += functional.cross_entropy(logits.float(), labels, reduction="sum")
         correct += (logits.argmax(1) == labels).sum()

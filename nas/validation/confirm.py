@@ -60,7 +60,7 @@ def confirm(recorded: RecordedStudy, config: ConfirmConfig, note: Note = lambda 
 
         def train(archs: Sequence[ArchSpec], seeds: Sequence[int]) -> Generator[Done[ProxyResult]]:
             jobs = [
-                TrainingJob(network_of(arch), searched.proxy.steps, searched.proxy.learning_rate, seed)
+                TrainingJob(network_of(arch), searched.proxy.steps, searched.proxy.learning_rate, seed, test=True)
                 for arch, seed in zip(archs, seeds, strict=True)
             ]
             with closing(trainer.results(jobs)) as results:

@@ -123,6 +123,22 @@ def test_a_search_ends_with_the_front_of_means_over_other_seeds(scattering: Sear
     recorded.store.close()
 
 
+class WithTestImages(Noisy):
+    """Whatever confirms is also scored on test images."""
+
+    def train_again(self, arch: ArchSpec, seed: int) -> ProxyResult:
+        return replace(super().train_again(arch, seed), test_accuracy=0.25 + 0.01 * seed)
+
+
+def test_the_final_front_has_the_mean_accuracy_on_test_images(scattering: SearchConfig) -> None:
+    front = run(scattering, WithTestImages()).pareto_front
+    for row in front.itertuples():
+        # The seeds follow that of the search.
+        assert row.test_accuracy == pytest.approx(0.25 + 0.01 * (1 + row.accuracy_trainings) / 2)
+    searched = run(replace(scattering, study="searched", confirm=0), WithTestImages()).pareto_front
+    assert searched["test_accuracy"].isna().all()
+
+
 def test_few_trainings_suffice_and_no_more_than_the_share_are_made(scattering: SearchConfig) -> None:
     evaluator = Noisy()
     run(replace(scattering, budget=120), evaluator)

@@ -144,7 +144,30 @@ def test_a_folder_of_test_images_is_no_class(tmp_path: Path) -> None:
     make_folder(tmp_path, {"cat": 6, "dog": 6, "Test/cat": 4, "Test/dog": 4})
     loaded = load(tmp_path)
     assert loaded.classes == ("cat", "dog")
-    assert loaded.notes == (f"{tmp_path}: Test is taken for a test set, and not read",)
+    assert loaded.notes == (f"{tmp_path}: test images, which are only for the final front, from Test",)
+    assert loaded.test_images is not None
+    assert loaded.test_labels is not None
+    assert tuple(loaded.test_images.shape) == (8, 3, 16, 16)
+    assert loaded.test_labels.tolist() == [0] * 4 + [1] * 4
+    # What is only looked at in the end does not make another study.
+    (tmp_path / "Test").rename(tmp_path.parent / "elsewhere")
+    without = load(tmp_path)
+    assert without.test_images is None
+    assert without.fingerprint == loaded.fingerprint
+
+
+def test_a_test_set_that_cannot_be_used_is_left_out_and_said(tmp_path: Path) -> None:
+    make_folder(tmp_path, {"cat": 6, "dog": 6, "test/unknown": 4})
+    loaded = load(tmp_path)
+    assert loaded.test_images is None
+    assert f"{tmp_path}: test is left out: it has the class unknown, which training lacks" in loaded.notes
+    (tmp_path / "test" / "unknown").rename(tmp_path / "test" / "cat")
+    (tmp_path / "test" / "cat" / "broken.png").write_text("no image")
+    loaded = load(tmp_path)
+    assert loaded.test_images is None
+    assert loaded.notes[-1].startswith(
+        f"{tmp_path}: the test images are left out: {tmp_path}/test/cat/broken.png cannot"
+    )
     assert facts.class_count(DataConfig(source=str(tmp_path))) == 2
 
 
@@ -162,7 +185,7 @@ def test_what_was_taken_for_what_is_said(tmp_path: Path) -> None:
     make_folder(tmp_path, {"Train/cat": 6, "Train/dog": 6, "valid/cat": 2, "valid/dog": 2, "test/cat": 3, "more": 2})
     assert load(tmp_path).notes == (
         f"{tmp_path}: training images from Train, validation images from valid",
-        f"{tmp_path}: test is taken for a test set, and not read",
+        f"{tmp_path}: test images, which are only for the final front, from test",
         f"{tmp_path}: left out beside Train: more",
     )
 

@@ -107,6 +107,7 @@ def test_a_front_without_a_profile_is_shown_without_efficiencies() -> None:
         confirmed=0,
         training_steps=None,
         training_batch_size=None,
+        test_accuracy=None,
     )
     shown = io.StringIO()
     Console(file=shown, width=120).print(front_table(pd.DataFrame([row]), "front"))
@@ -118,7 +119,7 @@ def test_confirmed_accuracies_are_shown_with_their_intervals() -> None:
     row = dict(
         number=3, accuracy=0.5, latency_ms=1.25, computational_efficiency=0.5, params=1e4, macs=1e6, summary="a",
         confirmed=1, accuracy_low=0.48, accuracy_high=0.521, accuracy_trainings=2, searched_accuracy=0.55,
-        training_steps=200, training_batch_size=32,
+        training_steps=200, training_batch_size=32, test_accuracy=0.4711,
     )  # fmt: skip
     shown = io.StringIO()
     Console(file=shown, width=80).print(front_table(pd.DataFrame([row]), "front"))
@@ -126,6 +127,7 @@ def test_confirmed_accuracies_are_shown_with_their_intervals() -> None:
         shown.getvalue().split()
     )
     assert "0.480-0.521" in shown.getvalue()
+    assert "0.471" in shown.getvalue()
     assert "0.55" not in shown.getvalue()
 
 

@@ -56,6 +56,16 @@ def test_a_look_at_the_validation_images_changes_nothing_else() -> None:
     assert curves.from_json(curves.to_json(plain.curve)) == plain.curve
 
 
+def test_a_network_is_scored_on_test_images_where_there_are_any() -> None:
+    data = easy_data()
+    both = replace(data, test_images=data.val_images[:30], test_labels=1 - data.val_labels[:30])
+    network, batches = build(), Batches(both, CPU)
+    result = train(network, batches, QUICK, seed=0)
+    assert result.test_accuracy is None
+    assert proxy.score(network, batches.test(), CPU)[0] == pytest.approx(1 - result.accuracy, abs=0.05)
+    assert list(Batches(data, CPU).test()) == []
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 def test_the_same_seed_gives_the_same_result(threads: int) -> None:
     before = torch.get_num_threads()
