@@ -116,6 +116,12 @@ class Network:
     long: tuple[Training, ...]
 
 
+def read_plan(path: Path) -> Plan:
+    """The plan of a packed table."""
+    with lzma.open(path, "rt") as file:
+        return Plan(**json.load(file)["plan"])
+
+
 def read_table(path: Path) -> list[Network]:
     """The networks of a packed table, random ones first."""
     with lzma.open(path, "rt") as file:

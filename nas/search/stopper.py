@@ -17,13 +17,14 @@ from scipy import stats
 from nas.search.front_sampler import Memory, kept
 from nas.search.model import Model, kernel_for
 from nas.training.curves import CurvePoint
-from nas.training.stopping import Check, Rule, figures
+from nas.training.stopping import LOSS, Check, Rule, figures
 from search_spaces import ArchSpec
 
 # Shares of the schedule after which a training is looked at.
 SHARES = (0.25, 0.35, 0.5, 0.75)
-# Probability of reaching the needed accuracy, below which a training is given up.
-LEAST_CHANCE = 0.1
+# Probability of reaching the needed accuracy, below which a training is given up. There are several looks, so that in
+# the end about twice as many of those that would reach it are given up.
+LEAST_CHANCE = 0.02
 # A network is compared with those that are at most so much slower, as latencies have errors of their own.
 SLOWER = 1.05
 # Complete trainings without which nothing is predicted.
@@ -41,6 +42,7 @@ class Stopper:
     Args:
         memory: the features and kernels of the search.
         steps: length of the schedule.
+        chance: probability of reaching the needed accuracy, below which a training is given up.
 
     Attributes:
         archs, accuracy, latency_ms, curves: the complete trainings, in the order of their candidates' numbers.
@@ -52,6 +54,7 @@ class Stopper:
     accuracy: list[float] = field(default_factory=list)
     latency_ms: list[float] = field(default_factory=list)
     curves: list[Sequence[CurvePoint]] = field(default_factory=list)
+    chance: float = LEAST_CHANCE
 
     def add(self, arch: ArchSpec, accuracy: float, latency_ms: float, curve: Sequence[CurvePoint]) -> None:
         """Take a training that was completed."""
@@ -72,23 +75,29 @@ class Stopper:
         indices = kept(accuracy, known_ms)
         points = self.memory.points(self.archs)
         model = Model.of(points[indices], accuracy[indices], kernel_for(points, accuracy, self.memory.accuracy_kernels))
-        checks = self._checks(indices, model)
-        guessed, _ = model.predict(self.memory.points(archs))
+        own_points = self.memory.points(archs)
+        guessed, _ = model.predict(own_points)
+        looks = self._looks(indices, model)
+        losses = [look.losses.predict(own_points)[0] for look in looks]
         rules: list[Rule | None] = []
-        for arch, guess, own_ms in zip(archs, guessed, latency_ms, strict=True):
+        for number, (arch, own_ms) in enumerate(zip(archs, latency_ms, strict=True)):
             faster = accuracy[known_ms <= SLOWER * own_ms]
-            if not len(faster) or not checks:
+            if not len(faster) or not looks:
                 rules.append(None)
                 continue
             own = tuple(
-                Check(step, float(weights[0] + weights[1] * guess), tuple(map(float, weights[2:])), deviation, margin)
-                for step, weights, deviation, margin in checks
+                look.check(float(guessed[number]), float(loss[number]))
+                for look, loss in zip(looks, losses, strict=True)
             )
             rules.append(Rule(float(faster.max()), own, not is_control(arch)))
         return rules
 
-    def _checks(self, indices: np.ndarray, model: Model) -> list[tuple[int, np.ndarray, float, float]]:
-        """For each look: its step, the regression's weights, its deviation, and the margin."""
+    def _looks(self, indices: np.ndarray, model: Model) -> list[Look]:
+        """The looks at trainings of which enough is known.
+
+        Args:
+            indices: the trainings that the model of accuracy was given.
+        """
         guessed, _ = model.left_out()
         found = []
         for share in SHARES:
@@ -97,13 +106,39 @@ class Stopper:
             usable = [(place, each) for place, each in seen if each is not None]
             if len(usable) < LEAST_TRAININGS:
                 continue
-            places = [place for place, _ in usable]
-            columns = np.column_stack([guessed[places], np.array([each for _, each in usable])])
+            places, curves = [place for place, _ in usable], np.array([each for _, each in usable])
+            # Some kinds of networks learn late: what counts is a loss beside those that such networks have by then.
+            losses = Model.of(model.points[places], curves[:, LOSS], model.kernel)
+            columns = np.column_stack([guessed[places], losses.left_out()[0], curves])
             weights, errors = regression(columns, model.values[places])
-            freedom = len(places) - len(weights)
             deviation = float(np.sqrt(np.mean(errors**2)))
-            found.append((step, weights, deviation, float(stats.t.ppf(1 - LEAST_CHANCE, freedom)) * deviation))
+            quantile = float(stats.t.ppf(1 - self.chance, len(places) - len(weights)))
+            found.append(Look(step, losses, weights, deviation, quantile * deviation))
         return found
+
+
+@dataclass(frozen=True)
+class Look:
+    """What is known of trainings after a number of steps.
+
+    Args:
+        losses: model of the losses then.
+        weights: those of the regression: the intercept, and the weights of the guessed accuracy, the guessed loss, and
+            the curve's figures, (3 + f,).
+        deviation: standard deviation of the final accuracy around what is predicted.
+        margin: distance from the needed accuracy from which on a training is given up.
+    """
+
+    step: int
+    losses: Model
+    weights: np.ndarray
+    deviation: float
+    margin: float
+
+    def check(self, accuracy: float, loss: float) -> Check:
+        """The look at a training whose accuracy and loss are guessed."""
+        intercept = float(self.weights[0] + self.weights[1] * accuracy + self.weights[2] * loss)
+        return Check(self.step, intercept, tuple(map(float, self.weights[3:])), self.deviation, self.margin)
 
 
 def regression(columns: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -16,6 +16,8 @@ from nas.training.curves import CurvePoint
 
 # Points of a curve that are averaged: one is that of a few batches.
 RECENT = 3
+# The place of the loss among the figures of a curve.
+LOSS = 1
 
 
 @dataclass(frozen=True)
