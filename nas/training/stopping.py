@@ -16,6 +16,7 @@ from nas.training.curves import CurvePoint
 
 # Points of a curve that are averaged: one is that of a few batches.
 RECENT = 3
+LEAST_POINTS = 5
 # The place of the loss among the figures of a curve.
 LOSS = 1
 
@@ -93,7 +94,7 @@ def figures(curve: Sequence[CurvePoint], step: int) -> tuple[float, ...] | None:
     None where it has too few points for that.
     """
     seen = [point for point in curve if point.step <= step]
-    if len(seen) < 2 * RECENT:
+    if len(seen) < LEAST_POINTS:
         return None
     late, before = seen[-RECENT:], seen[-2 * RECENT : -RECENT]
     loss = fmean(point.train_loss for point in late)
