@@ -129,7 +129,9 @@ class ChildProcess:
             reply: dict[str, Any] = pickle.load(stream)
             return reply
         except (ConnectionError, EOFError, ValueError, pickle.UnpicklingError) as error:
-            # A stream that another thread has closed raises a ValueError.
+            # A stream that another thread has closed raises a ValueError; so does what cannot be pickled.
+            if isinstance(error, ValueError) and not stream.closed:
+                raise
             try:
                 status = process.wait(DYING_SECONDS)
             except subprocess.TimeoutExpired:

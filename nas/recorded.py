@@ -153,12 +153,14 @@ class RecordedStudy:
 
     def passes(self) -> float:
         """Number of whole trainings that all of the search's took together."""
-        steps = self.config.proxy.steps
-        return sum(
-            1 if each.state == CandidateState.COMPLETE else (each.given_up_at or 0) / steps
+        whole = self.config.proxy.steps
+        # Steps are summed up, not shares of them, whose sum depends on their order.
+        steps = sum(
+            whole if each.state == CandidateState.COMPLETE else each.given_up_at or 0
             for each in self.candidates()
             if each.state in TRAINED
         )
+        return steps / whole
 
     def front(self) -> pd.DataFrame:
         """The rows of the view `pareto_front` in the study's own deployment, fastest first."""

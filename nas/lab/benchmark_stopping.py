@@ -34,7 +34,7 @@ from search_spaces import ArchSpec, SearchSpace, load_space
 from studies import TrainingStage
 
 ROUND = 4
-CHANCES = (0.01, LEAST_CHANCE, 0.05, 0.1)
+CHANCES = (0.02, LEAST_CHANCE, 0.1, 0.2)
 
 
 @dataclass(frozen=True)

@@ -168,6 +168,17 @@ class Confirmer:
             raise RuntimeError(f"{len(missing)} trainings ended without a result")
 
 
+def trainings_of_share(share: float, passes: float) -> int:
+    """The number of trainings that may confirm a front.
+
+    Args:
+        share: as a share of the search's.
+        passes: number of whole trainings that the search's took together.
+    """
+    # A fifth of 55 is 11, whatever binary fractions make of it.
+    return int(share * passes + 1e-9)
+
+
 def nearest_to_front(rows: pd.DataFrame) -> pd.DataFrame:
     """The candidates that may be on the front: at most `MOST_RACING`, whose accuracy lacks least to be on it.
 

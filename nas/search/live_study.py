@@ -58,7 +58,7 @@ class LiveStudy:
     Attributes:
         complete: the objectives of each complete candidate, in the order in which they were evaluated.
         stopped: number of candidates whose training was given up.
-        passes: number of whole trainings that all of the search's took together.
+        steps: number of steps of all of the search's trainings together.
         front: the front of the complete candidates, by their places in `complete`.
         known: arch_id -> trial number of every candidate, whatever its outcome, those in flight included.
         untold: by number, the trials that the sampler is not told of yet.
@@ -109,12 +109,17 @@ class LiveStudy:
         """Number of candidates that were trained, those whose training was given up included."""
         return len(self.complete) + self.stopped
 
+    @property
+    def passes(self) -> float:
+        """Number of whole trainings that all of the search's took together."""
+        return self.steps / self.recorded.config.proxy.steps
+
     def _count(self, candidates: Sequence[Candidate]) -> None:
         """Set accuracy and latest latency of the complete candidates, and their front."""
         self.complete: list[Measured] = []
         self.front = GrowingFront()
         given_up = [each.given_up_at or 0 for each in candidates if each.state == CandidateState.STOPPED]
-        self.stopped, self.passes = len(given_up), sum(given_up) / self.recorded.config.proxy.steps
+        self.stopped, self.steps = len(given_up), sum(given_up)
         for candidate in candidates:
             latency = candidate.latency_in(self.recorded.deployment)
             if candidate.state == CandidateState.COMPLETE and candidate.accuracy is not None and latency is not None:
@@ -123,7 +128,7 @@ class LiveStudy:
     def _add_complete(self, measured: Measured) -> None:
         self.front.add(len(self.complete), measured.accuracy, measured.latency_ms)
         self.complete.append(measured)
-        self.passes += 1
+        self.steps += self.recorded.config.proxy.steps
 
     def timed_archs(self) -> list[ArchSpec]:
         """The architectures of all candidates that were timed in the deployment that is searched."""
@@ -203,4 +208,4 @@ class LiveStudy:
             self._add_complete(Measured(outcome.proxy.accuracy, outcome.latency.median_ms))
         elif outcome.state == CandidateState.STOPPED and row.given_up_at:
             self.stopped += 1
-            self.passes += row.given_up_at / self.recorded.config.proxy.steps
+            self.steps += row.given_up_at

@@ -20,7 +20,7 @@ from nas.latency.block_table import BlockTable, sum_errors, sum_errors_line
 from nas.latency.parts import arch_parts, network_shape
 from nas.recorded import Hypervolumes
 from nas.reporting import Note
-from nas.search.confirmation import Confirmer
+from nas.search.confirmation import Confirmer, trainings_of_share
 from nas.search.evaluation import Evaluator, Outcome
 from nas.search.front_measurement import measure_front
 from nas.search.live_study import LiveStudy
@@ -222,7 +222,7 @@ def _confirm(
     config: SearchConfig, study: LiveStudy, evaluator: Evaluator, progress: Progress, rounds: Rounds
 ) -> tuple[str, ...]:
     """Train the front's likely members again with other seeds, and return a remark on the result."""
-    most = int(config.confirm * study.passes)
+    most = trainings_of_share(config.confirm, study.passes)
     if not most:
         return ()
     confirmer = Confirmer(study.recorded, study.owner, evaluator.train, evaluator.val_images, evaluator.round_size)

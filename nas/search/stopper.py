@@ -22,9 +22,9 @@ from search_spaces import ArchSpec
 
 # Shares of the schedule after which a training is looked at.
 SHARES = (0.25, 0.35, 0.5, 0.75)
-# Probability of reaching the needed accuracy, below which a training is given up. There are several looks, so that in
-# the end about twice as many of those that would reach it are given up.
-LEAST_CHANCE = 0.02
+# Probability of reaching the needed accuracy, below which a training is given up. It was set so that of the trainings
+# that would reach it one in twenty is given up (docs/measurements.md, "Early stopping").
+LEAST_CHANCE = 0.04
 # A network is compared with those that are at most so much slower, as latencies have errors of their own.
 SLOWER = 1.05
 # Complete trainings without which nothing is predicted.
@@ -69,19 +69,21 @@ class Stopper:
         Args:
             latency_ms: latencies of the architectures, (n,).
         """
-        if len(self.archs) < LEAST_TRAININGS or not archs:
-            return [None] * len(archs)
         accuracy, known_ms = np.array(self.accuracy), np.array(self.latency_ms)
+        if len(self.archs) < LEAST_TRAININGS or not archs or np.ptp(accuracy) == 0:
+            return [None] * len(archs)
         indices = kept(accuracy, known_ms)
         points = self.memory.points(self.archs)
         model = Model.of(points[indices], accuracy[indices], kernel_for(points, accuracy, self.memory.accuracy_kernels))
         own_points = self.memory.points(archs)
         guessed, _ = model.predict(own_points)
+        # A single training flatters those that it ranks first; the front that counts is one of means.
+        means, _ = model.predict(points[indices])
         looks = self._looks(indices, model)
         losses = [look.losses.predict(own_points)[0] for look in looks]
         rules: list[Rule | None] = []
         for number, (arch, own_ms) in enumerate(zip(archs, latency_ms, strict=True)):
-            faster = accuracy[known_ms <= SLOWER * own_ms]
+            faster = means[known_ms[indices] <= SLOWER * own_ms]
             if not len(faster) or not looks:
                 rules.append(None)
                 continue
@@ -113,7 +115,9 @@ class Stopper:
             weights, errors = regression(columns, model.values[places])
             deviation = float(np.sqrt(np.mean(errors**2)))
             quantile = float(stats.t.ppf(1 - self.chance, len(places) - len(weights)))
-            found.append(Look(step, losses, weights, deviation, quantile * deviation))
+            # Errors may have longer tails, as where most networks are equally good and a few are not.
+            tail = float(np.quantile(errors, 1 - self.chance, method="higher"))
+            found.append(Look(step, losses, weights, deviation, max(quantile * deviation, tail)))
         return found
 
 

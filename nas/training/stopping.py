@@ -80,7 +80,7 @@ class Rule:
                 weight * figure for weight, figure in zip(check.weights, seen, strict=True)
             )
             if predicted + check.margin < self.needed:
-                return Verdict(check.step, predicted, check.deviation, self.needed)
+                return Verdict(curve[-1].step, predicted, check.deviation, self.needed)
         return None
 
 

@@ -10,7 +10,7 @@ from nas.errors import CandidateFailed, UsageError
 from nas.latency.devices import check_device
 from nas.recorded import RecordedStudy
 from nas.reporting import Note
-from nas.search.confirmation import Confirmation, Confirmer
+from nas.search.confirmation import Confirmation, Confirmer, trainings_of_share
 from nas.search.evaluation import round_of
 from nas.search.progress import confirming_words
 from nas.training.data import ImageData
@@ -38,7 +38,7 @@ def confirm(recorded: RecordedStudy, config: ConfirmConfig, note: Note = lambda 
     if not complete:
         raise UsageError(f"--study {recorded.name}: has no complete candidate")
     passes = recorded.passes()
-    if not int(config.share * passes):
+    if not trainings_of_share(config.share, passes):
         raise UsageError(f"--share {config.share:g}: is less than one training for {complete} candidates")
     source = config.data or searched.data.source
     data = replace(searched.data, source=source, data_dir=config.data_dir, download=config.download)
@@ -77,7 +77,7 @@ def confirm(recorded: RecordedStudy, config: ConfirmConfig, note: Note = lambda 
         recorded.store.ownership.claim(recorded.study_id, owner)
         try:
             confirmer = Confirmer(recorded, owner, train, images[0], round_of(trainer.count))
-            most = int(config.share * passes)
+            most = trainings_of_share(config.share, passes)
 
             def step(index: int, result: ProxyResult | CandidateFailed, seconds: float) -> None:
                 note(confirming_words(confirmer.trainings, most, confirmer.likely))

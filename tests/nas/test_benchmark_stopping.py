@@ -70,7 +70,7 @@ def test_the_command_prints_a_line_for_each_rule(trainings: Trainings) -> None:
     app.command()(benchmark_stopping.main)
     result = CliRunner().invoke(app, ["--study", trainings.name, "--seeds", "2", "--workers", "1"])
     assert result.exit_code == 0, result.output
-    for words in ("80 trainings, 2 orders", "1%", "2% (default)", "10%"):
+    for words in ("80 trainings, 2 orders", "2%", "4% (default)", "10%"):
         assert words in result.output
     refused = CliRunner().invoke(app, [])
     assert refused.exit_code != 0

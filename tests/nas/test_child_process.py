@@ -65,7 +65,12 @@ def test_a_stream_that_another_thread_closes_while_it_is_read_tells_of_a_dead_ch
             return stream.read(size)
 
         child.stream = SimpleNamespace(  # type: ignore[assignment]
-            write=stream.write, flush=stream.flush, read=close_then_read, readline=close_then_read, close=stream.close
+            write=stream.write,
+            flush=stream.flush,
+            read=close_then_read,
+            readline=close_then_read,
+            close=stream.close,
+            closed=True,
         )
         with pytest.raises(CandidateFailed, match="killed by SIGKILL"):
             child.call(abs, -1)

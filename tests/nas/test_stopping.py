@@ -18,7 +18,6 @@ from nas.config import LatencyConfig, ProxyConfig, SearchConfig
 from nas.display.notes import curve_table, stopping_line
 from nas.display.showcase import show
 from nas.lab.invented import FakeEvaluator
-from nas.latency.values import Measurement
 from nas.recorded import RecordedStudy
 from nas.search import loop as search
 from nas.search.front_sampler import Memory
@@ -26,7 +25,7 @@ from nas.search.stopper import LEAST_CHANCE, LEAST_TRAININGS, Stopper, is_contro
 from nas.training import curves
 from nas.training.curves import CurvePoint
 from nas.training.proxy import Batches, ProxyResult, train
-from nas.training.stopping import RECENT, Check, Rule, figures
+from nas.training.stopping import LEAST_POINTS, Check, Rule, figures
 from search_spaces import ArchSpec, load_space
 from studies import Candidate, CandidateState, Store, TrainingStage
 from tests.nas.test_proxy import build, easy_data
@@ -85,8 +84,10 @@ def curve_of(accuracies: list[float]) -> list[CurvePoint]:
 
 def test_figures_are_of_the_last_points_up_to_a_step() -> None:
     curve = curve_of([0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.9])
-    assert figures(curve, 2 * RECENT - 1) is None
+    assert figures(curve, LEAST_POINTS - 1) is None
     assert figures(curve, 6) == pytest.approx((0.4, 0.6, 0.3))
+    # The first look has two earlier points.
+    assert figures(curve, 5) == pytest.approx((0.3, 0.7, 0.25))
 
 
 def test_a_rule_gives_up_at_the_first_look_that_misses_the_needed_accuracy() -> None:
@@ -166,7 +167,7 @@ def test_few_that_would_have_reached_the_front_are_given_up() -> None:
     assert given_up > 250
     assert saved > 0.25 * len(fresh)
     assert reached > 20
-    assert wrong <= max(1, 3 * LEAST_CHANCE * reached)
+    assert wrong <= 2 * LEAST_CHANCE * reached
 
 
 def test_nothing_is_given_up_before_enough_is_known_or_where_nothing_is_faster() -> None:
@@ -287,18 +288,26 @@ def test_a_study_from_before_there_was_early_stopping_goes_on_without(config: Se
     assert SearchConfig.of_identity(config.identity()).early_stopping is True
 
 
-class Slow(Learning):
-    """Networks of which all but the first are as slow as each other, so that the best so far is what is needed."""
+class Equal(Learning):
+    """Nearly all trainings come to the same accuracy, as where one class dominates, and a few break out."""
 
-    def measure(self, arch: ArchSpec) -> Measurement:
-        measured = super().measure(arch)
-        return replace(measured, latency=replace(measured.latency, median_ms=1.0))
+    def train_one(self, arch: ArchSpec) -> ProxyResult:
+        result = super().train_one(arch)
+        lucky = int(arch.arch_id, 16) % 12 == 1
+        curve = tuple(replace(point, train_loss=0.3, train_accuracy=0.9) for point in result.curve)
+        return replace(result, accuracy=0.92 if lucky else 0.9, curve=curve)
 
 
-def test_what_is_as_slow_as_the_rest_has_to_be_the_best(config: SearchConfig) -> None:
-    search.run(replace(config, sampler="random", confirm=0), Slow())
-    best = 0.0
-    for row in candidates(config):
-        if row.needed_accuracy is not None:
-            assert row.needed_accuracy == best
-        best = max(best, row.accuracy or 0.0)
+def test_errors_with_long_tails_are_no_reason_to_give_all_up(config: SearchConfig) -> None:
+    result = search.run(replace(config, budget=80, sampler="random", confirm=0), Equal())
+    rows = candidates(config)
+    assert any(row.accuracy == 0.92 for row in rows)
+    assert result.stopped <= 4
+
+
+def test_nothing_is_given_up_where_all_are_as_good(config: SearchConfig) -> None:
+    class Constant(Learning):
+        def train_one(self, arch: ArchSpec) -> ProxyResult:
+            return replace(super().train_one(arch), accuracy=2 / 3)
+
+    assert search.run(replace(config, sampler="random", confirm=0), Constant()).stopped == 0
