@@ -282,6 +282,10 @@ class Cluster(RealEvaluator, Places):
         return self.kind
 
     @property
+    def devices(self) -> int:
+        return max(1, self.gpus if self.kind == "cuda" else len(self.trainers))
+
+    @property
     def round_size(self) -> int:
         # Where the next round is there before this one ends, no worker waits for the last of it.
         return self.workers if self.apart else round_of(self.workers)

@@ -100,6 +100,10 @@ class Machine(RealEvaluator):
         return self.train_devices[0].type
 
     @property
+    def devices(self) -> int:
+        return len(self.train_devices)
+
+    @property
     def round_size(self) -> int:
         return round_of(self.workers)
 

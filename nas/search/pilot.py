@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from statistics import fmean
 from typing import Protocol, runtime_checkable
@@ -28,7 +28,7 @@ from nas.search.auto_space import typical
 from nas.training.proxy import ProxyResult
 from nas.training.worker_count import gently
 from nas.training.workers import Done
-from search_spaces import ArchSpec
+from search_spaces import ArchSpec, cost
 
 # The lengths of schedules that there are, in steps.
 RUNGS = (200, 400, 800, 1600, 3200)
@@ -43,14 +43,20 @@ AFFORDABLE_SECONDS = 2 * 3600.0
 # Steps of a training that only shows how fast steps are.
 PROBE_STEPS = 20
 # Networks of a pilot; a larger budget allows for more, one in so many candidates.
-LEAST_NETWORKS, MOST_NETWORKS, CANDIDATES_A_NETWORK = 2, 8, 25
+LEAST_NETWORKS, MOST_NETWORKS, CANDIDATES_A_NETWORK = 2, 8, 30
 # Budget from which on noise is measured, too, by trainings with another seed.
-SEEDS_BUDGET = 50
-# Share of the time limit that a pilot may take.
-SHARE = 0.1
-# Share of the variance of a training's accuracy that is due to the network; below the first, one rung more is taken,
-# below the second, the user is warned.
-GOOD_SHARE, POOR_SHARE = 0.7, 0.5
+SEEDS_BUDGET = 60
+# Share of the time limit that a pilot may take, and that the trainings of the search may: the rest is for timing.
+SHARE, TRAINING_SHARE = 0.1, 0.7
+# With a time limit, a budget may be one that nobody expects to be met; so many candidates are to be.
+WANTED_CANDIDATES = 200
+# Share of the variance of a training's accuracy that is due to the network, below which more steps are taken, or the
+# user is warned; and the number of networks that are needed to judge by it.
+POOR_SHARE, TELLING_NETWORKS = 0.5, 4
+# Probability with which half the rate has to be better.
+SURE = 0.9
+# Validation images that hardly tell anything.
+FEW_VAL_IMAGES = 100
 
 
 @dataclass(frozen=True)
@@ -70,10 +76,14 @@ class Adjustable(Protocol):
         train_images: number of training images.
         val_images: number of validation images.
         trains_on: kind of the devices that train, `cpu` or `cuda`.
+        devices: number of these devices.
     """
 
     train_images: int
     val_images: int
+
+    @property
+    def devices(self) -> int: ...
 
     @property
     def trains_on(self) -> str: ...
@@ -165,6 +175,8 @@ class Piloting:
         self.config, self.evaluator, self.note = config, evaluator, note
         self.proxy = config.proxy
         self.seconds = 0.0
+        self.step_seconds: float | None = None
+        self.trainings = 0
         self.failures: list[str] = []
 
     def run(self) -> Pilot:
@@ -172,41 +184,43 @@ class Piloting:
         anchor = self.config.space.anchor()
         if self.evaluator.trains_on == "cuda" and "batch_size" in self.config.pilot:
             self._choose_batch(anchor)
+        # How many trainings at once pay depends on the batch, and on how long they take.
+        self.evaluator.adopt(replace(self.proxy, steps=self._usual()))
         self.step_seconds = self._step_seconds(anchor, self.proxy)
         if self.step_seconds is None:
-            return self._blind()
+            return self._blind(self._failing())
+        # A batch that does not fit into memory is no reason to worry.
+        self.failures.clear()
         wanted = self._usual()
         steps = max((rung for rung in RUNGS if rung <= wanted and self._affordable(rung)), default=RUNGS[0])
+        if "steps" not in self.config.pilot:
+            wanted = steps = self.config.proxy.steps
         self.proxy = replace(self.proxy, steps=steps)
         archs = self._networks()
         careful = self.config.budget >= SEEDS_BUDGET
         # A small budget pays for trainings of half the length only.
         tested = replace(self.proxy, steps=steps if careful else max(steps // 2, 1))
-        if not self._has_time(len(archs) * (1 + 2 * careful) * tested.steps):
-            return self._blind(steps)
-        shorter = self._train(archs, replace(tested, steps=max(tested.steps // 2, 1)), 0)
-        if "learning_rate" in self.config.pilot:
-            tested, shorter = self._choose_rate(archs, tested, shorter)
-        full = self._train(archs, tested, 0)
-        again = self._train(archs, tested, 1) if careful else [None] * len(archs)
-        self.proxy = replace(tested, steps=steps)
-        measured = self._measured(tested, shorter, full, again)
+        rates = [tested.learning_rate] + [tested.learning_rate / 2] * ("learning_rate" in self.config.pilot)
+        shorter = [replace(tested, steps=max(tested.steps // 2, 1), learning_rate=rate) for rate in rates]
+        waves = [math.ceil(len(archs) * each / self.evaluator.workers) for each in (len(rates), 1 + careful)]
+        if not self._has_time(waves[0] * shorter[0].steps + waves[1] * tested.steps):
+            return self._blind("the time limit leaves too little time for it")
+        by_rate = self._train([(arch, proxy, 0) for proxy in shorter for arch in archs], len(archs))
+        best = self._better_rate(by_rate)
+        tested = replace(tested, learning_rate=rates[best])
+        full, *again = self._train([(arch, tested, seed) for seed in range(1 + careful) for arch in archs], len(archs))
+        self.proxy = replace(self.proxy, learning_rate=rates[best])
+        measured = self._measured(tested, by_rate[best], full, again[0] if again else [None] * len(archs))
         if measured is None:
-            return self._blind(steps)
-        longer = next((rung for rung in RUNGS if rung > steps), None)
-        warnings = []
-        if wanted > steps:
-            warnings.append(
-                f"{wanted} steps would suit {self.evaluator.train_images:,} images, but the search would take "
-                f"{self._expected(wanted)}"
-            )
-        share = measured.share
-        if share is not None and share < GOOD_SHARE and longer is not None and self._affordable(longer):
-            self.proxy = replace(self.proxy, steps=longer)
-        if share is not None and share < POOR_SHARE:
-            warnings.append(self._poor(measured))
+            # A lower rate is less likely to fail.
+            self.proxy = replace(self.config.proxy, steps=steps, learning_rate=min(rates) / 2)
+            return self._blind(self._failing())
+        if self._is_poor(measured) and "steps" in self.config.pilot:
+            longer = [rung for rung in RUNGS if rung > steps and self._affordable(rung)]
+            self.proxy = replace(self.proxy, steps=min(longer, default=steps))
+        lines = [*self._lines(measured), *self._warnings(measured, wanted)]
         self.evaluator.adopt(self.proxy)
-        return Pilot(self.proxy, measured, (*self._lines(measured), *warnings), self.seconds)
+        return Pilot(self.proxy, measured, tuple(lines), self.seconds)
 
     # -- choices -----------------------------------------------------------------------------------------------------
 
@@ -214,15 +228,26 @@ class Piloting:
         """The rung that is nearest to one pass over the images, or more where a GPU does more in a second."""
         images = float(self.evaluator.train_images)
         if self.evaluator.trains_on == "cuda" and self.step_seconds:
-            images = max(images, BUSY_SECONDS * self.proxy.batch_size / self.step_seconds)
+            # Several candidates share a device.
+            rate = self.evaluator.workers / self.evaluator.devices * self.proxy.batch_size / self.step_seconds
+            images = max(images, BUSY_SECONDS * rate)
         passes = images / self.proxy.batch_size
         return min(RUNGS, key=lambda rung: abs(math.log(rung / max(1.0, passes))))
 
     def _networks(self) -> list[ArchSpec]:
-        """Networks that are spread over the operations of the space."""
-        count = min(MOST_NETWORKS, max(LEAST_NETWORKS, self.config.budget // CANDIDATES_A_NETWORK))
-        spread = typical(self.config.space)
-        return [spread[round(place)] for place in np.linspace(0, len(spread) - 1, count + 2)[1:-1]]
+        """Different networks that are spread over the operations of the space, and keep the limits on their size."""
+        config, deployed = self.config, self.config.latency
+        count = min(MOST_NETWORKS, max(LEAST_NETWORKS, config.budget // CANDIDATES_A_NETWORK))
+
+        def possible(arch: ArchSpec) -> bool:
+            counted = cost(arch, deployed.resolution, deployed.num_classes)
+            excess = config.limits.excess(params=counted.params, macs=counted.macs)
+            return not any(each > 0 for each in excess.values())
+
+        typical_ones = {arch.arch_id: arch for arch in typical(config.space)}
+        spread = [arch for arch in typical_ones.values() if possible(arch)] or [config.space.smallest()]
+        places = np.linspace(0, len(spread) - 1, count + 2)[1:-1]
+        return [spread[place] for place in dict.fromkeys(round(place) for place in places)]
 
     def _choose_batch(self, anchor: ArchSpec) -> None:
         """Take the batch from which on larger ones train hardly more images in a second."""
@@ -240,35 +265,41 @@ class Piloting:
             best, rate = scaled, size / seconds
         self.proxy = best
 
-    def _choose_rate(
-        self, archs: Sequence[ArchSpec], tested: ProxyConfig, shorter: list[ProxyResult | None]
-    ) -> tuple[ProxyConfig, list[ProxyResult | None]]:
-        """Half the rate, where short trainings are more accurate by it than chance explains."""
-        lower = replace(tested, learning_rate=tested.learning_rate / 2)
-        found = self._train(archs, replace(lower, steps=max(tested.steps // 2, 1)), 0)
-        pairs = [(one.accuracy, other.accuracy) for one, other in zip(shorter, found, strict=True) if one and other]
-        if sum(each is None for each in shorter) > sum(each is None for each in found):
-            return lower, found
-        gains = np.array([other - one for one, other in pairs])
-        if len(gains) > 1 and gains.mean() > gains.std(ddof=1) / math.sqrt(len(gains)):
-            return lower, found
-        return tested, shorter
+    def _better_rate(self, by_rate: list[list[ProxyResult | None]]) -> int:
+        """The place of the rate to take: the second, where it is more accurate than chance explains, or fails less."""
+        if len(by_rate) == 1:
+            return 0
+        failed = [sum(each is None for each in results) for results in by_rate]
+        if failed[0] != failed[1]:
+            return int(failed[1] < failed[0])
+        gains = np.array([two.accuracy - one.accuracy for one, two in zip(*by_rate, strict=True) if one and two])
+        if len(gains) < 2:
+            return 0
+        error = gains.std(ddof=1) / math.sqrt(len(gains))
+        return int(gains.mean() > stats.t.ppf(SURE, len(gains) - 1) * error)
 
     # -- trainings ---------------------------------------------------------------------------------------------------
 
-    def _train(self, archs: Sequence[ArchSpec], proxy: ProxyConfig, seed: int) -> list[ProxyResult | None]:
-        """Train networks by a schedule; None stands for one that failed."""
-        found: list[ProxyResult | None] = [None] * len(archs)
-        seed += self.config.seed
+    def _train(
+        self, wanted: Sequence[tuple[ArchSpec, ProxyConfig, int]], size: int
+    ) -> list[list[ProxyResult | None]]:  # fmt: skip
+        """Train networks side by side: architecture, schedule and seed of each; None stands for one that failed.
+
+        Args:
+            size: the results come in lists of so many.
+        """
+        found: list[ProxyResult | None] = [None] * len(wanted)
+        jobs = [PilotTraining(arch, proxy, self.config.seed + seed) for arch, proxy, seed in wanted]
         # Those with most to compute come first, so that no worker is left with one of them at the end.
-        jobs = [PilotTraining(arch, proxy, seed) for arch in reversed(archs)]
-        for done in self.evaluator.train_as(jobs):
+        order = sorted(range(len(jobs)), key=lambda index: -(index % size))
+        for done in self.evaluator.train_as([jobs[index] for index in order]):
             self.seconds += done.seconds
+            self.trainings += 1
             if isinstance(done.result, CandidateFailed):
                 self.failures.append(str(done.result))
             else:
-                found[len(archs) - 1 - done.index] = done.result
-        return found
+                found[order[done.index]] = done.result
+        return [found[begin : begin + size] for begin in range(0, len(found), size)]
 
     def _step_seconds(self, arch: ArchSpec, proxy: ProxyConfig) -> float | None:
         """Seconds of a step, with as many trainings at once as there are workers; None where none can be trained."""
@@ -283,9 +314,9 @@ class Piloting:
         return fmean(each) if each else None
 
     def _has_time(self, steps: int) -> bool:
-        """Whether a pilot of so many steps in all takes no more than its share of a time limit."""
+        """Whether a pilot of so many steps one after the other takes no more than its share of a time limit."""
         limit = self.config.time_limit_s
-        return limit is None or steps * (self.step_seconds or 0.0) / self.evaluator.workers <= SHARE * limit
+        return limit is None or steps * (self.step_seconds or 0.0) <= SHARE * limit
 
     def _measured(
         self, proxy: ProxyConfig, shorter: Sequence[ProxyResult | None], full: Sequence[ProxyResult | None],
@@ -311,11 +342,14 @@ class Piloting:
 
     def _search_seconds(self, steps: int) -> float:
         """Seconds of the search's trainings, if its networks are like the anchor."""
-        trainings = self.config.budget * (1 + self.config.confirm)
+        limited = self.config.time_limit_s is not None
+        candidates = min(self.config.budget, WANTED_CANDIDATES) if limited else self.config.budget
+        trainings = candidates * (1 + self.config.confirm)
         return trainings * steps * (self.step_seconds or 0.0) / self.evaluator.workers
 
     def _affordable(self, steps: int) -> bool:
-        return self._search_seconds(steps) <= (self.config.time_limit_s or AFFORDABLE_SECONDS)
+        limit = self.config.time_limit_s
+        return self._search_seconds(steps) <= (AFFORDABLE_SECONDS if limit is None else TRAINING_SHARE * limit)
 
     def _expected(self, steps: int) -> str:
         return f"about {duration(self._search_seconds(steps))}"
@@ -339,23 +373,58 @@ class Piloting:
         trainings = self._expected(self.proxy.steps)
         return f"{self._schedule()}; trainings will take {trainings}, less what is stopped early", found
 
-    def _poor(self, measured: Measured) -> str:
-        error = math.sqrt(measured.accuracy * (1 - measured.accuracy) / self.evaluator.val_images)
-        line = "warning: one training hardly tells these networks apart"
-        if error > (measured.noise or 0.0) / 2:
-            return (
-                f"{line}: {self.evaluator.val_images:,} validation images know an accuracy to +-{100 * error:.1f} "
-                "points only; more of them would"
-            )
-        longer = next((rung for rung in RUNGS if rung > self.proxy.steps), None)
-        if longer is not None:
-            return f"{line}; {longer} steps might, in {self._expected(longer)} (--proxy-steps {longer})"
-        return f"{line}, and no longer schedule is known to; a larger --confirm tells the front's members apart"
+    def _is_poor(self, measured: Measured) -> bool:
+        """Whether noise hides the networks: none of the spread is one, where that could be seen."""
+        share = measured.share
+        return (
+            share is not None
+            and share < POOR_SHARE
+            and measured.networks >= TELLING_NETWORKS
+            and not self._same(measured)
+        )
 
-    def _blind(self, steps: int | None = None) -> Pilot:
+    def _same(self, measured: Measured) -> bool:
+        """Whether all trainings came to the same accuracy."""
+        return measured.noise == measured.spread == 0.0
+
+    def _warnings(self, measured: Measured, wanted: int) -> Iterator[str]:
+        if self.failures:
+            failed = f"{len(self.failures)} of {self.trainings} trainings of the pilot failed"
+            yield f"warning: {failed} ({self.failures[-1]})"
+        if wanted > self.proxy.steps:
+            yield (
+                f"{wanted} steps would suit {self.evaluator.train_images:,} images, but the search would take "
+                f"{self._expected(wanted)}"
+            )
+        images = self.evaluator.val_images
+        if images < FEW_VAL_IMAGES and (self._same(measured) or self._is_poor(measured)):
+            # Of k right ones of n, (k + 1) / (n + 2) is expected of others (Laplace's rule of succession).
+            expected = (measured.accuracy * images + 1) / (images + 2)
+            error = math.sqrt(expected * (1 - expected) / images)
+            yield (
+                f"warning: one training hardly tells these networks apart: {images} validation images know an accuracy "
+                f"to +-{100 * error:.0f} points only; more of them would help"
+            )
+        elif self._same(measured):
+            yield (
+                f"warning: all networks of the pilot are as accurate as each other ({measured.accuracy:.1%}); look at "
+                "the images: one class may dominate, or the task may be too easy or too hard for this space"
+            )
+        elif self._is_poor(measured):
+            longer = next((rung for rung in RUNGS if rung > self.proxy.steps), None)
+            line = "warning: one training hardly tells these networks apart"
+            if longer is None:
+                yield f"{line}, and no longer schedule is known to; a larger --confirm tells the front's members apart"
+            else:
+                yield f"{line}; {longer} steps might, in {self._expected(longer)} (--proxy-steps {longer})"
+
+    def _failing(self) -> str:
+        return f"its trainings fail: {self.failures[-1]}"
+
+    def _blind(self, why: str) -> Pilot:
         """What is taken where nothing can be measured."""
-        if steps is not None:
-            self.proxy = replace(self.proxy, steps=steps)
-        why = self.failures[-1] if self.failures else "the time limit leaves too little time for it"
+        line = f"{self._schedule()}; there was no pilot ({why})"
+        if self.step_seconds:
+            line += f"; trainings will take {self._expected(self.proxy.steps)}"
         self.evaluator.adopt(self.proxy)
-        return Pilot(self.proxy, None, (f"{self._schedule()}; there was no pilot ({why})",), self.seconds)
+        return Pilot(self.proxy, None, (line,), self.seconds)

@@ -183,6 +183,11 @@ class RealEvaluator:
         """The kind of the devices that train."""
         raise NotImplementedError
 
+    @property
+    def devices(self) -> int:
+        """The number of the devices that train."""
+        raise NotImplementedError
+
     def train_as(self, trainings: Sequence[PilotTraining]) -> Generator[Done[ProxyResult]]:
         """See `nas.search.pilot.Adjustable`."""
         calls = [Call(train_candidate, (each.arch, self.data_for(each.arch), each.proxy, each.seed, False, None, False))
