@@ -348,7 +348,8 @@ class SearchConfig(Checked):
     `python run_search.py --budget 200` does.
 
     Args:
-        budget: number of distinct architectures fully evaluated in the study at the end, earlier runs included.
+        budget: number of distinct architectures that were timed and trained in the study at the end, earlier runs and
+            trainings that were given up included.
         time_limit_s: seconds after which the search ends as if the budget were met, with the time in which the front
             is confirmed; None means no limit.
         confirm: trainings with other seeds that confirm the front, as a share of those of the search, but one for each
@@ -406,7 +407,7 @@ class SearchConfig(Checked):
     )  # fmt: skip
     early_stopping: bool = option(
         True, "--early-stopping/--no-early-stopping", "End a training once it will hardly reach the front at its "
-        "network's latency", panel="Search",
+        "network's latency, or never", default="end it", panel="Search",
     )  # fmt: skip
     seed: int = option(0, "--seed", "Seed of the proposals and trainings", panel="Search", bounds=between(0, 2**32 - 1))
     block_table: bool = option(

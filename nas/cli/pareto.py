@@ -37,7 +37,8 @@ def pareto(
     with reported(storage), existing_store(storage, study) as store:
         front = store.front(study)
         if plot is not None:
-            _plot_front(store.evaluations(study), front, study, plot)
+            (summary,) = (each for each in store.summaries() if each.name == study)
+            _plot_front(store.evaluations(study), front, study, summary.stopped, plot)
         if format is OutputFormat.CSV:
             sys.stdout.write(front.to_csv(index=False))
         elif format is OutputFormat.JSON:
@@ -46,7 +47,8 @@ def pareto(
             print_front(front, f"Pareto front of {study}")
 
 
-def _plot_front(evaluations: pd.DataFrame, front: pd.DataFrame, study: str, path: Path) -> None:
+def _plot_front(evaluations: pd.DataFrame, front: pd.DataFrame, study: str, stopped: int, path: Path) -> None:
+    from nas.display.notes import candidates_words
     from nas.display.study_plots import plot_front
     from studies import Deployment
 
@@ -65,7 +67,7 @@ def _plot_front(evaluations: pd.DataFrame, front: pd.DataFrame, study: str, path
         rows = Deployment.of_view(members.iloc[0]).rows_of(evaluations)
         target = path if len(fronts) == 1 else path.with_stem(f"{path.stem}_{number}")
         try:
-            plot_front(rows, members, f"{study}: {len(rows)} candidates", target)
+            plot_front(rows, members, f"{study}: {candidates_words(len(rows), stopped)}", target)
         except OSError as error:
             raise UsageError(f"--plot {target}: cannot be written ({error.strerror or error})") from error
         note(f"drawn: {target}")

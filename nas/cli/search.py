@@ -118,10 +118,12 @@ def _run(config: SearchConfig, take_over: bool) -> None:
             result = run(config, progress=progress)
     else:
         result = run(config, progress=PlainProgress(out))
-    print_front(result.pareto_front, f"Pareto front of {config.study} ({result.complete} candidates)")
+    early = f", {result.stopped} of them stopped early" if result.stopped else ""
+    print_front(result.pareto_front, f"Pareto front of {config.study} ({result.complete} candidates{early})")
     shown = displayed(config.storage)
     for line in (
-        f"{result.why}: {result.complete} of {config.budget} candidates; {hypervolume_words(result.hypervolumes)}",
+        f"{result.why}: {result.complete} of {config.budget} candidates{early}; "
+        f"{hypervolume_words(result.hypervolumes)}",
         *result.remarks,
         shares_line(result),
         f"study '{config.study}' is in {shown}",

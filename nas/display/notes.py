@@ -63,6 +63,12 @@ def accuracy_line(front: pd.DataFrame) -> str:
     return f"accuracies as confirmed: means of {count} other trainings{schedule}, with 95 % intervals"
 
 
+def candidates_words(complete: int, stopped: int) -> str:
+    """How many candidates were trained to the end, and how many were given up, in words."""
+    words = f"{complete} candidate{'' if complete == 1 else 's'}"
+    return f"{words}, and {stopped} that were stopped early" if stopped else words
+
+
 def stopping_line(candidates: Sequence[Candidate], steps: int) -> str | None:
     """How many trainings were given up, what that saved, and how often it was wrong; None where none was.
 

@@ -48,6 +48,8 @@ def search(code: Path, folder: Path, name: str, budget: int, options: list[str])
     """
     url = f"sqlite:///{folder.resolve() / name}.db"
     command = [sys.executable, str(code / "run_search.py"), "--budget", str(budget), "--sampler", "random"]
+    # A pilot would give this version another schedule than an older one.
+    command += ["--proxy-steps", "200"]
     begin = time.perf_counter()
     done = subprocess.run([*command, "--storage", url, *options], capture_output=True, text=True, cwd=folder)
     seconds = time.perf_counter() - begin

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 from optuna.trial import FrozenTrial, TrialState
 
-from nas.display.notes import DUPLICATE_OF, REASON, deployment_line
+from nas.display.notes import DUPLICATE_OF, REASON, candidates_words, deployment_line
 from nas.pareto import running_hypervolume
 from nas.recorded import Hypervolumes, RecordedStudy
 from nas.report.importance import Importances, importances
@@ -83,6 +83,16 @@ class Material:
     def complete(self) -> int:
         """Number of complete candidates."""
         return len(self.history)
+
+    @property
+    def stopped(self) -> int:
+        """Number of candidates whose training was given up."""
+        return sum(each.state == CandidateState.STOPPED for each in self.candidates)
+
+    @property
+    def counted(self) -> str:
+        """The number of candidates that were trained, in words."""
+        return candidates_words(self.complete, self.stopped)
 
     @property
     def workers(self) -> int:

@@ -115,9 +115,9 @@ def draw(material: Material, charts: Charts, contenders: Sequence[Contender], fo
 
     front = material.front
     if "front" in charts:
-        title = f"{material.recorded.name}: {material.complete} candidates\n{deployment_line(front.iloc[0])}"
+        title = f"{material.recorded.name}: {material.counted}\n{deployment_line(front.iloc[0])}"
         save_charts(charts["front"].values(), folder / "front.png", title=title)
-        add("front", f"Accuracy against latency of {material.complete} candidates. {front_words(front)}")
+        add("front", f"Accuracy against latency of {material.counted}. {front_words(front)}")
         drawn = chosen_members(front)
         plot_architectures(drawn, folder / "architectures.png")
         columns = "; ".join(f"{row['latency_ms']:.3g} ms: {row['summary']}" for row in drawn.to_dict("records"))
@@ -163,6 +163,7 @@ def tiles(material: Material) -> list[tuple[str, str]]:
     front, history = material.front, material.history
     shown = [
         (str(material.complete), f"complete of {len(material.candidates)} candidates"),
+        *([(str(material.stopped), "stopped early")] if material.stopped else []),
         (str(len(front)), "on the front"),
     ]
     if len(front):
