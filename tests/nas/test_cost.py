@@ -86,7 +86,7 @@ def config(any_url: str) -> SearchConfig:
 
 @pytest.mark.parametrize("limits", [Limits(), Limits(latency_ms=50.0)])
 def test_a_candidate_costs_as_many_statements_in_a_long_study(config: SearchConfig, limits: Limits) -> None:
-    config = replace(config, sampler="random", limits=limits)
+    config = replace(config, sampler="random", limits=limits, early_stopping=False)
     with statements() as sent:
         early = Counting(sent)
         run(config, FakeEvaluator(), early)
