@@ -19,7 +19,7 @@ from nas.lab.invented import FakeEvaluator
 from nas.search.loop import Silent
 from nas.training.proxy import ProxyResult
 from search_spaces import ArchSpec
-from studies import StorageError, Store
+from studies import TRAINED, StorageError, Store
 from tests.conftest import PostgresServer, candidates_of, new_postgres
 
 pytestmark = pytest.mark.postgres
@@ -158,10 +158,10 @@ def test_restarts_in_the_middle_of_whatever_it_does(server: PostgresServer) -> N
         rows, trials = store.candidates(study.study_id), store.optuna_storage.get_all_trials(study.study_id)
         store.close()
         assert evaluator.count == len(rows) == len({row.arch_id for row in rows})
-        assert sum(row.state == "complete" for row in rows) == 80
+        assert sum(row.state in TRAINED for row in rows) == 80
         assert [trial.number for trial in trials] == [row.number for row in rows] == list(range(len(rows)))
         assert [trial._trial_id for trial in trials] == [row.trial_id for row in rows]
-        states = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL}
+        states = {"complete": TrialState.COMPLETE, "failed": TrialState.FAIL, "stopped": TrialState.PRUNED}
         assert [trial.state for trial in trials] == [states[row.state] for row in rows]
         assert study.owner is None
     finally:
