@@ -28,7 +28,7 @@ from nas.lab.cluster_busy import Sleeping
 from nas.lab.servers import PostgresServer, RayNodes, postgres_programs
 from nas.search import run
 from nas.search.loop import Event, Silent
-from studies import StorageError, Store
+from studies import TRAINED, StorageError, Store
 
 STUDY = "stress"
 NO_DATABASE = 2
@@ -177,17 +177,17 @@ class Stress:
         rows = store.candidates(study.study_id)
         trials = store.load_optuna_study(STUDY).get_trials(deepcopy=False)
         store.close()
-        complete = sum(row.state == "complete" for row in rows)
+        trained = sum(row.state in TRAINED for row in rows)
         numbers = [trial.number for trial in trials]
         return {
-            "candidates": complete,
+            "candidates": trained,
             "failed": sum(row.state == "failed" for row in rows),
             "lost": len(self.seen - {row.trial_id for row in rows})
             + sum(not trial.state.is_finished() for trial in trials)
             + len(set(range(len(trials))) - set(numbers))
-            + max(0, self.budget - complete),
+            + max(0, self.budget - trained),
             "duplicated": len(rows) - len({row.arch_id for row in rows}) + len(numbers) - len(set(numbers)),
-            "beyond the budget": max(0, complete - self.budget),
+            "beyond the budget": max(0, trained - self.budget),
         }
 
 
