@@ -45,8 +45,8 @@ MOST_POINTS = 500
 FASTER = 0.8
 # Of trials that failed or broke the limit on the latency, the latest so many are taken into account.
 MOST_FAILED = 100
-# And so many of those that were not trained to the end.
-MOST_UNFINISHED = 200
+# And so many of those whose training was given up.
+MOST_GIVEN_UP = 200
 # Failures are rarer than what does not fail; and nothing is so likely to fail that it is never tried.
 DEVIATION_OF_FAILURES, LEAST_LIKELY = 0.3, 0.02
 # The names of limits among a trial's constraints.
@@ -236,15 +236,15 @@ class FrontModel:
         bad = memory.points([memory.arch_of(trial) for trial in failed[-MOST_FAILED:]])
         runs = Model(points[given], np.ones(len(given)), Kernel(*FIRST), mean=1.0, deviation=DEVIATION_OF_FAILURES)
         of_accuracy = Model.of(points[given], accuracy[given], kernel)
-        unfinished = [trial for trial in by_state[TrialState.PRUNED] if TIMED in trial.user_attrs][-MOST_UNFINISHED:]
+        given_up = [trial for trial in by_state[TrialState.PRUNED] if PREDICTED in trial.user_attrs][-MOST_GIVEN_UP:]
         # What was expected of a training that was given up is known less well than the result of one.
-        if given_up := [trial for trial in unfinished if PREDICTED in trial.user_attrs]:
+        if given_up:
             of_accuracy = of_accuracy.with_more(
                 memory.points([memory.arch_of(trial) for trial in given_up]),
                 np.array([trial.user_attrs[PREDICTED] for trial in given_up]),
                 np.array([trial.user_attrs[DEVIATION] for trial in given_up]),
             )
-        over = [*over_latency(by_state[TrialState.PRUNED])[-MOST_FAILED:], *unfinished]
+        over = [*over_latency(by_state[TrialState.PRUNED])[-MOST_FAILED:], *given_up]
         of_latency = Model.of(
             points[given], np.log(latency_ms[given]), kernel_for(points, np.log(latency_ms), memory.latency_kernels)
         ).with_more(

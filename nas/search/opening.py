@@ -224,7 +224,7 @@ def _begin(
     pilot = None
     if wants_pilot(config) and isinstance(evaluator, Adjustable):
         note("a pilot trains a few networks")
-        pilot = Piloting(config, evaluator, note).run()
+        pilot = Piloting(config, evaluator).run()
         for line in pilot.lines:
             note(line)
         config = replace(config, proxy=pilot.proxy, pilot=())

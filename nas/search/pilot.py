@@ -23,7 +23,6 @@ from scipy import stats
 from nas.config import PILOT_BUDGET, ProxyConfig, SearchConfig
 from nas.display.notes import duration
 from nas.errors import CandidateFailed
-from nas.reporting import Note
 from nas.search.auto_space import typical
 from nas.training.proxy import ProxyResult
 from nas.training.worker_count import gently
@@ -168,11 +167,10 @@ class Piloting:
     Args:
         config: the search, whose `pilot` names what is to be chosen.
         evaluator: what trains.
-        note: function that receives a line for the user.
     """
 
-    def __init__(self, config: SearchConfig, evaluator: Adjustable, note: Note) -> None:
-        self.config, self.evaluator, self.note = config, evaluator, note
+    def __init__(self, config: SearchConfig, evaluator: Adjustable) -> None:
+        self.config, self.evaluator = config, evaluator
         self.proxy = config.proxy
         self.seconds = 0.0
         self.step_seconds: float | None = None
@@ -212,8 +210,10 @@ class Piloting:
         self.proxy = replace(self.proxy, learning_rate=rates[best])
         measured = self._measured(tested, by_rate[best], full, again[0] if again else [None] * len(archs))
         if measured is None:
-            # A lower rate is less likely to fail.
-            self.proxy = replace(self.config.proxy, steps=steps, learning_rate=min(rates) / 2)
+            self.proxy = replace(self.config.proxy, steps=steps)
+            if "learning_rate" in self.config.pilot:
+                # A lower rate is less likely to fail.
+                self.proxy = replace(self.proxy, learning_rate=min(rates) / 2)
             return self._blind(self._failing())
         if self._is_poor(measured) and "steps" in self.config.pilot:
             longer = [rung for rung in RUNGS if rung > steps and self._affordable(rung)]

@@ -79,7 +79,7 @@ def config_of(budget: int = 200, **rest: object) -> SearchConfig:
 
 
 def pilot_of(trainer: Trainer, config: SearchConfig | None = None) -> Pilot:
-    return Piloting(config or config_of(), trainer, lambda line: None).run()
+    return Piloting(config or config_of(), trainer).run()
 
 
 def test_the_length_is_about_one_pass_over_the_images() -> None:
@@ -182,6 +182,9 @@ def test_where_all_trainings_fail_a_lower_rate_is_taken() -> None:
     pilot = pilot_of(trainer)
     assert trainer.adopted == pilot.proxy == ProxyConfig(steps=400, learning_rate=0.002)
     assert "there was no pilot (its trainings fail: the loss diverged)" in pilot.lines[0]
+    # What the user gives stays.
+    fixed = config_of(proxy=ProxyConfig(learning_rate=0.1), pilot=("steps",))
+    assert pilot_of(Trainer(failing=True), fixed).proxy == ProxyConfig(steps=400, learning_rate=0.1)
 
 
 def test_trainings_that_fail_are_told() -> None:
