@@ -1,26 +1,27 @@
-"""Samplers side by side over many seeds, in minutes: `python -m nas.lab.benchmark_search --study URL#NAME`.
+"""Searches side by side over many seeds, in minutes: `python -m nas.lab.benchmark_search --table FILE`.
 
-Nothing is trained. Accuracy and latency of any architecture are those of a forest of trees that was fitted to networks
-that were trained: those of tables of `nas.lab.testbed`, or of stored studies. The sampler that models is of another
-family, so that it is not asked for what it assumes. What the trees do not explain, beyond the noise of one training, is
-added as an error that each architecture has of its own; each training adds noise, and each timing, too. The command
-prints how well the trees guess networks that they were not shown.
+Nothing is trained. Accuracies, latencies and learning curves are those of trees that were fitted to a table of trained
+networks (`nas.lab.testbed`), with the errors and the noise that the table shows (`nas.lab.world`). The sampler that
+models is of another family, so that it is not asked for what it assumes. The command prints how well the trees guess
+networks that they were not shown.
 
-A search is judged by the hypervolume of the true accuracies of what it evaluated (`found`), and by that of the front
-that it reports after its confirmation (`confirmed`), whose optimism is told apart.
+A method is the name of a sampler, with `+stopping` behind it where trainings are given up early. Searches with one seed
+are paired. A search is judged by the hypervolume of true accuracies: of all that it trained to the end (`found`), of
+the front by the accuracies with which it searched (`unconfirmed`), and of the front that it reports after its
+confirmation (`confirmed`). What a front claims beyond its true accuracies is its optimism. Seconds are those of all
+trainings, on one core.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeAlias
 
 import numpy as np
 import optuna
@@ -32,233 +33,261 @@ from scipy import stats
 
 from nas import pareto
 from nas.config import Sampler
-from nas.display.charts import BLUE, GREY, ORANGE, RED, Chart, Series, save_charts
-from nas.lab.testbed import read_table, stored_study
+from nas.display.charts import BLUE, DARK_GREY, GREY, INK, ORANGE, RED, Chart, Series, save_charts
+from nas.display.notes import DEVIATION, PREDICTED, TIMED
+from nas.lab.testbed import read_plan, read_table
+from nas.lab.world import World
 from nas.reporting import console_table
 from nas.search.features import matrix
 from nas.search.front_sampler import Memory
+from nas.search.live_study import MAX_DUPLICATES
 from nas.search.model import Scale
 from nas.search.racing import Race
-from nas.search.sampling import Proposer
-from search_spaces import ArchSpec, SearchSpace, load_space
+from nas.search.sampling import Proposal, Proposer
+from nas.search.stopper import Stopper
+from search_spaces import ArchSpec, load_space
 
-TREES, LEAF, FOLDS = 150, 2, 5
-# Standard deviation of one training in accuracy, and of one timing as a share: docs/measurements.md.
-NOISE, TIMING_NOISE = 0.025, 0.02
+# Standard deviation of one timing as a share: docs/measurements.md.
+TIMING_NOISE = 0.02
 # Numbers of candidates after which a search is looked at.
-LOOKS = (20, 40, 60, 100, 200)
+LOOKS = (20, 25, 30, 40, 60, 80, 100, 150, 200)
+# Candidates of a round, as of two workers.
+ROUND = 4
 SHARE = 0.2
-COLOURS = {Sampler.MODEL: RED, Sampler.TPE: BLUE, Sampler.NSGA2: ORANGE, Sampler.RANDOM: GREY}
+STOPPING = "+stopping"
+METHODS = ("model+stopping", "model", "tpe+stopping", "tpe", "random")
+COLOURS = (RED, ORANGE, BLUE, GREY, INK, DARK_GREY)
 DIRECTIONS = (StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE)
+FIGURES = ("found", "unconfirmed", "confirmed", "optimism", "optimism as searched", "seconds")
+
+Look: TypeAlias = dict[str, float]
 
 
-@dataclass(frozen=True)
-class Known:
-    """A network that was trained and timed."""
-
-    arch: ArchSpec
-    accuracy: float
-    latency_ms: float
-
-
-def known_networks(tables: Sequence[Path], studies: Sequence[str]) -> list[Known]:
-    """The networks of tables and of stored studies, each once.
+@dataclass
+class Searched:
+    """What a search has evaluated so far.
 
     Args:
-        studies: each as URL and name, with a # between them; of each, the rows of its own deployment.
-    """
-    found: dict[str, Known] = {}
-    deployments: dict[str, str] = {}
-    for path in tables:
-        for network in read_table(path):
-            if network.short and network.short[0].accuracy is not None:
-                known = Known(network.arch, network.short[0].accuracy, network.latency_ms)
-                found.setdefault(network.arch.arch_id, known)
-    for each in studies:
-        with stored_study(each) as recorded:
-            deployed = recorded.config.latency
-            deployments[each] = f"{deployed.engine}, {deployed.dtype}, batch {deployed.batch_size}"
-            if len(set(deployments.values())) > 1:
-                raise SystemExit(f"--study {each}: latencies of {deployments[each]}, those before are of others")
-            for row in recorded.evaluations().to_dict("records"):
-                arch = ArchSpec.from_json(row["arch"])
-                found.setdefault(arch.arch_id, Known(arch, row["accuracy"], row["latency_ms"]))
-    return list(found.values())
-
-
-class World:
-    """Accuracy and latency of any architecture, as trees guess them.
-
-    Attributes:
-        error, latency_error: root mean square of the trees' errors in cross-validation, in accuracy, and in the
-            logarithm of the latency.
-        own_error: standard deviation of the error that each architecture has of its own.
-        reference_ms: latency up to which hypervolume counts, twice the anchor's.
+        archs: the networks that were trained to the end.
+        points: true accuracy, accuracy as searched, latency as timed, and true latency of each.
+        trained: number of all that were trained, those that were given up included.
+        seconds, passes: seconds of the trainings, and the number of whole trainings that they took together.
+        reached, wrong: number of trainings under a rule that would have reached what they needed, and of those that
+            were given up.
     """
 
-    def __init__(self, known: Sequence[Known], space: SearchSpace, resolution: int, classes: int) -> None:
-        from sklearn.ensemble import ExtraTreesRegressor
-        from sklearn.model_selection import cross_val_predict
-
-        self.space, self.resolution, self.classes = space, resolution, classes
-        features = matrix([each.arch for each in known], resolution, classes)
-        accuracy = np.array([each.accuracy for each in known])
-        logs = np.log([each.latency_ms for each in known])
-        trees = ExtraTreesRegressor(TREES, min_samples_leaf=LEAF, random_state=0)
-        of_latency = ExtraTreesRegressor(TREES, random_state=0)
-        self.error = float(np.sqrt(np.mean((cross_val_predict(trees, features, accuracy, cv=FOLDS) - accuracy) ** 2)))
-        missed = cross_val_predict(of_latency, features, logs, cv=FOLDS) - logs
-        self.latency_error = float(np.sqrt(np.mean(missed**2)))
-        self.own_error = float(np.sqrt(max(self.error**2 - NOISE**2, 0)))
-        self.accuracy_trees, self.latency_trees = trees.fit(features, accuracy), of_latency.fit(features, logs)
-        self.cache: dict[str, tuple[float, float]] = {}
-        self.reference_ms = 2 * self.truth(space.anchor())[1]
-
-    def truth(self, arch: ArchSpec) -> tuple[float, float]:
-        """Accuracy and latency in ms, without the noise of measuring them."""
-        if arch.arch_id not in self.cache:
-            features = matrix([arch], self.resolution, self.classes)
-            accuracy = float(self.accuracy_trees.predict(features)[0]) + self.own_error * _own_normal(arch)
-            latency_ms = float(np.exp(self.latency_trees.predict(features)[0]))
-            self.cache[arch.arch_id] = float(np.clip(accuracy, 0.01, 0.99)), latency_ms
-        return self.cache[arch.arch_id]
+    archs: list[ArchSpec] = field(default_factory=list)
+    points: list[tuple[float, float, float, float]] = field(default_factory=list)
+    trained: int = 0
+    seconds: float = 0.0
+    passes: float = 0.0
+    reached: int = 0
+    wrong: int = 0
 
 
-def _own_normal(arch: ArchSpec) -> float:
-    """A standard normal number that belongs to an architecture."""
-    digest = hashlib.sha256(arch.arch_id.encode()).digest()
-    return float(stats.norm.ppf((int.from_bytes(digest[:6], "big") + 0.5) / 2**48))
+def search(world: World, method: str, seed: int, looks: Sequence[int]) -> list[Look]:
+    """Search with one method; returns what stands after each number of candidates.
 
-
-def search(world: World, sampler: str, seed: int, count: int) -> list[dict[str, float]]:
-    """Search with one sampler; returns what stands after each number of candidates of `LOOKS`.
-
-    It proposes as a search of one worker does, which begins with the smallest network and the anchor, and never
+    It proposes as a search of two workers does, which begins with the smallest network and the anchor, and never
     evaluates one twice; random search begins at random.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
+    sampler, stopping = method.removesuffix(STOPPING), method.endswith(STOPPING)
     memory = Memory(world.space, world.resolution, world.classes, world.reference_ms)
     known: dict[str, int] = {}
     proposer = Proposer(
         world.space, sampler, seed, DIRECTIONS, [], memory if sampler == Sampler.MODEL else None, known
     )  # fmt: skip
     openers = [] if sampler == Sampler.RANDOM else [world.space.smallest(), world.space.anchor()]
-    rng = np.random.default_rng(seed)
-    archs: list[ArchSpec] = []
-    points: list[tuple[float, float, float]] = []
-    looks = []
+    stopper = Stopper(memory, world.steps) if stopping else None
+    done = Searched()
+    found = []
+    for look_at in looks:
+        while done.trained < look_at:
+            count = min(ROUND, look_at - done.trained)
+            proposals = [_proposed(proposer, known, openers) for _ in range(count)]
+            _train(world, proposer, proposals, stopper, seed, done)
+        found.append(look(world, done, seed))
+    return found
+
+
+def _proposed(proposer: Proposer, known: dict[str, int], openers: list[ArchSpec]) -> Proposal:
+    """The next network that is not known."""
     duplicates = 0
-    while len(archs) < count:
+    while True:
         if openers:
             proposal = proposer.propose_this(openers.pop(0))
         else:
-            unseen = proposer.propose_unseen(known) if duplicates > 1 else None
+            unseen = proposer.propose_unseen(known) if duplicates >= MAX_DUPLICATES else None
             proposal = unseen or proposer.propose()
-        if known.setdefault(proposal.arch.arch_id, proposal.number) != proposal.number:
-            duplicates += 1
-            proposer.tell(proposal.number, None, TrialState.PRUNED, {})
+        if known.setdefault(proposal.arch.arch_id, proposal.number) == proposal.number:
+            return proposal
+        duplicates += 1
+        proposer.tell(proposal.number, None, TrialState.PRUNED, {})
+
+
+def _train(
+    world: World, proposer: Proposer, proposals: Sequence[Proposal], stopper: Stopper | None,
+    seed: int, done: Searched,
+) -> None:  # fmt: skip
+    """Time and train a round, and tell sampler and stopper of it."""
+    archs = [proposal.arch for proposal in proposals]
+    # A network has one training and one timing, whichever method comes to it, and when.
+    rngs = [np.random.default_rng([seed, int(arch.arch_id, 16)]) for arch in archs]
+    truths = [world.truth(arch) for arch in archs]
+    noise = [float(np.exp(TIMING_NOISE * rng.standard_normal())) for rng in rngs]
+    timed = [latency_ms * each for (_, latency_ms), each in zip(truths, noise, strict=True)]
+    rules = stopper.rules(archs, timed) if stopper else [None] * len(archs)
+    for proposal, rng, (accuracy, latency_ms), own_ms, rule in zip(proposals, rngs, truths, timed, rules, strict=True):
+        whole = world.train(proposal.arch, rng)
+        result = whole if rule is None else whole.under(rule)
+        if rule is not None and whole.accuracy >= rule.needed:
+            done.reached += 1
+            done.wrong += whole.under(replace(rule, ends=True)).stopped
+        done.trained += 1
+        done.seconds += result.seconds
+        done.passes += result.curve[-1].step / world.steps
+        if result.stopped and result.verdict:
+            believed = {TIMED: own_ms, PREDICTED: result.verdict.predicted, DEVIATION: result.verdict.deviation}
+            proposer.tell(proposal.number, None, TrialState.PRUNED, {}, believed)
             continue
-        duplicates = 0
-        accuracy, latency_ms = world.truth(proposal.arch)
-        searched = accuracy + NOISE * rng.standard_normal()
-        proposer.tell(
-            proposal.number, [searched, latency_ms * np.exp(TIMING_NOISE * rng.standard_normal())],
-            TrialState.COMPLETE, {},
-        )  # fmt: skip
-        archs.append(proposal.arch)
-        points.append((accuracy, searched, latency_ms))
-        if len(archs) in LOOKS:
-            looks.append(look(world, archs, np.array(points), seed))
-    return looks
+        proposer.tell(proposal.number, [result.accuracy, own_ms], TrialState.COMPLETE, {})
+        done.archs.append(proposal.arch)
+        done.points.append((accuracy, result.accuracy, own_ms, latency_ms))
+        if stopper:
+            stopper.add(proposal.arch, result.accuracy, own_ms, result.curve)
 
 
-def look(world: World, archs: Sequence[ArchSpec], points: np.ndarray, seed: int) -> dict[str, float]:
-    """Hypervolumes of a search: found, as searched, as confirmed, and of the confirmed front's true accuracies.
-
-    Args:
-        points: true accuracy, accuracy as searched, and latency of each architecture, (n, 3).
-    """
-    accuracy, searched, latency_ms = points.T
-    features = matrix(archs, world.resolution, world.classes)
-    race = Race(searched, latency_ms, Scale.of(features)(features))
+def look(world: World, done: Searched, seed: int) -> Look:
+    """The figures of a search that ends now and confirms its front."""
+    accuracy, searched, timed, latency_ms = np.array(done.points).T
+    features = matrix(done.archs, world.resolution, world.classes)
+    race = Race(searched, timed, Scale.of(features)(features))
     rng = np.random.default_rng(seed)
-    trained, most = 0, int(SHARE * len(archs))
-    while chosen := race.next(min(4, most - trained)) if trained < most else race.missing(1):
+    trained, most, seconds = 0, round(SHARE * done.passes), done.seconds
+    while chosen := race.next(min(ROUND, most - trained)) if trained < most else race.missing(1):
         for index in chosen:
-            race.add(index, float(accuracy[index] + NOISE * rng.standard_normal()))
+            result = world.train(done.archs[index], rng)
+            race.add(index, result.accuracy)
+            seconds += result.seconds
         trained += len(chosen)
     eligible = np.array(race.eligible())
     means = np.array([np.mean(race.further[index]) for index in eligible])
-    members = eligible[pareto.front(means, latency_ms[eligible])]
+    members = eligible[pareto.front(means, timed[eligible])]
+    lucky = pareto.front(searched, timed)
     volume = partial(pareto.hypervolume, reference_latency_ms=world.reference_ms)
-    reported = volume(means, latency_ms[eligible])
     true = volume(accuracy[members], latency_ms[members])
     return {
-        "found": volume(accuracy, latency_ms), "confirmed": true, "optimism": reported - true,
-        "optimism as searched": volume(searched, latency_ms) - volume(accuracy, latency_ms),
+        "found": volume(accuracy, latency_ms), "unconfirmed": volume(accuracy[lucky], latency_ms[lucky]),
+        "confirmed": true, "optimism": volume(means, latency_ms[eligible]) - true,
+        "optimism as searched": volume(searched, latency_ms) - volume(accuracy[lucky], latency_ms[lucky]),
+        "seconds": seconds, "searching seconds": done.seconds, "reached": done.reached, "wrong": done.wrong,
     }  # fmt: skip
 
 
 def main(
-    table: Annotated[list[Path] | None, typer.Option(help="Table of nas.lab.testbed; may be repeated.")] = None,
-    study: Annotated[list[str] | None, typer.Option(help="URL#NAME of a stored study; may be repeated.")] = None,
-    sampler: Annotated[list[str] | None, typer.Option(help="Sampler; may be repeated (default: all).")] = None,
+    table: Annotated[Path, typer.Option(help="Table of nas.lab.testbed.")],
+    method: Annotated[
+        list[str] | None, typer.Option(help=f"Method; may be repeated (default: {', '.join(METHODS)}).")
+    ] = None,
     seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 50,
     trials: Annotated[int, typer.Option(help="Candidates of a search.")] = 200,
-    space: Annotated[str, typer.Option(help="Search space.")] = "small",
-    resolution: Annotated[int, typer.Option(help="Width and height of the images, in pixels.")] = 32,
-    classes: Annotated[int, typer.Option(help="Number of classes.")] = 10,
     workers: Annotated[int, typer.Option(help="Searches at once.")] = 2,
     plot: Annotated[Path | None, typer.Option(help="PNG file for the curves.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for the figures of every search.")] = None,
 ) -> None:
-    """Compare samplers over many seeds."""
+    """Compare ways to search over many seeds."""
+    methods = method or list(METHODS)
+    for name in methods:
+        if name.removesuffix(STOPPING) not in list(Sampler):
+            raise SystemExit(f"--method {name}: no such sampler; they are {', '.join(Sampler)}")
     console = Console()
-    known = known_networks(table or (), study or ())
-    world = World(known, load_space(space), resolution, classes)
+    plan = read_plan(table)
+    world = World(read_table(table), load_space(plan.space), plan.resolution, plan.classes)
     console.print(
-        f"{len(known)} networks; in cross-validation the trees miss a training by {100 * world.error:.1f} points and a "
-        f"latency by {world.latency_error:.0%}; noise of a training {100 * NOISE:.1f} points, error of each network's "
-        f"own {100 * world.own_error:.1f} points"
+        f"in cross-validation the trees miss a network's accuracy by {100 * world.error:.1f} points and its latency by "
+        f"{world.latency_error:.0%}; noise of a training {100 * world.noise:.1f} points, error of each network's own "
+        f"{100 * world.own_error:.1f} points"
     )
-    samplers = sampler or list(Sampler)
     looks = [count for count in LOOKS if count <= trials]
-    found: dict[str, list[list[dict[str, float]]]] = {}
+    found: dict[str, list[list[Look]]] = {}
     with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
-        for name in samplers:
-            found[name] = list(pool.map(partial(search, world, name, count=looks[-1]), range(seeds)))
-    for figure in ("found", "confirmed", "optimism", "optimism as searched"):
-        lines = console_table(f"{figure}, mean of {seeds} seeds", "sampler", *map(str, looks), text=("sampler",))
-        for name, runs in found.items():
-            values = np.array([[each[figure] for each in run] for run in runs])
-            lines.add_row(name, *(f"{mean:.4f}" for mean in values.mean(0)))
+        for name in methods:
+            found[name] = list(pool.map(partial(search, world, name, looks=looks), range(seeds)))
+    for figure in FIGURES:
+        lines = console_table(f"{figure}, mean of {seeds} seeds", "method", *map(str, looks), text=("method",))
+        digits = 0 if figure == "seconds" else 4
+        for name in methods:
+            lines.add_row(name, *(f"{each:.{digits}f}" for each in _means(found, name, figure)))
         console.print(lines)
-    for line in differences(found, looks):
+    for line in [*reached(found, looks), *differences(found, looks), *savings(found, looks)]:
         console.print(line)
     if out is not None:
         out.write_text(json.dumps({"looks": looks, "runs": found}))
     if plot is not None:
-        series = [
-            Series(name, looks, [float(np.mean([run[at]["found"] for run in runs])) for at in range(len(looks))],
-                   COLOURS[Sampler(name)])
-            for name, runs in found.items()
-        ]  # fmt: skip
-        save_charts([Chart("candidates", "hypervolume found", series)], plot)
+        series = []
+        for name, colour in zip(methods, COLOURS, strict=False):
+            minutes = [each / 60 for each in _means(found, name, "seconds")]
+            series.append(Series(name, minutes, _means(found, name, "confirmed"), colour))
+        save_charts([Chart("minutes of training on one core", "hypervolume confirmed", series)], plot)
 
 
-def differences(found: dict[str, list[list[dict[str, float]]]], looks: Sequence[int]) -> list[str]:
-    """Lines on the paired differences between the first sampler and each other one, with 95 % intervals."""
+def _means(found: dict[str, list[list[Look]]], method: str, figure: str) -> list[float]:
+    return [float(each) for each in np.mean([[one[figure] for one in run] for run in found[method]], axis=0)]
+
+
+def reached(found: dict[str, list[list[Look]]], looks: Sequence[int]) -> list[str]:
+    """Lines on the number of candidates after which a method confirms as much as others do in the end, in the mean."""
+    lines = []
+    for name in found:
+        for other in found:
+            if name == other:
+                continue
+            goal = _means(found, other, "confirmed")[-1]
+            first = next((at for at, each in enumerate(_means(found, name, "confirmed")) if each >= goal), None)
+            if first is not None and looks[first] < looks[-1]:
+                pair = _interval([one[first]["confirmed"] - two[-1]["confirmed"]
+                                  for one, two in zip(found[name], found[other], strict=True)])  # fmt: skip
+                lines.append(f"{name} reaches after {looks[first]} what {other} confirms after {looks[-1]} ({pair})")
+    return lines
+
+
+def differences(found: dict[str, list[list[Look]]], looks: Sequence[int]) -> list[str]:
+    """Lines on the paired differences between the first method and each other one, with 95 % intervals."""
     first, *others = found
     lines = []
     for other in others:
+        pairs = list(zip(found[first], found[other], strict=True))
         for figure in ("found", "confirmed"):
-            parts = []
-            for at, count in enumerate(looks):
-                pairs = [one[at][figure] - two[at][figure] for one, two in zip(found[first], found[other], strict=True)]
-                half = float(stats.t.ppf(0.975, len(pairs) - 1) * stats.sem(pairs)) if len(pairs) > 1 else np.nan
-                parts.append(f"{np.mean(pairs):+.4f} ±{half:.4f} at {count}")
+            parts = [
+                f"{_interval([one[at][figure] - two[at][figure] for one, two in pairs])} at {count}"
+                for at, count in enumerate(looks)
+            ]
             lines.append(f"{first} - {other}, {figure}: {', '.join(parts)}")
     return lines
+
+
+def savings(found: dict[str, list[list[Look]]], looks: Sequence[int]) -> list[str]:
+    """Lines on what early stopping saves and costs in the end, for methods that are there with it and without."""
+    lines = []
+    for name, runs in found.items():
+        if not name.endswith(STOPPING):
+            continue
+        wrong, right = sum(run[-1]["wrong"] for run in runs), sum(run[-1]["reached"] for run in runs)
+        line = f"{name}, {looks[-1]} candidates: {wrong:.0f} of {right:.0f} false stops ({wrong / max(right, 1):.1%})"
+        if plain := found.get(name.removesuffix(STOPPING)):
+            pairs = list(zip(runs, plain, strict=True))
+            shares = [one[-1]["searching seconds"] / two[-1]["searching seconds"] for one, two in pairs]
+            lost = [two[-1]["confirmed"] - one[-1]["confirmed"] for one, two in pairs]
+            line += f", {_interval(shares)} of the search's seconds, {_interval(lost)} lost, {max(lost):.4f} at most"
+        lines.append(line)
+    return lines
+
+
+def _interval(values: Sequence[float]) -> str:
+    """The mean of values, with its 95 % interval."""
+    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)) if len(values) > 1 else float("nan")
+    return f"{np.mean(values):+.4f} ±{half:.4f}"
 
 
 if __name__ == "__main__":

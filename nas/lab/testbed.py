@@ -3,7 +3,8 @@
 `train` trains networks of a space and appends each training to a file; it may be stopped at any time, and goes on
 where it was. Some networks are random, others were found by searches of stored studies. All are trained once, every
 fifth with two more seeds, and some much longer, three times. `time` measures their latencies, `pack` makes a compressed
-table of all that, and `show` says what the table holds and how noisy its trainings are.
+table of all that, `unpack` makes a folder of a table again, so that another machine goes on, and `show` says what the
+table holds and how noisy its trainings are.
 
 A table lets samplers and stopping rules be compared over many seeds in seconds (`nas.lab.benchmark_search`), as
 NAS-Bench-201 does (Dong and Yang, 2020) for other networks.
@@ -40,7 +41,7 @@ from nas.training.workers import Call, Workers, contained, trim_heap
 from search_spaces import ArchSpec, SearchSpace, cost, load_space
 from studies import Store
 
-PLAN, TRAININGS, LATENCIES = "plan.json", "trainings.jsonl", "latencies.jsonl"
+PLAN, TRAININGS, LATENCIES, FOUND = "plan.json", "trainings.jsonl", "latencies.jsonl", "found.json"
 # Every so many networks are trained with three seeds, and every so many longer.
 SEVERAL_SEEDS_EVERY = 5
 SEEDS = 3
@@ -197,13 +198,14 @@ def append(path: Path, value: Any) -> None:
         file.write(("\n" if unfinished else "") + json.dumps(value) + "\n")
 
 
-def found_networks(studies: Sequence[str]) -> list[ArchSpec]:
+def found_networks(studies: Sequence[str], before: Sequence[ArchSpec] = ()) -> list[ArchSpec]:
     """The networks that searches of stored studies evaluated.
 
     Args:
         studies: each as URL and name, with a # between them.
+        before: networks that were found before; they come first.
     """
-    found: dict[str, ArchSpec] = {}
+    found = {arch.arch_id: arch for arch in before}
     for each in studies:
         with stored_study(each) as recorded:
             for candidate in recorded.candidates():
@@ -236,6 +238,7 @@ def train(
     folder: Folder,
     random_count: Annotated[int, typer.Option("--random", help="Number of random networks.")] = 800,
     study: Studies = None,
+    found_count: Annotated[int, typer.Option("--found", help="Greatest number of found networks.")] = 400,
     space: Annotated[str, typer.Option(help="Search space.")] = "small",
     data: Annotated[str, typer.Option(help="Source of the images.")] = "digits",
     resolution: Annotated[int, typer.Option(help="Width and height of the images, in pixels.")] = 32,
@@ -251,15 +254,16 @@ def train(
     console = Console()
     folder.mkdir(parents=True, exist_ok=True)
     plan = Plan(space, data, resolution, steps, batch, rate, longer, long_every, classes)
-    if (folder / PLAN).exists() and (before := Plan(**json.loads((folder / PLAN).read_text()))) != plan:
-        raise SystemExit(f"{folder}: was begun with another plan, {before}")
+    if (folder / PLAN).exists() and (begun := _plan(folder)) != plan:
+        raise SystemExit(f"{folder}: was begun with another plan, {begun}")
     with whole(folder / PLAN) as part:
         part.write_text(json.dumps(asdict(plan)))
     searched = load_space(space)
     archs = random_networks(searched, random_count)
     known = {arch.arch_id for arch in archs}
-    found = [arch for arch in found_networks(study or ()) if arch.arch_id not in known]
-    with whole(folder / "found.json") as part:
+    before = [ArchSpec.parse(text) for text in _read(folder / FOUND, [])]
+    found = [arch for arch in found_networks(study or (), before) if arch.arch_id not in known][:found_count]
+    with whole(folder / FOUND) as part:
         part.write_text(json.dumps([str(arch) for arch in found]))
     done = {(row["arch"], row["seed"], row["long"]) for row in lines_of(folder / TRAININGS)}
     jobs = [job for job in jobs_of(archs, found, plan) if (str(job[0]), job[1], job[2]) not in done]
@@ -294,7 +298,7 @@ def _training(arch: str, seed: int, long: bool, result: ProxyResult | CandidateF
 @app.command(name="time")
 def time_(folder: Folder) -> None:
     """Time what was trained and not timed yet; nothing else should run meanwhile."""
-    plan = Plan(**json.loads((folder / PLAN).read_text()))
+    plan = _plan(folder)
     space = load_space(plan.space)
     done = {row["arch"] for row in lines_of(folder / LATENCIES)}
     wanted = dict.fromkeys(row["arch"] for row in lines_of(folder / TRAININGS))
@@ -313,9 +317,9 @@ def time_(folder: Folder) -> None:
 @app.command()
 def pack(folder: Folder, table: Annotated[Path, typer.Argument(help="File of the table, NAME.json.xz.")]) -> None:
     """Write a compressed table of all networks that were trained and timed."""
-    plan = Plan(**json.loads((folder / PLAN).read_text()))
+    plan = _plan(folder)
     latencies = {row["arch"]: row["latency_ms"] for row in lines_of(folder / LATENCIES)}
-    found = set(json.loads((folder / "found.json").read_text()))
+    found = _read(folder / FOUND, [])
     by_arch: dict[str, list[dict[str, Any]]] = {}
     for row in lines_of(folder / TRAININGS):
         by_arch.setdefault(row["arch"], []).append(row)
@@ -333,8 +337,36 @@ def pack(folder: Folder, table: Annotated[Path, typer.Argument(help="File of the
         })  # fmt: skip
     networks.sort(key=lambda row: row["found"])
     with whole(table) as part, lzma.open(part, "wt", preset=9) as file:
-        json.dump({"plan": asdict(plan), "networks": networks}, file, separators=(",", ":"))
+        # Those that were not trained yet keep their places.
+        json.dump({"plan": asdict(plan), "found": found, "networks": networks}, file, separators=(",", ":"))
     Console().print(f"{len(networks)} networks in {table}, {table.stat().st_size / 2**20:.2f} MB")
+
+
+@app.command()
+def unpack(
+    table: Annotated[Path, typer.Argument(help="File of the table.")],
+    folder: Annotated[Path, typer.Argument(help="Folder to make, in which `train` and `time` go on.")],
+) -> None:
+    """Make a folder of a table."""
+    if folder.exists():
+        raise SystemExit(f"{folder}: is there already")
+    with lzma.open(table, "rt") as file:
+        packed = json.load(file)
+    folder.mkdir(parents=True)
+    (folder / PLAN).write_text(json.dumps(packed["plan"]))
+    (folder / FOUND).write_text(json.dumps(packed["found"]))
+    for network in read_table(table):
+        append(folder / LATENCIES, {"arch": str(network.arch), "latency_ms": network.latency_ms})
+        for training in (*network.short, *network.long):
+            append(folder / TRAININGS, asdict(training))
+
+
+def _plan(folder: Path) -> Plan:
+    return Plan(**json.loads((folder / PLAN).read_text()))
+
+
+def _read(path: Path, otherwise: Any) -> Any:
+    return json.loads(path.read_text()) if path.exists() else otherwise
 
 
 @app.command()

@@ -1,33 +1,22 @@
-"""Samplers on a landscape of trees: what a search is judged by."""
+"""Searches in a world that a table describes: what they are judged by."""
 
 from __future__ import annotations
 
-import random
+import json
+import lzma
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer import Typer
+from typer.testing import CliRunner
 
-from nas.config import LatencyConfig, Sampler, SearchConfig
 from nas.lab import benchmark_search
-from nas.lab.benchmark_search import Known, World, differences, known_networks, look, search
-from nas.lab.invented import FakeEvaluator
-from nas.search import loop
-from search_spaces import ArchSpec, load_space
-from tests.nas.test_confirmation import Noisy
-
-SPACE = load_space("small")
-
-
-def networks(count: int) -> list[Known]:
-    rng, fake = random.Random(0), FakeEvaluator()
-    found = []
-    while len(found) < count:
-        arch = SPACE.sample(rng)
-        if arch.stages[0].kernel_size == 7 and arch.stages[0].group_width == 16:
-            continue
-        found.append(Known(arch, fake.train_one(arch).accuracy, fake.measure(arch).median_ms))
-    return found
+from nas.lab.benchmark_search import METHODS, Searched, differences, look, reached, savings, search
+from nas.lab.testbed import Plan
+from nas.lab.world import World
+from tests.nas.invented_table import NOISE, SPACE, STEPS, networks
 
 
 @pytest.fixture(scope="module")
@@ -35,59 +24,93 @@ def world() -> World:
     return World(networks(150), SPACE, 32, 10)
 
 
-def test_each_architecture_has_one_truth_near_what_the_trees_guess(world: World) -> None:
-    rng = random.Random(1)
-    archs = [SPACE.sample(rng) for _ in range(40)]
-    first = [world.truth(arch) for arch in archs]
-    assert [world.truth(arch) for arch in archs] == first
-    fake = FakeEvaluator()
-    errors = [world.truth(arch)[1] / fake.measure(arch).median_ms - 1 for arch in archs]
-    assert np.median(np.abs(errors)) < 3 * world.latency_error
-    assert 0 < world.error < 0.2
-    assert world.own_error == pytest.approx(np.sqrt(max(world.error**2 - benchmark_search.NOISE**2, 0)))
-
-
-@pytest.mark.parametrize("sampler", Sampler)
-def test_a_search_is_looked_at_and_repeats(sampler: str, world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(benchmark_search, "LOOKS", (6, 14))
-    looks = search(world, sampler, seed=1, count=14)
+@pytest.mark.parametrize("method", [*METHODS, "nsga2"])
+def test_a_search_is_looked_at_and_repeats(method: str, world: World) -> None:
+    looks = search(world, method, seed=1, looks=(6, 14))
     assert len(looks) == 2
-    assert looks == search(world, sampler, seed=1, count=14)
-    assert looks != search(world, sampler, seed=2, count=14)
+    assert looks == search(world, method, seed=1, looks=(6, 14))
+    assert looks != search(world, method, seed=2, looks=(6, 14))
     assert looks[0]["found"] <= looks[1]["found"]
+    assert looks[0]["seconds"] < looks[1]["seconds"]
     for each in looks:
-        # The confirmed front is part of what was found.
+        # What is reported is part of what was found.
         assert 0 < each["confirmed"] <= each["found"] < 1
+        assert 0 < each["unconfirmed"] <= each["found"]
+        assert each["searching seconds"] < each["seconds"]
+
+
+def test_stopping_saves_seconds_and_counts_what_it_gives_up(world: World) -> None:
+    whole, given_up = (search(world, name, seed=3, looks=(60,))[0] for name in ("random", "random+stopping"))
+    assert given_up["searching seconds"] < 0.98 * whole["searching seconds"]
+    assert given_up["found"] >= whole["found"] - 0.02
+    assert 0 <= given_up["wrong"] <= given_up["reached"]
+    assert whole["reached"] == 0
+    assert given_up["reached"] > 0
 
 
 def test_optimism_is_what_a_front_claims_too_much(world: World) -> None:
-    archs = [known.arch for known in networks(60)]
-    truth = np.array([world.truth(arch) for arch in archs])
+    archs = [network.arch for network in networks(60)]
+    truth = [world.truth(arch) for arch in archs]
     rng = np.random.default_rng(0)
-    lucky = truth[:, 0] + benchmark_search.NOISE * rng.standard_normal(60)
-    points = np.column_stack([truth[:, 0], lucky, truth[:, 1]])
-    assert look(world, archs, points, 0)["optimism as searched"] > 0.005
-    points[:, 1] = truth[:, 0]
-    assert look(world, archs, points, 0)["optimism as searched"] == 0
+    lucky = [accuracy + NOISE * rng.standard_normal() for accuracy, _ in truth]
+    points = [(accuracy, each, ms, ms) for (accuracy, ms), each in zip(truth, lucky, strict=True)]
+    assert look(world, Searched(archs, points, 60, 1.0, 60.0), 0)["optimism as searched"] > 0.005
+    honest = [(accuracy, accuracy, ms, ms) for accuracy, ms in truth]
+    found = look(world, Searched(archs, honest, 60, 1.0, 60.0), 0)
+    assert found["optimism as searched"] == 0
+    assert found["unconfirmed"] == found["found"]
+
+
+def looks(*confirmed: float, seconds: float = 10.0) -> list[dict[str, float]]:
+    return [
+        {"found": each + 0.1, "confirmed": each, "searching seconds": seconds, "wrong": 1, "reached": 4}
+        for each in confirmed
+    ]
 
 
 def test_differences_are_paired() -> None:
-    found = {
-        "a": [[{"found": 0.5 + 0.1 * seed, "confirmed": 0.4}] for seed in range(4)],
-        "b": [[{"found": 0.4 + 0.1 * seed, "confirmed": 0.4}] for seed in range(4)],
-    }
+    found = {"a": [looks(0.5 + 0.1 * seed) for seed in range(4)], "b": [looks(0.4 + 0.1 * seed) for seed in range(4)]}
     assert differences(found, (20,)) == [
-        "a - b, found: +0.1000 ±0.0000 at 20", "a - b, confirmed: +0.0000 ±0.0000 at 20"
+        "a - b, found: +0.1000 ±0.0000 at 20", "a - b, confirmed: +0.1000 ±0.0000 at 20"
     ]  # fmt: skip
 
 
-def test_networks_come_from_studies_of_one_deployment(tmp_path: Path) -> None:
-    urls = [f"sqlite:///{tmp_path / name}.db" for name in ("one", "other")]
-    for url, engine in zip(urls, ("eager", "torchscript"), strict=True):
-        config = SearchConfig(budget=5, storage=url, latency=LatencyConfig(device="cpu", engine=engine), confirm=0)
-        loop.run(config, Noisy())
-    known = known_networks((), [f"{urls[0]}#convfirst"])
-    assert len(known) == 5
-    assert all(isinstance(each.arch, ArchSpec) and each.latency_ms > 0 for each in known)
-    with pytest.raises(SystemExit, match=r"other\.db#convfirst: latencies of torchscript.*those before are of others"):
-        known_networks((), [f"{url}#convfirst" for url in urls])
+def test_a_line_says_when_a_method_is_as_good_as_others_in_the_end() -> None:
+    found = {"a": [looks(0.4, 0.6, 0.7)] * 3, "b": [looks(0.3, 0.4, 0.5)] * 3}
+    assert reached(found, (20, 60, 200)) == ["a reaches after 60 what b confirms after 200 (+0.1000 ±0.0000)"]
+
+
+def test_savings_are_those_of_searches_with_the_same_seed() -> None:
+    found = {"a+stopping": [looks(0.4, seconds=6.0), looks(0.5, seconds=6.0)], "a": [looks(0.41), looks(0.51)]}
+    assert savings(found, (200,)) == [
+        "a+stopping, 200 candidates: 2 of 8 false stops (25.0%), +0.6000 ±0.0000 of the search's seconds, "
+        "+0.0100 ±0.0000 lost, 0.0100 at most"
+    ]  # fmt: skip
+    assert "seconds" not in savings({"a+stopping": found["a+stopping"]}, (200,))[0]
+
+
+def test_the_command_prints_tables_and_draws_curves(tmp_path: Path) -> None:
+    plan = Plan("small", "digits", 32, STEPS, 32, 8e-3, 8, 10)
+    rows = [
+        {"arch": str(each.arch), "found": False, "params": each.params, "macs": each.macs, "long": [],
+         "latency_ms": each.latency_ms, "short": [list(asdict(one).values())[1:] for one in each.short]}
+        for each in networks(80)
+    ]  # fmt: skip
+    path = tmp_path / "table.json.xz"
+    with lzma.open(path, "wt") as file:
+        json.dump({"plan": asdict(plan), "found": [], "networks": rows}, file)
+    app = Typer()
+    app.command()(benchmark_search.main)
+    plot, out = tmp_path / "curves.png", tmp_path / "figures.json"
+    line = ["--table", str(path), "--seeds", "2", "--trials", "25", "--workers", "1", "--plot", str(plot)]
+    result = CliRunner().invoke(
+        app, [*line, "--method", "random+stopping", "--method", "random", "--out", str(out)]
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    for words in ("confirmed, mean of 2 seeds", "random+stopping - random, found", "false stops"):
+        assert words in result.output
+    assert plot.stat().st_size > 1000
+    assert len(json.loads(out.read_text())["runs"]["random"]) == 2
+    refused = CliRunner().invoke(app, [*line, "--method", "grid"])
+    assert refused.exit_code != 0
+    assert "--method grid: no such sampler" in str(refused.exception)

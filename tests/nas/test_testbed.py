@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from nas.config import SearchConfig
 from nas.lab import testbed
+from nas.lab.invented import FakeEvaluator
 from nas.lab.testbed import Plan, checkpoints_of, jobs_of, lines_of, random_networks, read_table
+from nas.search import loop as search
 from nas.training.proxy import ProxyResult
 from search_spaces import load_space
 
@@ -79,4 +81,28 @@ def test_a_table_is_made_packed_and_read(tmp_path: Path, monkeypatch: pytest.Mon
     shown = run(testbed.app, ["show", str(table)])
     assert shown.exit_code == 0
     assert "16" in shown.output
-    assert json.loads((folder / "found.json").read_text()) == []
+    # Another machine goes on with the table alone: what it holds is not trained again.
+    other = tmp_path / "other"
+    assert run(testbed.app, ["unpack", str(table), str(other)]).exit_code == 0
+    before = len(trained)
+    line[1:4] = [str(other), "--random", "8"]
+    assert run(testbed.app, line).exit_code == 0
+    assert len(trained) == before + 2
+    for arch in random_networks(SPACE, 8)[6:]:
+        testbed.append(other / testbed.LATENCIES, {"arch": str(arch), "latency_ms": 0.25})
+    again = tmp_path / "again.json.xz"
+    assert run(testbed.app, ["pack", str(other), str(again)]).exit_code == 0
+    assert read_table(again)[:6] == networks
+    assert len(read_table(again)) == 8
+    assert "is there already" in str(run(testbed.app, ["unpack", str(table), str(other)]).exception)
+
+
+def test_found_networks_keep_their_places(tmp_path: Path) -> None:
+    """A later call may name other studies, whose networks come after those that were found before."""
+    urls = [f"sqlite:///{tmp_path / name}.db" for name in ("one", "other")]
+    for seed, url in enumerate(urls):
+        search.run(SearchConfig(budget=6, storage=url, seed=seed, confirm=0, sampler="random"), FakeEvaluator())
+    one, other = (testbed.found_networks([f"{url}#convfirst"]) for url in urls)
+    assert len(one) == len(other) == 6
+    assert testbed.found_networks([f"{urls[1]}#convfirst"], before=one) == [*one, *other]
+    assert testbed.found_networks([], before=one) == one
