@@ -151,7 +151,8 @@ def test_names_are_printed_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = call(f"--budget 2 --storage {storage} --study '{name}'").stdout
     assert f"study '{name}' is in {storage}\n" in ended
     # What it says to type can be typed.
-    assert name in call(ended.splitlines()[-1].partition("run_search.py ")[2]).stdout
+    again = next(line for line in ended.splitlines() if line.startswith("front again: "))
+    assert name in call(again.partition("run_search.py ")[2]).stdout
     assert f"(there: {name})" in refused(f"pareto --storage {storage} --study other")
 
 

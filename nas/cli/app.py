@@ -21,6 +21,7 @@ from nas.cli import (
     export,
     latency,
     pareto,
+    recommend,
     remeasure,
     report,
     retrain,
@@ -56,8 +57,8 @@ app = typer.Typer(
 )  # fmt: skip
 app.callback(invoke_without_command=True)(search.search)
 for command in (
-    pareto.pareto, studies.studies, dashboard.dashboard, report.report, baselines.baselines, export.export,
-    bench.bench, confirm.confirm, retrain.retrain, space.space, device.device, remeasure.remeasure, analyze.analyze,
-    latency.latency,
+    pareto.pareto, recommend.recommend, studies.studies, dashboard.dashboard, report.report, baselines.baselines,
+    export.export, bench.bench, confirm.confirm, retrain.retrain, space.space, device.device, remeasure.remeasure,
+    analyze.analyze, latency.latency,
 ):  # fmt: skip
     app.command()(command)

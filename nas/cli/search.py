@@ -128,5 +128,6 @@ def _run(config: SearchConfig, take_over: bool) -> None:
         shares_line(result),
         f"study '{config.study}' is in {shown}",
         f"front again: python run_search.py pareto --storage {shlex.quote(shown)} --study {shlex.quote(config.study)}",
+        *result.advice,
     ):
         say(line)

@@ -15,7 +15,6 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from decimal import Decimal
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -34,6 +33,7 @@ from nas.export.selection import Selection
 from nas.files import folder_for
 from nas.latency.analysis import from_table
 from nas.latency.block_table import BlockTable
+from nas.recommendation import directory_name
 from nas.recorded import RecordedStudy
 from nas.reporting import Note
 from nas.training.folders import natural_order
@@ -150,13 +150,6 @@ def _why_not(recorded: RecordedStudy, number: int) -> str:
             reason = f" ({candidate.reason})" if candidate.reason else ""
             return f"is not complete but {candidate.state.replace('_', ' ')}{reason}"
     return "there is no such candidate"
-
-
-def directory_name(latency_ms: float, number: int) -> str:
-    """The name of a candidate's directory, a Python identifier: `convfirst_0p8ms_t042` for trial 42 with 0.8 ms."""
-    # The latency has two digits and never an exponent.
-    shown = f"{Decimal(f'{latency_ms:.2g}'):f}".replace(".", "p")
-    return f"convfirst_{shown}ms_t{number:03d}"
 
 
 def of_study(recorded: RecordedStudy, storage: str, rows: pd.DataFrame) -> list[Exported]:

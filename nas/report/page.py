@@ -21,6 +21,7 @@ from nas.display.notes import deployment_line, duration
 from nas.display.study_plots import front_chart
 from nas.errors import UsageError
 from nas.files import folder_for
+from nas.recommendation import commands, doubt_line, recommend
 from nas.recorded import RecordedStudy, is_confirmed
 from nas.report.architectures import MOST_COLUMNS, chosen_members, figure_width, plot_architectures
 from nas.report.data import Material, gather
@@ -231,6 +232,11 @@ def page(
     )  # fmt: skip
     environment.filters["command"] = command
     plots = {name: plotly_figure(chart) for members in charts.values() for name, chart in members.items()}
+    try:
+        recommended = recommend(material.recorded, front=material.front)
+    except UsageError:
+        # The front is empty, or was measured again, and over the limit.
+        recommended = None
     of_study = f"--study {shlex.quote(material.recorded.name)} --storage {shlex.quote(displayed(storage))}"
     return environment.get_template(PAGE).render(
         material=material,
@@ -238,6 +244,9 @@ def page(
         made_at=f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         set_up=set_up(material),
         tiles=tiles(material),
+        recommended=recommended,
+        doubt=doubt_line(material.recorded, storage, material.front),
+        does=commands(material.recorded.name, storage, recommended.chosen) if recommended else [],
         # Without contenders the verdict says that there are none, which the page says in their place.
         verdict=list(verdict) if contenders else [],
         pictures=pictures,

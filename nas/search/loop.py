@@ -18,7 +18,8 @@ from nas.display.showcase import show
 from nas.errors import CandidateFailed, UsageError
 from nas.latency.block_table import BlockTable, sum_errors, sum_errors_line
 from nas.latency.parts import arch_parts, network_shape
-from nas.recorded import Hypervolumes
+from nas.recommendation import advice
+from nas.recorded import Hypervolumes, RecordedStudy
 from nas.reporting import Note
 from nas.search.confirmation import Confirmer, trainings_of_share
 from nas.search.evaluation import Evaluator, Outcome
@@ -137,6 +138,7 @@ class SearchResult:
         hypervolumes: hypervolumes of the front as searched and as confirmed.
         shares: the seconds that this run spent, and on what.
         remarks: lines on the last measurement of the front and its blocks.
+        advice: lines that say which network of the front to take; empty where there is none.
     """
 
     complete: int
@@ -146,6 +148,7 @@ class SearchResult:
     hypervolumes: Hypervolumes
     shares: Shares
     remarks: tuple[str, ...] = ()
+    advice: tuple[str, ...] = ()
 
 
 def run(config: SearchConfig, evaluator: Evaluator | None = None, progress: Progress | None = None) -> SearchResult:
@@ -200,7 +203,16 @@ def run(config: SearchConfig, evaluator: Evaluator | None = None, progress: Prog
                 rounds.training, latency, time.perf_counter() - begin, evaluator.workers, rounds.worked, rounds.both
             ),
             remarks=remarks,
+            advice=_advice(config, study.recorded),
         )
+
+
+def _advice(config: SearchConfig, recorded: RecordedStudy) -> tuple[str, ...]:
+    """Lines that say which network of the front to take; none where the front is empty, or over the limit."""
+    try:
+        return tuple(advice(recorded, config.storage))
+    except UsageError:
+        return ()
 
 
 def _real_evaluator(config: SearchConfig, note: Note) -> Evaluator:

@@ -22,7 +22,6 @@ from nas.export import directories as export
 from nas.export.directories import (
     Exported,
     chosen,
-    directory_name,
     of_study,
     read,
     recipe,
@@ -31,6 +30,7 @@ from nas.export.directories import (
     write,
 )
 from nas.export.selection import Selection
+from nas.recommendation import directory_name
 from nas.recorded import RecordedStudy
 from nas.training.weights import Images, Trained, Weights, require_finite, weight_folder
 from search_spaces import ArchSpec
@@ -69,22 +69,6 @@ def keep_weights(store: Store, config: SearchConfig, number: int) -> dict[str, T
 
 
 # -- Which ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("latency_ms", "number", "name"),
-    [
-        (0.8, 42, "convfirst_0p8ms_t042"),
-        (0.8444, 7, "convfirst_0p84ms_t007"),
-        (12.34, 0, "convfirst_12ms_t000"),
-        (123.4, 1234, "convfirst_120ms_t1234"),
-        (0.00123, 1, "convfirst_0p0012ms_t001"),
-        (1.0, 1, "convfirst_1ms_t001"),
-    ],
-)
-def test_names_are_readable_identifiers(latency_ms: float, number: int, name: str) -> None:
-    assert directory_name(latency_ms, number) == name
-    assert name.isidentifier()
 
 
 @pytest.mark.parametrize(
