@@ -341,6 +341,26 @@ class Limits(Checked):
         limits = dataclasses.asdict(self)
         return {name: value / limits[name] - 1 for name, value in measured.items() if limits[name] is not None}
 
+    def broken(self, **measured: float) -> str | None:
+        """Which limits the measured quantities break, and by how much, in words; None where there is none."""
+        limits = dataclasses.asdict(self)
+        broken = [name for name, excess in self.excess(**measured).items() if excess > 0]
+        return "; ".join(limit_words(name, measured[name], limits[name]) for name in broken) or None
+
+
+def limit_words(name: str, value: float, limit: float) -> str:
+    """A value over a limit, such as `latency 0.621 ms, limit 0.6 ms`, with digits enough that the two differ.
+
+    Args:
+        name: the limit's field of `Limits`.
+    """
+    what, unit = {"latency_ms": ("latency", " ms"), "memory_mb": ("memory", " MB"), "params": ("parameters", ""),
+                  "macs": ("MACs", "")}[name]  # fmt: skip
+    if not unit:
+        return f"{what} {value:,.0f}, limit {limit:,.0f}"
+    shown = next((text for digits in (3, 4, 6, 9) if float(text := f"{value:.{digits}g}") > limit), repr(value))
+    return f"{what} {shown}{unit}, limit {limit:g}{unit}"
+
 
 @dataclass(frozen=True)
 class SearchConfig(Checked):

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import typer
 
 from nas.cli.console import note, reported, say
@@ -22,12 +20,11 @@ def device(
     with reported(storage):
         from nas.latency.device_profile import find_or_measure_profile, profile_lines
         from nas.latency.devices import check_device
-        from nas.locks import WAITING
 
         # Any engine will do: none runs.
         config = LatencyConfig(**{**given(LatencyConfig, context), "engine": "eager"})
         check_device(config)
         with writable_store(storage) as store:
-            find_or_measure_profile(store, config, again, partial(note, WAITING))
+            find_or_measure_profile(store, config, again, note)
             for line in profile_lines(store.devices.profiles()):
                 say(line)

@@ -25,7 +25,7 @@ from nas.latency.onnx_graph import quiet
 from nas.latency.runtimes import OnnxRuntime, require
 from nas.latency.values import Latency
 from nas.latency.yardsticks import Timed, Yardsticks
-from nas.locks import WAITING, device_lock
+from nas.locks import device_lock
 from nas.reporting import Note, console_table
 from search_spaces import ArchSpec, cost
 
@@ -81,8 +81,8 @@ def bench(
         UsageError: the device does not exist here.
     """
     device = check_device(replace(config, engine="eager"))
-    lock, waiting = device_lock(device), partial(note, WAITING)
-    with tempfile.TemporaryDirectory() as aside, lock.measuring(waiting), cpu_threads(config.threads):
+    lock = device_lock(device)
+    with tempfile.TemporaryDirectory() as aside, lock.measuring(note), cpu_threads(config.threads):
         yardsticks = Yardsticks(config)
         prepared: list[Prepared] = []
         for index, (folder, network) in enumerate(folders):

@@ -23,7 +23,7 @@ from nas.latency.block_meter import BlockMeter
 from nas.latency.block_table import sum_errors_line
 from nas.latency.devices import check_device
 from nas.latency.parts import CALL_ID, arch_parts, network_shape, shape_id
-from nas.locks import WAITING, device_lock
+from nas.locks import device_lock
 from nas.reporting import console_table
 from search_spaces import ArchSpec, load_space
 
@@ -61,7 +61,7 @@ def main(
     for each, config in zip(spaces, configs, strict=True):
         rng = random.Random(0)
         archs = [each.sample(rng) for _ in range(networks)]
-        with device_lock(torch.device(config.device)).measuring(lambda: print(WAITING, file=sys.stderr)):
+        with device_lock(torch.device(config.device)).measuring(lambda line: print(line, file=sys.stderr)):
             found = sums(archs, BlockMeter(config))
         where = f"{each.name}, {pixels(config.resolution, each)}, {config.engine_label}, {threads} thread(s)"
         table = console_table(where, "network ms", "sum ms", "error", "network", text=("network",))

@@ -27,7 +27,7 @@ from nas.lab.options import Spaces
 from nas.latency.devices import check_device
 from nas.latency.engines import ENGINES, deploy, runs_on
 from nas.latency.meter import LatencyMeter, cpu_threads, in_turn
-from nas.locks import WAITING, device_lock
+from nas.locks import device_lock
 from nas.reporting import console_table
 from nas.validation.ranking import rankings
 from search_spaces import ArchSpec, SearchSpace, load_space
@@ -114,7 +114,7 @@ def main(
         rng = random.Random(0)
         archs = [each.sample(rng) for _ in range(networks)]
         configs = [replace(base, engine=name, resolution=each.default_resolution) for name in names]
-        with device_lock(where).measuring(lambda: print(WAITING, file=sys.stderr)):
+        with device_lock(where).measuring(lambda line: print(line, file=sys.stderr)):
             found = times(archs, configs)
         _print(console, each, configs, found)
 

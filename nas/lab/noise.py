@@ -27,7 +27,7 @@ from nas.errors import UsageError
 from nas.lab.options import Space
 from nas.latency.devices import check_device
 from nas.latency.isolation import meter_for
-from nas.locks import WAITING, device_lock
+from nas.locks import device_lock
 from nas.search.real_evaluator import train_candidate
 from nas.training.data import load_all
 from nas.training.pool import DataFiles
@@ -80,7 +80,7 @@ def main(
     rng = random.Random(0)
     archs = [loaded.sample(rng) for _ in range(networks)]
     lock = device_lock(where)
-    with lock.measuring(lambda: print(WAITING, file=sys.stderr)):
+    with lock.measuring(lambda line: print(line, file=sys.stderr)):
         meter = meter_for(config, loaded.anchor(), reference_ms)
     measured: list[list[Any]] = []
     with DataFiles() as files, Workers(workers, [str(where)]) as pool:

@@ -25,7 +25,7 @@ from nas.config import DataConfig, LatencyConfig, ProxyConfig
 from nas.errors import CandidateFailed, UsageError
 from nas.latency.devices import check_device
 from nas.latency.isolation import meter_for
-from nas.locks import WAITING, device_lock
+from nas.locks import device_lock
 from nas.reporting import console_table
 from nas.search.real_evaluator import train_candidate
 from nas.training.data import load_all
@@ -104,7 +104,7 @@ def main(
         found = trained(archs, DataConfig(data, resolution), proxy, seeds, workers or cores(), out)
         config = LatencyConfig(device="cpu", resolution=resolution)
         with (
-            device_lock(check_device(config)).measuring(lambda: print(WAITING, file=sys.stderr)),
+            device_lock(check_device(config)).measuring(lambda line: print(line, file=sys.stderr)),
             closing(meter_for(config, load_space("small").anchor(), None)) as meter,
         ):
             latencies_ms = [each.median_ms for each in meter.measure_together(archs)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import nn
@@ -20,7 +19,6 @@ from nas.latency.roofline import Efficiency, NetworkEfficiency, everything_else,
 from nas.latency.subjects import Subject
 from nas.latency.table_filler import TableFiller
 from nas.latency.timm_networks import timm_model
-from nas.locks import WAITING
 from nas.reporting import Note
 from search_spaces import ArchSpec
 from studies import BlockLatency, Store
@@ -107,7 +105,7 @@ def analyse(
     config = subject.config
     device = check_device(config)
     with memory_may_run_out():
-        find_or_measure_profile(store, config, waiting=partial(note, WAITING))
+        find_or_measure_profile(store, config, waiting=note)
         table = BlockTable(store, DeviceInfo.of(device), config)
         filler = TableFiller(subject.title, config.device, note, again)
         if subject.arch is None:

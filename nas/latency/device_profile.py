@@ -7,7 +7,7 @@ part of a profile: all that is timed later is corrected to the day when they wer
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 
@@ -24,6 +24,7 @@ from nas.latency.runtimes import OnnxRuntime
 from nas.latency.yardsticks import Timed, Yardsticks
 from nas.locks import device_lock
 from nas.recorded import device_info
+from nas.reporting import Note
 from studies import Profile, Store
 
 # Time cap of the sampling; that of the yardsticks' references is `ANCHOR_FACTOR` times as long.
@@ -112,13 +113,13 @@ def store_profile(
 
 
 def find_or_measure_profile(
-    store: Store, config: LatencyConfig, again: bool = False, waiting: Callable[[], None] = lambda: None
+    store: Store, config: LatencyConfig, again: bool = False, waiting: Note = lambda line: None
 ) -> Profile:
     """The stored profile of a deployment's device, dtype and threads, measured now if there is none.
 
     Args:
         again: whether it is measured in any case, see `store_profile`.
-        waiting: function that is called once if another process measures or trains on the device.
+        waiting: function that takes a line on the process that must be waited for, see `nas.locks`.
 
     Raises:
         UsageError: memory runs out.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from kernels.device_info import DeviceInfo
 from nas.config import LatencyConfig
@@ -14,6 +14,7 @@ from nas.latency.devices import check_device, indexed
 from nas.latency.isolation import ArchMeter, meter_for
 from nas.latency.values import Measurement, ShapeLatency
 from nas.locks import device_lock
+from nas.reporting import Note
 from search_spaces import ArchSpec
 
 
@@ -23,13 +24,13 @@ class Station:
     Args:
         config: the deployment.
         anchor: the anchor network, which shows how the device's speed drifts.
-        waiting: function that is called when another process must be waited for.
+        waiting: function that takes a line on the process that must be waited for, see `nas.locks`.
 
     Raises:
         UsageError: there is no such device, or the deployment does not run on it.
     """
 
-    def __init__(self, config: LatencyConfig, anchor: ArchSpec, waiting: Callable[[], None] | None = None) -> None:
+    def __init__(self, config: LatencyConfig, anchor: ArchSpec, waiting: Note | None = None) -> None:
         self.config, self.anchor, self.waiting = config, anchor, waiting
         self.device = indexed(check_device(config))
         self.lock = device_lock(self.device)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import partial
 
 import torch
 
 from nas.latency.block_meter import BlockMeter
 from nas.latency.block_table import BlockTable
 from nas.latency.values import ShapeLatency
-from nas.locks import WAITING, device_lock
+from nas.locks import device_lock
 from nas.reporting import Note
 
 # Function from a meter, and the latencies in ms of what needs no measuring by `shape_id`, to measured latencies.
@@ -29,7 +28,7 @@ class TableFiller:
 
     def __init__(self, title: str, device: str, note: Note, again: bool) -> None:
         self.title, self.note, self.again = title, note, again
-        self.lock, self.waiting = device_lock(torch.device(device)), partial(note, WAITING)
+        self.lock, self.waiting = device_lock(torch.device(device)), note
 
     def fill(self, table: BlockTable, ids: Collection[str], measure: Measure, what: str) -> None:
         """Make a table hold the latencies of all shapes with these ids.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -221,8 +220,14 @@ def incomplete_trials(candidates: Sequence[Candidate], trials: Sequence[FrozenTr
     for number, outcome, reason in rows:
         groups.setdefault((outcome, _NUMBER.sub("…", reason)), []).append((number, reason))
     incomplete = []
-    for (outcome, general), members in groups.items():
-        reasons = Counter(reason for _, reason in members)
-        reason = members[0][1] if len(reasons) == 1 else general
+    for (outcome, _), members in groups.items():
+        reason = _common([reason for _, reason in members])
         incomplete.append(IncompleteTrials(outcome, reason, tuple(number for number, _ in members)))
     return sorted(incomplete, key=lambda group: -len(group.numbers))
+
+
+def _common(reasons: Sequence[str]) -> str:
+    """Reasons that differ in numbers alone as one, with a mark in the place of those that differ."""
+    places = zip(*(_NUMBER.findall(reason) for reason in reasons), strict=True)
+    shown = iter([numbers[0] if len(set(numbers)) == 1 else "…" for numbers in places])
+    return _NUMBER.sub(lambda match: next(shown), reasons[0])

@@ -21,7 +21,7 @@ from nas.errors import CandidateFailed, UsageError
 from nas.latency.devices import anchor_must_run, check_device, indexed
 from nas.latency.isolation import meter_for
 from nas.latency.values import Latency
-from nas.locks import WAITING, device_lock
+from nas.locks import device_lock
 from nas.reporting import Note
 from search_spaces import ArchSpec, SearchSpace, cost, ladder_space, load_space
 from search_spaces.ladder import GROWTH, RUNG_STEP, TOP_RUNG, nearest_rung
@@ -180,7 +180,7 @@ def timer(config: LatencyConfig, note: Note) -> Iterator[Timer]:
         UsageError: there is no such device here, or the engine does not run on it.
     """
     device = indexed(check_device(config))
-    with device_lock(device).measuring(lambda: note(WAITING)):
+    with device_lock(device).measuring(note):
         with anchor_must_run(config):
             meter = meter_for(config, load_space("small").anchor(), None)
 

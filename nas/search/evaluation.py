@@ -211,22 +211,18 @@ def screen(arch: ArchSpec, evaluator: Evaluator, limits: Limits) -> Outcome | Sc
         return Outcome(state, counted, seconds, reason, latency, latency_seconds, None, constraints)
 
     try:
-        constraints |= limits.excess(params=counted.params, macs=counted.macs)
-        if broken := _broken(constraints):
+        measured: dict[str, float] = {"params": counted.params, "macs": counted.macs}
+        constraints |= limits.excess(**measured)
+        if broken := limits.broken(**measured):
             return outcome(CandidateState.OVER_LIMIT, broken)
         latency_begin = time.perf_counter()
         with memory_may_run_out():
             latency = evaluator.measure(arch)
         latency_seconds = time.perf_counter() - latency_begin
-        constraints |= limits.excess(latency_ms=latency.median_ms, memory_mb=memory_mb(latency))
-        if broken := _broken(constraints):
+        measured = {"latency_ms": latency.median_ms, "memory_mb": memory_mb(latency)}
+        constraints |= limits.excess(**measured)
+        if broken := limits.broken(**measured):
             return outcome(CandidateState.OVER_LIMIT, broken)
         return Screened(counted, time.perf_counter() - begin, latency, latency_seconds, constraints)
     except CandidateFailed as error:
         return outcome(CandidateState.FAILED, str(error))
-
-
-def _broken(constraints: dict[str, float]) -> str | None:
-    """The broken limits in words; None where there are none."""
-    parts = [f"{name} {excess:+.0%} over the limit" for name, excess in constraints.items() if excess > 0]
-    return ", ".join(parts) or None

@@ -18,6 +18,7 @@ from nas.display.showcase import show
 from nas.errors import CandidateFailed, UsageError
 from nas.latency.block_table import BlockTable, sum_errors, sum_errors_line
 from nas.latency.parts import arch_parts, network_shape
+from nas.locks import waited_seconds, working_clock
 from nas.recommendation import advice
 from nas.recorded import Hypervolumes, RecordedStudy
 from nas.reporting import Note
@@ -106,6 +107,7 @@ class Shares:
         workers: number of workers.
         worked: seconds of all trainings, those at the same time added up.
         both: seconds in which it trained and measured latency.
+        waiting: seconds in which it waited for other processes that train or measure.
     """
 
     training: float
@@ -114,11 +116,12 @@ class Shares:
     workers: int = 1
     worked: float = 0.0
     both: float = 0.0
+    waiting: float = 0.0
 
     @property
     def rest(self) -> float:
-        """Seconds that were spent on neither."""
-        return max(0.0, self.total - self.training - self.latency + self.both)
+        """Seconds that were spent on neither, and not waiting."""
+        return max(0.0, self.total - self.training - self.latency - self.waiting + self.both)
 
     @property
     def busy(self) -> float:
@@ -164,7 +167,7 @@ def run(config: SearchConfig, evaluator: Evaluator | None = None, progress: Prog
         studies.StorageError: the database cannot be used, or no longer; all finished candidates are kept.
         KeyboardInterrupt: the user stopped the search; the running candidate was closed first.
     """
-    begin = time.perf_counter()
+    begin, waited = time.perf_counter(), waited_seconds()
     progress = progress or Silent()
     config = refuse_early(config)
     if evaluator is None:
@@ -178,20 +181,20 @@ def run(config: SearchConfig, evaluator: Evaluator | None = None, progress: Prog
         remarks: tuple[str, ...] = ()
         for _ in range(MAX_CONFIRMATIONS):
             confirmed = _confirm(config, study, evaluator, progress, rounds)
-            timed_begin = time.perf_counter()
+            timed_begin = working_clock()
             timed, over_limit = _time_front(config, study, evaluator, progress)
-            rounds.latency += time.perf_counter() - timed_begin
+            rounds.latency += working_clock() - timed_begin
             remarks = (*remarks, *confirmed, *timed)
             # In the place of members that turned out over the limit others may be on the front, to be confirmed.
             if not (confirmed and over_limit):
                 break
-        final_begin = time.perf_counter()
+        final_begin = working_clock()
         remarks += _measure_parts(config, study, evaluator, progress)
         stopping = stopping_line(study.recorded.candidates(), study.recorded.config.proxy.steps)
         remarks += (stopping,) if stopping else ()
         if config.keep_weights:
             weights(config, study).keep_only({int(number) for number in study.recorded.front()["number"]})
-        latency = rounds.latency + time.perf_counter() - final_begin
+        latency = rounds.latency + working_clock() - final_begin
         remarks += _show(config, study)
         return SearchResult(
             complete=study.trained,
@@ -200,7 +203,13 @@ def run(config: SearchConfig, evaluator: Evaluator | None = None, progress: Prog
             pareto_front=study.recorded.store.front(config.study),
             hypervolumes=study.recorded.hypervolumes(),
             shares=Shares(
-                rounds.training, latency, time.perf_counter() - begin, evaluator.workers, rounds.worked, rounds.both
+                rounds.training,
+                latency,
+                time.perf_counter() - begin,
+                evaluator.workers,
+                rounds.worked,
+                rounds.both,
+                waited_seconds() - waited,
             ),
             remarks=remarks,
             advice=_advice(config, study.recorded),
@@ -238,7 +247,7 @@ def _confirm(
     if not most:
         return ()
     confirmer = Confirmer(study.recorded, study.owner, evaluator.train, evaluator.val_images, evaluator.round_size)
-    begin = time.perf_counter()
+    begin = working_clock()
 
     def is_late() -> bool:
         seconds = time.perf_counter() - rounds.begin + rounds.seconds_each * confirmer.batch
@@ -253,7 +262,7 @@ def _confirm(
 
     progress.confirming(confirmer.trainings, most, confirmer.likely)
     done = confirmer.run(most, is_late, step)
-    rounds.training += time.perf_counter() - begin
+    rounds.training += working_clock() - begin
     return (str(done),)
 
 
@@ -326,11 +335,11 @@ def _loop(config: SearchConfig, study: LiveStudy, evaluator: Evaluator, progress
     table: BlockTable | None = None
     earlier_seconds = 0.0
     if config.block_table:
-        blocks_begin = time.perf_counter()
+        blocks_begin = working_clock()
         table = BlockTable(study.recorded.store, evaluator.device, config.latency)
         # Earlier runs may not have measured them.
         _measure_blocks(table, evaluator, study.timed_archs(), progress)
-        earlier_seconds = time.perf_counter() - blocks_begin
+        earlier_seconds = working_clock() - blocks_begin
 
     def timed(arch: ArchSpec) -> None:
         if table is not None:
@@ -356,13 +365,13 @@ class Pace:
     """
 
     def __init__(self, complete: int) -> None:
-        self.begin, self.before = time.perf_counter(), complete
+        self.begin, self.before = working_clock(), complete
         self.per_minute: float | None = None
 
     def pause(self, complete: int) -> None:
         """Take note of the number of complete candidates while none is trained."""
         if complete > self.before:
-            self.per_minute = 60 * (complete - self.before) / (time.perf_counter() - self.begin)
+            self.per_minute = 60 * (complete - self.before) / (working_clock() - self.begin)
 
     def seconds_left(self, candidates: int) -> float | None:
         """Seconds until as many more candidates are complete; None before the first round has ended."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import math
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -13,7 +15,7 @@ from nas.config import SearchConfig
 from nas.errors import CandidateFailed, UsageError
 from nas.latency.devices import check_device, indexed
 from nas.latency.station import Station
-from nas.locks import WAITING, training_on
+from nas.locks import AGAIN_SECONDS, training_on
 from nas.reporting import Note
 from nas.search.evaluation import round_of
 from nas.search.real_evaluator import RealEvaluator, cost_of_determinism
@@ -45,7 +47,7 @@ class Machine(RealEvaluator):
 
     def __init__(self, config: SearchConfig, note: Note = lambda line: None) -> None:
         super().__init__(config, note)
-        self.told = False
+        self.told_at = -math.inf
         self.station: Station = Station(config.latency, config.space.anchor(), self._waiting)
         self.train_devices = train_devices(config, self.station.device)
         self.device = self.station.info
@@ -83,10 +85,11 @@ class Machine(RealEvaluator):
                 f"--workers {self.pool.count}: not all of them can be started ({error}); use fewer"
             ) from error
 
-    def _waiting(self) -> None:
-        if not self.told:
-            self.note(WAITING)
-        self.told = True
+    def _waiting(self, line: str) -> None:
+        # There may be a short wait for each candidate.
+        if time.monotonic() - self.told_at >= AGAIN_SECONDS:
+            self.note(line)
+            self.told_at = time.monotonic()
 
     @property
     def apart(self) -> bool:  # type: ignore[override]

@@ -13,7 +13,7 @@ from studies import CandidateState
 
 # Columns from which on there is room for the bar, which takes some of them.
 WIDE, BAR = 135, 20
-# Seconds of compiling and tuning a candidate from which on they are shown.
+# Seconds of compiling and tuning a candidate, or of waiting, from which on they are shown.
 WORTH_SAYING = 0.5
 
 
@@ -41,7 +41,7 @@ def scored_briefly(event: Event) -> str:
         return f"{outcome.proxy.accuracy:.3f} at {outcome.latency.median_ms:.3f} ms"
     if outcome.state == CandidateState.OVER_LIMIT and outcome.reason:
         # The first broken limit is enough, in fewer words.
-        return outcome.reason.partition(",")[0].replace(" the limit", "")
+        return outcome.reason.partition(";")[0]
     return outcome.state.value.replace("_", " ")
 
 
@@ -159,6 +159,8 @@ def shares_line(result: SearchResult) -> str:
     """The time that this run spent, and on what, in a line."""
     shares = result.shares
     parts = {"training": shares.training, "latency": shares.latency, "all else": shares.rest}
+    if shares.waiting >= WORTH_SAYING:
+        parts["waiting for other processes"] = shares.waiting
     listed = ", ".join(f"{name} {duration(s)} ({s / shares.total:.0%})" for name, s in parts.items())
     listed += f", where {duration(shares.both)} went to both" if shares.both else ""
     busy = f"; {shares.workers} workers were busy for {shares.busy:.0%} of the training" if shares.workers > 1 else ""

@@ -19,6 +19,7 @@ from typing import TypeAlias
 
 from nas.config import SearchConfig
 from nas.errors import message_line
+from nas.locks import working_clock
 from nas.reporting import Note
 from nas.search.evaluation import Evaluator, Outcome, Screened, screen
 from nas.search.live_study import LiveStudy
@@ -154,14 +155,14 @@ class Rounds:
             flights: list[Flight] = []
             yield from self._propose(flights)
             trainings = self._trainings(flights)
-            begin = time.perf_counter()
+            begin = working_clock()
             self.running = [trainings]
             self._count_busy()
             with closing(trainings.here()) as results:
                 for done in results:
                     yield self._record_trained(trainings, done)
             self.running = []
-            self.training += time.perf_counter() - begin if flights else 0.0
+            self.training += working_clock() - begin if flights else 0.0
             self._settle(trainings)
 
     def _side_by_side(self) -> Generator[Recorded]:
@@ -261,12 +262,12 @@ class Rounds:
                     self.why = f"the space {self.config.space.name!r} yields nothing new"
                     break
                 batch.append(proposed)
-            begin = time.perf_counter()
+            begin = working_clock()
             results = self._screen([proposal.arch for proposal, _ in batch])
             for (proposal, _), screened in zip(batch, results, strict=True):
                 if screened.latency is not None:
                     self.timed(proposal.arch)
-            seconds = time.perf_counter() - begin
+            seconds = working_clock() - begin
             self.latency += seconds
             self.both += seconds if any(each.left for each in self.running) else 0.0
             for (proposal, trial_id), screened in zip(batch, results, strict=True):

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable, Collection, Generator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, fields, replace
-from functools import cache, partial
+from functools import cache
 from pathlib import Path
 from typing import Protocol
 
@@ -20,7 +20,7 @@ from kernels.machine import cores, free_memory_bytes
 from nas.config import DataConfig, ProxyConfig
 from nas.errors import CandidateFailed, UsageError
 from nas.files import save_tensors
-from nas.locks import WAITING, device_lock, training_on
+from nas.locks import device_lock, training_on
 from nas.reporting import Note
 from nas.training import curves, proxy
 from nas.training import data as image_data
@@ -196,7 +196,7 @@ class Trainer:
         self.data, self.device, self.seed, self.note, self.check = data, device, seed, note, check
         self.largest = largest
         self.devices = [str(each) for each in every_cuda(device)]
-        self.lock, self.waiting = device_lock(device), partial(note, WAITING)
+        self.lock, self.waiting = device_lock(device), note
         # The same number for all trainings, because it changes the rounding.
         self.config = replace(config, threads=1) if device.type == "cpu" else config
         require_sense(workers, len(self.devices) if device.type == "cuda" else None)

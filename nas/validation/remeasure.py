@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
-from functools import partial
 
 from kernels.device_info import DeviceInfo
 from nas.config import LatencyConfig
@@ -16,7 +15,7 @@ from nas.latency.device_profile import find_or_measure_profile
 from nas.latency.devices import anchor_must_run, check_device
 from nas.latency.isolation import meter_for
 from nas.latency.values import Measurement
-from nas.locks import WAITING, device_lock
+from nas.locks import device_lock
 from nas.recorded import RecordedStudy, deployment_of
 from nas.reporting import Note
 from nas.search.front_measurement import FrontChanges, measure_front
@@ -57,9 +56,9 @@ def remeasure(recorded: RecordedStudy, config: LatencyConfig, everything: bool, 
     owner = Owner.me()
     store.ownership.claim(study_id, owner)
     try:
-        lock, waiting = device_lock(device), partial(note, WAITING)
-        find_or_measure_profile(store, config, waiting=waiting)
-        with anchor_must_run(config), lock.measuring(waiting), memory_may_run_out():
+        lock = device_lock(device)
+        find_or_measure_profile(store, config, waiting=note)
+        with anchor_must_run(config), lock.measuring(note), memory_may_run_out():
             anchor, reference_ms = recorded.anchor, recorded.row.anchor_ms
             if not at_home:
                 reference_ms = BlockTable(store, info, config).anchor_ms(
@@ -68,7 +67,7 @@ def remeasure(recorded: RecordedStudy, config: LatencyConfig, everything: bool, 
             meter = meter_for(config, anchor, reference_ms)
 
         def measure(archs: Sequence[ArchSpec]) -> list[Measurement]:
-            with lock.measuring(waiting):
+            with lock.measuring(note):
                 return meter.measure_together(archs)
 
         with closing(meter):

@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -35,7 +36,7 @@ from nas.locks import DeviceLock
 # A shell may have started the tests with Ctrl-C ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 name, kind = sys.argv[1:]
-with getattr(DeviceLock(name), kind)(on_wait=lambda: print("waits", flush=True)):
+with getattr(DeviceLock(name), kind)(on_wait=lambda line: print("waits", flush=True)):
     print("holds", flush=True)
     sys.stdin.readline()
 """
@@ -173,13 +174,43 @@ def test_a_waiting_measurer_goes_before_trainers_who_come_later(start: Start) ->
         trainer.says("holds")
 
 
+def test_who_waits_is_told_for_whom_at_once_and_again(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(locks, "AGAIN_SECONDS", 0.2)
+    holder = start("measuring")
+    holder.says("holds")
+    lines: list[str] = []
+    before, begin = locks.waited_seconds(), locks.working_clock()
+    threading.Timer(0.7, lambda: holder.input.write(b"\n")).start()
+    with DeviceLock("cpu").training(on_wait=lines.append):
+        told = list(lines)
+    who = rf"process {holder.process.pid}, which measures on this device \(since \d\d:\d\d: .*python.* -c .*\)"
+    assert re.fullmatch(rf"waiting for {who}", told[0], re.DOTALL)
+    assert len(told) >= 2
+    assert all(re.fullmatch(rf"still waiting, for 0 min now, for {who}", line, re.DOTALL) for line in told[1:])
+    assert locks.waited_seconds() - before > 0.5
+    # The working clock stood still meanwhile.
+    assert locks.working_clock() - begin < 0.4
+    time.sleep(0.3)
+    assert lines == told
+
+
+def test_of_several_processes_some_are_named(start: Start) -> None:
+    trainers = [start("training") for _ in range(4)]
+    for trainer in trainers:
+        trainer.says("holds")
+    words = locks.holders("convfirst-cpu.lock")
+    assert words.count("which trains on this device") == 2
+    assert words.endswith(" and 2 more")
+    assert locks.holders("convfirst-other.lock") == "another process that measures or trains on this device"
+
+
 def test_a_stream_of_measurements_lets_a_trainer_in(start: Start) -> None:
     """Whoever lets go is quicker to take the lock again than a waiter to wake up."""
 
     class HasToWait(Exception):
         pass
 
-    def give_up() -> None:
+    def give_up(line: str) -> None:
         raise HasToWait
 
     with DeviceLock("cpu").measuring():
@@ -210,7 +241,7 @@ def test_a_waiting_process_can_be_ended_and_holds_nobody_up(start: Start, kind: 
     waiter.is_silent()
     waiter.kill(sent)
     holder.release()
-    with DeviceLock("cpu").measuring(on_wait=lambda: pytest.fail("nobody is left")):
+    with DeviceLock("cpu").measuring(on_wait=lambda line: pytest.fail("nobody is left")):
         pass
 
 
@@ -270,7 +301,7 @@ def test_a_process_does_not_wait_for_itself(outer: str, inner: str) -> None:
         # It was refused, and no harm done.
         with DeviceLock("cpu").measuring():
             pass
-    with getattr(lock, inner)(on_wait=lambda: pytest.fail("nobody holds it")):
+    with getattr(lock, inner)(on_wait=lambda line: pytest.fail("nobody holds it")):
         pass
 
 
@@ -284,7 +315,7 @@ def test_an_exception_lets_go(start: Start, kind: str) -> None:
 def test_what_fails_while_waiting_is_not_taken_for_a_missing_lock(start: Start) -> None:
     start("measuring").says("holds")
 
-    def tell() -> None:
+    def tell(line: str) -> None:
         raise BrokenPipeError("nobody reads")
 
     with pytest.raises(BrokenPipeError, match="nobody reads"), DeviceLock("cpu").training(on_wait=tell):

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 
@@ -17,6 +17,7 @@ from nas.latency.device_profile import DeviceProfile, find_or_measure_profile, s
 from nas.latency.parts import CALL, layer_part, shape_id
 from nas.latency.roofline import computational_efficiency
 from nas.locks import device_lock
+from nas.reporting import Note
 from studies import Profile, Store
 
 CPU = torch.device("cpu")
@@ -94,14 +95,14 @@ def test_what_another_process_measured_meanwhile_is_taken(
 
     class Lock:
         @contextmanager
-        def measuring(self, waiting: Callable[[], None]) -> Iterator[None]:
-            waiting()
+        def measuring(self, waiting: Note) -> Iterator[None]:
+            waiting("yes")
             store_profile(store, info, "float32", 1, DeviceProfile(1.0, 2.0, 3.0, None, 4.0, 5.0))
             yield
 
     monkeypatch.setattr(device_profile, "device_lock", lambda device: Lock())
     waited: list[str] = []
-    found = find_or_measure_profile(store, QUICK, waiting=lambda: waited.append("yes"))
+    found = find_or_measure_profile(store, QUICK, waiting=waited.append)
     assert figures(found) == (1.0, 2.0, 3.0, None)
     assert (measured, waited) == ([], ["yes"])
     # Of two that have measured, the first one's counts.

@@ -84,13 +84,15 @@ def test_a_terminal_says_why_a_candidate_failed_and_what_is_done_at_the_end() ->
     fake, arch = FakeEvaluator(), load_space("small").anchor()
     shown = io.StringIO()
     failed = Outcome(CandidateState.FAILED, fake.cost(arch), 1.0, reason="out of memory")
-    over = Outcome(CandidateState.OVER_LIMIT, fake.cost(arch), 1.0, reason="params +20% over the limit, macs +3% over")
+    over = Outcome(
+        CandidateState.OVER_LIMIT, fake.cost(arch), 1.0, reason="parameters 1,200, limit 1,000; MACs 3, limit 2"
+    )
     with LiveProgress(Console(file=shown, force_terminal=True, width=160)) as live:
         live.begin(0, 2)
         live.candidate(Event(arch, failed, 0, 2, 0.0, 0, 0.0, None))
         assert f"{arch}: failed: out of memory" in shown.getvalue()
         live.candidate(Event(arch, over, 0, 2, 0.0, 0, 0.0, None))
-        assert live.bar.tasks[0].description.startswith("params +20% over  best")
+        assert live.bar.tasks[0].description.startswith("parameters 1,200, limit 1,000  best")
         live.note("measuring the front again")
         assert live.bar.tasks[0].description == "measuring the front again"
 

@@ -364,9 +364,9 @@ def test_incomplete_trials_are_grouped_by_what_went_wrong() -> None:
 
     failed, over = CandidateState.FAILED, CandidateState.OVER_LIMIT
     candidates = [
-        candidate(0, failed, "out of memory"), candidate(1, over, "latency_ms +12% over the limit"),
-        candidate(2, CandidateState.COMPLETE, None), candidate(3, over, "latency_ms +7% over the limit"),
-        candidate(4, failed, None), candidate(5, over, "conv2d: latency_ms +1.5e-3 over the limit"),
+        candidate(0, failed, "out of memory"), candidate(1, over, "latency 0.612 ms, limit 0.6 ms"),
+        candidate(2, CandidateState.COMPLETE, None), candidate(3, over, "latency 0.7 ms, limit 0.6 ms"),
+        candidate(4, failed, None), candidate(5, over, "latency 0.612 ms, limit 0.6 ms; conv2d 1.5e-3"),
     ]  # fmt: skip
     trials = []
     for number in range(9):
@@ -376,10 +376,10 @@ def test_incomplete_trials_are_grouped_by_what_went_wrong() -> None:
         trial.number = number
         trials.append(trial)
     assert [(group.outcome, group.reason, group.numbers) for group in incomplete_trials(candidates, trials)] == [
-        ("over a limit", "latency_ms … over the limit", (1, 3)),
+        ("over a limit", "latency … ms, limit 0.6 ms", (1, 3)),
         ("failed", "out of memory", (0,)),
         ("failed", "unknown", (4,)),
-        ("over a limit", "conv2d: latency_ms +1.5e-3 over the limit", (5,)),
+        ("over a limit", "latency 0.612 ms, limit 0.6 ms; conv2d 1.5e-3", (5,)),
         ("duplicate", "architecture of an earlier trial, not evaluated again", (6,)),
         ("interrupted", "interrupted", (7,)),
     ]

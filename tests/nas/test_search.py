@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 import sqlite3
 import subprocess
@@ -472,7 +473,11 @@ def test_candidates_over_a_limit_cost_no_training_and_are_never_complete(
         assert trial.values is None
         assert row.accuracy is None
         assert max(trial.constraints.values()) > 0
-        assert "over the limit" in trial.user_attrs["reason"]
+        (what,) = (name for name, limit in asdict(limits).items() if limit is not None)
+        shown = {"latency_ms": "latency", "memory_mb": "memory", "params": "parameters", "macs": "MACs"}[what]
+        value, limit = re.findall(r"[0-9][0-9.,e+-]*(?= |$|,)", trial.user_attrs["reason"])
+        assert trial.user_attrs["reason"].startswith(f"{shown} {value}")
+        assert float(value.replace(",", "")) > float(limit.replace(",", "")) == asdict(limits)[what]
         assert row.arch_id not in evaluator.trained
         assert (row.arch_id in evaluator.measured) == measures
     for trial in trials(config):
