@@ -112,7 +112,7 @@ class Store:
 
     def create_study(
         self, name: str, *, config: str, data_fingerprint: str, versions: str, device: dict[str, str], anchor: str,
-        anchor_ms: float, pilot: str | None = None,
+        anchor_ms: float, pilot: str | None = None, images: str | None = None,
     ) -> Study:  # fmt: skip
         """Make a study, in Optuna's tables and ours. The fields are those of `tables.Study`."""
         with guarded():
@@ -123,7 +123,7 @@ class Store:
             self.optuna_storage.set_study_system_attr(study_id, METRIC_NAMES_KEY, [name for _, name in OBJECTIVES])
         fields = dict(
             study_id=study_id, config=config, data_fingerprint=data_fingerprint, versions=versions, anchor=anchor,
-            anchor_ms=anchor_ms, pilot=pilot, created_at=now(),
+            anchor_ms=anchor_ms, pilot=pilot, images=images, created_at=now(),
         )  # fmt: skip
         try:
             return self._add_study(fields, device)

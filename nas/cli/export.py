@@ -31,8 +31,16 @@ def export(
     format: Annotated[
         list[str] | None, typer.Option(help="Format to write beside timm's: onnx or torch-export; may be repeated")
     ] = None,
+    softmax: Annotated[bool, typer.Option("--softmax", help="Let the ONNX file give probabilities")] = False,
+    normalise: Annotated[
+        bool, typer.Option("--normalise", help="Let the ONNX file take images of 0 to 1, and normalise them itself")
+    ] = False,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Checkpoint of timm's train.py, whose weights DIRECTORY gets")
+    ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(help="File of the names of the checkpoint's classes, one a line, or a folder of class folders"),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Write into a folder that is not empty")] = False,
 ) -> None:
@@ -41,18 +49,25 @@ def export(
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     with reported(storage):
         from nas.export import directories as exports
-        from nas.export.formats import makers
+        from nas.export.formats import ExportFormat, Within, makers
 
-        formats = makers(_formats(format), note)
+        wanted = _formats(format)
+        for flag, given_ in (("--softmax", softmax), ("--normalise", normalise)):
+            if given_ and ExportFormat.ONNX not in wanted:
+                raise UsageError(f"{flag}: is for --format onnx")
+        if classes is not None and checkpoint is None:
+            raise UsageError(f"--classes {classes}: is for --checkpoint")
+        formats = makers(wanted, note, Within(normalise, softmax))
         if directory is not None:
             for flag in typed_options(context):
-                if flag not in ("directory", "--format", "--checkpoint"):
+                if flag not in ("directory", "--format", "--softmax", "--normalise", "--checkpoint", "--classes"):
                     raise UsageError(f"{flag}: is for networks of a study, not for {directory}")
             if checkpoint is None and not formats:
                 raise UsageError(f"{directory}: nothing to do (--checkpoint, or a --format of onnx or torch-export)")
             network = exports.read(directory)
             if checkpoint is not None:
-                network = exports.trained(network, checkpoint)
+                names = None if classes is None else exports.read_names(classes)
+                network = exports.trained(network, checkpoint, names, note)
             exports.rewrite(directory, network, formats, note)
             written = [directory]
         else:

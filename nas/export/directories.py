@@ -37,13 +37,14 @@ from nas.recommendation import directory_name
 from nas.recorded import RecordedStudy
 from nas.reporting import Note
 from nas.training.folders import natural_order
-from nas.training.weights import Trained, Weights, require_finite, weight_folder
+from nas.training.weights import Images, Trained, Weights, require_finite, weight_folder
 from search_spaces import ArchSpec, cost
 from search_spaces.timm_config import timm_config
 from search_spaces.timm_file import timm_file
 from studies import displayed
 
 CONFIG, WEIGHTS, RECIPE, CARD = "config.json", "model.safetensors", "train.yaml", "README.md"
+CLASSIFY = "classify.py"
 # The names of the outputs, one a line, as timm's `--class-map` reads them.
 CLASSES = "classes.txt"
 # The key of our section under which the digests of the recipe and the card are, as they were written.
@@ -53,6 +54,8 @@ FILES = ONNX, PROGRAM, COMPILED, FUSED = "model.onnx", "model.pt2", "model_aoti.
 # Our section of config.json.
 SECTION = "convfirst"
 PROXY_WEIGHTS = "proxy"
+# Of our section, the key of what a training to the end has found.
+TRAINED = "trained"
 
 Formats = Sequence[Callable[["Exported", Path], object]]
 
@@ -168,6 +171,7 @@ def of_study(recorded: RecordedStudy, storage: str, rows: pd.DataFrame) -> list[
     table = BlockTable(recorded.store, recorded.device, config)
     anchor = {"arch_spec": json.loads(study.anchor), "median_ms": study.anchor_ms}
     kept = Weights(weight_folder(storage), study.study_id)
+    images = Images.from_json(study.images) if study.images else None
     networks = []
     for arch, (_, row) in zip(archs, rows.iterrows(), strict=True):
         own = replace(config, resolution=arch.shown(config.resolution))
@@ -183,13 +187,13 @@ def of_study(recorded: RecordedStudy, storage: str, rows: pd.DataFrame) -> list[
                 "confirmed": _confirmed_section(row), "weights": None if trained is None else trained.accuracy,
                 "data": {
                     **identity["data"], "resolution": arch.shown(identity["data"]["resolution"]),
-                    "mirror": recorded.config.data.mirror,
+                    "mirror": recorded.config.data.mirror, "fingerprint": study.data_fingerprint,
                 },
                 "preparation": [] if trained is None else list(trained.images.preparation),
             },
             "weights": None if trained is None else PROXY_WEIGHTS,
         }  # fmt: skip
-        networks.append(_exported(arch, section, own, trained))
+        networks.append(_exported(arch, section, own, trained, images))
     return networks
 
 
@@ -236,7 +240,15 @@ def _number(value: Any) -> float | None:
     return None if pd.isna(value) else float(value)
 
 
-def _exported(arch: ArchSpec, section: dict[str, Any], config: LatencyConfig, trained: Trained | None) -> Exported:
+def _exported(
+    arch: ArchSpec, section: dict[str, Any], config: LatencyConfig, trained: Trained | None, images: Images | None
+) -> Exported:
+    """The export of a network.
+
+    Args:
+        trained: its weights, if there are any.
+        images: the images of its study, if they were recorded.
+    """
     latency = section["latency"]
     # timm keeps these through training and publishing, but not our section.
     notes = [
@@ -245,14 +257,16 @@ def _exported(arch: ArchSpec, section: dict[str, Any], config: LatencyConfig, tr
         "convfirst latency: " + json.dumps({key: latency[key] for key in ("median_ms", "deployment", "device")}),
     ]
     fields: dict[str, Any] = {"notes": notes, SECTION: section}
-    if trained is None:
+    if trained is None and (images is None or len(images.classes) != config.num_classes):
+        # The deployment was timed with other classes than those of the images.
         return Exported(timm_config(arch, config.num_classes, config.resolution, **fields), None)
-    images = trained.images
+    images = trained.images if trained else images
+    assert images is not None
     made = timm_config(
-        arch, len(images.classes), images.resolution, mean=images.mean, std=images.std,
-        label_names=list(images.classes), **fields,
+        arch, len(images.classes), images.resolution if trained else config.resolution, mean=images.mean,
+        std=images.std, label_names=list(images.classes), **fields,
     )  # fmt: skip
-    return Exported(made, trained.weights)
+    return Exported(made, trained.weights if trained else None)
 
 
 # -- A directory -----------------------------------------------------------------------------------------------------
@@ -292,6 +306,7 @@ def render(exported: Exported) -> dict[str, str]:
     return {
         CONFIG: json.dumps({**config, SECTION: stamped}, indent=2) + "\n",
         f"{name}.py": timm_file(name, arch, config),
+        CLASSIFY: templates.get_template(f"{CLASSIFY}.txt").render(),
         **named,
         **edited,
     }
@@ -496,11 +511,21 @@ def _read_weights(path: Path) -> dict[str, Tensor] | None:
     return weights
 
 
-def trained(network: Exported, checkpoint: Path) -> Exported:
+def trained(
+    network: Exported, checkpoint: Path, classes: Sequence[str] | None = None, note: Note = lambda line: None
+) -> Exported:
     """A network with the weights of a checkpoint of timm's; the averaged ones (EMA), if it has them.
 
+    The names of its classes are the given ones, else those of the folder that the checkpoint was trained on, if that is
+    here, else those that the network had.
+
+    Args:
+        classes: names of the outputs, in their order.
+        note: function that takes a line on where the names come from, or that they are not known.
+
     Raises:
-        UsageError: the file cannot be read, or holds another network's weights, or a weight is NaN or infinite.
+        UsageError: the file cannot be read, or holds another network's weights, or a weight is NaN or infinite; or
+            there are not as many names as outputs.
     """
     from timm.models import load_state_dict
 
@@ -510,17 +535,20 @@ def trained(network: Exported, checkpoint: Path) -> Exported:
     try:
         loaded = dict(load_state_dict(str(checkpoint), use_ema=True))
         weights = {name: tensor.detach().cpu().contiguous() for name, tensor in loaded.items()}
-        classes = int(weights["classifier.weight"].shape[0])
+        count = int(weights["classifier.weight"].shape[0])
     except Exception as error:  # a file that is no checkpoint may raise anything
         reason = unreadable(checkpoint, error)
         raise UsageError(f"--checkpoint {checkpoint}: holds no weights of a network ({reason})") from error
     require_finite(weights, f"--checkpoint {checkpoint}")
     config: dict[str, Any] = json.loads(json.dumps(network.config))
     for fields in (config, config["model_args"], config["pretrained_cfg"]):
-        fields["num_classes"] = classes
-    # The checkpoint does not say which data it was trained on.
+        fields["num_classes"] = count
     config.pop("label_names", None)
+    if names := _names(network, checkpoint, count, classes, note):
+        config["label_names"] = names
     config[SECTION]["weights"] = checkpoint.name
+    # They are of other weights.
+    config[SECTION].pop(TRAINED, None)
     network = Exported(config, weights)
     try:
         network.build()
@@ -529,3 +557,70 @@ def trained(network: Exported, checkpoint: Path) -> Exported:
         words = message_line(error, 1)
         raise UsageError(f"--checkpoint {checkpoint}: holds another network's weights ({words})") from error
     return network
+
+
+def _names(
+    network: Exported, checkpoint: Path, count: int, classes: Sequence[str] | None, note: Note
+) -> list[str]:  # fmt: skip
+    """The names of a checkpoint's outputs; empty where they are not known.
+
+    Raises:
+        UsageError: there are not as many given names as outputs.
+    """
+    if classes is not None:
+        if len(classes) != count:
+            raise UsageError(f"--classes: {len(classes)} names, but {checkpoint} has {count} outputs")
+        return list(classes)
+    folder = _trained_on(checkpoint)
+    if folder is not None and len(names := class_names(folder)) == count:
+        note(f"{network.name}: its {count} classes are named as the folders of {folder}, on which it was trained")
+        return names
+    if len(network.classes) == count:
+        note(
+            f"{network.name}: its {count} classes keep their names, those of the images before; if the checkpoint was "
+            "trained on other ones, --classes names them"
+        )
+        return network.classes
+    note(f"warning: {network.name}: the names of its {count} classes are not known; --classes FILE gives them")
+    return []
+
+
+def read_names(path: Path) -> list[str]:
+    """The names in a file, one a line, or those of the class folders in a folder.
+
+    Raises:
+        UsageError: it cannot be read, or holds none.
+    """
+    try:
+        if path.is_dir():
+            names = class_names(path)
+        else:
+            names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UsageError(f"--classes {path}: cannot be read ({unreadable(path, error)})") from error
+    if not names:
+        raise UsageError(f"--classes {path}: holds no names")
+    return names
+
+
+def class_names(folder: Path) -> list[str]:
+    """The names of the class folders in a folder, in the order in which timm numbers them."""
+    return sorted((each.name for each in folder.iterdir() if each.is_dir()), key=natural_order)
+
+
+def _trained_on(checkpoint: Path) -> Path | None:
+    """The folder of the training images of a checkpoint of timm's train.py; None where it is not told, or not here."""
+    from argparse import Namespace
+
+    try:
+        with torch.serialization.safe_globals([Namespace]):
+            arguments = torch.load(checkpoint, map_location="cpu", weights_only=True, mmap=True)["args"]
+        # With these, timm numbers classes in another way.
+        if arguments.class_map or "/" in (arguments.dataset or ""):
+            return None
+        root = Path(arguments.data_dir or arguments.data)
+        split = root / str(arguments.train_split)
+        found = split if split.is_dir() else root
+        return found if found.is_dir() else None
+    except Exception:  # a checkpoint of something else may hold anything
+        return None

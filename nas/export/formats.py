@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import io
+import json
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kernels.fold import fold_batch_norms
 from nas.errors import UsageError, message_line
-from nas.export.directories import COMPILED, FUSED, ONNX, PROGRAM, Exported
+from nas.export.directories import COMPILED, FUSED, ONNX, PROGRAM, SECTION, Exported
 from nas.files import no_room
 from nas.latency.onnx_graph import INPUT, onnx_graph, quiet
 from nas.reporting import Note
@@ -33,36 +36,89 @@ class ExportFormat(StrEnum):
     TORCH_EXPORT = "torch-export"
 
 
-def makers(formats: Sequence[ExportFormat], note: Note) -> list[Callable[[Exported, Path], object]]:
+@dataclass(frozen=True)
+class Within:
+    """What an ONNX file does beside the network.
+
+    Args:
+        normalise: whether it takes images of 0 to 1 and normalises them itself.
+        softmax: whether it gives probabilities.
+    """
+
+    normalise: bool = False
+    softmax: bool = False
+
+
+def makers(
+    formats: Sequence[ExportFormat], note: Note, within: Within = Within()
+) -> list[Callable[[Exported, Path], object]]:
     """Functions that write a network in these formats into its directory; timm's files are always there.
 
     Args:
         note: function that takes a line on each file that cannot be made on this machine.
+        within: what the ONNX file does beside the network.
     """
     by_format: dict[ExportFormat, Callable[[Exported, Path], object]] = {
-        ExportFormat.ONNX: write_onnx,
+        ExportFormat.ONNX: partial(write_onnx, within=within),
         ExportFormat.TORCH_EXPORT: partial(write_programs, note=note),
     }
     return [by_format[each] for each in dict.fromkeys(formats) if each in by_format]
 
 
-def write_onnx(network: Exported, folder: Path) -> Path:
-    """Write `model.onnx`: images (N, 3, H, W) float32 to logits (N, classes), for any N.
+def write_onnx(network: Exported, folder: Path, within: Within = Within()) -> Path:
+    """Write `model.onnx`: images (N, 3, H, W) float32 to logits or probabilities (N, classes), for any N.
+
+    Its metadata are JSON values by name: what `onnx_metadata` returns.
 
     Raises:
         UsageError: there are no weights, a package is missing, or onnxruntime gives other logits than torch.
     """
     _require_weights(network, ExportFormat.ONNX)
-    return onnx_file(network.build(), network.resolution, folder / ONNX)
+    about = onnx_metadata(network, within)
+    model = fold_batch_norms(network.build())
+    parts = [_normalisation(about["mean"], about["std"])] if within.normalise else []
+    parts += [model, *([nn.Softmax(1)] if within.softmax else [])]
+    whole = nn.Sequential(*parts).eval() if len(parts) > 1 else model
+    return onnx_file(whole, network.resolution, folder / ONNX, about)
 
 
-def onnx_file(model: nn.Module, resolution: int, path: Path) -> Path:
-    """Write an ONNX file of any network in evaluation mode, as `write_onnx` does.
+def onnx_metadata(network: Exported, within: Within) -> dict[str, Any]:
+    """What an ONNX file says of itself: names of the outputs, preparation of its images, and where it comes from."""
+    prepared, section = network.config["pretrained_cfg"], network.config[SECTION]
+    return {
+        "classes": network.classes, "input_size": list(prepared["input_size"]), "mean": list(prepared["mean"]),
+        "std": list(prepared["std"]), "interpolation": prepared["interpolation"], "crop": "middle of the shorter side",
+        # Whether the images that it takes are to be normalised before, by mean and std, or are of 0 to 1.
+        "input": "0 to 1" if within.normalise else "normalised",
+        "output": "probabilities" if within.softmax else "logits",
+        "origin": {
+            "name": network.name, "arch": section["arch"], "study": section["study"]["name"],
+            "trial": section["study"]["trial"], "weights": section["weights"],
+        },
+    }  # fmt: skip
+
+
+def _normalisation(mean: Sequence[float], std: Sequence[float]) -> nn.Module:
+    """Images of 0 to 1 normalised, as a convolution, which runtimes know well."""
+    layer = nn.Conv2d(3, 3, 1, groups=3)
+    with torch.no_grad():
+        layer.weight.copy_(1 / torch.tensor(std).view(3, 1, 1, 1))
+        assert layer.bias is not None
+        layer.bias.copy_(-torch.tensor(mean) / torch.tensor(std))
+    return layer
+
+
+def onnx_file(model: nn.Module, resolution: int, path: Path, about: Mapping[str, Any] | None = None) -> Path:
+    """Write an ONNX file of any network in evaluation mode.
+
+    Args:
+        about: its metadata, as values that JSON knows.
 
     Raises:
         UsageError: a package is missing, or onnxruntime gives other logits than torch.
     """
     try:
+        import onnx
         import onnxruntime
         from onnx import shape_inference
     except ImportError as error:
@@ -71,6 +127,7 @@ def onnx_file(model: nn.Module, resolution: int, path: Path) -> Path:
     images = torch.randn(2, 3, resolution, resolution)
     # The very graph that the engines time, but for the batch, which is left open.
     graph = onnx_graph(folded, images.shape, free_batch=True)
+    onnx.helper.set_model_props(graph, {key: json.dumps(value) for key, value in (about or {}).items()})
     path.write_bytes(shape_inference.infer_shapes(graph).SerializeToString())
     session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
 

@@ -273,6 +273,7 @@ MODULES: dict[type[nn.Module], Callable[..., str]] = {
     nn.SiLU: lambda writer, name, layer, x: _silu(writer, x),
     nn.Hardswish: lambda writer, name, layer, x: _hard_swish(writer, x),
     nn.GELU: lambda writer, name, layer, x: _gelu(writer, x, layer.approximate),
+    nn.Softmax: lambda writer, name, layer, x: writer.add("Softmax", x, axis=layer.dim),
 }
 FUNCTIONS: dict[Any, Callable[..., str]] = {
     operator.add: _sum,

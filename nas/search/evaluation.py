@@ -14,6 +14,7 @@ from nas.latency.device_profile import DeviceProfile
 from nas.latency.values import Measurement, ShapeLatency, memory_mb
 from nas.training.proxy import ProxyResult
 from nas.training.stopping import Rules, Verdict
+from nas.training.weights import Images
 from nas.training.workers import Done
 from search_spaces import ArchSpec, Cost
 from studies import CandidateState
@@ -82,6 +83,8 @@ class Evaluator(Protocol):
     data_fingerprint: str
     # Number of validation images.
     val_images: int
+    # The images at the anchor's resolution; None where there are none.
+    images: Images | None
     notes: tuple[str, ...]
 
     @property
@@ -162,6 +165,7 @@ class OneByOne:
     apart = False
     timers = 1
     val_images = 3000
+    images: Images | None = None
 
     @property
     def round_size(self) -> int:

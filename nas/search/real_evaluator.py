@@ -22,7 +22,7 @@ from nas.training.determinism import measure_apart
 from nas.training.pool import DataSource, mapped, tested, train_new
 from nas.training.proxy import ProxyResult
 from nas.training.stopping import Rule, Rules
-from nas.training.weights import Trained
+from nas.training.weights import Images, Trained
 from nas.training.worker_count import WorkerCount
 from nas.training.workers import Call, Done, Pool, contained, trim_heap
 from search_spaces import ArchSpec, Cost, cost
@@ -60,6 +60,7 @@ class RealEvaluator:
         station: where latencies are measured.
         data: the images at each resolution, as workers are told of them.
         train_images, val_images: number of training and of validation images.
+        images: the images at the anchor's resolution.
     """
 
     pool: Pool
@@ -69,6 +70,7 @@ class RealEvaluator:
     data_fingerprint: str
     train_images: int
     val_images: int
+    images: Images | None
     notes: tuple[str, ...]
     apart: bool
     timers: int
@@ -89,6 +91,7 @@ class RealEvaluator:
             if resolution == self.config.space.anchor().shown(self.config.data.resolution):
                 self.data_fingerprint = data.fingerprint
                 self.train_images, self.val_images = len(data.train_labels), len(data.val_labels)
+                self.images = Images.of(data)
                 self.notes = (*data.notes, data.summary)
         if len(self.data) > 1:
             sizes = ", ".join(map(str, self.data))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import codecs
 import json
 import os
@@ -30,8 +31,10 @@ from nas.export.directories import (
     write,
 )
 from nas.export.selection import Selection
+from nas.lab.invented import FakeEvaluator
 from nas.recommendation import directory_name
 from nas.recorded import RecordedStudy
+from nas.search import loop as search
 from nas.training.weights import Images, Trained, Weights, require_finite, weight_folder
 from search_spaces import ArchSpec
 from studies import Candidate, CandidateState, Owner, Store
@@ -154,7 +157,7 @@ def test_a_directory_without_weights(store: Store, config: SearchConfig, tmp_pat
     (folder,) = write([network], tmp_path / "out")
     assert folder == tmp_path / "out" / "convfirst_3ms_t002"
     assert {path.name for path in folder.iterdir()} == {
-        "config.json", "README.md", "train.yaml", "convfirst_3ms_t002.py",
+        "config.json", "README.md", "classify.py", "train.yaml", "convfirst_3ms_t002.py",
     }  # fmt: skip
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     again = read(folder)
@@ -612,6 +615,82 @@ def test_a_checkpoint_of_timms_training(store: Store, config: SearchConfig, tmp_
     assert not (folder / "model.onnx").exists()
     assert [path.name for path in folder.parent.iterdir()] == [folder.name]
     assert timm.create_model(f"local-dir:{folder}", pretrained=True).num_classes == 5
+
+
+def checkpoint_of(network: Exported, path: Path, classes: int, **arguments: Any) -> Path:
+    """A checkpoint as timm's train.py writes it, with its arguments."""
+    known = {"data_dir": None, "data": None, "dataset": "", "class_map": "", "train_split": "train"}
+    torch.save(
+        {"state_dict": network.arch.build(classes).state_dict(), "args": argparse.Namespace(**known | arguments)}, path
+    )
+    return path
+
+
+def test_the_names_of_a_checkpoints_classes(store: Store, config: SearchConfig, tmp_path: Path) -> None:
+    keep_weights(store, config, 3)
+    (network,) = exported(store, config, trials=(3,))
+    assert network.classes == ["dark", "bright"]
+    lines: list[str] = []
+
+    def named(classes: int, names: list[str] | None = None, **arguments: Any) -> list[str]:
+        lines.clear()
+        path = checkpoint_of(network, tmp_path / "last.pth.tar", classes, **arguments)
+        return export.trained(network, path, names, lines.append).classes
+
+    # Given ones come first.
+    assert named(3, ["a", "b", "c"]) == ["a", "b", "c"]
+    assert not lines
+    with pytest.raises(UsageError, match=r"--classes: 2 names, but .*last\.pth\.tar has 3 outputs"):
+        named(3, ["a", "b"])
+    # Then those of the folder that it was trained on, in timm's order.
+    for name in ("img10", "img9", "Img1"):
+        (tmp_path / "data" / "train" / name).mkdir(parents=True)
+    assert named(3, data_dir=str(tmp_path / "data")) == ["Img1", "img9", "img10"]
+    assert "named as the folders of" in lines[0]
+    assert named(3, data=str(tmp_path / "data")) == ["Img1", "img9", "img10"]
+    # With these, timm numbers them otherwise.
+    for arguments in ({"class_map": "map.txt"}, {"dataset": "hfds/x"}, {"train_split": "other"}):
+        assert named(3, data_dir=str(tmp_path / "data"), **arguments) == []
+    # Then those that it had, and it says so; else none, and it says that loudly.
+    assert named(2) == ["dark", "bright"]
+    assert "keep their names" in lines[0]
+    assert named(2, data_dir="/not/here") == ["dark", "bright"]
+    assert named(5) == []
+    assert lines[0].startswith("warning: ")
+    assert "--classes FILE gives them" in lines[0]
+
+
+def test_names_are_read_from_a_file_or_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "names.txt").write_text("\ufeffcat\n\n  dog  \n", encoding="utf-8")
+    assert export.read_names(tmp_path / "names.txt") == ["cat", "dog"]
+    for name in ("b", "a10", "a9"):
+        (tmp_path / "folder" / name).mkdir(parents=True)
+    (tmp_path / "folder" / "note.txt").write_text("")
+    assert export.read_names(tmp_path / "folder") == ["a9", "a10", "b"]
+    (tmp_path / "empty").mkdir()
+    for path, told in ((tmp_path / "none", "No such file"), (tmp_path / "empty", "holds no names")):
+        with pytest.raises(UsageError, match=f"--classes .*: .*{told}"):
+            export.read_names(path)
+
+
+def test_a_network_without_weights_has_the_studys_classes(config: SearchConfig, tmp_path: Path) -> None:
+    """A search records them; they are those of the deployment that was timed, where that has as many."""
+    for classes, names in ((2, ["dark", "bright"]), (7, [])):
+        own = replace(
+            config, storage=f"sqlite:///{tmp_path / str(classes)}.db", budget=3, confirm=0,
+            latency=replace(config.latency, num_classes=classes),
+        )  # fmt: skip
+        fake = FakeEvaluator()
+        fake.images = IMAGES
+        search.run(own, fake)
+        opened = Store.open(own.storage, create=False)
+        assert opened is not None
+        network = exported(opened, own)[0]
+        assert (network.weights, network.classes, network.num_classes) == (None, names, classes)
+        assert network.config["pretrained_cfg"]["mean"] == ([0.4, 0.5, 0.6] if names else [0.485, 0.456, 0.406])
+        (folder,) = write([network], tmp_path / f"out{classes}")
+        assert (folder / "classes.txt").exists() == bool(names)
+        opened.close()
 
 
 def test_checkpoints_that_do_not_fit_are_refused(store: Store, config: SearchConfig, tmp_path: Path) -> None:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
+import venv
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,17 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
-from nas.config import LatencyConfig
+from nas.config import DataConfig, LatencyConfig
 from nas.errors import UsageError
 from nas.export import bench as benches
 from nas.export import formats
 from nas.export.bench import bench, remarks, tables
 from nas.export.directories import COMPILED, FUSED, ONNX, PROGRAM, Exported, read, write
-from nas.export.formats import ExportFormat, makers, write_onnx, write_programs
+from nas.export.formats import ExportFormat, Within, makers, write_onnx, write_programs
 from nas.latency import onnx_graph
 from nas.latency.engines import ENGINES
+from nas.training.images import ImageReader
 from search_spaces.timm_config import timm_config
 from tests.conftest import LFS_POINTER, make_tiny_space
 
@@ -30,8 +36,6 @@ DEPLOYMENT = LatencyConfig(device="cpu", engine="torchscript", resolution=RESOLU
 
 def network(activation: str = "silu", weights: bool = True) -> Exported:
     """As `export` makes one, of a tiny architecture."""
-    import json
-
     arch = replace(make_tiny_space().anchor(), activation=activation, shortcut="pooled")
     section = {
         "name": "convfirst_1ms_t001", "arch": str(arch), "arch_id": arch.arch_id,
@@ -235,3 +239,111 @@ def test_on_the_device_of_the_search_its_anchor_is_the_measure(tmp_path: Path, m
     # With other threads it is another measure.
     for row in bench([(folder, read(folder))], replace(DEPLOYMENT, threads=2)):
         assert row.latency == latency
+
+
+# -- What an ONNX file says of itself, and what needs nothing else -----------------------------------------------------
+
+
+@pytest.mark.parametrize("within", [Within(), Within(normalise=True), Within(softmax=True), Within(True, True)])
+def test_an_onnx_file_may_normalise_and_give_probabilities_itself(within: Within, tmp_path: Path) -> None:
+    import onnxruntime
+
+    made = network()
+    session = onnxruntime.InferenceSession(write_onnx(made, tmp_path, within), providers=["CPUExecutionProvider"])
+    mean, std = (torch.tensor(made.config["pretrained_cfg"][name]).view(3, 1, 1) for name in ("mean", "std"))
+    shown = torch.rand(2, 3, RESOLUTION, RESOLUTION, generator=torch.Generator().manual_seed(0))
+    logits = made.build()((shown - mean) / std)
+    expected = (logits.softmax(1) if within.softmax else logits).detach().numpy()
+    given = shown if within.normalise else (shown - mean) / std
+    np.testing.assert_allclose(session.run(None, {"images": given.numpy()})[0], expected, atol=1e-4)
+
+
+def test_an_onnx_file_says_what_it_is(tmp_path: Path) -> None:
+    import onnxruntime
+
+    made = named(network())
+    session = onnxruntime.InferenceSession(write_onnx(made, tmp_path), providers=["CPUExecutionProvider"])
+    about = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    assert about["classes"] == ["cat", "dög", 'naïve \\ " fish']
+    assert about["input_size"] == [3, RESOLUTION, RESOLUTION]
+    assert (about["mean"], about["std"]) == ([0.4, 0.5, 0.6], [0.2, 0.25, 0.3])
+    assert (about["input"], about["output"]) == ("normalised", "logits")
+    assert about["origin"]["study"] == "s"
+    assert about["origin"]["weights"] == "proxy"
+
+
+def named(made: Exported) -> Exported:
+    config = json.loads(json.dumps(made.config))
+    config["label_names"] = ["cat", "dög", 'naïve \\ " fish']
+    config["pretrained_cfg"] |= {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3]}
+    return Exported(config, made.weights)
+
+
+def photos(folder: Path) -> list[Path]:
+    """Photos of many kinds: large, tall, turned by EXIF, grey, with transparency, tiny."""
+    rng = np.random.default_rng(0)
+
+    def pixels(height: int, width: int, channels: int = 3) -> np.ndarray:
+        coarse = rng.integers(0, 256, (4, 4, channels)).astype(np.uint8)
+        return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))
+
+    folder.mkdir()
+    Image.fromarray(pixels(40, 61)).save(folder / "wide.png")
+    Image.fromarray(pixels(83, 37)).save(folder / "tall.jpg", quality=95)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels(30, 50)).save(folder / "turned.jpg", exif=exif, quality=95)
+    Image.fromarray(pixels(30, 30)).convert("L").save(folder / "grey.png")
+    Image.fromarray(pixels(25, 31, 4), "RGBA").save(folder / "see-through.png")
+    Image.fromarray(pixels(5, 9)).save(folder / "tiny.webp", lossless=True)
+    return sorted(folder.iterdir())
+
+
+@pytest.mark.parametrize("within", [Within(), Within(True, True)])
+def test_a_dozen_lines_say_what_is_on_photos_as_the_network_does(within: Within, tmp_path: Path) -> None:
+    made = named(network())
+    (folder,) = write([made], tmp_path / "out", makers([ExportFormat.ONNX], print, within))
+    paths = photos(tmp_path / "photos")
+    said = subprocess.run([sys.executable, folder / "classify.py", *paths], capture_output=True, text=True, check=True)
+    assert said.stdout.splitlines() == [expected_line(made, path) for path in paths]
+
+
+def expected_line(made: Exported, path: Path) -> str:
+    reader = ImageReader(DataConfig(resolution=RESOLUTION, to_rgb=True))
+    mean, std = (torch.tensor(made.config["pretrained_cfg"][name]).view(3, 1, 1) for name in ("mean", "std"))
+    probabilities = made.build()(((reader.read(path) / 255 - mean) / std)[None]).softmax(1)[0]
+    best = probabilities.argsort(descending=True)[:3]
+    return f"{path}: " + ", ".join(f"{made.classes[index]} {probabilities[index]:.1%}" for index in best)
+
+
+def test_it_says_what_is_missing(tmp_path: Path) -> None:
+    (folder,) = write([network()], tmp_path / "out")
+
+    def said(*words: object) -> str:
+        return subprocess.run(
+            [sys.executable, folder / "classify.py", *map(str, words)], capture_output=True, text=True, check=False
+        ).stderr.strip()
+
+    assert said("a.png").endswith(
+        "model.onnx: is not there; python run_search.py export DIRECTORY --format onnx makes it of a trained network"
+    )
+    write_onnx(network(), folder)
+    assert said() == "usage: python classify.py PHOTO ..."
+    (tmp_path / "no.png").write_text("no image")
+    for path in (tmp_path / "no.png", tmp_path / "missing.png"):
+        line = said(path)
+        assert line.startswith(f"{path}: is no image that can be read (")
+        assert "\n" not in line
+
+
+@pytest.mark.slow
+def test_classify_needs_three_packages_and_nothing_else(tmp_path: Path) -> None:
+    (folder,) = write([named(network())], tmp_path / "out", makers([ExportFormat.ONNX], print))
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    install = [python, "-m", "pip", "install", "--quiet", "onnxruntime", "numpy", "pillow"]
+    if (done := subprocess.run(install, capture_output=True, text=True, check=False)).returncode:
+        pytest.skip(f"not tested: classify.py in an environment of its own; pip says {done.stderr.strip()[-200:]}")
+    paths = photos(tmp_path / "photos")
+    said = subprocess.run([python, folder / "classify.py", *paths], capture_output=True, text=True, check=True)
+    assert said.stdout.splitlines() == [expected_line(named(network()), path) for path in paths]

@@ -102,8 +102,8 @@ NEXT = """
 import sqlalchemy as sa
 from alembic import op
 
-revision = "0010"
-down_revision = "0009"
+revision = "0011"
+down_revision = "0010"
 
 
 def upgrade():
@@ -117,7 +117,7 @@ def next_version(old_url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """From here on this is a later program, with one more migration: the database of `old_url` is old."""
     folder = tmp_path / "migrations"
     shutil.copytree(schema.MIGRATIONS, folder)
-    (folder / "versions" / "0010_next.py").write_text(NEXT)
+    (folder / "versions" / "0011_next.py").write_text(NEXT)
     monkeypatch.setattr("studies.schema.MIGRATIONS", folder)
 
 
@@ -197,7 +197,7 @@ def test_an_old_database_keeps_its_rows(old_url: str, engine: Engine, create: bo
     before = everything(engine)
     assert [row["latency_id"] for row in before["convfirst_latencies"]] == [3, 5, 7]
     opened(old_url, create=create).close()
-    assert version(engine) == schema.head() == "0010"
+    assert version(engine) == schema.head() == "0011"
     after = everything(engine)
     assert after.pop("convfirst_next") == []
     assert [row.pop("memory_bytes") for row in after["convfirst_devices"]] == [None]
@@ -316,7 +316,7 @@ def test_a_migration_that_fails_changes_nothing(old_url: str, engine: Engine) ->
     with pytest.raises(StorageError, match=r"convfirst_next.* already exists") as caught:
         Store.open(old_url, create=True)
     assert "\n" not in str(caught.value)
-    assert version(engine) == "0009"
+    assert version(engine) == "0010"
     with engine.begin() as connection:
         connection.execute(text("DROP TABLE convfirst_next"))
     assert everything(engine) == before
@@ -344,7 +344,7 @@ def test_an_old_database_that_somebody_holds_is_told_soon(
         holder.execute(text("SELECT * FROM pareto_front"))
         with pytest.raises(StorageError, match=r"locked|lock timeout"):
             Store.open(old_url, create=False)
-    assert version(engine) == "0009"
+    assert version(engine) == "0010"
     opened(old_url).close()
 
 
