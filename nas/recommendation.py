@@ -195,6 +195,7 @@ def commands(name: str, storage: str, chosen: Member) -> list[tuple[str, str]]:
     of_study = _of_study(name, storage)
     folder = directory_name(chosen.latency_ms, chosen.number)
     return [
+        ("train it", f"python run_search.py train {of_study} --trial {chosen.number} --out exports"),
         ("export it", f"python run_search.py export {of_study} --trial {chosen.number} --out exports"),
         ("time it", f"python run_search.py bench exports/{folder}"),
     ]

@@ -28,6 +28,7 @@ from nas.cli import (
     search,
     space,
     studies,
+    train,
 )  # fmt: skip
 from nas.cli.console import fail
 
@@ -59,6 +60,6 @@ app.callback(invoke_without_command=True)(search.search)
 for command in (
     pareto.pareto, recommend.recommend, studies.studies, dashboard.dashboard, report.report, baselines.baselines,
     export.export, bench.bench, confirm.confirm, retrain.retrain, space.space, device.device, remeasure.remeasure,
-    analyze.analyze, latency.latency,
+    analyze.analyze, latency.latency, train.train,
 ):  # fmt: skip
     app.command()(command)

@@ -115,3 +115,29 @@ def plot_learning_curve(curve: Sequence[CurvePoint], validation_accuracy: float 
     handles = [handle for each in (axes, losses) for handle in each.get_legend_handles_labels()[0]]
     axes.legend(handles=handles, loc="center right", frameon=False)
     write_figure(figure, path, dpi=110)
+
+
+def plot_training(
+    epochs: Sequence[int], losses: Sequence[float], accuracies: Sequence[float | None], title: str, path: Path
+) -> None:
+    """Draw the loss of a long training, and its accuracy on held-out images, over the passes over its images.
+
+    Args:
+        accuracies: those of the averaged weights, (n,); None where they were not looked at.
+    """
+    figure = new_figure(7, 4)
+    axes = figure.add_subplot()
+    looked = [(epoch, each) for epoch, each in zip(epochs, accuracies, strict=True) if each is not None]
+    shown = [100 * accuracy for _, accuracy in looked]
+    axes.plot([epoch for epoch, _ in looked], shown, color=RED, marker="o", ms=3, label="accuracy on held-out images")
+    axes.set_xlabel("passes over the training images")
+    axes.set_ylabel("accuracy in %")
+    axes.grid(alpha=0.3)
+    own = axes.twinx()
+    own.plot(epochs, losses, color=ORANGE, label="training loss")
+    own.set_ylim(bottom=0)
+    own.set_ylabel("loss (label smoothing and augmentation included)")
+    axes.set_title(wrapped(title, 7), fontsize=10, loc="left")
+    handles = [handle for each in (axes, own) for handle in each.get_legend_handles_labels()[0]]
+    axes.legend(handles=handles, loc="center right", frameon=False)
+    write_figure(figure, path, dpi=110)

@@ -188,6 +188,10 @@ def of_study(recorded: RecordedStudy, storage: str, rows: pd.DataFrame) -> list[
                 "data": {
                     **identity["data"], "resolution": arch.shown(identity["data"]["resolution"]),
                     "mirror": recorded.config.data.mirror, "fingerprint": study.data_fingerprint,
+                    # At the anchor's size the images were told from others, and none was taken that does not fit into
+                    # memory at the largest.
+                    "fingerprint_resolution": recorded.anchor.shown(identity["data"]["resolution"]),
+                    "largest": max(recorded.config.space.own_resolutions, default=0),
                 },
                 "preparation": [] if trained is None else list(trained.images.preparation),
             },
@@ -288,7 +292,7 @@ def render(exported: Exported) -> dict[str, str]:
         "folder": is_folder(trained_on["source"]),
         "preparation": section["accuracy"].get("preparation", ()),
         "confirmed": section["accuracy"].get("confirmed"), "own_accuracy": section["accuracy"].get("weights"),
-        "classes": exported.classes, "timms_order": _is_timms_order(exported.classes),
+        "trained": section.get(TRAINED), "classes": exported.classes, "timms_order": _is_timms_order(exported.classes),
         **{key: section[key] for key in ("weights", "latency", "accuracy", "study")},
     }  # fmt: skip
     templates = Environment(

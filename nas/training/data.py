@@ -265,6 +265,23 @@ def _folder(root: Path, config: DataConfig, most: int, note: Note) -> ImageData:
     return _with_test(loaded, found.test, root, config, note) if found.test else loaded
 
 
+def training_files(config: DataConfig) -> list[tuple[Path, int]] | None:
+    """All training images of a folder with their labels, also those that `load` leaves out for want of memory.
+
+    None for a source that is no folder.
+
+    Raises:
+        UsageError: see `load`.
+    """
+    if kind_of(config) is not Kind.FOLDER:
+        return None
+    root = Path(config.source).expanduser()
+    found = list_images(root, config.reading)
+    if found.val is not None:
+        return found.train
+    return _split(found.train, [label for _, label in found.train], str(root), found.classes)[0]
+
+
 def _with_test(
     data: ImageData, test: Sequence[tuple[Path, int]], root: Path, config: DataConfig, note: Note
 ) -> ImageData:  # fmt: skip

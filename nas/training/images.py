@@ -92,14 +92,24 @@ class ImageReader:
             Exception: whatever Pillow raises for a damaged image.
         """
         size = self.config.resolution
+        fit = _fitted if self.config.reading == 1 else _resized
+        return _pixels(fit(self.picture(image), size))
+
+    def picture(self, image: Image.Image) -> Image.Image:
+        """An image in RGB and upright, at its own size.
+
+        Raises:
+            NotRGB: the image is not RGB.
+            Exception: whatever Pillow raises for a damaged image.
+        """
         if self.config.reading == 1:
-            return _pixels(_fitted(self._rgb_of_reading_1(image), size))
+            return self._rgb_of_reading_1(image)
         # Pillow turns a TIFF itself, when its pixels are loaded.
         image.load()
         if image.format in SEVERAL_FRAMES and getattr(image, "is_animated", False):
             self.done[FIRST_FRAME] += 1
         turned = TURNED.get(_orientation(image))
-        return _pixels(_resized(self._upright(self._rgb(image), turned), size))
+        return self._upright(self._rgb(image), turned)
 
     def _upright(self, image: Image.Image, turned: str | None) -> Image.Image:
         from PIL import Image

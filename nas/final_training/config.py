@@ -1,0 +1,71 @@
+"""What a user may say of the training of a network to the end."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from nas.config import AUTO, DataConfig
+from nas.options import FINITE, Bounds, Checked, at_least, one_of, option, same_as
+
+TRAINING = "Training"
+# A seed of torch's and of numpy's.
+SEED = Bounds(lambda value: 0 <= value < 2**32, "between 0 and 4294967295")
+
+
+class Start(StrEnum):
+    """Values of `train --start`: the weights that a training begins with."""
+
+    FRESH = "fresh"
+    KEPT = "kept"
+
+
+@dataclass(frozen=True)
+class FinalConfig(Checked):
+    """The training of a network to the end; what is None is chosen by network, images and device.
+
+    Args:
+        hours: time that the training may take.
+        epochs: passes over the training images.
+        learning_rate: peak learning rate; None lets a few short trainings choose it.
+        start: the weights to begin with.
+        device: device that trains, `cuda` for all GPUs.
+        workers: processes that prepare images.
+
+    Raises:
+        FieldError: a field has a value that it cannot have.
+    """
+
+    hours: float | None = option(
+        None, "--hours", "Hours that the training may take; the schedule is fitted to them",
+        default="as many as it takes", panel=TRAINING, bounds=FINITE,
+    )  # fmt: skip
+    epochs: int | None = option(
+        None, "--epochs", "Passes over the training images", default="by their number, or what --hours allows",
+        panel=TRAINING, bounds=at_least(1),
+    )  # fmt: skip
+    batch_size: int | None = option(
+        None, "--batch", "Images per training step, of each GPU", default="by the number of images and the device",
+        panel=TRAINING, bounds=at_least(2),
+    )  # fmt: skip
+    learning_rate: float | None = option(
+        None, "--lr", "Peak learning rate", default="the best of three short trainings", panel=TRAINING, bounds=FINITE
+    )
+    seed: int = option(0, "--seed", "Seed of weights, order and augmentation", panel=TRAINING, bounds=SEED)
+    start: Start = option(
+        Start.FRESH, "--start", "Weights to begin with: fresh ones, or those that the search kept", panel=TRAINING,
+        bounds=one_of(Start), typed=Start,
+    )  # fmt: skip
+    device: str = option(
+        AUTO, "--device", "Device that trains: auto, cpu, cuda (all GPUs) or cuda:N", default="cuda where there is one",
+        panel=TRAINING,
+    )  # fmt: skip
+    workers: int | None = option(
+        None, "--workers", "Processes that prepare images, of each GPU", default="by the cores", panel=TRAINING,
+        bounds=at_least(0),
+    )  # fmt: skip
+    data: str | None = option(
+        None, "--data", "Folder of the search's images, where it was moved", default="where it was", panel=TRAINING
+    )
+    data_dir: str = same_as(DataConfig, "data_dir")
+    download: bool = same_as(DataConfig, "download")

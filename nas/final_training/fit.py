@@ -1,0 +1,317 @@
+"""The training loop: timm's optimizer, schedule, loader, loss, averaged weights and checkpoints, epoch by epoch.
+
+A training is a folder: `job.json` says what is trained on what, `recipe.json` how, `last.pth.tar` is timm's checkpoint
+of the last epoch, and `log.csv` has a line for each epoch. It goes on from there, and comes to what it would have come
+to: all random numbers of an epoch follow from the seed and the epoch's number.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import math
+import os
+import random
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import CheckpointSaver, ModelEmaV3
+from torch import Tensor, nn
+
+from nas.config import DataConfig
+from nas.errors import CandidateFailed
+from nas.files import save_tensors, whole
+from nas.final_training.pictures import Pictures, loader, loss_of, mixing
+from nas.final_training.recipe import WARMUP, WEIGHT_DECAY, Recipe
+from nas.training.data import ImageData, load, training_files
+from nas.training.proxy import Batches, score, validate
+from search_spaces import ArchSpec
+from search_spaces.timm_config import model_args
+from search_spaces.timm_models import network
+
+# A warm-up has so many steps at least.
+WARMUP_STEPS = 20
+JOB, RECIPE, LAST, LOG = "job.json", "recipe.json", "last.pth.tar", "log.csv"
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is trained, and on what.
+
+    Args:
+        arch: the architecture, as JSON.
+        classes: number of classes.
+        data: the source of the images, at the network's resolution.
+        largest: see `nas.training.data.load`.
+        start: safetensors file of the weights to begin with; empty for fresh ones.
+    """
+
+    arch: str
+    classes: int
+    data: dict[str, Any]
+    largest: int
+    start: str
+
+    @property
+    def data_config(self) -> DataConfig:
+        return DataConfig(**self.data)
+
+    def build(self, drop_path: float) -> nn.Module:
+        """The network with its first weights."""
+        arch = ArchSpec.from_json(self.arch)
+        made = network(num_classes=self.classes, drop_path_rate=drop_path, **model_args(arch))
+        if self.start:
+            from safetensors.torch import load_file
+
+            made.load_state_dict(load_file(self.start))
+        return made
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """An epoch of a training.
+
+    Args:
+        number: its number, counted from 1.
+        learning_rate: rate at its end.
+        train_loss: mean loss over its steps.
+        accuracy, loss: those of the averaged weights on the validation images; None where they were not looked at.
+        seconds: seconds of the training so far, those before an interruption included.
+    """
+
+    number: int
+    learning_rate: float
+    train_loss: float
+    accuracy: float | None
+    loss: float | None
+    seconds: float
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """The result of a training.
+
+    Args:
+        weights: the averaged weights at its end.
+        accuracy, loss: those on the validation images.
+        test_accuracy: accuracy on the test images; None where there are none.
+    """
+
+    weights: dict[str, Tensor]
+    accuracy: float
+    loss: float
+    test_accuracy: float | None
+    epochs: tuple[Epoch, ...]
+
+
+class Learner:
+    """A network that learns from batches of images.
+
+    Attributes:
+        model: the network.
+        wrapped: what is called in its place, which may average gradients over several devices.
+    """
+
+    def __init__(self, job: Job, recipe: Recipe, device: torch.device) -> None:
+        self.job, self.device = job, device
+        seeded(recipe.seed, 0)
+        model: Any = job.build(recipe.augmentation["drop_path"])
+        self.model: nn.Module = model.to(device, memory_format=torch.channels_last)
+        self.wrapped: Any = self.model
+        self.optimizer = create_optimizer_v2(self.model, "adamw", lr=recipe.learning_rate, weight_decay=WEIGHT_DECAY)
+        self.mixed, self.loss = mixing(recipe, job.classes), loss_of(recipe)
+        self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp)
+
+    def schedule(self, recipe: Recipe, epochs: float, warmup: float, steps: int) -> Any:
+        """timm's cosine to zero with a linear warm-up, both in epochs of so many steps."""
+        made, _ = create_scheduler_v2(
+            self.optimizer, "cosine", num_epochs=epochs, warmup_epochs=warmup,  # type: ignore[arg-type]
+            warmup_lr=recipe.learning_rate / 100, step_on_epochs=False, updates_per_epoch=steps,
+        )  # fmt: skip
+        return made
+
+    def step(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Learn from images (N, 3, H, W) with their labels (N,); returns the loss."""
+        images = images.to(self.device, memory_format=torch.channels_last)
+        labels = labels.to(self.device)
+        if self.mixed is not None:
+            # It mixes pairs.
+            even = len(images) - len(images) % 2
+            images, labels = self.mixed(images[:even], labels[:even])
+        with self.autocast:
+            loss: Tensor = self.loss(self.wrapped(images).float(), labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        return loss.detach()
+
+
+class Saver(CheckpointSaver):
+    """timm's saver, which writes whole files only, and survives a full disk.
+
+    Args:
+        extra: what else each checkpoint holds.
+    """
+
+    def __init__(self, *args: Any, extra: Callable[[], dict[str, Any]], **options: Any) -> None:
+        super().__init__(*args, **options)  # type: ignore[no-untyped-call]
+        self.extra = extra
+
+    def _save(self, save_path: str, epoch: int, metric: float | None = None) -> None:
+        content = {
+            "epoch": epoch, "arch": "convfirst", "version": 2, "optimizer": self.optimizer.state_dict(),
+            "state_dict": self.unwrap_fn(self.model).state_dict(), "state_dict_ema": self.model_ema.module.state_dict(),
+            "saver": self.state_dict(epoch, metric),  # type: ignore[no-untyped-call]
+            **self.extra(),
+        }  # fmt: skip
+        if metric is not None:
+            content["metric"] = metric
+        save_tensors(content, Path(save_path))
+
+
+def fit(
+    folder: Path, recipe: Recipe, job: Job, device: torch.device, *, data: ImageData | None = None,
+    told: Callable[[Epoch, int], None] = lambda epoch, epochs: None,
+    turn: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Fitted:  # fmt: skip
+    """Train a network to the end, going on where an earlier call stopped.
+
+    With several devices, this is one of as many processes that torchrun started.
+
+    Args:
+        folder: folder of the training.
+        data: the images, if they are loaded already.
+        told: function that is called after each epoch, with the number of all.
+        turn: function that makes the context in which an epoch trains.
+
+    Raises:
+        CandidateFailed: the loss is no longer finite.
+        OSError: there is no room for a checkpoint; the one before it stays.
+    """
+    first = rank() == 0
+    if device.type == "cpu":
+        torch.set_num_threads(recipe.threads)
+    data = data or load(job.data_config, largest=job.largest)
+    batches = Batches(data, device)
+    mean, std = (tuple(map(float, each)) for each in data.mean_std)
+    pictures = Pictures(job.data_config, data, training_files(job.data_config))
+    made = loader(pictures, recipe, job.data_config.resolution, mean, std, device)
+    steps = len(made)
+    learner = Learner(job, recipe, device)
+    model, optimizer = learner.model, learner.optimizer
+    ema = ModelEmaV3(model, decay=recipe.ema_decay(steps), use_warmup=True)
+    # Also a training of one epoch has a warm-up, and ends with a low rate.
+    warmup = min(max(WARMUP * recipe.epochs, WARMUP_STEPS / steps), recipe.epochs / 2)
+    schedule = learner.schedule(recipe, recipe.epochs, warmup, steps)
+    log = Log(folder / LOG)
+    elapsed = 0.0
+    saver = Saver(
+        model, optimizer, model_ema=ema, checkpoint_dir=str(folder), recovery_dir=str(folder), max_history=1,
+        extra=lambda: {"seconds": elapsed},
+    )  # fmt: skip
+    begin_at = 0
+    if (folder / LAST).exists():
+        # The file is this project's own.
+        stored = torch.load(folder / LAST, map_location="cpu", weights_only=True)
+        model.load_state_dict(stored["state_dict"])
+        ema.module.load_state_dict(stored["state_dict_ema"])
+        optimizer.load_state_dict(stored["optimizer"])
+        begin_at, elapsed = stored["epoch"] + 1, float(stored["seconds"])
+        saver.load_state_dict(stored["saver"])  # type: ignore[no-untyped-call]
+    log.keep(begin_at)
+    if recipe.devices > 1:
+        ids = [device] if device.type == "cuda" else None
+        learner.wrapped = nn.parallel.DistributedDataParallel(model, device_ids=ids)
+    for epoch in range(begin_at, recipe.epochs):
+        with turn():
+            begin = time.perf_counter()
+            seeded(recipe.seed, epoch + 1)
+            if recipe.devices > 1:
+                made.sampler.set_epoch(epoch)
+            learner.wrapped.train()
+            total, count = torch.zeros((), device=device), 0
+            for number, (images, labels) in enumerate(made, start=epoch * steps + 1):
+                total += learner.step(images, labels)
+                ema.update(model, step=number)
+                schedule.step_update(number)
+                count += 1
+            train_loss = float(total) / max(1, count)
+            if not math.isfinite(train_loss):
+                raise CandidateFailed(f"the loss diverged in epoch {epoch + 1} of {recipe.epochs}")
+            held_out: tuple[float | None, float | None] = (None, None)
+            if recipe.validated_after(epoch):
+                held_out = validate(ema.module, batches)
+            elapsed += time.perf_counter() - begin
+        if first:
+            done = Epoch(epoch + 1, optimizer.param_groups[0]["lr"], train_loss, *held_out, elapsed)
+            log.add(done)
+            saver.save_checkpoint(epoch)  # type: ignore[no-untyped-call]
+            told(done, recipe.epochs)
+    accuracy, loss_value = validate(ema.module, batches)
+    tested = score(ema.module, batches.test(), device)[0] if batches.test_images is not None else None
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in ema.module.state_dict().items()}
+    return Fitted(weights, accuracy, loss_value, tested, tuple(log.epochs))
+
+
+def seeded(seed: int, epoch: int) -> None:
+    """Set all random numbers of an epoch, which then do not depend on those before."""
+    own = int(np.random.SeedSequence([seed, epoch, rank()]).generate_state(1)[0])
+    random.seed(own)
+    np.random.seed(own)  # noqa: NPY002 (timm's Mixup draws from it)
+    torch.manual_seed(own)
+
+
+def rank() -> int:
+    """The number of this process among those that torchrun started; 0 for one alone."""
+    return int(os.environ.get("RANK", "0"))
+
+
+class Log:
+    """The epochs of a training, as lines of a CSV file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.epochs: list[Epoch] = []
+        if path.exists():
+            with path.open(newline="") as file:
+                self.epochs = list(_epochs(csv.DictReader(file)))
+
+    def keep(self, count: int) -> None:
+        """Forget what comes after so many epochs: it was interrupted before its checkpoint."""
+        self.epochs = self.epochs[:count]
+
+    def add(self, epoch: Epoch) -> None:
+        self.epochs.append(epoch)
+        with whole(self.path) as part, part.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [field.name for field in dataclasses.fields(Epoch)])
+            writer.writeheader()
+            writer.writerows(asdict(each) for each in self.epochs)
+
+
+def _epochs(rows: Sequence[dict[str, str]] | csv.DictReader[str]) -> Iterator[Epoch]:
+    for row in rows:
+        values = {name: float(text) if text else None for name, text in row.items()}
+        number = int(values.pop("number") or 0)
+        yield Epoch(number, **values)  # type: ignore[arg-type]
+
+
+def write_job(folder: Path, job: Job, recipe: Recipe) -> None:
+    """Write what a training is, so that another process makes it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in ((JOB, json.dumps(asdict(job), indent=2) + "\n"), (RECIPE, recipe.to_json())):
+        with whole(folder / name) as part:
+            part.write_text(text)
+
+
+def read_job(folder: Path) -> tuple[Job, Recipe]:
+    """What `write_job` wrote."""
+    return Job(**json.loads((folder / JOB).read_text())), Recipe.from_json((folder / RECIPE).read_text())

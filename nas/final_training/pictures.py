@@ -1,0 +1,93 @@
+"""The training images of a network as timm's loader takes them: pictures and labels, which a transform changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from nas.config import DataConfig
+from nas.final_training.recipe import SMOOTHING, Recipe
+from nas.training.data import ImageData
+from nas.training.images import ImageReader
+
+
+class Pictures(Dataset[tuple[Any, int]]):
+    """Images from files, or from memory, in RGB.
+
+    Args:
+        config: the source, which says how images are read.
+        files: image files with their labels; None stands for the images in memory.
+
+    Attributes:
+        transform: function of a picture, which timm's `create_loader` sets.
+    """
+
+    transform: Callable[[Any], Any]
+
+    def __init__(self, config: DataConfig, data: ImageData, files: Sequence[tuple[Path, int]] | None) -> None:
+        self.reader, self.files = ImageReader(config), files
+        self.images: Tensor | None = None
+        self.labels: Tensor | None = None
+        if files is None:
+            self.images, self.labels = data.train_images, data.train_labels
+
+    def __len__(self) -> int:
+        return len(self.labels) if self.labels is not None else len(self.files or ())
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        from PIL import Image
+
+        if self.images is not None and self.labels is not None:
+            picture = Image.fromarray(self.images[index].permute(1, 2, 0).numpy())
+            return self.transform(picture), int(self.labels[index])
+        assert self.files is not None
+        path, label = self.files[index]
+        with Image.open(path) as image:
+            return self.transform(self.reader.picture(image)), label
+
+
+def loader(
+    pictures: Pictures, recipe: Recipe, resolution: int, mean: Sequence[float], std: Sequence[float],
+    device: torch.device,
+) -> Any:  # fmt: skip
+    """timm's loader of augmented batches: images (N, 3, H, W), normalised, and labels (N,), on the device or not."""
+    from timm.data import create_loader
+
+    own = recipe.augmentation
+    on_cuda = device.type == "cuda"
+    return create_loader(
+        pictures,  # type: ignore[arg-type]
+        (3, resolution, resolution), recipe.batch_size, is_training=True, re_prob=own["reprob"],
+        re_mode="pixel", scale=tuple(own["scale"]), hflip=recipe.hflip, color_jitter=0.0, auto_augment=own["aa"],
+        interpolation="bicubic", mean=tuple(mean), std=tuple(std), num_workers=recipe.workers,
+        distributed=recipe.devices > 1, use_prefetcher=on_cuda, pin_memory=on_cuda, device=device,
+        # New ones for each epoch, whose random numbers depend on the epoch alone: so a training that goes on is the
+        # one that it would have been.
+        persistent_workers=False,
+    )  # fmt: skip
+
+
+def mixing(recipe: Recipe, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:
+    """timm's Mixup and CutMix, which make soft targets of labels; None where there is none."""
+    from timm.data import Mixup
+
+    own = recipe.augmentation
+    if not (own["mixup"] or own["cutmix"]):
+        return None
+    mixed: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] = Mixup(
+        own["mixup"], own["cutmix"], label_smoothing=SMOOTHING, num_classes=classes
+    )
+    return mixed
+
+
+def loss_of(recipe: Recipe) -> nn.Module:
+    """timm's loss for the targets that there are."""
+    from timm.loss import LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+
+    own = recipe.augmentation
+    return SoftTargetCrossEntropy() if own["mixup"] or own["cutmix"] else LabelSmoothingCrossEntropy(SMOOTHING)

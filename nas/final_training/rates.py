@@ -1,0 +1,133 @@
+"""Short trainings before a long one: which rate learns best, whether bfloat16 is faster, and how long a step takes."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from nas.errors import CandidateFailed
+from nas.final_training.fit import Job, Learner
+from nas.final_training.pictures import Pictures, loader
+from nas.final_training.recipe import Recipe
+from nas.training.data import ImageData, training_files
+from nas.training.proxy import Batches, validate
+
+# Rates that are tried, in units of the one that is expected.
+FACTORS = (0.5, 1.0, 2.0)
+# Length of each such training, as a share of the steps of the long one, and at least and at most.
+SHARE, LEAST_STEPS, MOST_STEPS = 1 / 60, 30, 400
+WARMUP = 0.2
+# Steps by which two precisions are compared, and by how much bfloat16 has to be faster.
+TIMED_STEPS, WORTH = 6, 1.15
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A short training.
+
+    Args:
+        loss: loss on the validation images at its end; infinite where it diverged.
+        step_seconds: seconds of a step, with the preparation of its images.
+        validation_seconds: seconds of the validation.
+    """
+
+    rate: float
+    loss: float
+    step_seconds: float
+    validation_seconds: float
+
+
+class Trials:
+    """Short trainings of one network.
+
+    Args:
+        job: the network and its images.
+        data: the images.
+        device: the device that trains.
+    """
+
+    def __init__(self, job: Job, data: ImageData, device: torch.device) -> None:
+        self.job, self.data, self.device = job, data, device
+        self.batches = Batches(data, device)
+        self.files = training_files(job.data_config)
+        self.mean, self.std = (tuple(map(float, each)) for each in data.mean_std)
+
+    def steps_an_epoch(self, recipe: Recipe) -> int:
+        """The number of steps of an epoch."""
+        images = len(self.files) if self.files is not None else len(self.data.train_labels)
+        return max(1, images // recipe.images_a_step)
+
+    def with_best_rate(self, recipe: Recipe, factors: Sequence[float]) -> tuple[Recipe, list[Tried]]:
+        """A recipe with the rate that learns best in a short time, and what was tried.
+
+        Raises:
+            CandidateFailed: all of them diverge.
+        """
+        steps = round(min(MOST_STEPS, max(LEAST_STEPS, SHARE * recipe.epochs * self.steps_an_epoch(recipe))))
+        tried = [self.run(replace(recipe, learning_rate=recipe.learning_rate * each), steps) for each in factors]
+        best = min(tried, key=lambda each: each.loss)
+        if not math.isfinite(best.loss):
+            raise CandidateFailed("its loss diverges at every rate")
+        return replace(recipe, learning_rate=best.rate), tried
+
+    def is_faster_in_16_bits(self, recipe: Recipe) -> bool:
+        """Whether steps are faster in bfloat16 by so much that it pays."""
+        if self.device.type == "cuda":
+            return bool(torch.cuda.is_bf16_supported())
+        seconds = [
+            min(self.run(replace(recipe, amp=amp), TIMED_STEPS, validated=False).step_seconds for _ in range(2))
+            for amp in (False, True)
+        ]
+        return seconds[0] >= WORTH * seconds[1]
+
+    def run(self, recipe: Recipe, steps: int, validated: bool = True) -> Tried:
+        """Train for so many steps, with a warm-up and a cosine of their own."""
+        if self.device.type == "cpu":
+            torch.set_num_threads(recipe.threads)
+        alone = replace(recipe, devices=1)
+        pictures = Pictures(self.job.data_config, self.data, self.files)
+        resolution = self.job.data_config.resolution
+        made = loader(pictures, alone, resolution, self.mean, self.std, self.device)
+        learner = Learner(self.job, recipe, self.device)
+        learner.model.train()
+        schedule = learner.schedule(recipe, 1, WARMUP, steps)
+        endless = itertools.chain.from_iterable(iter(made) for _ in itertools.count())
+        begin, timed = time.perf_counter(), steps
+        for number, (images, labels) in enumerate(itertools.islice(endless, steps)):
+            if number == min(2, steps - 1):
+                # The first ones take longer.
+                _finish(self.device)
+                begin, timed = time.perf_counter(), steps - number
+            learner.step(images, labels)
+            schedule.step_update(number + 1)
+        _finish(self.device)
+        step_seconds = (time.perf_counter() - begin) / timed
+        if not validated:
+            return Tried(recipe.learning_rate, math.inf, step_seconds, 0.0)
+        begin = time.perf_counter()
+        try:
+            _, loss = validate(learner.model, self.batches)
+        except CandidateFailed:
+            loss = math.inf
+        return Tried(recipe.learning_rate, loss, step_seconds, time.perf_counter() - begin)
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def epoch_seconds(recipe: Recipe, tried: Sequence[Tried], steps: int) -> float:
+    """Seconds of an epoch, with its share of the validations.
+
+    Args:
+        steps: number of steps of an epoch.
+    """
+    validations = sum(map(recipe.validated_after, range(recipe.epochs))) / recipe.epochs
+    fastest = min(each.step_seconds for each in tried)
+    return fastest * steps + validations * min(each.validation_seconds for each in tried)

@@ -1,0 +1,333 @@
+"""Trainings to the end: tiny networks on a handful of images, interrupted, refused, described."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from nas.cli.app import app
+from nas.config import SearchConfig
+from nas.errors import UsageError
+from nas.export.directories import read, write
+from nas.final_training import fit as fitting
+from nas.final_training import train as training
+from nas.final_training.config import FinalConfig, Start
+from nas.final_training.fit import Epoch, read_job
+from nas.final_training.recipe import Recipe, fitted, recipe_for
+from nas.final_training.train import train
+from nas.training import data as image_data
+from nas.training.images import ImageReader
+from nas.training.proxy import Batches, validate
+from studies import Store
+from tests.nas.test_export import exported, keep_weights
+
+QUICK = FinalConfig(epochs=4, learning_rate=2e-3, batch_size=8, workers=0)
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CONVFIRST_LOCKS", str(tmp_path))
+    # Two processes of two threads each would wait for each other.
+    monkeypatch.setattr(training, "cores", lambda: 1)
+    monkeypatch.setattr(training.Trials, "is_faster_in_16_bits", lambda self, recipe: False)
+
+
+@pytest.fixture
+def folder(store: Store, config: SearchConfig, tmp_path: Path) -> Path:
+    return write(exported(store, config, trials=(1,)), tmp_path / "out")[0]
+
+
+def silent(line: str) -> None:
+    pass
+
+
+def test_a_directory_is_trained_deployable_and_described(folder: Path, config: SearchConfig) -> None:
+    told: list[tuple[Epoch, int]] = []
+    notes: list[str] = []
+    done = train(folder, QUICK, notes.append, lambda epoch, epochs: told.append((epoch, epochs)))
+    assert [(epoch.number, epochs) for epoch, epochs in told] == [(number, 4) for number in (1, 2, 3, 4)]
+    assert all(epoch.accuracy is not None and math.isfinite(epoch.train_loss) for epoch, _ in told)
+    assert told[-1][0].learning_rate < told[0][0].learning_rate <= 2e-3
+    # It says before how long it will take, and what it will do.
+    assert any("will take about 0:00:0" in line for line in notes)
+    assert any("4 passes over 36 images in steps of 8 on the CPU, AdamW" in line for line in notes)
+    again = read(folder)
+    trained = again.config["convfirst"]["trained"]
+    assert again.config["convfirst"]["weights"] == "trained"
+    assert again.classes == ["bright", "dark"]
+    # The accuracy is that of the weights that are there, on the validation images.
+    data = image_data.load(config.data)
+    accuracy, loss = validate(again.build(), Batches(data, torch.device("cpu")))
+    assert (trained["accuracy"], trained["val_images"], trained["train_images"]) == (accuracy, 4, 36)
+    assert trained["loss"] == pytest.approx(loss)
+    assert 0 <= trained["low"] < trained["accuracy"] <= trained["high"] <= 1
+    assert trained["test_accuracy"] is None
+    card = (folder / "README.md").read_text()
+    assert f"As trained: **{100 * accuracy:.2f} %** of 4 held-out images" in card
+    assert "As searched: 60.00 %" in card
+    assert "4 passes over 36 images in steps of 8" in card
+    assert str(done).startswith(f"{folder}: accuracy {accuracy:.1%} (")
+    assert (folder / "training" / "curve.png").stat().st_size > 1000
+    # The ONNX file has these weights, and says how images are prepared.
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    about = {key: json.loads(value) for key, value in session.get_modelmeta().custom_metadata_map.items()}
+    mean, std = data.mean_std
+    assert about["mean"] == pytest.approx(mean.tolist())
+    assert about["classes"] == ["bright", "dark"]
+    x = ((data.val_images / 255 - mean.view(3, 1, 1)) / std.view(3, 1, 1)).numpy()
+    right = session.run(None, {"images": x})[0].argmax(1) == data.val_labels.numpy()
+    assert right.mean() == accuracy
+
+
+def test_nothing_is_trained_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = train(folder, QUICK, silent)
+    monkeypatch.setattr(training, "fit", lambda *rest, **named: pytest.fail("it is trained"))
+    notes: list[str] = []
+    assert train(folder, replace(QUICK, epochs=9), notes.append) == first
+    assert "is trained already" in notes[0]
+
+
+@pytest.mark.parametrize(("at", "workers"), [(0, 0), (1, 2), (3, 0)])
+def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(
+    folder: Path, tmp_path: Path, at: int, workers: int
+) -> None:
+    config = replace(QUICK, workers=workers)
+    other = tmp_path / "other"
+    shutil.copytree(folder, other)
+    whole = train(folder, config, silent)
+
+    def interrupt(epoch: Epoch, epochs: int) -> None:
+        if epoch.number == at + 1:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(other, config, silent, interrupt)
+    assert read(other).weights is None
+    notes: list[str] = []
+    told: list[int] = []
+    # What it was begun with counts.
+    again = train(other, replace(config, epochs=7), notes.append, lambda epoch, epochs: told.append(epoch.number))
+    assert told == list(range(at + 2, 5))
+    assert any("its training goes on, with the recipe with which it was begun" in line for line in notes)
+    assert (again.section["accuracy"], again.section["loss"]) == (whole.section["accuracy"], whole.section["loss"])
+    one, two = read(folder).weights, read(other).weights
+    assert one is not None
+    assert two is not None
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_full_disk_costs_an_epoch_at_most(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, config: SearchConfig
+) -> None:
+    save, saved = fitting.save_tensors, [0]
+
+    def full(content: dict[str, Any], path: Path) -> None:
+        saved[0] += 1
+        if saved[0] == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        save(content, path)
+
+    monkeypatch.setattr(fitting, "save_tensors", full)
+    line = ["train", str(folder), "--epochs", "4", "--lr", "2e-3", "--batch", "8", "--workers", "0"]
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 2
+    assert "No space left on device" in result.output.splitlines()[-1]
+    assert torch.load(folder / "training" / "last.pth.tar", weights_only=True)["epoch"] == 1
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 0, result.output
+    assert f"{folder}: accuracy " in result.stdout
+    assert "3/4 " in result.stdout
+    assert "2/4 " not in result.stdout
+
+
+def test_two_processes_do_not_train_one_directory(folder: Path) -> None:
+    def second(epoch: Epoch, epochs: int) -> None:
+        with pytest.raises(UsageError, match="another process trains it now"):
+            train(folder, QUICK, silent)
+
+    train(folder, replace(QUICK, epochs=1), silent, second)
+
+
+def test_images_must_be_those_of_the_search(folder: Path, images: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    images.rename(moved)
+    with pytest.raises(UsageError, match=r"--data .*images: no such folder"):
+        train(folder, QUICK, silent)
+    others = tmp_path / "others"
+    shutil.copytree(moved, others)
+    (others / "dark" / "0.png").unlink()
+    with pytest.raises(UsageError, match=r"--data .*others: holds other images than those of the search of convfirst"):
+        train(folder, replace(QUICK, data=str(others)), silent)
+    shutil.rmtree(others / "dark")
+    with pytest.raises(UsageError, match=r"--data .*others"):
+        train(folder, replace(QUICK, data=str(others)), silent)
+    assert not (folder / "training" / "recipe.json").exists()
+    assert train(folder, replace(QUICK, data=str(moved)), silent).section["train_images"] == 36
+
+
+def test_kept_weights_are_a_start(store: Store, config: SearchConfig, tmp_path: Path) -> None:
+    (bare,) = write(exported(store, config, trials=(2,)), tmp_path / "bare")
+    with pytest.raises(UsageError, match=r"--start kept: the search kept no weights of convfirst_3ms_t002"):
+        train(bare, replace(QUICK, start=Start.KEPT), silent)
+    kept = keep_weights(store, config, 2)
+    (folder,) = write(exported(store, config, trials=(2,)), tmp_path / "kept")
+    train(folder, replace(QUICK, start=Start.KEPT, epochs=1), silent)
+    job, recipe = read_job(folder / "training")
+    assert recipe.start is Start.KEPT
+    # The file has the trained weights by now.
+    assert job.start == str(folder / "model.safetensors")
+    (again,) = write(exported(store, config, trials=(2,)), tmp_path / "again")
+    built = replace(job, start=str(again / "model.safetensors")).build(0.0).state_dict()
+    assert all(torch.equal(built[name], tensor) for name, tensor in kept.items())
+
+
+def test_a_training_that_diverges_says_so(folder: Path) -> None:
+    line = ["train", str(folder), "--epochs", "2", "--lr", "1e30", "--batch", "8", "--workers", "0"]
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 2
+    assert f"{folder}: cannot be trained (" in result.output
+    assert read(folder).weights is None
+
+
+def test_the_best_of_three_rates_is_taken(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    notes: list[str] = []
+    train(folder, replace(QUICK, learning_rate=None, epochs=1), notes.append)
+    (line,) = (line for line in notes if line.startswith("rates tried: "))
+    tried = dict(
+        (float(each.split()[0]), float(each.split("loss ")[1].rstrip(")")))
+        for each in line.partition(": ")[2].split(", ")
+    )
+    _, recipe = read_job(folder / "training")
+    assert len(tried) == 3
+    assert recipe.learning_rate == pytest.approx(min(tried, key=lambda rate: tried[rate]), rel=1e-2)
+
+
+def test_hours_fit_the_schedule() -> None:
+    recipe = recipe_for(FinalConfig(), 10**5, 32, 20_000, "cpu", 1, 2, True, False, 8e-3, 32)
+    assert recipe.epochs == 100
+    assert fitted(recipe, 1.0, 60.0).epochs == 54
+    assert fitted(recipe, 10.0, 60.0).epochs == 540
+    with pytest.raises(UsageError, match=r"--hours 0\.01: one pass over the training images takes 0\.019 hours"):
+        fitted(recipe, 0.01, 60.0)
+
+
+def test_too_little_time_leaves_nothing_behind(folder: Path) -> None:
+    line = ["train", str(folder), "--hours", "1e-7", "--workers", "0"]
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 2
+    assert "one pass over the training images takes" in result.output
+    assert not (folder / "training" / "recipe.json").exists()
+
+
+def recipe_of(**changes: Any) -> Recipe:
+    told = dict(params=10**5, resolution=32, images=20_000, kind="cpu", devices=1, cores=2, mirror=True, amp=False,
+                base_rate=8e-3, base_batch=32)  # fmt: skip
+    return recipe_for(FinalConfig(), **(told | changes))
+
+
+def test_a_recipe_follows_from_network_images_and_device() -> None:
+    usual = recipe_of()
+    assert (usual.batch_size, usual.threads, usual.hflip) == (64, 2, 0.5)
+    assert usual.learning_rate == pytest.approx(8e-3 * math.sqrt(2))
+    # Few images are seen more often, in smaller steps.
+    few = recipe_of(images=400)
+    assert few.batch_size == 8
+    assert few.epochs == 400
+    assert recipe_of(images=1_300_000).epochs == 100
+    # Larger networks, and those of few images, are regularised more.
+    assert recipe_of(params=5 * 10**6).augmentation["mixup"] > usual.augmentation["mixup"] == 0
+    assert recipe_of(params=5 * 10**5, images=1000).augmentation["mixup"] > 0
+    several = recipe_of(kind="cuda", devices=4, images=10**6, cores=32)
+    assert (several.batch_size, several.images_a_step, several.workers) == (256, 1024, 4)
+    assert recipe_of(mirror=False).hflip == 0
+    assert recipe_of(images=3).batch_size <= 3
+    assert Recipe.from_json(several.to_json()) == several
+
+
+def test_the_course_of_a_training_is_looked_at_some_forty_times() -> None:
+    long = replace(recipe_of(), epochs=400)
+    looked = [epoch for epoch in range(400) if long.validated_after(epoch)]
+    assert len(looked) == 40
+    assert looked[-1] == 399
+    assert all(replace(long, epochs=3).validated_after(epoch) for epoch in range(3))
+
+
+def test_pictures_of_a_folder_are_read_from_its_files(config: SearchConfig, images: Path) -> None:
+    from nas.final_training.pictures import Pictures
+
+    data = image_data.load(config.data)
+    pictures = Pictures(config.data, data, image_data.training_files(config.data))
+    pictures.transform = np.asarray
+    assert len(pictures) == 36
+    reader = ImageReader(config.data)
+    by_label = sorted(data.train_labels.tolist())
+    assert sorted(pictures[index][1] for index in range(36)) == by_label
+    read_again = {reader.read(path).numpy().tobytes() for path, _ in pictures.files or ()}
+    assert read_again == {image.numpy().tobytes() for image in data.train_images}
+    in_memory = Pictures(config.data, data, None)
+    in_memory.transform = np.asarray
+    for index in (0, 17, 35):
+        assert in_memory[index][0].transpose(2, 0, 1).tobytes() == data.train_images[index].numpy().tobytes()
+
+
+def test_the_command_trains_what_is_recommended(store: Store, config: SearchConfig, tmp_path: Path) -> None:
+    out = tmp_path / "exports"
+    line = ["train", "--storage", config.storage, "--out", str(out), "--epochs", "1", "--lr", "2e-3", "--workers", "0"]
+    limited = CliRunner().invoke(app, [*line, "--max-latency-ms", "3.5"])
+    assert limited.exit_code == 0, limited.output
+    assert [path.name for path in out.iterdir()] == ["convfirst_3ms_t002"]
+    assert f"python {out / 'convfirst_3ms_t002' / 'classify.py'} PHOTO" in limited.stdout
+    # Others go beside it, and what is trained stays.
+    both = CliRunner().invoke(app, [*line, "--trial", "0", "--trial", "2"])
+    assert both.exit_code == 0, both.output
+    assert sorted(path.name for path in out.iterdir()) == ["convfirst_1ms_t000", "convfirst_3ms_t002"]
+    assert "is trained already" in both.output
+
+
+def test_the_command_refuses_what_it_cannot_do(store: Store, config: SearchConfig, folder: Path) -> None:
+    for line, told in (
+        (["--trial", "77"], "--trial 77: there is no such candidate"),
+        (["--max-latency-ms", "0.001"], "--max-latency-ms 0.001: the fastest network takes 1 ms"),
+        ([str(folder), "--top", "2"], f"--top: is for networks of a study, not for {folder}"),
+        ([str(folder), "--hours", "0"], "--hours 0.0: is not positive and finite"),
+        ([str(folder), "--device", "tpu"], "--device tpu: not a device"),
+        ([str(folder / "no")], f"{folder / 'no'}: no such directory"),
+        ([str(folder), "--seed", "-1"], "--seed -1: is not between 0 and"),
+    ):
+        own = ["--storage", config.storage] if line[0].startswith("--") else []
+        result = CliRunner().invoke(app, ["train", *line, *own])
+        assert result.exit_code == 2, result.output
+        assert told in result.output
+
+
+@pytest.mark.slow
+def test_several_processes_train_together(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By torchrun, as several GPUs would, here on the CPU: gradients are averaged, and only one saves and tells."""
+    monkeypatch.setattr(training, "every_cuda", lambda device: [device, device])
+    monkeypatch.setattr(training, "recipe_for", lambda *rest: replace(recipe_for(*rest), devices=2, threads=1))
+    told: list[int] = []
+    done = train(folder, QUICK, silent, lambda epoch, epochs: told.append(epoch.number))
+    assert told == [1, 2, 3, 4]
+    assert done.section["devices"] == 2
+    assert len(list(csv_rows(folder))) == 4
+    assert read(folder).weights is not None
+
+
+def csv_rows(folder: Path) -> Iterator[str]:
+    with contextlib.closing((folder / "training" / "log.csv").open()) as file:
+        next(file)
+        yield from file
