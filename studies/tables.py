@@ -140,7 +140,7 @@ class Study(Base):
         confirmed_at: when the accuracies of the front were confirmed; None if they are not, or no longer.
         confirmed_in: the deployment whose front was confirmed, as `Deployment.key` writes it.
         pilot: JSON, what the pilot measured and why the schedule was chosen; None where there was no pilot.
-        images: JSON, the names of the classes and how images are normalised; None in older studies.
+        images: JSON, the names of the classes, how images are normalised, their number; None in older studies.
     """
 
     __tablename__ = "convfirst_studies"

@@ -9,12 +9,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import math
 import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -26,7 +25,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, TemplateError
 from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
-from nas.config import LatencyConfig, is_folder, is_mirrored
+from kernels.machine import cores
+from nas.config import DataConfig, LatencyConfig, is_folder, is_mirrored
 from nas.display.notes import code, plain, stage_table
 from nas.errors import UsageError, message_line, of_this_version, unreadable
 from nas.export.selection import Selection
@@ -36,7 +36,9 @@ from nas.latency.block_table import BlockTable
 from nas.recommendation import directory_name
 from nas.recorded import RecordedStudy
 from nas.reporting import Note
-from nas.training.folders import natural_order
+from nas.training.data import Kind, SplitFiles, kind_of, split_files
+from nas.training.folders import natural_order, split_folders
+from nas.training.recipe import OF_IMAGES, Recipe, recipe_for
 from nas.training.weights import Images, Trained, Weights, require_finite, weight_folder
 from search_spaces import ArchSpec, cost
 from search_spaces.timm_config import timm_config
@@ -56,6 +58,10 @@ SECTION = "convfirst"
 PROXY_WEIGHTS = "proxy"
 # Of our section, the key of what a training to the end has found.
 TRAINED = "trained"
+# And that of the images: their number, and the folder in which timm finds them.
+IMAGES = "images"
+# Begin of the name of a folder of links to the images of the search, in its own split.
+LINKS = "split"
 
 Formats = Sequence[Callable[["Exported", Path], object]]
 
@@ -93,6 +99,13 @@ class Exported:
     @property
     def resolution(self) -> int:
         return int(self.config["pretrained_cfg"]["input_size"][-1])
+
+    @property
+    def data(self) -> DataConfig:
+        """The images of its search."""
+        told = self.config[SECTION]["accuracy"]["data"]
+        known = {each.name for each in fields(DataConfig)}
+        return DataConfig(**{name: value for name, value in told.items() if name in known})
 
     @property
     def deployment(self) -> LatencyConfig:
@@ -172,6 +185,7 @@ def of_study(recorded: RecordedStudy, storage: str, rows: pd.DataFrame) -> list[
     anchor = {"arch_spec": json.loads(study.anchor), "median_ms": study.anchor_ms}
     kept = Weights(weight_folder(storage), study.study_id)
     images = Images.from_json(study.images) if study.images else None
+    for_timm = _images_section(recorded)
     networks = []
     for arch, (_, row) in zip(archs, rows.iterrows(), strict=True):
         own = replace(config, resolution=arch.shown(config.resolution))
@@ -195,10 +209,31 @@ def of_study(recorded: RecordedStudy, storage: str, rows: pd.DataFrame) -> list[
                 },
                 "preparation": [] if trained is None else list(trained.images.preparation),
             },
-            "weights": None if trained is None else PROXY_WEIGHTS,
+            "weights": None if trained is None else PROXY_WEIGHTS, IMAGES: for_timm,
         }  # fmt: skip
         networks.append(_exported(arch, section, own, trained, images))
     return networks
+
+
+def _images_section(recorded: RecordedStudy) -> dict[str, Any]:
+    """The number of the training images, and the folder in which timm's scripts find them, if they are here."""
+    section: dict[str, Any] = {}
+    if recorded.row.images and (count := json.loads(recorded.row.images).get("train_images")):
+        section["train_images"] = count
+    data = recorded.config.data
+    try:
+        if kind_of(data) is not Kind.FOLDER:
+            return section
+        root = Path(data.source).expanduser()
+        train, val = split_folders(root, data.reading)
+    except (UsageError, OSError):
+        # They were moved away, or are on another machine.
+        return section
+    if val is not None and train.parent == val.parent == root:
+        return {**section, "data_dir": str(root.absolute()), "train_split": train.name, "val_split": val.name}
+    # timm would validate on training images.
+    name = f"{LINKS}_{recorded.row.data_fingerprint}"
+    return {**section, "data_dir": f"../{name}", "train_split": "train", "val_split": "val", "links": name}
 
 
 def _confirmed_section(row: pd.Series) -> dict[str, float] | None:
@@ -282,11 +317,14 @@ def render(exported: Exported) -> dict[str, str]:
     counted = cost(arch, exported.resolution, exported.num_classes)
     section = config[SECTION]
     trained_on = section["accuracy"]["data"]
+    own_recipe = timm_recipe(exported, counted.params)
+    steps = (section.get(IMAGES, {}).get("train_images") or OF_IMAGES) // own_recipe.images_a_step
     values = {
         "name": name, "arch": arch, "resolution": exported.resolution, "num_classes": exported.num_classes,
         "params": counted.params, "macs": counted.macs, "proxy": section["weights"] == PROXY_WEIGHTS,
         "stages": stage_table(arch, exported.resolution, exported.num_classes),
-        "recipe": recipe(counted.params, exported.resolution),
+        "recipe": own_recipe, "ema_decay": own_recipe.ema_decay(steps),
+        "images": {"train_images": None, "data_dir": None, **section.get(IMAGES, {})},
         # Directories that were exported before these were recorded do not have them.
         "mirror": trained_on.get("mirror", is_mirrored(trained_on["source"])), "reading": trained_on.get("reading", 1),
         "folder": is_folder(trained_on["source"]),
@@ -299,7 +337,7 @@ def render(exported: Exported) -> dict[str, str]:
         loader=PackageLoader("nas.export"), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
         keep_trailing_newline=True,
     )  # fmt: skip
-    templates.filters.update(code=code, plain=plain)
+    templates.filters.update(code=code, plain=plain, number=_yaml_number)
     edited = {
         RECIPE: templates.get_template("train.yaml").render(values),
         CARD: templates.get_template("model_card.md").render(values),
@@ -316,6 +354,29 @@ def render(exported: Exported) -> dict[str, str]:
     }
 
 
+def _yaml_number(value: float) -> str:
+    """A number as YAML 1.1 reads it: what has an exponent and no point is a word there."""
+    text = f"{value:.6g}"
+    return text.replace("e", ".0e") if "e" in text and "." not in text else text
+
+
+def timm_recipe(exported: Exported, params: int) -> Recipe:
+    """The recipe of a training by timm's own script, on this machine.
+
+    Args:
+        params: number of the network's parameters.
+    """
+    told = exported.config[SECTION]["accuracy"]
+    proxy, source = told["training"], told["data"]["source"]
+    count = exported.config[SECTION].get(IMAGES, {}).get("train_images") or OF_IMAGES
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    return recipe_for(
+        params, exported.resolution, count, kind, devices=1, cores=cores(),
+        mirror=told["data"].get("mirror", is_mirrored(source)), base_rate=proxy["learning_rate"],
+        base_batch=proxy["batch_size"],
+    )  # fmt: skip
+
+
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode(errors="backslashreplace")).hexdigest()[:16]
 
@@ -324,26 +385,6 @@ def _is_timms_order(classes: Sequence[str]) -> bool:
     """Whether timm numbers folders of these names so; of names that differ in case alone, it takes any order."""
     keys = [natural_order(name) for name in classes]
     return all(one < other for one, other in pairwise(keys))
-
-
-def recipe(params: int, resolution: int) -> dict[str, Any]:
-    """Regularisation for an ImageNet-style training, which is stronger for larger networks.
-
-    Small networks underfit: strong augmentation costs them accuracy (Steiner et al., arXiv 2106.10270; Tan and Le,
-    arXiv 2104.00298, table 6). The strongest recipe is that of ConvNeXt (arXiv 2201.03545), and so is the schedule.
-    """
-    # Upper bound in millions of parameters; RandAugment's magnitude, mixup, cutmix, random erasing, stochastic depth.
-    steps = (
-        (3, 5, 0.0, 0.0, 0.0, 0.0), (12, 7, 0.2, 0.2, 0.1, 0.05), (30, 9, 0.8, 1.0, 0.25, 0.1),
-        (math.inf, 9, 0.8, 1.0, 0.25, 0.2),
-    )  # fmt: skip
-    _, magnitude, mixup, cutmix, reprob, drop_path = next(step for step in steps if params < 1e6 * step[0])
-    return {
-        "aa": f"rand-m{magnitude}-mstd0.5-inc1", "mixup": mixup, "cutmix": cutmix, "reprob": reprob,
-        "drop_path": drop_path,
-        # A small part of a small image shows nothing.
-        "scale": [0.35 if resolution < 128 else 0.08, 1.0],
-    }  # fmt: skip
 
 
 def write(networks: Sequence[Exported], out_dir: Path, formats: Formats = (), force: bool = False) -> list[Path]:
@@ -370,6 +411,10 @@ def write(networks: Sequence[Exported], out_dir: Path, formats: Formats = (), fo
                 with _aside(out_dir) as aside:
                     for network in networks:
                         _fill(aside / network.name, network, formats)
+                    for name, files in _splits(networks, out_dir).items():
+                        _link(aside / name, files)
+                        os.rename(aside / name, out_dir / name)
+                        made.append(out_dir / name)
                     for place in places:
                         if place.exists():
                             _merge(aside / place.name, place, stale=(WEIGHTS, CLASSES, *FILES))
@@ -383,6 +428,30 @@ def write(networks: Sequence[Exported], out_dir: Path, formats: Formats = (), fo
     except OSError as error:
         raise UsageError(f"--out {out_dir}: cannot be written ({error.strerror or error})") from error
     return places
+
+
+def _splits(networks: Sequence[Exported], out_dir: Path) -> dict[str, SplitFiles]:
+    """The folders of links that the networks' recipes need and that are not there, by name."""
+    found = {}
+    for network in networks:
+        name = network.config[SECTION].get(IMAGES, {}).get("links")
+        if name and name not in found and not (out_dir / name).exists():
+            # The images may have gone since the network was exported; then there is nothing to link to.
+            with contextlib.suppress(UsageError):
+                files = split_files(network.data)
+                if files is not None:
+                    found[name] = files
+    return found
+
+
+def _link(folder: Path, files: SplitFiles) -> None:
+    """Make a folder of each part of the split, with a folder for each class, of links to the images."""
+    for part, items in (("train", files.train), ("val", files.val)):
+        for name in files.classes:
+            (folder / part / name).mkdir(parents=True)
+        for number, (path, label) in enumerate(items):
+            # Files of several folders may have one name.
+            (folder / part / files.classes[label] / f"{number:07d}_{path.name}").symlink_to(path.absolute())
 
 
 def _require_no_training(place: Path) -> None:
@@ -545,8 +614,8 @@ def trained(
         raise UsageError(f"--checkpoint {checkpoint}: holds no weights of a network ({reason})") from error
     require_finite(weights, f"--checkpoint {checkpoint}")
     config: dict[str, Any] = json.loads(json.dumps(network.config))
-    for fields in (config, config["model_args"], config["pretrained_cfg"]):
-        fields["num_classes"] = count
+    for part in (config, config["model_args"], config["pretrained_cfg"]):
+        part["num_classes"] = count
     config.pop("label_names", None)
     if names := _names(network, checkpoint, count, classes, note):
         config["label_names"] = names

@@ -3,21 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import StrEnum
 
 from nas.config import AUTO, DataConfig
 from nas.options import FINITE, Bounds, Checked, at_least, one_of, option, same_as
+from nas.training.recipe import Start
 
 TRAINING = "Training"
 # A seed of torch's and of numpy's.
 SEED = Bounds(lambda value: 0 <= value < 2**32, "between 0 and 4294967295")
-
-
-class Start(StrEnum):
-    """Values of `train --start`: the weights that a training begins with."""
-
-    FRESH = "fresh"
-    KEPT = "kept"
 
 
 @dataclass(frozen=True)

@@ -31,9 +31,9 @@ from nas.config import DataConfig
 from nas.errors import CandidateFailed
 from nas.files import save_tensors, whole
 from nas.final_training.pictures import Pictures, loader, loss_of, mixing
-from nas.final_training.recipe import WARMUP, WEIGHT_DECAY, Recipe
-from nas.training.data import ImageData, load, training_files
+from nas.training.data import ImageData, load, split_files
 from nas.training.proxy import Batches, score, validate
+from nas.training.recipe import WARMUP, WEIGHT_DECAY, Recipe
 from search_spaces import ArchSpec
 from search_spaces.timm_config import model_args
 from search_spaces.timm_models import network
@@ -203,7 +203,8 @@ def fit(
     data = data or load(job.data_config, largest=job.largest)
     batches = Batches(data, device)
     mean, std = (tuple(map(float, each)) for each in data.mean_std)
-    pictures = Pictures(job.data_config, data, training_files(job.data_config))
+    files = split_files(job.data_config)
+    pictures = Pictures(job.data_config, data, files.train if files else None)
     made = loader(pictures, recipe, job.data_config.resolution, mean, std, device)
     steps = len(made)
     learner = Learner(job, recipe, device)

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from nas.config import DataConfig
-from nas.final_training.recipe import SMOOTHING, Recipe
 from nas.training.data import ImageData
 from nas.training.images import ImageReader
+from nas.training.recipe import SMOOTHING, Recipe
 
 
 class Pictures(Dataset[tuple[Any, int]]):

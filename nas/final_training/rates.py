@@ -13,9 +13,9 @@ import torch
 from nas.errors import CandidateFailed
 from nas.final_training.fit import Job, Learner
 from nas.final_training.pictures import Pictures, loader
-from nas.final_training.recipe import Recipe
-from nas.training.data import ImageData, training_files
+from nas.training.data import ImageData, split_files
 from nas.training.proxy import Batches, validate
+from nas.training.recipe import Recipe
 
 # Rates that are tried, in units of the one that is expected.
 FACTORS = (0.5, 1.0, 2.0)
@@ -54,7 +54,8 @@ class Trials:
     def __init__(self, job: Job, data: ImageData, device: torch.device) -> None:
         self.job, self.data, self.device = job, data, device
         self.batches = Batches(data, device)
-        self.files = training_files(job.data_config)
+        found = split_files(job.data_config)
+        self.files = found.train if found else None
         self.mean, self.std = (tuple(map(float, each)) for each in data.mean_std)
 
     def steps_an_epoch(self, recipe: Recipe) -> int:

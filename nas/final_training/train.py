@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,15 +24,15 @@ from nas.display.study_plots import plot_training
 from nas.errors import UsageError
 from nas.export.directories import PROXY_WEIGHTS, SECTION, TRAINED, WEIGHTS, Exported, read, rewrite
 from nas.export.formats import write_onnx
-from nas.final_training.config import FinalConfig, Start
+from nas.final_training.config import FinalConfig
 from nas.final_training.fit import LAST, RECIPE, Epoch, Fitted, Job, fit, read_job, write_job
 from nas.final_training.rates import FACTORS, Trials, Tried, epoch_seconds
-from nas.final_training.recipe import Recipe, fitted, recipe_for
 from nas.latency.devices import check_device
 from nas.locks import training_on
 from nas.reporting import Note
-from nas.training.data import ImageData, load, training_files
+from nas.training.data import ImageData, load, split_files
 from nas.training.pool import every_cuda
+from nas.training.recipe import Recipe, Start, fitted, recipe_for
 from nas.training.weights import Images
 from search_spaces import cost
 
@@ -107,7 +107,7 @@ def train(folder: Path, config: FinalConfig, note: Note, told: Told = lambda epo
             with turn():
                 recipe = chosen_recipe(exported, config, job, data, devices, note, begin)
         write_job(place, job, recipe)
-        count = len(files) if (files := training_files(data_config)) is not None else len(data.train_labels)
+        count = len(files.train) if (files := split_files(data_config)) else len(data.train_labels)
         note(f"{exported.name}: {recipe.words(count)}")
         if recipe.devices > 1:
             found = _side_by_side(place, recipe, told)
@@ -151,9 +151,9 @@ def images_of(exported: Exported, config: FinalConfig) -> tuple[DataConfig, int]
         UsageError: they are not those that a flag names.
     """
     told = exported.config[SECTION]["accuracy"]["data"]
-    known = {each.name for each in fields(DataConfig)}
-    own = DataConfig(**{name: value for name, value in told.items() if name in known})
-    own = replace(own, data_dir=config.data_dir, download=config.download, resolution=exported.resolution)
+    own = replace(
+        exported.data, data_dir=config.data_dir, download=config.download, resolution=exported.resolution
+    )  # fmt: skip
     return (own if config.data is None else replace(own, source=config.data)), int(told.get("largest", 0))
 
 
@@ -206,8 +206,10 @@ def chosen_recipe(
     count = len(trials.files) if trials.files is not None else len(data.train_labels)
     params = cost(exported.arch, exported.resolution, len(data.classes)).params
     recipe = recipe_for(
-        config, params, exported.resolution, count, devices[0].type, len(devices), cores(), data.flip, False,
-        proxy["learning_rate"], proxy["batch_size"],
+        params, exported.resolution, count, devices[0].type, devices=len(devices), cores=cores(), mirror=data.flip,
+        base_rate=proxy["learning_rate"], base_batch=proxy["batch_size"], epochs=config.epochs,
+        batch_size=config.batch_size, learning_rate=config.learning_rate, seed=config.seed, start=config.start,
+        workers=config.workers,
     )  # fmt: skip
     recipe = replace(recipe, amp=trials.is_faster_in_16_bits(recipe))
     steps = trials.steps_an_epoch(recipe)

@@ -232,7 +232,9 @@ def _begin(
         config.study, config=json.dumps(config.identity()), data_fingerprint=evaluator.data_fingerprint,
         versions=versions, device=asdict(evaluator.device), anchor=config.space.anchor().to_json(),
         anchor_ms=anchor_ms, pilot=pilot.to_json() if pilot else None,
-        images=None if evaluator.images is None else json.dumps(asdict(evaluator.images)),
+        images=None if evaluator.images is None else json.dumps(
+            {**asdict(evaluator.images), "train_images": getattr(evaluator, "train_images", None)}
+        ),
     )  # fmt: skip
     store.ownership.claim(row.study_id, owner)
     # On SQLite a study may have the id of one that was deleted, whose files are still there.

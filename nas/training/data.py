@@ -265,10 +265,17 @@ def _folder(root: Path, config: DataConfig, most: int, note: Note) -> ImageData:
     return _with_test(loaded, found.test, root, config, note) if found.test else loaded
 
 
-def training_files(config: DataConfig) -> list[tuple[Path, int]] | None:
-    """All training images of a folder with their labels, also those that `load` leaves out for want of memory.
+@dataclass(frozen=True)
+class SplitFiles:
+    """All images of a folder with their labels, also those that `load` leaves out for want of memory."""
 
-    None for a source that is no folder.
+    classes: tuple[str, ...]
+    train: list[tuple[Path, int]]
+    val: list[tuple[Path, int]]
+
+
+def split_files(config: DataConfig) -> SplitFiles | None:
+    """The images of a folder, by the search's split; None for a source that is no folder.
 
     Raises:
         UsageError: see `load`.
@@ -278,8 +285,9 @@ def training_files(config: DataConfig) -> list[tuple[Path, int]] | None:
     root = Path(config.source).expanduser()
     found = list_images(root, config.reading)
     if found.val is not None:
-        return found.train
-    return _split(found.train, [label for _, label in found.train], str(root), found.classes)[0]
+        return SplitFiles(found.classes, found.train, found.val)
+    parts = _split(found.train, [label for _, label in found.train], str(root), found.classes)
+    return SplitFiles(found.classes, *parts)
 
 
 def _with_test(

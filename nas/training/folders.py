@@ -83,6 +83,17 @@ def count_classes(root: Path, reading: int) -> int:
     return len(_layout(root, reading).classes)
 
 
+def split_folders(root: Path, reading: int) -> tuple[Path, Path | None]:
+    """The folders of training and of validation images, which may be the root itself; None where none are held out.
+
+    Raises:
+        UsageError: the folder holds no classification.
+        OSError: it cannot be read.
+    """
+    layout = _layout(root, reading)
+    return layout.train, layout.val
+
+
 def list_images(root: Path, reading: int) -> Listing:
     """The image files of a folder with one subfolder for each class, or with such folders of each split.
 

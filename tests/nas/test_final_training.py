@@ -25,15 +25,15 @@ from nas.errors import UsageError
 from nas.export.directories import read, write
 from nas.final_training import fit as fitting
 from nas.final_training import train as training
-from nas.final_training.config import FinalConfig, Start
+from nas.final_training.config import FinalConfig
 from nas.final_training.fit import Epoch, read_job
-from nas.final_training.recipe import Recipe, fitted, recipe_for
 from nas.final_training.train import train
 from nas.training import data as image_data
 from nas.training.images import ImageReader
 from nas.training.proxy import Batches, validate
+from nas.training.recipe import Recipe, Start, fitted, recipe_for, regularisation
 from studies import Store
-from tests.nas.test_export import exported, keep_weights
+from tests.nas.test_export import exported, keep_weights, links
 
 QUICK = FinalConfig(epochs=4, learning_rate=2e-3, batch_size=8, workers=0)
 
@@ -217,7 +217,7 @@ def test_the_best_of_three_rates_is_taken(folder: Path, monkeypatch: pytest.Monk
 
 
 def test_hours_fit_the_schedule() -> None:
-    recipe = recipe_for(FinalConfig(), 10**5, 32, 20_000, "cpu", 1, 2, True, False, 8e-3, 32)
+    recipe = recipe_of()
     assert recipe.epochs == 100
     assert fitted(recipe, 1.0, 60.0).epochs == 54
     assert fitted(recipe, 10.0, 60.0).epochs == 540
@@ -234,9 +234,9 @@ def test_too_little_time_leaves_nothing_behind(folder: Path) -> None:
 
 
 def recipe_of(**changes: Any) -> Recipe:
-    told = dict(params=10**5, resolution=32, images=20_000, kind="cpu", devices=1, cores=2, mirror=True, amp=False,
+    told = dict(params=10**5, resolution=32, images=20_000, kind="cpu", devices=1, cores=2, mirror=True,
                 base_rate=8e-3, base_batch=32)  # fmt: skip
-    return recipe_for(FinalConfig(), **(told | changes))
+    return recipe_for(**(told | changes))
 
 
 def test_a_recipe_follows_from_network_images_and_device() -> None:
@@ -258,6 +258,14 @@ def test_a_recipe_follows_from_network_images_and_device() -> None:
     assert Recipe.from_json(several.to_json()) == several
 
 
+def test_larger_networks_are_regularised_more() -> None:
+    made = [regularisation(int(params), 224) for params in (1e6, 5e6, 2e7, 5e7)]
+    for key in ("drop_path", "mixup", "cutmix", "reprob"):
+        values = [each[key] for each in made]
+        assert values == sorted(values)
+        assert values[0] < values[-1]
+
+
 def test_the_course_of_a_training_is_looked_at_some_forty_times() -> None:
     long = replace(recipe_of(), epochs=400)
     looked = [epoch for epoch in range(400) if long.validated_after(epoch)]
@@ -269,8 +277,9 @@ def test_the_course_of_a_training_is_looked_at_some_forty_times() -> None:
 def test_pictures_of_a_folder_are_read_from_its_files(config: SearchConfig, images: Path) -> None:
     from nas.final_training.pictures import Pictures
 
-    data = image_data.load(config.data)
-    pictures = Pictures(config.data, data, image_data.training_files(config.data))
+    data, files = image_data.load(config.data), image_data.split_files(config.data)
+    assert files is not None
+    pictures = Pictures(config.data, data, files.train)
     pictures.transform = np.asarray
     assert len(pictures) == 36
     reader = ImageReader(config.data)
@@ -289,12 +298,12 @@ def test_the_command_trains_what_is_recommended(store: Store, config: SearchConf
     line = ["train", "--storage", config.storage, "--out", str(out), "--epochs", "1", "--lr", "2e-3", "--workers", "0"]
     limited = CliRunner().invoke(app, [*line, "--max-latency-ms", "3.5"])
     assert limited.exit_code == 0, limited.output
-    assert [path.name for path in out.iterdir()] == ["convfirst_3ms_t002"]
+    assert {path.name for path in out.iterdir()} == {"convfirst_3ms_t002", links(config)}
     assert f"python {out / 'convfirst_3ms_t002' / 'classify.py'} PHOTO" in limited.stdout
     # Others go beside it, and what is trained stays.
     both = CliRunner().invoke(app, [*line, "--trial", "0", "--trial", "2"])
     assert both.exit_code == 0, both.output
-    assert sorted(path.name for path in out.iterdir()) == ["convfirst_1ms_t000", "convfirst_3ms_t002"]
+    assert {path.name for path in out.iterdir()} == {"convfirst_1ms_t000", "convfirst_3ms_t002", links(config)}
     assert "is trained already" in both.output
 
 
@@ -318,7 +327,7 @@ def test_the_command_refuses_what_it_cannot_do(store: Store, config: SearchConfi
 def test_several_processes_train_together(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By torchrun, as several GPUs would, here on the CPU: gradients are averaged, and only one saves and tells."""
     monkeypatch.setattr(training, "every_cuda", lambda device: [device, device])
-    monkeypatch.setattr(training, "recipe_for", lambda *rest: replace(recipe_for(*rest), devices=2, threads=1))
+    monkeypatch.setattr(training, "recipe_for", lambda *rest, **named: replace(recipe_for(*rest, **named), devices=2))
     told: list[int] = []
     done = train(folder, QUICK, silent, lambda epoch, epochs: told.append(epoch.number))
     assert told == [1, 2, 3, 4]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, replace
+from enum import StrEnum
 from typing import Any
 
 from nas.errors import UsageError
-from nas.export.directories import recipe as regularisation
-from nas.final_training.config import FinalConfig, Start
 
 # Passes over so many images, and the least and greatest number of passes. Of few images there are more passes, but not
 # as many steps.
@@ -30,6 +29,13 @@ SPARE = 0.1
 VALIDATIONS = 40
 
 
+class Start(StrEnum):
+    """The weights that a training begins with."""
+
+    FRESH = "fresh"
+    KEPT = "kept"
+
+
 @dataclass(frozen=True)
 class Recipe:
     """A training to the end.
@@ -41,7 +47,7 @@ class Recipe:
         devices: number of devices that train side by side.
         workers: number of processes that prepare images, of each device.
         threads: threads of the computation on a CPU.
-        augmentation: what `nas.export.directories.recipe` gives: names are those of timm's options.
+        augmentation: see `regularisation`.
     """
 
     epochs: int
@@ -97,34 +103,56 @@ class Recipe:
 
 
 def recipe_for(
-    config: FinalConfig, params: int, resolution: int, images: int, kind: str, devices: int, cores: int, mirror: bool,
-    amp: bool, base_rate: float, base_batch: int,
+    params: int, resolution: int, images: int, kind: str, *, devices: int, cores: int, mirror: bool, base_rate: float,
+    base_batch: int, epochs: int | None = None, batch_size: int | None = None, learning_rate: float | None = None,
+    seed: int = 0, start: Start = Start.FRESH, workers: int | None = None,
 ) -> Recipe:  # fmt: skip
-    """The recipe by the rules, with what the user says.
+    """The recipe by the rules, but for what is given.
 
     Args:
         params: number of the network's parameters.
         resolution: width of its images, in pixels.
         images: number of training images.
         kind: kind of the devices that train, `cpu` or `cuda`.
+        devices: number of these.
         cores: number of cores of this process.
+        mirror: whether images are mirrored at random.
         base_rate, base_batch: rate and batch of the search's trainings.
     """
     usual = BATCHES[kind]
     while usual > LEAST_BATCH and images / (usual * devices) < LEAST_STEPS:
         usual //= 2
-    batch = min(config.batch_size or usual, max(2, images // devices))
+    batch = min(batch_size or usual, max(2, images // devices))
     passes = EPOCHS * math.sqrt(OF_IMAGES / max(1, images))
-    as_if = AS_MANY_PARAMS * params if images < FEW_IMAGES else params
     # The usual scaling of AdamW's rate.
-    rate = config.learning_rate or base_rate * math.sqrt(batch * devices / base_batch)
+    rate = learning_rate or base_rate * math.sqrt(batch * devices / base_batch)
     return Recipe(
-        epochs=config.epochs or round(min(MOST_EPOCHS, max(EPOCHS, passes))), batch_size=batch, learning_rate=rate,
-        seed=config.seed, start=config.start, kind=kind, amp=amp, devices=devices,
-        workers=max(1, cores // devices // 2) if config.workers is None else config.workers,
+        epochs=epochs or round(min(MOST_EPOCHS, max(EPOCHS, passes))), batch_size=batch, learning_rate=rate,
+        seed=seed, start=start, kind=kind, amp=kind == "cuda", devices=devices,
+        workers=max(1, cores // devices // 2) if workers is None else workers,
         threads=cores if kind == "cpu" else 1, hflip=0.5 if mirror else 0.0,
-        augmentation=regularisation(as_if, resolution),
+        augmentation=regularisation(AS_MANY_PARAMS * params if images < FEW_IMAGES else params, resolution),
     )  # fmt: skip
+
+
+def regularisation(params: int, resolution: int) -> dict[str, Any]:
+    """Augmentation and regularisation, which are stronger for larger networks, by the names of timm's options.
+
+    Small networks underfit: strong augmentation costs them accuracy (Steiner et al., arXiv 2106.10270; Tan and Le,
+    arXiv 2104.00298, table 6). The strongest recipe is that of ConvNeXt (arXiv 2201.03545), and so is the schedule.
+    """
+    # Upper bound in millions of parameters; RandAugment's magnitude, mixup, cutmix, random erasing, stochastic depth.
+    steps = (
+        (3, 5, 0.0, 0.0, 0.0, 0.0), (12, 7, 0.2, 0.2, 0.1, 0.05), (30, 9, 0.8, 1.0, 0.25, 0.1),
+        (math.inf, 9, 0.8, 1.0, 0.25, 0.2),
+    )  # fmt: skip
+    _, magnitude, mixup, cutmix, reprob, drop_path = next(step for step in steps if params < 1e6 * step[0])
+    return {
+        "aa": f"rand-m{magnitude}-mstd0.5-inc1", "mixup": mixup, "cutmix": cutmix, "reprob": reprob,
+        "drop_path": drop_path,
+        # A small part of a small image shows nothing.
+        "scale": [0.35 if resolution < 128 else 0.08, 1.0],
+    }  # fmt: skip
 
 
 def fitted(recipe: Recipe, hours: float, epoch_seconds: float) -> Recipe:
