@@ -49,6 +49,10 @@ class FinalConfig(Checked):
         Start.FRESH, "--start", "Weights to begin with: fresh ones, or those that the search kept", panel=TRAINING,
         bounds=one_of(Start), typed=Start,
     )  # fmt: skip
+    teacher: str | None = option(
+        None, "--teacher", "Trained network from which it learns, too: a directory, the number of a trial that was "
+        "trained, a model of timm's with weights, or NAME=FILE", default="none", panel=TRAINING,
+    )  # fmt: skip
     device: str = option(
         AUTO, "--device", "Device that trains: auto, cpu, cuda (all GPUs) or cuda:N", default="cuda where there is one",
         panel=TRAINING,

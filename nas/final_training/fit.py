@@ -31,6 +31,7 @@ from nas.config import DataConfig
 from nas.errors import CandidateFailed
 from nas.files import save_tensors, whole
 from nas.final_training.pictures import Pictures, loader, loss_of, mixing
+from nas.final_training.teacher import TEMPERATURE, WEIGHT, divergence, teacher_of
 from nas.training.data import ImageData, load, split_files
 from nas.training.proxy import Batches, score, validate
 from nas.training.recipe import WARMUP, WEIGHT_DECAY, Recipe
@@ -49,17 +50,19 @@ class Job:
 
     Args:
         arch: the architecture, as JSON.
-        classes: number of classes.
+        classes: names of the classes.
         data: the source of the images, at the network's resolution.
         largest: see `nas.training.data.load`.
         start: safetensors file of the weights to begin with; empty for fresh ones.
+        teacher: the teacher, as `nas.final_training.teacher.resolved` names it; empty for none.
     """
 
     arch: str
-    classes: int
+    classes: tuple[str, ...]
     data: dict[str, Any]
     largest: int
     start: str
+    teacher: str = ""
 
     @property
     def data_config(self) -> DataConfig:
@@ -68,7 +71,7 @@ class Job:
     def build(self, drop_path: float) -> nn.Module:
         """The network with its first weights."""
         arch = ArchSpec.from_json(self.arch)
-        made = network(num_classes=self.classes, drop_path_rate=drop_path, **model_args(arch))
+        made = network(num_classes=len(self.classes), drop_path_rate=drop_path, **model_args(arch))
         if self.start:
             from safetensors.torch import load_file
 
@@ -116,19 +119,25 @@ class Fitted:
 class Learner:
     """A network that learns from batches of images.
 
+    Args:
+        mean, std: those by which the images are normalised.
+
     Attributes:
         model: the network.
         wrapped: what is called in its place, which may average gradients over several devices.
     """
 
-    def __init__(self, job: Job, recipe: Recipe, device: torch.device) -> None:
-        self.job, self.device = job, device
+    def __init__(
+        self, job: Job, recipe: Recipe, device: torch.device, mean: Sequence[float], std: Sequence[float]
+    ) -> None:
+        self.job, self.recipe, self.device = job, recipe, device
         seeded(recipe.seed, 0)
         model: Any = job.build(recipe.augmentation["drop_path"])
         self.model: nn.Module = model.to(device, memory_format=torch.channels_last)
         self.wrapped: Any = self.model
         self.optimizer = create_optimizer_v2(self.model, "adamw", lr=recipe.learning_rate, weight_decay=WEIGHT_DECAY)
-        self.mixed, self.loss = mixing(recipe, job.classes), loss_of(recipe)
+        self.mixed, self.loss = mixing(recipe, len(job.classes)), loss_of(recipe)
+        self.teacher = teacher_of(job.teacher, job.classes, mean, std, device) if job.teacher else None
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp)
 
     def schedule(self, recipe: Recipe, epochs: float, warmup: float, steps: int) -> Any:
@@ -148,7 +157,11 @@ class Learner:
             even = len(images) - len(images) % 2
             images, labels = self.mixed(images[:even], labels[:even])
         with self.autocast:
-            loss: Tensor = self.loss(self.wrapped(images).float(), labels)
+            logits = self.wrapped(images).float()
+            loss: Tensor = self.loss(logits, labels)
+            if self.teacher is not None:
+                taught = divergence(logits, self.teacher(images), TEMPERATURE)
+                loss = (1 - WEIGHT) * loss + WEIGHT * taught
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -207,7 +220,7 @@ def fit(
     pictures = Pictures(job.data_config, data, files.train if files else None)
     made = loader(pictures, recipe, job.data_config.resolution, mean, std, device)
     steps = len(made)
-    learner = Learner(job, recipe, device)
+    learner = Learner(job, recipe, device, mean, std)
     model, optimizer = learner.model, learner.optimizer
     ema = ModelEmaV3(model, decay=recipe.ema_decay(steps), use_warmup=True)
     # Also a training of one epoch has a warm-up, and ends with a low rate.
@@ -315,4 +328,5 @@ def write_job(folder: Path, job: Job, recipe: Recipe) -> None:
 
 def read_job(folder: Path) -> tuple[Job, Recipe]:
     """What `write_job` wrote."""
-    return Job(**json.loads((folder / JOB).read_text())), Recipe.from_json((folder / RECIPE).read_text())
+    fields = json.loads((folder / JOB).read_text())
+    return Job(**{**fields, "classes": tuple(fields["classes"])}), Recipe.from_json((folder / RECIPE).read_text())

@@ -94,7 +94,7 @@ class Trials:
         pictures = Pictures(self.job.data_config, self.data, self.files)
         resolution = self.job.data_config.resolution
         made = loader(pictures, alone, resolution, self.mean, self.std, self.device)
-        learner = Learner(self.job, recipe, self.device)
+        learner = Learner(self.job, recipe, self.device, self.mean, self.std)
         learner.model.train()
         schedule = learner.schedule(recipe, 1, WARMUP, steps)
         endless = itertools.chain.from_iterable(iter(made) for _ in itertools.count())

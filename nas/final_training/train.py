@@ -27,6 +27,7 @@ from nas.export.formats import write_onnx
 from nas.final_training.config import FinalConfig
 from nas.final_training.fit import LAST, RECIPE, Epoch, Fitted, Job, fit, read_job, write_job
 from nas.final_training.rates import FACTORS, Trials, Tried, epoch_seconds
+from nas.final_training.teacher import TEMPERATURE, WEIGHT, resolved
 from nas.latency.devices import check_device
 from nas.locks import training_on
 from nas.reporting import Note
@@ -103,12 +104,14 @@ def train(folder: Path, config: FinalConfig, note: Note, told: Told = lambda epo
             note(f"{folder}: its training goes on{at}, with the recipe with which it was begun")
         else:
             start = _start(folder, exported, config)
-            job = Job(exported.arch.to_json(), len(data.classes), asdict(data_config), largest, start)
+            teacher = "" if config.teacher is None else resolved(config.teacher, folder)
+            job = Job(exported.arch.to_json(), data.classes, asdict(data_config), largest, start, teacher)
             with turn():
                 recipe = chosen_recipe(exported, config, job, data, devices, note, begin)
         write_job(place, job, recipe)
         count = len(files.train) if (files := split_files(data_config)) else len(data.train_labels)
-        note(f"{exported.name}: {recipe.words(count)}")
+        taught = f", taught by {job.teacher}" if job.teacher else ""
+        note(f"{exported.name}: {recipe.words(count)}{taught}")
         if recipe.devices > 1:
             found = _side_by_side(place, recipe, told)
         else:
@@ -117,7 +120,7 @@ def train(folder: Path, config: FinalConfig, note: Note, told: Told = lambda epo
             [each.number for each in found.epochs], [each.train_loss for each in found.epochs],
             [each.accuracy for each in found.epochs], exported.name, place / CURVE,
         )  # fmt: skip
-        made = finished(exported, found, recipe, data, count)
+        made = finished(exported, found, recipe, data, count, job.teacher)
         rewrite(folder, made, [write_onnx], note)
         return Described(folder, made.config[SECTION][TRAINED])
 
@@ -273,11 +276,14 @@ def _side_by_side(place: Path, recipe: Recipe, told: Told) -> Fitted:
 # -- The description ---------------------------------------------------------------------------------------------------
 
 
-def finished(exported: Exported, found: Fitted, recipe: Recipe, data: ImageData, images: int) -> Exported:
+def finished(
+    exported: Exported, found: Fitted, recipe: Recipe, data: ImageData, images: int, teacher: str
+) -> Exported:  # fmt: skip
     """A network with the weights of its training, and what there is to say of it.
 
     Args:
         images: number of training images.
+        teacher: its teacher; empty for none.
     """
     config: dict[str, Any] = json.loads(json.dumps(exported.config))
     own, count = Images.of(data), len(data.val_labels)
@@ -293,5 +299,6 @@ def finished(exported: Exported, found: Fitted, recipe: Recipe, data: ImageData,
         "accuracy": found.accuracy, "low": float(interval.low), "high": float(interval.high), "val_images": count,
         "test_accuracy": found.test_accuracy, "loss": found.loss, "train_images": images,
         "seconds": found.epochs[-1].seconds if found.epochs else 0.0, **asdict(recipe),
+        "teacher": {"name": teacher, "temperature": TEMPERATURE, "weight": WEIGHT} if teacher else None,
     }  # fmt: skip
     return Exported(config, found.weights)

@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -27,6 +28,7 @@ from nas.final_training import fit as fitting
 from nas.final_training import train as training
 from nas.final_training.config import FinalConfig
 from nas.final_training.fit import Epoch, read_job
+from nas.final_training.teacher import Teacher, divergence, teacher_of
 from nas.final_training.train import train
 from nas.training import data as image_data
 from nas.training.images import ImageReader
@@ -321,6 +323,62 @@ def test_the_command_refuses_what_it_cannot_do(store: Store, config: SearchConfi
         result = CliRunner().invoke(app, ["train", *line, *own])
         assert result.exit_code == 2, result.output
         assert told in result.output
+
+
+def test_a_student_learns_what_its_teacher_answers(store: Store, config: SearchConfig, tmp_path: Path) -> None:
+    teacher, student = write(exported(store, config, trials=(2, 0)), tmp_path / "out")[::-1]
+    refused = {
+        "77": "--teacher 77: trial 77 has no directory beside",
+        "2": "has no weights; train it first",
+        "no_such_model": "--teacher no_such_model: is no trained directory, and timm has no weights of that name here",
+        "resnet18=missing.pth": "--teacher resnet18=missing.pth: ",
+    }
+    for named, told in refused.items():
+        with pytest.raises(UsageError, match=re.escape(told)):
+            train(student, replace(QUICK, teacher=named), silent)
+    assert not (student / "training" / "recipe.json").exists()
+    train(teacher, QUICK, silent)
+    notes: list[str] = []
+    done = train(student, replace(QUICK, teacher="2"), notes.append)
+    assert done.section["teacher"] == {"name": str(teacher), "temperature": 4.0, "weight": 0.7}
+    assert any(line.endswith(f", taught by {teacher}") for line in notes)
+    assert f"It also learned the answers of `{teacher}`" in (student / "README.md").read_text()
+    # It changes what is learned.
+    (alone,) = write(exported(store, config, trials=(0,)), tmp_path / "alone")
+    assert train(alone, QUICK, silent).section["loss"] != done.section["loss"]
+    # Of other classes nothing can be learned.
+    with pytest.raises(UsageError, match=r"tells other classes apart than a, b\.\.\."):
+        teacher_of(str(teacher), ("a", "b"), (0.5,) * 3, (0.5,) * 3, torch.device("cpu"))
+
+
+def test_a_teacher_sees_images_as_it_was_trained_on_them() -> None:
+    """At its own size, and normalised its own way, whatever the student's are."""
+    shown = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    seen: list[torch.Tensor] = []
+
+    class Spy(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(x)
+            return x.mean((2, 3))
+
+    for size in (16, 32):
+        teacher = Teacher(Spy(), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), size, (0.4,) * 3, (0.2,) * 3, torch.device("cpu"))
+        teacher((shown - 0.4) / 0.2)
+        assert seen[-1].shape == (2, 3, size, size)
+        back = seen[-1] * torch.tensor([0.5, 0.6, 0.7]).view(3, 1, 1) + torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
+        assert back.min() >= -1e-6
+        assert back.max() <= 1 + 1e-6
+        if size == 16:
+            torch.testing.assert_close(back, shown)
+
+
+def test_the_divergence_is_that_of_softened_answers() -> None:
+    logits = torch.tensor([[2.0, 0.0, -1.0], [0.5, 0.2, 0.1]])
+    assert divergence(logits, logits, 4.0).item() == pytest.approx(0, abs=1e-6)
+    other = torch.tensor([[0.0, 1.0, 0.0], [3.0, 0.0, 0.0]])
+    p, q = (other / 4).softmax(1), (logits / 4).softmax(1)
+    expected = 16 * (p * (p.log() - q.log())).sum(1).mean()
+    assert divergence(logits, other, 4.0).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
 @pytest.mark.slow
