@@ -142,6 +142,9 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(number)
+        # Of what was refused nothing is left.
+        with contextlib.suppress(OSError):
+            (folder / FOLDER).rmdir()
 
 
 # -- Images ------------------------------------------------------------------------------------------------------------

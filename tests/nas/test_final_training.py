@@ -177,7 +177,7 @@ def test_images_must_be_those_of_the_search(folder: Path, images: Path, tmp_path
     shutil.rmtree(others / "dark")
     with pytest.raises(UsageError, match=r"--data .*others"):
         train(folder, replace(QUICK, data=str(others)), silent)
-    assert not (folder / "training" / "recipe.json").exists()
+    assert not (folder / "training").exists()
     assert train(folder, replace(QUICK, data=str(moved)), silent).section["train_images"] == 36
 
 
@@ -232,7 +232,7 @@ def test_too_little_time_leaves_nothing_behind(folder: Path) -> None:
     result = CliRunner().invoke(app, line)
     assert result.exit_code == 2
     assert "one pass over the training images takes" in result.output
-    assert not (folder / "training" / "recipe.json").exists()
+    assert not (folder / "training").exists()
 
 
 def recipe_of(**changes: Any) -> Recipe:
