@@ -7,6 +7,7 @@ the storage, what is kept and how precisely latencies are measured.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -358,7 +359,10 @@ def limit_words(name: str, value: float, limit: float) -> str:
                   "macs": ("MACs", "")}[name]  # fmt: skip
     if not unit:
         return f"{what} {value:,.0f}, limit {limit:,.0f}"
-    shown = next((text for digits in (3, 4, 6, 9) if float(text := f"{value:.{digits}g}") > limit), repr(value))
+    # Three digits, or as many as it takes.
+    least = max(0, 2 - math.floor(math.log10(value)))
+    texts = (f"{value:.{digits}f}" for digits in range(least, least + 9))
+    shown = next((text for text in texts if float(text) > limit), repr(value))
     return f"{what} {shown}{unit}, limit {limit:g}{unit}"
 
 

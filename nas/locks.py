@@ -12,7 +12,9 @@ newcomers out. Thus neither a stream of trainings nor one of measurements can st
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import os
+import re
 import shlex
 import tempfile
 import threading
@@ -125,6 +127,30 @@ def training_on(devices: Iterable[torch.device], on_wait: Note | None = None) ->
         yield
 
 
+@contextmanager
+def only_one(what: str) -> Iterator[bool]:
+    """Context of which there is one at a time on this machine; its value is False in any other.
+
+    Args:
+        what: what is done within.
+    """
+    digest = hashlib.sha256(os.fsencode(what)).hexdigest()[:16]
+    try:
+        file = _open(_folder() / f"convfirst-{digest}.lock")
+    except OSError:
+        # There can be no lock here.
+        yield True
+        return
+    try:
+        try:
+            alone = _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except _NoLock:
+            alone = True
+        yield alone
+    finally:
+        os.close(file)
+
+
 class _NoLock(Exception):
     """There can be no locks here; the message is the reason. It is no OSError, as a caller's code may raise these."""
 
@@ -207,13 +233,14 @@ def _process(number: int, kind: str) -> str:
 
     try:
         process = psutil.Process(number)
-        command = shlex.join(process.cmdline())
+        # A database's password is nobody else's.
+        command = re.sub(r"://([^:/@\s]*):[^@\s]+@", r"://\1:***@", shlex.join(process.cmdline()))
         since = datetime.fromtimestamp(process.create_time()).strftime("%H:%M")
     except psutil.Error:
         # It is another user's, or has just ended.
         return f"process {number}, which {kind} on this device"
     shown = command if len(command) <= MOST_LETTERS else f"{command[:MOST_LETTERS]}..."
-    return f"process {number}, which {kind} on this device (since {since}: {shown})"
+    return f"process {number}, which {kind} on this device (begun at {since}: {shown})"
 
 
 def _folder() -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shlex
 from collections.abc import Sequence
@@ -233,12 +234,20 @@ def doubt_line(recorded: RecordedStudy, storage: str, front: pd.DataFrame | None
         return f"these accuracies are of one training each, and flatter the front; {again} trains its members again"
     if members[-1].differs(members[0]):
         return None
+    alike = f"all {len(members)} networks of the front are equally accurate within their intervals"
+    best = members[-1]
+    images = json.loads(recorded.row.images or "{}").get("val_images")
+    if images and best.half and _sampling_error(best.accuracy, images) ** 2 > best.half**2 / 2:
+        # Trainings would not change this part.
+        return f"{alike}; more than {images:,} validation images would tell them apart"
     further = len(recorded.store.trainings.of_study(recorded.study_id, TrainingStage.CONFIRMATION))
     share = min(math.ceil(10 * HALVING * further / max(recorded.passes(), 1.0)) / 10, MAX_CONFIRM)
-    return (
-        f"all {len(members)} networks of the front are equally accurate within their intervals; further trainings "
-        f"would tell them apart ({again} --share {share:g}), or more validation images"
-    )
+    return f"{alike}; further trainings would tell them apart ({again} --share {share:g})"
+
+
+def _sampling_error(accuracy: float, images: int) -> float:
+    """Half the width of the 95 % interval of an accuracy on so many images."""
+    return 1.96 * math.sqrt(accuracy * (1 - accuracy) / images)
 
 
 def _accuracy(member: Member) -> str:

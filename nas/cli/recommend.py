@@ -29,9 +29,10 @@ def recommend(
     ] = None,
     format: Annotated[OutputFormat, typer.Option(help="Format of the output: text or json")] = OutputFormat.TEXT,
 ) -> None:
-    """Say which network of a study's front to take: the most accurate within a limit, or the one at its knee."""
+    """Say which network of a study's front to take: the most accurate within a limit, or the one at its
+    knee, after which more latency brings little accuracy."""
     with reported(storage), existing_study(storage, study) as recorded:
-        from nas.recommendation import advice, commands
+        from nas.recommendation import advice, commands, doubt_line
         from nas.recommendation import recommend as find
 
         if max_latency_ms is not None and not max_latency_ms > 0:
@@ -39,7 +40,8 @@ def recommend(
         if format is OutputFormat.JSON:
             found = find(recorded, max_latency_ms)
             does = {what.replace(" ", "_"): line for what, line in commands(study, storage, found.chosen)}
-            sys.stdout.write(json.dumps(found.to_dict() | {"commands": does}, indent=2) + "\n")
+            told = found.to_dict() | {"doubt": doubt_line(recorded, storage), "commands": does}
+            sys.stdout.write(json.dumps(told, indent=2) + "\n")
             return
         for line in advice(recorded, storage, max_latency_ms):
             say(line)

@@ -82,13 +82,18 @@ def train(
             with existing_study(storage, study) as recorded:
                 networks = _chosen(recorded, storage, trial, top, max_latency_ms)
             folders = [_exported(network, out_dir) for network in networks]
+        failed = []
         for folder in folders:
             try:
                 done = train_to_the_end(folder, config, note, _told)
             except CandidateFailed as error:
-                raise UsageError(f"{folder}: cannot be trained ({error})") from error
+                # The others are trained all the same.
+                failed.append(f"{folder}: cannot be trained ({error})")
+                continue
             say(str(done))
             say(f"what is on a photo: python {folder / 'classify.py'} PHOTO ...")
+        if failed:
+            raise UsageError("; ".join(failed))
 
 
 def _chosen(
@@ -112,15 +117,17 @@ def _exported(network: Exported, out_dir: Path) -> Path:
     Raises:
         UsageError: another network is there.
     """
-    from nas.export.directories import CONFIG, SECTION, read, write
+    from nas.export.directories import CONFIG, SECTION, read, same_network, write
 
+    # After another measurement, its name would be another.
+    number = network.config[SECTION]["study"]["trial"]
+    for place in sorted(out_dir.glob(f"*_t{number:03d}")):
+        if (place / CONFIG).exists() and same_network(read(place), network):
+            return place
     place = out_dir / network.name
-    if not (place / CONFIG).exists():
-        return write([network], out_dir, force=True)[0]
-    there = read(place)
-    if there.arch != network.arch or there.config[SECTION]["study"] != network.config[SECTION]["study"]:
+    if (place / CONFIG).exists():
         raise UsageError(f"--out {out_dir}: {place} holds another study's network; use another folder")
-    return place
+    return write([network], out_dir, force=True)[0]
 
 
 def _told(epoch: Epoch, epochs: int) -> None:

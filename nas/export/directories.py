@@ -60,8 +60,9 @@ PROXY_WEIGHTS = "proxy"
 TRAINED = "trained"
 # And that of the images: their number, and the folder in which timm finds them.
 IMAGES = "images"
-# Begin of the name of a folder of links to the images of the search, in its own split.
-LINKS = "split"
+# Begin of the name of a folder of links to the images of the search, in its own split. It is hidden, so that a shell's
+# `exports/*` names networks only.
+LINKS = ".split"
 
 Formats = Sequence[Callable[["Exported", Path], object]]
 
@@ -105,7 +106,8 @@ class Exported:
         """The images of its search."""
         told = self.config[SECTION]["accuracy"]["data"]
         known = {each.name for each in fields(DataConfig)}
-        return DataConfig(**{name: value for name, value in told.items() if name in known})
+        # It is left out where it is 1.
+        return DataConfig(**{"reading": 1, **{name: value for name, value in told.items() if name in known}})
 
     @property
     def deployment(self) -> LatencyConfig:
@@ -279,6 +281,13 @@ def _number(value: Any) -> float | None:
     return None if pd.isna(value) else float(value)
 
 
+def same_network(one: Exported, other: Exported) -> bool:
+    """Whether two exports are of one candidate, however the database is spelt and whatever latency it has now."""
+    told = [network.config[SECTION] for network in (one, other)]
+    studies = [(each["study"]["name"], each["study"]["begun"], each["study"]["trial"]) for each in told]
+    return studies[0] == studies[1] and told[0]["arch_id"] == told[1]["arch_id"]
+
+
 def _exported(
     arch: ArchSpec, section: dict[str, Any], config: LatencyConfig, trained: Trained | None, images: Images | None
 ) -> Exported:
@@ -370,11 +379,12 @@ def timm_recipe(exported: Exported, params: int) -> Recipe:
     proxy, source = told["training"], told["data"]["source"]
     count = exported.config[SECTION].get(IMAGES, {}).get("train_images") or OF_IMAGES
     kind = "cuda" if torch.cuda.is_available() else "cpu"
-    return recipe_for(
+    made = recipe_for(
         params, exported.resolution, count, kind, devices=1, cores=cores(),
         mirror=told["data"].get("mirror", is_mirrored(source)), base_rate=proxy["learning_rate"],
         base_batch=proxy["batch_size"],
     )  # fmt: skip
+    return replace(made, amp=kind == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False))
 
 
 def _digest(text: str) -> str:
@@ -413,6 +423,9 @@ def write(networks: Sequence[Exported], out_dir: Path, formats: Formats = (), fo
                         _fill(aside / network.name, network, formats)
                     for name, files in _splits(networks, out_dir).items():
                         _link(aside / name, files)
+                        if (out_dir / name).exists():
+                            # Its links lead nowhere any more.
+                            os.rename(out_dir / name, aside / f"{name}.old")
                         os.rename(aside / name, out_dir / name)
                         made.append(out_dir / name)
                     for place in places:
@@ -435,13 +448,19 @@ def _splits(networks: Sequence[Exported], out_dir: Path) -> dict[str, SplitFiles
     found = {}
     for network in networks:
         name = network.config[SECTION].get(IMAGES, {}).get("links")
-        if name and name not in found and not (out_dir / name).exists():
+        if name and name not in found and not _leads_somewhere(out_dir / name):
             # The images may have gone since the network was exported; then there is nothing to link to.
             with contextlib.suppress(UsageError):
                 files = split_files(network.data)
                 if files is not None:
                     found[name] = files
     return found
+
+
+def _leads_somewhere(folder: Path) -> bool:
+    """Whether a folder of links is there, and its first link leads to a file."""
+    link = next((path for path in folder.glob("*/*/*") if path.is_symlink()), None)
+    return link is not None and link.exists()
 
 
 def _link(folder: Path, files: SplitFiles) -> None:
@@ -496,9 +515,18 @@ def rewrite(folder: Path, network: Exported, formats: Formats = (), note: Note =
                 if there.exists() and _digest(there.read_text(encoding="utf-8", errors="replace")) != digests[name]:
                     (made / name).unlink()
                     note(f"{there}: {why}")
-            _merge(made, folder, stale=() if _same(before.weights, network.weights) else (CLASSES, *FILES))
+            _merge(made, folder, stale=() if _same_outputs(before, network) else (CLASSES, *FILES))
     except OSError as error:
         raise UsageError(f"{folder}: cannot be written ({error.strerror or error})") from error
+
+
+def _same_outputs(one: Exported, other: Exported) -> bool:
+    """Whether two networks give the same answers, under the same names."""
+    told = [
+        (network.classes, *(network.config["pretrained_cfg"].get(name) for name in ("mean", "std", "input_size")))
+        for network in (one, other)
+    ]
+    return told[0] == told[1] and _same(one.weights, other.weights)
 
 
 def _same(one: Mapping[str, Tensor] | None, other: Mapping[str, Tensor] | None) -> bool:

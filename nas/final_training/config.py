@@ -38,7 +38,7 @@ class FinalConfig(Checked):
         panel=TRAINING, bounds=at_least(1),
     )  # fmt: skip
     batch_size: int | None = option(
-        None, "--batch", "Images per training step, of each GPU", default="by the number of images and the device",
+        None, "--batch", "Images per training step, on each GPU", default="by the number of images and the device",
         panel=TRAINING, bounds=at_least(2),
     )  # fmt: skip
     learning_rate: float | None = option(
@@ -50,19 +50,19 @@ class FinalConfig(Checked):
         bounds=one_of(Start), typed=Start,
     )  # fmt: skip
     teacher: str | None = option(
-        None, "--teacher", "Trained network from which it learns, too: a directory, the number of a trial that was "
-        "trained, a model of timm's with weights, or NAME=FILE", default="none", panel=TRAINING,
+        None, "--teacher", "Trained network whose answers are learned as well: a directory, the number of a trained "
+        "trial, a model of timm's with weights, or NAME=FILE", default="none", panel=TRAINING,
     )  # fmt: skip
     device: str = option(
         AUTO, "--device", "Device that trains: auto, cpu, cuda (all GPUs) or cuda:N", default="cuda where there is one",
         panel=TRAINING,
     )  # fmt: skip
     workers: int | None = option(
-        None, "--workers", "Processes that prepare images, of each GPU", default="by the cores", panel=TRAINING,
+        None, "--workers", "Processes that prepare images, for each GPU", default="by the cores", panel=TRAINING,
         bounds=at_least(0),
     )  # fmt: skip
     data: str | None = option(
-        None, "--data", "Folder of the search's images, where it was moved", default="where it was", panel=TRAINING
+        None, "--data", "New place of the search's images, if they were moved", default="where it was", panel=TRAINING
     )
     data_dir: str = same_as(DataConfig, "data_dir")
     download: bool = same_as(DataConfig, "download")

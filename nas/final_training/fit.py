@@ -14,7 +14,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -250,10 +250,11 @@ def fit(
             begin = time.perf_counter()
             seeded(recipe.seed, epoch + 1)
             if recipe.devices > 1:
-                made.sampler.set_epoch(epoch)
+                # Its order is otherwise the same for all seeds.
+                made.sampler.set_epoch(recipe.epochs * recipe.seed + epoch)
             learner.wrapped.train()
             total, count = torch.zeros((), device=device), 0
-            for number, (images, labels) in enumerate(made, start=epoch * steps + 1):
+            for number, (images, labels) in enumerate(batches_of(made), start=epoch * steps + 1):
                 total += learner.step(images, labels)
                 ema.update(model, step=number)
                 schedule.step_update(number)
@@ -270,10 +271,25 @@ def fit(
             log.add(done)
             saver.save_checkpoint(epoch)  # type: ignore[no-untyped-call]
             told(done, recipe.epochs)
-    accuracy, loss_value = validate(ema.module, batches)
-    tested = score(ema.module, batches.test(), device)[0] if batches.test_images is not None else None
+    with turn():
+        accuracy, loss_value = validate(ema.module, batches)
+        tested = score(ema.module, batches.test(), device)[0] if batches.test_images is not None else None
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in ema.module.state_dict().items()}
     return Fitted(weights, accuracy, loss_value, tested, tuple(log.epochs))
+
+
+def batches_of(made: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The batches of a loader.
+
+    Raises:
+        CandidateFailed: an image cannot be read; the message says which one.
+    """
+    try:
+        yield from made
+    except CandidateFailed as error:
+        # Of an error in a process that loads, torch makes one whose text is the whole course of it.
+        last = str(error).strip().splitlines()[-1]
+        raise CandidateFailed(last.removeprefix("nas.errors.CandidateFailed: ")) from None
 
 
 def seeded(seed: int, epoch: int) -> None:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from nas.config import DataConfig
+from nas.errors import CandidateFailed, message_line
 from nas.training.data import ImageData
 from nas.training.images import ImageReader
 from nas.training.recipe import SMOOTHING, Recipe
@@ -47,8 +48,12 @@ class Pictures(Dataset[tuple[Any, int]]):
             return self.transform(picture), int(self.labels[index])
         assert self.files is not None
         path, label = self.files[index]
-        with Image.open(path) as image:
-            return self.transform(self.reader.picture(image)), label
+        try:
+            with Image.open(path) as image:
+                return self.transform(self.reader.picture(image)), label
+        except Exception as error:  # Pillow's readers raise many kinds for damaged files
+            # The search looks at as many as fit into memory only.
+            raise CandidateFailed(f"{path}: cannot be read ({message_line(error)})") from error
 
 
 def loader(

@@ -7,11 +7,12 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from statistics import fmean
 
 import torch
 
 from nas.errors import CandidateFailed
-from nas.final_training.fit import Job, Learner
+from nas.final_training.fit import Job, Learner, batches_of
 from nas.final_training.pictures import Pictures, loader
 from nas.training.data import ImageData, split_files
 from nas.training.proxy import Batches, validate
@@ -70,16 +71,18 @@ class Trials:
             CandidateFailed: all of them diverge.
         """
         steps = round(min(MOST_STEPS, max(LEAST_STEPS, SHARE * recipe.epochs * self.steps_an_epoch(recipe))))
-        tried = [self.run(replace(recipe, learning_rate=recipe.learning_rate * each), steps) for each in factors]
+        # Here one device trains, with a part of the images of a step, to which a lower rate belongs.
+        alone = recipe.learning_rate / math.sqrt(recipe.devices)
+        tried = [self.run(replace(recipe, learning_rate=alone * each), steps) for each in factors]
         best = min(tried, key=lambda each: each.loss)
         if not math.isfinite(best.loss):
             raise CandidateFailed("its loss diverges at every rate")
-        return replace(recipe, learning_rate=best.rate), tried
+        return replace(recipe, learning_rate=best.rate * math.sqrt(recipe.devices)), tried
 
     def is_faster_in_16_bits(self, recipe: Recipe) -> bool:
         """Whether steps are faster in bfloat16 by so much that it pays."""
         if self.device.type == "cuda":
-            return bool(torch.cuda.is_bf16_supported())
+            return has_bfloat16()
         seconds = [
             min(self.run(replace(recipe, amp=amp), TIMED_STEPS, validated=False).step_seconds for _ in range(2))
             for amp in (False, True)
@@ -97,7 +100,7 @@ class Trials:
         learner = Learner(self.job, recipe, self.device, self.mean, self.std)
         learner.model.train()
         schedule = learner.schedule(recipe, 1, WARMUP, steps)
-        endless = itertools.chain.from_iterable(iter(made) for _ in itertools.count())
+        endless = itertools.chain.from_iterable(batches_of(made) for _ in itertools.count())
         begin, timed = time.perf_counter(), steps
         for number, (images, labels) in enumerate(itertools.islice(endless, steps)):
             if number == min(2, steps - 1):
@@ -118,6 +121,11 @@ class Trials:
         return Tried(recipe.learning_rate, loss, step_seconds, time.perf_counter() - begin)
 
 
+def has_bfloat16() -> bool:
+    """Whether the GPUs multiply in bfloat16, and do not only emulate it."""
+    return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+
+
 def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -130,5 +138,5 @@ def epoch_seconds(recipe: Recipe, tried: Sequence[Tried], steps: int) -> float:
         steps: number of steps of an epoch.
     """
     validations = sum(map(recipe.validated_after, range(recipe.epochs))) / recipe.epochs
-    fastest = min(each.step_seconds for each in tried)
-    return fastest * steps + validations * min(each.validation_seconds for each in tried)
+    usual = fmean(each.step_seconds for each in tried)
+    return usual * steps + validations * fmean(each.validation_seconds for each in tried)

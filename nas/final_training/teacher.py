@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from nas.errors import UsageError, message_line
-from nas.export.directories import CONFIG, SECTION, Exported, read
+from nas.export.directories import CONFIG, PROXY_WEIGHTS, SECTION, Exported, read
 
 TEMPERATURE, WEIGHT = 4.0, 0.7
 
@@ -77,16 +77,18 @@ def resolved(named: str, folder: Path) -> str:
     if named.isdecimal():
         own = read(folder).config[SECTION]["study"]
         for path in sorted(folder.absolute().parent.glob(f"*_t{int(named):03d}")):
-            if (path / CONFIG).exists() and _is_of(own, int(named), read(path)):
-                return str(path)
-        raise UsageError(f"--teacher {named}: trial {named} has no directory beside {folder}; train it first")
+            if (path / CONFIG).exists() and _is_trained(there := read(path)):
+                told = there.config[SECTION]["study"]
+                if (told["name"], told["begun"], told["trial"]) == (own["name"], own["begun"], int(named)):
+                    return str(path)
+        raise UsageError(f"--teacher {named}: trial {named} has no trained directory beside {folder}; train it first")
     path = Path(named).expanduser()
     return str(path.absolute()) if path.is_dir() else named
 
 
-def _is_of(study: dict[str, Any], trial: int, other: Exported) -> bool:
-    told = other.config[SECTION]["study"]
-    return {**told, "trial": 0} == {**study, "trial": 0} and told["trial"] == trial
+def _is_trained(network: Exported) -> bool:
+    """Whether a network has weights that are not those of the search's short training."""
+    return network.weights is not None and network.config[SECTION]["weights"] != PROXY_WEIGHTS
 
 
 def teacher_of(
@@ -104,8 +106,8 @@ def teacher_of(
     path = Path(named)
     if path.is_dir():
         network = read(path)
-        if network.weights is None:
-            raise UsageError(f"--teacher {named}: has no weights; train it first")
+        if not _is_trained(network):
+            raise UsageError(f"--teacher {named}: is not trained to the end; train it first")
         if network.classes != list(classes):
             raise UsageError(f"--teacher {named}: tells other classes apart than {', '.join(classes[:5])}...")
         told = network.config["pretrained_cfg"]

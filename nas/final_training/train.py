@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -21,15 +19,16 @@ from kernels.machine import cores
 from nas.config import DataConfig, LatencyConfig
 from nas.display.notes import duration
 from nas.display.study_plots import plot_training
-from nas.errors import UsageError
+from nas.errors import CandidateFailed, UsageError
 from nas.export.directories import PROXY_WEIGHTS, SECTION, TRAINED, WEIGHTS, Exported, read, rewrite
 from nas.export.formats import write_onnx
 from nas.final_training.config import FinalConfig
 from nas.final_training.fit import LAST, RECIPE, Epoch, Fitted, Job, fit, read_job, write_job
 from nas.final_training.rates import FACTORS, Trials, Tried, epoch_seconds
 from nas.final_training.teacher import TEMPERATURE, WEIGHT, resolved
+from nas.final_training.worker import ERROR, result
 from nas.latency.devices import check_device
-from nas.locks import training_on
+from nas.locks import only_one, training_on, working_clock
 from nas.reporting import Note
 from nas.training.data import ImageData, load, split_files
 from nas.training.pool import every_cuda
@@ -80,28 +79,35 @@ def train(folder: Path, config: FinalConfig, note: Note, told: Told = lambda epo
         CandidateFailed: the loss diverges.
     """
     exported = read(folder)
-    if done := exported.config[SECTION].get(TRAINED):
-        note(f"{folder}: is trained already; move {folder / FOLDER} and the weights away to train it anew")
+    section = exported.config[SECTION]
+    if exported.weights is not None and section["weights"] not in (PROXY_WEIGHTS, FINAL_WEIGHTS):
+        raise UsageError(f"{folder}: holds the weights of {section['weights']}, which would be lost; export it anew")
+    if exported.weights is not None and (done := section.get(TRAINED)):
+        note(f"{folder}: is trained already; to train it otherwise, export it into another folder (--out)")
         return Described(folder, done)
+    if config.hours is not None and config.epochs is not None:
+        raise UsageError(f"--hours {config.hours:g}: not with --epochs, which says how long it is, too")
     device = check_device(LatencyConfig(device=config.device, engine="eager"))
     devices = [device] if ":" in config.device else every_cuda(device)
+    begin = working_clock()
+    place = folder / FOLDER
     with _alone(folder):
         data_config, largest = images_of(exported, config)
         data = load(data_config, note, largest)
         for line in data.notes:
             note(line)
         check_images(exported, data_config, largest, data)
-        begin = time.perf_counter()
-        place = folder / FOLDER
 
         def turn() -> contextlib.AbstractContextManager[None]:
             return training_on(devices, note)
 
         if (place / RECIPE).exists():
             job, recipe = read_job(place)
-            job = replace(job, data=asdict(data_config))
-            at = "" if (place / LAST).exists() else " from its beginning"
-            note(f"{folder}: its training goes on{at}, with the recipe with which it was begun")
+            _require_same(folder, config, job, recipe, devices)
+            # What there is was made of the weights with which it began.
+            job = replace(job, data=asdict(data_config), start="" if (place / LAST).exists() else job.start)
+            devices = devices[: recipe.devices]
+            note(f"{folder}: its training goes on, with the recipe with which it was begun")
         else:
             start = _start(folder, exported, config)
             teacher = "" if config.teacher is None else resolved(config.teacher, folder)
@@ -113,7 +119,8 @@ def train(folder: Path, config: FinalConfig, note: Note, told: Told = lambda epo
         taught = f", taught by {job.teacher}" if job.teacher else ""
         note(f"{exported.name}: {recipe.words(count)}{taught}")
         if recipe.devices > 1:
-            found = _side_by_side(place, recipe, told)
+            with turn():
+                found = _side_by_side(place, recipe, told)
         else:
             found = fit(place, recipe, job, devices[0], data=data, told=told, turn=turn)
         plot_training(
@@ -127,24 +134,45 @@ def train(folder: Path, config: FinalConfig, note: Note, told: Told = lambda epo
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Keep other processes from training the same directory.
+    """Keep other processes of this machine from training the same directory.
 
     Raises:
         UsageError: another one does.
     """
-    (folder / FOLDER).mkdir(exist_ok=True)
-    number = os.open(folder / FOLDER, os.O_RDONLY)
-    try:
+    place = folder / FOLDER
+    with only_one(f"training of {folder.resolve()}") as alone:
+        if not alone:
+            raise UsageError(f"{folder}: another process trains it now")
+        place.mkdir(exist_ok=True)
         try:
-            fcntl.flock(number, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"{folder}: another process trains it now") from error
-        yield
-    finally:
-        os.close(number)
-        # Of what was refused nothing is left.
-        with contextlib.suppress(OSError):
-            (folder / FOLDER).rmdir()
+            yield
+        finally:
+            # Of what was refused nothing is left.
+            with contextlib.suppress(OSError):
+                place.rmdir()
+
+
+def _require_same(
+    folder: Path, config: FinalConfig, job: Job, recipe: Recipe, devices: Sequence[torch.device]
+) -> None:  # fmt: skip
+    """Refuse flags that say something else than the recipe with which a training was begun.
+
+    Raises:
+        UsageError: there is such a flag, or the devices are not there.
+    """
+    told = {
+        "--epochs": (config.epochs, recipe.epochs), "--batch": (config.batch_size, recipe.batch_size),
+        "--lr": (config.learning_rate, recipe.learning_rate), "--seed": (config.seed or None, recipe.seed),
+        "--start": (config.start if config.start is Start.KEPT else None, recipe.start),
+        "--teacher": (config.teacher and resolved(config.teacher, folder), job.teacher or "none"),
+    }  # fmt: skip
+    anew = f"move {folder / FOLDER} away to begin anew"
+    for flag, (now, before) in told.items():
+        if now is not None and now != before:
+            raise UsageError(f"{flag} {now}: the training of {folder} was begun with {before}; {anew}")
+    if devices[0].type != recipe.kind or len(devices) < recipe.devices:
+        begun = f"{recipe.devices} GPUs" if recipe.devices > 1 else f"one device of kind {recipe.kind}"
+        raise UsageError(f"--device {config.device}: the training of {folder} was begun on {begun}; {anew}")
 
 
 # -- Images ------------------------------------------------------------------------------------------------------------
@@ -157,9 +185,9 @@ def images_of(exported: Exported, config: FinalConfig) -> tuple[DataConfig, int]
         UsageError: they are not those that a flag names.
     """
     told = exported.config[SECTION]["accuracy"]["data"]
-    own = replace(
-        exported.data, data_dir=config.data_dir, download=config.download, resolution=exported.resolution
-    )  # fmt: skip
+    # The size at which it was timed; the search may have trained it at another.
+    size = exported.deployment.resolution
+    own = replace(exported.data, data_dir=config.data_dir, download=config.download, resolution=size)
     return (own if config.data is None else replace(own, source=config.data)), int(told.get("largest", 0))
 
 
@@ -201,7 +229,7 @@ def chosen_recipe(
     """The recipe by the rules, by what short trainings show, and by the time that there is.
 
     Args:
-        begin: the time at which the command began, on the clock of `time.perf_counter`.
+        begin: the time at which the command began, on `nas.locks.working_clock`.
 
     Raises:
         UsageError: not even one pass over the images fits into the time.
@@ -210,9 +238,10 @@ def chosen_recipe(
     proxy = exported.config[SECTION]["accuracy"]["training"]
     trials = Trials(job, data, devices[0])
     count = len(trials.files) if trials.files is not None else len(data.train_labels)
-    params = cost(exported.arch, exported.resolution, len(data.classes)).params
+    size = exported.deployment.resolution
+    params = cost(exported.arch, size, len(data.classes)).params
     recipe = recipe_for(
-        params, exported.resolution, count, devices[0].type, devices=len(devices), cores=cores(), mirror=data.flip,
+        params, size, count, devices[0].type, devices=len(devices), cores=cores(), mirror=data.flip,
         base_rate=proxy["learning_rate"], base_batch=proxy["batch_size"], epochs=config.epochs,
         batch_size=config.batch_size, learning_rate=config.learning_rate, seed=config.seed, start=config.start,
         workers=config.workers,
@@ -222,12 +251,12 @@ def chosen_recipe(
     if config.hours is not None and config.epochs is None:
         # The short trainings are a share of the long one, so its length has to be about known before.
         seconds = epoch_seconds(recipe, [trials.run(recipe, 8)], steps)
-        recipe = fitted(recipe, config.hours - (time.perf_counter() - begin) / 3600, seconds)
+        recipe = fitted(recipe, config.hours, (working_clock() - begin) / 3600, seconds)
     factors = FACTORS if config.learning_rate is None else (1.0,)
     recipe, tried = trials.with_best_rate(recipe, factors)
     seconds = epoch_seconds(recipe, tried, steps)
     if config.hours is not None and config.epochs is None:
-        recipe = fitted(recipe, config.hours - (time.perf_counter() - begin) / 3600, seconds)
+        recipe = fitted(recipe, config.hours, (working_clock() - begin) / 3600, seconds)
     if len(tried) > 1:
         note(f"rates tried: {rates_line(tried)}")
     note(f"{exported.name}: will take about {duration(recipe.epochs * seconds)}")
@@ -248,6 +277,10 @@ def _side_by_side(place: Path, recipe: Recipe, told: Told) -> Fitted:
     Raises:
         UsageError: they fail.
     """
+    (place / ERROR).unlink(missing_ok=True)
+    if recipe.kind == "cuda":
+        # Those processes need the memory that the short trainings took.
+        torch.cuda.empty_cache()
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(recipe.devices), "-m",
         "nas.final_training.worker", str(place),
@@ -269,10 +302,10 @@ def _side_by_side(place: Path, recipe: Recipe, told: Told) -> Fitted:
         process.terminate()
         process.wait()
         raise
+    if (place / ERROR).exists():
+        raise CandidateFailed((place / ERROR).read_text())
     if status:
         raise UsageError(f"the training on {recipe.devices} devices ended with status {status}; it said why above")
-    from nas.final_training.worker import result
-
     return result(place)
 
 
@@ -294,7 +327,9 @@ def finished(
     interval = stats.binomtest(right, count).proportion_ci(method="wilson")
     for part in (config, config["model_args"], config["pretrained_cfg"]):
         part["num_classes"] = len(own.classes)
-    config["pretrained_cfg"] |= {"mean": list(own.mean), "std": list(own.std)}
+    config["pretrained_cfg"] |= {
+        "mean": list(own.mean), "std": list(own.std), "input_size": [3, own.resolution, own.resolution]
+    }  # fmt: skip
     config["label_names"] = list(own.classes)
     config[SECTION]["weights"] = FINAL_WEIGHTS
     config[SECTION]["accuracy"]["preparation"] = list(own.preparation)

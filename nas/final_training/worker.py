@@ -5,22 +5,21 @@ from __future__ import annotations
 import json
 import os
 import sys
-from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from nas.errors import CandidateFailed, UsageError, message_line
+from nas.files import save_tensors
 from nas.final_training.fit import Epoch, Fitted, fit, rank, read_job
-from nas.locks import training_on
 
-RESULT = "result.pt"
+# The result of a training, and why it failed.
+RESULT, ERROR = "result.pt", "error.txt"
 
 
 def main(place: Path) -> None:
     """Train what a folder says, and write the result into it."""
-    from nas.files import save_tensors
-
     job, recipe = read_job(place)
     local = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local) if recipe.kind == "cuda" else torch.device("cpu")
@@ -31,12 +30,14 @@ def main(place: Path) -> None:
     def told(epoch: Epoch, epochs: int) -> None:
         print(json.dumps(asdict(epoch)), flush=True)
 
-    def turn() -> AbstractContextManager[None]:
-        return training_on([device], lambda line: print(line, file=sys.stderr))
-
-    found = fit(place, recipe, job, device, told=told, turn=turn)
-    if rank() == 0:
-        save_tensors({**asdict(found), "epochs": [asdict(each) for each in found.epochs]}, place / RESULT)
+    try:
+        # The process that started this one keeps others from measuring meanwhile.
+        found = fit(place, recipe, job, device, told=told)
+        if rank() == 0:
+            save_tensors({**asdict(found), "epochs": [asdict(each) for each in found.epochs]}, place / RESULT)
+    except (CandidateFailed, UsageError, OSError) as error:
+        (place / ERROR).write_text(message_line(error))
+        raise
     torch.distributed.destroy_process_group()
 
 

@@ -50,7 +50,7 @@ class World:
 
     def __init__(self, networks: Sequence[Network], space: SearchSpace, resolution: int, classes: int) -> None:
         from sklearn.ensemble import ExtraTreesRegressor
-        from sklearn.model_selection import cross_val_predict
+        from sklearn.model_selection import KFold, cross_val_predict
 
         self.space, self.resolution, self.classes = space, resolution, classes
         known = [(network, _rows(network.short)) for network in networks]
@@ -69,17 +69,25 @@ class World:
         ])  # fmt: skip
         self.deviates_at = np.concatenate([np.full(len(rows), rows[:, ACCURACY].mean()) for rows in several])
         self.noise = float(np.sqrt(np.mean(self.deviations[:, ACCURACY] ** 2)))
+        # Trees of all figures at once would split by those of the largest variance.
+        self.mean, self.scale = means.mean(0), np.maximum(means.std(0), 1e-9)
+        scaled = (means - self.mean) / self.scale
         trees = ExtraTreesRegressor(TREES, min_samples_leaf=LEAF, random_state=0)
         of_latency = ExtraTreesRegressor(TREES, random_state=0)
-        guessed = cross_val_predict(trees, features, means, cv=FOLDS)
+        # The table has random networks first, then found ones.
+        folds = KFold(FOLDS, shuffle=True, random_state=0)
+        guessed = cross_val_predict(trees, features, scaled, cv=folds) * self.scale + self.mean
         missed = means - guessed
-        self.error = float(np.sqrt(np.mean(missed[:, ACCURACY] ** 2)))
-        of_noise = self.noise**2 * float(np.mean([1 / len(rows) for _, rows in known]))
-        self.own_error = math.sqrt(max(self.error**2 - of_noise, 0.0))
-        self.own, self.own_at = missed * (self.own_error / self.error if self.error else 0.0), guessed[:, ACCURACY]
-        missed_logs = cross_val_predict(of_latency, features, logs, cv=FOLDS) - logs
+        errors = np.sqrt(np.mean(missed**2, axis=0))
+        self.error = float(errors[ACCURACY])
+        # Of these errors a part is the noise of the means, and the rest is the networks' own.
+        once = float(np.mean([1 / len(rows) for _, rows in known]))
+        own = np.sqrt(np.maximum(errors**2 - once * np.mean(self.deviations**2, axis=0), 0.0))
+        self.own_error = float(own[ACCURACY])
+        self.own, self.own_at = missed * (own / np.maximum(errors, 1e-12)), guessed[:, ACCURACY]
+        missed_logs = cross_val_predict(of_latency, features, logs, cv=folds) - logs
         self.latency_error = float(np.sqrt(np.mean(missed_logs**2)))
-        self.trees, self.latency_trees = trees.fit(features, means), of_latency.fit(features, logs)
+        self.trees, self.latency_trees = trees.fit(features, scaled), of_latency.fit(features, logs)
         self.cache: dict[str, tuple[np.ndarray, float]] = {}
         self.reference_ms = 2 * self.truth(space.anchor())[1]
 
@@ -105,7 +113,7 @@ class World:
         """The figures of an architecture's mean training, and its latency in ms."""
         if arch.arch_id not in self.cache:
             features = matrix([arch], self.resolution, self.classes)
-            row = self.trees.predict(features)[0]
+            row = self.trees.predict(features)[0] * self.scale + self.mean
             near = _nearest(self.own_at, row[ACCURACY])
             digest = hashlib.sha256(arch.arch_id.encode()).digest()
             row = row + self.own[near[int.from_bytes(digest[:6], "big") % len(near)]]

@@ -59,7 +59,7 @@ class Confirmation:
                 f"the front is not confirmed: some of its likely members were not trained again ({trained}); the "
                 "command confirm goes on"
             )
-        open_ = "" if self.decided else "; some places are within the noise (confirm with a larger --share goes on)"
+        open_ = "" if self.decided else "; some places are within the noise (a larger --share of confirm decides them)"
         scatter = "" if self.noise is None else f", which scatter by {100 * self.noise:.1f} points"
         return f"{self.candidates} networks confirmed by {trained}{scatter}{open_}"
 

@@ -128,7 +128,7 @@ def recipe_for(
     rate = learning_rate or base_rate * math.sqrt(batch * devices / base_batch)
     return Recipe(
         epochs=epochs or round(min(MOST_EPOCHS, max(EPOCHS, passes))), batch_size=batch, learning_rate=rate,
-        seed=seed, start=start, kind=kind, amp=kind == "cuda", devices=devices,
+        seed=seed, start=start, kind=kind, amp=False, devices=devices,
         workers=max(1, cores // devices // 2) if workers is None else workers,
         threads=cores if kind == "cpu" else 1, hflip=0.5 if mirror else 0.0,
         augmentation=regularisation(AS_MANY_PARAMS * params if images < FEW_IMAGES else params, resolution),
@@ -155,14 +155,18 @@ def regularisation(params: int, resolution: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def fitted(recipe: Recipe, hours: float, epoch_seconds: float) -> Recipe:
+def fitted(recipe: Recipe, hours: float, spent: float, epoch_seconds: float) -> Recipe:
     """A recipe with as many epochs as fit into a time.
+
+    Args:
+        hours: the whole time, in hours.
+        spent: hours of it that are gone.
 
     Raises:
         UsageError: not even one does.
     """
-    epochs = int(3600 * hours * (1 - SPARE) / epoch_seconds)
+    epochs = int(3600 * (hours - spent) * (1 - SPARE) / epoch_seconds)
     if epochs < 1:
-        least = epoch_seconds / (1 - SPARE) / 3600
-        raise UsageError(f"--hours {hours:g}: one pass over the training images takes {least:.2g} hours")
+        least = spent + epoch_seconds / (1 - SPARE) / 3600
+        raise UsageError(f"--hours {hours:g}: one pass over the training images takes {least:.2g} hours, all included")
     return replace(recipe, epochs=epochs)

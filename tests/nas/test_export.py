@@ -69,7 +69,7 @@ def exported(store: Store, config: SearchConfig, **selection: Any) -> list[Expor
 
 def links(config: SearchConfig) -> str:
     """The name of the folder of links to the images."""
-    return f"split_{image_data.load(config.data).fingerprint}"
+    return f".split_{image_data.load(config.data).fingerprint}"
 
 
 def keep_weights(store: Store, config: SearchConfig, number: int) -> dict[str, Tensor]:
@@ -276,6 +276,7 @@ def test_the_recipe_speaks_train_pys_language(
     store: Store, config: SearchConfig, params: float, resolution: int, on_cuda: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: on_cuda)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: not including_emulation)
     made = regularisation(int(params), resolution)
     monkeypatch.setattr(recipes, "regularisation", lambda *_: made)
     (network,) = exported(store, config, top=1)

@@ -22,9 +22,10 @@ from typer.testing import CliRunner
 
 from nas.cli.app import app
 from nas.config import SearchConfig
-from nas.errors import UsageError
-from nas.export.directories import read, write
+from nas.errors import CandidateFailed, UsageError
+from nas.export.directories import read, rewrite, trained, write
 from nas.final_training import fit as fitting
+from nas.final_training import rates
 from nas.final_training import train as training
 from nas.final_training.config import FinalConfig
 from nas.final_training.fit import Epoch, read_job
@@ -121,8 +122,7 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(
     assert read(other).weights is None
     notes: list[str] = []
     told: list[int] = []
-    # What it was begun with counts.
-    again = train(other, replace(config, epochs=7), notes.append, lambda epoch, epochs: told.append(epoch.number))
+    again = train(other, config, notes.append, lambda epoch, epochs: told.append(epoch.number))
     assert told == list(range(at + 2, 5))
     assert any("its training goes on, with the recipe with which it was begun" in line for line in notes)
     assert (again.section["accuracy"], again.section["loss"]) == (whole.section["accuracy"], whole.section["loss"])
@@ -130,6 +130,61 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(
     assert one is not None
     assert two is not None
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_begun_training_is_not_changed(folder: Path) -> None:
+    def interrupt(epoch: Epoch, epochs: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, QUICK, silent, interrupt)
+    for changed, told in (
+        (replace(QUICK, epochs=7), "--epochs 7: the training of {} was begun with 4; move {}/training away"),
+        (replace(QUICK, learning_rate=1e-3), "--lr 0.001: the training of {} was begun with 0.002; move {}/training"),
+        (replace(QUICK, seed=3), "--seed 3: the training of {} was begun with 0; move {}/training away"),
+        (replace(QUICK, start=Start.KEPT), "--start kept: the training of {} was begun with fresh; move {}/training"),
+        (replace(QUICK, teacher="resnet18"), "--teacher resnet18: the training of {} was begun with none; move {}"),
+    ):
+        with pytest.raises(UsageError, match=re.escape(told.format(folder, folder))):
+            train(folder, changed, silent)
+    shutil.rmtree(folder / "training")
+    assert train(folder, replace(QUICK, epochs=1), silent).section["epochs"] == 1
+
+
+def test_weights_of_another_training_are_not_lost(folder: Path, tmp_path: Path) -> None:
+    network = read(folder)
+    checkpoint = tmp_path / "best.pth.tar"
+    torch.save({"state_dict": network.arch.build(2).state_dict()}, checkpoint)
+    rewrite(folder, trained(network, checkpoint))
+    before = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(UsageError, match=r"holds the weights of best\.pth\.tar, which would be lost"):
+        train(folder, QUICK, silent)
+    assert (folder / "model.safetensors").read_bytes() == before
+
+
+def test_a_damaged_image_is_named(folder: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The search looks at as many as fit into memory; this one has come in since."""
+    files = image_data.split_files(read(folder).data)
+    assert files is not None
+    (images / "dark" / "broken.png").write_text("no image")
+    more = replace(files, train=[*files.train, (images / "dark" / "broken.png", 1)])
+    loaded = image_data.load
+    monkeypatch.setattr(training, "load", lambda config, *rest: load_without(loaded, images, config, *rest))
+    for module in (fitting, rates):
+        monkeypatch.setattr(module, "split_files", lambda config: more)
+    for workers in (0, 1):
+        with pytest.raises(CandidateFailed, match=rf"^{images}/dark/broken\.png: cannot be read \("):
+            train(folder, replace(QUICK, workers=workers, epochs=2), silent)
+
+
+def load_without(load: Any, images: Path, *rest: Any) -> Any:
+    hidden = images / "dark" / "broken.png"
+    text = hidden.read_text()
+    hidden.unlink()
+    try:
+        return load(*rest)
+    finally:
+        hidden.write_text(text)
 
 
 def test_a_full_disk_costs_an_epoch_at_most(
@@ -221,10 +276,14 @@ def test_the_best_of_three_rates_is_taken(folder: Path, monkeypatch: pytest.Monk
 def test_hours_fit_the_schedule() -> None:
     recipe = recipe_of()
     assert recipe.epochs == 100
-    assert fitted(recipe, 1.0, 60.0).epochs == 54
-    assert fitted(recipe, 10.0, 60.0).epochs == 540
-    with pytest.raises(UsageError, match=r"--hours 0\.01: one pass over the training images takes 0\.019 hours"):
-        fitted(recipe, 0.01, 60.0)
+    assert fitted(recipe, 1.0, 0.0, 60.0).epochs == 54
+    assert fitted(recipe, 1.0, 0.5, 60.0).epochs == 27
+    assert fitted(recipe, 10.0, 0.0, 60.0).epochs == 540
+    for spent in (0.0, 0.02):
+        least = f"{60.0 / 0.9 / 3600 + spent:.2g}"
+        told = rf"--hours 0\.01: one pass over the training images takes {re.escape(least)} hours, all included"
+        with pytest.raises(UsageError, match=told):
+            fitted(recipe, 0.01, spent, 60.0)
 
 
 def test_too_little_time_leaves_nothing_behind(folder: Path) -> None:
@@ -328,8 +387,9 @@ def test_the_command_refuses_what_it_cannot_do(store: Store, config: SearchConfi
 def test_a_student_learns_what_its_teacher_answers(store: Store, config: SearchConfig, tmp_path: Path) -> None:
     teacher, student = write(exported(store, config, trials=(2, 0)), tmp_path / "out")[::-1]
     refused = {
-        "77": "--teacher 77: trial 77 has no directory beside",
-        "2": "has no weights; train it first",
+        "77": "--teacher 77: trial 77 has no trained directory beside",
+        "2": "--teacher 2: trial 2 has no trained directory beside",
+        str(teacher): "is not trained to the end; train it first",
         "no_such_model": "--teacher no_such_model: is no trained directory, and timm has no weights of that name here",
         "resnet18=missing.pth": "--teacher resnet18=missing.pth: ",
     }

@@ -296,6 +296,8 @@ def photos(folder: Path) -> list[Path]:
     Image.fromarray(pixels(30, 30)).convert("L").save(folder / "grey.png")
     Image.fromarray(pixels(25, 31, 4), "RGBA").save(folder / "see-through.png")
     Image.fromarray(pixels(5, 9)).save(folder / "tiny.webp", lossless=True)
+    deep = np.asarray(Image.fromarray(pixels(33, 33)).convert("L")).astype(np.uint16) * 257
+    Image.fromarray(deep).save(folder / "deep.png")
     return sorted(folder.iterdir())
 
 
@@ -332,8 +334,15 @@ def test_it_says_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "no.png").write_text("no image")
     for path in (tmp_path / "no.png", tmp_path / "missing.png"):
         line = said(path)
-        assert line.startswith(f"{path}: is no image that can be read (")
+        assert line.startswith(f"{path}: cannot be read (")
         assert "\n" not in line
+    # The others are named all the same.
+    good = photos(tmp_path / "photos")[0]
+    done = subprocess.run(
+        [sys.executable, folder / "classify.py", tmp_path / "no.png", good], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 1
+    assert done.stdout.startswith(f"{good}: ")
 
 
 @pytest.mark.slow

@@ -183,7 +183,7 @@ def test_who_waits_is_told_for_whom_at_once_and_again(start: Start, monkeypatch:
     threading.Timer(0.7, lambda: holder.input.write(b"\n")).start()
     with DeviceLock("cpu").training(on_wait=lines.append):
         told = list(lines)
-    who = rf"process {holder.process.pid}, which measures on this device \(since \d\d:\d\d: .*python.* -c .*\)"
+    who = rf"process {holder.process.pid}, which measures on this device \(begun at \d\d:\d\d: .*python.* -c .*\)"
     assert re.fullmatch(rf"waiting for {who}", told[0], re.DOTALL)
     assert len(told) >= 2
     assert all(re.fullmatch(rf"still waiting, for 0 min now, for {who}", line, re.DOTALL) for line in told[1:])
