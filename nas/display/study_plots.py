@@ -111,9 +111,14 @@ def plot_learning_curve(curve: Sequence[CurvePoint], validation_accuracy: float 
     losses.plot(steps, [point.train_loss for point in curve], color=ORANGE, label="training loss")
     losses.set_ylim(bottom=0)
     losses.set_ylabel("loss (label smoothing included)")
-    axes.set_title(wrapped(title, 7), fontsize=10, loc="left")
-    handles = [handle for each in (axes, losses) for handle in each.get_legend_handles_labels()[0]]
-    axes.legend(handles=handles, loc="center right", frameon=False)
+    _write_course(figure, [axes, losses], title, path)
+
+
+def _write_course(figure: Any, both: Sequence[Any], title: str, path: Path) -> None:
+    """Write a figure of two axes over one another, with a legend of both."""
+    both[0].set_title(wrapped(title, 7), fontsize=10, loc="left")
+    handles = [handle for axes in both for handle in axes.get_legend_handles_labels()[0]]
+    both[0].legend(handles=handles, loc="center right", frameon=False)
     write_figure(figure, path, dpi=110)
 
 
@@ -137,7 +142,4 @@ def plot_training(
     own.plot(epochs, losses, color=ORANGE, label="training loss")
     own.set_ylim(bottom=0)
     own.set_ylabel("loss (label smoothing and augmentation included)")
-    axes.set_title(wrapped(title, 7), fontsize=10, loc="left")
-    handles = [handle for each in (axes, own) for handle in each.get_legend_handles_labels()[0]]
-    axes.legend(handles=handles, loc="center right", frameon=False)
-    write_figure(figure, path, dpi=110)
+    _write_course(figure, [axes, own], title, path)

@@ -255,6 +255,7 @@ def page(
         of_study=of_study,
         front_words=front_words(material.front) if len(material.front) else "",
         confirmed=is_confirmed(material.front),
+        tested=bool(material.front["test_accuracy"].notna().any()) if len(material.front) else False,
         front_rows=some_rows(material.front, MOST_ROWS),
         columns_drawn=min(len(material.front), MOST_COLUMNS),
         architectures_px=round(100 * figure_width(min(len(material.front), MOST_COLUMNS))),

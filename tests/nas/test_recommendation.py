@@ -20,7 +20,7 @@ from nas.search import loop as search
 from nas.training.proxy import ProxyResult
 from search_spaces import ArchSpec
 from studies import Store
-from tests.nas.test_confirmation import Noisy
+from tests.nas.test_confirmation import Noisy, WithTestImages
 
 # Up to 0.4 ms a doubling brings ten points, beyond it one.
 FRONT = [
@@ -164,3 +164,15 @@ def test_the_report_says_which_one_to_take(config: SearchConfig, tmp_path: Path)
     assert "Which one to take" in page
     assert f"Recommended: trial {found.chosen.number}, " in page
     assert f"bench exports/{directory_name(found.chosen.latency_ms, found.chosen.number)}" in page
+
+
+def test_the_report_shows_accuracies_on_test_images_where_there_are_any(config: SearchConfig, tmp_path: Path) -> None:
+    for evaluator, shown in ((Noisy(), False), (WithTestImages(), True)):
+        own = replace(config, study=str(shown))
+        search.run(own, evaluator)
+        recorded = opened(own)
+        page = write_report(recorded, own.storage, tmp_path / own.study)[0].read_text()
+        assert ("test images</th>" in page) == shown
+        if shown:
+            first = recorded.front().iloc[0]
+            assert f'<td class="number">{100 * first["test_accuracy"]:.1f} %</td>' in page
