@@ -127,3 +127,5 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "ChildProcess", Inline)
     # Threads of one process share a random generator.
     monkeypatch.setattr(trainings, "cores", lambda: 1)
+    # A worker's images go with it; here another test's may have had the same place.
+    trainings.mapped.cache_clear()

@@ -27,6 +27,8 @@ from studies import Store
 from studies.sql import read_view
 from tests.conftest import make_tiny_space
 
+# Each process of a worker takes seconds to start, and none of this depends on it.
+pytestmark = pytest.mark.usefixtures("inline")
 SELECT = "SELECT * FROM"
 SPACE = make_tiny_space(resolution=(16, 24, 32), stem_stride=(1, 2))
 

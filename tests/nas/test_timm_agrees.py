@@ -20,6 +20,8 @@ from nas.recorded import RecordedStudy
 from search_spaces import SearchSpace
 from studies import Store
 
+# Each process of a worker takes seconds to start, and none of this depends on it.
+pytestmark = pytest.mark.usefixtures("inline")
 # Numbers that are no text, and names in both cases: sorted as text they come in another order.
 CLASSES_IN_TIMMS_ORDER = ("2", "10", "apple", "Banana")
 RESOLUTION = 144
@@ -51,7 +53,7 @@ def make_images(root: Path, suffix: str, train: int = 30, val: int = 50) -> Path
 def searched(source: Path, space: SearchSpace, storage: str, **data: object) -> SearchConfig:
     """A study of one trained network on a folder of images."""
     config = SearchConfig(
-        budget=1, storage=storage, space=space, keep_weights=True,
+        budget=1, storage=storage, space=space, keep_weights=True, workers=1,
         data=DataConfig(source=str(source), resolution=RESOLUTION, **data),  # type: ignore[arg-type]
         proxy=ProxyConfig(steps=40, batch_size=16, threads=1),
         latency=LatencyConfig(device="cpu", engine="eager", resolution=32, num_classes=4, seconds=0.1),

@@ -67,12 +67,13 @@ def test_near_the_front(accuracy: float, latency_ms: float, near: bool) -> None:
     assert near_front(accuracy, latency_ms, [(0.7, 1.0)]) is near
 
 
+@pytest.mark.usefixtures("inline")
 def test_a_search_keeps_its_front(sqlite_url: str, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For real: the weights are those that were trained, with what they were trained for."""
     # On a busy machine, latencies of so little sampling move farther than a candidate may be off the front.
     monkeypatch.setattr("nas.training.weights.NEAR_FRONT", 0.0)
     config = SearchConfig(
-        budget=5, storage=sqlite_url, space=make_tiny_space(), data=DataConfig(str(images), resolution=16),
+        budget=5, storage=sqlite_url, space=make_tiny_space(), data=DataConfig(str(images), resolution=16), workers=1,
         proxy=ProxyConfig(steps=3, batch_size=8, threads=1), keep_weights=True,
         latency=LatencyConfig(device="cpu", engine="eager", resolution=16, num_classes=2, precision=0.9, seconds=0.05),
     )  # fmt: skip

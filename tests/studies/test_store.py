@@ -282,7 +282,7 @@ def test_a_whole_search_runs_on_either(any_url: str) -> None:
 def test_readers_neither_disturb_a_search_nor_wait_for_it(sqlite_url: str) -> None:
     """A dashboard polls while a search writes: no trial fails, and nobody meets a lock."""
     # So long that there are enough polls on any machine.
-    config = SearchConfig(budget=100, storage=sqlite_url)
+    config = SearchConfig(budget=100, storage=sqlite_url, sampler="random", early_stopping=False)
     search.run(replace(config, budget=1), FakeEvaluator())
     errors: list[BaseException] = []
     polls = 0
