@@ -321,8 +321,12 @@ def pack(folder: Folder, table: Annotated[Path, typer.Argument(help="File of the
     latencies = {row["arch"]: row["latency_ms"] for row in lines_of(folder / LATENCIES)}
     found = _read(folder / FOUND, [])
     by_arch: dict[str, list[dict[str, Any]]] = {}
+    seen = set()
     for row in lines_of(folder / TRAININGS):
-        by_arch.setdefault(row["arch"], []).append(row)
+        # Two calls at once may have made the same training.
+        if (row["arch"], row["seed"], row["long"]) not in seen:
+            by_arch.setdefault(row["arch"], []).append(row)
+        seen.add((row["arch"], row["seed"], row["long"]))
     networks = []
     for text, rows in by_arch.items():
         if text not in latencies:

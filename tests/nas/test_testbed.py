@@ -73,6 +73,8 @@ def test_a_table_is_made_packed_and_read(tmp_path: Path, monkeypatch: pytest.Mon
     assert "was begun with another plan" in str(run(testbed.app, [*line, "--rate", "0.001"]).exception)
     for arch in random_networks(SPACE, 6):
         testbed.append(folder / testbed.LATENCIES, {"arch": str(arch), "latency_ms": 0.25})
+    twice = lines_of(folder / testbed.TRAININGS)[0]
+    testbed.append(folder / testbed.TRAININGS, twice)
     assert run(testbed.app, ["pack", str(folder), str(table)]).exit_code == 0
     networks = read_table(table)
     assert [network.arch for network in networks] == random_networks(SPACE, 6)
