@@ -62,7 +62,11 @@ class FinalConfig(Checked):
         bounds=at_least(0),
     )  # fmt: skip
     data: str | None = option(
-        None, "--data", "New place of the search's images, if they were moved", default="where it was", panel=TRAINING
+        None,
+        "--data",
+        "New place of the search's images, if they were moved",
+        default="where they were",
+        panel=TRAINING,
     )
     data_dir: str = same_as(DataConfig, "data_dir")
     download: bool = same_as(DataConfig, "download")

@@ -2,7 +2,7 @@
 
 A training is a folder: `job.json` says what is trained on what, `recipe.json` how, `last.pth.tar` is timm's checkpoint
 of the last epoch, and `log.csv` has a line for each epoch. It goes on from there, and comes to what it would have come
-to: all random numbers of an epoch follow from the seed and the epoch's number.
+to, on a CPU exactly: all random numbers of an epoch follow from the seed and the epoch's number.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class Job:
         largest: see `nas.training.data.load`.
         start: safetensors file of the weights to begin with; empty for fresh ones.
         teacher: the teacher, as `nas.final_training.teacher.resolved` names it; empty for none.
+        asked_batch: the batch that the user asked for, which few images may not allow; None for none.
     """
 
     arch: str
@@ -63,6 +64,7 @@ class Job:
     largest: int
     start: str
     teacher: str = ""
+    asked_batch: int | None = None
 
     @property
     def data_config(self) -> DataConfig:
@@ -245,6 +247,7 @@ def fit(
     if recipe.devices > 1:
         ids = [device] if device.type == "cuda" else None
         learner.wrapped = nn.parallel.DistributedDataParallel(model, device_ids=ids)
+    held_out: tuple[float | None, float | None] = (None, None)
     for epoch in range(begin_at, recipe.epochs):
         with turn():
             begin = time.perf_counter()
@@ -262,17 +265,20 @@ def fit(
             train_loss = float(total) / max(1, count)
             if not math.isfinite(train_loss):
                 raise CandidateFailed(f"the loss diverged in epoch {epoch + 1} of {recipe.epochs}")
-            held_out: tuple[float | None, float | None] = (None, None)
+            held_out = (None, None)
             if recipe.validated_after(epoch):
                 held_out = validate(ema.module, batches)
             elapsed += time.perf_counter() - begin
         if first:
-            done = Epoch(epoch + 1, optimizer.param_groups[0]["lr"], train_loss, *held_out, elapsed)
+            done = Epoch(epoch + 1, optimizer.param_groups[0]["lr"], train_loss, held_out[0], held_out[1], elapsed)
             log.add(done)
             saver.save_checkpoint(epoch)  # type: ignore[no-untyped-call]
             told(done, recipe.epochs)
     with turn():
-        accuracy, loss_value = validate(ema.module, batches)
+        # The last epoch ends with it, unless it was one of an earlier call.
+        accuracy, loss_value = held_out if begin_at < recipe.epochs else validate(ema.module, batches)
+        assert accuracy is not None
+        assert loss_value is not None
         tested = score(ema.module, batches.test(), device)[0] if batches.test_images is not None else None
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in ema.module.state_dict().items()}
     return Fitted(weights, accuracy, loss_value, tested, tuple(log.epochs))

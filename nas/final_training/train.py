@@ -111,7 +111,9 @@ def train(folder: Path, config: FinalConfig, note: Note, told: Told = lambda epo
         else:
             start = _start(folder, exported, config)
             teacher = "" if config.teacher is None else resolved(config.teacher, folder)
-            job = Job(exported.arch.to_json(), data.classes, asdict(data_config), largest, start, teacher)
+            job = Job(
+                exported.arch.to_json(), data.classes, asdict(data_config), largest, start, teacher, config.batch_size
+            )  # fmt: skip
             with turn():
                 recipe = chosen_recipe(exported, config, job, data, devices, note, begin)
         write_job(place, job, recipe)
@@ -161,7 +163,8 @@ def _require_same(
         UsageError: there is such a flag, or the devices are not there.
     """
     told = {
-        "--epochs": (config.epochs, recipe.epochs), "--batch": (config.batch_size, recipe.batch_size),
+        "--epochs": (config.epochs, recipe.epochs),
+        "--batch": (config.batch_size, job.asked_batch or recipe.batch_size),
         "--lr": (config.learning_rate, recipe.learning_rate), "--seed": (config.seed or None, recipe.seed),
         "--start": (config.start if config.start is Start.KEPT else None, recipe.start),
         "--teacher": (config.teacher and resolved(config.teacher, folder), job.teacher or "none"),
@@ -179,11 +182,7 @@ def _require_same(
 
 
 def images_of(exported: Exported, config: FinalConfig) -> tuple[DataConfig, int]:
-    """The images on which a network is trained, those of its search, and the largest size at which the search had them.
-
-    Raises:
-        UsageError: they are not those that a flag names.
-    """
+    """The images on which a network is trained, those of its search, and their largest size in the search."""
     told = exported.config[SECTION]["accuracy"]["data"]
     # The size at which it was timed; the search may have trained it at another.
     size = exported.deployment.resolution

@@ -81,7 +81,8 @@ class Evaluator(Protocol):
 
     device: DeviceInfo
     data_fingerprint: str
-    # Number of validation images.
+    # Numbers of training and of validation images.
+    train_images: int
     val_images: int
     # The images at the anchor's resolution; None where there are none.
     images: Images | None
@@ -164,6 +165,7 @@ class OneByOne:
     workers = 1
     apart = False
     timers = 1
+    train_images = 16_000
     val_images = 3000
     images: Images | None = None
 

@@ -233,7 +233,7 @@ def _begin(
         versions=versions, device=asdict(evaluator.device), anchor=config.space.anchor().to_json(),
         anchor_ms=anchor_ms, pilot=pilot.to_json() if pilot else None,
         images=None if evaluator.images is None else json.dumps(
-            {**asdict(evaluator.images), "train_images": getattr(evaluator, "train_images", None),
+            {**asdict(evaluator.images), "train_images": evaluator.train_images,
              "val_images": evaluator.val_images}
         ),
     )  # fmt: skip

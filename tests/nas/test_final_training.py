@@ -133,6 +133,8 @@ def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(
 
 
 def test_a_begun_training_is_not_changed(folder: Path) -> None:
+    before = (folder / "config.json").read_bytes()
+
     def interrupt(epoch: Epoch, epochs: int) -> None:
         raise KeyboardInterrupt
 
@@ -148,6 +150,15 @@ def test_a_begun_training_is_not_changed(folder: Path) -> None:
         with pytest.raises(UsageError, match=re.escape(told.format(folder, folder))):
             train(folder, changed, silent)
     shutil.rmtree(folder / "training")
+    # The same command goes on, also where there are fewer images than it asks for.
+    large = replace(QUICK, batch_size=500)
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, large, silent, interrupt)
+    assert read_job(folder / "training")[1].batch_size == 36
+    assert train(folder, large, silent).section["epochs"] == 4
+    (folder / "config.json").write_bytes(before)
+    shutil.rmtree(folder / "training")
+    (folder / "model.safetensors").unlink()
     assert train(folder, replace(QUICK, epochs=1), silent).section["epochs"] == 1
 
 
