@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensor, FakeTensorMode
 
 from kernels import head, mbconv, ops, packing, stem, timing, tune
+from kernels.compiling import Kernel, Task
 from kernels.fold import fold_batch_norms
 from kernels.problem import DTYPE_BYTES, parts, unsupported
 
@@ -44,7 +45,7 @@ class NotFused(Exception):
 class _Fused(nn.Module):
     """A fused module: its packed weights and its plain layers, between which the tuner chooses for each problem."""
 
-    kernel: tune.Kernel
+    kernel: Kernel
 
     def __init__(self, weights: Sequence[Tensor], layers: Sequence[Tensor], stride: int, activation: str) -> None:
         super().__init__()
@@ -521,22 +522,29 @@ class FusedNetwork(nn.Module):
         modules = self.fused_modules
         return {name: modules[name].problem(into) for name, into in shapes.items()}
 
-    def prepare(self, batch: int, resolution: int) -> float:
+    def tasks(self, batch: int, resolution: int) -> list[Task]:
+        """The distinct problems of the fused modules on a batch of square images, with tensors of their shapes on the
+        network's device, which may be "meta"."""
+        modules = self.fused_modules
+        tasks: dict[Any, Task] = {}
+        for name, problem in self.problems(batch, resolution).items():
+            module = modules[name]
+            if (module.kernel.name, problem) not in tasks:
+                tasks[module.kernel.name, problem] = _task(module, problem)
+        return list(tasks.values())
+
+    def prepare(self, batch: int, resolution: int, alive: Callable[[], None] = lambda: None) -> float:
         """Prepare for batches of this shape: on CUDA, tune every problem that is new to this machine.
+
+        Args:
+            alive: function that is called now and then, as a sign of life.
 
         Returns:
             Duration in seconds.
         """
         begin = time.perf_counter()
-        problems = self.problems(batch, resolution)
         if self.device.type == "cuda":
-            modules = self.fused_modules
-            tasks: dict[Any, tune.Task] = {}
-            for name, problem in problems.items():
-                module = modules[name]
-                if (module.kernel.name, problem) not in tasks:
-                    tasks[module.kernel.name, problem] = _task(module, problem)
-            tune.tune(list(tasks.values()))
+            tune.tune(self.tasks(batch, resolution), alive)
         return time.perf_counter() - begin
 
     def graph(self, batch: int, resolution: int) -> Graph:
@@ -584,13 +592,13 @@ def moved_bytes(problem: Any) -> int:
     return DTYPE_BYTES[problem.dtype] * (batch * channels * height * width + out)
 
 
-def _task(module: _Fused, problem: Any) -> tune.Task:
+def _task(module: _Fused, problem: Any) -> Task:
     layers = module.layers
     # Random, as products of zeros draw less power and so run faster.
     x = torch.randn(_input_shape(problem), dtype=layers[0].dtype, device=layers[0].device)
     scratch = [module.new_scratch(x)] if isinstance(module, _FusedBlock) else []
     weights = [*module.weights, *scratch]
-    return tune.Task(module.kernel, problem, x.to(memory_format=torch.channels_last), weights, layers)
+    return Task(module.kernel, problem, x.to(memory_format=torch.channels_last), weights, layers)
 
 
 def fuse(model: nn.Module, dtype: torch.dtype = torch.float16) -> FusedNetwork:

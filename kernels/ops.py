@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import convfirst, cost_model, head, mbconv, stem, tune
+from kernels.compiling import Kernel
 from kernels.convfirst import ACTIVATE
 from kernels.device_functions import run_on_cpu
 from kernels.head import HeadProblem, HeadTiling
@@ -55,10 +56,10 @@ def _mbconv_layers(x: Tensor, layers: Sequence[Tensor], problem: MBConvProblem) 
     return out + x if problem.residual else out
 
 
-BLOCK = tune.Kernel("convfirst", Tiling, cost_model.ranked, _launch_block, convfirst.layer_by_layer)
-MBCONV = tune.Kernel("mbconv", Tiling, mbconv.tilings, mbconv.launch, _mbconv_layers)
-STEM = tune.Kernel("stem", StemTiling, stem.tilings, stem.launch, _stem_layers)
-HEAD = tune.Kernel("head", HeadTiling, head.tilings, head.launch, _head_layers)
+BLOCK = Kernel("convfirst", Tiling, cost_model.ranked, _launch_block, convfirst.layer_by_layer)
+MBCONV = Kernel("mbconv", Tiling, mbconv.tilings, mbconv.launch, _mbconv_layers)
+STEM = Kernel("stem", StemTiling, stem.tilings, stem.launch, _stem_layers)
+HEAD = Kernel("head", HeadTiling, head.tilings, head.launch, _head_layers)
 
 
 SplitProblem = TypeVar("SplitProblem", BlockProblem, MBConvProblem)
@@ -157,7 +158,7 @@ def require(x: Tensor, channels: int, dtype: torch.dtype, device: torch.device) 
 
 
 def run(
-    kernel: tune.Kernel, problem: Any, x: Tensor, weights: Sequence[Tensor], layers: Sequence[Tensor]
+    kernel: Kernel, problem: Any, x: Tensor, weights: Sequence[Tensor], layers: Sequence[Tensor]
 ) -> Tensor:  # fmt: skip
     """Run what the tuner chose for the problem: the fused kernel, or torch layer by layer."""
     tiling = tune.choose(kernel, problem, x.device).tiling

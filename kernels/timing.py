@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 # A CUDA build on a machine without a GPU makes the profiler's library print an error on every use; it reads this once.
 os.environ.setdefault("KINETO_LOG_LEVEL", "99")
@@ -59,23 +59,29 @@ def clock_for(device: torch.device) -> Clock:
     return partial(cuda_clock, device) if device.type == "cuda" else cpu_clock
 
 
-def captured(run: Callable[[], Output]) -> tuple[torch.cuda.CUDAGraph, Output]:
+def captured(
+    run: Callable[[], Output], calls_before: int = CALLS_BEFORE_CAPTURE, pool: Any = None
+) -> tuple[torch.cuda.CUDAGraph, Output]:
     """Capture a CUDA graph of one call on the current device; returns it with the call's output.
 
     Every replay overwrites the output. A graph holds addresses only: what the call reads must live as long as the graph
     is replayed.
+
+    Args:
+        calls_before: calls that are made before the one that is captured.
+        pool: handle of the memory that the graph shares with others; None stands for memory of its own.
     """
     # Libraries set themselves up in the first calls, which a capture does not allow. What they set up may belong to the
     # stream, so the same stream is captured.
     side, before = _side_stream(torch.cuda.current_device()), torch.cuda.current_stream()
     side.wait_stream(before)
     with torch.cuda.stream(side):
-        for _ in range(CALLS_BEFORE_CAPTURE):
+        for _ in range(calls_before):
             run()
     before.wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     try:
-        with torch.cuda.graph(graph, stream=side):
+        with torch.cuda.graph(graph, pool=pool, stream=side):
             output = run()
     except BaseException:
         # If a capture cannot be ended, torch leaves its stream the current one.

@@ -15,6 +15,8 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from io import BufferedRWPair
@@ -22,7 +24,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
 
-from nas.errors import CandidateFailed, WorkerDied
+from nas.errors import CandidateFailed, OutOfMemory, WorkerDied
 from nas.files import no_room
 
 # Of <sys/prctl.h>.
@@ -30,6 +32,8 @@ PR_SET_PDEATHSIG = 1
 ROOT = str(Path(__file__).parents[1])
 # A process whose socket has ended is as good as dead.
 DYING_SECONDS = 5.0
+# Seconds between two signs of life, each of which is a message.
+SIGN_SECONDS = 1.0
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -40,13 +44,15 @@ class ChildProcess:
 
     Args:
         environment: environment variables that the child has beside this process's own.
+        deadline_s: seconds without a sign of life (`sign_of_life`) or an answer after which the child is killed; None
+            stands for no end.
 
     Attributes:
         process: the child; None while there is none.
     """
 
-    def __init__(self, environment: Mapping[str, str] = MappingProxyType({})) -> None:
-        self.environment = dict(environment)
+    def __init__(self, environment: Mapping[str, str] = MappingProxyType({}), deadline_s: float | None = None) -> None:
+        self.environment, self.deadline_s = dict(environment), deadline_s
         self.process: subprocess.Popen[bytes] | None = None
         self.stream: BufferedRWPair | None = None
 
@@ -73,6 +79,7 @@ class ChildProcess:
                     stdin=subprocess.DEVNULL, stdout=2, pass_fds=[its.fileno()], env=os.environ | self.environment,
                     process_group=0,  # apart from our group, which Ctrl-C on a terminal reaches as a whole
                 )  # fmt: skip
+                ours.settimeout(self.deadline_s)
                 self.stream = ours.makefile("rwb")
             finally:
                 ours.close()
@@ -95,7 +102,9 @@ class ChildProcess:
 
         Raises:
             CandidateFailed: the function raised it.
-            WorkerDied: the function raised it, or a signal killed the child.
+            OutOfMemory: the function raised it.
+            WorkerDied: the function raised it, a signal killed the child, or the child gave no sign of life for longer
+                than the deadline.
             OSError: the function raised it, because a disk is full.
             RuntimeError: the function raised anything else, whose traceback the child has printed, or the child gives
                 no answers.
@@ -109,7 +118,7 @@ class ChildProcess:
         if "died" in reply:
             # What it holds may be broken, or is memory that a second attempt needs.
             self.close()
-            raise WorkerDied(reply["died"])
+            raise OutOfMemory(reply["died"]) if reply["memory"] else WorkerDied(reply["died"])
         if "failed" in reply:
             raise CandidateFailed(reply["failed"])
         if "full" in reply:
@@ -127,7 +136,11 @@ class ChildProcess:
             pickle.dump(question, stream)
             stream.flush()
             reply: dict[str, Any] = pickle.load(stream)
+            while "alive" in reply:
+                reply = pickle.load(stream)
             return reply
+        except TimeoutError as error:
+            raise WorkerDied(f"its process gave no sign of life for {self.deadline_s:g} s") from error
         except (ConnectionError, EOFError, ValueError, pickle.UnpicklingError) as error:
             # A stream that another thread has closed raises a ValueError; so does what cannot be pickled.
             if isinstance(error, ValueError) and not stream.closed:
@@ -153,25 +166,46 @@ def die_with_parent() -> None:
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+# The socket of this process, if it is a child, and when it last gave a sign of life.
+_stream: BufferedRWPair | None = None
+_signed = 0.0
+_sending = threading.Lock()
+
+
+def sign_of_life() -> None:
+    """Tell the parent, if this process is a child, that it still works; from any thread, as often as one likes."""
+    global _signed
+    with _sending:
+        if _stream is not None and time.monotonic() - _signed >= SIGN_SECONDS:
+            _signed = time.monotonic()
+            pickle.dump({"alive": True}, _stream)
+            _stream.flush()
+
+
 def answer(stream: BufferedRWPair) -> None:
     """Call what the parent asks for, until it asks no more."""
+    global _stream
     while True:
         try:
             function, args, kwargs = pickle.load(stream)
         except EOFError:
             return
+        _stream = stream
         try:
             reply: dict[str, Any] = {"value": function(*args, **kwargs)}
         except WorkerDied as error:
-            reply = {"died": str(error)}
+            reply = {"died": str(error), "memory": isinstance(error, OutOfMemory)}
         except CandidateFailed as error:
             reply = {"failed": str(error)}
         except OSError as error:
             if no_room(error) is None:
                 raise
             reply = {"full": (error.errno, error.strerror, error.filename)}
-        pickle.dump(reply, stream)
-        stream.flush()
+        with _sending:
+            # A sign that came after the answer would be taken for the next one's.
+            _stream = None
+            pickle.dump(reply, stream)
+            stream.flush()
 
 
 def main() -> None:

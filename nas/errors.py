@@ -106,3 +106,22 @@ def memory_may_run_out() -> Iterator[None]:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         raise OutOfMemory("out of memory") from error
+
+
+@contextmanager
+def contained() -> Iterator[None]:
+    """Context of a child process's work, whose faults of memory and CUDA cost that process and not the search.
+
+    Raises:
+        OutOfMemory: memory ran out.
+        WorkerDied: CUDA reported an error, after which its context is of no more use.
+    """
+    from kernels.attempts import is_cuda_fault
+
+    try:
+        with memory_may_run_out():
+            yield
+    except RuntimeError as error:
+        if is_cuda_fault(error):
+            raise WorkerDied(message_line(error)) from error
+        raise

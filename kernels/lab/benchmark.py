@@ -30,6 +30,7 @@ import typer
 from torch import Tensor, nn
 
 from kernels import convfirst, cost_model, fuse, ops, packing, timing, tune
+from kernels.compiling import Task
 from kernels.lab import benchmark_machine, benchmark_report
 from kernels.lab.benchmark_machine import MachineCeilings
 from kernels.lab.benchmark_rows import Block, Network, Row, as_if_trained, count_macs, folded, rows
@@ -133,10 +134,10 @@ def block_problem(row: Block, layers: Sequence[Tensor], dtype: torch.dtype) -> B
     return ops.with_splits(ops.block_problem(row.input_shape, dtype, layers, 1, row.activation, True), MAX_SPLITS)
 
 
-def block_task(problem: BlockProblem, layers: Sequence[Tensor], x: Tensor) -> tune.Task:
+def block_task(problem: BlockProblem, layers: Sequence[Tensor], x: Tensor) -> Task:
     """A task of the tuner for a block, with scratch of its own."""
     scratch = x.new_empty(problem.scratch_elements, dtype=torch.float32)
-    return tune.Task(ops.BLOCK, problem, x, [*vars(packing.pack(layers, problem)).values(), scratch], layers)
+    return Task(ops.BLOCK, problem, x, [*vars(packing.pack(layers, problem)).values(), scratch], layers)
 
 
 def block_case(row: Block, dtype: torch.dtype, device: torch.device) -> Case:

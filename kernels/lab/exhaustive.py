@@ -24,6 +24,7 @@ from rich.table import Table
 from scipy.stats import spearmanr
 
 from kernels import cost_model, tune
+from kernels.compiling import compile_together
 from kernels.cost_model import GpuSpec
 from kernels.lab import benchmark_machine
 from kernels.lab.benchmark import block_problem, block_task
@@ -64,7 +65,7 @@ def time_all(row: Block, most: int, device: torch.device) -> tuple[BlockProblem,
     drawn = random.Random(0).sample(others, max(0, min(most - len(chosen), len(others))))
     x = torch.randn(row.input_shape, dtype=torch.float16, device=device).to(memory_format=torch.channels_last)
     task = block_task(problem, layers, x)
-    tune.compile_together([(task, tiling) for tiling in (*chosen, *drawn)])
+    compile_together([(task, tiling) for tiling in (*chosen, *drawn)])
     return problem, tune.time_tilings(task, [*chosen, *drawn])
 
 

@@ -11,8 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
+from kernels.attempts import is_cuda_fault
 from nas.errors import CandidateFailed, OutOfMemory, UsageError, WorkerDied
-from nas.training.workers import is_cuda_fault
 
 if TYPE_CHECKING:
     from nas.config import LatencyConfig

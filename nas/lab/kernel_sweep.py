@@ -25,6 +25,7 @@ import typer
 from rich.progress import Progress
 
 from kernels import cost_model, ops, tune
+from kernels.compiling import refuses
 from kernels.lab import emulator
 from kernels.lab.commands import capability_option, fail, known_capabilities
 from kernels.lab.emulator import EmulationError, rehearse
@@ -118,7 +119,7 @@ def _emulated_complaints(problem: BlockProblem, tiling: Tiling, capability: int)
         error = rehearse(problem, tiling, capability)
     except Exception as failure:
         # A kernel that does not fit has a complaint already.
-        if not isinstance(failure, EmulationError) and not tune.refuses(failure):
+        if not isinstance(failure, EmulationError) and not refuses(failure):
             raise
         return [f"does not run: {failure}"]
     return [] if error <= ROUNDINGS[problem.dtype] else [f"computes wrong, off by {error:.2g}"]

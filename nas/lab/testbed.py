@@ -29,7 +29,7 @@ from rich.progress import track
 from scipy import stats
 
 from nas.config import DataConfig, LatencyConfig, ProxyConfig
-from nas.errors import CandidateFailed
+from nas.errors import CandidateFailed, contained
 from nas.files import whole
 from nas.latency.meter import LatencyMeter
 from nas.recorded import RecordedStudy
@@ -37,7 +37,7 @@ from nas.reporting import console_table
 from nas.training import data as image_data
 from nas.training.pool import DataFiles, DataSource, train_new
 from nas.training.proxy import CURVE_POINTS, ProxyResult
-from nas.training.workers import Call, Workers, contained, trim_heap
+from nas.training.workers import Call, Workers, trim_heap
 from search_spaces import ArchSpec, SearchSpace, cost, load_space
 from studies import Store
 

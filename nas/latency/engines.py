@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.fold import fold_batch_norms
+from nas.child_process import sign_of_life
 from nas.config import LatencyConfig
 from nas.errors import CandidateFailed, is_out_of_memory, message_line
 from nas.files import no_room
@@ -110,14 +111,14 @@ class Engine:
         prepare: function from a folded channels_last module, an example input (N, C, H, W) and the deployment to the
             deployed module.
         devices: kinds of device it runs on; "interpreter" is a CPU under TRITON_INTERPRET=1.
-        isolated: whether to measure in a child process (see `nas.latency.isolation`).
+        isolated: kinds of device on which it is measured in a child process (see `nas.latency.isolation`).
         refuses: whether an error means that its compiler refuses the network, which is no bug but a failed candidate.
         dtypes: data types that it computes in.
     """
 
     prepare: Prepare
     devices: tuple[str, ...]
-    isolated: bool = False
+    isolated: tuple[str, ...] = ()
     refuses: Callable[[Exception], bool] = lambda error: False
     dtypes: tuple[str, ...] = ("float32", "float16", "bfloat16")
 
@@ -166,8 +167,21 @@ def _fused(model: nn.Module, example: Tensor, config: LatencyConfig) -> nn.Modul
     from kernels import fuse
 
     fused = fuse(model, dtype=example.dtype)
-    fused.prepare(example.shape[0], example.shape[2])
+    fused.prepare(example.shape[0], example.shape[2], sign_of_life)
     return fused
+
+
+def examine(network: nn.Module, config: LatencyConfig, size: int, alive: Callable[[], None]) -> None:
+    """Launch each fused kernel of a network many times over, see `kernels.tune.examine`.
+
+    Args:
+        size: width and height of the images in pixels.
+        alive: function that is called now and then, as a sign of life.
+    """
+    from kernels import fuse, tune
+
+    fused = fuse(fold(network, config), dtype=getattr(torch, config.dtype))
+    tune.examine(fused.tasks(config.batch_size, size), alive)
 
 
 def _is_refused(error: Exception) -> bool:
@@ -175,7 +189,7 @@ def _is_refused(error: Exception) -> bool:
 
 
 def _triton_refuses(error: Exception) -> bool:
-    from kernels.tune import refuses
+    from kernels.compiling import refuses
 
     return refuses(error)
 
@@ -184,11 +198,16 @@ ENGINES = {
     "onnxruntime": Engine(_in_runtime("onnxruntime"), ("cpu",), refuses=_is_refused, dtypes=("float32",)),
     "openvino": Engine(_in_runtime("openvino"), ("cpu",), refuses=_is_refused, dtypes=("float32", "bfloat16")),
     "eager": Engine(_eager, ("cpu", "cuda")),
-    "torchscript": Engine(_torchscript, ("cpu",), isolated=True),
+    "torchscript": Engine(_torchscript, ("cpu",), isolated=("cpu",)),
     # Compilers raise whatever their stages raise.
-    "inductor": Engine(_inductor, ("cpu", "cuda"), isolated=True, refuses=lambda error: True),
-    "fused": Engine(_fused, ("cuda", "interpreter"), refuses=_triton_refuses),
+    "inductor": Engine(_inductor, ("cpu", "cuda"), isolated=("cpu", "cuda"), refuses=lambda error: True),
+    "fused": Engine(_fused, ("cuda", "interpreter"), isolated=("cuda",), refuses=_triton_refuses),
 }
+
+
+def is_isolated(config: LatencyConfig) -> bool:
+    """Whether a deployment is measured in a child process."""
+    return torch.device(config.device).type in ENGINES[config.engine].isolated
 
 
 def runs_on(engine: Engine, device: torch.device) -> bool:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from kernels.device_state import DeviceState, read_state
 from kernels.timing import MIN_SAMPLE_SECONDS, Precision, Sampled, clock_for, peak_memory_bytes, sample_until
 from kernels.timing import captured as captured_graph
+from nas.child_process import sign_of_life
 from nas.config import LatencyConfig
 from nas.latency.engines import InRuntime, deploy
 from nas.latency.values import Latency, Measurement
@@ -184,7 +185,7 @@ class LatencyMeter:
             states: list[DeviceState | None] = []
             sampled = sample_until(
                 runs, self.clock, min_sample_seconds or MIN_SAMPLE_SECONDS[self.device.type], precision, checked,
-                between=lambda states=states: states.append(self.state(self.device)),  # type: ignore[misc]
+                between=lambda states=states: self._look(states),  # type: ignore[misc]
             )  # fmt: skip
             throttled_by = {reason for state in states if state is not None for reason in state.throttled_by}
             if not throttled_by:
@@ -198,6 +199,10 @@ class LatencyMeter:
             self.rest(REST_SECONDS * (retry + 1))
         last = states[-1]
         return sampled, None if last is None else replace(last, throttled_by=tuple(throttled_by))
+
+    def _look(self, states: list[DeviceState | None]) -> None:
+        states.append(self.state(self.device))
+        sign_of_life()
 
     def _weight_bytes(self, network: nn.Module, module: nn.Module) -> int:
         # Counted on the network too, as a frozen module hides its own. Of a folded norm's vectors only a bias is left.

@@ -8,10 +8,9 @@ from collections.abc import Mapping, Sequence
 from kernels.device_info import DeviceInfo
 from nas.config import LatencyConfig
 from nas.errors import memory_may_run_out
-from nas.latency.block_meter import BlockMeter
 from nas.latency.device_profile import DeviceProfile, measure_profile
 from nas.latency.devices import check_device, indexed
-from nas.latency.isolation import ArchMeter, meter_for
+from nas.latency.isolation import ArchMeter, anchor_latency, meter_for
 from nas.latency.values import Measurement, ShapeLatency
 from nas.locks import device_lock
 from nas.reporting import Note
@@ -47,7 +46,7 @@ class Station:
             CandidateFailed: the engine cannot run it.
         """
         with self.lock.measuring(self.waiting), memory_may_run_out():
-            return BlockMeter(self.config, references_ms).measure_anchor(self.anchor)
+            return anchor_latency(self.config, self.anchor, references_ms)
 
     def start(self, anchor_ms: float) -> None:
         """Prepare to measure against the anchor's reference latency.

@@ -11,7 +11,7 @@ from typing import Protocol
 
 from kernels.device_info import DeviceInfo
 from nas.config import ProxyConfig, SearchConfig
-from nas.errors import CandidateFailed, UsageError
+from nas.errors import CandidateFailed, UsageError, contained
 from nas.latency.device_profile import DeviceProfile
 from nas.latency.devices import anchor_must_run
 from nas.latency.values import Measurement, ShapeLatency
@@ -24,7 +24,7 @@ from nas.training.proxy import ProxyResult
 from nas.training.stopping import Rule, Rules
 from nas.training.weights import Images, Trained
 from nas.training.worker_count import WorkerCount
-from nas.training.workers import Call, Done, Pool, contained, trim_heap
+from nas.training.workers import Call, Done, Pool, trim_heap
 from search_spaces import ArchSpec, Cost, cost
 
 

@@ -18,7 +18,7 @@ from torch import nn
 
 from kernels.machine import cores, free_memory_bytes
 from nas.config import DataConfig, ProxyConfig
-from nas.errors import CandidateFailed, UsageError
+from nas.errors import CandidateFailed, UsageError, contained
 from nas.files import save_tensors
 from nas.locks import device_lock, training_on
 from nas.reporting import Note
@@ -28,7 +28,7 @@ from nas.training.data import ImageData
 from nas.training.proxy import ProxyResult
 from nas.training.stopping import Rule
 from nas.training.weights import Images
-from nas.training.workers import Call, Done, Workers, contained, trim_heap
+from nas.training.workers import Call, Done, Workers, trim_heap
 from studies import BaselineTraining, CandidateTraining
 
 # A worker with torch and timm needs some 400 MB of its own, and a training as much again.

@@ -15,10 +15,10 @@ import psutil
 import torch
 
 from nas.config import ProxyConfig
-from nas.errors import CandidateFailed
+from nas.errors import CandidateFailed, contained
 from nas.training.pool import DataSource, mapped, train_new
 from nas.training.proxy import ProxyResult
-from nas.training.workers import Call, Pool, contained, trim_heap
+from nas.training.workers import Call, Pool, trim_heap
 from search_spaces import ArchSpec
 
 # Steps of the anchor's training from which a whole one is extrapolated.

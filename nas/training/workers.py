@@ -13,13 +13,13 @@ import platform
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 from nas.child_process import ChildProcess
-from nas.errors import CandidateFailed, WorkerDied, memory_may_run_out, message_line
+from nas.errors import CandidateFailed, WorkerDied
 
 Result = TypeVar("Result")
 
@@ -31,8 +31,6 @@ ENVIRONMENT = {
     # cuBLAS reads it at its first product; only `--deterministic` makes use of it.
     "CUBLAS_WORKSPACE_CONFIG": os.environ.get("CUBLAS_WORKSPACE_CONFIG", ":4096:8"),
 }  # fmt: skip
-# Words of errors after which a CUDA context is of no more use; those of libraries have no class of their own.
-CUDA_FAULTS = ("CUDA error", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error", "CUFFT", "device-side assert")
 
 
 @dataclass(frozen=True)
@@ -233,30 +231,6 @@ class Workers:
             worker.thread.submit(worker.child.close)
         worker.ran = call.alone
         return worker.submit(call.function, *call.args, worker.device)
-
-
-def is_cuda_fault(error: RuntimeError) -> bool:
-    """Whether CUDA reported an error after which its context is of no more use."""
-    import torch
-
-    return isinstance(error, torch.AcceleratorError) or any(words in str(error) for words in CUDA_FAULTS)
-
-
-@contextlib.contextmanager
-def contained() -> Iterator[None]:
-    """Context of a worker's work, whose faults of memory and CUDA cost this process and not the search.
-
-    Raises:
-        OutOfMemory: memory ran out.
-        WorkerDied: CUDA reported an error, after which its context is of no more use.
-    """
-    try:
-        with memory_may_run_out():
-            yield
-    except RuntimeError as error:
-        if is_cuda_fault(error):
-            raise WorkerDied(message_line(error)) from error
-        raise
 
 
 def trim_heap() -> None:

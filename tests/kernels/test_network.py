@@ -15,7 +15,7 @@ from timm.models._efficientnet_blocks import UniversalInvertedResidual
 from timm.models._efficientnet_builder import decode_arch_def
 from torch import Tensor, nn
 
-from kernels import cost_model, fuse, ops, tune
+from kernels import contest, cost_model, fuse, ops, tune
 from kernels.fold import fold_batch_norms
 from kernels.lab.emulator import emulated
 from kernels.network import FusedBlock, FusedNetwork, moved_bytes
@@ -72,7 +72,7 @@ def _tuned_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Non
     """No choice from before; and torch with all bits of float32, for it is what kernels are held against."""
     monkeypatch.setenv("CONVFIRST_CACHE", str(tmp_path))
     tune._chosen.clear()
-    with tune.exact(torch.float32):
+    with contest.exact(torch.float32):
         yield
     tune._chosen.clear()
 
@@ -184,10 +184,10 @@ def test_operators_follow_torchs_rules(kernel_device: torch.device) -> None:
 
 
 def test_exact_convolutions_keep_cudnn() -> None:
-    with tune.exact(torch.float32):
+    with contest.exact(torch.float32):
         assert torch.backends.cudnn.enabled
         assert not torch.backends.cudnn.allow_tf32
-    with tune.exact(torch.float16):
+    with contest.exact(torch.float16):
         assert torch.backends.cudnn.enabled
 
 

@@ -12,10 +12,12 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from kernels import ops, tune
+from kernels import contest, ops, tune
+from kernels.attempts import Attempts
+from kernels.compiling import Task, refuses
 from kernels.cost_model import H200
 from kernels.problem import BlockProblem, Tiling
-from kernels.tune import Choice, Task
+from kernels.tune import Choice, Target
 
 CUDA = torch.device("cuda", 0)
 PROBLEM = BlockProblem(1, 14, 14, 256, 1024, 256, 3, 8, 1, "silu", True, "float16", max_splits=16)
@@ -28,22 +30,27 @@ class FakeTimer:
         self.timed: list[Any] = []
         self.compiled: list[tuple[Any, Any]] = []
 
-    def fastest(self, task: Task, tilings: list[Tiling]) -> Choice:
+    def fastest(self, task: Task, tilings: list[Tiling], records: Attempts, *rest: object) -> Choice:
         self.timed.append(task.problem)
         layers_ms = 0.25 if task.problem.activation == "relu" else 0.75
         by_time = (tilings[1], *(tiling for tiling in tilings if tiling != tilings[1]))
         return Choice(by_time, "tuned", tuple(0.5 + i / 10 for i in range(len(by_time))), layers_ms)
 
-    def compile_together(self, jobs: list[tuple[Task, Any]]) -> float:
+    def compile_together(self, jobs: list[tuple[Task, Any]], alive: object) -> float:
         self.compiled += [(task.problem, tiling) for task, tiling in jobs]
         return 0.0
+
+
+def on(monkeypatch: pytest.MonkeyPatch, machine: str) -> None:
+    """Have the tuner believe that it runs on a machine."""
+    monkeypatch.setattr(tune.Target, "of", lambda device: Target(machine, H200, 90, False))
 
 
 @pytest.fixture
 def timer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeTimer]:
     fake = FakeTimer()
     monkeypatch.setenv("CONVFIRST_CACHE", str(tmp_path))
-    monkeypatch.setattr(tune, "_machine", lambda device: "GPU A, torch 2, triton 3")
+    on(monkeypatch, "GPU A, torch 2, triton 3")
     monkeypatch.setattr(tune, "gpu_spec", lambda device: H200)
     monkeypatch.setattr(tune, "time_tilings", fake.fastest)
     monkeypatch.setattr(tune, "compile_together", fake.compile_together)
@@ -76,10 +83,10 @@ def test_a_problem_is_tuned_once_per_machine(timer: FakeTimer, tmp_path: Path) -
 def test_another_machine_or_other_sources_are_tuned_anew(timer: FakeTimer, monkeypatch: pytest.MonkeyPatch) -> None:
     tune.tune([task(PROBLEM)])
     tune._chosen.clear()
-    monkeypatch.setattr(tune, "_machine", lambda device: "GPU B, torch 2, triton 3")
+    on(monkeypatch, "GPU B, torch 2, triton 3")
     assert tune.choose(ops.BLOCK, PROBLEM, CUDA).source == "counted"
     tune._chosen.clear()
-    monkeypatch.setattr(tune, "_machine", lambda device: "GPU A, torch 2, triton 3")
+    on(monkeypatch, "GPU A, torch 2, triton 3")
     assert tune.choose(ops.BLOCK, PROBLEM, CUDA).source == "remembered"
     tune._chosen.clear()
     monkeypatch.setattr(tune, "sources_digest", lambda: "changed")
@@ -144,14 +151,14 @@ def test_large_batches_are_one_problem_whatever_scratch_is_lent() -> None:
 def test_a_wrong_result_is_told_from_rounding() -> None:
     exact = torch.randn(1000, generator=torch.Generator().manual_seed(0))
     for dtype in (torch.float16, torch.bfloat16):
-        assert not tune.is_wrong(exact.to(dtype), exact.to(dtype) + exact.to(dtype) * 2**-8)
-        assert tune.is_wrong((1.2 * exact).to(dtype), exact.to(dtype))
-    assert not tune.is_wrong(exact * (1 + 1e-5), exact)
-    assert tune.is_wrong(torch.full_like(exact, float("nan")), exact)
+        assert not contest.is_wrong(exact.to(dtype), exact.to(dtype) + exact.to(dtype) * 2**-8)
+        assert contest.is_wrong((1.2 * exact).to(dtype), exact.to(dtype))
+    assert not contest.is_wrong(exact * (1 + 1e-5), exact)
+    assert contest.is_wrong(torch.full_like(exact, float("nan")), exact)
 
 
 def test_compilers_refusals_are_told_from_bugs() -> None:
-    assert tune.refuses(OutOfResources(300000, 232448, "shared memory"))
-    assert tune.refuses(RuntimeError("PassManager::run failed"))
-    assert not tune.refuses(RuntimeError("size mismatch"))
-    assert not tune.refuses(ValueError("x"))
+    assert refuses(OutOfResources(300000, 232448, "shared memory"))
+    assert refuses(RuntimeError("PassManager::run failed"))
+    assert not refuses(RuntimeError("size mismatch"))
+    assert not refuses(ValueError("x"))

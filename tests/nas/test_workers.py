@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nas.errors import CandidateFailed, OutOfMemory, WorkerDied
-from nas.training.workers import Call, Done, Workers, contained
+from nas.errors import CandidateFailed, OutOfMemory, WorkerDied, contained
+from nas.training.workers import Call, Done, Workers
 
 
 def double(number: int, device: str) -> tuple[int, str, int]:
