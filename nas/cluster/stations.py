@@ -256,6 +256,9 @@ class Stations:
         result: ShapeLatency = self._measure("anchor_latency", references_ms)
         return result
 
+    def foresee(self, archs: Sequence[ArchSpec]) -> None:
+        """Each node compiles what it measures, when it measures it."""
+
     def start(self, anchor_ms: float) -> None:
         self.anchor_ms = anchor_ms
         # All that the next measurement needs is made on one node; the others follow when they are called.

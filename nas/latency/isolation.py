@@ -253,10 +253,13 @@ class IsolatedMeter:
         if self.child.process is None:
             self.measured = 0
         try:
-            return self.apart.call(archs, _call_meter, self.config, self.anchor, self.reference_ms, method, *args)
+            result: Result = self.apart.call(
+                archs, _call_meter, self.config, self.anchor, self.reference_ms, method, *args
+            )
         except CandidateFailed:
             self._count(1)
             raise
+        return result
 
     def _count(self, measured: int) -> None:
         self.measured += measured

@@ -6,11 +6,13 @@ import time
 from collections.abc import Mapping, Sequence
 
 from kernels.device_info import DeviceInfo
+from kernels.tune import Target
 from nas.config import LatencyConfig
 from nas.errors import memory_may_run_out
+from nas.latency.compile_ahead import Compilers, compiler_count
 from nas.latency.device_profile import DeviceProfile, measure_profile
 from nas.latency.devices import check_device, indexed
-from nas.latency.isolation import ArchMeter, anchor_latency, meter_for
+from nas.latency.isolation import ArchMeter, anchor_latency, meter_for, runs_fused_kernels
 from nas.latency.values import Measurement, ShapeLatency
 from nas.locks import device_lock
 from nas.reporting import Note
@@ -34,6 +36,7 @@ class Station:
         self.device = indexed(check_device(config))
         self.lock = device_lock(self.device)
         self.meter: ArchMeter | None = None
+        self.compilers: Compilers | None = None
 
     @property
     def info(self) -> DeviceInfo:
@@ -54,12 +57,26 @@ class Station:
         Raises:
             CandidateFailed: the engine cannot run the anchor.
         """
+        if runs_fused_kernels(self.config):
+            self.compilers = Compilers(self.config, Target.of(self.device), compiler_count())
+        self._compile([self.anchor])
         with self.lock.measuring(self.waiting):
             self.meter = meter_for(self.config, self.anchor, anchor_ms)
+
+    def foresee(self, archs: Sequence[ArchSpec]) -> None:
+        """Compile what architectures need that may be measured next, the likeliest first; this returns at once."""
+        if self.compilers is not None:
+            self.compilers.foresee(archs)
+
+    def _compile(self, archs: Sequence[ArchSpec]) -> None:
+        """Compile what architectures need to be measured, while others may still train here."""
+        if self.compilers is not None:
+            self.compilers.ready(archs)
 
     def measure_together(self, archs: Sequence[ArchSpec]) -> list[Measurement]:
         """Measure several networks, sampled in turns; see `LatencyMeter.measure_together`."""
         assert self.meter is not None, "start comes first"
+        self._compile(archs)
         with self.lock.measuring(self.waiting):
             return self.meter.measure_together(archs)
 
@@ -88,4 +105,6 @@ class Station:
         """Release the device."""
         if self.meter is not None:
             self.meter.close()
-        self.meter = None
+        if self.compilers is not None:
+            self.compilers.close()
+        self.meter = self.compilers = None

@@ -120,6 +120,10 @@ class Evaluator(Protocol):
 
     def measure(self, arch: ArchSpec) -> Measurement: ...
 
+    def foresee(self, archs: Sequence[ArchSpec]) -> None:
+        """Prepare to measure architectures that may come next, the likeliest first; this returns at once."""
+        ...
+
     def train(
         self, archs: Sequence[ArchSpec], seeds: Sequence[int] | None = None, rules: Rules = None
     ) -> Generator[Done[ProxyResult]]:
@@ -172,6 +176,9 @@ class OneByOne:
     @property
     def round_size(self) -> int:
         return round_of(self.workers)
+
+    def foresee(self, archs: Sequence[ArchSpec]) -> None:
+        """There is nothing to prepare."""
 
     def train_one(self, arch: ArchSpec) -> ProxyResult:
         """Train a network.

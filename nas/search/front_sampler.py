@@ -35,6 +35,8 @@ STARTUP_TRIALS = 10
 SCALE_DRAWS = 300
 # Candidates of a proposal: random ones, mutations of the front, and mutations of the best of these.
 RANDOM, MUTATED, REFINED = 200, 300, 200
+# Of what was not proposed, so many of the best are remembered.
+RUNNERS_UP = 16
 # Of so many of the best candidates mutations are looked at, too.
 BEST = 10
 # Greatest number of parameters that a mutation changes.
@@ -62,6 +64,9 @@ class Memory:
         resolution, classes: those of the deployment.
         most_ms: latency up to which hypervolume counts.
         limits: limits on candidates; what breaks one on parameters or MACs is never proposed.
+
+    Attributes:
+        runners_up: what came next to the last proposal, the best first.
     """
 
     space: SearchSpace
@@ -73,6 +78,7 @@ class Memory:
     archs: dict[int, ArchSpec] = field(default_factory=dict)
     accuracy_kernels: dict[int, Kernel] = field(default_factory=dict)
     latency_kernels: dict[int, Kernel] = field(default_factory=dict)
+    runners_up: list[ArchSpec] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         rng = random.Random(0)
@@ -188,6 +194,7 @@ class FrontSampler(BaseSampler):
         refined = self._new([memory.mutated(rng.choice(leaders), rng, 1) for _ in range(REFINED)])
         found += refined
         gains = np.append(gains, model.improvement(refined)) if refined else gains
+        memory.runners_up = [found[index] for index in np.argsort(-gains, kind="stable")[1 : 1 + RUNNERS_UP]]
         return found[int(np.argmax(gains))]
 
     def _new(self, archs: Sequence[ArchSpec]) -> list[ArchSpec]:

@@ -187,6 +187,10 @@ class LiveStudy:
             self.proposer.tell(proposal.number, None, TrialState.PRUNED, {})
         return None
 
+    def likely_next(self) -> list[ArchSpec]:
+        """Architectures that may be proposed next, the likeliest first, as far as that costs nothing to say."""
+        return [arch for arch in self.proposer.likely_next() if arch.arch_id not in self.known]
+
     def settle(self, number: int) -> None:
         """Tell the sampler and the stopper of a trial that was recorded."""
         told = self.untold.pop(number)

@@ -33,6 +33,8 @@ class Timing(Protocol):
 
     def anchor_latency(self, references_ms: Sequence[float]) -> ShapeLatency: ...
 
+    def foresee(self, archs: Sequence[ArchSpec]) -> None: ...
+
     def start(self, anchor_ms: float) -> None: ...
 
     def measure_together(self, archs: Sequence[ArchSpec]) -> list[Measurement]: ...
@@ -145,6 +147,9 @@ class RealEvaluator:
 
     def cost(self, arch: ArchSpec) -> Cost:
         return cost(arch, self.config.latency.resolution, self.config.latency.num_classes)
+
+    def foresee(self, archs: Sequence[ArchSpec]) -> None:
+        self.station.foresee(archs)
 
     def measure(self, arch: ArchSpec) -> Measurement:
         return self.station.measure_together([arch])[0]

@@ -155,6 +155,7 @@ class Rounds:
             flights: list[Flight] = []
             yield from self._propose(flights)
             trainings = self._trainings(flights)
+            self.evaluator.foresee(self.study.likely_next())
             begin = working_clock()
             self.running = [trainings]
             self._count_busy()
@@ -171,6 +172,7 @@ class Rounds:
             while not self._ended() or self.unsettled:
                 flights: list[Flight] = []
                 yield from self._propose(flights)
+                self.evaluator.foresee(self.study.likely_next())
                 before, self.unsettled = self.unsettled, []
                 if flights:
                     trainings = self._trainings(flights)

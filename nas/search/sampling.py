@@ -171,6 +171,11 @@ class Proposer:
         left = [arch for arch in self.space.architectures() if arch.arch_id not in seen]
         return self.propose_this(rng.choice(left)) if left else None
 
+    def likely_next(self) -> list[ArchSpec]:
+        """Architectures that may be proposed next, the likeliest first: those that the sampler that models thought
+        nearly as good as its last proposal. Other samplers do not tell."""
+        return [] if self.memory is None else list(self.memory.runners_up)
+
     def tell(
         self, number: int, values: Sequence[float] | None, state: TrialState, constraints: Mapping[str, float],
         attributes: Mapping[str, float] | None = None,
