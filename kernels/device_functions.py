@@ -18,7 +18,7 @@ from kernels import problem
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"
 INTERPRET = tl.constexpr(INTERPRETED)
-# True within `kernels.lab.emulator.emulated`.
+# True within `emulated` of `kernels.lab.emulator`, and `stub_driver` of `kernels.lab.stub`.
 EMULATED: ContextVar[bool] = ContextVar("EMULATED", default=False)
 
 
