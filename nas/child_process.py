@@ -45,7 +45,7 @@ class ChildProcess:
     Args:
         environment: environment variables that the child has beside this process's own.
         deadline_s: seconds without a sign of life (`sign_of_life`) or an answer after which the child is killed; None
-            stands for no end.
+            stands for no end. It may be changed between calls.
 
     Attributes:
         process: the child; None while there is none.
@@ -53,6 +53,7 @@ class ChildProcess:
 
     def __init__(self, environment: Mapping[str, str] = MappingProxyType({}), deadline_s: float | None = None) -> None:
         self.environment, self.deadline_s = dict(environment), deadline_s
+        self.socket: socket.socket | None = None
         self.process: subprocess.Popen[bytes] | None = None
         self.stream: BufferedRWPair | None = None
 
@@ -79,21 +80,25 @@ class ChildProcess:
                     stdin=subprocess.DEVNULL, stdout=2, pass_fds=[its.fileno()], env=os.environ | self.environment,
                     process_group=0,  # apart from our group, which Ctrl-C on a terminal reaches as a whole
                 )  # fmt: skip
-                ours.settimeout(self.deadline_s)
                 self.stream = ours.makefile("rwb")
+                self.socket = ours
             finally:
-                ours.close()
+                if self.socket is not ours:
+                    ours.close()
 
     def close(self) -> None:
         """End the child process; the next call starts another."""
         process, self.process = self.process, None
         stream, self.stream = self.stream, None
+        its_socket, self.socket = self.socket, None
         if process is not None:
             process.kill()
             process.wait()
         if stream is not None:
             with contextlib.suppress(OSError):
                 stream.close()
+        if its_socket is not None:
+            its_socket.close()
 
     def call(
         self, function: Callable[Arguments, Result], /, *args: Arguments.args, **kwargs: Arguments.kwargs
@@ -129,10 +134,12 @@ class ChildProcess:
     def _ask(self, question: object) -> dict[str, Any]:
         self.start()
         # Another thread may close this meanwhile.
-        process, stream = self.process, self.stream
+        process, stream, its_socket = self.process, self.stream, self.socket
         assert process is not None
         assert stream is not None
+        assert its_socket is not None
         try:
+            its_socket.settimeout(self.deadline_s)
             pickle.dump(question, stream)
             stream.flush()
             reply: dict[str, Any] = pickle.load(stream)

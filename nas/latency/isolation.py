@@ -30,6 +30,8 @@ PARTS_WEIGHT = 4
 # Seconds without a sign of life after which a child that runs fused kernels is given up. It gives one after each kernel
 # that it compiles or times, and between the samples of a network, all of which take a few seconds.
 DEADLINE_S = 60.0
+# The same while it starts, which is mostly the import of torch.
+STARTING_S = 300.0
 # Child processes that may die in one measurement, each of which costs a tiling.
 MOST_DEATHS = 8
 
@@ -109,7 +111,7 @@ class Apart:
     def __init__(self, config: LatencyConfig) -> None:
         self.config = config
         self.survives = runs_fused_kernels(config)
-        self.child = ChildProcess(deadline_s=DEADLINE_S if self.survives else None)
+        self.child = ChildProcess()
 
     def __enter__(self) -> Apart:
         return self
@@ -161,9 +163,14 @@ class Apart:
             attempts.forgive(process.pid)
 
     def _ask(self, function: Callable[..., Result], *args: object) -> Result:
+        starts = self.child.process is None
         self.child.start()
         process = self.child.process
         try:
+            if starts and self.survives:
+                self.child.deadline_s = STARTING_S
+                self.child.call(_contained, _awake)
+                self.child.deadline_s = DEADLINE_S
             return self.child.call(_contained, function, *args)
         except CandidateFailed:
             raise
@@ -177,6 +184,10 @@ class Apart:
 def _contained(function: Callable[..., Result], *args: object) -> Result:
     with contained():
         return function(*args)
+
+
+def _awake() -> None:
+    """A function to call first; to find it, a child imports all that it needs."""
 
 
 def _examine(archs: Sequence[ArchSpec], config: LatencyConfig) -> None:

@@ -219,7 +219,7 @@ class LatencyMeter:
 
     def forwards(self, module: nn.Module, inputs: Sequence[Tensor]) -> list[Callable[[], object]]:
         """A forward pass on each of the inputs."""
-        return [(_captured if self.device.type == "cuda" else _forward)(module, x) for x in inputs]
+        return [(captured_forward if self.device.type == "cuda" else _forward)(module, x) for x in inputs]
 
 
 def in_turn(forwards: list[Callable[[], object]]) -> Callable[[], None]:
@@ -243,7 +243,7 @@ def _forward(module: nn.Module, x: Tensor) -> Callable[[], object]:
     return forward
 
 
-def _captured(module: nn.Module, x: Tensor) -> Callable[[], object]:
+def captured_forward(module: nn.Module, x: Tensor) -> Callable[[], object]:
     """The replay of a CUDA graph of one forward pass on `x`.
 
     A graph knows addresses only: the module's weights and the input must live as long as it is replayed.
