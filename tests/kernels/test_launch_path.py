@@ -22,9 +22,11 @@ import torch
 from torch import nn
 
 from kernels import convfirst, fuse, head, mbconv, ops, packing, stem, timing, tune
+from kernels.cost_model import GPU_SPECS
 from kernels.head import HeadTiling
 from kernels.lab.emulator import emulated
 from kernels.lab.emulator import launch as emulated_launch
+from kernels.lab.inspect import Statics, read_statics
 from kernels.lab.stub import (
     CaptureError,
     Faults,
@@ -35,6 +37,7 @@ from kernels.lab.stub import (
     stub_cuda,
     stub_driver,
 )
+from kernels.lab.stub.driver import build_library
 from kernels.mbconv import MBConvProblem
 from kernels.problem import Tiling
 from kernels.stem import StemTiling
@@ -398,6 +401,101 @@ def replay_without_input() -> str:
 
 def test_a_graph_whose_input_is_freed_is_not_replayed(child: ChildProcess) -> None:
     assert "has been freed" in child.call(replay_without_input)
+
+
+# -- What the driver refuses -------------------------------------------------------------------------------------------
+
+
+def launch_linear_on(device: torch.device, grid: tuple[int, int] = (1, 1)) -> Any:
+    """Launch a kernel, whose compiled form is returned."""
+    x, weight, bias, out = (torch.zeros(shape, device=device) for shape in ((1, 16), (128, 128), (128,), (1, 8)))
+    constants = (16, 128, 8, "none", 16, 16, 16, 3, False)
+    return head.linear_kernel[grid](x.half(), weight.half(), bias, out.half(), 1, *constants, num_warps=4)
+
+
+def facts_of_linear(device: torch.device) -> tuple[int, int, int]:
+    """Registers and spills of a thread, and threads, as the driver read them."""
+    kernel = launch_linear_on(device)
+    return kernel.n_regs, kernel.n_spills, kernel.n_max_threads
+
+
+def stub_facts(capability: int) -> tuple[int, int, int]:
+    with stub_driver(capability):
+        return facts_of_linear(CPU)
+
+
+def statics_of_linear() -> Statics:
+    with stub_driver(90):
+        return read_statics(launch_linear_on(CPU))
+
+
+def refusals() -> list[str]:
+    """What the driver says of a kernel for another GPU, of too large a grid, and of too much shared memory."""
+    told = []
+
+    def attempt(run: Callable[[], object]) -> None:
+        try:
+            run()
+            told.append("launched")
+        except RuntimeError as error:
+            told.append(str(error))
+
+    with stub_driver(90):
+        kernel = launch_linear_on(CPU)
+        metadata = kernel.packed_metadata
+        attempt(lambda: launch_linear_on(CPU, (1, 65536)))
+        attempt(lambda: launch_linear_on(CPU, (1, 65535)))
+        kernel.packed_metadata = (*metadata[:2], 48 * 1024 + 1)
+        attempt(lambda: launch_linear_on(CPU))
+        kernel.packed_metadata = metadata
+    with stub_driver(80) as driver:
+        attempt(lambda: driver.utils.load_binary(kernel.name, kernel.kernel, kernel.metadata.shared, driver.ordinal))
+    return told
+
+
+def test_what_hardware_cannot_do_is_refused(child: ChildProcess) -> None:
+    words = ["invalid argument", "launched", "invalid argument", "no kernel image"]
+    for told, word in zip(child.call(refusals), words, strict=True):
+        assert word in told
+
+
+def test_facts_of_a_kernel_are_read_from_its_machine_code(child: ChildProcess) -> None:
+    registers, spills, threads = child.call(stub_facts, 90)
+    # NVIDIA's own tool reads the same.
+    statics = child.call(statics_of_linear)
+    assert (registers, 4 * spills, threads) == (statics.registers, statics.stack_bytes, 128)
+
+
+@pytest.mark.gpu
+def test_the_true_driver_reads_the_same_facts(child: ChildProcess) -> None:
+    major, minor = torch.cuda.get_device_capability()
+    if 10 * major + minor not in GPU_SPECS:
+        pytest.skip(f"the stub driver does not know compute capability {major}.{minor}")
+    assert facts_of_linear(torch.device("cuda")) == child.call(stub_facts, 10 * major + minor)
+
+
+@pytest.mark.gpu
+def test_cuda_too_refuses_to_wait_in_a_capture_and_leaves_its_stream_current() -> None:
+    x, before = torch.ones(4, device="cuda"), torch.cuda.current_stream()
+    with pytest.raises(RuntimeError):
+        timing.captured(lambda: x.sum().item())
+    assert torch.cuda.current_stream() == before
+    timing.captured(lambda: x + 1)[0].replay()
+    torch.cuda.synchronize()
+
+
+def test_bad_input_is_named(monkeypatch: pytest.MonkeyPatch, faults: Faults) -> None:
+    with pytest.raises(ValueError, match="capability=75 is none of 80, 89, 90"), stub_driver(75):
+        pass
+    with pytest.raises(ValueError, match="result='nonsense' is none of hang, abort"):
+        faults.fail(result="nonsense")
+    monkeypatch.setenv("CC", "/no/such/compiler")
+    with pytest.raises(NoCompiler, match="CC=/no/such/compiler does not run"):
+        build_library()
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(NoCompiler, match="neither gcc nor clang"):
+        build_library()
 
 
 # -- Faults ------------------------------------------------------------------------------------------------------------

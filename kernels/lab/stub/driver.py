@@ -107,8 +107,12 @@ class Launch:
 # -- The library -------------------------------------------------------------------------------------------------------
 
 
-def _build() -> Path:
-    """Compile the library, or find it in the cache folder, where its folder has a name by content and compiler."""
+def build_library() -> Path:
+    """Compile the library, or find it in the cache folder, where its folder has a name by content and compiler.
+
+    Raises:
+        NoCompiler: there is no C compiler, or it does not compile the library.
+    """
     # As Triton looks for a compiler for its launchers.
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
@@ -136,7 +140,7 @@ def _load() -> tuple[Any, Path]:
     with suppress(OSError):
         ctypes.CDLL(LIBRARY, mode=os.RTLD_NOLOAD)
         raise RuntimeError(f"{LIBRARY} is loaded: the stub driver needs a process in which nothing has asked for CUDA")
-    library = _build()
+    library = build_library()
     loaded = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     loaded.stub_count.restype = ctypes.c_uint64
     loaded.stub_launch.argtypes = [ctypes.c_uint64, ctypes.POINTER(_Launch)]
