@@ -6,6 +6,7 @@ Once it is loaded, the stub is what everyone in a process takes for CUDA's drive
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import signal
 import time
@@ -18,16 +19,31 @@ from typing import Any, ClassVar, TypeAlias
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
-from kernels import convfirst, fuse, head, mbconv, ops, packing, stem, tune
+from kernels import convfirst, fuse, head, mbconv, ops, packing, stem, timing, tune
+from kernels.cost_model import GPU_SPECS
 from kernels.head import HeadTiling
 from kernels.lab.emulator import emulated
 from kernels.lab.emulator import launch as emulated_launch
-from kernels.lab.stub import Faults, Launch, NoCompiler, shared_faults, stub_driver
+from kernels.lab.inspect import Statics, read_statics
+from kernels.lab.stub import (
+    CaptureError,
+    Faults,
+    Launch,
+    NoCompiler,
+    StubCuda,
+    shared_faults,
+    stub_cuda,
+    stub_driver,
+)
+from kernels.lab.stub.driver import build_library
 from kernels.mbconv import MBConvProblem
 from kernels.problem import Tiling
 from kernels.stem import StemTiling
 from nas.child_process import ChildProcess
+from nas.config import LatencyConfig
+from nas.latency.meter import LatencyMeter
 from search_spaces import load_space
 from tests.kernels.cases import _WIDE as WIDE
 from tests.kernels.cases import LAYERED_CASES, BlockCase, make_operands, new_scratch
@@ -45,8 +61,9 @@ def faults() -> Iterator[Faults]:
 
 
 @pytest.fixture(scope="module")
-def child(faults: Faults) -> Iterator[ChildProcess]:
-    with ChildProcess({"OMP_NUM_THREADS": "1"}) as process:
+def child(faults: Faults, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChildProcess]:
+    environment = {"OMP_NUM_THREADS": "1", "CONVFIRST_CACHE": str(tmp_path_factory.mktemp("cache"))}
+    with ChildProcess(environment) as process:
         if why := process.call(missing):
             pytest.skip(f"{why}: nothing was launched through Triton's launcher")
         yield process
@@ -224,6 +241,261 @@ def test_a_network_launches_its_kernels_in_order(child: ChildProcess) -> None:
     assert kernels[0] == "stem_kernel"
     assert kernels[-2:] == ["pool_linear_kernel", "linear_kernel"]
     assert set(kernels[1:-2]) == {"convfirst_kernel", "conv_kernel", "product_kernel"}
+
+
+# -- Captures, on a device that is not there ---------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def stubbed() -> Iterator[StubCuda]:
+    """A stub device on which tuning takes what kernels return for right, and times one tiling of each."""
+    with pytest.MonkeyPatch.context() as patch, stub_driver() as driver, stub_cuda(driver) as cuda:
+        patch.setattr(tune, "is_wrong", lambda output, expected: False)
+        patch.setattr(tune, "TRIED", 1)
+        patch.setattr(tune, "_chosen", {})
+        yield cuda
+
+
+def anchor() -> nn.Module:
+    return load_space("small").anchor().build(10).eval()
+
+
+def graph_a_network() -> tuple[list[Launch], list[Launch], list[str], int, str]:
+    """Launches of an eager call and of a graph, what the graph holds beside, its replays, and its output's device."""
+    with stubbed() as cuda:
+        fused = fuse(anchor(), torch.float16).to("cuda")
+        graph = fused.graph(1, 32)
+        captured = cuda.graphs[-1]
+        x = torch.randn(1, 3, 32, 32, dtype=torch.float16, device="cuda").contiguous(memory_format=torch.channels_last)
+        cuda.driver.clear()
+        with torch.inference_mode():
+            fused(x)
+        eager = cuda.driver.launches
+        # The graph keeps the weights.
+        del fused
+        gc.collect()
+        graph(x)
+        out = graph.replay()
+        assert torch.cuda.current_stream() is cuda.default_stream
+        return eager, captured.launches, captured.operations, captured.replays, str(out.device)
+
+
+def test_a_network_is_tuned_captured_and_replayed(child: ChildProcess) -> None:
+    eager, captured, operations, replays, device = child.call(graph_a_network)
+    assert len(captured) == 11
+    for one, other in zip(eager, captured, strict=True):
+        assert (one.stream, bool(other.stream)) == (0, True)
+        assert replace(one, arguments=(), stream=0) == replace(other, arguments=(), stream=0)
+        integers = [index for index, size in enumerate(one.sizes) if size == 4]
+        assert [one.arguments[index] for index in integers] == [other.arguments[index] for index in integers]
+    assert {launch.stream for launch in captured} == {captured[0].stream}
+    # Nothing of torch's runs in it.
+    assert operations == []
+    assert (replays, device) == (2, "cuda:0")
+
+
+def measure() -> tuple[float, float, list[tuple[int, int]]]:
+    """Medians in ms of a network and of the anchor in turns with it; launches and first input of their graphs."""
+    config = LatencyConfig(device="cuda", engine="fused", dtype="float16", seconds=1.0)
+    with stubbed() as cuda:
+        meter = LatencyMeter(config, anchor(), 1.0, state=lambda device: None)
+        (measured,) = meter.measure_together([load_space("small").smallest().build(10).eval()])
+        graphs = [graph for graph in cuda.graphs if len({launch.kernel for launch in graph.launches}) > 2]
+        assert all(graph.captured and graph.replays for graph in graphs)
+        return (
+            measured.raw_median_ms, measured.anchor_median_ms,
+            [(len(graph.launches), graph.launches[0].arguments[0]) for graph in graphs],
+        )  # fmt: skip
+
+
+def test_a_latency_is_that_of_replays_on_inputs_in_turn(child: ChildProcess) -> None:
+    network_ms, anchor_ms, graphs = child.call(measure)
+    launches = [count for count, _ in graphs]
+    assert launches == [11] * 4 + [6] * 4
+    # An input of its own for each graph, and the same four for both networks.
+    inputs = [address for _, address in graphs]
+    assert len(set(inputs)) == 4
+    assert inputs[:4] == inputs[4:]
+    # The device takes a microsecond a launch.
+    assert (network_ms, anchor_ms) == pytest.approx((0.006, 0.011))
+
+
+class NotTheSame:
+    """A function that does something else in its capture than in the calls before."""
+
+    def __init__(self, before: Callable[[], object], captured: Callable[[], object]) -> None:
+        self.functions = [before] * timing.CALLS_BEFORE_CAPTURE + [captured]
+
+    def __call__(self) -> object:
+        return self.functions.pop(0)()
+
+
+def linear(outputs: int = 8, warm: bool = False) -> object:
+    """Launch a kernel, which is another for each number of outputs; or compile it only."""
+    x, weight, bias = (torch.zeros(shape, device="cuda") for shape in ((1, 16), (128, 128), (128,)))
+    tiling = HeadTiling(False, 16, 16, 16)
+    with tune._warming_up() if warm else contextlib.nullcontext():
+        return head.linear(x.half(), weight.half(), bias, outputs, "none", tiling)
+
+
+def elsewhere() -> None:
+    with torch.cuda.stream(torch.cuda.Stream()):
+        linear()
+
+
+BAD: dict[str, tuple[Callable[[torch.Tensor], object], str]] = {
+    "item": (lambda x: x.sum().item(), "_local_scalar_dense waits"),
+    "truth": (lambda x: bool(x[0] > 0), "waits"),
+    "a size that depends on values": (lambda x: x.nonzero(), "nonzero waits"),
+    "to the CPU": (lambda x: x.to("cpu"), "copies between CPU and GPU"),
+    "into the CPU's memory": (lambda x: torch.empty(4).copy_(x), "copies between CPU and GPU"),
+    "from the CPU": (lambda x: x + torch.ones(4).to(x.device), "copies between CPU and GPU"),
+    "a constant": (lambda x: torch.tensor([1.0, 2.0], device=x.device), "copies between CPU and GPU"),
+    "pinned memory": (lambda x: torch.empty(4, pin_memory=True), "pinned memory"),
+    "synchronisation": (lambda x: torch.cuda.synchronize(), "synchronize waits"),
+    "a compilation": (lambda x: NotTheSame(linear, partial(linear, 24)), "linear_kernel is compiled"),
+    "a kernel's loading": (lambda x: NotTheSame(partial(linear, 40, True), partial(linear, 40)), "_kernel is loaded"),
+    "another stream": (lambda x: elsewhere(), "another stream"),
+}
+
+
+def capture_badly() -> dict[str, str]:
+    """Why each bad function was refused; afterwards the same stream is current, and a good function is captured."""
+    refusals = {}
+    with stubbed() as cuda:
+        linear()
+        x = torch.ones(4, device="cuda")
+        for name, (function, _) in BAD.items():
+            made = function(x) if name in ("a compilation", "a kernel's loading") else partial(function, x)
+            try:
+                timing.captured(made)  # type: ignore[arg-type]
+                refusals[name] = "was captured"
+            except CaptureError as error:
+                refusals[name] = str(error.__cause__)
+            assert torch.cuda.current_stream() is cuda.default_stream
+            graph, _ = timing.captured(lambda: (linear(), x.add_(1)))
+            assert len(graph.launches) == 1
+            assert "aten::add_.Tensor" in graph.operations
+    return refusals
+
+
+def test_what_a_graph_does_not_hold_is_refused_in_a_capture(child: ChildProcess) -> None:
+    refusals = child.call(capture_badly)
+    assert refusals.keys() == BAD.keys()
+    for name, (_, told) in BAD.items():
+        assert told in refusals[name], name
+
+
+def replay_without_input() -> str:
+    with stubbed():
+        inputs = [torch.ones(4, device="cuda")]
+        graph, _ = timing.captured(lambda: inputs[0] + 1)
+        graph.replay()
+        inputs.clear()
+        try:
+            graph.replay()
+        except RuntimeError as error:
+            return str(error)
+        return "replayed"
+
+
+def test_a_graph_whose_input_is_freed_is_not_replayed(child: ChildProcess) -> None:
+    assert "has been freed" in child.call(replay_without_input)
+
+
+# -- What the driver refuses -------------------------------------------------------------------------------------------
+
+
+def launch_linear_on(device: torch.device, grid: tuple[int, int] = (1, 1)) -> Any:
+    """Launch a kernel, whose compiled form is returned."""
+    x, weight, bias, out = (torch.zeros(shape, device=device) for shape in ((1, 16), (128, 128), (128,), (1, 8)))
+    constants = (16, 128, 8, "none", 16, 16, 16, 3, False)
+    return head.linear_kernel[grid](x.half(), weight.half(), bias, out.half(), 1, *constants, num_warps=4)
+
+
+def facts_of_linear(device: torch.device) -> tuple[int, int, int]:
+    """Registers and spills of a thread, and threads, as the driver read them."""
+    kernel = launch_linear_on(device)
+    return kernel.n_regs, kernel.n_spills, kernel.n_max_threads
+
+
+def stub_facts(capability: int) -> tuple[int, int, int]:
+    with stub_driver(capability):
+        return facts_of_linear(CPU)
+
+
+def statics_of_linear() -> Statics:
+    with stub_driver(90):
+        return read_statics(launch_linear_on(CPU))
+
+
+def refusals() -> list[str]:
+    """What the driver says of a kernel for another GPU, of too large a grid, and of too much shared memory."""
+    told = []
+
+    def attempt(run: Callable[[], object]) -> None:
+        try:
+            run()
+            told.append("launched")
+        except RuntimeError as error:
+            told.append(str(error))
+
+    with stub_driver(90):
+        kernel = launch_linear_on(CPU)
+        metadata = kernel.packed_metadata
+        attempt(lambda: launch_linear_on(CPU, (1, 65536)))
+        attempt(lambda: launch_linear_on(CPU, (1, 65535)))
+        kernel.packed_metadata = (*metadata[:2], 48 * 1024 + 1)
+        attempt(lambda: launch_linear_on(CPU))
+        kernel.packed_metadata = metadata
+    with stub_driver(80) as driver:
+        attempt(lambda: driver.utils.load_binary(kernel.name, kernel.kernel, kernel.metadata.shared, driver.ordinal))
+    return told
+
+
+def test_what_hardware_cannot_do_is_refused(child: ChildProcess) -> None:
+    words = ["invalid argument", "launched", "invalid argument", "no kernel image"]
+    for told, word in zip(child.call(refusals), words, strict=True):
+        assert word in told
+
+
+def test_facts_of_a_kernel_are_read_from_its_machine_code(child: ChildProcess) -> None:
+    registers, spills, threads = child.call(stub_facts, 90)
+    # NVIDIA's own tool reads the same.
+    statics = child.call(statics_of_linear)
+    assert (registers, 4 * spills, threads) == (statics.registers, statics.stack_bytes, 128)
+
+
+@pytest.mark.gpu
+def test_the_true_driver_reads_the_same_facts(child: ChildProcess) -> None:
+    major, minor = torch.cuda.get_device_capability()
+    if 10 * major + minor not in GPU_SPECS:
+        pytest.skip(f"the stub driver does not know compute capability {major}.{minor}")
+    assert facts_of_linear(torch.device("cuda")) == child.call(stub_facts, 10 * major + minor)
+
+
+@pytest.mark.gpu
+def test_cuda_too_refuses_to_wait_in_a_capture_and_leaves_its_stream_current() -> None:
+    x, before = torch.ones(4, device="cuda"), torch.cuda.current_stream()
+    with pytest.raises(RuntimeError):
+        timing.captured(lambda: x.sum().item())
+    assert torch.cuda.current_stream() == before
+    timing.captured(lambda: x + 1)[0].replay()
+    torch.cuda.synchronize()
+
+
+def test_bad_input_is_named(monkeypatch: pytest.MonkeyPatch, faults: Faults) -> None:
+    with pytest.raises(ValueError, match="capability=75 is none of 80, 89, 90"), stub_driver(75):
+        pass
+    with pytest.raises(ValueError, match="result='nonsense' is none of hang, abort"):
+        faults.fail(result="nonsense")
+    monkeypatch.setenv("CC", "/no/such/compiler")
+    with pytest.raises(NoCompiler, match="CC=/no/such/compiler does not run"):
+        build_library()
+    monkeypatch.delenv("CC")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(NoCompiler, match="neither gcc nor clang"):
+        build_library()
 
 
 # -- Faults ------------------------------------------------------------------------------------------------------------

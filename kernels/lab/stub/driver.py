@@ -107,8 +107,12 @@ class Launch:
 # -- The library -------------------------------------------------------------------------------------------------------
 
 
-def _build() -> Path:
-    """Compile the library, or find it in the cache folder, where its folder has a name by content and compiler."""
+def build_library() -> Path:
+    """Compile the library, or find it in the cache folder, where its folder has a name by content and compiler.
+
+    Raises:
+        NoCompiler: there is no C compiler, or it does not compile the library.
+    """
     # As Triton looks for a compiler for its launchers.
     compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
     if compiler is None:
@@ -136,7 +140,7 @@ def _load() -> tuple[Any, Path]:
     with suppress(OSError):
         ctypes.CDLL(LIBRARY, mode=os.RTLD_NOLOAD)
         raise RuntimeError(f"{LIBRARY} is loaded: the stub driver needs a process in which nothing has asked for CUDA")
-    library = _build()
+    library = build_library()
     loaded = ctypes.CDLL(str(library), mode=ctypes.RTLD_GLOBAL)
     loaded.stub_count.restype = ctypes.c_uint64
     loaded.stub_launch.argtypes = [ctypes.c_uint64, ctypes.POINTER(_Launch)]
@@ -222,7 +226,7 @@ class StubDriver(nvidia.CudaDriver):  # type: ignore[misc]
 
     def __init__(self, library: Any, capability: int, faults: Faults) -> None:
         self._library, self.faults = library, faults
-        self._cleared = library.stub_count()
+        self._cleared = self.total
         self.capability = capability
         self.ordinal = FIRST_ORDINAL + capability
         gpu = GPU_SPECS[capability]
@@ -237,9 +241,14 @@ class StubDriver(nvidia.CudaDriver):  # type: ignore[misc]
         self.get_device_capability = lambda device: divmod(capability, 10)
 
     @property
+    def total(self) -> int:
+        """Number of all launches of this process with the stub."""
+        return int(self._library.stub_count())
+
+    @property
     def count(self) -> int:
         """Number of launches since the driver was made, or `clear` called."""
-        return int(self._library.stub_count() - self._cleared)
+        return self.total - self._cleared
 
     @property
     def launches(self) -> list[Launch]:
@@ -248,17 +257,20 @@ class StubDriver(nvidia.CudaDriver):  # type: ignore[misc]
         Raises:
             RuntimeError: there were more than the driver keeps.
         """
-        first, after = self._cleared, self._library.stub_count()
+        return self.launches_from(self._cleared)
+
+    def launches_from(self, first: int) -> list[Launch]:
+        """All launches but the `first` ones of `total`."""
         record, launches = _Launch(), []
-        for index in range(first, after):
+        for index in range(first, self.total):
             if not self._library.stub_launch(index, ctypes.byref(record)):
-                raise RuntimeError(f"{after - first} launches, of which only the last {KEPT} are kept: clear() earlier")
+                raise RuntimeError(f"there were more than {KEPT} launches, which are all that is kept: clear() earlier")
             launches.append(_read(record))
         return launches
 
     def clear(self) -> None:
         """Forget the launches so far."""
-        self._cleared = self._library.stub_count()
+        self._cleared = self.total
 
     def heal(self) -> None:
         """Let no more launches fail, and forget in this process that one did."""
