@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -35,9 +34,8 @@ DROPPED, LAYERS_DROPPED = 1.5, 3.0
 # caches that the neighbour has emptied, and events add a microsecond.
 SECONDS_EACH = 2e-4
 MAX_CALLS = 16
-# Replays of the graph that are timed, and seconds of replays before.
-REPLAYS = 20
-WARMUP_SECONDS = 5e-3
+# Replays of the graph that are timed, and replays before; each takes about a millisecond.
+REPLAYS, WARMUP_REPLAYS = 20, 5
 # Root mean square of the difference from torch's layers, over that of their output, from which on a result counts as
 # wrong: some ten roundings of the dtype.
 WRONG = {torch.float16: 1e-2, torch.bfloat16: 8e-2, torch.float32: 1e-3}
@@ -145,13 +143,13 @@ def _seconds(runs: Mapping[Any, Callable[[], Tensor]], attempts: Attempts, pool:
         alone: dict[Any, float] = {}
         for name, run in runs.items():
             with attempts.of([name] if name != LAYER_BY_LAYER else []):
-                alone |= _sampled({name: run}, pool)
+                alone |= sampled({name: run}, pool)
         return alone
     with attempts.of(tilings):
-        return _sampled(runs, pool)
+        return sampled(runs, pool)
 
 
-def _sampled(runs: Mapping[Any, Callable[[], Tensor]], pool: Pool) -> dict[Any, float]:
+def sampled(runs: Mapping[Any, Callable[[], Tensor]], pool: Pool) -> dict[Any, float]:
     first = one_sample(runs)
     fastest = min(first.values())
     last = {
@@ -204,9 +202,7 @@ def samples_in_turns(
         graph.replay()
         last.synchronize()
 
-    begin = time.perf_counter()
-    replay()
-    while time.perf_counter() - begin < WARMUP_SECONDS:
+    for _ in range(WARMUP_REPLAYS):
         replay()
     samples = []
     for _ in range(REPLAYS):

@@ -9,13 +9,15 @@ import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from kernels import convfirst, cost_model, layered, ops, stem, tune
+from kernels import contest, convfirst, cost_model, layered, ops, stem, tune
+from kernels.compiling import Task, compile_together
 from kernels.convfirst import launch, layer_by_layer
 from kernels.cost_model import GPU_SPECS
 from kernels.lab.emulator import EmulationError, Traffic, emulated
@@ -27,6 +29,7 @@ from kernels.lab.emulator.values import described
 from kernels.lab.inspect import compile_block, shorthand
 from kernels.packing import pack
 from kernels.problem import BlockProblem, Tiling
+from kernels.timing import cpu_clock
 from tests.kernels.cases import BlockCase, covering_cases, error_bound, make_operands, new_scratch
 from tests.kernels.test_inspect import COVERING, problem_of
 from tests.kernels.test_other_kernels import STEM, check, draw
@@ -373,10 +376,14 @@ def test_a_stem(poisoned: None) -> None:
 
 @pytest.fixture
 def tuner_at_home(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The tuner on CPU tensors: no CUDA device to make current, no graph, and the CPU's clock."""
+    """The tuner on CPU tensors: no CUDA device to make current, and one sample of the CPU's clock."""
+
+    def seconds(runs: dict[Any, Any], *rest: object) -> dict[Any, float]:
+        return {name: cpu_clock(run, 1) for name, run in runs.items()}
+
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
-    monkeypatch.setattr(tune, "MAX_CALLS", 1)
-    monkeypatch.setattr(tune, "_graph", lambda run, calls: run)
+    monkeypatch.setattr(contest, "one_sample", seconds)
+    monkeypatch.setattr(contest, "samples_in_turns", seconds)
     with emulated(90):
         yield
 
@@ -385,9 +392,9 @@ def test_the_tuner_compiles_side_by_side_checks_and_times(tuner_at_home: None, m
     problem = BlockProblem(1, 3, 5, 16, 32, 16, 3, 8, 1, "relu", True, "float16")
     x, layers = make_operands(problem, seed=1, device=CPU)
     weights = [*vars(pack(layers, problem)).values(), x]
-    task = tune.Task(ops.BLOCK, problem, x, weights, layers)
+    task = Task(ops.BLOCK, problem, x, weights, layers)
     right, wrong = [Tiling(16, 16, "mma", num_stages=stages) for stages in (1, 2)]
-    tune.compile_together([(task, right), (task, wrong)])
+    compile_together([(task, right), (task, wrong)])
     compiled = ops.convfirst.convfirst_kernel.device_caches[90][0]
     before = len(compiled)
     assert before >= 2
@@ -398,7 +405,6 @@ def test_the_tuner_compiles_side_by_side_checks_and_times(tuner_at_home: None, m
         return out + 1 if tiling == wrong else out
 
     spoilt = replace(task, kernel=replace(ops.BLOCK, launch=half_wrong))
-    monkeypatch.setattr("kernels.timing.MIN_ROUNDS", 2)
     with pytest.warns(UserWarning, match="computes .* wrong"):
         choice = tune.time_tilings(spoilt, [right, wrong])
     assert choice.tilings == (right,)

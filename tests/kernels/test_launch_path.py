@@ -9,6 +9,7 @@ import contextlib
 import gc
 import os
 import signal
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -21,7 +22,8 @@ import pytest
 import torch
 from torch import nn
 
-from kernels import convfirst, fuse, head, mbconv, ops, packing, stem, timing, tune
+from kernels import compiling, contest, convfirst, fuse, head, mbconv, ops, packing, stem, timing, tune
+from kernels.compiling import Kernel, warming_up
 from kernels.cost_model import GPU_SPECS
 from kernels.head import HeadTiling
 from kernels.lab.emulator import emulated
@@ -91,7 +93,7 @@ def block(case: BlockCase) -> Prepared:
     return partial(convfirst.launch, x, weights, case.problem, case.tiling, scratch), (x, scratch)
 
 
-def other(kernel: tune.Kernel, pack: Any, problem: Any, tiling: Any, shape: tuple[int, ...], *sizes: Any) -> Prepared:
+def other(kernel: Kernel, pack: Any, problem: Any, tiling: Any, shape: tuple[int, ...], *sizes: Any) -> Prepared:
     layers = [draw(*size).half() for size in sizes]
     x = draw(*shape).half().contiguous(memory_format=torch.channels_last)
     weights = pack(layers, problem)
@@ -250,7 +252,7 @@ def test_a_network_launches_its_kernels_in_order(child: ChildProcess) -> None:
 def stubbed() -> Iterator[StubCuda]:
     """A stub device on which tuning takes what kernels return for right, and times one tiling of each."""
     with pytest.MonkeyPatch.context() as patch, stub_driver() as driver, stub_cuda(driver) as cuda:
-        patch.setattr(tune, "is_wrong", lambda output, expected: False)
+        patch.setattr(contest, "is_wrong", lambda output, expected: False)
         patch.setattr(tune, "TRIED", 1)
         patch.setattr(tune, "_chosen", {})
         yield cuda
@@ -320,6 +322,51 @@ def test_a_latency_is_that_of_replays_on_inputs_in_turn(child: ChildProcess) -> 
     assert (network_ms, anchor_ms) == pytest.approx((0.006, 0.011))
 
 
+def contend() -> tuple[list[tuple[int, int]], list[int], int, int]:
+    """Tune a network, three tilings each: of each contest the launches and the waits; the tilings of each problem; the
+    captures; and the kernels that stay loaded beyond those that run."""
+    found = []
+    with stubbed() as cuda, pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory() as folder:
+        # Nothing was tuned before.
+        patch.setenv("CONVFIRST_CACHE", folder)
+        patch.setattr(tune, "TRIED", 3)
+        # Each check waits for its result.
+        patch.setattr(contest, "is_wrong", lambda output, expected: output.sum().item() is None)
+        held = contest.hold
+
+        def counted(*arguments: Any) -> contest.Result:
+            launches, waits = cuda.driver.total, cuda.waits
+            result = held(*arguments)
+            found.append((cuda.driver.total - launches, cuda.waits - waits))
+            return result
+
+        patch.setattr(contest, "hold", counted)
+        fused = fuse(anchor(), torch.float16).to("cuda")
+        tasks = [task for task in fused.tasks(1, 32) if task.kernel.name == "convfirst"]
+        compiling.forget_all_but(())
+        choices = tune.tune(tasks)
+        tried = [len(choice.tilings) for choice in choices]
+        running = [compiling.kernels_of(partial(task.kernel.launch, task.x, task.weights, task.problem, choice.tiling))
+                   for task, choice in zip(tasks, choices, strict=True)]  # fmt: skip
+        kept = {id(kernel) for kernels in running for kernel in kernels}
+        loaded = {id(kernel) for kernel in compiling.loaded_kernels()}
+        return found, tried, len(cuda.graphs), len(loaded - kept)
+
+
+def test_a_contest_has_one_capture_and_waits_once_for_each_tiling_sample_and_replay(child: ChildProcess) -> None:
+    contests, tried, captures, lost = child.call(contend)
+    assert captures == len(contests) == len(tried) > 2
+    for (launches, waits), count in zip(contests, tried, strict=True):
+        assert 2 <= count <= 3
+        # torch.cuda.graph waits once before it begins.
+        assert waits == count + 1 + 1 + contest.WARMUP_REPLAYS + contest.REPLAYS
+        # A check, a sample, and a call before the capture; three times as many where a tiling has three launches.
+        calls = 1 + contest.CALLS + 2 * (1 + contest.MAX_CALLS)
+        assert launches <= 3 * calls * count
+    # What lost is not held in memory.
+    assert lost == 0
+
+
 class NotTheSame:
     """A function that does something else in its capture than in the calls before."""
 
@@ -334,7 +381,7 @@ def linear(outputs: int = 8, warm: bool = False) -> object:
     """Launch a kernel, which is another for each number of outputs; or compile it only."""
     x, weight, bias = (torch.zeros(shape, device="cuda") for shape in ((1, 16), (128, 128), (128,)))
     tiling = HeadTiling(False, 16, 16, 16)
-    with tune._warming_up() if warm else contextlib.nullcontext():
+    with warming_up() if warm else contextlib.nullcontext():
         return head.linear(x.half(), weight.half(), bias, outputs, "none", tiling)
 
 
@@ -359,10 +406,10 @@ BAD: dict[str, tuple[Callable[[torch.Tensor], object], str]] = {
 }
 
 
-def capture_badly() -> dict[str, str]:
+def capture_badly(inference: bool) -> dict[str, str]:
     """Why each bad function was refused; afterwards the same stream is current, and a good function is captured."""
     refusals = {}
-    with stubbed() as cuda:
+    with torch.inference_mode(inference), stubbed() as cuda:
         linear()
         x = torch.ones(4, device="cuda")
         for name, (function, _) in BAD.items():
@@ -379,8 +426,9 @@ def capture_badly() -> dict[str, str]:
     return refusals
 
 
-def test_what_a_graph_does_not_hold_is_refused_in_a_capture(child: ChildProcess) -> None:
-    refusals = child.call(capture_badly)
+@pytest.mark.parametrize("inference", [True, False])
+def test_what_a_graph_does_not_hold_is_refused_in_a_capture(inference: bool, child: ChildProcess) -> None:
+    refusals = child.call(capture_badly, inference)
     assert refusals.keys() == BAD.keys()
     for name, (_, told) in BAD.items():
         assert told in refusals[name], name

@@ -115,18 +115,26 @@ class Stream:
 
 
 class Event:
-    """An event, which keeps the made-up time."""
+    """An event, which keeps the made-up time. In a capture an external one is a part of the graph, and is recorded
+    anew by each replay."""
 
-    def __init__(self, enable_timing: bool = False, **options: Any) -> None:
-        self.seconds = 0.0
+    def __init__(self, enable_timing: bool = False, external: bool = False, **options: Any) -> None:
+        self.external = external
+        self.seconds: float | None = None
 
     def record(self, stream: Stream | None = None) -> None:
-        self.seconds = StubCuda.current().seconds
+        cuda = StubCuda.current()
+        if cuda.capturing is None:
+            self.seconds = cuda.seconds
+        elif self.external:
+            cuda.capturing.events.append((self, cuda.capturing.seconds))
 
     def synchronize(self) -> None:
         StubCuda.current().wait("Event.synchronize")
 
     def elapsed_time(self, end: Event) -> float:
+        if self.seconds is None or end.seconds is None:
+            raise ValueError("an event was not recorded")
         return 1e3 * (end.seconds - self.seconds)
 
 
@@ -136,6 +144,7 @@ class Graph:
     Attributes:
         launches: the Triton kernels' launches that it holds, in order.
         operations: the names of torch's operations that it holds, in order.
+        events: the external events that it holds, with the seconds from its beginning.
         replays: number of its replays.
         error: the first thing that was done in the capture and must not be.
     """
@@ -143,6 +152,7 @@ class Graph:
     def __init__(self, keep_graph: bool = False) -> None:
         self.launches: list[Launch] = []
         self.operations: list[str] = []
+        self.events: list[tuple[Event, float]] = []
         self.replays = 0
         self.error: CaptureError | None = None
         self.captured = False
@@ -168,6 +178,11 @@ class Graph:
             raise CaptureError("the capture was invalidated") from self.error
         self.captured = True
 
+    @property
+    def seconds(self) -> float:
+        """The made-up time of what was captured so far."""
+        return OPERATION_SECONDS * (len(self.operations) + StubCuda.current().driver.total - self.first)
+
     def replay(self) -> None:
         """Count a replay.
 
@@ -179,7 +194,10 @@ class Graph:
         if any(storage.expired() for storage in self.foreign.values()):
             raise RuntimeError("the graph uses memory that has been freed since its capture")
         self.replays += 1
-        StubCuda.current().operations += len(self.launches) + len(self.operations)
+        cuda = StubCuda.current()
+        for event, offset in self.events:
+            event.seconds = cuda.seconds + offset
+        cuda.operations += len(self.launches) + len(self.operations)
 
     def pool(self) -> tuple[int, int]:
         return (0, id(self))
@@ -199,6 +217,7 @@ class StubCuda(TorchDispatchMode):
         stream: the current stream.
         capturing: the graph that is being captured.
         operations: number of torch's operations so far, and of all that replays held.
+        waits: number of times that the CPU has waited for the device.
     """
 
     _active: StubCuda | None = None
@@ -210,7 +229,7 @@ class StubCuda(TorchDispatchMode):
         self.stream.cuda_stream = 0
         self.capturing: Graph | None = None
         self.graphs: list[Graph] = []
-        self.operations = 0
+        self.operations = self.waits = 0
 
     @classmethod
     def current(cls) -> StubCuda:
@@ -231,6 +250,7 @@ class StubCuda(TorchDispatchMode):
 
     def wait(self, what: str) -> None:
         self.refuse(f"{what} waits for the GPU")
+        self.waits += 1
 
     def uses(self, tensor: DeviceTensor) -> None:
         """Note in a capture that the graph uses a tensor's memory."""
@@ -252,6 +272,11 @@ class StubCuda(TorchDispatchMode):
             # An operator of ours: what it does with tensors comes here again.
             with self:
                 return ours._init_fn(*args, **kwargs)
+        if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
+            # In inference mode torch leaves it to us to take such an operation apart.
+            with self:
+                if (done := func.decompose(*args, **kwargs)) is not NotImplemented:
+                    return done
         tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         there = [each for each in tensors if isinstance(each, DeviceTensor)]
         asked = None if kwargs.get("device") is None else torch.device(kwargs["device"]).type
@@ -369,6 +394,7 @@ def stub_cuda(driver: StubDriver) -> Iterator[StubCuda]:
         "Stream": Stream, "Event": Event, "CUDAGraph": new_graph, "set_stream": set_stream,
         "current_stream": lambda device=None: cuda.stream, "default_stream": lambda device=None: cuda.default_stream,
         "synchronize": lambda device=None: cuda.wait("torch.cuda.synchronize"), "empty_cache": lambda: None,
+        "_sleep": lambda cycles: None, "graph_pool_handle": lambda: (0, 1),
         "memory_stats": lambda device=None: {}, "reset_peak_memory_stats": lambda device=None: None,
         "mem_get_info": lambda device=None: (2**37, 2**37),
     }  # fmt: skip
