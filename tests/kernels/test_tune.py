@@ -96,6 +96,29 @@ def test_another_machine_or_other_sources_are_tuned_anew(timer: FakeTimer, monke
     assert tune.choose(ops.BLOCK, PROBLEM, CUDA).source == "counted"
 
 
+def test_a_tiling_that_broke_a_process_is_neither_tuned_nor_chosen_again(timer: FakeTimer) -> None:
+    first, second, *_ = tune.tried(ops.BLOCK, PROBLEM, H200)
+    records = tune.attempts(ops.BLOCK, PROBLEM, tune.Target.of(CUDA))
+    with pytest.raises(RuntimeError, match="illegal"), records.of([first]):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    # Untuned, tuned, and remembered: the fake timer's fastest is the second of what it is given.
+    assert tune.choose(ops.BLOCK, PROBLEM, CUDA).tiling == second
+    tune._chosen.clear()
+    (choice,) = tune.tune([task(PROBLEM)])
+    assert first not in choice.tilings
+    assert len(choice.tilings) == tune.TRIED
+    assert choice.tiling is not None
+    with pytest.raises(RuntimeError, match="illegal"), records.of([choice.tiling]):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    tune._chosen.clear()
+    again = tune.choose(ops.BLOCK, PROBLEM, CUDA)
+    assert again.source == "remembered"
+    assert again.tilings == choice.tilings[1:]
+    assert again.times_ms == choice.times_ms[1:]
+    # What a process would have to compile for it.
+    assert tune.wanted(ops.BLOCK, PROBLEM, tune.Target.of(CUDA)) == [choice.tilings[1]]
+
+
 @pytest.mark.parametrize(
     "content", ["", "{", "[]", '{"tilings": [{"nosuch": 1}]}', '{"tilings": [], "times_ms": [1], "layers_ms": 1}']
 )
