@@ -29,7 +29,7 @@ WARM_UP_STEPS = graphs.EAGER_STEPS + graphs.LEAST_REPLAYS
 
 
 def compare(arch: ArchSpec, batches: Batches, config: ProxyConfig, rounds: int) -> dict[str, list[ProxyResult]]:
-    """Train an architecture eagerly and captured, in turns, from the same seed; every other round begins with the other.
+    """Train an architecture eagerly and captured, from the same seed, in turns; every other round in reverse order.
 
     Raises:
         CandidateFailed: the loss diverges.
@@ -73,8 +73,9 @@ def main(
     config = ProxyConfig(steps=steps, batch_size=batch, learning_rate=LEARNING_RATE, deterministic=deterministic)
     results = compare(anchor, Batches(random_images(resolution), where), config, rounds)
     print(
-        f"{DeviceInfo.of(where).name}, torch {torch.__version__}: the anchor of {space} at {resolution} pixels, {steps} "
-        f"steps of {batch} images, {rounds} trainings of either kind in turns{', deterministic' * deterministic}"
+        f"{DeviceInfo.of(where).name}, torch {torch.__version__}: the anchor of {space} at {resolution} pixels, "
+        f"{steps} steps of {batch} images, {rounds} trainings of either kind in turns"
+        f"{', deterministic' * deterministic}"
     )
     if reason := next((each.uncaptured for each in results[CAPTURED] if each.uncaptured), None):
         print(f"nothing was captured: {reason}")

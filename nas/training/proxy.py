@@ -105,7 +105,7 @@ class Draws:
 
     Args:
         images: numbers of the training images, (steps, N) int32.
-        shifts: pixels by which they are moved down and right, (steps, 2, N) int16, from 0; half of the range is no move.
+        shifts: pixels by which they are moved down and right, (steps, 2, N) int16; the greatest shift is added to them.
         mirrored: whether they are mirrored, (steps, N); None where none is.
     """
 
@@ -366,6 +366,7 @@ def train(
     curve: list[CurvePoint] = []
     every = max(1, config.steps // CURVE_POINTS)
     verdict: Verdict | None = None
+    accuracy = loss = math.nan
     with algorithms(config.deterministic), graphs.stream_of(device):
         step = TrainingStep(network, batches, config, seed)
         repeated = graphs.RepeatedStep(step.run, step.forget, device, config.steps, capture)
@@ -381,25 +382,27 @@ def train(
             for number in range(1, config.steps + 1):
                 if number % every == 0 or number == config.steps:
                     # Losses are read only here, because reading one waits for the GPU.
-                    loss, accuracy = step.outcomes[read:number].mean(dim=0).tolist()
+                    train_loss, train_accuracy = step.outcomes[read:number].mean(dim=0).tolist()
                     read = number
-                    if not math.isfinite(loss):
+                    if not math.isfinite(train_loss):
                         raise CandidateFailed(f"the loss diverged before step {number} of {config.steps}")
                     held_out = validate(network, batches) if number in checkpoints else (None, None)
                     network.train()
-                    curve.append(CurvePoint(number, loss, accuracy, time.perf_counter() - begin, *held_out))
+                    curve.append(CurvePoint(number, train_loss, train_accuracy, time.perf_counter() - begin, *held_out))
                     if rule is not None and verdict is None:
                         verdict = rule.verdict(curve)
                         if verdict is not None and rule.ends:
-                            seconds = time.perf_counter() - begin
-                            return ProxyResult(math.nan, math.nan, tuple(curve), seconds, train_memory_bytes,
-                                               verdict=verdict, stopped=True, uncaptured=repeated.uncaptured)  # fmt: skip
+                            break
                 if number < config.steps:
                     do(number)
-        accuracy, loss = validate(network, batches)
+        stopped = verdict is not None and rule is not None and rule.ends
+        if not stopped:
+            accuracy, loss = validate(network, batches)
     seconds = time.perf_counter() - begin
-    return ProxyResult(accuracy, loss, tuple(curve), seconds, train_memory_bytes, verdict=verdict,
-                       uncaptured=repeated.uncaptured)  # fmt: skip
+    return ProxyResult(
+        accuracy, loss, tuple(curve), seconds, train_memory_bytes, verdict=verdict, stopped=stopped,
+        uncaptured=repeated.uncaptured,
+    )  # fmt: skip
 
 
 # -- validation ----------------------------------------------------------------------------------------------------
