@@ -309,7 +309,7 @@ class TrainingStep:
         self.forget()
         for group in self.optimizer.param_groups:
             group.update(lr=self.rate, capturable=device.type == "cuda")
-        # Cached casts of the weights would be made in the first step of a graph only.
+        # A capture allows no cached casts of weights; each is used once in a step anyway.
         self.autocast = partial(
             torch.autocast, device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=False
         )

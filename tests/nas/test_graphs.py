@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import random
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
@@ -22,14 +22,16 @@ from torch.utils._pytree import tree_leaves
 from typer.testing import CliRunner
 
 from kernels import timing
+from nas.config import DataConfig, LatencyConfig, SearchConfig
 from nas.errors import CandidateFailed
 from nas.lab import benchmark_training
+from nas.search.real_evaluator import RealEvaluator
 from nas.training import graphs, proxy
 from nas.training.data import ImageData
-from nas.training.pool import Captures
+from nas.training.pool import DataFile, Trainer, TrainingJob
 from nas.training.proxy import Batches, ProxyResult, TrainingStep, train
 from nas.training.stopping import Check, Rule
-from nas.training.workers import Done
+from nas.training.workers import Call, Done, Workers
 from tests.conftest import make_tiny_space
 from tests.nas.test_proxy import CPU, build, easy_data
 from tests.nas.test_proxy import QUICK as PROXY
@@ -268,14 +270,33 @@ def test_a_step_that_draws_on_the_host_is_not_captured(draw: Callable[[], object
     assert recorded == []
 
 
-def test_the_search_tells_of_it_once() -> None:
+class EagerPool(Workers):
+    """Workers in which nothing was captured, for a reason that is different each time."""
+
+    def __init__(self) -> None:
+        self.reasons = iter((None, "broken", "again", "and again"))
+
+    def run(self, calls: Sequence[Call[Any]]) -> Generator[Done[Any]]:
+        for index in range(len(calls)):
+            yield Done(index, 0, 1.0, ProxyResult(0.5, 1.0, (), 1.0, 1, uncaptured=next(self.reasons)))
+        yield Done(len(calls), 0, 1.0, CandidateFailed("diverged"))
+
+
+@pytest.mark.parametrize("kind", ["search", "trainer"])
+def test_a_search_and_a_command_tell_of_it_once(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
-    captures = Captures(lines.append)
-    plain = ProxyResult(0.5, 1.0, (), 1.0, 1)
-    results = [plain, replace(plain, uncaptured="broken"), CandidateFailed("bad"), replace(plain, uncaptured="again")]
-    for _ in range(2):
-        dones = [Done(index, 0, 1.0, result) for index, result in enumerate(results)]
-        assert list(captures.watch(dones)) == dones
+    space = make_tiny_space()
+    if kind == "search":
+        evaluator = RealEvaluator(SearchConfig(space=space, latency=LatencyConfig(device="cpu")), lines.append)
+        evaluator.pool, evaluator.data = EagerPool(), {32: DataFile("none")}
+        rounds = [evaluator.train([space.anchor()] * 2) for _ in range(2)]
+    else:
+        trainer = Trainer(DataConfig(), QUICK, CPU, 0, 1, lines.append)
+        trainer.workers = EagerPool()
+        job = TrainingJob(SimpleNamespace(resolution=16, ours=True), steps=1, learning_rate=0.1)  # type: ignore[arg-type]
+        monkeypatch.setattr(trainer, "data_file", lambda resolution: None)
+        rounds = [trainer.results([job] * 2) for _ in range(2)]
+    assert [len(list(each)) for each in rounds] == [3, 3]
     (line,) = lines
     assert "could not be captured as a CUDA graph (broken)" in line
 

@@ -96,6 +96,13 @@ def test_the_curve_ends_with_the_last_step_and_has_some_twenty_points(steps: int
     assert all(math.isfinite(point.train_loss) for point in result.curve)
 
 
+def test_the_seconds_of_a_step_are_those_of_the_second_half() -> None:
+    points = tuple(curves.CurvePoint(step, 1.0, 0.5, seconds) for step, seconds in ((10, 9.0), (20, 10.0), (40, 14.0)))
+    result = proxy.ProxyResult(0.5, 1.0, points, 15.0, 1)
+    assert result.step_seconds == (14 - 10) / (40 - 20)
+    assert replace(result, curve=points[:1]).step_seconds == 9 / 10
+
+
 def test_a_diverged_loss_fails_the_candidate() -> None:
     with pytest.raises(CandidateFailed, match="loss diverged before step"):
         train(build(), Batches(easy_data(), CPU), replace(QUICK, learning_rate=1e30), seed=0)
