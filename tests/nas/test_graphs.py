@@ -395,6 +395,14 @@ def test_a_failed_capture_leaves_torch_as_it_was(ended: bool, monkeypatch: pytes
     assert calls.names == ["allocator (0, (0, 1))", "generator ('copy',)"]
 
 
+def test_a_step_that_has_run_on_the_stream_runs_only_to_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = Calls(monkeypatch, end_fails=False)
+    count = iter(range(100))
+    assert timing.captured(lambda: next(count), calls=0)[1] == 0
+    assert timing.captured(lambda: next(count))[1] == 1 + timing.CALLS_BEFORE_CAPTURE
+    assert calls.names == []
+
+
 def invoke(*arguments: str) -> tuple[int, str]:
     app = typer.Typer()
     app.command()(benchmark_training.main)
