@@ -71,7 +71,7 @@ class Pool:
     def captured(self, run: Callable[[], object]) -> torch.cuda.CUDAGraph:
         if self.handle is None:
             self.handle = torch.cuda.graph_pool_handle()
-        graph, _ = timing.captured(run, calls_before=1, pool=self.handle)
+        graph, _ = timing.captured(run, calls=1, pool=self.handle)
         self.latest = graph
         return graph
 

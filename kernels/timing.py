@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import itertools
 import os
@@ -60,7 +61,7 @@ def clock_for(device: torch.device) -> Clock:
 
 
 def captured(
-    run: Callable[[], Output], calls_before: int = CALLS_BEFORE_CAPTURE, pool: Any = None
+    run: Callable[[], Output], calls: int = CALLS_BEFORE_CAPTURE, pool: Any = None
 ) -> tuple[torch.cuda.CUDAGraph, Output]:
     """Capture a CUDA graph of one call on the current device; returns it with the call's output.
 
@@ -68,26 +69,55 @@ def captured(
     is replayed.
 
     Args:
-        calls_before: calls that are made before the one that is captured.
+        calls: number of calls before the capture; 0 where the same has run before on the stream that is captured
+            (`on_capture_stream`).
         pool: handle of the memory that the graph shares with others; None stands for memory of its own.
+
+    Raises:
+        RuntimeError: the call does what cannot be captured. This process can go on, also with random numbers on CUDA.
     """
     # Libraries set themselves up in the first calls, which a capture does not allow. What they set up may belong to the
     # stream, so the same stream is captured.
-    side, before = _side_stream(torch.cuda.current_device()), torch.cuda.current_stream()
-    side.wait_stream(before)
-    with torch.cuda.stream(side):
-        for _ in range(calls_before):
+    index = torch.cuda.current_device()
+    before = torch.cuda.current_stream()
+    with on_capture_stream(torch.device("cuda", index)):
+        for _ in range(calls):
             run()
-    before.wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
+    graph, pool = torch.cuda.CUDAGraph(), pool or torch.cuda.graph_pool_handle()
     try:
-        with torch.cuda.graph(graph, pool=pool, stream=side):
+        with torch.cuda.graph(graph, pool=pool, stream=_side_stream(index)):
             output = run()
     except BaseException:
         # If a capture cannot be ended, torch leaves its stream the current one.
         torch.cuda.set_stream(before)
+        _abandon(index, pool)
         raise
     return graph, output
+
+
+def _abandon(index: int, pool: tuple[int, int]) -> None:
+    """Undo what torch leaves behind of a capture that could not be ended."""
+    # Up to 2.11 the allocator goes on as if the capture were under way, and frees nothing that several streams use
+    # (https://github.com/pytorch/pytorch/pull/180395). Where it has been told of the end, it refuses to be told again.
+    with contextlib.suppress(RuntimeError):
+        torch._C._cuda_endAllocateToPool(index, pool)
+    # The generator takes itself for captured, too: the next dropout would raise "Offset increment outside graph
+    # capture". A copy of its state does not.
+    generator = torch.cuda.default_generators[index]
+    generator.graphsafe_set_state(generator.clone_state())
+
+
+@contextlib.contextmanager
+def on_capture_stream(device: torch.device) -> Iterator[None]:
+    """Context whose work goes to the stream of a CUDA device that `captured` captures."""
+    with torch.cuda.device(device):
+        side, before = _side_stream(torch.cuda.current_device()), torch.cuda.current_stream()
+        side.wait_stream(before)
+        try:
+            with torch.cuda.stream(side):
+                yield
+        finally:
+            before.wait_stream(side)
 
 
 @cache

@@ -19,7 +19,7 @@ from nas.reporting import Note
 from nas.search.pilot import PilotTraining
 from nas.training.data import ImageData
 from nas.training.determinism import measure_apart
-from nas.training.pool import DataSource, mapped, tested, train_new
+from nas.training.pool import Captures, DataSource, mapped, tested, train_new
 from nas.training.proxy import ProxyResult
 from nas.training.stopping import Rule, Rules
 from nas.training.weights import Images, Trained
@@ -78,7 +78,7 @@ class RealEvaluator:
     timers: int
 
     def __init__(self, config: SearchConfig, note: Note) -> None:
-        self.config, self.note = config, note
+        self.config, self.note, self.captures = config, note, Captures(note)
         self.closed = self.started = False
         self.told_workers = ""
         # Rounds follow each other without a pause, also while the one before is trained.
@@ -184,7 +184,7 @@ class RealEvaluator:
                  for arch, seed, rule
                  in zip(archs, seeds or [config.seed] * count, rules or [None] * count, strict=True)]  # fmt: skip
         with closing(self.pool.run(calls)) as results:
-            yield from results
+            yield from self.captures.watch(results)
 
     @property
     def trains_on(self) -> str:
@@ -201,7 +201,7 @@ class RealEvaluator:
         calls = [Call(train_candidate, (each.arch, self.data_for(each.arch), each.proxy, each.seed, False, None, False))
                  for each in trainings]  # fmt: skip
         with self.training(), closing(self.pool.run(calls)) as results:
-            yield from results
+            yield from self.captures.watch(results)
 
     def adopt(self, proxy: ProxyConfig) -> None:
         """Train candidates by this schedule from now on."""

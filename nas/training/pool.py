@@ -6,7 +6,7 @@ import contextlib
 import gc
 import os
 import tempfile
-from collections.abc import Callable, Collection, Generator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass, fields, replace
 from functools import cache
@@ -167,6 +167,24 @@ class DataFiles:
         return self.files[resolution]
 
 
+class Captures:
+    """Tells the user of the first training whose steps were no CUDA graph where they could have been one."""
+
+    def __init__(self, note: Note) -> None:
+        self.note, self.told = note, False
+
+    def watch(self, results: Iterable[Done[ProxyResult]]) -> Iterator[Done[ProxyResult]]:
+        """Yield the results of trainings as they are."""
+        for done in results:
+            if isinstance(done.result, ProxyResult) and done.result.uncaptured and not self.told:
+                self.told = True
+                self.note(
+                    "trainings are slower than they could be: their steps could not be captured as a CUDA graph "
+                    f"({done.result.uncaptured})"
+                )
+            yield done
+
+
 class Trainer:
     """Trains networks on one data set, in worker processes.
 
@@ -196,7 +214,7 @@ class Trainer:
         self.data, self.device, self.seed, self.note, self.check = data, device, seed, note, check
         self.largest = largest
         self.devices = [str(each) for each in every_cuda(device)]
-        self.lock, self.waiting = device_lock(device), note
+        self.lock, self.waiting, self.captures = device_lock(device), note, Captures(note)
         # The same number for all trainings, because it changes the rounding.
         self.config = replace(config, threads=1) if device.type == "cpu" else config
         require_sense(workers, len(self.devices) if device.type == "cuda" else None)
@@ -248,7 +266,7 @@ class Trainer:
         """Train networks side by side, those first that stand first, and yield each when it ends."""
         calls = [self._call(job) for job in jobs]
         with self.training(), closing(self.workers.run(calls)) as results:
-            yield from results
+            yield from self.captures.watch(results)
 
     def _call(self, job: TrainingJob) -> Call[ProxyResult]:
         config = replace(self.config, steps=job.steps, learning_rate=job.learning_rate)

@@ -184,7 +184,7 @@ def test_a_search_on_cuda_measures_it() -> None:
 
 
 def test_random_images_are_the_same_each_time() -> None:
-    one, two = determinism._random_images(8), determinism._random_images(8)
+    one, two = determinism.random_images(8), determinism.random_images(8)
     tensors: list[tuple[Tensor, Tensor]] = [
         (one.train_images, two.train_images), (one.train_labels, two.train_labels), (one.val_images, two.val_images),
     ]  # fmt: skip

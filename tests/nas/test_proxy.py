@@ -6,7 +6,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional
 
 from nas.config import ProxyConfig
 from nas.errors import CandidateFailed
@@ -33,6 +34,10 @@ def easy_data(count: int = 200, size: int = 16, flip: bool = False) -> ImageData
 def build(seed: int = 0) -> nn.Module:
     torch.manual_seed(seed)
     return make_tiny_space().anchor().build(2)
+
+
+def a_batch(batches: Batches, size: int) -> tuple[Tensor, Tensor]:
+    return batches.training(batches.draw(1, size, torch.Generator().manual_seed(0)).at(torch.tensor([0])))
 
 
 def test_a_network_learns() -> None:
@@ -91,6 +96,13 @@ def test_the_curve_ends_with_the_last_step_and_has_some_twenty_points(steps: int
     assert all(math.isfinite(point.train_loss) for point in result.curve)
 
 
+def test_the_seconds_of_a_step_are_those_of_the_second_half() -> None:
+    points = tuple(curves.CurvePoint(step, 1.0, 0.5, seconds) for step, seconds in ((10, 9.0), (20, 10.0), (40, 14.0)))
+    result = proxy.ProxyResult(0.5, 1.0, points, 15.0, 1)
+    assert result.step_seconds == (14 - 10) / (40 - 20)
+    assert replace(result, curve=points[:1]).step_seconds == 9 / 10
+
+
 def test_a_diverged_loss_fails_the_candidate() -> None:
     with pytest.raises(CandidateFailed, match="loss diverged before step"):
         train(build(), Batches(easy_data(), CPU), replace(QUICK, learning_rate=1e30), seed=0)
@@ -126,6 +138,58 @@ def test_norms_and_biases_do_not_decay() -> None:
     assert len(decayed["params"]) + len(free["params"]) == len(list(network.parameters()))
 
 
+def draw_as_ever(batches: Batches, size: int, rng: torch.Generator) -> tuple[Tensor, Tensor]:
+    """A batch as it was drawn, step by step, when the accuracies in today's studies were reached."""
+    where = torch.randint(len(batches.train_labels), (size,), generator=rng)
+    images = (batches.train_images[where].float() / 255 - batches.mean) / batches.std
+    height, width = images.shape[2:]
+    reach = max(1, round(width / 16))
+    padded = functional.pad(images, (reach,) * 4, mode="reflect")
+    down, right = torch.randint(2 * reach + 1, (2, size, 1), generator=rng).squeeze(2).tolist()
+    shifted = [each[:, y : y + height, x : x + width] for each, y, x in zip(padded, down, right, strict=True)]
+    if batches.flip:
+        mirrored = torch.randint(2, (size, 1), generator=rng).squeeze(1).tolist()
+        shifted = [each.flip(2) if flip else each for each, flip in zip(shifted, mirrored, strict=True)]
+    return torch.stack(shifted), batches.train_labels[where]
+
+
+@pytest.mark.parametrize("size", [8, 40])
+@pytest.mark.parametrize("flip", [False, True])
+def test_all_draws_at_once_give_the_batches_of_ever(flip: bool, size: int) -> None:
+    batches = Batches(easy_data(size=size, flip=flip), CPU)
+    draws = batches.draw(5, 7, torch.Generator().manual_seed(3))
+    rng = torch.Generator().manual_seed(3)
+    for step in range(5):
+        images, labels = batches.training(draws.at(torch.tensor([step])))
+        expected, theirs = draw_as_ever(batches, 7, rng)
+        assert torch.equal(images, expected)
+        assert torch.equal(labels, theirs)
+    # As small as what they hold allows, because there is one for each image of each step.
+    parts = [draws.images, draws.shifts, *([] if draws.mirrored is None else [draws.mirrored])]
+    assert sum(part.nbytes for part in parts) == 5 * 7 * (9 if flip else 8)
+
+
+def test_a_training_gives_the_losses_of_ever() -> None:
+    """The plain loop that trained today's studies, with a rate that is a number of Python, gives the same bits."""
+    batches = Batches(easy_data(flip=True), CPU)
+    result = train(build(), batches, QUICK, seed=3)
+    network = build().to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
+    optimizer, rng = proxy.make_optimizer(network, QUICK), torch.Generator().manual_seed(3)
+    losses = []
+    for step in range(QUICK.steps):
+        images, labels = draw_as_ever(batches, QUICK.batch_size, rng)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, QUICK)
+        logits = network(images.contiguous(memory_format=torch.channels_last))
+        loss = functional.cross_entropy(logits, labels, label_smoothing=QUICK.label_smoothing)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert [point.train_loss for point in result.curve] == losses
+    assert (result.accuracy, result.loss) == proxy.validate(network, batches)
+
+
 def test_augmentation_shifts_by_at_most_a_sixteenth_and_mirrors_only_where_allowed() -> None:
     data = easy_data()
     # One bright column off the centre tells where an image was moved to, and whether it was mirrored.
@@ -134,7 +198,7 @@ def test_augmentation_shifts_by_at_most_a_sixteenth_and_mirrors_only_where_allow
     columns: dict[bool, set[int]] = {}
     for flip in (False, True):
         batches = Batches(replace(data, flip=flip), CPU)
-        images, _ = batches.train(256, torch.Generator().manual_seed(0))
+        images, _ = a_batch(batches, 256)
         assert images.shape == (256, 3, 16, 16)
         assert images.is_contiguous(memory_format=torch.channels_last)
         columns[flip] = set(images[:, 0, 8].argmax(dim=1).tolist())
@@ -147,7 +211,7 @@ def test_training_batches_come_from_training_images_only() -> None:
     data.val_images.fill_(255)
     data.train_images.fill_(0)
     batches = Batches(data, CPU)
-    images, _ = batches.train(64, torch.Generator().manual_seed(0))
+    images, _ = a_batch(batches, 64)
     assert images.unique().numel() <= 3
     ((val_images, val_labels),) = list(batches.validation())
     assert not set(val_images.unique().tolist()) & set(images.unique().tolist())
