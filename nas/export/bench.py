@@ -14,11 +14,11 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from kernels.device_info import DeviceInfo
-from nas.config import LatencyConfig, installed_runtime
+from nas.config import LatencyConfig, cuda_or_warning, installed_runtime
 from nas.errors import FETCH, CandidateFailed, UsageError, is_pointer, memory_may_run_out, message_line
 from nas.export.directories import COMPILED, FUSED, ONNX, PROGRAM, SECTION, Exported
 from nas.export.formats import program_file
-from nas.latency.devices import check_device
+from nas.latency.devices import check_device, require_triton
 from nas.latency.engines import ENGINES, InRuntime, deploy, runs_on
 from nas.latency.meter import cpu_threads
 from nas.latency.onnx_graph import quiet
@@ -80,7 +80,7 @@ def bench(
     Raises:
         UsageError: the device does not exist here.
     """
-    device = check_device(replace(config, engine="eager"))
+    device = check_device(replace(config, engine="eager"), note)
     lock = device_lock(device)
     with tempfile.TemporaryDirectory() as aside, lock.measuring(note), cpu_threads(config.threads):
         yardsticks = Yardsticks(config)
@@ -138,7 +138,7 @@ def device_here(device: str) -> str:
     """The device of an exported deployment if it exists here, else the one in its place."""
     if device.partition(":")[0] != "cuda":
         return device
-    if not torch.cuda.is_available():
+    if not cuda_or_warning():
         return "cpu"
     return device if (torch.device(device).index or 0) < torch.cuda.device_count() else "cuda"
 
@@ -204,6 +204,7 @@ class _Formats:
 
     def _engine(self, name: str) -> Forwards:
         config = replace(self.config, engine=name, num_classes=self.network.num_classes)
+        require_triton(name, self.device)
         require(name, config.dtype)
         return self.meter.forwards(deploy(self.model, config, self.inputs[0]), self.inputs)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.fold import fold_batch_norms
+from nas.config import cuda_or_warning
 from nas.errors import UsageError, message_line
 from nas.export.directories import COMPILED, FUSED, ONNX, PROGRAM, SECTION, Exported
 from nas.files import no_room
@@ -153,7 +154,7 @@ def write_programs(network: Exported, folder: Path, note: Note) -> list[Path]:
     _require_weights(network, ExportFormat.TORCH_EXPORT)
     model = network.build()
     made = [program_file(model, network.resolution, folder / PROGRAM)]
-    on_cuda = torch.cuda.is_available()
+    on_cuda = cuda_or_warning()
     device = torch.device("cuda" if on_cuda else "cpu")
     dtype = getattr(torch, network.deployment.dtype) if on_cuda else torch.float32
     if _has_compiler():

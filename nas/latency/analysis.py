@@ -103,7 +103,7 @@ def analyse(
         CandidateFailed: the engine cannot compile it, or memory runs out.
     """
     config = subject.config
-    device = check_device(config)
+    device = check_device(config, note)
     with memory_may_run_out():
         find_or_measure_profile(store, config, waiting=note)
         table = BlockTable(store, DeviceInfo.of(device), config)

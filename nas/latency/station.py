@@ -25,14 +25,17 @@ class Station:
         config: the deployment.
         anchor: the anchor network, which shows how the device's speed drifts.
         waiting: function that takes a line on the process that must be waited for, see `nas.locks`.
+        note: function that takes a line on each thing that makes latencies there less reliable.
 
     Raises:
         UsageError: there is no such device, or the deployment does not run on it.
     """
 
-    def __init__(self, config: LatencyConfig, anchor: ArchSpec, waiting: Note | None = None) -> None:
+    def __init__(
+        self, config: LatencyConfig, anchor: ArchSpec, waiting: Note | None = None, note: Note | None = None
+    ) -> None:
         self.config, self.anchor, self.waiting = config, anchor, waiting
-        self.device = indexed(check_device(config))
+        self.device = indexed(check_device(config, note))
         self.lock = device_lock(self.device)
         self.meter: ArchMeter | None = None
 
