@@ -14,6 +14,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from kernels.device_info import DeviceInfo
+from kernels.peers import cudnn_search
 from nas.config import LatencyConfig, cuda_or_warning, installed_runtime
 from nas.errors import FETCH, CandidateFailed, UsageError, is_pointer, memory_may_run_out, message_line
 from nas.export.directories import COMPILED, FUSED, ONNX, PROGRAM, SECTION, Exported
@@ -240,7 +241,7 @@ class _Formats:
         return self._checked(module, [x.to(getattr(torch, self.compiled_dtype)) for x in self.inputs])
 
     def _checked(self, module: nn.Module, inputs: Sequence[Tensor]) -> Forwards:
-        with torch.inference_mode():
+        with torch.inference_mode(), cudnn_search(self.device):
             module(inputs[0])
         return self.meter.forwards(module, inputs)
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.fold import fold_batch_norms
+from kernels.peers import cudnn_search, inductor_options
 from nas.config import cuda_or_warning
 from nas.errors import UsageError, message_line
 from nas.export.directories import COMPILED, FUSED, ONNX, PROGRAM, SECTION, Exported
@@ -198,7 +199,12 @@ def _compiled_file(model: nn.Module, resolution: int, device: torch.device, dtyp
     images = _images(resolution, device, dtype)
     with quiet():
         package = io.BytesIO()
-        torch._inductor.aoti_compile_and_package(_program(folded, images), package_path=package)
+        # Weights stay as they are, for a package may be given others.
+        options = inductor_options(device, freezing=False)
+        with cudnn_search(device):
+            torch._inductor.aoti_compile_and_package(
+                _program(folded, images), package_path=package, inductor_configs=options
+            )
         path.write_bytes(package.getvalue())
         loaded = torch._inductor.aoti_load_package(str(path))
     _check(loaded, folded, images, path.name)

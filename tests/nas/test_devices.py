@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from kernels import diagnosis
+from kernels.peers import inductor_options
 from nas.config import LatencyConfig, SearchConfig
 from nas.errors import UsageError
 from nas.export.bench import device_here
-from nas.latency import devices
+from nas.latency import devices, engines
 from nas.latency.devices import check_device
 from nas.search import machine
 
@@ -95,3 +97,27 @@ def test_a_search_tells_it_before_anything_is_loaded(monkeypatch: pytest.MonkeyP
     with pytest.raises(UsageError, match="enough"):
         machine.Machine(SearchConfig(), lines.append)
     assert lines == ["others use it"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_others_run_at_their_best_beside_our_kernels(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inductor once ran in its default mode there, and cuDNN without its search."""
+    config = LatencyConfig(device=device, engine="inductor", dtype="float32")
+    example, seen = torch.zeros(1, 3, 8, 8), list[Any]()
+
+    class Compiled(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(torch.backends.cudnn.benchmark)
+            return x
+
+    def compile_(module: nn.Module, **given: Any) -> nn.Module:
+        seen.append(given.get("options", {}))
+        seen.append(torch.backends.cudnn.benchmark)
+        return Compiled()
+
+    monkeypatch.setattr(torch, "compile", compile_)
+    engines.ready(nn.Conv2d(3, 4, 3).eval().requires_grad_(False), config, example)
+    on_cuda = device == "cuda"
+    assert seen == [inductor_options(torch.device(device)), on_cuda, on_cuda]
+    assert bool(seen[0]) == on_cuda
+    assert not torch.backends.cudnn.benchmark
