@@ -44,52 +44,86 @@ class DeviceState:
 
 def read_state(device: torch.device) -> DeviceState | None:
     """The state of a GPU now; None for a CPU, without NVML or a driver, or if NVML refuses."""
-    nvml = _nvml() if device.type == "cuda" else None
-    if nvml is None:
+    library = nvml() if device.type == "cuda" else None
+    if library is None:
         return None
-    # By UUID: NVML counts the GPUs in another order than CUDA does, and also those that CUDA_VISIBLE_DEVICES hides.
-    uuid = torch.cuda.get_device_properties(device).uuid
     try:
-        handle = _handle(f"GPU-{uuid}")
-        sm_clock_mhz = nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)
-        temperature_c = _first_that_answers(
-            nvml, ("nvmlDeviceGetTemperature", "nvmlDeviceGetTemperatureV"), handle, nvml.NVML_TEMPERATURE_GPU
-        )
-        reasons = _first_that_answers(
-            nvml, ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"), handle
-        )
-    except nvml.NVMLError:
+        return _read(library, device)
+    except library.NVMLError:
         return None
+
+
+def why_unreadable(device: torch.device) -> str | None:
+    """The reason why `read_state` gives None for a GPU; None where it gives a state."""
+    library = nvml()
+    if library is None:
+        return nvml_refusal() or "there is no NVML"
+    try:
+        _read(library, device)
+    except library.NVMLError as error:
+        return str(error)
+    return None
+
+
+def _read(library: Any, device: torch.device) -> DeviceState:
+    handle = handle_of(device)
+    sm_clock_mhz = library.nvmlDeviceGetClockInfo(handle, library.NVML_CLOCK_SM)
+    temperature_c = _first_that_answers(
+        library, ("nvmlDeviceGetTemperature", "nvmlDeviceGetTemperatureV"), handle, library.NVML_TEMPERATURE_GPU
+    )
+    reasons = _first_that_answers(
+        library, ("nvmlDeviceGetCurrentClocksEventReasons", "nvmlDeviceGetCurrentClocksThrottleReasons"), handle
+    )
     throttled_by = tuple(name for bit, name in THROTTLING.items() if reasons & bit)
     return DeviceState(float(sm_clock_mhz), float(temperature_c), throttled_by)
 
 
-@cache
-def _nvml() -> Any:
+def nvml() -> Any:
     """The NVML module, initialised; None if it is not installed or finds no driver."""
+    return _initialised()[0]
+
+
+def nvml_refusal() -> str | None:
+    """The reason why NVML does not start although a driver is there; None where it starts, or finds no driver."""
+    return _initialised()[1]
+
+
+@cache
+def _initialised() -> tuple[Any, str | None]:
     try:
         import pynvml
     except ImportError:
-        return None
+        return None, None
     try:
         pynvml.nvmlInit()
-    except pynvml.NVMLError:
-        return None
-    return pynvml
+    except pynvml.NVMLError as error:
+        absent = (pynvml.NVML_ERROR_LIBRARY_NOT_FOUND, pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
+        return None, None if error.value in absent else f"NVML does not start ({error})"
+    return pynvml, None
+
+
+def handle_of(device: torch.device) -> Any:
+    """NVML's handle of a CUDA device.
+
+    Raises:
+        NVMLError: NVML does not know it.
+    """
+    # By UUID: NVML counts the GPUs in another order than CUDA does, and also those that CUDA_VISIBLE_DEVICES hides.
+    return _handle(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
 
 
 @cache
 def _handle(uuid: str) -> Any:
-    return _nvml().nvmlDeviceGetHandleByUUID(uuid)
+    return nvml().nvmlDeviceGetHandleByUUID(uuid)
 
 
-def _first_that_answers(nvml: Any, names: tuple[str, ...], *args: object) -> Any:
+def _first_that_answers(library: Any, names: tuple[str, ...], *args: object) -> Any:
     """Call the first function that both the module and the driver have, as NVML renames its functions at times.
 
     Raises:
         NVMLError: none of the functions answers.
     """
     for name in names:
-        with suppress(AttributeError, nvml.NVMLError):
-            return getattr(nvml, name)(*args)
-    raise nvml.NVMLError(nvml.NVML_ERROR_NOT_SUPPORTED)
+        with suppress(AttributeError, library.NVMLError):
+            return getattr(library, name)(*args)
+    raise library.NVMLError(library.NVML_ERROR_NOT_SUPPORTED)

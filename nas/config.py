@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -270,9 +271,7 @@ class LatencyConfig(Checked):
 
     def __post_init__(self) -> None:
         if self.device == AUTO:
-            import torch
-
-            object.__setattr__(self, "device", "cuda" if torch.cuda.is_available() else "cpu")
+            object.__setattr__(self, "device", "cuda" if cuda_or_warning() else "cpu")
         kind = self.device.partition(":")[0]
         if self.engine == AUTO:
             object.__setattr__(self, "engine", DEFAULT_ENGINE.get(kind, "eager"))
@@ -289,6 +288,20 @@ class LatencyConfig(Checked):
     def engine_label(self) -> str:
         """The engine with the version of its package, where it has one: the column `engine` of all tables and views."""
         return self.runtime or self.engine
+
+
+def cuda_or_warning() -> bool:
+    """Whether there is a CUDA device. Where a GPU is there that cannot be used, a warning says why, for whatever takes
+    the CPU instead would take it without a word."""
+    import torch
+
+    if torch.cuda.is_available():
+        return True
+    from kernels.diagnosis import unused_gpu
+
+    if reason := unused_gpu():
+        warnings.warn(f"the CPU is used and the GPU is not: {reason}", stacklevel=2)
+    return False
 
 
 def installed_runtime(engine: str) -> str:

@@ -3,8 +3,8 @@
 An engine is one way to run a row: torch's eager mode, Inductor ("compiled"), or our kernels ("fused"). Every engine has
 its batch norms folded and runs channels_last in inference mode, on CUDA in a CUDA graph; the engines of a row take
 turns in one run. An engine is timed only after its output was compared with a float64 run. cuDNN searches for its best
-algorithms (`torch.backends.cudnn.benchmark`), and so does Inductor (`mode="max-autotune"`, without its CUDA graphs, as
-the benchmark captures its own).
+algorithms (`torch.backends.cudnn.benchmark`), and so does Inductor (`kernels.peers`: max-autotune with frozen weights,
+without its CUDA graphs, as the benchmark captures its own).
 
 Rows are measured in a fixed order, the most telling first, and written at once to `results.jsonl`. A row that is there
 for the same machine, versions and sources is not measured again: the same command goes on where the minutes were over.
@@ -38,6 +38,7 @@ from kernels.lab.commands import Minutes, Out, current_gpu, deadline_after, fail
 from kernels.lab.inspect import shorthand
 from kernels.lab.results import ResultFile
 from kernels.network import moved_bytes
+from kernels.peers import inductor_options
 from kernels.problem import MAX_SPLITS, BlockProblem, Tiling
 
 DTYPE_ON = {"cuda": torch.float16, "cpu": torch.float32}
@@ -120,8 +121,10 @@ def random_inputs(shape: Sequence[int], dtype: torch.dtype, device: torch.device
     ]
 
 
-def _compiled(module: nn.Module) -> Engine:
-    return Engine(torch.compile(module, mode="max-autotune-no-cudagraphs", fullgraph=True, dynamic=False))
+def _compiled(module: nn.Module, device: torch.device) -> Engine:
+    # On a CPU, where the benchmark only tries itself out, as torch compiles by default.
+    options = inductor_options(device) or None
+    return Engine(torch.compile(module, fullgraph=True, dynamic=False, options=options))
 
 
 def _require_cuda(device: torch.device) -> None:
@@ -164,7 +167,7 @@ def block_case(row: Block, dtype: torch.dtype, device: torch.device) -> Case:
 
     return Case(
         inputs, copy.deepcopy(plain).double(), len(layers) // 2, problem.macs,
-        {"eager": lambda: Engine(plain), "fused": fused, "compiled": lambda: _compiled(plain)},
+        {"eager": lambda: Engine(plain), "fused": fused, "compiled": lambda: _compiled(plain, device)},
     )  # fmt: skip
 
 
@@ -189,7 +192,7 @@ def network_case(row: Network, dtype: torch.dtype, device: torch.device) -> Case
         ]
         return Engine(network, notes)
 
-    engines = {"eager": lambda: Engine(plain), "compiled": lambda: _compiled(plain)}
+    engines = {"eager": lambda: Engine(plain), "compiled": lambda: _compiled(plain, device)}
     if row.is_convfirst:
         engines["fused"] = fused
     inputs = random_inputs(row.input_shape, dtype, device)

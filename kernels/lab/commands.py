@@ -14,6 +14,7 @@ import typer
 
 from kernels.cost_model import GPU_SPECS
 from kernels.device_functions import INTERPRETED
+from kernels.diagnosis import why_no_cuda
 
 BENCHMARKS = Path(__file__).parents[2] / "docs" / "benchmarks"
 
@@ -43,7 +44,8 @@ def deadline_after(minutes: float) -> float:
 def current_gpu(refusal: str = "torch finds no CUDA device here") -> torch.device:
     """The current CUDA device; without one the command ends."""
     if not torch.cuda.is_available():
-        fail(refusal)
+        reason = why_no_cuda()
+        fail(f"{refusal} ({reason})" if reason else refusal)
     return torch.device("cuda", torch.cuda.current_device())
 
 

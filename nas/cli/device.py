@@ -23,7 +23,7 @@ def device(
 
         # Any engine will do: none runs.
         config = LatencyConfig(**{**given(LatencyConfig, context), "engine": "eager"})
-        check_device(config)
+        check_device(config, note)
         with writable_store(storage) as store:
             find_or_measure_profile(store, config, again, note)
             for line in profile_lines(store.devices.profiles()):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -13,15 +13,19 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from kernels.ceilings import ceiling_runs, rate
 from kernels.device_info import DeviceInfo
-from nas.config import LatencyConfig, installed_runtime
+from kernels.peers import cudnn_search
+from nas.config import LatencyConfig, cuda_or_warning, installed_runtime
 from nas.errors import FETCH, CandidateFailed, UsageError, is_pointer, memory_may_run_out, message_line
 from nas.export.directories import COMPILED, FUSED, ONNX, PROGRAM, SECTION, Exported
 from nas.export.formats import program_file
-from nas.latency.devices import check_device
+from nas.latency.devices import check_device, require_triton
 from nas.latency.engines import ENGINES, InRuntime, deploy, runs_on
+from nas.latency.launches import arch_launches_line
 from nas.latency.meter import cpu_threads
 from nas.latency.onnx_graph import quiet
+from nas.latency.roofline import Machine
 from nas.latency.runtimes import OnnxRuntime, require
 from nas.latency.values import Latency
 from nas.latency.yardsticks import Timed, Yardsticks
@@ -45,6 +49,7 @@ class Row:
         latency: the latency; None where the format does not run here.
         reason: the reason why it does not run.
         recorded_ms: the latency that the directory records, if it is that of the same deployment.
+        launches: a line that says that launches bind the latency, if they do.
     """
 
     network: str
@@ -53,6 +58,7 @@ class Row:
     latency: Latency | None
     reason: str | None = None
     recorded_ms: float | None = None
+    launches: str | None = None
 
 
 # A row, its forward passes (None where the format does not run), and the MACs of each pass.
@@ -80,7 +86,7 @@ def bench(
     Raises:
         UsageError: the device does not exist here.
     """
-    device = check_device(replace(config, engine="eager"))
+    device = check_device(replace(config, engine="eager"), note)
     lock = device_lock(device)
     with tempfile.TemporaryDirectory() as aside, lock.measuring(note), cpu_threads(config.threads):
         yardsticks = Yardsticks(config)
@@ -96,10 +102,43 @@ def bench(
         anchor = _Anchor.of(first, replace(config, resolution=resolution or first.resolution), yardsticks)
         note(f"measuring {len(timed)} in turns")
         latencies = yardsticks.time([*timed, *([anchor.timed] if anchor else [])])
+        # On a CPU nothing is launched.
+        limits = _limits(device, config, yardsticks) if device.type == "cuda" else None
     factor = anchor.recorded_ms / latencies[-1].median_ms if anchor else 1.0
     times = iter(latencies)
-    return [row if forwards is None else replace(row, latency=next(times).scaled(factor))
+    rows = [row if forwards is None else replace(row, latency=next(times).scaled(factor))
             for row, forwards, _ in prepared]  # fmt: skip
+    return rows if limits is None else _with_launches(rows, folders, config, resolution, limits)
+
+
+def _limits(device: torch.device, config: LatencyConfig, yardsticks: Yardsticks) -> dict[str, float]:
+    """The device's limits by name, see `kernels.ceilings`."""
+    runs = ceiling_runs(device, getattr(torch, config.dtype))
+    latencies = yardsticks.time([Timed([each.run], each.macs) for each in runs.values()])
+    return {name: rate(name, runs[name], of.median_ms / 1e3) for name, of in zip(runs, latencies, strict=True)}
+
+
+def _with_launches(
+    rows: Sequence[Row], folders: Sequence[tuple[Path, Exported]], config: LatencyConfig, resolution: int | None,
+    limits: Mapping[str, float],
+) -> list[Row]:  # fmt: skip
+    """The rows, of which each network's fastest engine says whether launches bind it."""
+    machine = Machine(limits["product_macs"], limits["copy_bytes"])
+    found = list(rows)
+    for _, network in folders:
+        own = [(row.latency.median_ms, index) for index, row in enumerate(rows)
+               if row.network == network.name and row.what in ENGINES and row.latency is not None]  # fmt: skip
+        if not own:
+            continue
+        latency_ms, index = min(own)
+        deployed = replace(
+            config, engine=rows[index].what, resolution=resolution or network.resolution,
+            num_classes=network.num_classes,
+        )  # fmt: skip
+        arch = replace(network.arch, resolution=None)
+        line = arch_launches_line("its", arch, deployed, machine, limits["graph_launch_seconds"], latency_ms)
+        found[index] = replace(rows[index], launches=line)
+    return found
 
 
 @dataclass(frozen=True)
@@ -138,7 +177,7 @@ def device_here(device: str) -> str:
     """The device of an exported deployment if it exists here, else the one in its place."""
     if device.partition(":")[0] != "cuda":
         return device
-    if not torch.cuda.is_available():
+    if not cuda_or_warning():
         return "cpu"
     return device if (torch.device(device).index or 0) < torch.cuda.device_count() else "cuda"
 
@@ -204,6 +243,7 @@ class _Formats:
 
     def _engine(self, name: str) -> Forwards:
         config = replace(self.config, engine=name, num_classes=self.network.num_classes)
+        require_triton(name, self.device)
         require(name, config.dtype)
         return self.meter.forwards(deploy(self.model, config, self.inputs[0]), self.inputs)
 
@@ -239,7 +279,7 @@ class _Formats:
         return self._checked(module, [x.to(getattr(torch, self.compiled_dtype)) for x in self.inputs])
 
     def _checked(self, module: nn.Module, inputs: Sequence[Tensor]) -> Forwards:
-        with torch.inference_mode():
+        with torch.inference_mode(), cudnn_search(self.device):
             module(inputs[0])
         return self.meter.forwards(module, inputs)
 
@@ -283,4 +323,4 @@ def remarks(rows: Sequence[Row]) -> list[str]:
         if row.latency is not None and (row.latency.capped or row.latency.throttled):
             why = "on a throttling GPU" if row.latency.throttled else "ended by the time cap"
             lines.append(f"{row.network}, {row.what}: {why}")
-    return lines
+    return lines + [f"{row.network}, {row.what}: {row.launches}" for row in rows if row.launches is not None]

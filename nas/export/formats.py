@@ -17,6 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from kernels.fold import fold_batch_norms
+from kernels.peers import cudnn_search, inductor_options
+from nas.config import cuda_or_warning
 from nas.errors import UsageError, message_line
 from nas.export.directories import COMPILED, FUSED, ONNX, PROGRAM, SECTION, Exported
 from nas.files import no_room
@@ -153,7 +155,7 @@ def write_programs(network: Exported, folder: Path, note: Note) -> list[Path]:
     _require_weights(network, ExportFormat.TORCH_EXPORT)
     model = network.build()
     made = [program_file(model, network.resolution, folder / PROGRAM)]
-    on_cuda = torch.cuda.is_available()
+    on_cuda = cuda_or_warning()
     device = torch.device("cuda" if on_cuda else "cpu")
     dtype = getattr(torch, network.deployment.dtype) if on_cuda else torch.float32
     if _has_compiler():
@@ -197,7 +199,12 @@ def _compiled_file(model: nn.Module, resolution: int, device: torch.device, dtyp
     images = _images(resolution, device, dtype)
     with quiet():
         package = io.BytesIO()
-        torch._inductor.aoti_compile_and_package(_program(folded, images), package_path=package)
+        # Weights stay as they are, for a package may be given others.
+        options = inductor_options(device, freezing=False)
+        with cudnn_search(device):
+            torch._inductor.aoti_compile_and_package(
+                _program(folded, images), package_path=package, inductor_configs=options
+            )
         path.write_bytes(package.getvalue())
         loaded = torch._inductor.aoti_load_package(str(path))
     _check(loaded, folded, images, path.name)

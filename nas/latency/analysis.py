@@ -14,6 +14,7 @@ from nas.errors import UsageError, is_out_of_memory, memory_may_run_out
 from nas.latency.block_table import BlockTable
 from nas.latency.device_profile import find_or_measure_profile
 from nas.latency.devices import check_device
+from nas.latency.launches import launches_line
 from nas.latency.parts import CALL_ID, Part, arch_parts, block_name, layer_parts, shape_id
 from nas.latency.roofline import Efficiency, NetworkEfficiency, everything_else, single
 from nas.latency.subjects import Subject
@@ -36,6 +37,7 @@ class Analysis:
         sum_ms: the latency that the parts add up to.
         network_ms: the latency of the network measured as a whole.
         layers: the layers of each part, by the part's name, if they were asked for.
+        launches: a line that says that launches bind the latency, if they do.
         doubtful: the table's rows of parts, call and network that were measured less precisely than asked for.
     """
 
@@ -44,6 +46,7 @@ class Analysis:
     network_ms: float
     layers: dict[str, tuple[Efficiency, ...]]
     doubtful: tuple[BlockLatency, ...]
+    launches: str | None = None
 
     @property
     def error(self) -> float:
@@ -103,7 +106,7 @@ def analyse(
         CandidateFailed: the engine cannot compile it, or memory runs out.
     """
     config = subject.config
-    device = check_device(config)
+    device = check_device(config, note)
     with memory_may_run_out():
         find_or_measure_profile(store, config, waiting=note)
         table = BlockTable(store, DeviceInfo.of(device), config)
@@ -192,4 +195,8 @@ def _analysis(subject: Subject, table: BlockTable, part_table: BlockTable, parts
         efficiency = replace(efficiency, subtitle=subtitle)
     doubtful = part_table.doubtful(parts)
     doubtful += [row for row in table.doubtful_rows([shape_id(subject.shape)]) if row not in doubtful]
-    return Analysis(efficiency, sum_ms, network_ms, {}, tuple(doubtful))
+    assert table.profile is not None
+    blocks = [(part.block, part.fused) for part in parts]
+    launch_seconds, batch = table.profile.graph_launch_seconds, subject.config.batch_size
+    launches = launches_line("the network's", blocks, table.machine, launch_seconds, batch, network_ms)
+    return Analysis(efficiency, sum_ms, network_ms, {}, tuple(doubtful), launches)

@@ -77,6 +77,8 @@ def analysis_lines(analysis: Analysis) -> list[str]:
         f"{macs / 1e6:,.2f} MMACs; efficiency {efficiency.achieved:.1%} of "
         f"{2 * efficiency.machine.macs_per_s / 1e9:,.1f} GFLOP/s, {best}",
     ]
+    if analysis.launches is not None:
+        found.append(analysis.launches)
     return found + doubtful_lines(analysis.doubtful)
 
 

@@ -7,14 +7,25 @@ from contextlib import contextmanager
 
 import torch
 
+from kernels import diagnosis
 from nas.config import LatencyConfig, installed_runtime
 from nas.errors import CandidateFailed, UsageError
 from nas.latency.engines import ENGINES, runs_on
 from nas.latency.runtimes import require
+from nas.reporting import Note
+
+# What engines of ours and of others compile with on CUDA.
+TRITON_ENGINES = ("fused", "inductor")
+
+# Devices of which it was told what disturbs measurements there.
+_looked_at = set[torch.device]()
 
 
-def check_device(config: LatencyConfig) -> torch.device:
+def check_device(config: LatencyConfig, note: Note | None = None) -> torch.device:
     """The device of a deployment.
+
+    Args:
+        note: function that takes a line on each thing that makes latencies on the device less reliable.
 
     Raises:
         UsageError: there is no such device here, or the engine or dtype does not run on it.
@@ -28,7 +39,8 @@ def check_device(config: LatencyConfig) -> torch.device:
         raise UsageError(f"--device {name}: not a device (cpu, cuda or cuda:N)")
     if device.type == "cuda":
         if not torch.cuda.is_available():
-            raise UsageError(f"--device {name}: no CUDA device here")
+            reason = diagnosis.why_no_cuda()
+            raise UsageError(f"--device {name}: no CUDA device here" + (f" ({reason})" if reason else ""))
         if (device.index or 0) >= torch.cuda.device_count():
             raise UsageError(f"--device {name}: there are only {torch.cuda.device_count()} CUDA devices here")
     if engine not in ENGINES:
@@ -40,13 +52,33 @@ def check_device(config: LatencyConfig) -> torch.device:
     if not runs_on(ENGINES[engine], device):
         hint = " (its Triton kernels run there with TRITON_INTERPRET=1, slowly)" if engine == "fused" else ""
         raise UsageError(f"--engine {engine}: does not run on {device.type}{hint}")
+    require_triton(engine, device)
     require(engine, config.dtype)
     if config.runtime != (here := installed_runtime(engine)):
         raise UsageError(
             f"--engine {engine}: the latencies are of {config.runtime}, and installed is {here or 'another'}; "
             f"pip install {str(config.runtime).replace(' ', '==')}, or use another --study"
         )
+    if note is not None and indexed(device) not in _looked_at:
+        # Later on, the processes on the device are our own.
+        _looked_at.add(indexed(device))
+        for line in diagnosis.disturbances(indexed(device)):
+            note(line)
     return device
+
+
+def require_triton(engine: str, device: torch.device) -> None:
+    """Check that the kernels that an engine compiles can be made for a device, and run on it.
+
+    Raises:
+        UsageError: there is no C compiler here, or the GPU is too old.
+    """
+    if device.type != "cuda" or engine not in TRITON_ENGINES:
+        return
+    if engine == "fused" and (reason := diagnosis.too_old(device)):
+        raise UsageError(f"--engine fused: {reason}; use --engine inductor or eager")
+    if reason := diagnosis.no_compiler():
+        raise UsageError(f"--engine {engine}: {reason}")
 
 
 def indexed(device: torch.device) -> torch.device:

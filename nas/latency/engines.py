@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from kernels.fold import fold_batch_norms
+from kernels.peers import cudnn_search, inductor_options
 from nas.child_process import sign_of_life
 from nas.config import LatencyConfig
 from nas.errors import CandidateFailed, is_out_of_memory, message_line
@@ -140,7 +141,9 @@ def _torchscript(model: nn.Module, example: Tensor, config: LatencyConfig) -> nn
 def _inductor(model: nn.Module, example: Tensor, config: LatencyConfig) -> nn.Module:
     # Compiled code is kept per code object, up to a limit past which torch falls back to eager without a word, and all
     # networks share timm's forward. An exported one has a forward of its own.
-    return cast(nn.Module, torch.compile(torch.export.export(model, (example,)).module()))
+    exported = torch.export.export(model, (example,)).module()
+    options = inductor_options(torch.device(config.device))
+    return cast(nn.Module, torch.compile(exported, options=options) if options else torch.compile(exported))
 
 
 def _in_runtime(name: str) -> Prepare:
@@ -181,7 +184,9 @@ def examine(network: nn.Module, config: LatencyConfig, size: int, alive: Callabl
     from kernels import fuse, tune
 
     fused = fuse(fold(network, config), dtype=getattr(torch, config.dtype))
-    tune.examine(fused.tasks(config.batch_size, size), alive)
+    # As in `ready`, under which the kernels were tuned.
+    with cudnn_search(torch.device(config.device)):
+        tune.examine(fused.tasks(config.batch_size, size), alive)
 
 
 def _is_refused(error: Exception) -> bool:
@@ -242,7 +247,7 @@ def ready(folded: nn.Module, config: LatencyConfig, example: Tensor) -> nn.Modul
     """
     engine = ENGINES[config.engine]
     try:
-        with torch.inference_mode():
+        with torch.inference_mode(), cudnn_search(torch.device(config.device)):
             module = engine.prepare(folded, example, config)
             module(example)
     except Exception as error:

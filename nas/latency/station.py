@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 from kernels.device_info import DeviceInfo
+from kernels.peers import cudnn_search
 from kernels.tune import Target
 from nas.config import LatencyConfig
 from nas.errors import memory_may_run_out
@@ -26,14 +27,17 @@ class Station:
         config: the deployment.
         anchor: the anchor network, which shows how the device's speed drifts.
         waiting: function that takes a line on the process that must be waited for, see `nas.locks`.
+        note: function that takes a line on each thing that makes latencies there less reliable.
 
     Raises:
         UsageError: there is no such device, or the deployment does not run on it.
     """
 
-    def __init__(self, config: LatencyConfig, anchor: ArchSpec, waiting: Note | None = None) -> None:
+    def __init__(
+        self, config: LatencyConfig, anchor: ArchSpec, waiting: Note | None = None, note: Note | None = None
+    ) -> None:
         self.config, self.anchor, self.waiting = config, anchor, waiting
-        self.device = indexed(check_device(config))
+        self.device = indexed(check_device(config, note))
         self.lock = device_lock(self.device)
         self.meter: ArchMeter | None = None
         self.compilers: Compilers | None = None
@@ -58,7 +62,10 @@ class Station:
             CandidateFailed: the engine cannot run the anchor.
         """
         if runs_fused_kernels(self.config):
-            self.compilers = Compilers(self.config, Target.of(self.device), compiler_count())
+            # As `nas.latency.engines.ready` tunes.
+            with cudnn_search(self.device):
+                target = Target.of(self.device)
+            self.compilers = Compilers(self.config, target, compiler_count())
         self._compile([self.anchor])
         with self.lock.measuring(self.waiting):
             self.meter = meter_for(self.config, self.anchor, anchor_ms)

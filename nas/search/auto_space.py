@@ -179,7 +179,7 @@ def timer(config: LatencyConfig, note: Note) -> Iterator[Timer]:
     Raises:
         UsageError: there is no such device here, or the engine does not run on it.
     """
-    device = indexed(check_device(config))
+    device = indexed(check_device(config, note))
     with device_lock(device).measuring(note):
         with anchor_must_run(config):
             meter = meter_for(config, load_space("small").anchor(), None)

@@ -48,7 +48,7 @@ class Machine(RealEvaluator):
     def __init__(self, config: SearchConfig, note: Note = lambda line: None) -> None:
         super().__init__(config, note)
         self.told_at = -math.inf
-        self.station: Station = Station(config.latency, config.space.anchor(), self._waiting)
+        self.station: Station = Station(config.latency, config.space.anchor(), self._waiting, note)
         self.train_devices = train_devices(config, self.station.device)
         self.device = self.station.info
         self.free_bytes = free_memory_bytes()

@@ -16,7 +16,8 @@ from nas.config import LatencyConfig, SearchConfig, respelled
 from nas.display import notes
 from nas.errors import FieldError, UsageError
 from nas.latency.block_table import BlockTable
-from nas.latency.device_profile import store_profile
+from nas.latency.device_profile import machine, store_profile
+from nas.latency.launches import arch_launches_line
 from nas.options import NEW_NAME, Keep, options
 from nas.recorded import RecordedStudy
 from nas.reporting import Note
@@ -196,6 +197,11 @@ def open_study(config: SearchConfig, evaluator: Evaluator, versions: str, note: 
                 evaluator.adopt(recorded.config.proxy)
             evaluator.start(recorded.row.anchor_ms)
         try:
+            if line := arch_launches_line(
+                "the anchor network's", config.space.anchor(), config.latency, machine(profile),
+                profile.graph_launch_seconds, recorded.row.anchor_ms,
+            ):  # fmt: skip
+                note(line)
             study = LiveStudy(recorded, profile.macs_per_s, owner)
             try:
                 yield study

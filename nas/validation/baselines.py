@@ -78,7 +78,7 @@ class _Run:
         proxy = recorded.config.proxy
         # Networks are deployed at the resolution of their training.
         self.latency = replace(recorded.config.latency, resolution=data.resolution)
-        device = check_device(recorded.config.latency)
+        device = check_device(recorded.config.latency, note)
         self.timm_engine = timm_engine(self.latency.engine)
         self.models = _models(config.models, device.type)
         self.members = self._members(config.found)

@@ -42,7 +42,7 @@ def remeasure(recorded: RecordedStudy, config: LatencyConfig, everything: bool, 
             the front, or the study has no complete candidate.
         studies.StorageError: a process searches the study.
     """
-    device = check_device(config)
+    device = check_device(config, note)
     store, study_id, name = recorded.store, recorded.study_id, recorded.name
     complete = [candidate for candidate in recorded.candidates() if candidate.state == CandidateState.COMPLETE]
     if not complete:

@@ -1,66 +1,24 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from kernels import device_state
-from kernels.device_state import THROTTLING, DeviceState, read_state
+from kernels.device_state import THROTTLING, DeviceState, read_state, why_unreadable
+from tests.kernels.fake_nvml import UUID, FakeNvml, forget
 
 GPU = torch.device("cuda", 1)
-UUID = "2f7b1c0e-0000-1111-2222-333344445555"
-
-
-class FakeNvml:
-    """Of NVML what is asked here: one GPU at work. `refused` are the functions that the driver lacks or forbids."""
-
-    class NVMLError(Exception):
-        pass
-
-    NVML_CLOCK_SM, NVML_TEMPERATURE_GPU, NVML_ERROR_NOT_SUPPORTED = 1, 0, 3
-
-    def __init__(self) -> None:
-        self.reasons = 0
-        self.refused: set[str] = set()
-        self.calls: list[str] = []
-        answers: dict[str, Callable[..., object]] = {
-            "nvmlInit": lambda: None,
-            "nvmlDeviceGetHandleByUUID": self.handle,
-            "nvmlDeviceGetClockInfo": lambda handle, clock: {1: 1980}[clock],
-            "nvmlDeviceGetTemperatureV": lambda handle, sensor: 61,
-            "nvmlDeviceGetTemperature": lambda handle, sensor: 60,
-            "nvmlDeviceGetCurrentClocksEventReasons": lambda handle: self.reasons,
-            "nvmlDeviceGetCurrentClocksThrottleReasons": lambda handle: self.reasons,
-        }
-        for name, answer in answers.items():
-            setattr(self, name, self.function(name, answer))
-
-    def function(self, name: str, answer: Callable[..., object]) -> Callable[..., object]:
-        def asked(*args: object) -> object:
-            self.calls.append(name)
-            if name in self.refused:
-                raise self.NVMLError(name)
-            return answer(*args)
-
-        return asked
-
-    def handle(self, uuid: str) -> str:
-        if uuid != f"GPU-{UUID}":
-            raise self.NVMLError("not found")
-        return "handle"
 
 
 @pytest.fixture(autouse=True)
 def _forget() -> Iterator[None]:
     """What is found out once per process."""
-    device_state._nvml.cache_clear()
-    device_state._handle.cache_clear()
+    forget()
     yield
-    device_state._nvml.cache_clear()
-    device_state._handle.cache_clear()
+    forget()
 
 
 @pytest.fixture
@@ -115,7 +73,7 @@ def test_either_name_of_a_renamed_function_will_do(nvml: FakeNvml, name: str, mi
     if missing_in == "the module":
         delattr(nvml, name)
     else:
-        nvml.refused = {name}
+        nvml.refused = {name: nvml.NVML_ERROR_NOT_SUPPORTED}
     state = read_state(GPU)
     assert state is not None
     assert state.throttled_by == ("hardware thermal slowdown",)
@@ -132,11 +90,13 @@ def test_either_name_of_a_renamed_function_will_do(nvml: FakeNvml, name: str, mi
     ],
 )
 def test_where_nvml_refuses_there_is_no_state(nvml: FakeNvml, refused: set[str]) -> None:
-    nvml.refused = refused
+    nvml.refused = dict.fromkeys(refused, nvml.NVML_ERROR_NOT_SUPPORTED)
     assert read_state(GPU) is None
+    assert why_unreadable(GPU) == "Not Supported"
     # What is refused now may be allowed later.
-    nvml.refused = set()
+    nvml.refused = {}
     assert read_state(GPU) is not None
+    assert why_unreadable(GPU) is None
 
 
 def test_a_gpu_that_nvml_does_not_know_has_no_state(nvml: FakeNvml, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -163,7 +123,7 @@ def test_without_a_driver_there_is_no_state(nvml: FakeNvml, monkeypatch: pytest.
         raise RuntimeError("Found no NVIDIA driver on your system")
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", no_driver)
-    nvml.refused = {"nvmlInit"}
+    nvml.refused = {"nvmlInit": nvml.NVML_ERROR_LIBRARY_NOT_FOUND}
     assert read_state(GPU) is None
     assert read_state(GPU) is None
     assert nvml.calls == ["nvmlInit"]
@@ -179,9 +139,10 @@ def test_the_real_module_has_what_the_fake_pretends() -> None:
     for name in vars(FakeNvml()):
         if name.startswith("nvml"):
             assert callable(getattr(pynvml, name))
-    for name in ("NVML_CLOCK_SM", "NVML_TEMPERATURE_GPU", "NVML_ERROR_NOT_SUPPORTED"):
+    for name in (name for name in vars(FakeNvml) if name.startswith("NVML_")):
         assert getattr(pynvml, name) == getattr(FakeNvml, name)
     assert issubclass(pynvml.NVMLError_LibraryNotFound, pynvml.NVMLError)
+    assert pynvml.NVMLError(12).value == pynvml.NVML_ERROR_LIBRARY_NOT_FOUND
     bits = ("HwSlowdown", "SwThermalSlowdown", "HwThermalSlowdown", "HwPowerBrakeSlowdown")
     assert [getattr(pynvml, f"nvmlClocksEventReason{name}") for name in bits] == list(THROTTLING)
 

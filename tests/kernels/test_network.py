@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kernels import contest, cost_model, fuse, ops, tune
 from kernels.fold import fold_batch_norms
 from kernels.lab.emulator import emulated
-from kernels.network import FusedBlock, FusedNetwork, moved_bytes
+from kernels.network import LEAST_SCRATCH_BYTES, FusedBlock, FusedNetwork, moved_bytes
 from kernels.problem import BlockProblem
 from kernels.timing import peak_memory_bytes
 from search_spaces import ArchSpec, load_space
@@ -151,7 +151,7 @@ def test_what_a_part_has_read_is_freed_when_it_has_run() -> None:
     largest = max(map(moved_bytes, fused.problems(2, 8).values()))
     with torch.inference_mode(), emulated(90):
         fused(x)
-        assert peak_memory_bytes(lambda: fused(x), device) <= 1.05 * largest
+        assert peak_memory_bytes(lambda: fused(x), device) <= max(1.05 * largest, largest + LEAST_SCRATCH_BYTES)
 
 
 @pytest.mark.kernels
@@ -212,25 +212,28 @@ def test_problems_are_those_of_the_shape() -> None:
     assert fused.problems(batch=2, resolution=64) == found
 
 
-@pytest.mark.parametrize(("batch", "resolution"), [(1, 224), (2, 64), (16, 32)])
+@pytest.mark.parametrize(("batch", "resolution"), [(1, 224), (2, 64), (16, 32), (1, 32)])
 def test_partial_sums_stay_within_the_networks_memory(batch: int, resolution: int) -> None:
     fused = fuse(network("uir_r1_a3_k0_s2_e4_c64", "uir_r2_a5_k0_s2_e4_c128_gs8", "ir_r1_k3_s2_e4_c256"))
     problems = fused.problems(batch, resolution)
     largest = max(map(moved_bytes, problems.values()))
-    splits = set()
+    splits, lent = set(), 0
     for name, module in fused.fused_modules.items():
         if name in ("conv_stem", "global_pool"):
             continue
         tiling = tune.choose(module.kernel, problems[name], torch.device("cpu")).tiling
         assert tiling is not None
-        assert tiling.splits <= problems[name].max_splits <= module.max_splits
+        assert tiling.splits <= problems[name].max_splits
         splits.add(module.max_splits)
+        lent += problems[name].max_splits > module.max_splits
         scratch = module.new_scratch(
             torch.empty(batch, problems[name].in_channels, problems[name].height, problems[name].width, device="meta")
         )
         assert tiling.partial_bytes(problems[name]) <= scratch.nbytes
-        assert scratch.nbytes + moved_bytes(problems[name]) <= 1.05 * largest
+        assert scratch.nbytes <= LEAST_SCRATCH_BYTES or scratch.nbytes + moved_bytes(problems[name]) <= 1.05 * largest
     assert len(splits) > 1
+    # Where tensors are small, scratch that nobody would notice allows more.
+    assert bool(lent) == (batch * resolution**2 < 16 * 32**2)
 
 
 def pooled(*stages: str) -> nn.Module:

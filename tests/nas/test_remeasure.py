@@ -627,7 +627,7 @@ def test_on_another_kind_of_device_engine_and_dtype_are_its_own(
     config, evaluator = done
     asked: list[LatencyConfig] = []
 
-    def check(deployment: LatencyConfig) -> torch.device:
+    def check(deployment: LatencyConfig, note: object) -> torch.device:
         asked.append(deployment)
         raise UsageError("enough")
 
