@@ -346,6 +346,9 @@ class _Indexed(TorchFunctionMode):
         def indexed(each: Any) -> Any:
             return HERE if isinstance(each, str | torch.device) and str(each) == "cuda" else each
 
+        if func is torch.device and len(args) > 1:
+            # It has its index.
+            return func(*args)
         args, kwargs = tuple(map(indexed, args)), {name: indexed(each) for name, each in (kwargs or {}).items()}
         if func is Tensor.cuda:
             return args[0].to(HERE)
@@ -395,6 +398,8 @@ def stub_cuda(driver: StubDriver) -> Iterator[StubCuda]:
         "current_stream": lambda device=None: cuda.stream, "default_stream": lambda device=None: cuda.default_stream,
         "synchronize": lambda device=None: cuda.wait("torch.cuda.synchronize"), "empty_cache": lambda: None,
         "_sleep": lambda cycles: None, "graph_pool_handle": lambda: (0, 1),
+        # A failed capture repairs its state.
+        "default_generators": [SimpleNamespace(clone_state=lambda: None, graphsafe_set_state=lambda state: None)],
         "memory_stats": lambda device=None: {}, "reset_peak_memory_stats": lambda device=None: None,
         "mem_get_info": lambda device=None: (2**37, 2**37),
     }  # fmt: skip
@@ -403,6 +408,7 @@ def stub_cuda(driver: StubDriver) -> Iterator[StubCuda]:
             *((torch.cuda, name, answer) for name, answer in answers.items()),
             # `torch.cuda.graph` frees pinned memory.
             (torch._C, "_host_emptyCache", lambda: None),
+            (torch._C, "_cuda_endAllocateToPool", lambda index, pool: None),
             (fake_tensor, "init_gpu_context", lambda device: None),
             (driver, "get_current_stream", lambda device: cuda.stream.cuda_stream),
             (StubCuda, "_active", cuda),
