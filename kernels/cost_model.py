@@ -1,8 +1,9 @@
 """An analytic model of a fused block's time, which ranks the tilings that are worth trying.
 
-Every term is the least time on one resource, in seconds: its work, counted or estimated, over the GPU's rate. The
-largest term is the block's bound. A tiling's estimate adds what a bound leaves out: the last wave of programs, and the
-latencies within a program.
+Every term is a time on one resource, in seconds: its work, counted or estimated, over the GPU's rate. The terms of a
+problem (`least_terms`) count the work that no kernel can avoid, and the largest of them is the block's bound. The terms
+of a tiling count what its programs do, waste and repeated reads included. A tiling's estimate adds what terms leave
+out: the last wave of programs, what overlaps only in part, and the latencies within a program.
 """
 
 from __future__ import annotations
@@ -27,6 +28,14 @@ from kernels.problem import (
 # Special-function results, and issue slots, of an activation per hidden element, bias and rounding included.
 SPECIAL_FUNCTIONS = {"silu": 1, "relu": 0, "gelu": 1, "hard_swish": 0}
 ISSUE_SLOTS = {"silu": 4.5, "relu": 2.5, "gelu": 9.5, "hard_swish": 6.5}
+# The fewest issue slots of an activation per hidden element, with two float16 in each instruction: the conversion, and
+# the activation's own arithmetic. Bias and loads are for nothing: products begin with the bias, and copies of whole
+# boxes take one instruction.
+LEAST_ISSUE_SLOTS = {"silu": 1.5, "relu": 1.0, "gelu": 3.5, "hard_swish": 2.0}
+# Elements of an activation for each special function, at best: half of the elements can take a polynomial on the lanes
+# instead, as in FlashAttention-4, which then are as busy. (`tanh.approx.f16x2` is two special functions: see
+# `test_inspect`.)
+ELEMENTS_PER_SPECIAL_FUNCTION = 2
 # Issue slots of a thread's other work, without moves, as the emulator counts PTX: for 16 bytes of pixels (address,
 # mask, copy and the way into products), a tap at a time or in rows, which share much of that; for 16 bytes of weights;
 # for an output element; for a multiply-add of a depthwise convolution without tensor cores, conversions included; and
@@ -232,7 +241,7 @@ class LaunchCost:
     """The counted cost of one launch.
 
     Args:
-        terms: least seconds on each resource, by name.
+        terms: seconds on each resource, by name.
         programs: number of programs.
         together: programs that a multiprocessor holds at once.
         latencies: number of load latencies of a tile, if it ran alone.
@@ -365,7 +374,7 @@ def _product_shared_bytes(problem: BlockProblem, tiling: ProductTiling) -> int:
 
 
 def terms(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec = H200) -> dict[str, float]:
-    """Least seconds on each resource, by name, for all launches together.
+    """Seconds of a tiling on each resource, by name, for all launches together.
 
     All terms include waste: places past the last pixel, and channels past the last real one, are computed, too.
     """
@@ -373,25 +382,69 @@ def terms(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec = H200) -> dict[st
     return {name: sum(launch.terms[name] for launch in launches) for name in launches[0].terms}
 
 
-def bound(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec = H200) -> tuple[str, float]:
-    """The resource that takes longest, and its seconds."""
-    seconds = terms(problem, tiling, gpu)
+def largest_term(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec = H200) -> tuple[str, float]:
+    """The resource on which a tiling takes longest, and its seconds."""
+    return _largest(terms(problem, tiling, gpu))
+
+
+def _largest(seconds: dict[str, float]) -> tuple[str, float]:
     name = max(seconds, key=seconds.__getitem__)
     return name, seconds[name]
 
 
+def least_terms(problem: BlockProblem, gpu: GpuSpec = H200) -> dict[str, float]:
+    """Least seconds on each resource, by name, of any kernel that computes the block in one launch.
+
+    - dram: input, weights and output, each byte once.
+    - tensor: the real multiply-accumulates at the best rate of any product, without the zeros of dense blocks. Those of
+      a depthwise convolution do not count, as other lanes can compute them meanwhile.
+    - special, issue: the activation of the real hidden channels as in `ELEMENTS_PER_SPECIAL_FUNCTION` and
+      `LEAST_ISSUE_SLOTS`, and half a slot for each output's conversion.
+
+    The second-level cache and shared memory have no term. What must pass the former also passes memory, which is
+    slower; how often else it is read, and all that passes the latter beside the operands of products, which take less
+    time than these products, is the kernel's choice.
+    """
+    per_clock = gpu.multiprocessors * gpu.clock_hz
+    hidden = problem.out_pixels * problem.hidden_channels
+    slots = hidden * LEAST_ISSUE_SLOTS[problem.activation] + problem.out_pixels * problem.out_channels / 2
+    special = hidden * SPECIAL_FUNCTIONS[problem.activation] / ELEMENTS_PER_SPECIAL_FUNCTION
+    macs = problem.mlp_macs if problem.group_width == 1 else problem.macs
+    return {
+        "dram": (problem.activation_bytes + weight_bytes(problem)) / gpu.dram_bytes,
+        "tensor": macs / best_macs(problem, gpu),
+        "special": special / (gpu.special_functions * per_clock),
+        "issue": slots / (gpu.lanes * per_clock),
+    }
+
+
+def bound(problem: BlockProblem, gpu: GpuSpec = H200) -> tuple[str, float]:
+    """The resource that takes longest in any kernel (`least_terms`), and its seconds, which no kernel undercuts."""
+    return _largest(least_terms(problem, gpu))
+
+
+def weight_bytes(problem: BlockProblem) -> int:
+    """Bytes of the block's weights, without biases and padding."""
+    channels = problem.in_channels * problem.kernel_size**2 * problem.group_width
+    return problem.itemsize * (channels + problem.hidden_channels * (problem.in_channels + problem.out_channels))
+
+
+def best_macs(problem: BlockProblem, gpu: GpuSpec) -> float:
+    """Multiply-accumulates per second of the fastest products of the problem's dtype."""
+    return max(gpu.wgmma_macs, gpu.mma_macs) / (4 if problem.itemsize == 4 else 1)
+
+
 def roofline(problem: BlockProblem, gpu: GpuSpec = H200) -> float:
     """Seconds by the plain roofline: necessary operations over peak, or necessary bytes over bandwidth."""
-    channels = problem.in_channels * problem.kernel_size**2 * problem.group_width
-    weights = problem.itemsize * (channels + problem.hidden_channels * (problem.in_channels + problem.out_channels))
-    peak = max(gpu.wgmma_macs, gpu.mma_macs) / (4 if problem.itemsize == 4 else 1)
-    return max(problem.macs / peak, (problem.activation_bytes + weights) / gpu.dram_bytes)
+    return max(
+        problem.macs / best_macs(problem, gpu), (problem.activation_bytes + weight_bytes(problem)) / gpu.dram_bytes
+    )
 
 
 def layer_roofline(problem: BlockProblem, gpu: GpuSpec = H200) -> float:
     """Seconds of three layers, each at its own roofline: conv; expand and activate; project and add."""
     pixels, size = problem.out_pixels, problem.itemsize
-    peak = max(gpu.wgmma_macs, gpu.mma_macs) / (4 if size == 4 else 1)
+    peak = best_macs(problem, gpu)
     into, hidden, out = problem.in_channels, problem.hidden_channels, problem.out_channels
     layers = (
         (problem.conv_macs, problem.batch * problem.height * problem.width * into + pixels * into),
