@@ -105,7 +105,8 @@ def test_the_first_tiling_compiles_fits_does_not_spill_and_uses_tensor_cores(
     tiling = cost_model.ranked(problem, cost_model.GPU_SPECS[capability])[0]
     statics = block_statics(problem, tiling, capability)
     assert not statics.complaints(capability, problem.dtype), inspect.shorthand(tiling)
-    if capability == 90 and tiling.block_m >= 64:
+    # With three launches the tiling is the convolution's, whose blocks are too small for Hopper's products.
+    if capability == 90 and tiling.block_m >= 64 and tiling.launches == 1:
         assert statics.tensor_core["HGMMA"], "Hopper's own products are not used"
     if capability < 90:
         assert not statics.tensor_core["HGMMA"]
