@@ -115,7 +115,7 @@ def convfirst_kernel(
         if OUT_SPLITS > 1:
             counter = tile * OUT_SPLITS + tl.program_id(2)
         row, valid, pixel, top, left, inside = place(
-            tile, pixels, height, width, out_height, out_width, KERNEL, STRIDE, BLOCK_M, ROWS, WIDE
+            tile, pixels, height, width, out_height, out_width, KERNEL, STRIDE, FORM, BLOCK_M, ROWS, WIDE
         )
 
         ys = ()
@@ -195,7 +195,8 @@ def constants(problem: BlockProblem, tiling: Tiling) -> dict[str, object]:
         problem.batch * problem.height * problem.width * problem.in_channels,
         problem.out_pixels * problem.padded_out * tiling.splits,
     )
-    out_parts = parts(problem.out_channels, MIN_DOT, tiling.part)
+    # Narrower products are slower; narrower parts are for the convolution.
+    out_parts = parts(problem.out_channels, MIN_DOT, max(64, tiling.part))
     if tiling.out_splits > 1:
         out_parts = (problem.padded_out // tiling.out_splits,)
     # All numbers of tiles above one compile to the same kernel.

@@ -1,8 +1,9 @@
 """An analytic model of a fused block's time, which ranks the tilings that are worth trying.
 
-Every term is the least time on one resource, in seconds: its work, counted or estimated, over the GPU's rate. The
-largest term is the block's bound. A tiling's estimate adds what a bound leaves out: the last wave of programs, and the
-latencies within a program.
+Every term is a time on one resource, in seconds: its work, counted or estimated, over the GPU's rate. The terms of a
+problem (`least_terms`) count the work that no kernel can avoid, and the largest of them is the block's bound. The terms
+of a tiling count what its programs do, waste and repeated reads included. A tiling's estimate adds what terms leave
+out: the last wave of programs, what overlaps only in part, and the latencies within a program.
 """
 
 from __future__ import annotations
@@ -13,12 +14,17 @@ from itertools import product
 from math import ceil
 
 from kernels.problem import (
+    LARGEST_PART,
     MAX_SPLITS,
     MIN_DOT,
+    PAIR,
+    PAIR_BLOCK,
+    PAIR_SPAN,
     BlockProblem,
     ProductTiling,
     Tiling,
     conv_forms,
+    pair_steps,
     parts,
     product_tilings,
     shares,
@@ -27,6 +33,14 @@ from kernels.problem import (
 # Special-function results, and issue slots, of an activation per hidden element, bias and rounding included.
 SPECIAL_FUNCTIONS = {"silu": 1, "relu": 0, "gelu": 1, "hard_swish": 0}
 ISSUE_SLOTS = {"silu": 4.5, "relu": 2.5, "gelu": 9.5, "hard_swish": 6.5}
+# The fewest issue slots of an activation per hidden element, with two float16 in each instruction: the conversion, and
+# the activation's own arithmetic. Bias and loads are for nothing: products begin with the bias, and copies of whole
+# boxes take one instruction.
+LEAST_ISSUE_SLOTS = {"silu": 1.5, "relu": 1.0, "gelu": 3.5, "hard_swish": 2.0}
+# Elements of an activation for each special function, at best: half of the elements can take a polynomial on the lanes
+# instead, as in FlashAttention-4, which then are as busy. (`tanh.approx.f16x2` is two special functions: see
+# `test_inspect`.)
+ELEMENTS_PER_SPECIAL_FUNCTION = 2
 # Issue slots of a thread's other work, without moves, as the emulator counts PTX: for 16 bytes of pixels (address,
 # mask, copy and the way into products), a tap at a time or in rows, which share much of that; for 16 bytes of weights;
 # for an output element; for a multiply-add of a depthwise convolution without tensor cores, conversions included; and
@@ -86,22 +100,61 @@ GPU_SPECS = {
 }  # fmt: skip
 
 
+def conv_shape(problem: BlockProblem, tiling: Tiling) -> tuple[int, int]:
+    """Channels of a block of the convolution's products, and columns of a tile's row that one warp can share out."""
+    if tiling.conv == "pairs":
+        return PAIR_BLOCK, tiling.columns // PAIR
+    return problem.conv_block, tiling.columns
+
+
+def conv_inputs(problem: BlockProblem, tiling: Tiling) -> int:
+    """Inputs of a channel of the convolution as computed, zeros included, without a "dense" one's: weights a channel.
+
+    In pairs each weight block has two columns of the output, and computes both.
+    """
+    if tiling.conv == "fma":
+        return problem.kernel_size**2
+    if tiling.conv == "pairs":
+        return problem.kernel_size * pair_steps(problem.kernel_size) * PAIR_SPAN * PAIR_BLOCK
+    return problem.kernel_size**2 * problem.conv_block
+
+
+def conv_weights(problem: BlockProblem, tiling: Tiling) -> int:
+    """Elements of the convolution's weights for each channel, as a product reads them."""
+    return conv_inputs(problem, tiling) * (PAIR if tiling.conv == "pairs" else 1)
+
+
 def padded_conv_macs(problem: BlockProblem, tiling: Tiling) -> int:
     """Multiply-accumulates of the convolution as computed, in dense blocks that are zero outside of the groups."""
-    if tiling.conv == "fma":
-        inputs = 1
-    elif tiling.conv in ("mma", "diagonal"):
-        inputs = problem.conv_block
-    else:
-        inputs = ceil(problem.in_channels / tiling.dense_block) * tiling.dense_block
-    return tiling.tiles(problem) * tiling.block_m * problem.padded_in * problem.kernel_size**2 * inputs
+    inputs = conv_inputs(problem, tiling)
+    if tiling.conv == "dense":
+        inputs = problem.kernel_size**2 * ceil(problem.in_channels / tiling.dense_block) * tiling.dense_block
+    return tiling.tiles(problem) * tiling.block_m * problem.padded_in * inputs
 
 
 def loaded_pixels(problem: BlockProblem, tiling: Tiling) -> int:
     """Input pixels that a tile loads for its convolution, each counted as often as it is loaded."""
     if tiling.rows == 1:
         return problem.kernel_size**2 * tiling.block_m
+    if tiling.conv == "pairs":
+        rows = tiling.rows - 1 + problem.kernel_size
+        return rows * (tiling.columns // PAIR) * PAIR_SPAN * pair_steps(problem.kernel_size)
     return problem.kernel_size * ((tiling.rows - 1) * problem.stride + problem.kernel_size) * tiling.columns
+
+
+def fetched_pixels(problem: BlockProblem, tiling: Tiling) -> float:
+    """Input pixels that a tile's loads ask of the caches, each counted once for each instruction of a warp.
+
+    In pairs an instruction loads `PAIR_SPAN` columns for each of four neighbouring pairs, half of which they share.
+    Nothing is loaded past the last column that a pair needs.
+    """
+    if tiling.conv != "pairs":
+        return loaded_pixels(problem, tiling)
+    together, columns = 4, 0
+    for step in range(pair_steps(problem.kernel_size)):
+        span = min(PAIR_SPAN, problem.kernel_size + PAIR - 1 - step * PAIR_SPAN)
+        columns += PAIR * (together - 1) + span
+    return (tiling.rows - 1 + problem.kernel_size) * tiling.columns * columns / (PAIR * together)
 
 
 def distinct_pixels(problem: BlockProblem, tiling: Tiling) -> int:
@@ -110,13 +163,14 @@ def distinct_pixels(problem: BlockProblem, tiling: Tiling) -> int:
     if rows == 1:
         rows, columns = ceil(columns / problem.out_width), min(columns, problem.out_width)
     height, width = ((count - 1) * problem.stride + problem.kernel_size for count in (rows, columns))
-    return min(height * width, loaded_pixels(problem, tiling))
+    return min(height * width, int(fetched_pixels(problem, tiling)))
 
 
 def repeated(problem: BlockProblem, tiling: Tiling, part: int) -> float:
     """Number of warps that compute the same part of the convolution, where warps outnumber blocks and shares."""
-    each = shares(tiling.columns, part, problem.conv_block, tiling.num_warps)
-    return max(1.0, tiling.num_warps * problem.conv_block / (part * each))
+    block, columns = conv_shape(problem, tiling)
+    each = shares(columns, part, block, tiling.num_warps)
+    return max(1.0, tiling.num_warps * block / (part * each))
 
 
 def on_chip_bytes(problem: BlockProblem, tiling: Tiling, wgmma: bool) -> float:
@@ -138,6 +192,7 @@ def on_chip_bytes(problem: BlockProblem, tiling: Tiling, wgmma: bool) -> float:
     conv_steps = tiling.tap_steps(problem.kernel_size)
     copied = (conv_steps + tiling.conv_stages - 1) / conv_steps if tiling.conv_stages > 1 else 2
     conv = 0.0
+    block, columns = conv_shape(problem, tiling)
     for part in parts(problem.in_channels, problem.conv_block, tiling.part):
         if tiling.conv == "fma":
             conv += loaded * part * size
@@ -145,9 +200,9 @@ def on_chip_bytes(problem: BlockProblem, tiling: Tiling, wgmma: bool) -> float:
             inputs = ceil(problem.in_channels / tiling.dense_block) * tiling.dense_block
             conv += inputs * size * (loaded * (copied + tile_read) + taps * part * (1 + weights_read))
         else:
-            each = shares(tiling.columns, part, problem.conv_block, tiling.num_warps)
+            each = shares(columns, part, block, tiling.num_warps)
             again = repeated(problem, tiling, part)
-            conv += part * size * (loaded * (copied + again) + taps * 2 * problem.conv_block * each)
+            conv += part * size * (loaded * (copied + again) + conv_weights(problem, tiling) * 2 * each)
     steps = tiling.steps(problem)
     weights = tiling.block_e * (into + out) * size
     if tiling.tiles_each > 1:
@@ -182,9 +237,9 @@ def issue_slots(problem: BlockProblem, tiling: Tiling) -> float:
         weights += taps * inputs
         pixels = loaded_pixels(problem, tiling) * inputs * len(parts(problem.in_channels, MIN_DOT, tiling.part))
     else:
+        block, columns = conv_shape(problem, tiling)
         for part in parts(problem.in_channels, problem.conv_block, tiling.part):
-            each = shares(tiling.columns, part, problem.conv_block, tiling.num_warps)
-            weights += problem.kernel_size**2 * part * problem.conv_block * each
+            weights += part * conv_weights(problem, tiling) * shares(columns, part, block, tiling.num_warps)
     a_tile += pixels * size / 16 * (PIXEL_SLOTS if tiling.rows == 1 else ROW_PIXEL_SLOTS)
     a_tile += weights * size / 16 * WEIGHT_SLOTS
     return tiling.tiles(problem) * tiling.splits * tiling.out_splits * a_tile
@@ -197,21 +252,22 @@ def l2_bytes(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec) -> float:
     widths = parts(problem.in_channels, problem.conv_block, tiling.part)
     # Each program reads the weights of the 1x1 convolutions, and each tile those of the grouped convolution.
     weights = tiling.steps(problem) * tiling.block_e * (problem.padded_in + outputs)
-    conv_weights = problem.kernel_size**2 * problem.padded_in
+    of_conv = problem.kernel_size**2 * problem.padded_in
     if tiling.conv not in ("fma", "diagonal"):
-        conv_weights = padded_conv_macs(problem, tiling) // (tiling.tiles(problem) * tiling.block_m)
+        of_conv = padded_conv_macs(problem, tiling) // (tiling.tiles(problem) * tiling.block_m)
+        of_conv *= PAIR if tiling.conv == "pairs" else 1
     # Asynchronous copies bypass the first-level cache.
-    together, pixels = resident(problem, tiling, gpu), distinct_pixels(problem, tiling)
+    together, pixels = resident(problem, tiling, gpu), float(distinct_pixels(problem, tiling))
     past = tiling.conv_stages > 1 and tiling.conv != "fma"
     missed = past or together * pixels * max(widths) * size > cache_bytes(problem, tiling, gpu)
     if missed:
-        pixels = loaded_pixels(problem, tiling)
+        pixels = fetched_pixels(problem, tiling)
     # A full convolution reads all of its input for each part of its output.
     channels = problem.in_channels * (len(widths) if tiling.conv == "dense" else 1)
     tiles = tiling.tiles(problem) * tiling.splits * tiling.out_splits
     # What misses the cache has to be loaded again for the shortcut.
     out = problem.out_pixels * problem.out_channels + (problem.shortcut_elements if missed else 0)
-    elements = tiling.programs(problem) * weights + tiles * (conv_weights + pixels * channels) + out
+    elements = tiling.programs(problem) * weights + tiles * (of_conv + pixels * channels) + out
     return size * elements + 2 * tiling.partial_bytes(problem)
 
 
@@ -232,7 +288,7 @@ class LaunchCost:
     """The counted cost of one launch.
 
     Args:
-        terms: least seconds on each resource, by name.
+        terms: seconds on each resource, by name.
         programs: number of programs.
         together: programs that a multiprocessor holds at once.
         latencies: number of load latencies of a tile, if it ran alone.
@@ -365,7 +421,7 @@ def _product_shared_bytes(problem: BlockProblem, tiling: ProductTiling) -> int:
 
 
 def terms(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec = H200) -> dict[str, float]:
-    """Least seconds on each resource, by name, for all launches together.
+    """Seconds of a tiling on each resource, by name, for all launches together.
 
     All terms include waste: places past the last pixel, and channels past the last real one, are computed, too.
     """
@@ -373,25 +429,69 @@ def terms(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec = H200) -> dict[st
     return {name: sum(launch.terms[name] for launch in launches) for name in launches[0].terms}
 
 
-def bound(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec = H200) -> tuple[str, float]:
-    """The resource that takes longest, and its seconds."""
-    seconds = terms(problem, tiling, gpu)
+def largest_term(problem: BlockProblem, tiling: Tiling, gpu: GpuSpec = H200) -> tuple[str, float]:
+    """The resource on which a tiling takes longest, and its seconds."""
+    return _largest(terms(problem, tiling, gpu))
+
+
+def _largest(seconds: dict[str, float]) -> tuple[str, float]:
     name = max(seconds, key=seconds.__getitem__)
     return name, seconds[name]
 
 
+def least_terms(problem: BlockProblem, gpu: GpuSpec = H200) -> dict[str, float]:
+    """Least seconds on each resource, by name, of any kernel that computes the block in one launch.
+
+    - dram: input, weights and output, each byte once.
+    - tensor: the real multiply-accumulates at the best rate of any product, without the zeros of dense blocks. Those of
+      a depthwise convolution do not count, as other lanes can compute them meanwhile.
+    - special, issue: the activation of the real hidden channels as in `ELEMENTS_PER_SPECIAL_FUNCTION` and
+      `LEAST_ISSUE_SLOTS`, and half a slot for each output's conversion.
+
+    The second-level cache and shared memory have no term. What must pass the former also passes memory, which is
+    slower; how often else it is read, and all that passes the latter beside the operands of products, which take less
+    time than these products, is the kernel's choice.
+    """
+    per_clock = gpu.multiprocessors * gpu.clock_hz
+    hidden = problem.out_pixels * problem.hidden_channels
+    slots = hidden * LEAST_ISSUE_SLOTS[problem.activation] + problem.out_pixels * problem.out_channels / 2
+    special = hidden * SPECIAL_FUNCTIONS[problem.activation] / ELEMENTS_PER_SPECIAL_FUNCTION
+    macs = problem.mlp_macs if problem.group_width == 1 else problem.macs
+    return {
+        "dram": (problem.activation_bytes + weight_bytes(problem)) / gpu.dram_bytes,
+        "tensor": macs / best_macs(problem, gpu),
+        "special": special / (gpu.special_functions * per_clock),
+        "issue": slots / (gpu.lanes * per_clock),
+    }
+
+
+def bound(problem: BlockProblem, gpu: GpuSpec = H200) -> tuple[str, float]:
+    """The resource that takes longest in any kernel (`least_terms`), and its seconds, which no kernel undercuts."""
+    return _largest(least_terms(problem, gpu))
+
+
+def weight_bytes(problem: BlockProblem) -> int:
+    """Bytes of the block's weights, without biases and padding."""
+    channels = problem.in_channels * problem.kernel_size**2 * problem.group_width
+    return problem.itemsize * (channels + problem.hidden_channels * (problem.in_channels + problem.out_channels))
+
+
+def best_macs(problem: BlockProblem, gpu: GpuSpec) -> float:
+    """Multiply-accumulates per second of the fastest products of the problem's dtype."""
+    return max(gpu.wgmma_macs, gpu.mma_macs) / (4 if problem.itemsize == 4 else 1)
+
+
 def roofline(problem: BlockProblem, gpu: GpuSpec = H200) -> float:
     """Seconds by the plain roofline: necessary operations over peak, or necessary bytes over bandwidth."""
-    channels = problem.in_channels * problem.kernel_size**2 * problem.group_width
-    weights = problem.itemsize * (channels + problem.hidden_channels * (problem.in_channels + problem.out_channels))
-    peak = max(gpu.wgmma_macs, gpu.mma_macs) / (4 if problem.itemsize == 4 else 1)
-    return max(problem.macs / peak, (problem.activation_bytes + weights) / gpu.dram_bytes)
+    return max(
+        problem.macs / best_macs(problem, gpu), (problem.activation_bytes + weight_bytes(problem)) / gpu.dram_bytes
+    )
 
 
 def layer_roofline(problem: BlockProblem, gpu: GpuSpec = H200) -> float:
     """Seconds of three layers, each at its own roofline: conv; expand and activate; project and add."""
     pixels, size = problem.out_pixels, problem.itemsize
-    peak = max(gpu.wgmma_macs, gpu.mma_macs) / (4 if size == 4 else 1)
+    peak = best_macs(problem, gpu)
     into, hidden, out = problem.in_channels, problem.hidden_channels, problem.out_channels
     layers = (
         (problem.conv_macs, problem.batch * problem.height * problem.width * into + pixels * into),
@@ -428,10 +528,11 @@ def shared_bytes(problem: BlockProblem, tiling: Tiling) -> int:
         if tiling.conv == "dense":
             conv = copies * tiling.dense_block * (pixels + part) * problem.itemsize
         else:
-            each = shares(tiling.columns, part, problem.conv_block, tiling.num_warps)
-            taps = problem.kernel_size**2 // tiling.tap_steps(problem.kernel_size)
-            held = taps * (1 if tiling.conv == "diagonal" else tiling.conv_stages)
-            conv = (copies * pixels + held * problem.conv_block * each) * part * problem.itemsize
+            block, columns = conv_shape(problem, tiling)
+            each = shares(columns, part, block, tiling.num_warps)
+            held = conv_weights(problem, tiling) // tiling.tap_steps(problem.kernel_size)
+            held *= 1 if tiling.conv == "diagonal" else tiling.conv_stages
+            conv = (copies * pixels + held * each) * part * problem.itemsize
     result = tiling.block_m * problem.padded_in * problem.itemsize
     return weights + max(result, conv) if kept else max(weights + result, conv)
 
@@ -460,6 +561,11 @@ def conv_registers(problem: BlockProblem, tiling: Tiling) -> float:
     words = 1 if tiling.conv == "fma" else problem.itemsize / 4
     pixels = loaded_pixels(problem, tiling) / tiling.tap_steps(problem.kernel_size)
     times = 1.0 if tiling.conv == "fma" else repeated(problem, tiling, part)
+    if tiling.conv == "pairs":
+        # The weights of all rows of taps, too, which are more.
+        block, columns = conv_shape(problem, tiling)
+        held = conv_weights(problem, tiling) / tiling.tap_steps(problem.kernel_size)
+        pixels += held * shares(columns, part, block, tiling.num_warps) / times
     return times * part * (tiling.block_m + pixels * words) / (32 * tiling.num_warps)
 
 
@@ -489,6 +595,8 @@ MOST_LIVE_ROWS, MOST_LIVE_ROWS_MMA, MOST_LIVE_TAPS, MOST_LIVE_TAPS_MMA = 126, 11
 # The same for large tiles of many channels with Hopper's products (`is_large`): live registers, and registers of the
 # convolution of several rows, for k 3 in a pipeline and otherwise.
 MOST_LIVE_LARGE, MOST_CONV_PIPELINED, MOST_CONV_LARGE = 226, 112, 150
+# The same for tiles in pairs of columns with Hopper's products, and registers of their convolution with any.
+MOST_LIVE_PAIRS, MOST_CONV_PAIRS = 256, 208
 # The first-level cache and shared memory share one memory: the bytes that always belong to the cache, and the shared
 # memory of a program from which on all the rest is shared memory.
 OTHER_CACHE_BYTES, PREFER_SHARED_BYTES = 28 * 1024, 48 * 1024
@@ -524,12 +632,14 @@ def fitting_tilings(problem: BlockProblem, gpu: GpuSpec = H200) -> list[Tiling]:
             continue
         if rows >= 2 * problem.out_height:
             continue
-        for form, conv_stages, part in product(conv_forms(problem), (1, 3), (64, 128)):
-            if part == 64 and max(problem.padded_in, problem.padded_out) < 128:
+        for form, conv_stages, part in product(conv_forms(problem), (1, 3), (32, 64, 128)):
+            if part < 128 and max(problem.padded_in, problem.padded_out) < 2 * part:
                 continue
-            if form == "fma" and conv_stages > 1:
+            if part == 32 and form != "pairs":
                 continue
-            if rows > 1 and form == "dense":
+            if form in ("fma", "pairs") and conv_stages > 1:
+                continue
+            if (rows > 1 and form == "dense") or (form == "pairs" and (rows == 1 or block_m // rows < PAIR * MIN_DOT)):
                 continue
             one = Tiling(block_m, block_e, form, 1, warps, stages, conv_stages, part=part, rows=rows)
             if not compiles(problem, one, gpu):
@@ -560,7 +670,7 @@ def three_launch_tilings(problem: BlockProblem, gpu: GpuSpec) -> list[Tiling]:
         tiling = Tiling(block_m, MIN_DOT, form, 1, warps, 1, conv_stages, part=part, rows=rows, launches=3)
         if block_m > max(MIN_DOT, 2 * problem.out_pixels) or rows >= 2 * problem.out_height:
             continue
-        if tiling.columns < MIN_DOT or (form == "fma" and conv_stages > 1):
+        if tiling.columns < MIN_DOT or (form == "fma" and conv_stages > 1) or not tiling.fits(problem):
             continue
         one = conv_slice(problem, tiling)
         fits = shared_bytes(problem, tiling) <= most_shared_bytes(problem, gpu)
@@ -606,6 +716,8 @@ def most_live_registers(problem: BlockProblem, tiling: Tiling, wgmma: bool) -> i
     """The most live registers per thread with which the compiler did not spill."""
     if is_large(problem, tiling, wgmma):
         return MOST_LIVE_LARGE
+    if wgmma and tiling.conv == "pairs" and problem.padded_in <= LARGEST_PART:
+        return MOST_LIVE_PAIRS
     return MOST_LIVE_REGISTERS["wgmma" if wgmma else "mma"]
 
 
@@ -617,7 +729,9 @@ def most_shared_bytes(problem: BlockProblem, gpu: GpuSpec) -> int:
 def rows_fit(problem: BlockProblem, tiling: Tiling, wgmma: bool) -> bool:
     """Whether a tile of several rows has registers for its convolution, as far as compiling has shown, and enough warps
     for its blocks."""
-    if tiling.conv_stages == 1 and tiling.conv != "fma":
+    if tiling.conv == "pairs" and conv_registers(problem, tiling) > MOST_CONV_PAIRS:
+        return False
+    if tiling.conv_stages == 1 and tiling.conv not in ("fma", "pairs"):
         # Otherwise blocks on their way into shared memory lie in the same banks: see `device_functions.load_blocks`.
         widest = max(parts(problem.in_channels, problem.conv_block, tiling.part))
         if widest > problem.conv_block * tiling.num_warps:

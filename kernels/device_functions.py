@@ -117,24 +117,33 @@ def tap_zero(row, height, width, out_height, out_width, KERNEL: tl.constexpr, ST
 
 
 shares = triton.constexpr_function(problem.shares)
+pair_steps = triton.constexpr_function(problem.pair_steps)
+PAIR = tl.constexpr(problem.PAIR)
+PAIR_BLOCK = tl.constexpr(problem.PAIR_BLOCK)
+PAIR_SPAN = tl.constexpr(problem.PAIR_SPAN)
+MIN_DOT = tl.constexpr(problem.MIN_DOT)
 
 
 @triton.jit
 def tile_of_rows(
     tile, pixels, height, width, out_height, out_width, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
-    COLUMNS: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, EACH: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Place a tile of ROWS rows and COLUMNS columns, which continue from image to image.
 
+    Args:
+        EACH: columns that stay together in one image, 1 or 2.
+
     Returns:
         Indices of the tile's output pixels, a column's rows side by side, and a mask of those that exist; of tap (0, 0)
-        of each column's first pixel the index among all input pixels and the coordinates; and a mask of the columns
-        that exist.
+        of the first pixel of each column, or pair of columns, the index among all input pixels and the coordinates; and
+        a mask of the columns or pairs that exist.
     """
     tiles_down = (out_height + ROWS - 1) // ROWS
     first = tile % tiles_down * ROWS
-    column = tile // tiles_down * COLUMNS + tl.arange(0, COLUMNS)
-    image, left = column // out_width, column % out_width * STRIDE - KERNEL // 2
+    column = tile // tiles_down * COLUMNS + EACH * tl.arange(0, COLUMNS // EACH)
+    pitch = (out_width + EACH - 1) // EACH * EACH
+    image, left = column // pitch, column % pitch * STRIDE - KERNEL // 2
     top = first * STRIDE - KERNEL // 2
     if WIDE:
         image = image.to(tl.int64)
@@ -142,23 +151,25 @@ def tile_of_rows(
     within = tl.arange(0, COLUMNS * ROWS)
     own = tile // tiles_down * COLUMNS + within // ROWS
     down = first + within % ROWS
-    of_image = own // out_width
+    of_image, across = own // pitch, own % pitch
     if WIDE:
         of_image = of_image.to(tl.int64)
-    row = (of_image * out_height + down) * out_width + own % out_width
-    columns = pixels // out_height
-    return row, (own < columns) & (down < out_height), pixel, top, left, column < columns
+    row = (of_image * out_height + down) * out_width + across
+    columns = pixels // (out_height * out_width) * pitch
+    there = (own < columns) & (across < out_width) & (down < out_height)
+    return row, there, pixel, top, left, column < columns
 
 
 @triton.jit
 def place(
     tile, pixels, height, width, out_height, out_width, KERNEL: tl.constexpr, STRIDE: tl.constexpr,
-    BLOCK_M: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
+    FORM: tl.constexpr, BLOCK_M: tl.constexpr, ROWS: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     """Place a tile of consecutive pixels, or of several rows; returns what `tile_of_rows` does."""
     if ROWS > 1:
+        EACH: tl.constexpr = PAIR if FORM == "pairs" else 1
         row, valid, pixel, top, left, inside = tile_of_rows(
-            tile, pixels, height, width, out_height, out_width, KERNEL, STRIDE, BLOCK_M // ROWS, ROWS, WIDE
+            tile, pixels, height, width, out_height, out_width, KERNEL, STRIDE, BLOCK_M // ROWS, ROWS, EACH, WIDE
         )
     else:
         row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -442,6 +453,133 @@ def convolve_rows(
 
 
 @triton.jit
+def place_pairs(
+    x, pixel, left, inside, width, step, first, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, KERNEL: tl.constexpr,
+    SHARES: tl.constexpr,
+):  # fmt: skip
+    """Place span `step` of a row of the input: addresses, and a mask of those inside, as `turned_pairs` takes values.
+
+    The order of dimensions is [PAIR_SPAN columns, pairs, two blocks, other blocks, other pairs by share, PAIR_BLOCK]. A
+    warp then loads whole sectors of 32 bytes, which neighbouring pairs share, and stores without bank conflicts.
+
+    Args:
+        pixel, left: index and coordinate of the first column of the input that each pair needs.
+        inside: mask of the pairs that exist.
+        first: first channel.
+    """
+    NEXT: tl.constexpr = 2
+    TOGETHER: tl.constexpr = 32 // (PAIR_SPAN * NEXT)
+    BLOCKS: tl.constexpr = WIDTH // PAIR_BLOCK
+    column = step * PAIR_SPAN + tl.arange(0, PAIR_SPAN)
+    pixel, left = grouped(pixel, TOGETHER, SHARES)[None, :, :], grouped(left, TOGETHER, SHARES)[None, :, :]
+    pixel, left = pixel + column[:, None, None], left + column[:, None, None]
+    mask = grouped(inside, TOGETHER, SHARES)[None, :, :] & (left >= 0) & (left < width)
+    mask = mask & (column < KERNEL + PAIR - 1)[:, None, None]
+    block = tl.arange(0, BLOCKS // NEXT)[None, :] * NEXT + tl.arange(0, NEXT)[:, None]
+    block = first + block[:, :, None] * PAIR_BLOCK + tl.arange(0, PAIR_BLOCK)[None, None, :]
+    mask = mask[:, :, None, None, :, None] & (block < CHANNELS)[None, None, :, :, None, :]
+    return x + pixel[:, :, None, None, :, None] * CHANNELS + block[None, None, :, :, None, :], mask
+
+
+@triton.jit
+def turned_pairs(tile, SHARES: tl.constexpr):
+    """Turn what is loaded as `place_pairs` says into [blocks * SHARES, pairs / SHARES, PAIR_SPAN * PAIR_BLOCK]."""
+    TOGETHER: tl.constexpr = tile.shape[1]
+    NEXT: tl.constexpr = tile.shape[2]
+    MORE: tl.constexpr = tile.shape[3]
+    EACH: tl.constexpr = tile.shape[4] // SHARES
+    tile = tl.reshape(tile, [PAIR_SPAN, TOGETHER, NEXT, MORE, EACH, SHARES, PAIR_BLOCK])
+    tile = tl.permute(tile, (3, 2, 5, 4, 1, 0, 6))
+    return tl.reshape(tile, [MORE * NEXT * SHARES, EACH * TOGETHER, PAIR_SPAN * PAIR_BLOCK])
+
+
+@triton.jit
+def pair_weights(
+    conv, dy, step, first, WIDTH: tl.constexpr, PADDED: tl.constexpr, KERNEL: tl.constexpr, SHARES: tl.constexpr,
+    WARPS: tl.constexpr,
+):  # fmt: skip
+    """Load the weights of a row of taps for a span, each block SHARES times, for `turned_weights`.
+
+    As rows of [other blocks, halves of a block, a block a warp, rows of a half]: if a thread had rows of several blocks
+    before it had several of one, the compiler would interleave the blocks in shared memory, with bank conflicts.
+    """
+    INNER: tl.constexpr = PAIR_SPAN * PAIR_BLOCK
+    ACROSS: tl.constexpr = PAIR * PAIR_BLOCK
+    BLOCKS: tl.constexpr = WIDTH // PAIR_BLOCK * SHARES
+    SIDE: tl.constexpr = min(BLOCKS, WARPS)
+    row = tl.arange(0, BLOCKS * INNER)
+    block = row // (SIDE * INNER) * SIDE + row // MIN_DOT % SIDE
+    row = block // SHARES * INNER + row // (SIDE * MIN_DOT) % (INNER // MIN_DOT) * MIN_DOT + row % MIN_DOT
+    row += ((dy * pair_steps(KERNEL) + step) * PADDED + first) // PAIR_BLOCK * INNER
+    # They lie behind those of the other form.
+    conv += KERNEL * KERNEL * PADDED * MIN_DOT
+    return tl.load(conv + row[:, None] * ACROSS + tl.arange(0, ACROSS)[None, :])
+
+
+@triton.jit
+def turned_weights(weights, WARPS: tl.constexpr):
+    """Turn what `pair_weights` loads into [blocks, PAIR_SPAN * PAIR_BLOCK, PAIR * PAIR_BLOCK]."""
+    INNER: tl.constexpr = PAIR_SPAN * PAIR_BLOCK
+    ACROSS: tl.constexpr = PAIR * PAIR_BLOCK
+    BLOCKS: tl.constexpr = weights.shape[0] // INNER
+    SIDE: tl.constexpr = min(BLOCKS, WARPS)
+    weights = tl.reshape(weights, [BLOCKS // SIDE, INNER // MIN_DOT, SIDE, MIN_DOT, ACROSS])
+    return tl.reshape(tl.permute(weights, (0, 2, 1, 3, 4)), [BLOCKS, INNER, ACROSS])
+
+
+@triton.jit
+def convolve_pairs(
+    x, conv, conv_bias, pixel, top, left, valid, height, width, taps,
+    first, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr, KERNEL: tl.constexpr,
+    COLUMNS: tl.constexpr, ROWS: tl.constexpr, DTYPE: tl.constexpr, WARPS: tl.constexpr,
+):  # fmt: skip
+    """Compute the same as `convolve_rows`, with stride 1, in products for pairs of columns.
+
+    A pair of pixels by a block of channels is one row of a product's result, and the columns of the input that either
+    needs, by their channels, one row of its first operand.
+
+    Args:
+        pixel, left: index and coordinate of tap (0, 0) of each pair's first output pixel.
+        taps: number of spans of input columns.
+    """
+    INPUT_ROWS: tl.constexpr = ROWS - 1 + KERNEL
+    PAIRS: tl.constexpr = COLUMNS // PAIR
+    SHARES: tl.constexpr = shares(PAIRS, WIDTH, PAIR_BLOCK, WARPS)
+    BLOCKS: tl.constexpr = WIDTH // PAIR_BLOCK
+    ACROSS: tl.constexpr = PAIR * PAIR_BLOCK
+    sums = ()
+    for _ in tl.static_range(ROWS):
+        sums = sums + (tl.zeros([BLOCKS * SHARES, PAIRS // SHARES, ACROSS], tl.float32),)
+    for step in tl.range(0, pair_steps(KERNEL) if INTERPRET else taps, num_stages=1):
+        # All loads of a span come first, so that they are in flight together.
+        address, mask = place_pairs(x, pixel, left, valid, width, step, first, WIDTH, CHANNELS, KERNEL, SHARES)
+        rows = ()
+        for i in tl.static_range(INPUT_ROWS):
+            inside = (top + i >= 0) & (top + i < height)
+            rows = rows + (tl.load(address + i * width * CHANNELS, mask=mask & inside, other=0.0),)
+        weights = ()
+        for dy in tl.static_range(KERNEL):
+            weights = weights + (pair_weights(conv, dy, step, first, WIDTH, PADDED, KERNEL, SHARES, WARPS),)
+        tiles, taps_of = (), ()
+        for i in tl.static_range(INPUT_ROWS):
+            tiles = tiles + (turned_pairs(loaded(rows[i], WARPS), SHARES),)
+        for dy in tl.static_range(KERNEL):
+            taps_of = taps_of + (turned_weights(loaded(weights[dy], WARPS), WARPS),)
+        for dy in tl.static_range(KERNEL):
+            more = ()
+            for i in tl.static_range(ROWS):
+                more = more + (dot(tiles[i + dy], taps_of[dy], sums[i]),)
+            sums = more
+    channel = tl.arange(0, BLOCKS * SHARES)[:, None] // SHARES * PAIR_BLOCK + tl.arange(0, ACROSS)[None, :] % PAIR_BLOCK
+    bias = tl.load(conv_bias + first + channel)[:, None, :]
+    rows = ()
+    for i in tl.static_range(ROWS):
+        rows = rows + (round_to(sums[i] + bias, DTYPE),)
+    tile = tl.reshape(joined(rows), [BLOCKS, SHARES, PAIRS // SHARES, PAIR, PAIR_BLOCK, ROWS])
+    return tl.reshape(tl.permute(tile, (1, 2, 3, 5, 0, 4)), [COLUMNS * ROWS, WIDTH])
+
+
+@triton.jit
 def convolve_tile(
     x, conv, conv_bias, pixel, top, left, inside, height, width, taps,
     first, WIDTH: tl.constexpr, CHANNELS: tl.constexpr, PADDED: tl.constexpr, KERNEL: tl.constexpr,
@@ -449,7 +587,12 @@ def convolve_tile(
     ROWS: tl.constexpr, STAGES: tl.constexpr, DTYPE: tl.constexpr, WARPS: tl.constexpr,
 ):  # fmt: skip
     """Compute channels first to first + WIDTH of the convolution of a tile placed by `place`, [BLOCK_M, WIDTH]."""
-    if ROWS > 1:
+    if FORM == "pairs":
+        y = convolve_pairs(
+            x, conv, conv_bias, pixel, top, left, inside, height, width, taps, first, WIDTH, CHANNELS, PADDED, KERNEL,
+            BLOCK_M // ROWS, ROWS, DTYPE, WARPS,
+        )  # fmt: skip
+    elif ROWS > 1:
         y = convolve_rows(
             x, conv, conv_bias, pixel, top, left, inside, height, width, taps, first, WIDTH, CHANNELS, PADDED, KERNEL,
             STRIDE, FORM, BLOCK, BLOCK_M // ROWS, ROWS, STAGES, DTYPE, WARPS,

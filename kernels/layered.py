@@ -35,7 +35,7 @@ def conv_kernel(
     """Compute a tile of BLOCK_M output pixels (axis 0), and WIDTH of its channels (axis 1)."""
     first = tl.program_id(1) * WIDTH
     row, valid, pixel, top, left, inside = place(
-        tl.program_id(0), pixels, height, width, out_height, out_width, KERNEL, STRIDE, BLOCK_M, ROWS, WIDE
+        tl.program_id(0), pixels, height, width, out_height, out_width, KERNEL, STRIDE, FORM, BLOCK_M, ROWS, WIDE
     )
     y = convolve_tile(
         x, conv, conv_bias, pixel, top, left, inside, height, width, taps, first, WIDTH, CHANNELS, PADDED,

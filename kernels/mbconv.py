@@ -165,7 +165,7 @@ def conv_project_kernel(
     EARLY: tl.constexpr = BLOCK_E * PADDED_OUT <= EARLY_WEIGHTS * 32 * WARPS
     tile, split = tl.program_id(0), tl.program_id(1)
     row, valid, pixel, top, left, inside = place(
-        tile, pixels, height, width, out_height, out_width, KERNEL, STRIDE, BLOCK_M, ROWS, WIDE
+        tile, pixels, height, width, out_height, out_width, KERNEL, STRIDE, FORM, BLOCK_M, ROWS, WIDE
     )
     totals = ()
     for i in tl.static_range(len(OUT_PARTS)):

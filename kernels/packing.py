@@ -10,7 +10,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.problem import COUNTERS, DENSE_MULTIPLE, BlockProblem
+from kernels.problem import (
+    COUNTERS,
+    DENSE_MULTIPLE,
+    PAIR,
+    PAIR_BLOCK,
+    PAIR_SPAN,
+    BlockProblem,
+    pair_steps,
+    takes_pairs,
+)
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,28 @@ def grouped_weights(weight: Tensor, padded: int, block: int) -> Tensor:
     return blocks.flatten()
 
 
+def paired_weights(weight: Tensor, padded: int) -> Tensor:
+    """Pack grouped weights for a convolution in pairs of columns, zero where channels are padded.
+
+    Args:
+        weight: (channels, group width, K, K), with a group width of at most `PAIR_BLOCK`.
+        padded: number of channels to pad to.
+
+    Returns:
+        Flat: (K rows of taps, spans, padded / D, S columns * D in, 2 columns * D out) with D = `PAIR_BLOCK` and S =
+        `PAIR_SPAN`. Column t of the input reaches column p of the output by tap t - p.
+    """
+    size = weight.shape[-1]
+    # (K, K, padded / D, D in, D out)
+    blocks = grouped_weights(weight, padded, PAIR_BLOCK).reshape(size, size, padded // PAIR_BLOCK, PAIR_BLOCK, -1)
+    spans = pair_steps(size)
+    packed = weight.new_zeros(size, spans * PAIR_SPAN, padded // PAIR_BLOCK, PAIR_BLOCK, PAIR, PAIR_BLOCK)
+    for column in range(PAIR):
+        packed[:, column : column + size, :, :, column] = blocks
+    by_span = packed.reshape(size, spans, PAIR_SPAN, padded // PAIR_BLOCK, -1)
+    return by_span.transpose(2, 3).flatten()
+
+
 def pack_conv(weight: Tensor, problem: BlockProblem) -> Tensor:
     """Pack the weights of a block's convolution, flat.
 
@@ -83,10 +114,12 @@ def pack_conv(weight: Tensor, problem: BlockProblem) -> Tensor:
         weight: (C, group width, K, K), as `nn.Conv2d` has it.
 
     Returns:
-        The result of `grouped_weights`; of a "dense" convolution (K*K, C padded to `DENSE_MULTIPLE`, padded C), flat.
+        The result of `grouped_weights`, followed by that of `paired_weights` where columns can be computed in pairs; of
+        a "dense" convolution (K*K, C padded to `DENSE_MULTIPLE`, padded C), flat.
     """
     if not problem.is_dense:
-        return grouped_weights(weight, problem.padded_in, problem.conv_block)
+        packed = grouped_weights(weight, problem.padded_in, problem.conv_block)
+        return torch.cat([packed, paired_weights(weight, problem.padded_in)]) if takes_pairs(problem) else packed
     channels = problem.in_channels
     rows = ceil(channels / DENSE_MULTIPLE) * DENSE_MULTIPLE
     dense = weight.new_zeros(problem.kernel_size**2, rows, problem.padded_in)

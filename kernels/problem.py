@@ -25,6 +25,9 @@ GROUP_WIDTHS = (1, 2, 4, 8, 16, 32)
 MIN_DOT = 16
 # Channels of the widest tensor in a program; wider ones leave the compiler short of registers.
 LARGEST_PART = 128
+# A convolution in "pairs" computes this many columns of the output at once, for blocks of PAIR_BLOCK channels, from
+# PAIR_SPAN columns of the input a step: products with an inner dimension of PAIR_SPAN * PAIR_BLOCK.
+PAIR, PAIR_BLOCK, PAIR_SPAN = 2, 8, 4
 # Weights of the 1x1 convolutions are padded to a multiple of this many hidden channels, and those of a full convolution
 # to one of this many input channels: the largest steps in which any tiling reads them.
 HIDDEN_MULTIPLE = 128
@@ -76,6 +79,11 @@ def shares(columns: int, width: int, block: int, warps: int) -> int:
         warps: number of warps of the program.
     """
     return max(1, min(columns // MIN_DOT, warps * block // width))
+
+
+def pair_steps(kernel_size: int) -> int:
+    """Spans of `PAIR_SPAN` columns of the input that a pair of output columns needs."""
+    return (kernel_size + PAIR + PAIR_SPAN - 2) // PAIR_SPAN
 
 
 class Convolved:
@@ -228,13 +236,18 @@ class Tiling:
         block_e: hidden channels of one step of expansion and projection; a power of two, at least 16.
         conv: form of the convolution. "mma" multiplies block-diagonal blocks of channels on tensor cores. A depthwise
             convolution takes "diagonal", the same with its weights on diagonals, or "fma", channel by channel without
-            tensor cores. A full one of more than 32 channels takes "dense", over chunks of input channels.
+            tensor cores. A full one of more than 32 channels takes "dense", over chunks of input channels. With stride
+            1, groups of at most 8 channels can also take "pairs": a product computes two neighbouring columns of the
+            output from all columns of the input that either needs. That loads fewer pixels than "mma" and has fewer
+            zeros (for k 3 a row of taps has 32 inputs instead of 48, where 24 are real). It needs tiles of rows, of 32
+            columns or more.
         splits: programs that share a tile's hidden channels; more than one needs scratch, for float32 partial sums.
         num_warps: warps of a program.
         num_stages: stages of the pipeline over hidden channels.
         conv_stages: stages of the pipeline over the convolution's taps, or columns of taps; 1 loads through L1.
         dense_block: input channels of one step of a "dense" convolution.
-        part: most channels of one tensor, 64 or 128; with three launches the convolution's channels of each program.
+        part: most channels of one tensor, 64 or 128; in pairs also 32, for the convolution's channels. With three
+            launches the convolution's channels of each program.
         out_splits: programs that share a tile's output channels. Each computes the hidden ones for itself, which costs
             work but no memory.
         rows: rows of the output in a tile, a power of two. A tile then has block_m / rows columns, which continue from
@@ -266,7 +279,9 @@ class Tiling:
         return ceil(problem.hidden_channels / (self.block_e * self.splits))
 
     def tap_steps(self, kernel_size: int) -> int:
-        """Steps of the loop over the convolution's taps: one for each tap, or for each column of taps."""
+        """Steps of the loop over the convolution's taps: one for each tap, column of taps, or span of columns."""
+        if self.conv == "pairs":
+            return pair_steps(kernel_size)
         return kernel_size if self.rows > 1 else kernel_size**2
 
     def fits(self, problem: Tiled) -> bool:
@@ -277,6 +292,8 @@ class Tiling:
         if self.splits > problem.max_splits:
             return False
         if self.rows > 1 and (self.conv == "dense" or self.columns < MIN_DOT):
+            return False
+        if self.conv == "pairs" and (self.rows == 1 or self.columns < PAIR * MIN_DOT or self.conv_stages > 1):
             return False
         if self.tiles_each > 1 and self.splits * self.out_splits > 1:
             return False
@@ -299,8 +316,12 @@ class Tiling:
         """Tiles of the whole batch."""
         if self.rows == 1:
             return ceil(problem.out_pixels / self.block_m)
-        columns = problem.batch * problem.out_width
+        columns = problem.batch * self.pitch(problem.out_width)
         return ceil(columns / self.columns) * ceil(problem.out_height / self.rows)
+
+    def pitch(self, out_width: int) -> int:
+        """Columns that an image takes in tiles of rows: in pairs an even number."""
+        return ceil(out_width / PAIR) * PAIR if self.conv == "pairs" else out_width
 
     def programs(self, problem: Tiled) -> int:
         """Programs of the block, if it has a single launch."""
@@ -357,7 +378,14 @@ def conv_forms(problem: BlockProblem) -> tuple[str, ...]:
     """The values of `Tiling.conv` that can compute this problem."""
     if problem.is_dense:
         return ("dense",)
-    return ("fma", "diagonal") if problem.group_width == 1 else ("mma",)
+    if problem.group_width == 1:
+        return ("fma", "diagonal")
+    return ("mma", "pairs") if takes_pairs(problem) else ("mma",)
+
+
+def takes_pairs(problem: BlockProblem) -> bool:
+    """Whether the convolution can compute columns in pairs."""
+    return problem.stride == 1 and 1 < problem.group_width <= PAIR_BLOCK
 
 
 def first_unsupported_field(

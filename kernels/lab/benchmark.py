@@ -365,24 +365,25 @@ def _require_alive(device: torch.device, after: str) -> None:
 
 
 def bounds(row: Block, tiling: Tiling | None, gpu: cost_model.GpuSpec) -> dict[str, Any]:
-    """The bounds that a block's time is compared with, by the cost model.
+    """The times that a block's time is compared with, by the cost model.
 
     Args:
         tiling: the tiling whose terms are counted (default: the cost model's first).
 
     Returns:
-        In milliseconds: each counted term, the largest of them and its name, the plain roofline, and the sum of the
-        rooflines layer by layer.
+        In milliseconds: the plain roofline; the bound of any kernel, and the name of the resource that sets it; the
+        tiling's terms, and the name of the largest; and the sum of the rooflines layer by layer.
     """
     layers = row.layers(DTYPE_ON["cuda"], torch.device("meta"))
     problem = block_problem(row, layers, DTYPE_ON["cuda"])
     tiling = tiling or cost_model.ranked(problem, gpu)[0]
-    term, seconds = cost_model.bound(problem, tiling, gpu)
+    name, seconds = cost_model.bound(problem, gpu)
     return {
-        "bound_ms": 1e3 * seconds,
-        "bound_term": term,
-        "terms_ms": {name: 1e3 * value for name, value in cost_model.terms(problem, tiling, gpu).items()},
         "roofline_ms": 1e3 * cost_model.roofline(problem, gpu),
+        "bound_ms": 1e3 * seconds,
+        "bound_term": name,
+        "terms_ms": {name: 1e3 * value for name, value in cost_model.terms(problem, tiling, gpu).items()},
+        "largest_term": cost_model.largest_term(problem, tiling, gpu)[0],
         "layers_roofline_ms": 1e3 * cost_model.layer_roofline(problem, gpu),
     }
 
@@ -418,6 +419,8 @@ def measured_row(row: Row, device: torch.device, ceilings: MachineCeilings) -> d
 def predictions(gpu: cost_model.GpuSpec) -> list[dict[str, Any]]:
     """Predict the time of every row that has a fused engine by the cost model, in microseconds, without a GPU.
 
+    Beside it stand the roofline, the bound and what sets it, and the largest term of the tiling that is predicted.
+
     A network's blocks are estimated one by one; its stem and head count by the bytes they move and by their launches.
     """
     predicted = []
@@ -425,7 +428,9 @@ def predictions(gpu: cost_model.GpuSpec) -> list[dict[str, Any]]:
         if isinstance(row, Block):
             problem = block_problem(row, row.layers(DTYPE_ON["cuda"], torch.device("meta")), DTYPE_ON["cuda"])
             tiling = cost_model.ranked(problem, gpu)[0]
-            term, bound = cost_model.bound(problem, tiling, gpu)
+            set_by, bound = cost_model.bound(problem, gpu)
+            roofline = cost_model.roofline(problem, gpu)
+            largest, _ = cost_model.largest_term(problem, tiling, gpu)
             estimate = cost_model.estimate(problem, tiling, gpu)
             layers = cost_model.layer_roofline(problem, gpu) + 3 * gpu.launch_seconds
             name, word = row.name, shorthand(tiling)
@@ -437,15 +442,16 @@ def predictions(gpu: cost_model.GpuSpec) -> list[dict[str, Any]]:
             pairs = [(problem, cost_model.ranked(problem, gpu)[0]) for problem in blocks.values()]
             estimate = sum(cost_model.estimate(*pair, gpu) for pair in pairs)
             estimate += rest / gpu.dram_bytes + 3 * gpu.launch_seconds
-            bound = sum(cost_model.bound(*pair, gpu)[1] for pair in pairs) + rest / gpu.dram_bytes
+            bound = sum(cost_model.bound(problem, gpu)[1] for problem in blocks.values()) + rest / gpu.dram_bytes
+            roofline = sum(cost_model.roofline(problem, gpu) for problem in blocks.values()) + rest / gpu.dram_bytes
             layers = sum(cost_model.layer_roofline(problem, gpu) for problem in blocks.values())
             layers += 3 * len(blocks) * gpu.launch_seconds + 2 * rest / gpu.dram_bytes
-            name, term, word = row.name, "", f"{len(blocks)} blocks"
+            name, set_by, largest, word = row.name, "", "", f"{len(blocks)} blocks"
         else:
             continue
         predicted.append({
-            "row": name, "estimate_us": 1e6 * estimate, "bound_us": 1e6 * bound, "binds": term,
-            "layers_us": 1e6 * layers, "tiling": word,
+            "row": name, "roofline_us": 1e6 * roofline, "bound_us": 1e6 * bound, "set_by": set_by,
+            "estimate_us": 1e6 * estimate, "largest": largest, "layers_us": 1e6 * layers, "tiling": word,
         })  # fmt: skip
     return predicted
 
@@ -539,11 +545,19 @@ def main(
 ) -> None:
     """Measure the rows not measured yet, write results.jsonl, summary.json and plot.png, and print the tables."""
     if predict:
-        typer.echo("| row | predicted us | bound us | binds | layer by layer at its floor us | first tiling |")
-        typer.echo("| --- | --- | --- | --- | --- | --- |")
+        titles = (
+            "row", "roofline us", "bound us", "set by", "predicted us", "of roofline", "binds",
+            "layer by layer at its floor us", "first tiling",
+        )  # fmt: skip
+        typer.echo(f"| {' | '.join(titles)} |")
+        typer.echo(f"| {' | '.join(['---'] * len(titles))} |")
         for each in predictions(cost_model.H200):
-            times = [f"{each[key]:.1f}" for key in ("estimate_us", "bound_us", "layers_us")]
-            cells = (each["row"], *times[:2], each["binds"], times[2], each["tiling"])
+            keys = ("roofline_us", "bound_us", "estimate_us", "layers_us")
+            roofline, bound, predicted, layers = (f"{each[key]:.1f}" for key in keys)
+            share = f"{each['roofline_us'] / each['estimate_us']:.0%}"
+            cells = (
+                each["row"], roofline, bound, each["set_by"], predicted, share, each["largest"], layers, each["tiling"],
+            )  # fmt: skip
             typer.echo(f"| {' | '.join(cells)} |")
         return
     deadline = deadline_after(minutes)

@@ -22,7 +22,7 @@ Record = Mapping[str, Any]
 ENGINES = ("fused", "compiled", "eager")
 COLOURS = {"fused": "#d1495b", "compiled": "#30638e", "eager": "#9aa5b1"}
 # Width of the tables in a file, which would otherwise be folded to 80 columns.
-WIDTH = 170
+WIDTH = 190
 # Characters in a cell of a table; a longer reason is printed below the tables.
 LONGEST_CELL = 12
 # The reference network that is compared with a peer of its size, and that peer.
@@ -187,21 +187,27 @@ def _megabytes(record: Record, engine: str) -> str:
 
 
 def blocks_table(records: Sequence[Record]) -> Table:
-    """A table of the blocks: the bound and what sets it, times, speed-ups of the fused kernel, shares, memory."""
+    """A table of the blocks.
+
+    Its columns are the roofline, the bound of any kernel and what sets it, times, speed-ups of the fused kernel, its
+    shares of both, the resource on which its tiling takes longest by count, and memory.
+    """
     times = [f"{engine} ms" for engine in ENGINES]
     table = _table(
-        "Blocks", "block", "bound ms", "set by", *times, "over compiled", "over eager", "of bound", "of roofline",
-        *(f"{engine} MB" for engine in ENGINES), "tuner",
+        "Blocks", "block", "roofline ms", "bound ms", "set by", *times, "over compiled", "over eager", "of roofline",
+        "of bound", "binds", *(f"{engine} MB" for engine in ENGINES), "tuner",
     )  # fmt: skip
     for record in of_kind(records, "block"):
         if "error" in record:
             table.add_row(record["name"], "failed")
             continue
         table.add_row(
-            record["name"], _text(record.get("bound_ms")), record.get("bound_term", ""),
+            record["name"], *(_text(record.get(key)) for key in ("roofline_ms", "bound_ms")),
+            record.get("bound_term", ""),
             *(_cell(record, engine) for engine in ENGINES),
             *(_text(speed_up(record, "fused", over), ".2f") for over in ("compiled", "eager")),
-            *(_text(share(record, "fused", of), ".0%") for of in ("bound_ms", "roofline_ms")),
+            *(_text(share(record, "fused", of), ".0%") for of in ("roofline_ms", "bound_ms")),
+            record.get("largest_term", ""),
             *(_megabytes(record, engine) for engine in ENGINES),
             measured(record, "fused").get("notes", {}).get("tuner", ""),
         )  # fmt: skip

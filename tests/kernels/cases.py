@@ -162,6 +162,13 @@ WIDE_CASES = [
     BlockCase(replace(_square(24, 72, 1), height=7, kernel_size=5), Tiling(16, 16, "fma", tiles_each=3)),
     BlockCase(replace(_square(40, 80, 1), batch=9), Tiling(32, 64, "diagonal", rows=2, tiles_each=2, part=64)),
     BlockCase(replace(_square(16, 32, 16), height=9, width=17, stride=2), Tiling(128, 32, "mma", rows=8)),
+    # Columns in pairs, of which the last of an odd row has one; two spans of columns; parts of 32 channels.
+    BlockCase(replace(_square(40, 80, 8), batch=5, height=7, width=7), Tiling(128, 16, "pairs", rows=4)),
+    BlockCase(replace(_square(16, 32, 2), width=17, kernel_size=7), Tiling(64, 16, "pairs", rows=2, tiles_each=2)),
+    BlockCase(
+        replace(_square(64, 64, 4), width=34, kernel_size=5, dtype="bfloat16"),
+        Tiling(256, 32, "pairs", rows=4, part=32),
+    ),
 ]
 
 
@@ -177,6 +184,7 @@ LAYERED_CASES = [
         (replace(_square(72, 104, 1), height=9, kernel_size=5, activation="hard_swish"), 32, "fma", 2, 16, 1),
         (replace(_square(32, 128, 16), out_channels=200, residual=False, kernel_size=7), 16, "mma", 1, 32, 1),
         (replace(_square(64, 64, 8), dtype="float32", height=5, width=9), 16, "mma", 1, 64, 1),
+        (replace(_square(64, 64, 8), batch=2, height=5, width=19), 64, "pairs", 2, 32, 1),
         # Enough pixels for the larger products.
         (replace(_square(16, 128, 8), batch=3, height=48, width=48), 64, "mma", 4, 16, 1),
     )

@@ -44,10 +44,10 @@ def test_the_cases_cover_every_value_often_and_are_reproducible() -> None:
     )
     assert all(groups[value] >= EACH_VALUE for value in (1, 8, 16, 32, "full")), groups
     forms = Counter(tiling.conv for tiling in tilings)
-    assert all(forms[form] >= EACH_VALUE for form in ("mma", "diagonal", "fma", "dense")), forms
+    assert all(forms[form] >= EACH_VALUE for form in ("mma", "pairs", "diagonal", "fma", "dense")), forms
     assert Counter(tiling.splits for tiling in tilings)[2] >= EACH_VALUE
     by_rows = Counter((tiling.rows > 1, tiling.conv) for tiling in tilings)
-    assert all(by_rows[True, form] >= EACH_VALUE for form in ("mma", "diagonal", "fma")), by_rows
+    assert all(by_rows[True, form] >= EACH_VALUE for form in ("mma", "pairs", "diagonal", "fma")), by_rows
     # Shortcuts by stride, and to more, fewer and equal channels.
     wider = Counter(
         (problem.stride, (problem.out_channels > problem.in_channels) - (problem.out_channels < problem.in_channels))
