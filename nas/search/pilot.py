@@ -39,8 +39,8 @@ WORTH_A_BATCH = 1.3
 BUSY_SECONDS = 1.0
 # Seconds that a search may take where the user does not say it.
 AFFORDABLE_SECONDS = 2 * 3600.0
-# Steps of a training that only shows how fast steps are.
-PROBE_STEPS = 20
+# Steps of a training that only shows how fast steps are; on a GPU the first ones come before the capture of the others.
+PROBE_STEPS, CUDA_PROBE_STEPS = 20, 200
 # Networks of a pilot; a larger budget allows for more, one in so many candidates.
 LEAST_NETWORKS, MOST_NETWORKS, CANDIDATES_A_NETWORK = 2, 8, 30
 # Budget from which on noise is measured, too, by trainings with another seed.
@@ -303,14 +303,14 @@ class Piloting:
 
     def _step_seconds(self, arch: ArchSpec, proxy: ProxyConfig) -> float | None:
         """Seconds of a step, with as many trainings at once as there are workers; None where none can be trained."""
-        jobs = [PilotTraining(arch, gently(proxy, PROBE_STEPS), self.config.seed)] * self.evaluator.workers
+        steps = CUDA_PROBE_STEPS if self.evaluator.trains_on == "cuda" else PROBE_STEPS
+        jobs = [PilotTraining(arch, gently(proxy, steps), self.config.seed)] * self.evaluator.workers
         each = []
         for done in self.evaluator.train_as(jobs):
             if isinstance(done.result, CandidateFailed):
                 self.failures.append(str(done.result))
             else:
-                first, last = done.result.curve[0], done.result.curve[-1]
-                each.append((last.seconds - first.seconds) / max(1, last.step - first.step))
+                each.append(done.result.step_seconds)
         return fmean(each) if each else None
 
     def _has_time(self, steps: int) -> bool:

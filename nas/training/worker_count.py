@@ -21,8 +21,9 @@ from nas.training.proxy import ProxyResult
 from nas.training.workers import Call, Pool, trim_heap
 from search_spaces import ArchSpec
 
-# Steps of the anchor's training from which a whole one is extrapolated.
-PROBE_STEPS = 20
+# Steps of the anchor's training from which a whole one is extrapolated; on a GPU the first ones come before the capture of
+# the others.
+PROBE_STEPS, CUDA_PROBE_STEPS = 20, 400
 # So many workers are started unasked if there is so much memory for each.
 FEW, PLENTY_BYTES = 2, 4 * 2**30
 # Networks of a space may need so many times the memory of its anchor's training, at equal resolution.
@@ -151,14 +152,14 @@ def images_per_second(
     def rate(count: int) -> float:
         seconds = 0.0
         # The first time, libraries load their kernels.
-        for steps in (PROBE_STEPS, 5 * PROBE_STEPS):
+        for steps in (PROBE_STEPS, CUDA_PROBE_STEPS):
             call = Call(_probe, (arch, data, gently(config, steps), seed))
             begin = time.perf_counter()
             for done in list(pool.run([call] * count)):
                 if isinstance(done.result, CandidateFailed):
                     raise done.result
             seconds = time.perf_counter() - begin
-        return count * 5 * PROBE_STEPS * config.batch_size / seconds
+        return count * CUDA_PROBE_STEPS * config.batch_size / seconds
 
     return rate
 
