@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import resource
 import sqlite3
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -18,10 +20,13 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import optuna
 import pytest
 import torch
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+from sqlalchemy.engine import URL, make_url
 
 from nas.lab.servers import PostgresServer, postgres_programs
 from search_spaces import SearchSpace, StageChoices
-from studies import Candidate, Store
+from studies import Candidate, Store, opening
 
 # For deterministic trainings on CUDA; cuBLAS reads it once, at the first product of the process.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -52,6 +57,50 @@ def _own_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Commands prepare the process that they run in, which here is that of all tests."""
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     monkeypatch.setattr("nas.cli.console.provide_home", lambda: None)
+
+
+@functools.cache
+def _new_database() -> bytes:
+    """A new SQLite file with all tables, made as a search makes it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "study.db"
+        opening._make_sqlite_file(make_url(f"sqlite:///{path}"))
+        return path.read_bytes()
+
+
+READ_MIGRATIONS = ScriptDirectory.from_config
+# Optuna's migrations and ours by their folder; a database's opening reads both several times.
+_migrations: dict[str | None, ScriptDirectory] = {}
+
+
+def _migrations_of(config: Config) -> ScriptDirectory:
+    folder = config.get_main_option("script_location")
+    if folder not in _migrations:
+        _migrations[folder] = READ_MIGRATIONS(config)
+    return _migrations[folder]
+
+
+@pytest.fixture
+def databases_made_anew() -> None:
+    """For tests of how databases are made and opened: in others new ones are copies."""
+
+
+@pytest.fixture(autouse=True)
+def _copied_databases(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making a database takes longer than what most tests do with it, so theirs are copies of one."""
+    if INTERPRETED or "databases_made_anew" in request.fixturenames:
+        return
+
+    def copy(url: URL) -> None:
+        path = Path(str(url.database))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=opening.ASIDE) as folder:
+            (Path(folder) / "study.db").write_bytes(made)
+            opening._name(Path(folder) / "study.db", path)
+
+    made = _new_database()
+    monkeypatch.setattr(opening, "_make_sqlite_file", copy)
+    monkeypatch.setattr(ScriptDirectory, "from_config", _migrations_of)
 
 
 @pytest.fixture

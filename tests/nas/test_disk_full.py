@@ -30,6 +30,7 @@ class Counting(Silent):
         self.told = event.complete
 
 
+@pytest.mark.usefixtures("databases_made_anew")
 @pytest.mark.parametrize("kib", [230, 370, 440, 510, 580, 720])
 def test_a_search_whose_disk_fills_keeps_what_was_finished_and_goes_on(sqlite_url: str, room: Room, kib: int) -> None:
     config = SearchConfig(
