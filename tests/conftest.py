@@ -85,39 +85,51 @@ def databases_made_anew() -> None:
     """For tests of how databases are made and opened: in others new ones are copies."""
 
 
-@pytest.fixture(autouse=True)
-def _copied_databases(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Making a database takes longer than what most tests do with it, so theirs are copies of one."""
-    if INTERPRETED or "databases_made_anew" in request.fixturenames:
-        return
-
-    def copy(url: URL) -> None:
-        path = Path(str(url.database))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=opening.ASIDE) as folder:
-            (Path(folder) / "study.db").write_bytes(made)
-            opening._name(Path(folder) / "study.db", path)
-
-    made = _new_database()
-    monkeypatch.setattr(opening, "_make_sqlite_file", copy)
-    monkeypatch.setattr(ScriptDirectory, "from_config", _migrations_of)
-
-
 @pytest.fixture
 def shown() -> None:
     """For tests that want a search to end with notes and files for the dashboard."""
 
 
-@pytest.fixture(autouse=True)
-def _quick(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing the front's files takes longer than an invented search of a hundred candidates; so does measuring what
-    the device can do, which need not be known well here."""
+def quicken(patch: pytest.MonkeyPatch, folder: Path, *, shown: bool = False, anew: bool = False) -> None:
+    """What makes searches quick, for all tests and for fixtures of a whole module.
+
+    Drawing the front's files takes longer than an invented search of a hundred candidates; so does measuring what the
+    device can do, which need not be known well here. Making a database takes longer than what most tests do with it,
+    so theirs are copies of one.
+    """
+
+    def copy(url: URL) -> None:
+        path = Path(str(url.database))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=opening.ASIDE) as aside:
+            (Path(aside) / "study.db").write_bytes(made)
+            opening._name(Path(aside) / "study.db", path)
+
     if INTERPRETED:
         return
-    monkeypatch.setattr("studies.display.SERVER_FOLDER", tmp_path)
-    monkeypatch.setattr("nas.latency.device_profile.SECONDS", 0.02)
-    if "shown" not in request.fixturenames:
-        monkeypatch.setattr("nas.search.loop.show", lambda recorded, folder: 0)
+    patch.setattr("studies.display.SERVER_FOLDER", folder)
+    patch.setattr("nas.latency.device_profile.SECONDS", 0.02)
+    if not shown:
+        patch.setattr("nas.search.loop.show", lambda recorded, folder: 0)
+    if not anew:
+        made = _new_database()
+        patch.setattr(opening, "_make_sqlite_file", copy)
+        patch.setattr(ScriptDirectory, "from_config", _migrations_of)
+
+
+@pytest.fixture(autouse=True)
+def _quick(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = request.fixturenames
+    quicken(monkeypatch, tmp_path, shown="shown" in names, anew="databases_made_anew" in names)
+
+
+def copy_database(source: str, target: str) -> None:
+    """Copy an SQLite database that a fixture made, by URLs."""
+    with (
+        contextlib.closing(sqlite3.connect(source.removeprefix("sqlite:///"))) as there,
+        contextlib.closing(sqlite3.connect(target.removeprefix("sqlite:///"))) as here,
+    ):
+        there.backup(here)
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

@@ -43,7 +43,7 @@ def make_evaluator(monkeypatch: pytest.MonkeyPatch, deterministic: bool = False)
     monkeypatch.setattr("nas.training.data.load", lambda config, note, largest: easy_data())
     config = SearchConfig(
         space=make_tiny_space(), data=DataConfig(resolution=16), proxy=replace(QUICK, deterministic=deterministic),
-        latency=LatencyConfig(device="cpu"),
+        latency=LatencyConfig(device="cpu", engine="eager"),
     )  # fmt: skip
     evaluator = Machine(config)
     evaluator.station.device = SimpleNamespace(type="cuda")  # type: ignore[assignment]
