@@ -55,7 +55,9 @@ def figures(found: Profile) -> tuple[float, float, float, float | None]:
 QUICK = LatencyConfig(device="cpu")
 
 
-def test_a_device_is_measured_once_and_stored(store: Store, measured: list[tuple[str, int]]) -> None:
+def test_a_device_is_measured_once_and_stored(
+    store: Store, measured: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = torch.get_num_threads()
     first = find_or_measure_profile(store, QUICK)
     assert measured == [("float32", 1)]
@@ -75,6 +77,13 @@ def test_a_device_is_measured_once_and_stored(store: Store, measured: list[tuple
     assert figures(second) == figures(first)
     assert len(measured) == 1
     # Asked to, it is measured again, in the place of the older one, and so are the yardsticks.
+    invented = DeviceProfile(1e10, 1e11, 1e-6, None, 2.0, 4.0)
+
+    def invent(config: LatencyConfig) -> DeviceProfile:
+        measured.append((config.dtype, config.threads))
+        return invented
+
+    monkeypatch.setattr(device_profile, "measure_profile", invent)
     third = find_or_measure_profile(store, QUICK, again=True)
     assert len(measured) == 2
     assert device_profile.references_ms(third) != device_profile.references_ms(first)
