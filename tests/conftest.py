@@ -24,7 +24,9 @@ from alembic.config import Config
 from alembic.script import ScriptDirectory
 from sqlalchemy.engine import URL, make_url
 
+from nas.config import LatencyConfig
 from nas.lab.servers import PostgresServer, postgres_programs
+from nas.latency import device_profile
 from search_spaces import SearchSpace, StageChoices
 from studies import Candidate, Store, opening
 
@@ -90,11 +92,23 @@ def shown() -> None:
     """For tests that want a search to end with notes and files for the dashboard."""
 
 
+MEASURE_PROFILE = device_profile.measure_profile
+_profiles: dict[object, device_profile.DeviceProfile] = {}
+
+
+def _measured_once(config: LatencyConfig) -> device_profile.DeviceProfile:
+    """The limits of the device, which are measured once a run for each dtype and number of threads."""
+    key = (config.device, config.dtype, config.threads, device_profile.SECONDS)
+    if key not in _profiles:
+        _profiles[key] = MEASURE_PROFILE(config)
+    return _profiles[key]
+
+
 def quicken(patch: pytest.MonkeyPatch, folder: Path, *, shown: bool = False, anew: bool = False) -> None:
     """What makes searches quick, for all tests and for fixtures of a whole module.
 
     Drawing the front's files takes longer than an invented search of a hundred candidates; so does measuring what the
-    device can do, which need not be known well here. Making a database takes longer than what most tests do with it,
+    device can do, which need not be known well here, nor measured anew for each database. Making a database takes longer than what most tests do with it,
     so theirs are copies of one.
     """
 
@@ -108,7 +122,8 @@ def quicken(patch: pytest.MonkeyPatch, folder: Path, *, shown: bool = False, ane
     if INTERPRETED:
         return
     patch.setattr("studies.display.SERVER_FOLDER", folder)
-    patch.setattr("nas.latency.device_profile.SECONDS", 0.02)
+    patch.setattr(device_profile, "SECONDS", 0.02)
+    patch.setattr(device_profile, "measure_profile", _measured_once)
     if not shown:
         patch.setattr("nas.search.loop.show", lambda recorded, folder: 0)
     if not anew:

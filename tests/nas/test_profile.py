@@ -19,6 +19,7 @@ from nas.latency.roofline import computational_efficiency
 from nas.locks import device_lock
 from nas.reporting import Note
 from studies import Profile, Store
+from tests.conftest import MEASURE_PROFILE
 
 CPU = torch.device("cpu")
 
@@ -36,13 +37,11 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """What was measured, which is short: dtype and threads."""
     found: list[tuple[str, int]] = []
     monkeypatch.setattr(device_profile, "SECONDS", 0.02)
-    real = device_profile.measure_profile
-
     def spy(config: LatencyConfig) -> DeviceProfile:
         found.append((config.dtype, config.threads))
         with pytest.raises(RuntimeError, match="is measuring on it"):
             device_lock(CPU).training().__enter__()
-        return real(config)
+        return MEASURE_PROFILE(config)
 
     monkeypatch.setattr(device_profile, "measure_profile", spy)
     return found
@@ -146,6 +145,7 @@ def test_memory_that_runs_out_gets_one_line(store: Store, monkeypatch: pytest.Mo
     def too_large(*_: object) -> None:
         raise MemoryError
 
+    monkeypatch.setattr(device_profile, "measure_profile", MEASURE_PROFILE)
     monkeypatch.setattr(device_profile, "ceiling_runs", too_large)
     monkeypatch.setattr(device_profile, "SECONDS", 0.02)
     with pytest.raises(UsageError, match=r"--device cpu: its limits cannot be measured \(out of memory\)"):
@@ -155,7 +155,7 @@ def test_memory_that_runs_out_gets_one_line(store: Store, monkeypatch: pytest.Mo
 
 def efficiency_of_a_large_convolution(config: LatencyConfig) -> float:
     """Of the measured matrix rate, a wide 1x1 convolution: as `analyze` measures it."""
-    profile = device_profile.measure_profile(config)
+    profile = MEASURE_PROFILE(config)
     # On a GPU wide enough that the operations bind, not the memory.
     channels, pixels = (256, 28) if config.device == "cpu" else (1024, 14)
     convolution = nn.Conv2d(channels, channels, 1, bias=False).to(
