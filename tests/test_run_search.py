@@ -539,9 +539,7 @@ def test_bytes_that_are_no_text_get_one_line(line: str, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("fake")
 @pytest.mark.parametrize("name", ["a\nb", "\x1b[31mred", "a\u2028b", "a\tb", "x" * 513])
-def test_names_that_are_hard_to_show_are_refused_where_a_study_is_new(
-    name: str, tmp_path: Path, of_two: str
-) -> None:
+def test_names_that_are_hard_to_show_are_refused_where_a_study_is_new(name: str, tmp_path: Path, of_two: str) -> None:
     """One that is there already, as SQLite has them, is read and continued."""
     result = CliRunner().invoke(run_search.app, ["--study", name])
     assert result.exit_code == 2, result.output

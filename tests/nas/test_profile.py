@@ -37,6 +37,7 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """What was measured, which is short: dtype and threads."""
     found: list[tuple[str, int]] = []
     monkeypatch.setattr(device_profile, "SECONDS", 0.02)
+
     def spy(config: LatencyConfig) -> DeviceProfile:
         found.append((config.dtype, config.threads))
         with pytest.raises(RuntimeError, match="is measuring on it"):

@@ -521,7 +521,9 @@ def test_the_reference_elsewhere_is_the_anchors_in_the_table(config: SearchConfi
     store = Store.open(config.storage, create=True)
     assert store is not None
     there = replace(config.latency, seconds=0.02, threads=2)
-    device_profile.store_profile(store, HERE, there.dtype, there.threads, DeviceProfile(1e10, 1e11, 1e-6, None, 2.0, 4.0))
+    device_profile.store_profile(
+        store, HERE, there.dtype, there.threads, DeviceProfile(1e10, 1e11, 1e-6, None, 2.0, 4.0)
+    )
     table = BlockTable(store, HERE, there)
     anchor = load_space("small").smallest()
 
