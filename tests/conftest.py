@@ -108,8 +108,8 @@ def quicken(patch: pytest.MonkeyPatch, folder: Path, *, shown: bool = False, ane
     """What makes searches quick, for all tests and for fixtures of a whole module.
 
     Drawing the front's files takes longer than an invented search of a hundred candidates; so does measuring what the
-    device can do, which need not be known well here, nor measured anew for each database. Making a database takes longer than what most tests do with it,
-    so theirs are copies of one.
+    device can do, which need not be known well here, nor measured anew for each database. Making a database takes
+    longer than what most tests do with it, so theirs are copies of one.
     """
 
     def copy(url: URL) -> None:

@@ -24,7 +24,6 @@ from search_spaces import ArchSpec, StageChoices
 from studies import TRAINED
 from tests.conftest import candidates_of, make_tiny_space
 
-
 STAGE = StageChoices(
     width=(8, 16), kernel_size=(3,), group_width=(1, 8), expansion=(1.0, 1.5), blocks=(1, 2), stride=(1, 2)
 )
