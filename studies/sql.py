@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from sqlalchemy import Boolean, Engine, select, text
@@ -80,12 +81,22 @@ def upsert(session: Session, table: type[Base], rows: Sequence[Base], replace: b
     for row in sorted(rows, key=lambda row: [str(getattr(row, name)) for name in key]):
         # What is None is left to the column's default.
         values = {column.name: value for column in columns if (value := getattr(row, column.name)) is not None}
-        insert = insert_into(session)(table).values(values)
-        if not replace:
-            session.execute(insert.on_conflict_do_nothing(index_elements=key))
-            continue
-        replaced = {column.name: insert.excluded[column.name] for column in columns if column.name not in key}
-        session.execute(insert.on_conflict_do_update(index_elements=key, set_=replaced))
+        session.execute(_upsert_statement(insert_into(session), table, replace), values)
+
+
+@cache
+def _upsert_statement(insert_of: Any, table: type[Base], replace: bool) -> Any:
+    """The statement of `upsert`, for values of any columns. To make it takes longer than to run it."""
+    insert = insert_of(table.__table__)
+    key = table.__table_args__[0].columns.keys()
+    if not replace:
+        return insert.on_conflict_do_nothing(index_elements=key)
+    replaced = {
+        column.name: insert.excluded[column.name]
+        for column in table.__table__.columns
+        if not column.primary_key and column.name not in key
+    }
+    return insert.on_conflict_do_update(index_elements=key, set_=replaced)
 
 
 def insert_into(session: Session) -> Any:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import resource
 import sqlite3
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
@@ -18,10 +20,15 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import optuna
 import pytest
 import torch
+from alembic.config import Config
+from alembic.script import ScriptDirectory
+from sqlalchemy.engine import URL, make_url
 
+from nas.config import LatencyConfig
 from nas.lab.servers import PostgresServer, postgres_programs
+from nas.latency import device_profile
 from search_spaces import SearchSpace, StageChoices
-from studies import Candidate, Store
+from studies import Candidate, Store, opening
 
 # For deterministic trainings on CUDA; cuBLAS reads it once, at the first product of the process.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -54,21 +61,90 @@ def _own_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nas.cli.console.provide_home", lambda: None)
 
 
+@functools.cache
+def _new_database() -> bytes:
+    """A new SQLite file with all tables, made as a search makes it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "study.db"
+        opening._make_sqlite_file(make_url(f"sqlite:///{path}"))
+        return path.read_bytes()
+
+
+READ_MIGRATIONS = ScriptDirectory.from_config
+# Optuna's migrations and ours by their folder; a database's opening reads both several times.
+_migrations: dict[str | None, ScriptDirectory] = {}
+
+
+def _migrations_of(config: Config) -> ScriptDirectory:
+    folder = config.get_main_option("script_location")
+    if folder not in _migrations:
+        _migrations[folder] = READ_MIGRATIONS(config)
+    return _migrations[folder]
+
+
+@pytest.fixture
+def databases_made_anew() -> None:
+    """For tests of how databases are made and opened: in others new ones are copies."""
+
+
 @pytest.fixture
 def shown() -> None:
     """For tests that want a search to end with notes and files for the dashboard."""
 
 
-@pytest.fixture(autouse=True)
-def _quick(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Drawing the front's files takes longer than an invented search of a hundred candidates; so does measuring what
-    the device can do, which need not be known well here."""
+MEASURE_PROFILE = device_profile.measure_profile
+_profiles: dict[object, device_profile.DeviceProfile] = {}
+
+
+def _measured_once(config: LatencyConfig) -> device_profile.DeviceProfile:
+    """The limits of the device, which are measured once a run for each dtype and number of threads."""
+    key = (config.device, config.dtype, config.threads, device_profile.SECONDS)
+    if key not in _profiles:
+        _profiles[key] = MEASURE_PROFILE(config)
+    return _profiles[key]
+
+
+def quicken(patch: pytest.MonkeyPatch, folder: Path, *, shown: bool = False, anew: bool = False) -> None:
+    """What makes searches quick, for all tests and for fixtures of a whole module.
+
+    Drawing the front's files takes longer than an invented search of a hundred candidates; so does measuring what the
+    device can do, which need not be known well here, nor measured anew for each database. Making a database takes
+    longer than what most tests do with it, so theirs are copies of one.
+    """
+
+    def copy(url: URL) -> None:
+        path = Path(str(url.database))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix=opening.ASIDE) as aside:
+            (Path(aside) / "study.db").write_bytes(made)
+            opening._name(Path(aside) / "study.db", path)
+
     if INTERPRETED:
         return
-    monkeypatch.setattr("studies.display.SERVER_FOLDER", tmp_path)
-    monkeypatch.setattr("nas.latency.device_profile.SECONDS", 0.02)
-    if "shown" not in request.fixturenames:
-        monkeypatch.setattr("nas.search.loop.show", lambda recorded, folder: 0)
+    patch.setattr("studies.display.SERVER_FOLDER", folder)
+    patch.setattr(device_profile, "SECONDS", 0.02)
+    patch.setattr(device_profile, "measure_profile", _measured_once)
+    if not shown:
+        patch.setattr("nas.search.loop.show", lambda recorded, folder: 0)
+    if not anew:
+        made = _new_database()
+        patch.setattr(opening, "_make_sqlite_file", copy)
+        patch.setattr(ScriptDirectory, "from_config", _migrations_of)
+
+
+@pytest.fixture(autouse=True)
+def _quick(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = request.fixturenames
+    quicken(monkeypatch, tmp_path, shown="shown" in names, anew="databases_made_anew" in names)
+
+
+def copy_database(source: str, target: str) -> None:
+    """Copy an SQLite database that a fixture made, by URLs."""
+    with (
+        contextlib.closing(sqlite3.connect(source.removeprefix("sqlite:///"))) as there,
+        contextlib.closing(sqlite3.connect(target.removeprefix("sqlite:///"))) as here,
+    ):
+        there.backup(here)
 
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"

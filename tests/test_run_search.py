@@ -42,7 +42,8 @@ from nas.latency.values import Latency, Measurement, ShapeLatency
 from nas.search.loop import run
 from search_spaces import ArchSpec, load_space
 from studies import Owner, Store
-from tests.conftest import TINY_TOML, Room, make_tiny_space
+from tests.conftest import TINY_TOML, Room, copy_database, make_tiny_space, quicken
+from tests.nas.conftest import inline  # noqa: F401 (a fixture)
 
 # The smallest that there is.
 ARCH = str(make_tiny_space().smallest())
@@ -51,6 +52,16 @@ ARCH = str(make_tiny_space().smallest())
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("nas.search.loop.Machine", lambda *_: FakeEvaluator())
+
+
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The storage of a search of two candidates."""
+    folder = tmp_path_factory.mktemp("two")
+    with pytest.MonkeyPatch.context() as patch:
+        quicken(patch, folder)
+        run(SearchConfig(budget=2, storage=f"sqlite:///{folder / 'study.db'}"), FakeEvaluator())
+    return f"sqlite:///{folder / 'study.db'}"
 
 
 @pytest.fixture(autouse=True)
@@ -528,7 +539,7 @@ def test_bytes_that_are_no_text_get_one_line(line: str, tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("fake")
 @pytest.mark.parametrize("name", ["a\nb", "\x1b[31mred", "a\u2028b", "a\tb", "x" * 513])
-def test_names_that_are_hard_to_show_are_refused_where_a_study_is_new(name: str, tmp_path: Path) -> None:
+def test_names_that_are_hard_to_show_are_refused_where_a_study_is_new(name: str, tmp_path: Path, of_two: str) -> None:
     """One that is there already, as SQLite has them, is read and continued."""
     result = CliRunner().invoke(run_search.app, ["--study", name])
     assert result.exit_code == 2, result.output
@@ -537,7 +548,8 @@ def test_names_that_are_hard_to_show_are_refused_where_a_study_is_new(name: str,
     assert told.endswith(": is not a name of at most 512 characters, without control characters")
     assert told.isprintable()
     assert list(tmp_path.iterdir()) == []
-    assert call("--budget 2").exit_code == 0
+    (tmp_path / "studies").mkdir()
+    copy_database(of_two, "sqlite:///studies/convfirst.db")
     with contextlib.closing(sqlite3.connect("studies/convfirst.db")) as connection, connection:
         connection.execute("UPDATE studies SET study_name = ?", [name])
     for line in (["pareto"], ["--budget", "3"], ["export"]):
@@ -982,7 +994,7 @@ def test_the_front_is_exported_and_directories_are_given_weights(
     assert "cpu, batch 2" in result.stdout
 
 
-@pytest.mark.usefixtures("fake", "profiled")
+@pytest.mark.usefixtures("fake", "profiled", "inline")
 def test_retraining_prints_networks_and_ranks(tmp_path: Path) -> None:
     assert call("--budget 6 --device cpu --proxy-batch 4 --threads 1").exit_code == 0
     picture_folder(tmp_path / "pictures", 2)

@@ -185,8 +185,10 @@ def test_no_verdict_says_why(given: list[Contender], words: str) -> None:
 # -- For real --------------------------------------------------------------------------------------------------------
 
 
-def test_networks_side_by_side(store: Store, config: SearchConfig) -> None:
+def test_networks_side_by_side(store: Store, config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """In processes of their own, from images in a folder to the table."""
+    # One that trains and one that measures: each imports torch and timm.
+    monkeypatch.setattr(trainings, "cores", lambda: 1)
     before = len(store.load_optuna_study(config.study).trials)
     compare(recorded(store, config), small("test_resnet", found=3))
     found = {each.name: each for each in contenders(recorded(store, config))}

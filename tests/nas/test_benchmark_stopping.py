@@ -11,18 +11,26 @@ import pytest
 from typer import Typer
 from typer.testing import CliRunner
 
-from nas.config import SearchConfig
+from nas.config import LatencyConfig, SearchConfig
 from nas.lab import benchmark_stopping
 from nas.lab.benchmark_stopping import Trainings, of_study, of_table, replay
 from nas.lab.testbed import Plan
 from nas.search import loop as search
 from nas.training.proxy import ProxyResult
-from tests.nas.test_stopping import Learning, config  # noqa: F401 (a fixture)
+from tests.conftest import quicken
+from tests.nas.test_stopping import Learning
 
 
-@pytest.fixture
-def trainings(config: SearchConfig) -> Trainings:  # noqa: F811
-    search.run(replace(config, budget=80, sampler="random", confirm=0, early_stopping=False), Learning())
+@pytest.fixture(scope="module")
+def trainings(tmp_path_factory: pytest.TempPathFactory) -> Trainings:
+    folder = tmp_path_factory.mktemp("trainings")
+    config = SearchConfig(
+        budget=80, storage=f"sqlite:///{folder / 'study.db'}", sampler="random", confirm=0, early_stopping=False,
+        latency=LatencyConfig(device="cpu", engine="eager"),
+    )  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        quicken(patch, folder)
+        search.run(config, Learning())
     return of_study(f"{config.storage}#{config.study}")
 
 

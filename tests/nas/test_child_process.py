@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import subprocess
@@ -75,6 +76,18 @@ def test_a_stream_that_another_thread_closes_while_it_is_read_tells_of_a_dead_ch
         with pytest.raises(CandidateFailed, match="killed by SIGKILL"):
             child.call(abs, -1)
         assert child.call(abs, -1) == 1
+
+
+def find_no_room() -> None:
+    raise OSError(errno.ENOSPC, "No space left on device", "/tmp/cache")
+
+
+def test_a_child_tells_of_a_full_disk(capfd: pytest.CaptureFixture[str]) -> None:
+    with ChildProcess() as child:
+        with pytest.raises(OSError, match="No space left on device: '/tmp/cache'"):
+            child.call(find_no_room)
+        assert child.process is not None
+    assert capfd.readouterr().err == ""
 
 
 @pytest.fixture

@@ -30,6 +30,7 @@ from nas.validation.config import ConfirmConfig
 from nas.validation.confirm import confirm
 from search_spaces import ArchSpec
 from studies import CandidateTraining, LatencyStage, Owner, StorageError, Store, TrainingStage
+from tests.conftest import copy_database, quicken
 from tests.nas.conftest import add_candidates, begun
 
 IMAGES = Images(("a", "b"), 16, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
@@ -68,15 +69,35 @@ class Noisy(FakeEvaluator):
         return replace(result, accuracy=accuracy, trained=trained)
 
 
+def scattering_at(url: str) -> SearchConfig:
+    return SearchConfig(budget=40, storage=url, sampler="random", latency=LatencyConfig(device="cpu", engine="eager"))
+
+
 @pytest.fixture
 def scattering(sqlite_url: str) -> SearchConfig:
-    return SearchConfig(
-        budget=40, storage=sqlite_url, sampler="random", latency=LatencyConfig(device="cpu", engine="eager")
-    )
+    return scattering_at(sqlite_url)
 
 
 def run(config: SearchConfig, evaluator: FakeEvaluator) -> SearchResult:
     return search.run(config, evaluator, Silent())
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, SearchResult]:
+    """A whole search, made once: its storage and its result."""
+    folder = tmp_path_factory.mktemp("confirmed")
+    config = scattering_at(f"sqlite:///{folder / 'study.db'}")
+    with pytest.MonkeyPatch.context() as patch:
+        quicken(patch, folder)
+        return config.storage, run(config, Noisy())
+
+
+@pytest.fixture
+def whole(once: tuple[str, SearchResult], scattering: SearchConfig) -> SearchResult:
+    """The result of `run(scattering, Noisy())`, whose database is there."""
+    storage, result = once
+    copy_database(storage, scattering.storage)
+    return result
 
 
 def opened(config: SearchConfig) -> RecordedStudy:
@@ -93,8 +114,8 @@ def rows_of(recorded: RecordedStudy) -> list[tuple[int, int, float | None]]:
     return [(row.trial_id, row.seed, row.accuracy) for row in further(recorded)]
 
 
-def test_a_search_ends_with_the_front_of_means_over_other_seeds(scattering: SearchConfig) -> None:
-    result = run(scattering, Noisy())
+def test_a_search_ends_with_the_front_of_means_over_other_seeds(scattering: SearchConfig, whole: SearchResult) -> None:
+    result = whole
     recorded = opened(scattering)
     front = recorded.front()
     assert set(front["confirmed"]) == {1}
@@ -158,9 +179,9 @@ def test_without_a_share_the_front_stays_as_searched(scattering: SearchConfig) -
 
 
 @pytest.mark.parametrize("at", [0, 1, 5])
-def test_an_interrupted_confirmation_goes_on_as_if_nothing_had_happened(scattering: SearchConfig, at: int) -> None:
-    whole = replace(scattering, study="whole")
-    run(whole, Noisy())
+def test_an_interrupted_confirmation_goes_on_as_if_nothing_had_happened(
+    scattering: SearchConfig, once: tuple[str, SearchResult], at: int
+) -> None:
     with pytest.raises(KeyboardInterrupt):
         run(scattering, Noisy(interrupted_at=at))
     recorded = opened(scattering)
@@ -169,7 +190,7 @@ def test_an_interrupted_confirmation_goes_on_as_if_nothing_had_happened(scatteri
     assert set(recorded.front()["confirmed"]) == {0}
     evaluator = Noisy()
     run(scattering, evaluator)
-    other = opened(whole)
+    other = opened(replace(scattering, storage=once[0]))
     assert [(seed, accuracy) for _, seed, accuracy in rows_of(recorded)] == [
         (seed, accuracy) for _, seed, accuracy in rows_of(other)
     ]
@@ -180,16 +201,15 @@ def test_an_interrupted_confirmation_goes_on_as_if_nothing_had_happened(scatteri
     other.store.close()
 
 
-def test_a_confirmed_study_that_is_opened_again_trains_nothing(scattering: SearchConfig) -> None:
-    first = run(scattering, Noisy())
+def test_a_confirmed_study_that_is_opened_again_trains_nothing(scattering: SearchConfig, whole: SearchResult) -> None:
     evaluator = Noisy()
     again = run(scattering, evaluator)
     assert evaluator.again == []
-    pd.testing.assert_frame_equal(again.pareto_front, first.pareto_front)
+    pd.testing.assert_frame_equal(again.pareto_front, whole.pareto_front)
 
 
+@pytest.mark.usefixtures("whole")
 def test_a_search_that_goes_on_is_unconfirmed_until_its_end(scattering: SearchConfig) -> None:
-    run(scattering, Noisy())
     seen: list[set[int]] = []
 
     class Watching(Noisy):
@@ -201,7 +221,7 @@ def test_a_search_that_goes_on_is_unconfirmed_until_its_end(scattering: SearchCo
 
     recorded = opened(scattering)
     before = rows_of(recorded)
-    result = run(replace(scattering, budget=60), Watching())
+    result = run(replace(scattering, budget=46), Watching())
     # The first candidate is trained while the old front still holds, the others when it does no longer.
     assert seen[0] == {1}
     assert all(confirmed == {0} for confirmed in seen[1:])
@@ -353,8 +373,8 @@ def test_results_may_come_in_any_order(scattering: SearchConfig) -> None:
     other.store.close()
 
 
+@pytest.mark.usefixtures("whole")
 def test_in_another_deployment_the_front_stays_as_searched(scattering: SearchConfig) -> None:
-    run(scattering, Noisy())
     recorded = opened(scattering)
     elsewhere = replace(recorded.deployment, threads=2)
     rows = []

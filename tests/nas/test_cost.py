@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from sqlalchemy import select, text
+from sqlalchemy import insert, select, text
 from sqlalchemy.orm import Session
 from typer.testing import CliRunner
 
@@ -25,7 +25,7 @@ from studies.optuna_storage import OptunaStorage
 from tests.statements import statements
 
 # SQLAlchemy and Optuna read what belongs to 500 rows with one statement.
-MORE = 1100
+MORE = 600
 
 
 class Counting(Silent):
@@ -59,8 +59,8 @@ def lengthen(url: str, study: str, count: int) -> None:
             text(f"INSERT INTO trials ({columns}) VALUES ({values})"),
             [{"study": example.study_id, "number": number + k} for k in range(count)],
         )
-        added = session.execute(text("SELECT trial_id, number FROM trials WHERE number >= :first"), {"first": number})
-        rows = [{"id": trial_id, "number": number} for trial_id, number in added]
+        made = session.execute(text("SELECT trial_id, number FROM trials WHERE number >= :first"), {"first": number})
+        rows = [{"id": trial_id, "number": number} for trial_id, number in made]
         for objective, value in enumerate((0.01, 100.0)):
             columns = "trial_id, objective, value, value_type"
             session.execute(
@@ -68,14 +68,11 @@ def lengthen(url: str, study: str, count: int) -> None:
             )
         names = [column.name for column in Candidate.__table__.columns]
         latency_names = [column.name for column in CandidateLatency.__table__.columns if column.name != "latency_id"]
-        for row in rows:
-            fields = {name: getattr(example, name) for name in names} | {"trial_id": row["id"]}
-            candidate = Candidate(
-                **fields | {"number": row["number"], "arch_id": f"more{row['number']}", "accuracy": 0.01}
-            )
-            fields = {name: getattr(latency, name) for name in latency_names}
-            candidate.latencies = [CandidateLatency(**fields | {"trial_id": row["id"], "median_ms": 100.0})]
-            session.add(candidate)
+        same = {name: getattr(example, name) for name in names} | {"accuracy": 0.01}
+        added = [{"trial_id": row["id"], "number": row["number"], "arch_id": f"more{row['number']}"} for row in rows]
+        session.execute(insert(Candidate), [same | fields for fields in added])
+        same = {name: getattr(latency, name) for name in latency_names} | {"median_ms": 100.0}
+        session.execute(insert(CandidateLatency), [same | {"trial_id": row["id"]} for row in rows])
     store.close()
 
 
@@ -86,7 +83,7 @@ def config(any_url: str) -> SearchConfig:
 
 @pytest.mark.parametrize("limits", [Limits(), Limits(latency_ms=50.0)])
 def test_a_candidate_costs_as_many_statements_in_a_long_study(config: SearchConfig, limits: Limits) -> None:
-    config = replace(config, sampler="random", limits=limits, early_stopping=False)
+    config = replace(config, sampler="random", limits=limits, early_stopping=False, confirm=0)
     with statements() as sent:
         early = Counting(sent)
         run(config, FakeEvaluator(), early)
@@ -148,8 +145,9 @@ def test_a_long_study_opens_with_as_many_statements(
     for more in (0, MORE):
         if more:
             lengthen(config.storage, config.study, more)
-        # The first time, the dashboard writes notes and files that are not there.
-        command(config.storage, tmp_path / "files")
+        if command is opened_by_dashboard:
+            # The first time it writes notes and files that are not there.
+            command(config.storage, tmp_path / "files")
         with statements() as sent:
             command(config.storage, tmp_path / "files")
         counts.append(len(sent))

@@ -41,9 +41,11 @@ def invoke(*arguments: str) -> tuple[int, str]:
 def make_evaluator(monkeypatch: pytest.MonkeyPatch, deterministic: bool = False) -> Machine:
     """One that takes its device for a GPU, once it is made."""
     monkeypatch.setattr("nas.training.data.load", lambda config, note, largest: easy_data())
+    # Its workers, which train nothing here, would be started.
+    monkeypatch.setattr(Machine, "_get_ready", lambda self: None)
     config = SearchConfig(
         space=make_tiny_space(), data=DataConfig(resolution=16), proxy=replace(QUICK, deterministic=deterministic),
-        latency=LatencyConfig(device="cpu"),
+        latency=LatencyConfig(device="cpu", engine="eager"),
     )  # fmt: skip
     evaluator = Machine(config)
     evaluator.station.device = SimpleNamespace(type="cuda")  # type: ignore[assignment]

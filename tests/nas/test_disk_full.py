@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from nas.child_process import ChildProcess
 from nas.config import LatencyConfig, SearchConfig
 from nas.lab.invented import FakeEvaluator
 from nas.latency import engines
@@ -30,6 +29,7 @@ class Counting(Silent):
         self.told = event.complete
 
 
+@pytest.mark.usefixtures("databases_made_anew")
 @pytest.mark.parametrize("kib", [230, 370, 440, 510, 580, 720])
 def test_a_search_whose_disk_fills_keeps_what_was_finished_and_goes_on(sqlite_url: str, room: Room, kib: int) -> None:
     config = SearchConfig(
@@ -56,22 +56,10 @@ def test_notes_that_find_no_room_are_no_bug(sqlite_url: str, room: Room) -> None
     store.close()
 
 
-def find_no_room() -> None:
-    raise OSError(errno.ENOSPC, "No space left on device", "/tmp/cache")
-
-
-def test_a_child_tells_of_a_full_disk(capfd: pytest.CaptureFixture[str]) -> None:
-    with ChildProcess() as child:
-        with pytest.raises(OSError, match="No space left on device: '/tmp/cache'"):
-            child.call(find_no_room)
-        assert child.process is not None
-    assert capfd.readouterr().err == ""
-
-
 def test_a_network_that_finds_no_room_to_be_compiled_has_not_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     def compile_(model: nn.Module, example: Tensor, config: LatencyConfig) -> nn.Module:
         try:
-            find_no_room()
+            raise OSError(errno.ENOSPC, "No space left on device", "/tmp/cache")
         except OSError:
             raise RuntimeError("the backend raised") from None
         return model

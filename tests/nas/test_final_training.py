@@ -104,14 +104,18 @@ def test_nothing_is_trained_twice(folder: Path, monkeypatch: pytest.MonkeyPatch)
     assert "is trained already" in notes[0]
 
 
-@pytest.mark.parametrize(("at", "workers"), [(0, 0), (1, 2), (3, 0)])
+@pytest.mark.parametrize(("workers", "moments"), [(0, (0, 3)), (2, (1,))])
 def test_an_interrupted_training_goes_on_as_if_nothing_had_happened(
-    folder: Path, tmp_path: Path, at: int, workers: int
+    folder: Path, tmp_path: Path, workers: int, moments: tuple[int, ...]
 ) -> None:
     config = replace(QUICK, workers=workers)
-    other = tmp_path / "other"
-    shutil.copytree(folder, other)
+    others = [shutil.copytree(folder, tmp_path / f"interrupted_at_{at}") for at in moments]
     whole = train(folder, config, silent)
+    for at, other in zip(moments, others, strict=True):
+        interrupt_and_go_on(config, at, other, folder, whole)
+
+
+def interrupt_and_go_on(config: FinalConfig, at: int, other: Path, folder: Path, whole: Any) -> None:
 
     def interrupt(epoch: Epoch, epochs: int) -> None:
         if epoch.number == at + 1:

@@ -232,12 +232,12 @@ def test_a_gpu_gets_batches_and_steps_that_keep_it_busy() -> None:
 
 
 def test_a_study_keeps_what_its_pilot_chose(sqlite_url: str) -> None:
-    config = config_of(25, storage=sqlite_url, confirm=0)
+    config = config_of(20, storage=sqlite_url, confirm=0)
     assert isinstance(Trainer(), Adjustable)
     assert not isinstance(FakeEvaluator(), Adjustable)
     search.run(config, Trainer())
     again = Trainer()
-    assert search.run(replace(config, budget=30), again).complete == 30
+    assert search.run(replace(config, budget=23), again).complete == 23
     # The schedule is the study's.
     assert again.done == []
     assert again.adopted == ProxyConfig(steps=400)
@@ -253,5 +253,5 @@ def test_a_study_keeps_what_its_pilot_chose(sqlite_url: str) -> None:
 
 def test_a_small_budget_has_no_pilot(sqlite_url: str) -> None:
     trainer = Trainer()
-    search.run(config_of(19, storage=sqlite_url), trainer)
+    search.run(config_of(19, storage=sqlite_url, confirm=0), trainer)
     assert trainer.done == []

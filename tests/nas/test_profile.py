@@ -19,6 +19,7 @@ from nas.latency.roofline import computational_efficiency
 from nas.locks import device_lock
 from nas.reporting import Note
 from studies import Profile, Store
+from tests.conftest import MEASURE_PROFILE
 
 CPU = torch.device("cpu")
 
@@ -36,13 +37,12 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
     """What was measured, which is short: dtype and threads."""
     found: list[tuple[str, int]] = []
     monkeypatch.setattr(device_profile, "SECONDS", 0.02)
-    real = device_profile.measure_profile
 
     def spy(config: LatencyConfig) -> DeviceProfile:
         found.append((config.dtype, config.threads))
         with pytest.raises(RuntimeError, match="is measuring on it"):
             device_lock(CPU).training().__enter__()
-        return real(config)
+        return MEASURE_PROFILE(config)
 
     monkeypatch.setattr(device_profile, "measure_profile", spy)
     return found
@@ -55,7 +55,9 @@ def figures(found: Profile) -> tuple[float, float, float, float | None]:
 QUICK = LatencyConfig(device="cpu")
 
 
-def test_a_device_is_measured_once_and_stored(store: Store, measured: list[tuple[str, int]]) -> None:
+def test_a_device_is_measured_once_and_stored(
+    store: Store, measured: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     before = torch.get_num_threads()
     first = find_or_measure_profile(store, QUICK)
     assert measured == [("float32", 1)]
@@ -75,6 +77,13 @@ def test_a_device_is_measured_once_and_stored(store: Store, measured: list[tuple
     assert figures(second) == figures(first)
     assert len(measured) == 1
     # Asked to, it is measured again, in the place of the older one, and so are the yardsticks.
+    invented = DeviceProfile(1e10, 1e11, 1e-6, None, 2.0, 4.0)
+
+    def invent(config: LatencyConfig) -> DeviceProfile:
+        measured.append((config.dtype, config.threads))
+        return invented
+
+    monkeypatch.setattr(device_profile, "measure_profile", invent)
     third = find_or_measure_profile(store, QUICK, again=True)
     assert len(measured) == 2
     assert device_profile.references_ms(third) != device_profile.references_ms(first)
@@ -137,6 +146,7 @@ def test_memory_that_runs_out_gets_one_line(store: Store, monkeypatch: pytest.Mo
     def too_large(*_: object) -> None:
         raise MemoryError
 
+    monkeypatch.setattr(device_profile, "measure_profile", MEASURE_PROFILE)
     monkeypatch.setattr(device_profile, "ceiling_runs", too_large)
     monkeypatch.setattr(device_profile, "SECONDS", 0.02)
     with pytest.raises(UsageError, match=r"--device cpu: its limits cannot be measured \(out of memory\)"):
@@ -146,7 +156,7 @@ def test_memory_that_runs_out_gets_one_line(store: Store, monkeypatch: pytest.Mo
 
 def efficiency_of_a_large_convolution(config: LatencyConfig) -> float:
     """Of the measured matrix rate, a wide 1x1 convolution: as `analyze` measures it."""
-    profile = device_profile.measure_profile(config)
+    profile = MEASURE_PROFILE(config)
     # On a GPU wide enough that the operations bind, not the memory.
     channels, pixels = (256, 28) if config.device == "cpu" else (1024, 14)
     convolution = nn.Conv2d(channels, channels, 1, bias=False).to(

@@ -54,7 +54,7 @@ class Pool:
 
 def test_a_fifth_of_the_trainings_takes_most_of_the_optimism_away() -> None:
     found = []
-    for seed in range(20):
+    for seed in range(12):
         pool = Pool(200, seed)
         assert pool.run(40) == 40
         found.append(pool.optimism())
@@ -65,7 +65,7 @@ def test_a_fifth_of_the_trainings_takes_most_of_the_optimism_away() -> None:
 
 def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     held = []
-    for seed in range(20):
+    for seed in range(12):
         pool = Pool(100, seed)
         pool.run(40)
         for index in pool.race.eligible():

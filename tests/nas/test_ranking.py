@@ -10,6 +10,11 @@ import pytest
 from nas.validation.ranking import bands, gain, rankings
 
 
+@pytest.fixture(autouse=True)
+def _few_resamples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nas.validation.ranking.RESAMPLES", 100)
+
+
 def test_kendall_and_spearman_by_hand() -> None:
     """Of the ten pairs of 1 2 3 4 5 and 1 2 3 5 4 nine agree and one does not: tau .8; rho is 1 - 6 * 2 / 120 = .9."""
     (found,) = [each for each in rankings({"proxy": [1, 2, 3, 4, 5]}, [1, 2, 3, 5, 4], [1.0] * 5) if each.band == "all"]

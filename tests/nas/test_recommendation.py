@@ -17,9 +17,11 @@ from nas.recommendation import Member, advice, choose, directory_name, doubt_lin
 from nas.recorded import RecordedStudy
 from nas.report.page import write_report
 from nas.search import loop as search
+from nas.search.loop import SearchResult
 from nas.training.proxy import ProxyResult
 from search_spaces import ArchSpec
 from studies import Store
+from tests.conftest import copy_database, quicken
 from tests.nas.test_confirmation import Noisy, WithTestImages
 
 # Up to 0.4 ms a doubling brings ten points, beyond it one.
@@ -29,11 +31,30 @@ FRONT = [
 ]  # fmt: skip
 
 
+def config_at(url: str) -> SearchConfig:
+    return SearchConfig(budget=30, storage=url, sampler="random", latency=LatencyConfig(device="cpu", engine="eager"))
+
+
 @pytest.fixture
 def config(sqlite_url: str) -> SearchConfig:
-    return SearchConfig(
-        budget=30, storage=sqlite_url, sampler="random", latency=LatencyConfig(device="cpu", engine="eager")
-    )
+    return config_at(sqlite_url)
+
+
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, SearchResult]:
+    """A whole search, made once: its storage and its result."""
+    folder = tmp_path_factory.mktemp("recommended")
+    config = config_at(f"sqlite:///{folder / 'study.db'}")
+    with pytest.MonkeyPatch.context() as patch:
+        quicken(patch, folder)
+        return config.storage, search.run(config, Noisy())
+
+
+@pytest.fixture
+def confirmed(once: tuple[str, SearchResult], config: SearchConfig) -> SearchResult:
+    """The result of `search.run(config, Noisy())`, whose database is there."""
+    copy_database(once[0], config.storage)
+    return once[1]
 
 
 def opened(config: SearchConfig) -> RecordedStudy:
@@ -89,13 +110,12 @@ def test_a_front_without_a_knee_has_a_most_accurate_one() -> None:
     assert choose(equal, None).chosen.number == 2
 
 
-def test_a_search_ends_with_what_to_take(config: SearchConfig) -> None:
-    result = search.run(config, Noisy())
+def test_a_search_ends_with_what_to_take(config: SearchConfig, confirmed: SearchResult) -> None:
     recorded = opened(config)
     found = recommend(recorded)
-    assert list(result.advice[: len(found.lines())]) == found.lines()
+    assert list(confirmed.advice[: len(found.lines())]) == found.lines()
     folder = directory_name(found.chosen.latency_ms, found.chosen.number)
-    assert result.advice[-1] == f"time it: python run_search.py bench exports/{folder}"
+    assert confirmed.advice[-1] == f"time it: python run_search.py bench exports/{folder}"
     assert found.chosen.half is not None
     fastest = float(recorded.front()["latency_ms"].min())
     assert recommend(recorded, fastest).chosen.latency_ms == fastest
@@ -137,8 +157,8 @@ def test_of_a_front_within_its_noise_it_says_so_and_what_would_help(config: Sear
     assert "--share " in line
 
 
+@pytest.mark.usefixtures("confirmed")
 def test_the_command_says_it_in_words_and_in_json(config: SearchConfig) -> None:
-    search.run(config, Noisy())
     line = ["recommend", "--storage", config.storage]
     said = CliRunner().invoke(app, line)
     assert said.exit_code == 0, said.output
@@ -156,23 +176,22 @@ def test_the_command_says_it_in_words_and_in_json(config: SearchConfig) -> None:
     assert "the fastest network takes" in refused.output
 
 
+@pytest.mark.usefixtures("confirmed")
 def test_the_report_says_which_one_to_take(config: SearchConfig, tmp_path: Path) -> None:
-    search.run(config, Noisy())
     recorded = opened(config)
     found = recommend(recorded)
     page = (write_report(recorded, config.storage, tmp_path)[0]).read_text()
     assert "Which one to take" in page
     assert f"Recommended: trial {found.chosen.number}, " in page
     assert f"bench exports/{directory_name(found.chosen.latency_ms, found.chosen.number)}" in page
+    # Of accuracies on test images it has none to show.
+    assert "test images</th>" not in page
 
 
 def test_the_report_shows_accuracies_on_test_images_where_there_are_any(config: SearchConfig, tmp_path: Path) -> None:
-    for evaluator, shown in ((Noisy(), False), (WithTestImages(), True)):
-        own = replace(config, study=str(shown))
-        search.run(own, evaluator)
-        recorded = opened(own)
-        page = write_report(recorded, own.storage, tmp_path / own.study)[0].read_text()
-        assert ("test images</th>" in page) == shown
-        if shown:
-            first = recorded.front().iloc[0]
-            assert f'<td class="number">{100 * first["test_accuracy"]:.1f} %</td>' in page
+    search.run(replace(config, budget=15), WithTestImages())
+    recorded = opened(config)
+    page = write_report(recorded, config.storage, tmp_path)[0].read_text()
+    assert "test images</th>" in page
+    first = recorded.front().iloc[0]
+    assert f'<td class="number">{100 * first["test_accuracy"]:.1f} %</td>' in page

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -57,6 +58,10 @@ def test_a_study_of_several_resolutions(config: SearchConfig) -> None:
         row = rows.loc[number]
         assert (row["resolution"], row["network_resolution"]) == (24, arch.resolution)
         assert row["macs"] == cost(arch, arch.resolution or 0, 2).macs
+    for view in ("convfirst_evaluations", "pareto_front"):
+        frame: pd.DataFrame = read_view(store.engine, f"{SELECT} {view} WHERE study_name = :name", config.study)
+        shown = [ArchSpec.from_json(text).resolution for text in frame["arch"]]
+        assert list(frame["network_resolution"]) == shown
     front = recorded.front()
     assert set(front["number"]) == set(result.pareto_front["number"])
     assert list(front["accuracy"]) == sorted(front["accuracy"])
@@ -118,7 +123,7 @@ def test_the_same_images_are_loaded_at_every_resolution(images: Path, monkeypatc
 def test_a_subset_of_the_images_is_the_same_later(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """As many are taken as fit at the largest resolution, also by trainings that need another one."""
     monkeypatch.setattr(image_data, "MAX_BYTES", 10 * 3 * 32 * 32)
-    run(config)
+    run(replace(config, budget=3))
     store = Store.open(config.storage, create=False)
     assert store is not None
     recorded = RecordedStudy.open(store, config.study)
@@ -156,7 +161,7 @@ def test_networks_of_several_sizes_are_timed_in_turns() -> None:
 
 
 def test_images_that_have_changed_are_refused_at_any_resolution(config: SearchConfig, images: Path) -> None:
-    run(config)
+    run(replace(config, budget=1))
     from PIL import Image
 
     for path in images.rglob("*.png"):
@@ -166,15 +171,4 @@ def test_images_that_have_changed_are_refused_at_any_resolution(config: SearchCo
     recorded = RecordedStudy.open(store, config.study)
     with pytest.raises(UsageError, match="holds other images"):
         retrain(recorded, RetrainConfig(steps=2, workers=1))
-    store.close()
-
-
-def test_the_views_give_each_networks_resolution(config: SearchConfig) -> None:
-    run(config)
-    store = Store.open(config.storage, create=False)
-    assert store is not None
-    for view in ("convfirst_evaluations", "pareto_front"):
-        frame: pd.DataFrame = read_view(store.engine, f"{SELECT} {view} WHERE study_name = :name", config.study)
-        shown = [ArchSpec.from_json(text).resolution for text in frame["arch"]]
-        assert list(frame["network_resolution"]) == shown
     store.close()

@@ -39,12 +39,13 @@ def advance(into: Proposer, trials: int) -> list[str]:
 
 @pytest.mark.parametrize("sampler", Sampler)
 def test_the_same_seed_and_values_give_the_same_proposals_also_after_a_restart(sampler: str) -> None:
-    whole = proposer(sampler)
-    expected = advance(whole, 45)
+    # TPE and NSGA-II draw more at random before they look at what was found.
+    count, restart = (24, 16) if sampler == Sampler.MODEL else (45, 30)
+    expected = advance(proposer(sampler), count)
     first = proposer(sampler)
-    assert advance(first, 30) == expected[:30]
+    assert advance(first, restart) == expected[:restart]
     resumed = proposer(sampler, history=first.study.get_trials())
-    assert advance(resumed, 15) == expected[30:]
+    assert advance(resumed, count - restart) == expected[restart:]
 
 
 @pytest.mark.parametrize("sampler", Sampler)

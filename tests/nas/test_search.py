@@ -35,6 +35,7 @@ from search_spaces import ArchSpec, SearchSpace
 from studies import Candidate, CandidateState, LatencyStage, Owner, StorageError, Store, Study
 from studies.optuna_storage import OptunaStorage
 from studies.sql import transaction
+from tests.conftest import copy_database, quicken
 
 
 class Counting(FakeEvaluator):
@@ -99,6 +100,23 @@ def config(sqlite_url: str) -> SearchConfig:
     return SearchConfig(budget=12, storage=sqlite_url, confirm=0)
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The storage of a finished search, made once."""
+    folder = tmp_path_factory.mktemp("finished")
+    config = SearchConfig(budget=12, storage=f"sqlite:///{folder / 'study.db'}", confirm=0)
+    with pytest.MonkeyPatch.context() as patch:
+        quicken(patch, folder)
+        search.run(config, FakeEvaluator())
+    return config.storage
+
+
+@pytest.fixture
+def finished(once: str, config: SearchConfig) -> None:
+    """As after `search.run(config, FakeEvaluator())`."""
+    copy_database(once, config.storage)
+
+
 @pytest.mark.parametrize("sampler", Sampler)
 def test_a_search_ends_with_exactly_its_budget(config: SearchConfig, sampler: str) -> None:
     config = replace(config, sampler=sampler)
@@ -122,7 +140,7 @@ def test_a_search_ends_with_exactly_its_budget(config: SearchConfig, sampler: st
 
 
 def test_the_front_of_the_result_is_that_of_all_candidates(config: SearchConfig) -> None:
-    result = search.run(replace(config, budget=40), FakeEvaluator())
+    result = search.run(replace(config, budget=24), FakeEvaluator())
     rows = [row for row in candidates(config) if row.state == CandidateState.COMPLETE]
     members = front([row.accuracy for row in rows], [row.latencies[0].median_ms for row in rows])
     assert list(result.pareto_front["number"]) == [rows[i].number for i in members]
@@ -142,9 +160,9 @@ def test_a_second_run_goes_on_and_a_larger_budget_extends(config: SearchConfig) 
 def test_a_resumed_search_proposes_what_an_unbroken_one_would(config: SearchConfig, tmp_path: object) -> None:
     """Although each of its runs ended with measuring the front again: samplers know what the search measured."""
     whole = Counting()
-    search.run(replace(config, budget=30, storage=f"sqlite:///{tmp_path}/whole.db"), whole)
+    search.run(replace(config, budget=21, storage=f"sqlite:///{tmp_path}/whole.db"), whole)
     broken = Counting(slower=3.0)
-    for budget in (7, 19, 30):
+    for budget in (7, 14, 21):
         search.run(replace(config, budget=budget), broken)
     assert broken.measured == whole.measured
     assert broken.together
@@ -267,14 +285,14 @@ def test_whoever_breaks_the_limit_at_the_end_leaves_the_front(on_cpu: SearchConf
     assert (over["latency_ms"] > limit_ms).all()
 
 
+@pytest.mark.usefixtures("finished")
 def test_how_precisely_one_measures_may_change_between_runs(config: SearchConfig) -> None:
-    search.run(config, FakeEvaluator())
     finer = replace(config, budget=13, latency=replace(config.latency, precision=0.01, seconds=9.0))
     assert search.run(finer, FakeEvaluator()).complete == 13
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_study_from_before_precision_was_a_setting_can_be_gone_on_with(config: SearchConfig) -> None:
-    search.run(config, FakeEvaluator())
     path = config.storage.removeprefix("sqlite:///")
     with sqlite3.connect(path) as connection:
         (text,) = connection.execute("select config from convfirst_studies").fetchone()
@@ -487,10 +505,11 @@ def test_candidates_over_a_limit_cost_no_training_and_are_never_complete(
     assert all(trial.state == TrialState.COMPLETE for trial in study.best_trials)
 
 
-def test_limits_that_nothing_meets_end_the_search(config: SearchConfig) -> None:
+def test_limits_that_nothing_meets_end_the_search(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("nas.search.rounds.MAX_BARREN", 30)
     result = search.run(replace(config, limits=Limits(latency_ms=1e-6)), FakeEvaluator())
     assert result.complete == 0
-    assert result.why == "the last 200 candidates all failed or broke a limit"
+    assert result.why == "the last 30 candidates all failed or broke a limit"
 
 
 def test_a_time_limit_ends_a_search_early_and_cleanly(config: SearchConfig) -> None:
@@ -500,6 +519,7 @@ def test_a_time_limit_ends_a_search_early_and_cleanly(config: SearchConfig) -> N
     assert search.run(config, FakeEvaluator()).complete == 12
 
 
+@pytest.mark.usefixtures("finished")
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -513,22 +533,21 @@ def test_a_time_limit_ends_a_search_early_and_cleanly(config: SearchConfig) -> N
 def test_going_on_under_another_configuration_is_refused_with_what_differs(
     config: SearchConfig, changes: dict[str, object], told: str
 ) -> None:
-    search.run(config, FakeEvaluator())
     with pytest.raises(UsageError, match=told) as caught:
         search.run(replace(config, **changes), FakeEvaluator())
     assert "--study convfirst" in str(caught.value)
 
 
+@pytest.mark.usefixtures("finished")
 def test_another_space_is_told_by_the_choices_that_differ(config: SearchConfig) -> None:
-    search.run(config, FakeEvaluator())
     stages = config.space.stages
     other = replace(config.space, stages=(*stages[:2], replace(stages[2], blocks=(1, 2))))
     with pytest.raises(UsageError, match=r"space.stages.3.blocks: study has \[1, 2, 3\], now \[1, 2\]"):
         search.run(replace(config, space=other), FakeEvaluator())
 
 
+@pytest.mark.usefixtures("finished")
 def test_going_on_elsewhere_or_with_other_data_is_refused(config: SearchConfig) -> None:
-    search.run(config, FakeEvaluator())
 
     class Elsewhere(FakeEvaluator):
         device = replace(FakeEvaluator.device, name="another GPU")
@@ -542,8 +561,8 @@ def test_going_on_elsewhere_or_with_other_data_is_refused(config: SearchConfig) 
         search.run(config, OtherData())
 
 
+@pytest.mark.usefixtures("finished")
 def test_a_study_remembers_its_whole_configuration(config: SearchConfig) -> None:
-    search.run(config, FakeEvaluator())
     study = opened(config).find_study(config.study)
     assert study is not None
     assert json.loads(study.config) == json.loads(json.dumps(config.identity()))
@@ -669,8 +688,8 @@ def test_a_study_deleted_while_it_is_searched_ends_the_search_with_a_line(config
         search.run(config, Deleted())
 
 
+@pytest.mark.usefixtures("finished")
 def test_several_studies_share_a_database(config: SearchConfig) -> None:
-    search.run(config, FakeEvaluator())
     search.run(replace(config, study="other", seed=3, budget=4), FakeEvaluator())
     store = opened(config)
     assert [(s.name, s.complete) for s in store.summaries()] == [("convfirst", 12), ("other", 4)]

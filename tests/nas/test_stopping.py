@@ -64,7 +64,7 @@ def learning(arch: ArchSpec, truth: float) -> ProxyResult:
 
 @pytest.fixture
 def config(sqlite_url: str) -> SearchConfig:
-    return SearchConfig(budget=60, storage=sqlite_url, latency=LatencyConfig(device="cpu", engine="eager"))
+    return SearchConfig(budget=50, storage=sqlite_url, latency=LatencyConfig(device="cpu", engine="eager"))
 
 
 def candidates(config: SearchConfig) -> list[Candidate]:
@@ -193,7 +193,7 @@ def test_a_search_gives_up_what_will_hardly_reach_the_front(config: SearchConfig
     result = search.run(config, evaluator)
     rows = candidates(config)
     states = Counter(CandidateState(row.state) for row in rows)
-    assert result.complete == 60 == states[CandidateState.COMPLETE] + states[CandidateState.STOPPED]
+    assert result.complete == 50 == states[CandidateState.COMPLETE] + states[CandidateState.STOPPED]
     assert result.stopped == states[CandidateState.STOPPED] > 5
     stopped = [row for row in rows if row.state == CandidateState.STOPPED]
     assert not any(is_control(ArchSpec.from_json(row.arch)) for row in stopped)
@@ -238,16 +238,16 @@ def test_a_search_gives_up_what_will_hardly_reach_the_front(config: SearchConfig
         states[CandidateState.COMPLETE] + sum((row.given_up_at or 0) / 200 for row in stopped)
     )
     assert any(
-        line.startswith(f"stopped early: {result.stopped} of 60 trainings, which saved ") for line in result.remarks
+        line.startswith(f"stopped early: {result.stopped} of 50 trainings, which saved ") for line in result.remarks
     )
     store.close()
 
 
 def test_an_interrupted_search_goes_on_as_if_it_had_not_been(config: SearchConfig) -> None:
-    whole = replace(config, study="whole", budget=50, confirm=0)
+    whole = replace(config, study="whole", budget=38, confirm=0)
     search.run(whole, Learning())
     with pytest.raises(KeyboardInterrupt):
-        search.run(replace(whole, study="parts"), Learning(interrupted_at=37))
+        search.run(replace(whole, study="parts"), Learning(interrupted_at=30))
     search.run(replace(whole, study="parts"), Learning())
 
     def kept(config: SearchConfig) -> list[tuple[object, ...]]:
@@ -257,12 +257,12 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been(config: SearchConfi
         ]
 
     assert any(state == "stopped" for _, state, *_ in kept(whole))
-    assert kept(whole)[:37] == kept(replace(whole, study="parts"))[:37]
+    assert kept(whole)[:30] == kept(replace(whole, study="parts"))[:30]
     assert Counter(state for _, state, *_ in kept(replace(whole, study="parts")))["stopped"] > 0
 
 
 def test_some_are_trained_to_the_end_to_check_the_rule(config: SearchConfig) -> None:
-    search.run(replace(config, budget=150, sampler="random", confirm=0), Learning())
+    search.run(replace(config, budget=110, sampler="random", confirm=0), Learning())
     rows = candidates(config)
     checked = [row for row in rows if row.state == CandidateState.COMPLETE and row.given_up_at is not None]
     assert checked
@@ -271,12 +271,12 @@ def test_some_are_trained_to_the_end_to_check_the_rule(config: SearchConfig) -> 
     assert line is not None
     assert f"of {len(checked)} that w" in line
     stopped = sum(row.state == CandidateState.STOPPED for row in rows)
-    assert line.startswith(f"stopped early: {stopped} of 150 trainings")
+    assert line.startswith(f"stopped early: {stopped} of 110 trainings")
 
 
 def test_a_search_without_early_stopping_trains_all(config: SearchConfig) -> None:
-    result = search.run(replace(config, early_stopping=False), Learning())
-    assert (result.complete, result.stopped) == (60, 0)
+    result = search.run(replace(config, budget=40, sampler="random", confirm=0, early_stopping=False), Learning())
+    assert (result.complete, result.stopped) == (40, 0)
     assert {row.state for row in candidates(config)} == {"complete", "failed"}
     assert stopping_line(candidates(config), 200) is None
 

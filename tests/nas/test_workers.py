@@ -1,4 +1,7 @@
-"""Calls in worker processes, some of which die."""
+"""Calls in worker processes, some of which die.
+
+The processes import this module, so it imports torch only where a call needs it.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,6 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-import torch
 
 from nas.errors import CandidateFailed, OutOfMemory, WorkerDied, contained
 from nas.training.workers import Call, Done, Workers
@@ -53,6 +55,8 @@ def broken(device: str) -> None:
 
 
 def faulty(kind: str, words: str, device: str) -> None:
+    import torch
+
     with contained():
         if kind == "accelerator":
             raise torch.AcceleratorError(words)
