@@ -21,8 +21,8 @@ from nas.training.proxy import ProxyResult
 from nas.training.workers import Call, Pool, trim_heap
 from search_spaces import ArchSpec
 
-# Steps of the anchor's training from which a whole one is extrapolated; on a GPU the first ones come before the capture of
-# the others.
+# Steps of the anchor's training from which a whole one is extrapolated; on a GPU the first ones come before the capture
+# of the others.
 PROBE_STEPS, CUDA_PROBE_STEPS = 20, 400
 # So many workers are started unasked if there is so much memory for each.
 FEW, PLENTY_BYTES = 2, 4 * 2**30
