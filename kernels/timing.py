@@ -255,7 +255,7 @@ def interval_share(values: np.ndarray) -> float:
 def sample_until(
     runs: Sequence[Callable[[], None]], clock: Clock, min_sample_seconds: float, precision: Precision,
     checked: Callable[[np.ndarray], Sequence[np.ndarray]], between: Callable[[], None] = lambda: None,
-    now: Callable[[], float] = time.perf_counter,
+    now: Callable[[], float] = time.perf_counter, warmup_seconds: float | None = None,
 ) -> Sampled:  # fmt: skip
     """Time the runs like `time_interleaved`, until the medians that matter are known to the required precision.
 
@@ -267,8 +267,9 @@ def sample_until(
             wanted.
         between: function that is called at every check, including the first and the last.
         now: the clock of the cap, in seconds.
+        warmup_seconds: least warm-up of each run (default: `WARMUP_SECONDS`).
     """
-    calls = [warm_up(run, clock, min_sample_seconds) for run in runs]
+    calls = [warm_up(run, clock, min_sample_seconds, warmup_seconds) for run in runs]
     rounds: list[list[float]] = []
     begin, check_at = now(), MIN_ROUNDS
     between()

@@ -8,11 +8,12 @@ latencies are invented, and a training takes as long as is said.
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated
 
@@ -145,6 +146,7 @@ def main(
     latency_batch: Annotated[int, typer.Option(min=1, help="Images per batch.")] = 1,
     latency_resolution: Annotated[int, typer.Option(min=8, help="Width and height of the images in pixels.")] = 32,
     training_s: Annotated[float, typer.Option(min=0, help="Duration of each training in seconds.")] = 0.5,
+    out: Annotated[Path | None, typer.Option("--json", help="File for the figures.")] = None,
 ) -> None:
     """Print what the kernels of a search take: their number, time and memory."""
     deployed = LatencyConfig(
@@ -168,6 +170,8 @@ def main(
                     else:
                         os.environ[name] = value
         _print(rows[-1:], sampler)
+        if out is not None:
+            out.write_text(json.dumps([asdict(row) for row in rows], indent=1))
     if len(rows) > 1:
         _print(rows, sampler)
 

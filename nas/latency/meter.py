@@ -32,6 +32,9 @@ INPUT_SETS = 4
 # The anchor's reference latency scales all others: by this factor its interval must be narrower than a candidate's, and
 # its time cap is longer.
 ANCHOR_FACTOR = 3
+# Least warm-up of a network in seconds, where it is not the usual one: a GPU is warm from the training before, and the
+# warm-up goes on in any case while a network gets faster.
+WARMUP_SECONDS = {"cuda": 0.05}
 # A throttled measurement is repeated at most so often, after a rest of so many seconds, then of twice as many.
 MAX_RETRIES = 2
 REST_SECONDS = 5.0
@@ -186,6 +189,7 @@ class LatencyMeter:
             sampled = sample_until(
                 runs, self.clock, min_sample_seconds or MIN_SAMPLE_SECONDS[self.device.type], precision, checked,
                 between=lambda states=states: self._look(states),  # type: ignore[misc]
+                warmup_seconds=WARMUP_SECONDS.get(self.device.type),
             )  # fmt: skip
             throttled_by = {reason for state in states if state is not None for reason in state.throttled_by}
             if not throttled_by:
