@@ -277,8 +277,9 @@ def test_a_search_ends_with_its_files(config: SearchConfig) -> None:
     assert len(list(artifact_folder(config.storage).iterdir())) == 3 * len(front)
 
 
-def test_studies_of_nothing_can_be_shown(config: SearchConfig) -> None:
+def test_studies_of_nothing_can_be_shown(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """None complete; one; and failures only."""
+    monkeypatch.setattr("nas.search.rounds.MAX_BARREN", 10)
     search.run(replace(config, time_limit_s=1e-6), FakeEvaluator())
     search.run(replace(config, study="one", budget=1), FakeEvaluator())
     search.run(replace(config, study="none", budget=1, limits=Limits(latency_ms=1e-6)), FakeEvaluator())
