@@ -28,8 +28,8 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 KILLS = 10
-BUDGET = 120
-FIRST_SECONDS = 12.0
+BUDGET = 90
+FIRST_SECONDS = 8.0
 
 
 @pytest.fixture

@@ -1038,8 +1038,9 @@ def test_what_cannot_be_confirmed_gets_one_line() -> None:
 
 
 @pytest.mark.usefixtures("fake", "profiled")
-def test_a_report_is_made_of_whatever_a_study_holds(tmp_path: Path) -> None:
+def test_a_report_is_made_of_whatever_a_study_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing, failures only, one, and some."""
+    monkeypatch.setattr("nas.search.rounds.MAX_BARREN", 10)
     assert call("--budget 1 --device cpu --study nothing --time-limit 0.000001").exit_code == 0
     assert call("--budget 1 --device cpu --study failures --space small --max-latency-ms 0.000001").exit_code == 0
     for study, budget in (("one", 1), ("some", 6)):

@@ -110,10 +110,10 @@ def test_error_is_at_most_twice_that_of_torch_layer_by_layer(
 def test_splits_leave_the_counters_at_zero_and_give_the_same_each_time(
     kernel_device: torch.device, poisoned: None
 ) -> None:
-    problem = BlockProblem(1, 7, 7, 64, 256, 64, 3, 8, 1, "relu", True, "float16", max_splits=8)
+    problem = BlockProblem(1, 7, 7, 64, 128, 64, 3, 8, 1, "relu", True, "float16", max_splits=8)
     x, layers = make_operands(problem, seed=3, device=kernel_device)
     weights = pack(layers, problem)
-    tiling = Tiling(16, 32, "mma", splits=8)
+    tiling = Tiling(16, 16, "mma", splits=8)
     scratch = new_scratch(problem, tiling, kernel_device)
     once, again, more = (launch(x, weights, problem, tiling, scratch) for _ in range(3))
     assert torch.equal(once, again)

@@ -41,6 +41,15 @@ def test_a_bug_prints_its_traceback(capfd: pytest.CaptureFixture[str]) -> None:
     assert "ValueError: invalid literal for int()" in capfd.readouterr().err
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT raises KeyboardInterrupt, also where the tests run in the background of a shell, which has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_the_answer_of_an_interrupted_call_is_never_the_next_ones() -> None:
     """A signal comes while the child is still working: Ctrl-C reaches the parent alone."""
     with ChildProcess() as child:

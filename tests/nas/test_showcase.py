@@ -214,7 +214,7 @@ def test_what_was_proposed_again_says_so(sqlite_url: str, tiny_space: SearchSpac
 
 
 def test_what_is_up_to_date_is_not_made_again(config: SearchConfig) -> None:
-    search.run(config, FakeEvaluator())
+    search.run(replace(config, budget=5), FakeEvaluator())
     store, folder = opened(config), artifact_folder(config.storage)
     size = len(store.front(config.study))
     assert showcase.show(RecordedStudy.open(store, config.study), folder) == 3 * size
@@ -227,15 +227,16 @@ def test_what_is_up_to_date_is_not_made_again(config: SearchConfig) -> None:
     assert showcase.show(RecordedStudy.open(store, config.study), folder) == 1
     assert sorted(folder.iterdir()) == files
     # Who leaves the front loses its files.
-    better = replace(config, budget=20)
-    search.run(better, FakeEvaluator())
+    before = set(store.front(config.study)["number"])
+    search.run(replace(config, budget=12), FakeEvaluator())
+    assert before - set(store.front(config.study)["number"]), "nobody has left, so nothing was tested"
     showcase.show(RecordedStudy.open(store, config.study), folder)
     assert len(list(folder.iterdir())) == 3 * len(store.front(config.study))
     store.close()
 
 
 def test_notes_of_old_studies_are_made_and_those_that_users_wrote_stay(config: SearchConfig) -> None:
-    search.run(config, FakeEvaluator())
+    search.run(replace(config, budget=3), FakeEvaluator())
     store = opened(config)
     study = store.find_study(config.study)
     assert study is not None
@@ -277,8 +278,9 @@ def test_a_search_ends_with_its_files(config: SearchConfig) -> None:
     assert len(list(artifact_folder(config.storage).iterdir())) == 3 * len(front)
 
 
-def test_studies_of_nothing_can_be_shown(config: SearchConfig) -> None:
+def test_studies_of_nothing_can_be_shown(config: SearchConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """None complete; one; and failures only."""
+    monkeypatch.setattr("nas.search.rounds.MAX_BARREN", 10)
     search.run(replace(config, time_limit_s=1e-6), FakeEvaluator())
     search.run(replace(config, study="one", budget=1), FakeEvaluator())
     search.run(replace(config, study="none", budget=1, limits=Limits(latency_ms=1e-6)), FakeEvaluator())
