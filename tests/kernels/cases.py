@@ -165,6 +165,7 @@ WIDE_CASES = [
     # Columns in pairs, of which the last of an odd row has one; two spans of columns; parts of 32 channels.
     BlockCase(replace(_square(40, 80, 8), batch=5, height=7, width=7), Tiling(128, 16, "pairs", rows=4)),
     BlockCase(replace(_square(16, 32, 2), width=17, kernel_size=7), Tiling(64, 16, "pairs", rows=2, tiles_each=2)),
+    BlockCase(replace(_square(24, 48, 8), height=5, width=9, activation="gelu"), Tiling(64, 16, "pairs", rows=2)),
     BlockCase(
         replace(_square(64, 64, 4), width=34, kernel_size=5, dtype="bfloat16"),
         Tiling(256, 32, "pairs", rows=4, part=32),
