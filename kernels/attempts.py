@@ -14,6 +14,7 @@ import fcntl
 import itertools
 import json
 import os
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -23,12 +24,20 @@ import torch
 
 from kernels.cache import cache_folder
 
+# Names the records of this process, if whoever started it wants to take them away afterwards (`forgive`).
+TOKEN = "CONVFIRST_ATTEMPTS"
+
 # Words of errors after which a CUDA context is of no more use; those of libraries have no class of their own.
 CUDA_FAULTS = (
     "CUDA error", "Triton Error [CUDA]", "CUBLAS_STATUS", "CUDNN_STATUS", "cuDNN error", "CUFFT", "device-side assert",
 )  # fmt: skip
 
+# Words of errors that say that memory ran out, which is nobody's fault.
+FULL = ("out of memory", "ALLOC_FAILED")
+
 _numbers = itertools.count()
+# Process ids come again: in a container, each time it starts.
+_own_token = uuid.uuid4().hex
 
 
 def is_cuda_fault(error: BaseException) -> bool:
@@ -36,6 +45,10 @@ def is_cuda_fault(error: BaseException) -> bool:
     return isinstance(error, torch.AcceleratorError) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in CUDA_FAULTS)
     )
+
+
+def _is_fault(error: BaseException) -> bool:
+    return is_cuda_fault(error) and not any(words in str(error) for words in FULL)
 
 
 def folder() -> Path:
@@ -55,55 +68,65 @@ class Attempts:
         self.key, self.tiling = key, tiling
 
     @contextlib.contextmanager
-    def of(self, tilings: Sequence[Any]) -> Iterator[None]:
+    def of(self, tilings: Sequence[Any], alone: bool = True) -> Iterator[None]:
         """Context of launches, of which a record remains if CUDA faults or this process dies.
 
         Where nothing can be written, there is no record.
+
+        Args:
+            alone: whether the one tiling is to blame; otherwise each of them has to be tried alone.
         """
         with contextlib.ExitStack() as stack:
             try:
-                record = stack.enter_context(self._record(tilings))
+                record = stack.enter_context(self._record(tilings, alone))
             except OSError:
                 record = None
             try:
                 yield
             except BaseException as error:
-                if record is not None and not is_cuda_fault(error):
+                if record is not None and not _is_fault(error):
                     record.unlink(missing_ok=True)
                 raise
             if record is not None:
                 record.unlink(missing_ok=True)
 
     @contextlib.contextmanager
-    def _record(self, tilings: Sequence[Any]) -> Iterator[Path]:
+    def _record(self, tilings: Sequence[Any], alone: bool) -> Iterator[Path]:
         folder().mkdir(parents=True, exist_ok=True)
-        path = folder() / f"{self.key}.{os.getpid()}.{next(_numbers)}.json"
+        path = folder() / f"{self.key}.{os.environ.get(TOKEN, _own_token)}.{next(_numbers)}.json"
         part = path.with_suffix(".part")
         with part.open("w") as file:
-            # Locked before it has its name: nobody finds it without its lock.
-            fcntl.flock(file, fcntl.LOCK_EX)
-            json.dump({"pid": os.getpid(), "tilings": [asdict(tiling) for tiling in tilings]}, file)
-            file.flush()
-            os.replace(part, path)
+            try:
+                # Locked before it has its name: nobody finds it without its lock.
+                fcntl.flock(file, fcntl.LOCK_EX)
+                json.dump({"alone": alone, "tilings": [asdict(tiling) for tiling in tilings]}, file)
+                file.flush()
+                os.replace(part, path)
+            finally:
+                part.unlink(missing_ok=True)
             yield path
 
-    def left(self) -> list[tuple[Any, ...]]:
-        """The tilings of each record that a dead process left; several where they ran together."""
-        found = []
+    def _left(self) -> Iterator[tuple[Path, bool, tuple[Any, ...]]]:
+        """Each record that a dead process left: its file, whether its tiling ran alone, and the tilings."""
         for path in sorted(folder().glob(f"{self.key}.*.json")):
-            fields = _read_if_left(path)
+            fields = _read_if_left(path) or {}
             # A record that cannot be read, or that another version wrote, says nothing.
             with contextlib.suppress(KeyError, TypeError):
-                found.append(tuple(self.tiling(**each) for each in (fields or {})["tilings"]))
-        return found
+                yield path, bool(fields["alone"]), tuple(self.tiling(**each) for each in fields["tilings"])
 
     def faulty(self) -> set[Any]:
         """The tilings that broke a process while nothing else ran."""
-        return {tilings[0] for tilings in self.left() if len(tilings) == 1}
+        return {tiling for _, alone, tilings in self._left() if alone for tiling in tilings}
 
     def suspect(self) -> bool:
-        """Whether several tilings ran together when a process died."""
-        return any(len(tilings) > 1 for tilings in self.left())
+        """Whether a process died while tilings ran of which any may be to blame."""
+        return not all(alone for _, alone, _ in self._left())
+
+    def clear_suspicion(self) -> None:
+        """Take away the records of tilings that ran together: each has been tried alone since."""
+        for path, alone, _ in list(self._left()):
+            if not alone:
+                path.unlink(missing_ok=True)
 
 
 def _read_if_left(path: Path) -> dict[str, Any] | None:
@@ -128,7 +151,11 @@ def count_left() -> int:
     return sum(_read_if_left(path) is not None for path in folder().glob("*.json"))
 
 
-def forgive(pid: int) -> None:
-    """Take away the records of a process that was ended on purpose, whatever it was launching."""
-    for path in folder().glob(f"*.{pid}.*.json"):
+def forgive(token: str) -> None:
+    """Take away the records of a process that was ended on purpose, whatever it was launching.
+
+    Args:
+        token: what the process had in its environment as `TOKEN`.
+    """
+    for path in folder().glob(f"*.{token}.*.json"):
         path.unlink(missing_ok=True)

@@ -116,6 +116,11 @@ def warming_up() -> Iterator[None]:
         launchable.__getitem__ = before
 
 
+def prepare_driver() -> None:
+    """Have Triton build and load what it calls the current GPU's driver with, which takes a compiler some seconds."""
+    triton.runtime.driver.active.utils  # noqa: B018
+
+
 class _Absent:
     """A driver for Triton that answers for a GPU which is not here; nothing can be launched with it."""
 

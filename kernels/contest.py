@@ -24,9 +24,9 @@ from kernels import timing
 from kernels.attempts import Attempts
 from kernels.compiling import Task, refuses
 
-# Calls of the one sample, and cycles for which the GPU is kept busy meanwhile: about 0.4 ms, in which Python queues
-# them. Where it takes longer, the sample is too long, for all alike.
-CALLS, BUSY_CYCLES = 4, 700_000
+# Calls of the one sample, and cycles for which the GPU is kept busy meanwhile: more than a millisecond, in which Python
+# queues them, a dozen launches of torch's layers or of a tiling in three launches included.
+CALLS, BUSY_CYCLES = 4, 2_000_000
 # What took so many times as long as the fastest in its one sample is dropped; torch's layers later, as their launches
 # take Python longer to queue.
 DROPPED, LAYERS_DROPPED = 1.5, 3.0
@@ -86,11 +86,14 @@ def is_wrong(output: Tensor, expected: Tensor) -> bool:
 def exact(dtype: torch.dtype) -> AbstractContextManager[None]:
     """Context in which cuDNN's float32 convolutions, which serve for checking, do not use TF32.
 
-    Nothing else changes: `enabled` is set because the default of `torch.backends.cudnn.flags` would turn cuDNN off.
+    Nothing else changes: what is not named, `torch.backends.cudnn.flags` would turn off.
     """
     if dtype != torch.float32:
         return contextlib.nullcontext()
-    return torch.backends.cudnn.flags(enabled=True, allow_tf32=False)
+    return torch.backends.cudnn.flags(
+        enabled=True, benchmark=torch.backends.cudnn.benchmark, deterministic=torch.backends.cudnn.deterministic,
+        allow_tf32=False,
+    )  # fmt: skip
 
 
 def hold(
@@ -144,8 +147,9 @@ def _seconds(runs: Mapping[Any, Callable[[], Tensor]], attempts: Attempts, pool:
         for name, run in runs.items():
             with attempts.of([name] if name != LAYER_BY_LAYER else []):
                 alone |= sampled({name: run}, pool)
+        attempts.clear_suspicion()
         return alone
-    with attempts.of(tilings):
+    with attempts.of(tilings, alone=False):
         return sampled(runs, pool)
 
 
@@ -196,11 +200,11 @@ def samples_in_turns(
             events[name][1].record()
 
     graph = pool.captured(in_turns)
-    *_, (_, last) = events.values()
 
     def replay() -> None:
         graph.replay()
-        last.synchronize()
+        # Not the last event: until the graph reaches it, it may stand for its record in the replay before.
+        torch.cuda.current_stream().synchronize()
 
     for _ in range(WARMUP_REPLAYS):
         replay()

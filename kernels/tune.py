@@ -249,7 +249,8 @@ def tune(tasks: Sequence[Task], alive: Callable[[], None] = lambda: None) -> lis
         _chosen[task.kernel.name, task.problem, task.x.device] = choice
         _write(task.kernel, task.problem, Target.of(task.x.device), choice)
         if choice.tiling is not None:
-            kept += kernels_of(functools.partial(_launch, task, choice.tiling))
+            with torch.cuda.device(task.x.device):
+                kept += kernels_of(functools.partial(_launch, task, choice.tiling))
     if new:
         # Those that lost are most of them.
         forget_all_but(kept)
@@ -275,7 +276,10 @@ def examine(tasks: Sequence[Task], alive: Callable[[], None] = lambda: None) -> 
     for task in tasks:
         device = task.x.device
         tiling = choose(task.kernel, task.problem, device).tiling
+        alive()
         if tiling is not None:
+            # What still has to be compiled is not the tiling's fault.
+            compile_together([(task, tiling)], alive)
             records = attempts(task.kernel, task.problem, Target.of(device))
             with torch.inference_mode(), torch.cuda.device(device), records.of([tiling]):
                 for _ in range(EXAMINED):

@@ -99,8 +99,11 @@ def reported(storage: str) -> Iterator[None]:
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
     """Ends a command by Ctrl-C with one line and exit code 130, if all that was finished is kept. SIGTERM, which
-    schedulers and containers send, does the same."""
+    schedulers and containers send, and SIGHUP, which a lost terminal sends, do the same."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
+    # A command under nohup goes on.
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.default_int_handler)
     try:
         yield
     except KeyboardInterrupt:

@@ -158,9 +158,11 @@ def _here(config: LatencyConfig) -> LatencyConfig:
 @cache
 def _station(config: LatencyConfig, anchor: ArchSpec) -> Station:
     """The station of this process on a device, which it keeps."""
+    import torch
+
     from nas.latency.station import Station
 
-    return Station(config, anchor)
+    return Station(config, anchor, stations=max(1, torch.cuda.device_count()))
 
 
 def measure(

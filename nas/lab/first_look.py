@@ -14,6 +14,7 @@ import typer
 from kernels import diagnosis, fuse
 from kernels.device_info import DeviceInfo
 from kernels.device_state import read_state
+from kernels.peers import cudnn_search
 from nas.config import LatencyConfig
 from nas.lab.options import Space
 from nas.latency.meter import LatencyMeter
@@ -36,7 +37,8 @@ def main(space: Space = "small") -> None:
     x = torch.randn(1, 3, size, size, device=device).contiguous(memory_format=torch.channels_last)
     begin = time.perf_counter()
     fused = fuse(network, torch.float16)
-    graph = fused.graph(1, size)
+    with cudnn_search(device):
+        graph = fused.graph(1, size)
     typer.echo(f"tuned and captured in {time.perf_counter() - begin:.1f} s")
     typer.echo(fused.report(1, size))
     with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, allow_tf32=False):

@@ -35,9 +35,10 @@ NICE = 10
 PATIENCE_SECONDS = 300.0
 
 
-def compiler_count() -> int:
-    """The number of processes that should compile on this machine: one core is left to the search."""
-    return max(1, min(cores() - 1, free_memory_bytes() // COMPILER_BYTES, MOST_COMPILERS))
+def compiler_count(stations: int = 1) -> int:
+    """The number of processes that should compile for each of some stations on this machine: one core is left to the
+    search."""
+    return max(1, min(cores() - 1, free_memory_bytes() // COMPILER_BYTES, MOST_COMPILERS) // stations)
 
 
 @dataclass
@@ -83,7 +84,8 @@ class Compilers:
         self.ahead: deque[tuple[_Order, tuple[Task, Any] | None]] = deque()
         # Launches that are compiled or being compiled, and the orders that wait for the latter.
         self.begun: dict[tuple[str, Any, Any], list[_Order] | None] = {}
-        self.children = [ChildProcess({"CUDA_VISIBLE_DEVICES": ""}) for _ in range(count)]
+        # A compiler that hangs costs its kernel, and not all that wait for it.
+        self.children = [ChildProcess({"CUDA_VISIBLE_DEVICES": ""}, PATIENCE_SECONDS / 2) for _ in range(count)]
         # A child ends with the thread that has started it.
         self.threads = [threading.Thread(target=self._work, args=(child,), daemon=True) for child in self.children]
         for thread in self.threads:
@@ -236,8 +238,14 @@ def _of_children() -> float:
     return times.children_user + times.children_system
 
 
+# Whether this process is a compiler that has been made modest.
+_modest = False
+
+
 def _be_modest() -> None:
     """Leave the cores to others, as far as they want them."""
-    if torch.get_num_threads() > 1:
+    global _modest
+    if not _modest:
+        _modest = True
         torch.set_num_threads(1)
         os.nice(NICE)

@@ -8,6 +8,8 @@ so often, and when it dies.
 
 from __future__ import annotations
 
+import importlib
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol, TypeVar
 
@@ -156,28 +158,31 @@ class Apart:
 
     def close(self) -> None:
         """End the child process; the next call starts another."""
-        process = self.child.process
         self.child.close()
         # It was ended on purpose, and not by what it was launching.
-        if self.survives and process is not None:
-            attempts.forgive(process.pid)
+        self._forgive()
+
+    def _forgive(self) -> None:
+        if token := self.child.environment.get(attempts.TOKEN):
+            attempts.forgive(token)
 
     def _ask(self, function: Callable[..., Result], *args: object) -> Result:
-        starts = self.child.process is None
-        self.child.start()
-        process = self.child.process
         try:
-            if starts and self.survives:
+            if self.survives and self.child.process is None:
+                self.child.environment[attempts.TOKEN] = uuid.uuid4().hex
                 self.child.deadline_s = STARTING_S
-                self.child.call(_contained, _awake)
+                self.child.call(_contained, _awake, self.config)
                 self.child.deadline_s = DEADLINE_S
             return self.child.call(_contained, function, *args)
-        except CandidateFailed:
+        except WorkerDied:
+            # What it left stays.
+            self.child.environment.pop(attempts.TOKEN, None)
+            raise
+        except Exception:
             raise
         except BaseException:
-            # Most often an interrupt, after which the child has been ended.
-            if self.survives and process is not None:
-                attempts.forgive(process.pid)
+            # An interrupt, after which the call has ended the child.
+            self._forgive()
             raise
 
 
@@ -186,8 +191,14 @@ def _contained(function: Callable[..., Result], *args: object) -> Result:
         return function(*args)
 
 
-def _awake() -> None:
-    """A function to call first; to find it, a child imports all that it needs."""
+def _awake(config: LatencyConfig) -> None:
+    """Do in a new child what takes long and is silent: imports, the use of the GPU, and what Triton builds for it."""
+    from kernels import compiling
+
+    importlib.import_module("kernels.network")
+    torch.zeros(1, device=config.device)
+    with torch.cuda.device(torch.device(config.device)):
+        compiling.prepare_driver()
 
 
 def _examine(archs: Sequence[ArchSpec], config: LatencyConfig) -> None:
@@ -243,7 +254,7 @@ class IsolatedMeter:
         return self.apart.child
 
     def measure_together(self, archs: Sequence[ArchSpec]) -> list[Measurement]:
-        measurements = self._call(archs, LocalMeter.measure_together, archs)
+        measurements = self._call([*archs, self.anchor], LocalMeter.measure_together, archs)
         self._count(len(archs))
         return measurements
 

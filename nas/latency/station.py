@@ -28,15 +28,17 @@ class Station:
         anchor: the anchor network, which shows how the device's speed drifts.
         waiting: function that takes a line on the process that must be waited for, see `nas.locks`.
         note: function that takes a line on each thing that makes latencies there less reliable.
+        stations: number of stations on this machine, which share its cores.
 
     Raises:
         UsageError: there is no such device, or the deployment does not run on it.
     """
 
     def __init__(
-        self, config: LatencyConfig, anchor: ArchSpec, waiting: Note | None = None, note: Note | None = None
-    ) -> None:
-        self.config, self.anchor, self.waiting = config, anchor, waiting
+        self, config: LatencyConfig, anchor: ArchSpec, waiting: Note | None = None, note: Note | None = None,
+        stations: int = 1,
+    ) -> None:  # fmt: skip
+        self.config, self.anchor, self.waiting, self.stations = config, anchor, waiting, stations
         self.device = indexed(check_device(config, note))
         self.lock = device_lock(self.device)
         self.meter: ArchMeter | None = None
@@ -52,6 +54,7 @@ class Station:
         Raises:
             CandidateFailed: the engine cannot run it.
         """
+        self._compile([self.anchor])
         with self.lock.measuring(self.waiting), memory_may_run_out():
             return anchor_latency(self.config, self.anchor, references_ms)
 
@@ -61,11 +64,6 @@ class Station:
         Raises:
             CandidateFailed: the engine cannot run the anchor.
         """
-        if runs_fused_kernels(self.config):
-            # As `nas.latency.engines.ready` tunes.
-            with cudnn_search(self.device):
-                target = Target.of(self.device)
-            self.compilers = Compilers(self.config, target, compiler_count())
         self._compile([self.anchor])
         with self.lock.measuring(self.waiting):
             self.meter = meter_for(self.config, self.anchor, anchor_ms)
@@ -77,6 +75,11 @@ class Station:
 
     def _compile(self, archs: Sequence[ArchSpec]) -> None:
         """Compile what architectures need to be measured, while others may still train here."""
+        if self.compilers is None and runs_fused_kernels(self.config):
+            # As `nas.latency.engines.ready` tunes.
+            with cudnn_search(self.device):
+                target = Target.of(self.device)
+            self.compilers = Compilers(self.config, target, compiler_count(self.stations))
         if self.compilers is not None:
             self.compilers.ready(archs)
 

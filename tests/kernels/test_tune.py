@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
@@ -57,6 +58,7 @@ def timer(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[FakeTimer
     monkeypatch.setattr(tune, "time_tilings", fake.fastest)
     monkeypatch.setattr(tune, "compile_together", fake.compile_together)
     monkeypatch.setattr(tune, "kernels_of", lambda launch: [])
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     tune._chosen.clear()
     yield fake
     tune._chosen.clear()

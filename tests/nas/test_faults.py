@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
+import re
 import shutil
 import sqlite3
 import subprocess
@@ -185,33 +185,66 @@ def test_a_search_that_is_killed_while_a_launch_hangs_goes_on_without_that_tilin
 # -- Records -----------------------------------------------------------------------------------------------------------
 
 
+ILLEGAL = "CUDA error: an illegal memory access was encountered"
+
+
+def fault(records: attempts.Attempts, tilings: list[Tiling], message: str = ILLEGAL, alone: bool = True) -> None:
+    with pytest.raises(RuntimeError, match=re.escape(message)), records.of(tilings, alone):
+        raise RuntimeError(message)
+
+
 def test_a_record_is_left_by_faults_and_dead_processes_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONVFIRST_CACHE", str(tmp_path))
     one, two = (Tiling(16, 16, "mma", num_stages=stages) for stages in (1, 2))
     of_problem = attempts.Attempts("key", Tiling)
     with of_problem.of([one]):
         # It is locked: another process that tunes the same problem does not take it for a fault.
-        assert of_problem.left() == []
+        assert of_problem.faulty() == set()
         assert len(list(attempts.folder().iterdir())) == 1
     with pytest.raises(KeyboardInterrupt), of_problem.of([one]):
         raise KeyboardInterrupt
-    with pytest.raises(ValueError, match="a bug"), of_problem.of([one]):
-        raise ValueError("a bug")
+    fault(of_problem, [one], "a bug")
+    # A neighbour may have filled the memory.
+    fault(of_problem, [one], "CUDA error: out of memory")
     assert list(attempts.folder().iterdir()) == []
-    with pytest.raises(RuntimeError, match="illegal"), of_problem.of([one, two]):
-        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
-    assert of_problem.suspect()
-    assert of_problem.faulty() == set()
-    with pytest.raises(RuntimeError, match="illegal"), of_problem.of([two]):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    fault(of_problem, [two], "Triton Error [CUDA]: an illegal memory access was encountered")
     assert of_problem.faulty() == {two}
-    assert attempts.Attempts("other", Tiling).left() == []
+    assert not of_problem.suspect()
+    assert attempts.Attempts("other", Tiling).faulty() == set()
     # What the cache holds beside them, and records of other versions, say nothing.
-    (attempts.folder() / "key.1.7.json").write_text('{"tilings": [{"nosuch": 1}]}')
+    (attempts.folder() / "key.1.7.json").write_text('{"alone": true, "tilings": [{"nosuch": 1}]}')
     (attempts.folder() / "key.1.8.json").write_text("{")
     assert of_problem.faulty() == {two}
-    attempts.forgive(os.getpid())
+
+
+def test_of_tilings_that_ran_together_none_is_to_blame_until_each_ran_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CONVFIRST_CACHE", str(tmp_path))
+    tilings = [Tiling(16, 16, "mma", num_stages=stages) for stages in (1, 2)]
+    of_problem = attempts.Attempts("key", Tiling)
+    fault(of_problem, tilings, alone=False)
+    # Also where only one is left to run with torch's layers.
+    fault(of_problem, tilings[:1], alone=False)
+    assert of_problem.suspect()
     assert of_problem.faulty() == set()
+    fault(of_problem, tilings[1:])
+    of_problem.clear_suspicion()
+    assert not of_problem.suspect()
+    assert of_problem.faulty() == {tilings[1]}
+
+
+def test_a_process_that_is_ended_on_purpose_is_forgiven(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONVFIRST_CACHE", str(tmp_path))
+    one, two = (Tiling(16, 16, "mma", num_stages=stages) for stages in (1, 2))
+    of_problem = attempts.Attempts("key", Tiling)
+    monkeypatch.setenv(attempts.TOKEN, "first")
+    fault(of_problem, [one])
+    monkeypatch.setenv(attempts.TOKEN, "second")
+    fault(of_problem, [two])
+    attempts.forgive("second")
+    assert of_problem.faulty() == {one}
+    assert attempts.count_left() == 1
 
 
 def test_where_nothing_can_be_written_there_is_no_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
