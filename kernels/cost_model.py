@@ -533,6 +533,9 @@ def shared_bytes(problem: BlockProblem, tiling: Tiling) -> int:
             held = conv_weights(problem, tiling) // tiling.tap_steps(problem.kernel_size)
             held *= 1 if tiling.conv == "diagonal" else tiling.conv_stages
             conv = (copies * pixels + held * each) * part * problem.itemsize
+            if tiling.conv == "pairs":
+                # The results of the parts before wait in shared memory.
+                conv += tiling.block_m * (problem.padded_in - part) * problem.itemsize
     result = tiling.block_m * problem.padded_in * problem.itemsize
     return weights + max(result, conv) if kept else max(weights + result, conv)
 

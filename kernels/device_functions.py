@@ -142,7 +142,9 @@ def tile_of_rows(
     tiles_down = (out_height + ROWS - 1) // ROWS
     first = tile % tiles_down * ROWS
     column = tile // tiles_down * COLUMNS + EACH * tl.arange(0, COLUMNS // EACH)
-    pitch = (out_width + EACH - 1) // EACH * EACH
+    pitch = out_width
+    if EACH > 1:
+        pitch = (out_width + EACH - 1) // EACH * EACH
     image, left = column // pitch, column % pitch * STRIDE - KERNEL // 2
     top = first * STRIDE - KERNEL // 2
     if WIDE:
@@ -155,9 +157,13 @@ def tile_of_rows(
     if WIDE:
         of_image = of_image.to(tl.int64)
     row = (of_image * out_height + down) * out_width + across
-    columns = pixels // (out_height * out_width) * pitch
-    there = (own < columns) & (across < out_width) & (down < out_height)
-    return row, there, pixel, top, left, column < columns
+    columns = pixels // out_height
+    there = down < out_height
+    # Without pairs there is no such column, and the check takes registers that some tilings lack.
+    if EACH > 1:
+        columns = columns // out_width * pitch
+        there = there & (across < out_width)
+    return row, there & (own < columns), pixel, top, left, column < columns
 
 
 @triton.jit
