@@ -121,10 +121,10 @@ def prepare_driver() -> None:
     triton.runtime.driver.active.utils  # noqa: B018
 
 
-class _Absent:
-    """A driver for Triton that answers for a GPU which is not here; nothing can be launched with it."""
+class AbsentGpu:
+    """A driver for Triton that answers for a GPU which is not here; by itself it launches nothing."""
 
-    launcher_cls = None
+    launcher_cls: type | None = None
 
     def __init__(self, capability: int, shared_bytes: int) -> None:
         self.capability = capability
@@ -153,7 +153,7 @@ def compile_for(capability: int, gpu: GpuSpec, task: Task, tiling: Any) -> None:
     """
     driver: Any = triton.runtime.driver
     before = driver._active
-    driver.set_active(_Absent(capability, gpu.shared_bytes))
+    driver.set_active(AbsentGpu(capability, gpu.shared_bytes))
     try:
         with warming_up():
             task.kernel.launch(task.x, task.weights, task.problem, tiling)

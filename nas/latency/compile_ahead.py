@@ -29,6 +29,8 @@ from search_spaces import ArchSpec
 
 # What a process takes that compiles, and the most of them: with more, a search would still wait for its longest kernel.
 COMPILER_BYTES, MOST_COMPILERS = 1 << 30, 16
+# Launches that one process compiles: each leaves some 0.7 MB behind, and starting another costs 5 seconds.
+LIFETIME = 400
 # Whoever trains or measures comes first.
 NICE = 10
 # Seconds after which a measurement no longer waits; what is missing is compiled by the process that measures.
@@ -146,6 +148,7 @@ class Compilers:
 
     def _work(self, child: ChildProcess) -> None:
         """Do what is to be done, in one of the processes."""
+        compiled = 0
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.closed or self.urgent or self.ahead)
@@ -167,6 +170,9 @@ class Compilers:
                 self._plan(order, child)
             else:
                 self._compile(order, job, child)
+                compiled += 1
+                if compiled % LIFETIME == 0:
+                    child.close()
 
     def _plan(self, order: _Order, child: ChildProcess) -> None:
         jobs: list[tuple[Task, Any]] = []

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from kernels import attempts
-from kernels.lab.stub import Faults, NoCompiler, shared_faults, stub_driver
+from kernels.lab.stub import Faults, shared_faults
 from kernels.problem import Tiling
 from nas.child_process import ChildProcess
 from nas.config import LatencyConfig
@@ -27,6 +27,7 @@ from nas.latency import isolation
 from nas.latency.isolation import Apart
 from search_spaces import ArchSpec
 from tests.conftest import make_tiny_space
+from tests.kernels.test_launch_path import missing
 
 pytestmark = pytest.mark.fault
 
@@ -82,14 +83,6 @@ def bench(compiled: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.setattr(isolation, "DEADLINE_S", 10.0)
     with shared_faults() as faults, on_stub():
         yield Bench(faults, compiled.parent / "cache" / "tilings")
-
-
-def missing() -> str | None:
-    try:
-        with stub_driver():
-            return None
-    except NoCompiler as why:
-        return str(why)
 
 
 def records() -> dict[str, list[list[dict[str, object]]]]:
@@ -152,6 +145,7 @@ from nas.config import SearchConfig
 from nas.lab.soak import SoakingEvaluator
 from nas.search.loop import Silent, run
 from tests.conftest import make_tiny_space
+from tests.kernels.test_launch_path import missing
 from tests.nas.test_faults import ON_STUB
 
 evaluator = SoakingEvaluator(ON_STUB, 1, 0.0)

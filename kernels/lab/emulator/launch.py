@@ -9,20 +9,19 @@ from contextvars import ContextVar
 from dataclasses import replace
 from math import sqrt
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
 from triton.runtime.cache import get_cache_manager
 
 from kernels import convfirst, packing
+from kernels.compiling import AbsentGpu
 from kernels.cost_model import GPU_SPECS
 from kernels.device_functions import EMULATED, INTERPRETED
-from kernels.lab.emulator.memory import WARP, GlobalMemory, Traffic
+from kernels.lab.emulator.memory import GlobalMemory, Traffic
 from kernels.lab.emulator.program import Program
 from kernels.lab.emulator.ptx import Code, parse
 from kernels.problem import BlockProblem, Tiling
@@ -60,27 +59,14 @@ class _Launcher:
             Program(self.code, arguments, memory, self.shared_bytes, place[::-1], traffic).run()
 
 
-class _Driver:
-    """A driver for Triton that answers for a GPU of a compute capability."""
+class _Driver(AbsentGpu):
+    """A driver for Triton that answers for a GPU of a compute capability, and launches in the emulator."""
 
     launcher_cls = _Launcher
 
     def __init__(self, capability: int) -> None:
-        self.capability = capability
-        self.utils = SimpleNamespace(
-            get_device_properties=lambda device: {"max_shared_mem": GPU_SPECS[capability].shared_bytes},
-            load_binary=lambda name, binary, shared, device: (object(), 0, 0, 0, 1024),
-        )
-
-    def get_current_device(self) -> int:
-        # Triton caches compiled kernels by device.
-        return self.capability
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, WARP)
+        super().__init__(capability, GPU_SPECS[capability].shared_bytes)
+        self.utils.load_binary = lambda name, binary, shared, device: (object(), 0, 0, 0, 1024)
 
 
 @contextmanager
