@@ -154,6 +154,7 @@ def _seconds(runs: Mapping[Any, Callable[[], Tensor]], attempts: Attempts, pool:
 
 
 def sampled(runs: Mapping[Any, Callable[[], Tensor]], pool: Pool) -> dict[Any, float]:
+    """Seconds of each run that is not far behind from a graph, and of the others from one sample."""
     first = one_sample(runs)
     fastest = min(first.values())
     last = {

@@ -43,7 +43,7 @@ def compiler_count(stations: int = 1) -> int:
     return max(1, min(cores() - 1, free_memory_bytes() // COMPILER_BYTES, MOST_COMPILERS) // stations)
 
 
-@dataclass
+@dataclass(eq=False)
 class _Order:
     """The kernels of an architecture.
 
@@ -157,12 +157,12 @@ class Compilers:
                     return
                 order, job = (self.urgent or self.ahead).popleft()
                 if job is not None:
-                    waiting = self.begun.get(_name(job), [])
                     if _name(job) in self.begun:
-                        # Done, or under way in another process.
+                        waiting = self.begun[_name(job)]
                         if waiting is None:
                             self._end(order)
                         else:
+                            # It is under way in another process.
                             waiting.append(order)
                         continue
                     self.begun[_name(job)] = []

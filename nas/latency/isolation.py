@@ -32,7 +32,7 @@ PARTS_WEIGHT = 4
 # Seconds without a sign of life after which a child that runs fused kernels is given up. It gives one after each kernel
 # that it compiles or times, and between the samples of a network, all of which take a few seconds.
 DEADLINE_S = 60.0
-# The same while it starts, which is mostly the import of torch.
+# The same while it starts, imports torch and takes the GPU.
 STARTING_S = 300.0
 # Child processes that may die in one measurement, each of which costs a tiling.
 MOST_DEATHS = 8
