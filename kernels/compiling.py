@@ -8,7 +8,6 @@ GPU: what they leave in Triton's cache is loaded in a millisecond by the process
 from __future__ import annotations
 
 import contextlib
-import functools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -105,13 +104,17 @@ class _Signalling(ThreadPoolExecutor):
 
 
 @contextlib.contextmanager
-def warming_up() -> Iterator[None]:
-    """Context in which launches compile and do not run."""
-    launchable = triton.runtime.jit.JITFunction
+def warming_up() -> Iterator[list[Any]]:
+    """Context in which launches compile and do not run; yields a list, which gets their kernels."""
+    launchable, found = triton.runtime.jit.JITFunction, list[Any]()
     before = launchable.__getitem__
-    launchable.__getitem__ = lambda kernel, grid: functools.partial(kernel.run, grid=grid, warmup=True)
+
+    def warmed(kernel: Any, grid: Any) -> Callable[..., None]:
+        return lambda *args, **options: found.append(kernel.run(*args, grid=grid, warmup=True, **options))
+
+    launchable.__getitem__ = warmed
     try:
-        yield
+        yield found
     finally:
         launchable.__getitem__ = before
 
@@ -164,21 +167,8 @@ def compile_for(capability: int, gpu: GpuSpec, task: Task, tiling: Any) -> None:
 
 def kernels_of(launch: Callable[[], object]) -> list[Any]:
     """The compiled kernels of a launch, which is not run."""
-    found: list[Any] = []
-    launchable = triton.runtime.jit.JITFunction
-    before = launchable.__getitem__
-
-    def noting(kernel: Any, grid: Any) -> Callable[..., Any]:
-        def run(*args: object, **options: object) -> None:
-            found.append(kernel.run(*args, grid=grid, warmup=True, **options))
-
-        return run
-
-    launchable.__getitem__ = noting
-    try:
+    with warming_up() as found:
         launch()
-    finally:
-        launchable.__getitem__ = before
     return found
 
 
