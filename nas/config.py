@@ -207,7 +207,7 @@ class ProxyConfig(Checked):
         1, "--threads", "CPU threads of each training; more trainings at once gain more", panel=DATA, bounds=THREADS
     )
     deterministic: bool = option(
-        False, "--deterministic", "Make trainings on CUDA repeatable; a new study reports what that costs", panel=DATA
+        False, "--deterministic", "Make trainings on CUDA repeatable; a new study says what that costs", panel=DATA
     )
 
     def __post_init__(self) -> None:

@@ -33,6 +33,7 @@ from nas.latency.values import Measurement
 from nas.reporting import console_table
 from nas.search.evaluation import round_of
 from nas.search.loop import Silent, run
+from nas.search.sampling import first_archs
 from nas.training.proxy import ProxyResult
 from search_spaces import ArchSpec, load_space
 
@@ -115,6 +116,7 @@ def soak(config: SearchConfig, deployed: LatencyConfig, compilers: int, training
     evaluator = SoakingEvaluator(deployed, compilers, training_s)
     watch = _Memory()
     begin = time.perf_counter()
+    evaluator.foresee([config.space.anchor(), *first_archs(config)])
     try:
         run(config, evaluator, watch)
     finally:

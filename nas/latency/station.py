@@ -70,18 +70,22 @@ class Station:
 
     def foresee(self, archs: Sequence[ArchSpec]) -> None:
         """Compile what architectures need that may be measured next, the likeliest first; this returns at once."""
-        if self.compilers is not None:
-            self.compilers.foresee(archs)
+        if compilers := self._started_compilers():
+            compilers.foresee(archs)
 
     def _compile(self, archs: Sequence[ArchSpec]) -> None:
         """Compile what architectures need to be measured, while others may still train here."""
+        if compilers := self._started_compilers():
+            compilers.ready(archs)
+
+    def _started_compilers(self) -> Compilers | None:
+        """The processes that compile, started if they were not; None where the deployment has no fused kernels."""
         if self.compilers is None and runs_fused_kernels(self.config):
             # As `nas.latency.engines.ready` tunes.
             with cudnn_search(self.device):
                 target = Target.of(self.device)
             self.compilers = Compilers(self.config, target, compiler_count(self.stations))
-        if self.compilers is not None:
-            self.compilers.ready(archs)
+        return self.compilers
 
     def measure_together(self, archs: Sequence[ArchSpec]) -> list[Measurement]:
         """Measure several networks, sampled in turns; see `LatencyMeter.measure_together`."""

@@ -317,8 +317,8 @@ class Cluster(RealEvaluator, Places):
         return self.results(archs, seeds, rules)
 
     def determinism(self) -> str | None:
-        # What trains is of another kind than what measures, or is no CUDA device.
-        if self.kind == "cpu" or self.config.latency.device == "cpu":
+        # What trains may be of another kind than what measures, or no CUDA device.
+        if self.kind == "cpu" or self.config.latency.device == "cpu" or not self.config.proxy.deterministic:
             return None
         return self.station.call(tasks.determinism, cost_of_determinism, self.config)
 

@@ -163,7 +163,7 @@ class FrontSampler(BaseSampler):
         return self.best(FrontModel.of(self.memory, trials))
 
     def random(self, timed: Sequence[FrozenTrial] = ()) -> ArchSpec:
-        """A random architecture that is possible, if one is found soon.
+        """A random architecture that is possible, if one is found soon; it depends on no trial before some are timed.
 
         Args:
             timed: trials whose latency is known. Once there are several, architectures that are likely too slow to

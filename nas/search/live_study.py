@@ -13,7 +13,7 @@ from nas.recorded import RecordedStudy
 from nas.search.evaluation import Outcome
 from nas.search.front_sampler import Memory
 from nas.search.rows import beliefs, candidate_row, constraints, objectives
-from nas.search.sampling import Proposal, Proposer
+from nas.search.sampling import Proposal, Proposer, openers
 from nas.search.stopper import Stopper
 from nas.search.trials import TRIAL_STATES, Trials
 from nas.training.curves import CurvePoint, from_json
@@ -87,9 +87,7 @@ class LiveStudy:
             self._teach(self.stopper, candidates)
         self.untold: dict[int, Told] = {}
         self.size = config.space.size()
-        # The fast end of the front and its middle, so that a sampler has them to build on from the start. Random search
-        # stays what it is: the plain baseline.
-        self.openers = () if config.sampler == "random" else (config.space.smallest(), config.space.anchor())
+        self.openers = openers(config.space, config.sampler)
 
     def _teach(self, stopper: Stopper, candidates: Sequence[Candidate]) -> None:
         """Teach the stopper the trainings that are stored."""

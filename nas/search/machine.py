@@ -19,6 +19,7 @@ from nas.locks import AGAIN_SECONDS, training_on
 from nas.reporting import Note
 from nas.search.evaluation import round_of
 from nas.search.real_evaluator import RealEvaluator, cost_of_determinism
+from nas.search.sampling import first_archs
 from nas.training import data as image_data
 from nas.training import worker_count
 from nas.training.pool import WORKER_BYTES, DataFiles, every_cuda, require_sense
@@ -51,6 +52,8 @@ class Machine(RealEvaluator):
         self.station: Station = Station(config.latency, config.space.anchor(), self._waiting, note)
         self.train_devices = train_devices(config, self.station.device)
         self.device = self.station.info
+        # The cores are idle while images are loaded, and the GPU while workers are started.
+        self.station.foresee([config.space.anchor(), *first_archs(config)])
         self.free_bytes = free_memory_bytes()
         self.pool = Workers(self._first_workers(), [str(device) for device in self.train_devices])
         self.files = DataFiles()
@@ -145,7 +148,7 @@ class Machine(RealEvaluator):
         return worker_count.on_cpu(most, self.free_bytes, probe, self.station.timing_seconds)
 
     def determinism(self) -> str | None:
-        if self.station.device.type != "cuda":
+        if self.station.device.type != "cuda" or not self.config.proxy.deterministic:
             return None
         with self.station.lock.measuring(self._waiting):
             return cost_of_determinism(self.config)

@@ -242,15 +242,13 @@ def cost_of_determinism(config: SearchConfig) -> str:
     """The cost of deterministic trainings on the latency's device, which is a CUDA device, as a line.
 
     Raises:
-        UsageError: the user wants them, and they are not possible.
+        UsageError: they are not possible.
     """
     device, anchor = config.latency.device, config.space.anchor()
     try:
         return str(measure_apart(anchor, config.proxy, device, anchor.shown(config.data.resolution)))
     except CandidateFailed as error:
-        if config.proxy.deterministic:
-            raise UsageError(f"--deterministic: not on {device} ({error})") from error
-        return f"--deterministic would not work here ({error})"
+        raise UsageError(f"--deterministic: not on {device} ({error})") from error
     except RuntimeError as error:
         # The child process has printed the reason: a GPU may admit one process only, for example. The search goes on
         # without this figure.

@@ -8,6 +8,7 @@ equal parameters.
 
 from __future__ import annotations
 
+import math
 import random
 import warnings
 from collections.abc import Collection, Mapping, Sequence
@@ -21,8 +22,8 @@ from optuna.samplers import BaseSampler, NSGAIISampler, RandomSampler, TPESample
 from optuna.storages import InMemoryStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from nas.config import Sampler
-from nas.search.front_sampler import FrontSampler, Memory
+from nas.config import Sampler, SearchConfig
+from nas.search.front_sampler import STARTUP_TRIALS, FrontSampler, Memory
 from nas.search.parameters import chosen, distribution
 from nas.search.recent_trials import RecentTrials
 from search_spaces import ArchSpec, SearchSpace
@@ -92,6 +93,31 @@ def make_sampler(
 def trial_seed(seed: int, number: int) -> int:
     """The sampler's seed for one trial, so that a resumed search goes on instead of repeating its first draws."""
     return int(np.random.SeedSequence([seed, number]).generate_state(1)[0])
+
+
+def openers(space: SearchSpace, sampler: str) -> tuple[ArchSpec, ...]:
+    """The architectures that a search evaluates before it asks the sampler.
+
+    These are the fast end of the front and its middle, so that a sampler has them to build on from the start. Random
+    search stays what it is: the plain baseline.
+    """
+    return () if sampler == Sampler.RANDOM else (space.smallest(), space.anchor())
+
+
+def first_archs(config: SearchConfig) -> list[ArchSpec]:
+    """The architectures that a new search will evaluate first, as far as that can be said before anything is measured.
+
+    Of samplers other than the one that models, nothing is said of what follows the openers.
+    """
+    deployed = config.latency
+    memory = Memory(config.space, deployed.resolution, deployed.num_classes, math.inf, config.limits)
+    found = list(openers(config.space, config.sampler))
+    if config.sampler == Sampler.MODEL:
+        for number in range(len(found), STARTUP_TRIALS):
+            known = {arch.arch_id for arch in found}
+            found.append(FrontSampler(memory, trial_seed(config.seed, number), known).random())
+    # What breaks a limit is never timed.
+    return [arch for arch in found if memory.possible(arch)]
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The cost of deterministic algorithms in the proxy training; the command `nas.lab.determinism` trains for longer.
 
-A search on CUDA prints this cost when it begins a study, because the choice cannot be changed later. The anchor of the
-space is trained with and without these algorithms in turns, on random images, in a process of its own: cuBLAS has to
-be set up before its first product.
+A search on CUDA that asks for these algorithms prints this cost when it begins a study, because the choice cannot be
+changed later. The anchor of the space is trained with and without them in turns, on random images, in a process of its
+own: cuBLAS has to be set up before its first product.
 """
 
 from __future__ import annotations

@@ -13,13 +13,17 @@ import pytest
 
 from kernels.cost_model import H200
 from kernels.tune import Target
+from nas.config import DataConfig, LatencyConfig, SearchConfig
 from nas.errors import WorkerDied
 from nas.lab.stubbed import on_stub, rehearse
-from nas.latency import compile_ahead
+from nas.latency import compile_ahead, station
 from nas.latency.compile_ahead import Compilers, compiler_count
 from nas.latency.isolation import Apart
+from nas.search.machine import Machine
+from nas.search.sampling import first_archs
 from tests.conftest import make_tiny_space
 from tests.nas.test_faults import ON_STUB, missing, prepare
+from tests.nas.test_proxy import easy_data
 
 TARGET = Target("a stub", H200, 90, searches=True)
 
@@ -123,6 +127,34 @@ def test_stations_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [compiler_count(stations) for stations in (1, 4, 32)] == [16, 4, 1]
     monkeypatch.setattr(compile_ahead, "free_memory_bytes", lambda: 3 * 2**30)
     assert compiler_count() == 3
+
+
+def test_a_station_compiles_before_it_measures_anything(
+    process: type[Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(station, "runs_fused_kernels", lambda config: True)
+    monkeypatch.setattr(Target, "of", lambda device: TARGET)
+    own = station.Station(LatencyConfig(device="cpu", engine="eager"), make_tiny_space().anchor())
+    own.foresee([arch("first")])
+    wait_until(lambda: sorted(process.done) == ["all", "first"])
+    own.close()
+
+
+def test_a_search_has_its_first_candidates_compiled_while_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    events: list[object] = []
+
+    def load(config: object, note: object, largest: object) -> Any:
+        events.append("images")
+        return easy_data()
+
+    monkeypatch.setattr("nas.training.data.load", load)
+    monkeypatch.setattr(Machine, "_get_ready", lambda self: events.append("workers"))
+    monkeypatch.setattr(station.Station, "foresee", lambda self, archs: events.append(list(archs)))
+    config = SearchConfig(
+        space=make_tiny_space(), data=DataConfig(resolution=16), latency=LatencyConfig(device="cpu", engine="eager")
+    )
+    Machine(config).close()
+    assert events == [[config.space.anchor(), *first_archs(config)], "images", "workers"]
 
 
 @pytest.mark.launch_path

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import optuna
 import pytest
@@ -8,13 +9,15 @@ from optuna.distributions import CategoricalDistribution, FloatDistribution, Int
 from optuna.study import StudyDirection
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from nas.config import Sampler
+from nas.config import Limits, Sampler, SearchConfig
 from nas.lab.invented import FakeEvaluator
+from nas.latency.values import Measurement
 from nas.search import recent_trials
 from nas.search.front_sampler import Memory
+from nas.search.loop import run
 from nas.search.parameters import distribution
-from nas.search.sampling import Proposer
-from search_spaces import load_space
+from nas.search.sampling import Proposer, first_archs
+from search_spaces import ArchSpec, load_space
 
 DIRECTIONS = (StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE)
 FAKE = FakeEvaluator()
@@ -54,6 +57,25 @@ def test_a_restart_does_not_repeat_the_first_proposals(sampler: str) -> None:
     first = proposer(sampler)
     beginning = advance(first, 5)
     assert not set(beginning) & set(advance(proposer(sampler, history=first.study.get_trials()), 5))
+
+
+@pytest.mark.parametrize("sampler", Sampler)
+def test_what_a_search_begins_with_is_known_beforehand(sampler: Sampler, tmp_path: Path) -> None:
+    timed: list[str] = []
+
+    class Noting(FakeEvaluator):
+        def measure(self, arch: ArchSpec) -> Measurement:
+            timed.append(arch.arch_id)
+            return super().measure(arch)
+
+    limits = Limits(params=100_000)
+    config = SearchConfig(space=load_space("small"), budget=12, storage=f"sqlite:///{tmp_path}/study.db",
+                          sampler=sampler, seed=3, limits=limits, confirm=0.0, pilot=())  # fmt: skip
+    run(config, Noting())
+    foreseen = [arch.arch_id for arch in first_archs(config)]
+    assert timed[: len(foreseen)] == foreseen
+    # The anchor breaks the limit.
+    assert len(foreseen) == {Sampler.MODEL: 9, Sampler.RANDOM: 0}.get(sampler, 1)
 
 
 @pytest.mark.parametrize("sampler", Sampler)
