@@ -72,6 +72,7 @@ class LiveStudy:
         self.known = {candidate.arch_id: candidate.number for candidate in candidates}
         self._count(candidates)
         config, optuna_study = recorded.config, self.trials.study
+        interrupted = self.trials.interrupted()
         memory = None
         if config.sampler == Sampler.MODEL or config.early_stopping:
             deployed = config.latency
@@ -80,14 +81,17 @@ class LiveStudy:
             )
         self.proposer = Proposer(
             config.space, config.sampler, config.seed, optuna_study.directions, optuna_study.get_trials(deepcopy=False),
-            memory if config.sampler == Sampler.MODEL else None, self.known,
+            memory if config.sampler == Sampler.MODEL else None, self.known, interrupted.repeated,
         )  # fmt: skip
         self.stopper = Stopper(memory, config.proxy.steps) if memory is not None and config.early_stopping else None
         if self.stopper is not None:
             self._teach(self.stopper, candidates)
         self.untold: dict[int, Told] = {}
         self.size = config.space.size()
-        self.openers = openers(config.space, config.sampler)
+        # What was interrupted comes first, so that the search goes on as if it had not been.
+        self.interrupted = interrupted.again
+        others = [arch for arch in openers(config.space, config.sampler) if str(arch) not in interrupted.given_up]
+        self.openers = (*self.interrupted, *others)
 
     def _teach(self, stopper: Stopper, candidates: Sequence[Candidate]) -> None:
         """Teach the stopper the trainings that are stored."""
@@ -184,6 +188,11 @@ class LiveStudy:
             self.trials.add_duplicate(proposal, first)
             self.proposer.tell(proposal.number, None, TrialState.PRUNED, {})
         return None
+
+    @property
+    def left_over(self) -> int:
+        """Number of candidates that were interrupted and are to be evaluated first."""
+        return sum(arch.arch_id not in self.known for arch in self.interrupted)
 
     def likely_next(self) -> list[ArchSpec]:
         """Architectures that may be proposed next, the likeliest first, as far as that costs nothing to say."""

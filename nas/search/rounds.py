@@ -255,6 +255,8 @@ class Rounds:
             return
         in_flight = sum(len(each.flights) for each in self.unsettled)
         wanted = min(self.evaluator.round_size, self.config.budget - self.complete - in_flight)
+        # The rest of a round that was interrupted is a round: what follows is proposed with its results.
+        wanted = min(wanted, self.study.left_over or wanted)
         barren = self.barren
         while len(flights) < wanted and barren < MAX_BARREN and not self.why and not self._is_late():
             batch = []

@@ -142,6 +142,8 @@ class Proposer:
         history: all finished trials of the study, in the order of their numbers.
         memory: of the sampler that models, what those of all trials have in common.
         known: ids of the architectures that the study has; the caller adds those that are proposed.
+        repeated: number of trials that were interrupted and in whose places others come, so that draws are those of a
+            search that was not interrupted.
     """
 
     def __init__(
@@ -153,8 +155,9 @@ class Proposer:
         history: Sequence[FrozenTrial],
         memory: Memory | None = None,
         known: Collection[str] = (),
+        repeated: int = 0,
     ) -> None:
-        self.memory, self.known = memory, known
+        self.memory, self.known, self.repeated = memory, known, repeated
         self.space = space
         self.sampler = sampler
         self.seed = seed
@@ -187,7 +190,7 @@ class Proposer:
 
     def propose_unseen(self, seen: Collection[str]) -> Proposal | None:
         """A uniformly random architecture whose arch_id is not in `seen`; None where there seems to be none left."""
-        rng = random.Random(trial_seed(self.seed, self.trials))
+        rng = random.Random(self._seed(self.trials))
         for _ in range(FALLBACK_DRAWS):
             arch = self.space.sample(rng)
             if arch.arch_id not in seen:
@@ -218,12 +221,15 @@ class Proposer:
             trial.set_constraint(key, value)
         self.study.tell(trial, values, state)
 
+    def _seed(self, number: int) -> int:
+        return trial_seed(self.seed, number - self.repeated)
+
     def _ask(self, sampler: str) -> Trial:
         number = self.trials
         self.trials += 1
         memory = self.memory if sampler == self.sampler else None
         self.study.sampler = make_sampler(
-            sampler, trial_seed(self.seed, number), self.distributions, self.pending, memory, self.known
+            sampler, self._seed(number), self.distributions, self.pending, memory, self.known
         )
         with warnings.catch_warnings():
             # Optuna calls multivariate TPE and the constant liar experimental, and warns at each trial.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from dataclasses import dataclass
 from typing import Any
 
 from optuna.trial import FrozenTrial, Trial, TrialState, create_trial
@@ -12,6 +14,7 @@ from nas.latency.values import memory_mb
 from nas.recorded import RecordedStudy
 from nas.search.rows import beliefs, objectives
 from nas.search.sampling import Proposal
+from search_spaces import ArchSpec
 from studies import Candidate, CandidateState
 from studies.display import write_note
 
@@ -23,6 +26,24 @@ TRIAL_STATES = {
     CandidateState.FAILED: TrialState.FAIL,
     CandidateState.STOPPED: TrialState.PRUNED,
 }
+
+# An architecture that was interrupted so often is not begun again: it may be what ends the search.
+MOST_BEGUN = 3
+
+
+@dataclass(frozen=True)
+class Interrupted:
+    """Candidates whose evaluation was interrupted.
+
+    Args:
+        again: those that are to be evaluated again, unless a later trial did so, in the order of their trials.
+        given_up: the others, as texts.
+        repeated: number of interrupted trials in whose places others come.
+    """
+
+    again: tuple[ArchSpec, ...]
+    given_up: frozenset[str]
+    repeated: int
 
 
 class Trials:
@@ -40,6 +61,15 @@ class Trials:
     def unfinished(self) -> list[FrozenTrial]:
         """The trials that were never closed."""
         return self.study.get_trials(deepcopy=False, states=(TrialState.RUNNING, TrialState.WAITING))
+
+    def interrupted(self) -> Interrupted:
+        """What the interruptions of the study leave to do."""
+        failed = self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
+        found = [trial.user_attrs for trial in failed if trial.user_attrs.get(REASON) == INTERRUPTED]
+        counts = Counter(str(attributes["arch"]) for attributes in found)
+        given_up = {text for text, count in counts.items() if count >= MOST_BEGUN}
+        again = tuple(ArchSpec.parse(text) for text in counts if text not in given_up)
+        return Interrupted(again, frozenset(given_up), len(found) - len(given_up))
 
     def begin(self, proposal: Proposal) -> int:
         """Add a running trial and return its id.

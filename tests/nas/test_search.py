@@ -438,6 +438,59 @@ def test_an_interrupted_candidate_is_closed_and_counts_for_nothing(config: Searc
     assert search.run(config, FakeEvaluator()).complete == 12
 
 
+class Stumbling(FakeEvaluator):
+    """Is interrupted at the training of this number, in a round of several.
+
+    Attributes:
+        trained: what was trained, the last one without success.
+    """
+
+    def __init__(self, at: int | None = None, workers: int = 1) -> None:
+        super().__init__()
+        self.at, self.workers, self.trained = at, workers, list[str]()
+
+    def train_one(self, arch: ArchSpec) -> ProxyResult:
+        self.trained.append(arch.arch_id)
+        if len(self.trained) == self.at:
+            raise KeyboardInterrupt
+        return super().train_one(arch)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.parametrize("sampler", Sampler)
+def test_an_interrupted_search_proposes_what_it_would_have_proposed(
+    config: SearchConfig, sampler: Sampler, workers: int
+) -> None:
+    """Openers, random ones and, with the sampler that models, its own are interrupted.
+
+    With several workers the samplers see the trials of a round in another order afterwards, so that only the rounds
+    that were interrupted are the same.
+    """
+    whole = replace(config, study="whole", sampler=sampler, budget=24 if workers == 1 else 16)
+    search.run(whole, Stumbling(workers=workers))
+    parts = replace(whole, study="parts")
+    for at in (2, 7, 8):
+        with pytest.raises(KeyboardInterrupt):
+            search.run(parts, Stumbling(at, workers))
+    search.run(parts, Stumbling(workers=workers))
+    assert {row.arch for row in candidates(parts)} == {row.arch for row in candidates(whole)}
+
+
+@pytest.mark.parametrize("at", [1, 3], ids=["an opener", "another"])
+def test_what_was_interrupted_again_and_again_is_given_up(config: SearchConfig, at: int) -> None:
+    """It may be what ends the search, for want of memory."""
+    ended = set()
+    for number in (at, 1, 1):
+        evaluator = Stumbling(number)
+        with pytest.raises(KeyboardInterrupt):
+            search.run(config, evaluator)
+        ended.add(evaluator.trained[-1])
+    (given_up,) = ended
+    evaluator = Stumbling()
+    assert search.run(config, evaluator).complete == 12
+    assert given_up not in evaluator.trained
+
+
 @pytest.mark.parametrize("told", ["before Optuna was told", "while Optuna was being told"])
 def test_a_candidate_whose_row_was_written_is_told_on_the_next_start(
     config: SearchConfig, monkeypatch: pytest.MonkeyPatch, told: str

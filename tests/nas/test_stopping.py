@@ -256,9 +256,8 @@ def test_an_interrupted_search_goes_on_as_if_it_had_not_been(config: SearchConfi
             for row in candidates(config)
         ]
 
-    assert any(state == "stopped" for _, state, *_ in kept(whole))
-    assert kept(whole)[:30] == kept(replace(whole, study="parts"))[:30]
-    assert Counter(state for _, state, *_ in kept(replace(whole, study="parts")))["stopped"] > 0
+    assert Counter(state for _, state, *_ in kept(whole))["stopped"] > 0
+    assert kept(whole) == kept(replace(whole, study="parts"))
 
 
 def test_some_are_trained_to_the_end_to_check_the_rule(config: SearchConfig) -> None:
