@@ -256,6 +256,7 @@ def sample_until(
     runs: Sequence[Callable[[], None]], clock: Clock, min_sample_seconds: float, precision: Precision,
     checked: Callable[[np.ndarray], Sequence[np.ndarray]], between: Callable[[], None] = lambda: None,
     now: Callable[[], float] = time.perf_counter, warmup_seconds: float | None = None,
+    alive: Callable[[], None] = lambda: None,
 ) -> Sampled:  # fmt: skip
     """Time the runs like `time_interleaved`, until the medians that matter are known to the required precision.
 
@@ -268,8 +269,12 @@ def sample_until(
         between: function that is called at every check, including the first and the last.
         now: the clock of the cap, in seconds.
         warmup_seconds: least warm-up of each run (default: `WARMUP_SECONDS`).
+        alive: function that is called after the warm-up of each run, as a sign of life.
     """
-    calls = [warm_up(run, clock, min_sample_seconds, warmup_seconds) for run in runs]
+    calls = []
+    for run in runs:
+        calls.append(warm_up(run, clock, min_sample_seconds, warmup_seconds))
+        alive()
     rounds: list[list[float]] = []
     begin, check_at = now(), MIN_ROUNDS
     between()

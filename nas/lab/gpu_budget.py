@@ -30,6 +30,7 @@ from kernels.cost_model import H200
 from nas.config import PILOT, LatencyConfig, ProxyConfig, SearchConfig
 from nas.lab.invented import FakeEvaluator
 from nas.lab.options import Space
+from nas.latency.isolation import LIFETIME
 from nas.latency.meter import WARMUP_SECONDS
 from nas.reporting import console_table
 from nas.search.pilot import Piloting, PilotTraining
@@ -47,9 +48,12 @@ CONVOLVING = 0.2
 COUNTED = (4, 8)
 # Networks that stand for those of a search.
 NETWORKS = 12
-# Seconds, assumed: of Python before the first candidate (imports, the workers' start, images); of a training beside its
-# steps (building the network, three eager steps, a capture, a validation); and of a capture of a small network.
-STARTING, BESIDE_STEPS, CAPTURE = 30.0, 0.15, 0.01
+# Seconds, assumed: of Python before the first candidate (imports, the workers' start, images); of the device's limits
+# and the anchor's latency; of finding out how many workers pay; and of the front at the end, timed again with its blocks.
+STARTING, DEVICE, COUNTING_WORKERS, FINISHING = 15.0, 10.0, 10.0, 40.0
+# Seconds, assumed: of a training beside its steps (building the network, three eager steps, a capture, a validation);
+# of a capture of a small network; and of starting a process that measures.
+BESIDE_STEPS, CAPTURE, CHILD = 0.15, 0.01, 5.0
 # Seconds of Python to build, fold, pack and trace a network before it is timed, as on one core here; and of sampling it
 # and the anchor, warm-up included, until the median is known.
 DEPLOYING, SAMPLING = 0.3, 2 * WARMUP_SECONDS["cuda"] + 0.1
@@ -197,19 +201,27 @@ def parts(
     # Of the soak's candidates many fail, by its invention.
     share = TIMED * budget / soaked["candidates"]
     problems = soaked["launches"] / 4 / soaked["candidates"]
+    # A soak waits for what was not foreseen, with fewer cores; what was foreseen is hidden by training.
+    unforeseen = min(1.0, soaked["waited_seconds"] * soaked["compilers"] / soaked["cpu_seconds"])
     compiling = share * soaked["cpu_seconds"] / (cores - 2)
+    children = math.ceil(TIMED * budget / LIFETIME)
     tuned = TIMED * budget * problems * contest_seconds()
     timed = TIMED * budget * (DEPLOYING + 8 * CAPTURE + SAMPLING)
     trained = budget * each
     found = [
         Part("start", STARTING, "assumed"),
+        Part("device and anchor", DEVICE, "assumed"),
+        Part("number of workers", COUNTING_WORKERS, "assumed"),
         Part("pilot", spent, f"{evaluator.spent / each:.0f} trainings' worth, as the pilot chose"),
-        Part("compiling, before it is hidden by training", max(0.0, compiling - trained),
-             f"{share * soaked['kernels']:.0f} kernels, {compiling:.0f} s on {cores - 2} cores"),
+        Part("compiling that is waited for", unforeseen * compiling,
+             f"{share * soaked['kernels']:.0f} kernels, {compiling:.0f} s on {cores - 2} cores; of the soak's, "
+             f"{unforeseen:.0%} was waited for"),
         Part("tuning", tuned, f"{problems:.1f} new problems a candidate, {1e3 * contest_seconds():.0f} ms each"),
         Part("timing", timed, f"{DEPLOYING + 8 * CAPTURE + SAMPLING:.2f} s a candidate"),
+        Part("processes that measure", children * CHILD, f"{children}, each for {LIFETIME} candidates"),
         Part("training", trained, f"{each:.2f} s a candidate: {kernels:.0f} kernels and {1e3 * step:.2f} ms a step"),
         Part("confirmation", config.confirm * trained, f"{config.confirm:.0%} of the trainings"),
+        Part("front again, and its blocks", FINISHING, "assumed"),
     ]  # fmt: skip
     return found, f"{proxy.steps} steps of {proxy.batch_size} images, chosen by the pilot"
 

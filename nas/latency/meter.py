@@ -151,6 +151,8 @@ class LatencyMeter:
         ready_seconds = time.perf_counter() - begin
         workspace = self._workspace_bytes(module, images[0])
         forwards = self.forwards(module, images)
+        # Nothing is tuned, which would give one, where all shapes are known; and there may be many networks.
+        sign_of_life()
         return Deployed(module, forwards, self._weight_bytes(network, module), workspace, ready_seconds)
 
     def latency(
@@ -189,7 +191,7 @@ class LatencyMeter:
             sampled = sample_until(
                 runs, self.clock, min_sample_seconds or MIN_SAMPLE_SECONDS[self.device.type], precision, checked,
                 between=lambda states=states: self._look(states),  # type: ignore[misc]
-                warmup_seconds=WARMUP_SECONDS.get(self.device.type),
+                warmup_seconds=WARMUP_SECONDS.get(self.device.type), alive=sign_of_life,
             )  # fmt: skip
             throttled_by = {reason for state in states if state is not None for reason in state.throttled_by}
             if not throttled_by:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from kernels.device_info import DeviceInfo
 from kernels.peers import cudnn_search
 from kernels.tune import Target
@@ -105,7 +107,12 @@ class Station:
     def profile(self) -> DeviceProfile:
         """Measure the device's limits in the deployment's dtype."""
         with self.lock.measuring(self.waiting):
-            return measure_profile(self.config)
+            try:
+                return measure_profile(self.config)
+            finally:
+                if self.device.type == "cuda":
+                    # Some GiB, for which this process has no further use.
+                    torch.cuda.empty_cache()
 
     def timing_seconds(self) -> float:
         """Time that it takes to time a network once."""

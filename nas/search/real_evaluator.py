@@ -80,6 +80,8 @@ class RealEvaluator:
     def __init__(self, config: SearchConfig, note: Note) -> None:
         self.config, self.note, self.captures = config, note, Captures(note)
         self.closed = self.started = False
+        # Whether it is still open how many workers pay, which takes some trainings to find out.
+        self.undecided = config.workers is None
         self.told_workers = ""
         # Rounds follow each other without a pause, also while the one before is trained.
         self.turn = threading.Lock()
@@ -105,6 +107,10 @@ class RealEvaluator:
 
     @property
     def workers(self) -> int:
+        # It is found out when somebody asks: until then the schedule, on which it depends, may change.
+        if self.started and self.undecided:
+            self.undecided = False
+            self._choose_workers()
         return self.pool.count
 
     @property
@@ -134,11 +140,8 @@ class RealEvaluator:
         with anchor_must_run(self.config.latency):
             self.station.start(anchor_ms)
         self.started = True
-        self._choose_workers()
 
     def _choose_workers(self) -> None:
-        if self.config.workers is not None:
-            return
         chosen = self.chosen_workers()
         if str(chosen) != self.told_workers:
             self.told_workers = str(chosen)
@@ -206,9 +209,9 @@ class RealEvaluator:
     def adopt(self, proxy: ProxyConfig) -> None:
         """Train candidates by this schedule from now on."""
         before, self.config = self.config.proxy, replace(self.config, proxy=proxy)
-        # How many workers pay depends on how long a training takes.
-        if self.started and proxy != before:
-            self._choose_workers()
+        # How many workers pay depends on how long a training takes, which is the same at any rate.
+        if proxy != replace(before, learning_rate=proxy.learning_rate):
+            self.undecided = self.config.workers is None
 
     def close(self) -> None:
         """Release the devices, also where another thread trains."""

@@ -15,16 +15,17 @@ from nas import search
 from nas.config import DataConfig, LatencyConfig, ProxyConfig, SearchConfig
 from nas.errors import CandidateFailed, OutOfMemory, UsageError
 from nas.search import machine
-from nas.search.machine import train_devices
+from nas.search.machine import Machine, train_devices
 from nas.training import pool
 from nas.training.data import load
 from nas.training.pool import DataFile, DataFiles, DataSource
-from nas.training.worker_count import Probe, on_cpu, on_cuda, probe
+from nas.training.worker_count import Probe, WorkerCount, on_cpu, on_cuda, probe
 from nas.training.workers import Workers
 from search_spaces import load_space
 from studies import Store
 from tests.conftest import make_tiny_space
 from tests.nas.conftest import Inline
+from tests.nas.test_proxy import easy_data
 
 CPU = LatencyConfig(device="cpu", engine="eager")
 
@@ -209,3 +210,28 @@ def test_all_gpus_train_unless_some_are_named(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(UsageError, match=r"^--workers 129: more than 128 gain nothing on 2 GPUs"):
         train_devices(replace(named, workers=129), gpu)
     assert len(train_devices(replace(named, workers=128), gpu)) == 2
+
+
+def test_they_are_counted_when_somebody_asks_and_again_for_another_schedule(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU that takes up to half a minute, and a pilot adopts one schedule after another."""
+    counted: list[int] = []
+
+    def chosen_workers(self: Machine) -> WorkerCount:
+        counted.append(self.config.proxy.steps)
+        return WorkerCount(1, {"the test": 1})
+
+    monkeypatch.setattr("nas.training.data.load", lambda config, note, largest: easy_data())
+    monkeypatch.setattr(Machine, "_get_ready", lambda self: None)
+    monkeypatch.setattr(Machine, "chosen_workers", chosen_workers)
+    monkeypatch.setattr("nas.latency.station.Station.start", lambda self, anchor_ms: None)
+    evaluator = Machine(SearchConfig(space=make_tiny_space(), data=DataConfig(resolution=16), latency=CPU))
+    proxy = evaluator.config.proxy
+    evaluator.start(1.0)
+    evaluator.adopt(replace(proxy, steps=300))
+    assert counted == []
+    assert [evaluator.workers, evaluator.workers, counted] == [1, 1, [300]]
+    evaluator.adopt(replace(proxy, steps=300, learning_rate=1e-4))
+    assert [evaluator.workers, counted] == [1, [300]]
+    evaluator.adopt(replace(proxy, steps=400))
+    assert [evaluator.workers, counted] == [1, [300, 400]]
+    evaluator.close()
