@@ -49,7 +49,7 @@ COUNTED = (4, 8)
 # Networks that stand for those of a search.
 NETWORKS = 12
 # Seconds, assumed: of Python before the first candidate (imports, the workers' start, images); of the device's limits
-# and the anchor's latency; of finding out how many workers pay; and of the front at the end, timed again with its blocks.
+# and the anchor's latency; of finding out how many workers pay; and of timing the front again with its blocks.
 STARTING, DEVICE, COUNTING_WORKERS, FINISHING = 15.0, 10.0, 10.0, 40.0
 # Seconds, assumed: of a training beside its steps (building the network, three eager steps, a capture, a validation);
 # of a capture of a small network; and of starting a process that measures.

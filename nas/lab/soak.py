@@ -56,6 +56,7 @@ class SoakingEvaluator(FakeEvaluator):
     """
 
     workers = 4
+    compiles = True
 
     def __init__(self, config: LatencyConfig, compilers: int, training_s: float) -> None:
         super().__init__()

@@ -108,6 +108,11 @@ class Evaluator(Protocol):
         """Number of candidates that may be timed at once, each on a device of its own."""
         ...
 
+    @property
+    def compiles(self) -> bool:
+        """Whether what `foresee` prepares takes long, so that candidates had better be proposed before one is timed."""
+        ...
+
     def anchor(self, references_ms: Sequence[float]) -> ShapeLatency:
         """Measure the anchor network's latency, on the scale of the yardsticks' references."""
         ...
@@ -169,6 +174,7 @@ class OneByOne:
     workers = 1
     apart = False
     timers = 1
+    compiles = False
     train_images = 16_000
     val_images = 3000
     images: Images | None = None

@@ -14,6 +14,7 @@ from kernels.machine import cores, free_memory_bytes
 from nas.config import SearchConfig
 from nas.errors import CandidateFailed, UsageError
 from nas.latency.devices import check_device, indexed
+from nas.latency.isolation import runs_fused_kernels
 from nas.latency.station import Station
 from nas.locks import AGAIN_SECONDS, training_on
 from nas.reporting import Note
@@ -52,6 +53,7 @@ class Machine(RealEvaluator):
         self.station: Station = Station(config.latency, config.space.anchor(), self._waiting, note)
         self.train_devices = train_devices(config, self.station.device)
         self.device = self.station.info
+        self.compiles = runs_fused_kernels(config.latency)
         # The cores are idle while images are loaded, and the GPU while workers are started.
         self.station.foresee([config.space.anchor(), *first_archs(config)])
         self.free_bytes = free_memory_bytes()

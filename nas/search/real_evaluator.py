@@ -76,6 +76,7 @@ class RealEvaluator:
     notes: tuple[str, ...]
     apart: bool
     timers: int
+    compiles = False
 
     def __init__(self, config: SearchConfig, note: Note) -> None:
         self.config, self.note, self.captures = config, note, Captures(note)

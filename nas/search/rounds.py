@@ -260,7 +260,9 @@ class Rounds:
         barren = self.barren
         while len(flights) < wanted and barren < MAX_BARREN and not self.why and not self._is_late():
             batch = []
-            for _ in range(min(self.evaluator.timers, wanted - len(flights))):
+            # What is compiled before it is timed is proposed together, so that the compilers have work.
+            most = wanted if self.evaluator.compiles else self.evaluator.timers
+            for _ in range(min(most, wanted - len(flights))):
                 proposed = self.study.propose()
                 if proposed is None:
                     self.why = f"the space {self.config.space.name!r} yields nothing new"
@@ -294,10 +296,12 @@ class Rounds:
         return Trainings(flights, self.evaluator, numbered)
 
     def _screen(self, archs: Sequence[ArchSpec]) -> list[Outcome | Screened]:
-        """Count and time several candidates, each on a device of its own."""
-        if len(archs) <= 1:
+        """Count and time several candidates, as many at once as there are devices for it."""
+        if self.evaluator.compiles:
+            self.evaluator.foresee(archs)
+        if self.evaluator.timers == 1 or len(archs) <= 1:
             return [screen(arch, self.evaluator, self.config.limits) for arch in archs]
-        threads = ThreadPoolExecutor(len(archs))
+        threads = ThreadPoolExecutor(min(self.evaluator.timers, len(archs)))
         try:
             results = [threads.submit(screen, arch, self.evaluator, self.config.limits) for arch in archs]
             for result in wait(results, return_when=FIRST_EXCEPTION).done:

@@ -153,6 +153,35 @@ def test_several_are_timed_at_once(config: SearchConfig) -> None:
     assert Counter(state for *_, state in first)["over_limit"] > 0
 
 
+class Compiling(SideBySide):
+    """Notes what is prepared and what is timed."""
+
+    compiles = True
+
+    def __init__(self, apart: bool) -> None:
+        super().__init__(2, 1, apart)
+        self.events: list[tuple[str, ...]] = []
+
+    def foresee(self, archs: Sequence[ArchSpec]) -> None:
+        self.events.append(tuple(arch.arch_id for arch in archs))
+
+    def measure(self, arch: ArchSpec) -> Measurement:
+        self.events.append((arch.arch_id,))
+        return super().measure(arch)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_what_has_to_be_compiled_is_proposed_before_one_of_it_is_timed(apart: bool, config: SearchConfig) -> None:
+    evaluator = Compiling(apart)
+    assert search.run(replace(config, budget=12), evaluator).complete == 12
+    size = evaluator.round_size
+    rounds = 0
+    for number, event in enumerate(evaluator.events):
+        after = evaluator.events[number + 1 : number + 1 + size]
+        rounds += len(event) == size and after == [(arch,) for arch in event]
+    assert rounds == 12 // size
+
+
 def test_an_error_while_several_are_timed_does_not_wait_for_the_others(config: SearchConfig) -> None:
     class Stuck(Stations):
         ended = threading.Event()
