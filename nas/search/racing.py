@@ -27,6 +27,8 @@ NOISE, NOISE_TRAININGS = 0.024, 4
 # Degrees of freedom below which a standard deviation is not worth being told.
 LEAST_FREEDOM = 4
 DRAWS = 4000
+# Accuracies that differ by less, which is less than an image of a million, are equal.
+TIE = 1e-6
 # Fewer candidates do not say how accuracy depends on what an architecture is.
 LEAST_FITTED = 12
 
@@ -134,6 +136,8 @@ class Race:
         drawn = mean[order] + deviation[order] * draws
         best = np.maximum.accumulate(drawn, axis=1)
         faster = np.column_stack([np.full(DRAWS, -np.inf), best[:, :-1]])
+        # Where all are equally accurate, the fastest is the front.
+        faster += TIE
         probability = np.empty(len(order))
         probability[order] = (drawn > faster).mean(0)
         return probability
@@ -178,7 +182,8 @@ class Race:
         """Mean of a candidate's further trainings, and the ends of its 95 % interval.
 
         The spread between seeds is that of all candidates together, and as long as few were trained several times,
-        what is expected of it. Another set of validation images would add what a share of so many images scatters.
+        what is expected of it. Another set of validation images would add what a share of so many images scatters, by
+        Agresti and Coull (1998), who allow for a share of 0 or 1 as well.
 
         Args:
             images: number of validation images.
@@ -186,6 +191,8 @@ class Race:
         mean = float(np.mean(self.further[index]))
         _, freedom = self._spread()
         of_seeds = stats.t.ppf(0.975, NOISE_TRAININGS + freedom) * self.noise / np.sqrt(len(self.further[index]))
-        of_images = stats.norm.ppf(0.975) * np.sqrt(mean * (1 - mean) / images)
+        z = stats.norm.ppf(0.975)
+        share = (mean * images + z**2 / 2) / (images + z**2)
+        of_images = z * np.sqrt(share * (1 - share) / (images + z**2))
         half = float(np.hypot(of_seeds, of_images))
         return mean, max(0.0, mean - half), min(1.0, mean + half)
