@@ -1,7 +1,7 @@
 """The configuration of a search, as values.
 
-All of it is part of the study's identity, and the same in every run of the study, but for the budget, the time limit,
-the storage, what is kept and how precisely latencies are measured.
+A study stores what its figures depend on, and every later run must equal it; `Keep` in `nas.options` says for each
+option whether it is stored.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ class DataConfig(Checked):
         "white", panel=DATA,
     )  # fmt: skip
     mirror: bool | None = option(
-        None, "--mirror/--no-mirror", "Mirror training images at random, or never: a mirrored left is a right",
+        None, "--mirror/--no-mirror", "Mirror training images at random, or never: mirrored ones may be of another class",
         default="mirror, but for digits, MNIST and SVHN", panel=DATA,
     )  # fmt: skip
     reading: int = READING
@@ -204,7 +204,7 @@ class ProxyConfig(Checked):
     warmup: float = 0.2
     label_smoothing: float = 0.1
     threads: int = option(
-        1, "--threads", "CPU threads of each training; more trainings at once gain more", panel=DATA, bounds=THREADS
+        1, "--threads", "CPU threads of each training; more --workers usually gain more", panel=DATA, bounds=THREADS
     )
     deterministic: bool = option(
         False, "--deterministic", "Make trainings on CUDA repeatable; a new study says what that costs", panel=DATA
@@ -220,7 +220,8 @@ class LatencyConfig(Checked):
     """The deployment in which latency is measured; it may differ from the training's set-up.
 
     Args:
-        device: `cpu`, `cuda` or `cuda:N`; candidates are trained on it, too. `auto` becomes `cuda` where there is a
+        device: `cpu`, `cuda` or `cuda:N`; candidates are trained on it, too, unless `train_devices`
+            or a Ray cluster says otherwise. `auto` becomes `cuda` where there is a
             CUDA device, else `cpu`.
         engine: name of the engine that runs the network, see `nas.latency.engines.ENGINES`. `auto` becomes the
             device's `DEFAULT_ENGINE`, and an alias the name that it stands for.
@@ -261,7 +262,7 @@ class LatencyConfig(Checked):
     threads: int = option(1, "--latency-threads", "CPU threads of a measurement", panel=LATENCY, bounds=THREADS)
     precision: float | None = option(
         None, "--latency-precision",
-        "Largest width of the 95 % confidence interval of the median, as a share of the median",
+        "Stop timing when the 95 % confidence interval of the median is at most this share of it",
         default=_by_device(DEFAULT_PRECISION), panel=LATENCY, bounds=SHARE, keep=Keep.STORED,
     )  # fmt: skip
     seconds: float = option(
@@ -414,12 +415,12 @@ class SearchConfig(Checked):
         bounds=between(1, MAX_BUDGET), keep=Keep.TRANSIENT,
     )  # fmt: skip
     time_limit_s: float | None = option(
-        None, "--time-limit", "Seconds after which nothing more is trained; the time to confirm the front is set aside "
-        "from them", panel="Search", bounds=POSITIVE, keep=Keep.TRANSIENT,
+        None, "--time-limit", "Time limit in seconds, including the confirmation of the front", panel="Search",
+        bounds=POSITIVE, keep=Keep.TRANSIENT,
     )  # fmt: skip
     confirm: float = option(
-        0.2, "--confirm", "Share of the search's trainings that may be added at its end, with other seeds, to confirm "
-        "the front's accuracies; 0 leaves those of the search", panel="Search",
+        0.2, "--confirm", "Trainings with other seeds at the end, as a share of the search's trainings, to confirm the "
+        "front's accuracies; 0 for none", panel="Search",
         bounds=between(0, MAX_CONFIRM), keep=Keep.TRANSIENT,
     )  # fmt: skip
     storage: str = option(
@@ -443,12 +444,12 @@ class SearchConfig(Checked):
         "NSGA-II or random sampler", panel="Search", bounds=one_of(Sampler), typed=Sampler, parse=str,
     )  # fmt: skip
     early_stopping: bool = option(
-        True, "--early-stopping/--no-early-stopping", "End a training once it will hardly reach the front at its "
-        "network's latency, or never", default="end it", panel="Search",
+        True, "--early-stopping/--no-early-stopping", "End a training early if its network will probably not "
+        "reach the front, or train all to the end", default="end early", panel="Search",
     )  # fmt: skip
     seed: int = option(0, "--seed", "Seed of the proposals and trainings", panel="Search", bounds=between(0, 2**32 - 1))
     block_table: bool = option(
-        False, "--block-table", "Measure the blocks of every candidate alone, not only those of the front's networks",
+        False, "--block-table", "Also time each block of every candidate alone, not only of the front's networks",
         panel=LATENCY, keep=Keep.TRANSIENT,
     )  # fmt: skip
     keep_weights: bool = option(
@@ -463,8 +464,8 @@ class SearchConfig(Checked):
     )  # fmt: skip
     pilot: tuple[str, ...] = ()
     train_devices: tuple[str, ...] | None = option(
-        None, "--train-devices", "Comma-separated devices that train; while they do, the next candidates are timed on "
-        "a --device that is none of them",
+        None, "--train-devices", "Comma-separated devices that train; if --device is not among them, the next "
+        "candidates are timed there meanwhile",
         default="--device, and all CUDA devices if that is one", panel="Search", typed=str, parse=listed("devices"),
         keep=Keep.TRANSIENT,
     )  # fmt: skip

@@ -372,7 +372,8 @@ class BaselineTraining(Training, Base):
 
 
 class BaselineLatency(InDeployment, Base):
-    """A baseline's latency in one deployment, or the reason why it has none. The columns are like those of `Latency`.
+    """A baseline's latency in one deployment, or the reason why it has none. The columns are like those of
+    `CandidateLatency`.
 
     Attributes:
         median_ms: corrected by the device's yardsticks, as in `BlockLatency`.

@@ -50,8 +50,8 @@ class FinalConfig(Checked):
         bounds=one_of(Start), typed=Start,
     )  # fmt: skip
     teacher: str | None = option(
-        None, "--teacher", "Trained network whose answers are learned as well: a directory, the number of a trained "
-        "trial, a model of timm's with weights, or NAME=FILE", default="none", panel=TRAINING,
+        None, "--teacher", "Trained network from whose answers it learns as well: a directory, a trained trial's "
+        "number, a timm model with weights, or MODEL=WEIGHTS_FILE", default="none", panel=TRAINING,
     )  # fmt: skip
     device: str = option(
         AUTO, "--device", "Device that trains: auto, cpu, cuda (all GPUs) or cuda:N", default="cuda where there is one",

@@ -62,14 +62,14 @@ class BaselineConfig(Checked):
         bounds=Bounds(lambda rates: rates and all(0 < rate < math.inf for rate in rates), "positive numbers"),
     )  # fmt: skip
     map_size: int | None = option(
-        None, "--map", "Width of the final feature map of timm's networks, in pixels",
+        None, "--map", "Width of the last feature map of timm's networks in pixels, which sets their resolution",
         default="the study's, on a CPU half of it", bounds=at_least(1),
     )  # fmt: skip
     data: str | None = option(None, "--data", "Folder of the study's images, if they were moved", default="the study's")
     data_dir: str = same_as(DataConfig, "data_dir")
     download: bool = same_as(DataConfig, "download")
     workers: int | None = option(
-        None, "--workers", "Number of trainings at once, or auto: one for each core for which there is memory, or GPU",
+        None, "--workers", "Number of trainings at once, or auto: one for each GPU, on a CPU one for each core",
         default=AUTO, bounds=between(1, MAX_WORKERS), typed=str, parse=worker_number,
     )  # fmt: skip
 
@@ -83,7 +83,7 @@ class ConfirmConfig(Checked):
     """
 
     share: float = option(
-        0.2, "--share", "Trainings with other seeds, at most, as a share of the search's trainings; earlier ones count",
+        0.2, "--share", "Largest number of confirming trainings, as a share of the search's; earlier ones count",
         bounds=between(0, MAX_CONFIRM),
     )  # fmt: skip
     data: str | None = same_as(BaselineConfig, "data")
