@@ -151,7 +151,8 @@ class DataConfig(Checked):
         "white", panel=DATA,
     )  # fmt: skip
     mirror: bool | None = option(
-        None, "--mirror/--no-mirror", "Mirror training images at random, or never: mirrored ones may be of another class",
+        None, "--mirror/--no-mirror",
+        "Mirror training images at random, or never, if a mirrored image may be of another class",
         default="mirror, but for digits, MNIST and SVHN", panel=DATA,
     )  # fmt: skip
     reading: int = READING
