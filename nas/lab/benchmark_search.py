@@ -1,9 +1,9 @@
 """Searches side by side over many seeds, in minutes: `python -m nas.lab.benchmark_search --table FILE`.
 
-Nothing is trained. Accuracies, latencies and learning curves are those of trees that were fitted to a table of trained
-networks (`nas.lab.testbed`), with the errors and the noise that the table shows (`nas.lab.world`). The sampler that
-models is of another family, so that it is not asked for what it assumes. The command prints how well the trees guess
-networks that they were not shown.
+Nothing is trained. A network of the table (`nas.lab.testbed`) has the accuracies, learning curves and latency that it
+has there; those of others are guessed by trees that were fitted to the table, with the errors and the noise that it
+shows (`nas.lab.world`). The sampler that models is of another family and sees other figures, so that it is not asked
+for what it assumes. The command prints how well the trees guess networks that they were not shown.
 
 A method is the name of a sampler, with `+stopping` behind it where trainings are given up early. Searches with one seed
 are paired. A search is judged by the hypervolume of true accuracies: of all that it trained to the end (`found`), of
@@ -126,20 +126,23 @@ def _proposed(proposer: Proposer, known: dict[str, int], openers: list[ArchSpec]
         proposer.tell(proposal.number, None, TrialState.PRUNED, {})
 
 
+def timed_ms(world: World, arch: ArchSpec, seed: int) -> float:
+    """The latency of an architecture as timed: a network is timed once, whichever method comes to it, and when."""
+    rng = np.random.default_rng([seed, int(arch.arch_id, 16)])
+    return world.truth(arch)[1] * float(np.exp(TIMING_NOISE * rng.standard_normal()))
+
+
 def _train(
     world: World, proposer: Proposer, proposals: Sequence[Proposal], stopper: Stopper | None,
     seed: int, done: Searched,
 ) -> None:  # fmt: skip
     """Time and train a round, and tell sampler and stopper of it."""
     archs = [proposal.arch for proposal in proposals]
-    # A network has one training and one timing, whichever method comes to it, and when.
-    rngs = [np.random.default_rng([seed, int(arch.arch_id, 16)]) for arch in archs]
     truths = [world.truth(arch) for arch in archs]
-    noise = [float(np.exp(TIMING_NOISE * rng.standard_normal())) for rng in rngs]
-    timed = [latency_ms * each for (_, latency_ms), each in zip(truths, noise, strict=True)]
+    timed = [timed_ms(world, arch, seed) for arch in archs]
     rules = stopper.rules(archs, timed) if stopper else [None] * len(archs)
-    for proposal, rng, (accuracy, latency_ms), own_ms, rule in zip(proposals, rngs, truths, timed, rules, strict=True):
-        whole = world.train(proposal.arch, rng)
+    for proposal, (accuracy, latency_ms), own_ms, rule in zip(proposals, truths, timed, rules, strict=True):
+        whole = world.train(proposal.arch, seed)
         result = whole if rule is None else whole.under(rule)
         if rule is not None and whole.accuracy >= rule.needed:
             done.reached += 1
@@ -163,11 +166,10 @@ def look(world: World, done: Searched, seed: int) -> Look:
     accuracy, searched, timed, latency_ms = np.array(done.points).T
     features = matrix(done.archs, world.resolution, world.classes)
     race = Race(searched, timed, Scale.of(features)(features))
-    rng = np.random.default_rng(seed)
     trained, most, seconds = 0, round(SHARE * done.passes), done.seconds
     while chosen := race.next(min(ROUND, most - trained)) if trained < most else race.missing(1):
         for index in chosen:
-            result = world.train(done.archs[index], rng)
+            result = world.train(done.archs[index], seed, 1 + len(race.further[index]))
             race.add(index, result.accuracy)
             seconds += result.seconds
         trained += len(chosen)

@@ -381,13 +381,14 @@ def show(table: Annotated[Path, typer.Argument(help="File of the table.")]) -> N
     several = [each for each in short if len(each) == SEEDS]
     noise = float(np.sqrt(np.mean([np.var(each, ddof=1) for each in several]))) if several else float("nan")
     spread = float(np.std([each[0] for each in short if each], ddof=1))
-    scored = [
-        (one[0], [each.accuracy for each in network.long if each.accuracy is not None])
+    # Accuracy of one training, mean of the long ones, and latency.
+    long = [
+        (one[0], float(np.mean(longer)), network.latency_ms)
         for one, network in zip(short, networks, strict=True)
-        if one
+        if one and len(longer := [each.accuracy for each in network.long if each.accuracy is not None]) == SEEDS
     ]
-    long = [(score, longer) for score, longer in scored if len(longer) == SEEDS]
-    score, truth = [each for each, _ in long], [float(np.mean(longer)) for _, longer in long]
+    long.sort(key=lambda each: each[2])
+    slow = long[len(long) - len(long) // 3 :]
     lines = console_table(str(table), "what", "value", text=("what",))
     for name, value in (
         ("networks", f"{len(networks):,}"), ("of them found", f"{sum(each.found for each in networks):,}"),
@@ -395,11 +396,21 @@ def show(table: Annotated[Path, typer.Argument(help="File of the table.")]) -> N
         ("with three seeds", f"{len(several)}"), ("with long trainings", f"{len(long)}"),
         ("noise of one training, points", f"{100 * noise:.2f}"),
         ("spread between networks, points", f"{100 * spread:.2f}"),
-        ("tau of one training to the long mean", f"{stats.kendalltau(score, truth)[0]:.2f}" if len(long) > 2 else ""),
+        ("tau of one training to the long mean", _tau(long)),
+        (f"the same in the slow third, {len(slow)} networks", _tau(slow)),
         ("seconds of a training, median", f"{np.median([each.seconds for n in networks for each in n.short]):.1f}"),
     ):  # fmt: skip
         lines.add_row(name, value)
     Console().print(lines)
+
+
+def _tau(scored: Sequence[tuple[float, float, float]]) -> str:
+    """Kendall's tau of the first figures to the second ones; nothing where there are too few."""
+    return (
+        f"{stats.kendalltau([one for one, *_ in scored], [two for _, two, _ in scored])[0]:.2f}"
+        if len(scored) > 2
+        else ""
+    )
 
 
 if __name__ == "__main__":

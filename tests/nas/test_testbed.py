@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import lzma
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -97,6 +100,31 @@ def test_a_table_is_made_packed_and_read(tmp_path: Path, monkeypatch: pytest.Mon
     assert read_table(again)[:6] == networks
     assert len(read_table(again)) == 8
     assert "is there already" in str(run(testbed.app, ["unpack", str(table), str(other)]).exception)
+
+
+def test_the_slow_third_has_a_tau_of_its_own(tmp_path: Path) -> None:
+    """There single trainings say least, as all networks are accurate."""
+    archs = random_networks(SPACE, 9)
+    # The fast six are ranked as by long trainings, the slow three the other way round.
+    short = [0.5, 0.51, 0.52, 0.53, 0.54, 0.55, 0.62, 0.61, 0.6]
+    long = [0.6, 0.61, 0.62, 0.63, 0.64, 0.65, 0.7, 0.71, 0.72]
+    rows = [
+        {"arch": str(arch), "found": False, "params": 1, "macs": 1, "latency_ms": 1.0 + index,
+         "short": [[0, False, short[index], 1.0, 2.0, []]],
+         "long": [[100 + seed, True, long[index], 1.0, 8.0, []] for seed in range(3)]}
+        for index, arch in enumerate(archs)
+    ]  # fmt: skip
+    path = tmp_path / "table.json.xz"
+    plan = Plan("small", "digits", 32, 200, 32, 8e-3, 4, 1)
+    with lzma.open(path, "wt") as file:
+        json.dump({"plan": asdict(plan), "found": [], "networks": rows[::-1]}, file)
+    shown = CliRunner().invoke(testbed.app, ["show", str(path)])
+    assert shown.exit_code == 0, shown.output
+    lines = (line.partition("│") for line in shown.output.splitlines())
+    found = {name.strip(): value.strip() for name, _, value in lines}
+    # 3 of 36 pairs are the other way round.
+    assert found["tau of one training to the long mean"] == "0.83"
+    assert found["the same in the slow third, 3 networks"] == "-1.00"
 
 
 def test_found_networks_keep_their_places(tmp_path: Path) -> None:
