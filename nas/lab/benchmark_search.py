@@ -5,11 +5,14 @@ has there; those of others are guessed by trees that were fitted to the table, w
 shows (`nas.lab.world`). The sampler that models is of another family and sees other figures, so that it is not asked
 for what it assumes. The command prints how well the trees guess networks that they were not shown.
 
-A method is the name of a sampler, with `+stopping` behind it where trainings are given up early. Searches with one seed
-are paired. A search is judged by the hypervolume of true accuracies: of all that it trained to the end (`found`), of
-the front by the accuracies with which it searched (`unconfirmed`), and of the front that it reports after its
-confirmation (`confirmed`). What a front claims beyond its true accuracies is its optimism. Seconds are those of all
-trainings, on one core.
+A method is the name of a sampler, with `+stopping` behind it where trainings are given up early. With `model+timing`,
+or `model+timing+stopping`, a candidate is trained only if by its latency as timed it is still expected to add most of
+what it was proposed for; those that are not trained are no more than those that are, and cost no seconds here.
+
+Searches with one seed are paired. A search is judged by the hypervolume of true accuracies: of all that it trained to
+the end (`found`), of the front by the accuracies with which it searched (`unconfirmed`), and of the front that it
+reports after its confirmation (`confirmed`). What a front claims beyond its true accuracies is its optimism. Seconds
+are those of all trainings, on one core.
 """
 
 from __future__ import annotations
@@ -36,10 +39,10 @@ from nas.config import Sampler
 from nas.display.charts import BLUE, DARK_GREY, GREY, INK, ORANGE, RED, Chart, Series, save_charts
 from nas.display.notes import DEVIATION, PREDICTED, TIMED
 from nas.lab.testbed import read_plan, read_table
-from nas.lab.world import World
+from nas.lab.world import SURPRISE, World
 from nas.reporting import console_table
 from nas.search.features import matrix
-from nas.search.front_sampler import Memory
+from nas.search.front_sampler import LATENCY, STARTUP_TRIALS, FrontModel, Memory
 from nas.search.live_study import MAX_DUPLICATES
 from nas.search.model import Scale
 from nas.search.racing import Race
@@ -54,7 +57,9 @@ LOOKS = (20, 25, 30, 40, 60, 80, 100, 150, 200)
 # Candidates of a round, as of two workers.
 ROUND = 4
 SHARE = 0.2
-STOPPING = "+stopping"
+STOPPING, TIMING = "+stopping", "+timing"
+# Share of the hypervolume for which it was proposed that a candidate is to add by its latency as timed.
+STILL_WORTH = 0.8
 METHODS = ("model+stopping", "model", "tpe+stopping", "tpe", "random")
 COLOURS = (RED, ORANGE, BLUE, GREY, INK, DARK_GREY)
 DIRECTIONS = (StudyDirection.MAXIMIZE, StudyDirection.MINIMIZE)
@@ -71,6 +76,7 @@ class Searched:
         archs: the networks that were trained to the end.
         points: true accuracy, accuracy as searched, latency as timed, and true latency of each.
         trained: number of all that were trained, those that were given up included.
+        declined: number of those that were timed and not trained.
         seconds, passes: seconds of the trainings, and the number of whole trainings that they took together.
         reached, wrong: number of trainings under a rule that would have reached what they needed, and of those that
             were given up.
@@ -79,10 +85,31 @@ class Searched:
     archs: list[ArchSpec] = field(default_factory=list)
     points: list[tuple[float, float, float, float]] = field(default_factory=list)
     trained: int = 0
+    declined: int = 0
     seconds: float = 0.0
     passes: float = 0.0
     reached: int = 0
     wrong: int = 0
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to search; `of` reads its name."""
+
+    sampler: str
+    timing: bool
+    stopping: bool
+
+    @classmethod
+    def of(cls, name: str) -> Method:
+        """Raises ValueError where there is no such method."""
+        plain = name.removesuffix(STOPPING)
+        sampler = plain.removesuffix(TIMING)
+        if sampler not in list(Sampler) or (plain != sampler and sampler != Sampler.MODEL):
+            raise ValueError(
+                f"no such method; it is one of {', '.join(Sampler)}, {Sampler.MODEL}{TIMING}, and {STOPPING} may follow"
+            )
+        return cls(sampler, plain != sampler, name != plain)
 
 
 def search(world: World, method: str, seed: int, looks: Sequence[int]) -> list[Look]:
@@ -92,20 +119,27 @@ def search(world: World, method: str, seed: int, looks: Sequence[int]) -> list[L
     evaluates one twice; random search begins at random.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    sampler, stopping = method.removesuffix(STOPPING), method.endswith(STOPPING)
+    how = Method.of(method)
     memory = Memory(world.space, world.resolution, world.classes, world.reference_ms)
     known: dict[str, int] = {}
     proposer = Proposer(
-        world.space, sampler, seed, DIRECTIONS, [], memory if sampler == Sampler.MODEL else None, known
+        world.space, how.sampler, seed, DIRECTIONS, [], memory if how.sampler == Sampler.MODEL else None, known
     )  # fmt: skip
-    openers = [] if sampler == Sampler.RANDOM else [world.space.smallest(), world.space.anchor()]
-    stopper = Stopper(memory, world.steps) if stopping else None
+    openers = [] if how.sampler == Sampler.RANDOM else [world.space.smallest(), world.space.anchor()]
+    stopper = Stopper(memory, world.steps) if how.stopping else None
     done = Searched()
     found = []
     for look_at in looks:
         while done.trained < look_at:
             count = min(ROUND, look_at - done.trained)
-            proposals = [_proposed(proposer, known, openers) for _ in range(count)]
+            proposals: list[Proposal] = []
+            while len(proposals) < count:
+                proposal = _proposed(proposer, known, openers)
+                may_decline = how.timing and done.declined < done.trained + len(proposals)
+                if may_decline and _declined(proposer, memory, proposal, timed_ms(world, proposal.arch, seed)):
+                    done.declined += 1
+                else:
+                    proposals.append(proposal)
             _train(world, proposer, proposals, stopper, seed, done)
         found.append(look(world, done, seed))
     return found
@@ -124,6 +158,22 @@ def _proposed(proposer: Proposer, known: dict[str, int], openers: list[ArchSpec]
             return proposal
         duplicates += 1
         proposer.tell(proposal.number, None, TrialState.PRUNED, {})
+
+
+def _declined(proposer: Proposer, memory: Memory, proposal: Proposal, own_ms: float) -> bool:
+    """Whether a candidate is not worth a training by its latency as timed; then the sampler is told of that."""
+    trials = [
+        trial for trial in proposer.study.get_trials(deepcopy=False) if trial.params and trial.number != proposal.number
+    ]
+    if sum(trial.state == TrialState.COMPLETE for trial in trials) < STARTUP_TRIALS:
+        return False
+    model = FrontModel.of(memory, trials)
+    expected, now = (float(model.improvement([proposal.arch], ms)[0]) for ms in (None, np.array([own_ms])))
+    if now >= STILL_WORTH * expected:
+        return False
+    # As what breaks a limit on the latency, by nothing, it teaches the model of latencies, and that alone.
+    proposer.tell(proposal.number, None, TrialState.PRUNED, {LATENCY: 1e-12}, {TIMED: own_ms})
+    return True
 
 
 def timed_ms(world: World, arch: ArchSpec, seed: int) -> float:
@@ -185,6 +235,7 @@ def look(world: World, done: Searched, seed: int) -> Look:
         "optimism": volume(means, timed[eligible]) - volume(accuracy[members], timed[members]),
         "optimism as searched": volume(searched, timed) - volume(accuracy[lucky], timed[lucky]),
         "seconds": seconds, "searching seconds": done.seconds, "reached": done.reached, "wrong": done.wrong,
+        "declined": done.declined,
     }  # fmt: skip
 
 
@@ -195,6 +246,9 @@ def main(
     ] = None,
     seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 50,
     trials: Annotated[int, typer.Option(min=4, help="Candidates of a search.")] = 200,
+    surprise: Annotated[
+        float, typer.Option(min=0, help="Share of the trees' error in latency that each network has of its own.")
+    ] = SURPRISE,
     workers: Annotated[int, typer.Option(help="Searches at once.")] = 2,
     plot: Annotated[Path | None, typer.Option(help="PNG file for the curves.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for the figures of every search.")] = None,
@@ -202,11 +256,13 @@ def main(
     """Compare ways to search over many seeds."""
     methods = method or list(METHODS)
     for name in methods:
-        if name.removesuffix(STOPPING) not in list(Sampler):
-            raise SystemExit(f"--method {name}: no such sampler; they are {', '.join(Sampler)}")
+        try:
+            Method.of(name)
+        except ValueError as error:
+            raise SystemExit(f"--method {name}: {error}") from error
     console = Console()
     plan = read_plan(table)
-    world = World(read_table(table), load_space(plan.space), plan.resolution, plan.classes)
+    world = World(read_table(table), load_space(plan.space), plan.resolution, plan.classes, surprise)
     console.print(
         f"in cross-validation the trees miss a network's accuracy by {100 * world.error:.1f} points and its latency by "
         f"{world.latency_error:.0%}; noise of a training {100 * world.noise:.1f} points, error of each network's own "
@@ -223,6 +279,10 @@ def main(
         for name in methods:
             lines.add_row(name, *(f"{each:.{digits}f}" for each in _means(found, name, figure)))
         console.print(lines)
+    for name in methods:
+        if Method.of(name).timing:
+            declined = _means(found, name, "declined")[-1]
+            console.print(f"{name}: {declined:.0f} candidates timed and not trained, in the mean, next to {looks[-1]}")
     for line in [*reached(found, looks), *differences(found, looks), *savings(found, looks)]:
         console.print(line)
     if out is not None:

@@ -9,13 +9,28 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from optuna.trial import TrialState
 from typer import Typer
 from typer.testing import CliRunner
 
 from nas.lab import benchmark_search
-from nas.lab.benchmark_search import METHODS, Searched, differences, look, reached, savings, search
+from nas.lab.benchmark_search import (
+    DIRECTIONS,
+    METHODS,
+    Method,
+    Searched,
+    _declined,
+    differences,
+    look,
+    reached,
+    savings,
+    search,
+)
 from nas.lab.testbed import Plan
 from nas.lab.world import World
+from nas.search.front_sampler import STARTUP_TRIALS, FrontModel, Memory
+from nas.search.model import Model
+from nas.search.sampling import Proposer
 from tests.nas.invented_table import NOISE, SPACE, STEPS, networks
 
 
@@ -24,7 +39,7 @@ def world() -> World:
     return World(networks(150), SPACE, 32, 10)
 
 
-@pytest.mark.parametrize("method", [*METHODS, "nsga2"])
+@pytest.mark.parametrize("method", [*METHODS, "nsga2", "model+timing+stopping"])
 def test_a_search_is_looked_at_and_repeats(method: str, world: World) -> None:
     looks = search(world, method, seed=1, looks=(6, 14))
     assert len(looks) == 2
@@ -46,6 +61,42 @@ def test_stopping_saves_seconds_and_counts_what_it_gives_up(world: World) -> Non
     assert 0 <= given_up["wrong"] <= given_up["reached"]
     assert whole["reached"] == 0
     assert given_up["reached"] > 0
+
+
+def test_what_is_timed_too_slow_is_not_trained(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = search(world, "model", seed=4, looks=(17,))
+    assert plain[0]["declined"] == 0
+    # Of a demand that nothing meets half of the candidates are declined, once there are enough to model.
+    for worth, declined in ((0.0, 0), (1e9, 17 - 1)):
+        monkeypatch.setattr(benchmark_search, "STILL_WORTH", worth)
+        timing = search(world, "model+timing", seed=4, looks=(17,))
+        assert timing[0]["declined"] == declined
+        assert (timing == plain) == (declined == 0)
+
+
+def test_a_candidate_is_declined_by_its_latency_and_teaches_it(world: World) -> None:
+    memory = Memory(SPACE, 32, 10, world.reference_ms)
+    proposer = Proposer(SPACE, "model", 0, DIRECTIONS, [], memory)
+    for arch in [network.arch for network in networks(STARTUP_TRIALS)]:
+        number = proposer.propose_this(arch).number
+        proposer.tell(number, [world.train(arch, 0).accuracy, world.truth(arch)[1]], TrialState.COMPLETE, {})
+    proposal = proposer.propose()
+    guessed_ms = float(np.exp(latency_model(proposer, memory).predict(memory.points([proposal.arch]))[0][0]))
+    assert not _declined(proposer, memory, proposal, 0.9 * guessed_ms)
+    assert _declined(proposer, memory, proposal, 3 * guessed_ms)
+    later_ms = float(np.exp(latency_model(proposer, memory).predict(memory.points([proposal.arch]))[0][0]))
+    assert later_ms > 1.5 * guessed_ms
+
+
+def latency_model(proposer: Proposer, memory: Memory) -> Model:
+    done = [trial for trial in proposer.study.get_trials(deepcopy=False) if trial.state != TrialState.RUNNING]
+    return FrontModel.of(memory, done).latency
+
+
+@pytest.mark.parametrize("name", ["tpe+timing", "model+stopping+timing", "+stopping", "model+", "model+timing+timing"])
+def test_only_the_model_can_decide_by_a_latency(name: str) -> None:
+    with pytest.raises(ValueError, match="no such method; it is one of"):
+        Method.of(name)
 
 
 def test_optimism_is_what_a_front_claims_too_much(world: World) -> None:
@@ -113,4 +164,4 @@ def test_the_command_prints_tables_and_draws_curves(tmp_path: Path) -> None:
     assert len(json.loads(out.read_text())["runs"]["random"]) == 2
     refused = CliRunner().invoke(app, [*line, "--method", "grid"])
     assert refused.exit_code != 0
-    assert "--method grid: no such sampler" in str(refused.exception)
+    assert "--method grid: no such method; it is one of model, tpe" in str(refused.exception)
