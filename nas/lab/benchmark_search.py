@@ -38,7 +38,7 @@ from nas import pareto
 from nas.config import Sampler
 from nas.display.charts import BLUE, DARK_GREY, GREY, INK, ORANGE, RED, Chart, Series, save_charts
 from nas.display.notes import DEVIATION, PREDICTED, TIMED
-from nas.lab.testbed import read_plan, read_table
+from nas.lab.testbed import given_table
 from nas.lab.world import SURPRISE, World
 from nas.reporting import console_table
 from nas.search.features import matrix
@@ -244,12 +244,12 @@ def main(
     method: Annotated[
         list[str] | None, typer.Option(help=f"Method; may be repeated (default: {', '.join(METHODS)}).")
     ] = None,
-    seeds: Annotated[int, typer.Option(help="Number of seeds.")] = 50,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds.")] = 50,
     trials: Annotated[int, typer.Option(min=4, help="Candidates of a search.")] = 200,
     surprise: Annotated[
         float, typer.Option(min=0, help="Share of the trees' error in latency that each network has of its own.")
     ] = SURPRISE,
-    workers: Annotated[int, typer.Option(help="Searches at once.")] = 2,
+    workers: Annotated[int, typer.Option(min=1, help="Searches at once.")] = 2,
     plot: Annotated[Path | None, typer.Option(help="PNG file for the curves.")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file for the figures of every search.")] = None,
 ) -> None:
@@ -261,8 +261,11 @@ def main(
         except ValueError as error:
             raise SystemExit(f"--method {name}: {error}") from error
     console = Console()
-    plan = read_plan(table)
-    world = World(read_table(table), load_space(plan.space), plan.resolution, plan.classes, surprise)
+    plan, networks = given_table(table)
+    try:
+        world = World(networks, load_space(plan.space), plan.resolution, plan.classes, surprise)
+    except ValueError as error:
+        raise SystemExit(f"--table {table}: {error}") from error
     console.print(
         f"in cross-validation the trees miss a network's accuracy by {100 * world.error:.1f} points and its latency by "
         f"{world.latency_error:.0%}; noise of a training {100 * world.noise:.1f} points, error of each network's own "

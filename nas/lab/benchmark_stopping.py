@@ -22,7 +22,7 @@ import typer
 from rich.console import Console
 from scipy import stats
 
-from nas.lab.testbed import read_plan, read_table, stored_study
+from nas.lab.testbed import given_table, stored_study
 from nas.pareto import hypervolume
 from nas.reporting import console_table
 from nas.search.front_sampler import Memory
@@ -101,7 +101,7 @@ def of_study(named: str) -> Trainings:
 
 def of_table(path: Path) -> Trainings:
     """The first short trainings of a table's networks; hypervolume counts up to twice the median latency."""
-    plan, networks = read_plan(path), read_table(path)
+    plan, networks = given_table(path)
     rows = []
     for network in networks:
         first = network.short[0] if network.short else None
@@ -150,8 +150,8 @@ def replay(trainings: Trainings, chance: float, seed: int) -> Replayed:
 def main(
     table: Annotated[list[Path] | None, typer.Option(help="Table of nas.lab.testbed; may be repeated.")] = None,
     study: Annotated[list[str] | None, typer.Option(help="URL#NAME of a stored study; may be repeated.")] = None,
-    seeds: Annotated[int, typer.Option(help="Number of orders of each.")] = 50,
-    workers: Annotated[int, typer.Option(help="Replays at once.")] = 2,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of orders of each.")] = 50,
+    workers: Annotated[int, typer.Option(min=1, help="Replays at once.")] = 2,
 ) -> None:
     """Replay early stopping over many orders."""
     console = Console()

@@ -140,6 +140,20 @@ def read_table(path: Path) -> list[Network]:
     ]  # fmt: skip
 
 
+def given_table(path: Path) -> tuple[Plan, list[Network]]:
+    """Plan and networks of the table that `--table` names.
+
+    Raises:
+        SystemExit: there is none, or the file holds something else.
+    """
+    try:
+        return read_plan(path), read_table(path)
+    except OSError as error:
+        raise SystemExit(f"--table {path}: {error.strerror or error}") from error
+    except (lzma.LZMAError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise SystemExit(f"--table {path}: is no table of nas.lab.testbed ({error})") from error
+
+
 # -- Collecting --------------------------------------------------------------------------------------------------------
 
 
@@ -154,7 +168,9 @@ def random_networks(space: SearchSpace, count: int) -> list[ArchSpec]:
 
 def jobs_of(archs: Sequence[ArchSpec], found: Sequence[ArchSpec], plan: Plan) -> Iterator[tuple[ArchSpec, int, bool]]:
     """All trainings, (network, seed, long), in an order in which any first part is a balanced table."""
-    for index, arch in [*enumerate(archs), *enumerate(found)]:
+    # Random and found networks come in turns, as many of each as their shares are.
+    places = [((index + 0.5) / len(group), index, arch) for group in (archs, found) for index, arch in enumerate(group)]
+    for _, index, arch in sorted(places, key=lambda place: place[0]):
         several = index % SEVERAL_SEEDS_EVERY == 0
         for seed in range(SEEDS if several else 1):
             yield arch, seed, False

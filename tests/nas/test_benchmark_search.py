@@ -140,16 +140,48 @@ def test_savings_are_those_of_searches_with_the_same_seed() -> None:
     assert "seconds" not in savings({"a+stopping": found["a+stopping"]}, (200,))[0]
 
 
-def test_the_command_prints_tables_and_draws_curves(tmp_path: Path) -> None:
+def packed(path: Path, count: int) -> Path:
     plan = Plan("small", "digits", 32, STEPS, 32, 8e-3, 8, 10)
     rows = [
         {"arch": str(each.arch), "found": False, "params": each.params, "macs": each.macs, "long": [],
          "latency_ms": each.latency_ms, "short": [list(asdict(one).values())[1:] for one in each.short]}
-        for each in networks(80)
+        for each in networks(count)
     ]  # fmt: skip
-    path = tmp_path / "table.json.xz"
     with lzma.open(path, "wt") as file:
         json.dump({"plan": asdict(plan), "found": [], "networks": rows}, file)
+    return path
+
+
+def command(*line: str) -> str:
+    """The last line of a refusal."""
+    app = Typer()
+    app.command()(benchmark_search.main)
+    result = CliRunner().invoke(app, list(line))
+    assert result.exit_code != 0
+    assert result.exception is None or isinstance(result.exception, SystemExit)
+    return result.output + str(result.exception)
+
+
+def test_bad_input_is_a_line_that_names_it(tmp_path: Path) -> None:
+    small, other = packed(tmp_path / "small.json.xz", 20), tmp_path / "other.json.xz"
+    other.write_bytes(b"no table")
+    assert f"--table {small}: 20 networks, 4 of them with several seeds, are too few" in command("--table", str(small))
+    assert f"--table {other}: is no table of nas.lab.testbed" in command("--table", str(other))
+    with lzma.open(other, "wt") as file:
+        file.write("[]")
+    assert f"--table {other}: is no table of nas.lab.testbed" in command("--table", str(other))
+    assert "--table nowhere: No such file" in command("--table", "nowhere")
+    for option in ("--seeds", "--workers"):
+        refusal = " ".join(command("--table", str(small), option, "0").split())
+        assert f"'{option}'" in refusal
+        assert "greater than or equal to 1" in refusal
+    assert "--method grid: no such method; it is one of model, tpe" in command(
+        "--table", str(small), "--method", "grid"
+    )
+
+
+def test_the_command_prints_tables_and_draws_curves(tmp_path: Path) -> None:
+    path = packed(tmp_path / "table.json.xz", 80)
     app = Typer()
     app.command()(benchmark_search.main)
     plot, out = tmp_path / "curves.png", tmp_path / "figures.json"
@@ -162,6 +194,3 @@ def test_the_command_prints_tables_and_draws_curves(tmp_path: Path) -> None:
         assert words in result.output
     assert plot.stat().st_size > 1000
     assert len(json.loads(out.read_text())["runs"]["random"]) == 2
-    refused = CliRunner().invoke(app, [*line, "--method", "grid"])
-    assert refused.exit_code != 0
-    assert "--method grid: no such method; it is one of model, tpe" in str(refused.exception)

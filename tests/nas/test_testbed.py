@@ -40,6 +40,15 @@ def test_any_first_part_of_the_trainings_is_a_balanced_table() -> None:
     ]
 
 
+def test_random_and_found_networks_come_in_turns() -> None:
+    """A table that is stopped halfway has both."""
+    archs = random_networks(SPACE, 12)
+    plan = Plan("small", "digits", 32, 200, 32, 8e-3, 8, 100)
+    order = list(dict.fromkeys(arch for arch, _, _ in jobs_of(archs[:8], archs[8:], plan)))
+    assert [arch in archs[8:] for arch in order] == [False, True, False] * 4
+    assert {arch for arch, _, _ in jobs_of(archs, [], plan)} == set(archs)
+
+
 def test_networks_are_validated_where_the_curve_has_points() -> None:
     assert checkpoints_of(200) == [50, 70, 100, 150]
     assert checkpoints_of(1600) == [400, 560, 800, 1200]
