@@ -66,6 +66,7 @@ class Memory:
         limits: limits on candidates; what breaks one on parameters or MACs is never proposed.
 
     Attributes:
+        features: arch_id -> scaled features, (f,), of what was evaluated.
         runners_up: what came next to the last proposal, the best first.
     """
 
@@ -88,12 +89,22 @@ class Memory:
         self.fixed = {name: choices[0] for name, choices in self.space.choices().items() if len(choices) == 1}
 
     def points(self, archs: Sequence[ArchSpec]) -> np.ndarray:
-        """The scaled features of architectures, (n, f)."""
-        lacking = [arch for arch in archs if arch.arch_id not in self.features]
+        """The scaled features of architectures, (n, f); those of drawn ones, hundreds a trial, are not kept."""
+        rows = [self.features.get(arch.arch_id) for arch in archs]
+        lacking = [place for place, row in enumerate(rows) if row is None]
         if lacking:
-            rows = self.scale(matrix(lacking, self.resolution, self.classes))
-            self.features.update((arch.arch_id, row) for arch, row in zip(lacking, rows, strict=True))
-        return np.array([self.features[arch.arch_id] for arch in archs]).reshape(len(archs), len(self.scale.mean))
+            fresh = self.scale(matrix([archs[place] for place in lacking], self.resolution, self.classes))
+            for place, row in zip(lacking, fresh, strict=True):
+                rows[place] = row
+        return np.array(rows).reshape(len(archs), len(self.scale.mean))
+
+    def evaluated(self, archs: Sequence[ArchSpec]) -> np.ndarray:
+        """The scaled features of evaluated architectures, (n, f), which are kept."""
+        points = self.points(archs)
+        for arch, row in zip(archs, points, strict=True):
+            if arch.arch_id not in self.features:
+                self.features[arch.arch_id] = row.copy()
+        return points
 
     def possible(self, arch: ArchSpec) -> bool:
         """Whether an architecture keeps the limits that are known before it is timed."""
@@ -174,7 +185,7 @@ class FrontSampler(BaseSampler):
         found = self._new(drawn) or drawn[:1]
         if len(timed) < STARTUP_TRIALS:
             return found[0]
-        points = memory.points([memory.arch_of(trial) for trial in timed])
+        points = memory.evaluated([memory.arch_of(trial) for trial in timed])
         latency = Model.of(points, np.log([memory.latency_ms(trial) for trial in timed]), Kernel(*FIRST))
         likely = latency.below(memory.points(found), np.log(memory.most_ms))
         # Of those that are likely fast enough the first, else the likeliest.
@@ -233,21 +244,21 @@ class FrontModel:
         archs = [memory.arch_of(trial) for trial in complete]
         accuracy = np.array([trial.values[0] for trial in complete])
         latency_ms = np.array([trial.values[1] for trial in complete])
-        points = memory.points(archs)
+        points = memory.evaluated(archs)
         kernel = kernel_for(points, accuracy, memory.accuracy_kernels)
         given = kept(accuracy, latency_ms)
         failed = [trial for trial in by_state[TrialState.FAIL] if trial.user_attrs.get(REASON) != INTERRUPTED]
         # A limit on the memory is kept or not, as a network runs or not.
         failed += [trial for trial in by_state[TrialState.PRUNED] if trial.constraints.get(MEMORY, 0) > 0]
         failed.sort(key=lambda trial: trial.number)
-        bad = memory.points([memory.arch_of(trial) for trial in failed[-MOST_FAILED:]])
+        bad = memory.evaluated([memory.arch_of(trial) for trial in failed[-MOST_FAILED:]])
         runs = Model(points[given], np.ones(len(given)), Kernel(*FIRST), mean=1.0, deviation=DEVIATION_OF_FAILURES)
         of_accuracy = Model.of(points[given], accuracy[given], kernel)
         given_up = [trial for trial in by_state[TrialState.PRUNED] if PREDICTED in trial.user_attrs][-MOST_GIVEN_UP:]
         # What was expected of a training that was given up is known less well than the result of one.
         if given_up:
             of_accuracy = of_accuracy.with_more(
-                memory.points([memory.arch_of(trial) for trial in given_up]),
+                memory.evaluated([memory.arch_of(trial) for trial in given_up]),
                 np.array([trial.user_attrs[PREDICTED] for trial in given_up]),
                 np.array([trial.user_attrs[DEVIATION] for trial in given_up]),
             )
@@ -255,13 +266,13 @@ class FrontModel:
         of_latency = Model.of(
             points[given], np.log(latency_ms[given]), kernel_for(points, np.log(latency_ms), memory.latency_kernels)
         ).with_more(
-            memory.points([memory.arch_of(trial) for trial in over]),
+            memory.evaluated([memory.arch_of(trial) for trial in over]),
             np.log([memory.latency_ms(trial) for trial in over]),
         )
         means, _ = of_accuracy.predict(points[given])
         known, known_ms = [archs[index] for index in given], latency_ms[given]
         if pending := [memory.arch_of(trial) for trial in by_state[TrialState.RUNNING]]:
-            ahead = memory.points(pending)
+            ahead = memory.evaluated(pending)
             guessed, _ = of_accuracy.predict(ahead)
             of_accuracy = of_accuracy.with_more(ahead, guessed)
             means = np.concatenate([means, guessed])

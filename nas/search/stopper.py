@@ -73,7 +73,7 @@ class Stopper:
         if len(self.archs) < LEAST_TRAININGS or not archs or np.ptp(accuracy) == 0:
             return [None] * len(archs)
         indices = kept(accuracy, known_ms)
-        points = self.memory.points(self.archs)
+        points = self.memory.evaluated(self.archs)
         model = Model.of(points[indices], accuracy[indices], kernel_for(points, accuracy, self.memory.accuracy_kernels))
         own_points = self.memory.points(archs)
         guessed, _ = model.predict(own_points)

@@ -236,6 +236,16 @@ def test_the_same_history_and_seed_give_the_same_proposal() -> None:
     assert other.sampler().proposed(other.study) != first.sampler().proposed(first.study)
 
 
+def test_features_are_kept_of_what_was_evaluated_only() -> None:
+    """They were kept of all that a proposal looks at: 3.7 GB after 10,000 trials."""
+    found = Landscape()
+    found.search(STARTUP_TRIALS + 5)
+    assert found.memory.features
+    assert set(found.memory.features) <= {arch.arch_id for arch in found.archs}
+    mixed = [found.archs[3], *draws(2, seed=7)]
+    assert found.memory.points(mixed) == pytest.approx(found.memory.scale(matrix(mixed, 32, 10)))
+
+
 def test_nothing_known_is_proposed_and_a_small_space_is_used_up() -> None:
     space = make_tiny_space(activation=("relu",), stem_width=(8,))
     found = Landscape(space)
