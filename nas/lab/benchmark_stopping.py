@@ -4,7 +4,11 @@ Nothing is trained. The trainings of stored studies, or of tables of `nas.lab.te
 rounds of four, as a search would make them; the rule gives some up by their learning curves, and knows the complete
 ones of earlier rounds only. The command prints which share of the training's seconds was spent, how much hypervolume
 was lost by the accuracies of the search, and which share of the trainings that would have been on the front of their
-time was given up. Intervals are of 95 %, over all orders.
+time was given up. Intervals are of 95 %, over the means of the studies and tables, as the orders of one say nothing of
+others; of a single one there is none.
+
+Studies must have been searched with `--no-early-stopping`, or have given nothing up: what a training that was given up
+would have come to is not known, and those that are left are the ones with which a rule is right.
 """
 
 from __future__ import annotations
@@ -31,7 +35,7 @@ from nas.training import curves
 from nas.training.curves import CurvePoint
 from nas.training.proxy import ProxyResult
 from search_spaces import ArchSpec, SearchSpace, load_space
-from studies import TrainingStage
+from studies import CandidateState, TrainingStage
 
 ROUND = 4
 CHANCES = (0.02, LEAST_CHANCE, 0.1, 0.2)
@@ -81,12 +85,21 @@ def of_study(named: str) -> Trainings:
 
     Args:
         named: URL and name, with a # between them.
+
+    Raises:
+        SystemExit: some of its trainings were given up.
     """
     with stored_study(named) as recorded:
         stored = recorded.store.trainings.of_study(recorded.study_id, TrainingStage.SEARCH)
         by_trial = {row.trial_id: row.curve for row in stored}
         rows = []
-        for each in recorded.candidates():
+        candidates = recorded.candidates()
+        if given_up := sum(each.state == CandidateState.STOPPED for each in candidates):
+            raise SystemExit(
+                f"--study {named}: {given_up} of its trainings were given up, and their ends are not known; use one "
+                "that was searched with --no-early-stopping"
+            )
+        for each in candidates:
             latency = each.latency_in(recorded.deployment)
             if latency is not None and each.accuracy is not None:
                 curve = curves.from_json(by_trial.get(each.trial_id))
@@ -164,21 +177,23 @@ def main(
     )  # fmt: skip
     with ProcessPoolExecutor(workers, mp_context=get_context("fork")) as pool:
         for chance in dict.fromkeys(sorted(CHANCES)):
-            runs: list[Replayed] = []
-            for each in sources:
-                runs += pool.map(partial(replay, each, chance), range(seeds))
+            by_source = [list(pool.map(partial(replay, each, chance), range(seeds))) for each in sources]
+            runs = [run for each in by_source for run in each]
             reached, wrong = sum(run.reached for run in runs), sum(run.wrong for run in runs)
             lines.add_row(
                 f"{chance:.0%}" + (" (default)" if chance == LEAST_CHANCE else ""),
-                _interval([run.share for run in runs]), _interval([run.lost for run in runs]),
+                _interval([float(np.mean([run.share for run in each])) for each in by_source]),
+                _interval([float(np.mean([run.lost for run in each])) for each in by_source]),
                 f"{max(run.lost for run in runs):.4f}", f"{wrong} of {reached} ({wrong / max(1, reached):.1%})",
             )  # fmt: skip
     console.print(lines)
 
 
-def _interval(values: Sequence[float]) -> str:
-    half = float(stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)) if len(values) > 1 else float("nan")
-    return f"{np.mean(values):.4f} ±{half:.4f}"
+def _interval(means: Sequence[float]) -> str:
+    """The mean of the means of studies and tables, with its 95 % interval where there are several."""
+    if len(means) == 1:
+        return f"{means[0]:.4f}"
+    return f"{np.mean(means):.4f} ±{stats.t.ppf(0.975, len(means) - 1) * stats.sem(means):.4f}"
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from nas.config import LatencyConfig, SearchConfig
 from nas.lab import benchmark_stopping
-from nas.lab.benchmark_stopping import Trainings, of_study, of_table, replay
+from nas.lab.benchmark_stopping import Trainings, _interval, of_study, of_table, replay
 from nas.lab.testbed import Plan
 from nas.search import loop as search
 from nas.training.proxy import ProxyResult
@@ -80,5 +80,27 @@ def test_the_command_prints_a_line_for_each_rule(trainings: Trainings) -> None:
     assert result.exit_code == 0, result.output
     for words in ("80 trainings, 2 orders", "2%", "4% (default)", "10%"):
         assert words in result.output
+    # The orders of one study are no sample of studies.
+    assert "±" not in result.output
     refused = CliRunner().invoke(app, [])
     assert refused.exit_code != 0
+
+
+def test_intervals_are_over_studies_not_over_orders() -> None:
+    # The mean of 0.8 and 0.9, and 12.71 (Student's t of one degree) standard errors of 0.05.
+    assert _interval([0.8, 0.9]) == "0.8500 ±0.6353"
+
+
+def test_a_study_that_gave_trainings_up_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that it gave up the ends are missing, and only trainings about which the rule was right are left."""
+    quicken(monkeypatch, tmp_path)
+    config = SearchConfig(
+        budget=38, storage=f"sqlite:///{tmp_path / 'study.db'}", confirm=0,
+        latency=LatencyConfig(device="cpu", engine="eager"),
+    )  # fmt: skip
+    stopped = search.run(config, Learning()).stopped
+    assert stopped > 0
+    with pytest.raises(
+        SystemExit, match=rf"^--study .*: {stopped} of its trainings were given up.*--no-early-stopping"
+    ):
+        of_study(f"{config.storage}#{config.study}")
