@@ -1,5 +1,8 @@
 """Replay of a recorded study: `python -m nas.lab.replay sqlite:///studies/convfirst.db`.
 
+A study of several workers needs their number (`--workers`), which is not stored: candidates are proposed in rounds.
+Studies of several workers that were interrupted, or that timed candidates while others trained, cannot be replayed yet.
+
 The command checks whether today's search does what an earlier version did. It searches the study again in a new
 database, with an evaluator that replays the accuracies and latencies that the study holds. Today's search then has to
 propose the same architectures, and to store the same columns with the same values, except points in time and durations.
@@ -8,8 +11,9 @@ propose the same architectures, and to store the same columns with the same valu
 from __future__ import annotations
 
 import contextlib
+import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,8 +31,10 @@ from nas.search import run
 from nas.search.evaluation import OneByOne
 from nas.training import curves
 from nas.training.proxy import ProxyResult
+from nas.training.stopping import Rules
+from nas.training.workers import Done
 from search_spaces import ArchSpec, Cost, cost
-from studies import Candidate, CandidateLatency, Store
+from studies import TRAINED, Candidate, CandidateLatency, CandidateState, Store
 
 # Columns and attributes that differ from run to run though nothing else does.
 TIMES = ("latency_seconds", "total_seconds", "finished_at", "created_at", "owner", "worker")
@@ -40,12 +46,13 @@ class ReplayingEvaluator(OneByOne):
 
     Args:
         recorded: the study, whose candidates, block latencies and device profile are read at once.
+        workers: number of workers that searched the study.
     """
 
     notes: tuple[str, ...] = ()
 
-    def __init__(self, recorded: RecordedStudy) -> None:
-        self.recorded = recorded
+    def __init__(self, recorded: RecordedStudy, workers: int = 1) -> None:
+        self.recorded, self.workers = recorded, workers
         self.device, self.data_fingerprint = recorded.device, recorded.row.data_fingerprint
         self.candidates = {candidate.arch_id: candidate for candidate in recorded.candidates()}
         trials = recorded.store.load_optuna_study(recorded.name).get_trials(deepcopy=False)
@@ -79,11 +86,32 @@ class ReplayingEvaluator(OneByOne):
 
     def train_one(self, arch: ArchSpec) -> ProxyResult:
         candidate = self._candidate(arch)
-        if candidate.accuracy is None or candidate.loss is None:
+        accuracy, loss = candidate.accuracy, candidate.loss
+        if candidate.state == CandidateState.STOPPED:
+            # Nobody knows what it would have come to; `train` sees to it that nobody asks.
+            accuracy = loss = math.nan
+        if accuracy is None or loss is None:
             raise CandidateFailed(candidate.reason or "")
         curve = curves.from_json(self.recorded.store.learning_curve(candidate.trial_id))
         seconds, memory_bytes = candidate.train_seconds or 0.0, candidate.train_memory_bytes or 0
-        return ProxyResult(candidate.accuracy, candidate.loss, curve, seconds, memory_bytes)
+        return ProxyResult(accuracy, loss, curve, seconds, memory_bytes)
+
+    def train(
+        self, archs: Sequence[ArchSpec], seeds: Sequence[int] | None = None, rules: Rules = None
+    ) -> Generator[Done[ProxyResult]]:
+        """Train under today's rules; those that were given up must be given up."""
+        for done in super().train(archs, seeds, rules):
+            arch = archs[done.index]
+            candidate = self._candidate(arch)
+            if candidate.state == CandidateState.STOPPED and isinstance(done.result, ProxyResult):
+                if not done.result.stopped:
+                    raise SystemExit(
+                        f"different: today's search goes on with the training of {arch}, which the study gave up after "
+                        f"{candidate.given_up_at} steps"
+                    )
+                # Shares of seconds are rounded.
+                done = replace(done, result=replace(done.result, seconds=candidate.train_seconds or 0.0))
+            yield done
 
     def measure_together(self, archs: Sequence[ArchSpec]) -> list[Measurement]:
         rows = [self._candidate(arch).latency_in(self.recorded.deployment) for arch in archs]
@@ -160,6 +188,7 @@ def _passes(column: str) -> bool:
 def main(
     storage: Annotated[str, typer.Argument(help="SQLAlchemy URL of the database that holds the recorded study.")],
     study: Annotated[str, typer.Option(help="Name of the recorded study.")] = DEFAULT_STUDY,
+    workers: Annotated[int, typer.Option(min=1, help="Number of workers that searched it.")] = 1,
 ) -> None:
     """Search a recorded study again from its own figures, and say whether proposals and stored columns are the same."""
     store = Store.open(storage, create=False)
@@ -167,13 +196,14 @@ def main(
         raise typer.BadParameter(f"{storage}: holds no studies", param_hint="STORAGE")
     recorded = RecordedStudy.open(store, study)
     before = tables_of(recorded)
-    complete = len(recorded.evaluations())
+    states = [candidate.state for candidate in recorded.candidates()]
+    trained, stopped = sum(state in TRAINED for state in states), states.count(CandidateState.STOPPED)
     with tempfile.TemporaryDirectory() as folder:
         url = f"sqlite:///{Path(folder) / 'replayed.db'}"
-        evaluator = ReplayingEvaluator(recorded)
+        evaluator = ReplayingEvaluator(recorded, workers)
         for _ in range(len(evaluator.interrupted) + 1):
             with contextlib.suppress(KeyboardInterrupt):
-                run(replace(recorded.config, budget=complete, storage=url, confirm=0), evaluator)
+                run(replace(recorded.config, budget=trained, storage=url, confirm=0), evaluator)
         again = Store.open(url, create=False)
         assert again is not None
         after = tables_of(RecordedStudy.open(again, study))
@@ -186,7 +216,8 @@ def main(
         print(f"  now {len(after[name])} rows of {list(after[name])}")
         if before[name].shape == after[name].shape and list(before[name]) == list(after[name]):
             print(before[name].reset_index(drop=True).compare(after[name].reset_index(drop=True)).head().to_string())
-    print(f"{complete} candidates, {len(before['trials'])} trials: " + ("different" if differing else "the same"))
+    counts = f"{trained} candidates, " + (f"{stopped} of them given up, " if stopped else "")
+    print(f"{counts}{len(before['trials'])} trials: " + ("different" if differing else "the same"))
     raise typer.Exit(bool(differing))
 
 
