@@ -152,7 +152,7 @@ class DataConfig(Checked):
     )  # fmt: skip
     mirror: bool | None = option(
         None, "--mirror/--no-mirror",
-        "Mirror training images at random, or never, if a mirrored image may be of another class",
+        "Mirror training images at random, or not: --no-mirror is for classes such as left and right",
         default="mirror, but for digits, MNIST and SVHN", panel=DATA,
     )  # fmt: skip
     reading: int = READING
@@ -221,9 +221,8 @@ class LatencyConfig(Checked):
     """The deployment in which latency is measured; it may differ from the training's set-up.
 
     Args:
-        device: `cpu`, `cuda` or `cuda:N`; candidates are trained on it, too, unless `train_devices`
-            or a Ray cluster says otherwise. `auto` becomes `cuda` where there is a
-            CUDA device, else `cpu`.
+        device: `cpu`, `cuda` or `cuda:N`; candidates are trained on it, too, unless `train_devices` or a Ray cluster
+            says otherwise. `auto` becomes `cuda` where there is a CUDA device, else `cpu`.
         engine: name of the engine that runs the network, see `nas.latency.engines.ENGINES`. `auto` becomes the
             device's `DEFAULT_ENGINE`, and an alias the name that it stands for.
         runtime: name and version of the engine's package, such as `onnxruntime 1.32.0`; empty where the engine is

@@ -46,7 +46,7 @@ from nas.search.front_sampler import LATENCY, STARTUP_TRIALS, FrontModel, Memory
 from nas.search.live_study import MAX_DUPLICATES
 from nas.search.model import Scale
 from nas.search.racing import Race
-from nas.search.sampling import Proposal, Proposer
+from nas.search.sampling import Proposal, Proposer, openers
 from nas.search.stopper import Stopper
 from search_spaces import ArchSpec, load_space
 
@@ -125,7 +125,7 @@ def search(world: World, method: str, seed: int, looks: Sequence[int]) -> list[L
     proposer = Proposer(
         world.space, how.sampler, seed, DIRECTIONS, [], memory if how.sampler == Sampler.MODEL else None, known
     )  # fmt: skip
-    openers = [] if how.sampler == Sampler.RANDOM else [world.space.smallest(), world.space.anchor()]
+    first = list(openers(world.space, how.sampler))
     stopper = Stopper(memory, world.steps) if how.stopping else None
     done = Searched()
     found = []
@@ -134,7 +134,7 @@ def search(world: World, method: str, seed: int, looks: Sequence[int]) -> list[L
             count = min(ROUND, look_at - done.trained)
             proposals: list[Proposal] = []
             while len(proposals) < count:
-                proposal = _proposed(proposer, known, openers)
+                proposal = _proposed(proposer, known, first)
                 may_decline = how.timing and done.declined < done.trained + len(proposals)
                 if may_decline and _declined(proposer, memory, proposal, timed_ms(world, proposal.arch, seed)):
                     done.declined += 1
@@ -145,12 +145,12 @@ def search(world: World, method: str, seed: int, looks: Sequence[int]) -> list[L
     return found
 
 
-def _proposed(proposer: Proposer, known: dict[str, int], openers: list[ArchSpec]) -> Proposal:
+def _proposed(proposer: Proposer, known: dict[str, int], first: list[ArchSpec]) -> Proposal:
     """The next network that is not known."""
     duplicates = 0
     while True:
-        if openers:
-            proposal = proposer.propose_this(openers.pop(0))
+        if first:
+            proposal = proposer.propose_this(first.pop(0))
         else:
             unseen = proposer.propose_unseen(known) if duplicates >= MAX_DUPLICATES else None
             proposal = unseen or proposer.propose()

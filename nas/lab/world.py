@@ -38,9 +38,10 @@ from search_spaces.space import Choice
 TREES, LEAF, FOLDS = 150, 2, 5
 # Penalties among which the line's is chosen.
 PENALTIES = tuple(10.0**power for power in range(-2, 4))
-# What one model misses others miss, too, so that with all of the trees' errors in latency other models would miss more
-# than in reality. With half of them the sampler's model, fitted to a hundred networks, misses the logarithms of others'
-# latencies by .24 (root mean square), as it does in the table (.23); with none by .20, with all by .32.
+# What one model misses others miss, too, so that with all of the trees' errors in latency other models would miss
+# more than in reality. With half of them the sampler's model, fitted to a hundred networks, misses the logarithms of
+# others' latencies by .24 (root mean square), as it does in the table (.23); with none by .20, with all by .32.
+# Between random choices of the hundred these differ by .02.
 SURPRISE = 0.5
 # Networks, and trainings, of about the same accuracy or latency, among which an error is drawn.
 NEAR = 50

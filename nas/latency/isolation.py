@@ -26,7 +26,7 @@ from nas.latency.values import Measurement, ShapeLatency
 from search_spaces import ArchSpec
 
 # Candidates that one child measures: starting another costs some 5 seconds, keeping it 6 MB a candidate.
-LIFETIME = 100
+LIFETIME = 50
 # A network's parts, each traced four times over, weigh as much as so many networks.
 PARTS_WEIGHT = 4
 # Seconds without a sign of life after which a child that runs fused kernels is given up. It gives one after each kernel

@@ -54,12 +54,13 @@ class Machine(RealEvaluator):
         self.train_devices = train_devices(config, self.station.device)
         self.device = self.station.info
         self.compiles = runs_fused_kernels(config.latency)
-        # The cores are idle while images are loaded, and the GPU while workers are started.
-        self.station.foresee([config.space.anchor(), *first_archs(config)])
         self.free_bytes = free_memory_bytes()
         self.pool = Workers(self._first_workers(), [str(device) for device in self.train_devices])
         self.files = DataFiles()
         try:
+            if self.compiles:
+                # Some cores are idle while images are loaded and workers are started.
+                self.station.foresee([config.space.anchor(), *first_archs(config)])
             self.take(image_data.load_all(config.data, config.resolutions, note), self.files.write)
             self._get_ready()
         except BaseException:

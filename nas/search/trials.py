@@ -66,10 +66,11 @@ class Trials:
         """What the interruptions of the study leave to do."""
         failed = self.study.get_trials(deepcopy=False, states=(TrialState.FAIL,))
         found = [trial.user_attrs for trial in failed if trial.user_attrs.get(REASON) == INTERRUPTED]
-        counts = Counter(str(attributes["arch"]) for attributes in found)
+        # Trials that another program added have no architecture.
+        counts = Counter(str(attributes["arch"]) for attributes in found if "arch" in attributes)
         given_up = {text for text, count in counts.items() if count >= MOST_BEGUN}
         again = tuple(ArchSpec.parse(text) for text in counts if text not in given_up)
-        return Interrupted(again, frozenset(given_up), len(found) - len(given_up))
+        return Interrupted(again, frozenset(given_up), counts.total() - len(given_up))
 
     def begin(self, proposal: Proposal) -> int:
         """Add a running trial and return its id.

@@ -19,6 +19,7 @@ from nas.lab.stubbed import on_stub, rehearse
 from nas.latency import compile_ahead, station
 from nas.latency.compile_ahead import Compilers, compiler_count
 from nas.latency.isolation import Apart
+from nas.search import machine
 from nas.search.machine import Machine
 from nas.search.sampling import first_archs
 from tests.conftest import make_tiny_space
@@ -153,6 +154,10 @@ def test_a_search_has_its_first_candidates_compiled_while_it_starts(monkeypatch:
     config = SearchConfig(
         space=make_tiny_space(), data=DataConfig(resolution=16), latency=LatencyConfig(device="cpu", engine="eager")
     )
+    Machine(config).close()
+    assert events == ["images", "workers"], "where nothing is compiled, nothing is foreseen"
+    events.clear()
+    monkeypatch.setattr(machine, "runs_fused_kernels", lambda config: True)
     Machine(config).close()
     assert events == [[config.space.anchor(), *first_archs(config)], "images", "workers"]
 

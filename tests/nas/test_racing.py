@@ -88,11 +88,11 @@ def test_an_interval_is_one_where_all_images_are_told_apart() -> None:
     race = Race(np.array([1.0, 1.0]), np.array([1.0, 2.0]), np.zeros((2, 3)), further=[[1.0], [0.0]])
     assert race.interval(0, images=3)[1] < 0.75
     assert race.interval(1, images=3)[2] > 0.25
-    # Agresti and Coull's interval for 3 of 3 begins at 0.38, and the spread between seeds is little beside it.
+    # Half of Agresti and Coull's interval for 3 of 3 is 0.34, and the spread between seeds is little beside it.
     assert race.interval(0, images=3)[1] > 0.5
 
 
-def test_where_all_are_equally_accurate_the_fastest_is_the_front_and_nothing_is_trained() -> None:
+def test_where_all_are_equally_accurate_the_fastest_is_the_front_and_no_other_is_trained() -> None:
     count = 30
     rng = np.random.default_rng(0)
     race = Race(np.full(count, 0.9), rng.permutation(count) + 1.0, rng.standard_normal((count, 3)))
@@ -126,6 +126,7 @@ def test_a_race_ends_when_the_front_is_known() -> None:
         assert trained < 40
     assert race.decided()
     assert [race.trained(index) for index in (0, 1, 3)] == [TRAININGS] * 3
+    # Whoever is no member is not eligible before it was trained as often as they.
     assert race.eligible() == [0, 1, 3]
     probability = race.membership()
     assert (probability[[0, 1, 3]] >= CONFIDENCE).all()

@@ -731,6 +731,15 @@ def test_trials_that_another_program_adds_end_the_search_with_a_line(config: Sea
         search.run(config, Meddled())
 
 
+def test_a_trial_that_another_program_left_running_does_not_keep_a_study_shut(config: SearchConfig) -> None:
+    """It is closed as interrupted, and has no architecture to begin with."""
+    search.run(replace(config, budget=3), FakeEvaluator())
+    study = optuna.load_study(study_name=config.study, storage=config.storage)
+    study.add_trial(optuna.trial.create_trial(state=TrialState.RUNNING))
+    assert search.run(replace(config, budget=5), FakeEvaluator()).complete == 5
+    assert search.run(config, FakeEvaluator()).complete == 12
+
+
 def test_a_study_deleted_while_it_is_searched_ends_the_search_with_a_line(config: SearchConfig) -> None:
     class Deleted(FakeEvaluator):
         def train_one(self, arch: ArchSpec) -> ProxyResult:
