@@ -8,11 +8,13 @@ from 20 trainings on, and more accurate than trees (docs/measurements.md, "A mod
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 from scipy.linalg import cho_solve, solve_triangular
+from scipy.optimize import minimize
 from scipy.special import ndtr
 
 from nas.search.features import SIZES
@@ -24,6 +26,11 @@ MILESTONES = (10, 20, 40, 80, 160, 320)
 # The kernel's parameters before they are found: variance of the signal, length, and variance of the noise.
 FIRST = (1.0, 10.0, 0.2)
 BOUNDS = ((1e-2, 1e2), (0.5, 100.0), (1e-4, 2.0))
+# How many times more or less noise than `FIRST` says is likely, as a natural logarithm: one standard deviation. From few
+# points alone, noise was found to be next to none in a quarter of cases (docs/measurements.md, "A model of accuracy").
+DOUBT_OF_NOISE = 1.0
+# Values that spread less count as equal.
+LEAST_DEVIATION = 1e-9
 
 
 @dataclass(frozen=True)
@@ -51,20 +58,30 @@ class Scale:
 
 @dataclass(frozen=True)
 class Kernel:
-    """The parameters of a kernel for values of variance 1: variance of the signal, length, variance of the noise."""
+    """The parameters of a kernel.
+
+    Args:
+        signal, length, noise: variance of the signal, length, and variance of the noise, of values of variance 1.
+        scale: mean and standard deviation of the values by which the parameters were found, which are true on this
+            scale only: the values of a search spread less and less; None stands for the scale of whatever is modelled.
+    """
 
     signal: float
     length: float
     noise: float
+    scale: tuple[float, float] | None = None
 
     @classmethod
     def found(cls, points: np.ndarray, values: np.ndarray) -> Kernel:
-        """The parameters under which values are most likely.
+        """The parameters that are most likely with some values; the usual ones where all values are equal.
 
         Args:
             points: scaled features, (n, f).
-            values: values of variance 1 and mean 0, (n,).
+            values: the figures there, (n,).
         """
+        mean, deviation = float(values.mean()), float(values.std())
+        if deviation < LEAST_DEVIATION:
+            return cls(*FIRST)
         from sklearn.exceptions import ConvergenceWarning
         from sklearn.gaussian_process import GaussianProcessRegressor
         from sklearn.gaussian_process.kernels import ConstantKernel, Matern, WhiteKernel
@@ -74,8 +91,8 @@ class Kernel:
         with warnings.catch_warnings():
             # A parameter at its bound is no reason to warn.
             warnings.simplefilter("ignore", ConvergenceWarning)
-            fitted = GaussianProcessRegressor(kernel).fit(points, values).kernel_
-        return cls(*(float(value) for value in np.exp(fitted.theta)))
+            fitted = GaussianProcessRegressor(kernel, optimizer=_most_likely).fit(points, (values - mean) / deviation).kernel_
+        return cls(*(float(value) for value in np.exp(fitted.theta)), scale=(mean, deviation))
 
     def between(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
         """Covariances of the signal between points, (n, m)."""
@@ -83,6 +100,24 @@ class Kernel:
         scaled = np.sqrt(5 * np.maximum(squares, 0)) / self.length
         covariance: np.ndarray = self.signal * (1 + scaled + scaled**2 / 3) * np.exp(-scaled)
         return covariance
+
+
+def _most_likely(
+    objective: Callable[..., tuple[float, np.ndarray]], initial: np.ndarray, bounds: np.ndarray
+) -> tuple[np.ndarray, float]:
+    """An optimizer for scikit-learn: the greatest likelihood times that of so much noise.
+
+    Args:
+        objective: negative logarithm of the likelihood, and its gradient, at logarithms of signal, length and noise.
+    """
+
+    def penalised(theta: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient = objective(theta, eval_gradient=True)
+        away = (theta[2] - np.log(FIRST[2])) / DOUBT_OF_NOISE
+        return value + away**2 / 2, gradient + np.array([0.0, 0.0, away / DOUBT_OF_NOISE])
+
+    found = minimize(penalised, initial, method="L-BFGS-B", jac=True, bounds=bounds)
+    return found.x, float(found.fun)
 
 
 @dataclass(frozen=True)
@@ -106,8 +141,9 @@ class Model:
 
     @classmethod
     def of(cls, points: np.ndarray, values: np.ndarray, kernel: Kernel) -> Model:
-        """The model of some points, on whose values its scale depends."""
-        return cls(points, values, kernel, float(values.mean()), max(float(values.std()), 1e-9))
+        """The model of some points, on the scale of its kernel, or else on that of the values."""
+        mean, deviation = kernel.scale or (float(values.mean()), float(values.std()))
+        return cls(points, values, kernel, mean, max(deviation, LEAST_DEVIATION))
 
     def with_more(self, points: np.ndarray, values: np.ndarray, doubts: np.ndarray | None = None) -> Model:
         """The model with more points, on the same scale."""
@@ -168,6 +204,5 @@ def kernel_for(points: np.ndarray, values: np.ndarray, known: dict[int, Kernel])
         return Kernel(*FIRST)
     count = passed[-1]
     if count not in known:
-        first = values[:count]
-        known[count] = Kernel.found(points[:count], (first - first.mean()) / max(float(first.std()), 1e-9))
+        known[count] = Kernel.found(points[:count], values[:count])
     return known[count]

@@ -9,7 +9,7 @@ a regression on the study's own trainings; so the prediction's errors are those 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from scipy import stats
@@ -110,7 +110,7 @@ class Stopper:
                 continue
             places, curves = [place for place, _ in usable], np.array([each for _, each in usable])
             # Some kinds of networks learn late: what counts is a loss beside those that such networks have by then.
-            losses = Model.of(model.points[places], curves[:, LOSS], model.kernel)
+            losses = Model.of(model.points[places], curves[:, LOSS], replace(model.kernel, scale=None))
             columns = np.column_stack([guessed[places], losses.left_out()[0], curves])
             weights, errors = regression(columns, model.values[places])
             deviation = float(np.sqrt(np.mean(errors**2)))

@@ -133,6 +133,33 @@ def test_a_kernel_depends_on_the_first_points_only() -> None:
     assert 40 in MILESTONES
 
 
+def test_the_noise_stays_what_it_was_when_a_search_concentrates() -> None:
+    """The noise was a share of the variance of the first values, times the variance of those that were given."""
+    points, _, first = noisy_values(80, 0.03)
+    rng = np.random.default_rng(1)
+    near = 0.05 * rng.standard_normal((79, 4))
+    values = np.concatenate([first, 0.6 + 0.03 * rng.standard_normal(79)])
+    together = np.concatenate([points, near])
+    assert values.std() < 0.8 * first.std()
+    kernel = kernel_for(together, values, {})
+    assert Model.of(together, values, kernel).noise == pytest.approx(Model.of(points, first, kernel).noise)
+    assert 0.022 < Model.of(together, values, kernel).noise < 0.04
+    # Other figures than those by which a kernel was found have their own scale.
+    assert kernel_for(together[:9], values[:9], {}).scale is None
+
+
+def test_few_points_do_not_make_believe_that_there_is_no_noise() -> None:
+    for seed in range(8):
+        points, _, values = noisy_values(20, 0.03, seed)
+        assert 0.01 < Model.of(points, values, kernel_for(points, values, {})).noise < 0.09
+
+
+def test_a_kernel_of_equal_values_is_the_usual_one() -> None:
+    """A scale of next to nothing would stay until the next milestone."""
+    points, *_ = noisy_values(10, 0.03)
+    assert kernel_for(points, np.full(10, 0.7), {}) == Kernel(*model.FIRST)
+
+
 # -- Improvement -------------------------------------------------------------------------------------------------------
 
 
