@@ -26,6 +26,7 @@ from nas.search.features import matrix
 from nas.search.improvement import Staircase
 from nas.search.model import FIRST, Kernel, Model, Scale, kernel_for
 from nas.search.parameters import chosen, distribution
+from nas.search.subset import kept
 from search_spaces import ArchSpec, SearchSpace, cost
 from search_spaces.space import Choice
 
@@ -41,8 +42,6 @@ RUNNERS_UP = 16
 BEST = 10
 # Greatest number of parameters that a mutation changes.
 MOST_CHANGES = 3
-# A model of more points costs more than it gains; the latest are kept, and those next to the front.
-MOST_POINTS = 500
 # The fastest architecture that may come is so much faster than the fastest seen.
 FASTER = 0.8
 # Of trials that failed or broke the limit on the latency, the latest so many are taken into account.
@@ -79,6 +78,7 @@ class Memory:
     archs: dict[int, ArchSpec] = field(default_factory=dict)
     accuracy_kernels: dict[int, Kernel] = field(default_factory=dict)
     latency_kernels: dict[int, Kernel] = field(default_factory=dict)
+    next_to_front: dict[int, np.ndarray] = field(default_factory=dict)
     runners_up: list[ArchSpec] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -246,7 +246,7 @@ class FrontModel:
         latency_ms = np.array([trial.values[1] for trial in complete])
         points = memory.evaluated(archs)
         kernel = kernel_for(points, accuracy, memory.accuracy_kernels)
-        given = kept(accuracy, latency_ms)
+        given = kept(points, accuracy, latency_ms, kernel, memory.next_to_front)
         failed = [trial for trial in by_state[TrialState.FAIL] if trial.user_attrs.get(REASON) != INTERRUPTED]
         # A limit on the memory is kept or not, as a network runs or not.
         failed += [trial for trial in by_state[TrialState.PRUNED] if trial.constraints.get(MEMORY, 0) > 0]
@@ -305,14 +305,3 @@ def over_latency(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """The trials that were pruned because they broke the limit on the latency."""
     return [trial for trial in trials if trial.state == TrialState.PRUNED and trial.constraints.get(LATENCY, 0) > 0]
 
-
-def kept(accuracy: np.ndarray, latency_ms: np.ndarray) -> np.ndarray:
-    """The indices of the trials that the models are given, in order."""
-    count = len(accuracy)
-    if count <= MOST_POINTS:
-        return np.arange(count)
-    order = np.argsort(latency_ms, kind="stable")
-    best = np.empty(count)
-    best[order] = np.maximum.accumulate(accuracy[order])
-    nearest = np.argsort(best - accuracy, kind="stable")[: MOST_POINTS // 2]
-    return np.unique(np.concatenate([nearest, np.arange(count - MOST_POINTS // 2, count)]))

@@ -175,6 +175,12 @@ class Model:
         variance = np.maximum(self.kernel.signal - (explained**2).sum(0), 1e-9)
         return self.mean + self.deviation * (across @ weights), self.deviation * np.sqrt(variance)
 
+    def means(self, points: np.ndarray) -> np.ndarray:
+        """Mean of the truth at some points, (m,), without what tells how uncertain it is."""
+        _, weights = self._solved
+        found: np.ndarray = self.mean + self.deviation * (self.kernel.between(points, self.points) @ weights)
+        return found
+
     def below(self, points: np.ndarray, bound: float) -> np.ndarray:
         """The probability that a value at each point is below a bound, (m,)."""
         mean, deviation = self.predict(points)

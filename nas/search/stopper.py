@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from scipy import stats
 
-from nas.search.front_sampler import Memory, kept
+from nas.search.front_sampler import Memory
 from nas.search.model import Model, kernel_for
+from nas.search.subset import kept
 from nas.training.curves import CurvePoint
 from nas.training.stopping import LOSS, Check, Rule, figures
 from search_spaces import ArchSpec
@@ -72,9 +73,10 @@ class Stopper:
         accuracy, known_ms = np.array(self.accuracy), np.array(self.latency_ms)
         if len(self.archs) < LEAST_TRAININGS or not archs or np.ptp(accuracy) == 0:
             return [None] * len(archs)
-        indices = kept(accuracy, known_ms)
         points = self.memory.evaluated(self.archs)
-        model = Model.of(points[indices], accuracy[indices], kernel_for(points, accuracy, self.memory.accuracy_kernels))
+        kernel = kernel_for(points, accuracy, self.memory.accuracy_kernels)
+        indices = kept(points, accuracy, known_ms, kernel, self.memory.next_to_front)
+        model = Model.of(points[indices], accuracy[indices], kernel)
         own_points = self.memory.points(archs)
         guessed, _ = model.predict(own_points)
         # A single training flatters those that it ranks first; the front that counts is one of means.
