@@ -390,7 +390,9 @@ class ArchSpec:
         )  # fmt: skip
 
     def to_dict(self) -> dict[str, Any]:
-        fields = dataclasses.asdict(self)
+        # As `dataclasses.asdict` does, which copies each value and so took a fifth of a proposal's time.
+        fields = {name: getattr(self, name) for name in _ARCH_FIELDS}
+        fields["stages"] = tuple({name: getattr(stage, name) for name in _STAGE_FIELDS} for stage in self.stages)
         # Without these, architectures keep the text and the arch_id that they had before there was a choice.
         if self.resolution is None:
             del fields["resolution"]
@@ -424,3 +426,7 @@ class ArchSpec:
         from search_spaces.timm_models import network
 
         return network(num_classes=num_classes, **model_args(self))
+
+
+_ARCH_FIELDS = tuple(field.name for field in dataclasses.fields(ArchSpec))
+_STAGE_FIELDS = tuple(field.name for field in dataclasses.fields(StageSpec))

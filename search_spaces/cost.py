@@ -96,4 +96,10 @@ def steps_cost(steps: Iterable[Step], num_classes: int) -> Cost:
 
 def cost(arch: ArchSpec, resolution: int, num_classes: int) -> Cost:
     """Parameters of the network, and MACs of one image of a resolution, which it sees at `arch.shown(resolution)`."""
-    return steps_cost(arch.walk(resolution), num_classes)
+    size = arch.shown(resolution)
+    total = stem_cost(arch.stem_width, size, arch.stem_stride)
+    size, in_channels = strided(size, arch.stem_stride), arch.stem_width
+    for stage in arch.stages:
+        total += stage_cost(in_channels, stage, size)
+        size, in_channels = strided(size, stage.stride), stage.width
+    return total + head_cost(in_channels, arch.head_width, num_classes)

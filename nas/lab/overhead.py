@@ -33,6 +33,7 @@ from nas.config import SearchConfig
 from nas.lab.invented import FakeEvaluator
 from nas.lab.options import Space
 from nas.search import sampling
+from nas.search.live_study import LiveStudy
 from nas.search.loop import Event, Silent, run
 from nas.search.sampling import Proposer
 from nas.search.trials import Trials
@@ -47,6 +48,7 @@ OPENINGS = 3
 # The methods whose time is told apart.
 PARTS: dict[str, tuple[tuple[type, str], ...]] = {
     "sampler": ((Proposer, "propose"), (Proposer, "propose_unseen"), (Proposer, "tell")),
+    "stopper": ((LiveStudy, "rules"),),
     "Optuna's tables": ((Trials, "begin"), (Trials, "add_duplicate"), (Trials, "finish")),
     "our tables": ((Store, "add_candidate"), (Ownership, "require")),
     "networks": ((ArchSpec, "build"),),

@@ -269,14 +269,14 @@ class FrontModel:
             memory.evaluated([memory.arch_of(trial) for trial in over]),
             np.log([memory.latency_ms(trial) for trial in over]),
         )
-        means, _ = of_accuracy.predict(points[given])
+        means = of_accuracy.fitted()[: len(given)]
         known, known_ms = [archs[index] for index in given], latency_ms[given]
         if pending := [memory.arch_of(trial) for trial in by_state[TrialState.RUNNING]]:
             ahead = memory.evaluated(pending)
-            guessed, _ = of_accuracy.predict(ahead)
+            guessed = of_accuracy.means(ahead)
             of_accuracy = of_accuracy.with_more(ahead, guessed)
             means = np.concatenate([means, guessed])
-            known_ms = np.concatenate([known_ms, np.exp(of_latency.predict(ahead)[0])])
+            known_ms = np.concatenate([known_ms, np.exp(of_latency.means(ahead))])
             known = [*known, *pending]
         stairs = Staircase.of(means, known_ms, FASTER * float(latency_ms.min()), memory.most_ms)
         members = [known[index] for index in pareto.front(means, known_ms) if known_ms[index] < memory.most_ms]
@@ -293,10 +293,10 @@ class FrontModel:
         mean, deviation = self.accuracy.predict(points)
         if latency_ms is not None:
             return self.stairs.improvement(mean, deviation, latency_ms)
-        likely = np.ones(len(archs)) if self.runs is None else np.clip(self.runs.predict(points)[0], LEAST_LIKELY, 1)
-        guessed, _ = self.latency.predict(points)
+        likely = np.ones(len(archs)) if self.runs is None else np.clip(self.runs.means(points), LEAST_LIKELY, 1)
+        guessed, spread = self.latency.predict(points)
         # A network that turns out slower than all that counts adds nothing.
-        fast_enough = self.latency.below(points, np.log(self.memory.most_ms))
+        fast_enough = self.latency.chance_below(guessed, spread, np.log(self.memory.most_ms))
         expected: np.ndarray = likely * fast_enough * self.stairs.improvement(mean, deviation, np.exp(guessed))
         return expected
 
@@ -304,4 +304,3 @@ class FrontModel:
 def over_latency(trials: Sequence[FrozenTrial]) -> list[FrozenTrial]:
     """The trials that were pruned because they broke the limit on the latency."""
     return [trial for trial in trials if trial.state == TrialState.PRUNED and trial.constraints.get(LATENCY, 0) > 0]
-

@@ -14,6 +14,7 @@ from functools import cached_property
 
 import numpy as np
 from scipy.linalg import cho_solve, solve_triangular
+from scipy.linalg.lapack import dtrtri
 from scipy.optimize import minimize
 from scipy.special import ndtr
 
@@ -26,8 +27,8 @@ MILESTONES = (10, 20, 40, 80, 160, 320)
 # The kernel's parameters before they are found: variance of the signal, length, and variance of the noise.
 FIRST = (1.0, 10.0, 0.2)
 BOUNDS = ((1e-2, 1e2), (0.5, 100.0), (1e-4, 2.0))
-# How many times more or less noise than `FIRST` says is likely, as a natural logarithm: one standard deviation. From few
-# points alone, noise was found to be next to none in a quarter of cases (docs/measurements.md, "A model of accuracy").
+# Standard deviation of the noise's logarithm around that of `FIRST`, as it is expected. From few points alone, there was
+# next to no noise in a quarter of cases (docs/measurements.md, "A model of accuracy").
 DOUBT_OF_NOISE = 1.0
 # Values that spread less count as equal.
 LEAST_DEVIATION = 1e-9
@@ -91,15 +92,32 @@ class Kernel:
         with warnings.catch_warnings():
             # A parameter at its bound is no reason to warn.
             warnings.simplefilter("ignore", ConvergenceWarning)
-            fitted = GaussianProcessRegressor(kernel, optimizer=_most_likely).fit(points, (values - mean) / deviation).kernel_
+            fitted = (
+                GaussianProcessRegressor(kernel, optimizer=_most_likely)
+                .fit(points, (values - mean) / deviation)
+                .kernel_
+            )
         return cls(*(float(value) for value in np.exp(fitted.theta)), scale=(mean, deviation))
 
     def between(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
         """Covariances of the signal between points, (n, m)."""
-        squares = (one**2).sum(1)[:, None] + (other**2).sum(1) - 2 * one @ other.T
-        scaled = np.sqrt(5 * np.maximum(squares, 0)) / self.length
-        covariance: np.ndarray = self.signal * (1 + scaled + scaled**2 / 3) * np.exp(-scaled)
-        return covariance
+        # Computed in place, as new memory for such matrices costs more than what is computed.
+        scaled: np.ndarray = one @ other.T
+        scaled *= -2
+        scaled += (one**2).sum(1)[:, None]
+        scaled += (other**2).sum(1)
+        np.maximum(scaled, 0, out=scaled)
+        scaled *= 5 / self.length**2
+        np.sqrt(scaled, out=scaled)
+        decay = np.exp(-scaled)
+        decay *= self.signal
+        # 1 + scaled + scaled**2 / 3
+        polynomial = scaled / 3
+        polynomial += 1
+        polynomial *= scaled
+        polynomial += 1
+        polynomial *= decay
+        return polynomial
 
 
 def _most_likely(
@@ -160,30 +178,63 @@ class Model:
     def _doubts(self) -> np.ndarray:
         return np.zeros(len(self.values)) if self.doubts is None else self.doubts
 
+    def like(self, values: np.ndarray) -> Model:
+        """The model of other figures at the same points on their own scale, with the same kernel on it.
+
+        Where no value has a doubt of its own, nothing is computed anew but the values' weights.
+        """
+        found = Model.of(self.points, values, replace(self.kernel, scale=None))
+        if self.doubts is None:
+            found.__dict__.update(
+                {name: self.__dict__[name] for name in ("_factor", "_precision") if name in self.__dict__}
+            )
+        return found
+
     @cached_property
-    def _solved(self) -> tuple[np.ndarray, np.ndarray]:
+    def _factor(self) -> np.ndarray:
+        """The Cholesky factor of the values' covariance, (n, n)."""
         covariance = self.kernel.between(self.points, self.points)
         covariance[np.diag_indices_from(covariance)] += self.kernel.noise + (self._doubts / self.deviation) ** 2 + 1e-9
-        factor = np.linalg.cholesky(covariance)
-        return factor, cho_solve((factor, True), (self.values - self.mean) / self.deviation)
+        return np.linalg.cholesky(covariance)
+
+    @cached_property
+    def _precision(self) -> np.ndarray:
+        """The diagonal of the inverse of the values' covariance, (n,)."""
+        inverse, _ = dtrtri(self._factor, lower=1)
+        precision: np.ndarray = (inverse**2).sum(0)
+        return precision
+
+    @cached_property
+    def _weights(self) -> np.ndarray:
+        """The values' weights, (n,)."""
+        weights: np.ndarray = cho_solve((self._factor, True), (self.values - self.mean) / self.deviation)
+        return weights
 
     def predict(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Mean and standard deviation of the truth at some points, (m,) each."""
-        factor, weights = self._solved
         across = self.kernel.between(points, self.points)
-        explained = solve_triangular(factor, across.T, lower=True)
+        explained = solve_triangular(self._factor, across.T, lower=True)
         variance = np.maximum(self.kernel.signal - (explained**2).sum(0), 1e-9)
-        return self.mean + self.deviation * (across @ weights), self.deviation * np.sqrt(variance)
+        return self.mean + self.deviation * (across @ self._weights), self.deviation * np.sqrt(variance)
 
     def means(self, points: np.ndarray) -> np.ndarray:
         """Mean of the truth at some points, (m,), without what tells how uncertain it is."""
-        _, weights = self._solved
-        found: np.ndarray = self.mean + self.deviation * (self.kernel.between(points, self.points) @ weights)
+        found: np.ndarray = self.mean + self.deviation * (self.kernel.between(points, self.points) @ self._weights)
+        return found
+
+    def fitted(self) -> np.ndarray:
+        """Mean of the truth at the model's own points, (n,)."""
+        # As the covariance of the signal lacks the noise alone, no kernel is needed for it.
+        own = self.kernel.noise + (self._doubts / self.deviation) ** 2 + 1e-9
+        found: np.ndarray = self.values - self.deviation * own * self._weights
         return found
 
     def below(self, points: np.ndarray, bound: float) -> np.ndarray:
         """The probability that a value at each point is below a bound, (m,)."""
-        mean, deviation = self.predict(points)
+        return self.chance_below(*self.predict(points), bound)
+
+    def chance_below(self, mean: np.ndarray, deviation: np.ndarray, bound: float) -> np.ndarray:
+        """The probability that a value is below a bound where the truth was predicted, (m,)."""
         probability: np.ndarray = ndtr((bound - mean) / np.hypot(deviation, self.noise))
         return probability
 
@@ -192,9 +243,10 @@ class Model:
 
         (Rasmussen and Williams, Gaussian Processes for Machine Learning, equation 5.12.)
         """
-        factor, weights = self._solved
-        precision = np.diag(cho_solve((factor, True), np.eye(len(factor))))
-        return self.values - self.deviation * weights / precision, self.deviation / np.sqrt(precision)
+        return (
+            self.values - self.deviation * self._weights / self._precision,
+            self.deviation / np.sqrt(self._precision),
+        )
 
 
 def kernel_for(points: np.ndarray, values: np.ndarray, known: dict[int, Kernel]) -> Kernel:

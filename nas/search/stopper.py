@@ -46,7 +46,8 @@ class Stopper:
         chance: probability of reaching the needed accuracy, below which a training is given up.
 
     Attributes:
-        archs, accuracy, latency_ms, curves: the complete trainings, in the order of their candidates' numbers.
+        archs, accuracy, latency_ms: the complete trainings, in the order of their candidates' numbers.
+        of_curves: of each of them, the figures of its curve at each of `SHARES`; None where there are too few points.
     """
 
     memory: Memory
@@ -54,7 +55,7 @@ class Stopper:
     archs: list[ArchSpec] = field(default_factory=list)
     accuracy: list[float] = field(default_factory=list)
     latency_ms: list[float] = field(default_factory=list)
-    curves: list[Sequence[CurvePoint]] = field(default_factory=list)
+    of_curves: list[list[tuple[float, ...] | None]] = field(default_factory=list)
     chance: float = LEAST_CHANCE
 
     def add(self, arch: ArchSpec, accuracy: float, latency_ms: float, curve: Sequence[CurvePoint]) -> None:
@@ -62,7 +63,12 @@ class Stopper:
         self.archs.append(arch)
         self.accuracy.append(accuracy)
         self.latency_ms.append(latency_ms)
-        self.curves.append(curve)
+        self.of_curves.append([figures(curve, step) for step in self._steps])
+
+    @property
+    def _steps(self) -> list[int]:
+        """The steps after which a training is looked at."""
+        return [round(share * self.steps) for share in SHARES]
 
     def rules(self, archs: Sequence[ArchSpec], latency_ms: Sequence[float]) -> list[Rule | None]:
         """The rules of trainings that are to begin; None where a training cannot be judged.
@@ -78,11 +84,11 @@ class Stopper:
         indices = kept(points, accuracy, known_ms, kernel, self.memory.next_to_front)
         model = Model.of(points[indices], accuracy[indices], kernel)
         own_points = self.memory.points(archs)
-        guessed, _ = model.predict(own_points)
+        guessed = model.means(own_points)
         # A single training flatters those that it ranks first; the front that counts is one of means.
-        means, _ = model.predict(points[indices])
+        means = model.fitted()
         looks = self._looks(indices, model)
-        losses = [look.losses.predict(own_points)[0] for look in looks]
+        losses = [look.losses.means(own_points) for look in looks]
         rules: list[Rule | None] = []
         for number, (arch, own_ms) in enumerate(zip(archs, latency_ms, strict=True)):
             faster = means[known_ms[indices] <= SLOWER * own_ms]
@@ -103,16 +109,23 @@ class Stopper:
             indices: the trainings that the model of accuracy was given.
         """
         guessed, _ = model.left_out()
-        found = []
-        for share in SHARES:
-            step = round(share * self.steps)
-            seen = [(place, figures(self.curves[index], step)) for place, index in enumerate(indices)]
+        found: list[Look] = []
+        before = model
+        for look, step in enumerate(self._steps):
+            seen = [(place, self.of_curves[index][look]) for place, index in enumerate(indices)]
             usable = [(place, each) for place, each in seen if each is not None]
             if len(usable) < LEAST_TRAININGS:
                 continue
             places, curves = [place for place, _ in usable], np.array([each for _, each in usable])
             # Some kinds of networks learn late: what counts is a loss beside those that such networks have by then.
-            losses = Model.of(model.points[places], curves[:, LOSS], replace(model.kernel, scale=None))
+            at = model.points[places]
+            same = at.shape == before.points.shape and (at == before.points).all()
+            losses = (
+                before.like(curves[:, LOSS])
+                if same
+                else Model.of(at, curves[:, LOSS], replace(model.kernel, scale=None))
+            )
+            before = losses
             columns = np.column_stack([guessed[places], losses.left_out()[0], curves])
             weights, errors = regression(columns, model.values[places])
             deviation = float(np.sqrt(np.mean(errors**2)))

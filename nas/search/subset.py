@@ -1,8 +1,8 @@
 """The choice of the trainings that a model is given, where a study has more than it takes.
 
-A model of more points costs more than it gains. Given are the latest trainings, and of the earlier ones those that are
-likely next to the front. No training is chosen by its own outcome: of those next to the front by their observed accuracy
-most were lucky, and a model of them believes all networks to be better than they are.
+A model of more points costs more than it gains. It is given the latest trainings, and of the earlier ones those that
+are likely next to the front. No training is chosen by its own outcome: of those next to the front by their observed
+accuracy most were lucky, and a model of them believes all networks to be better than they are.
 """
 
 from __future__ import annotations

@@ -122,6 +122,30 @@ def test_what_is_left_out_is_guessed_from_all_others() -> None:
         assert deviation[index] == pytest.approx(np.hypot(spread[0], without.noise))
 
 
+def test_what_a_model_knows_at_its_own_points_is_what_it_predicts_there() -> None:
+    points, _, values = noisy_values(30, 0.02)
+    modelled = Model(points, values, Kernel(1.5, 3.0, 0.2), mean=0.5, deviation=0.1).with_more(
+        points[:2] + 1, np.array([0.6, 0.7]), np.array([0.0, 0.05])
+    )
+    assert modelled.fitted() == pytest.approx(modelled.predict(modelled.points)[0])
+    assert modelled.means(points[:3] + 2) == pytest.approx(modelled.predict(points[:3] + 2)[0])
+
+
+def test_other_figures_at_the_same_points_cost_no_second_factor() -> None:
+    points, truth, values = noisy_values(30, 0.02)
+    modelled = Model.of(points, values, Kernel(1.5, 3.0, 0.2, scale=(0.5, 0.1)))
+    modelled.left_out()
+    others = modelled.like(7 + 3 * truth)
+    assert others._factor is modelled._factor
+    alone = Model.of(points, 7 + 3 * truth, Kernel(1.5, 3.0, 0.2))
+    assert np.array(others.left_out()) == pytest.approx(np.array(alone.left_out()))
+    assert np.array(others.predict(points[:3] + 1)) == pytest.approx(np.array(alone.predict(points[:3] + 1)))
+    # A doubt of a value is one on that value's own scale.
+    doubtful = modelled.with_more(points[:1], values[:1], np.array([0.1]))
+    doubtful.left_out()
+    assert "_factor" not in vars(doubtful.like(doubtful.values))
+
+
 def test_a_kernel_depends_on_the_first_points_only() -> None:
     points, _, values = noisy_values(79, 0.02)
     known: dict[int, Kernel] = {}
