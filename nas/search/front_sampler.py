@@ -65,6 +65,7 @@ class Memory:
         limits: limits on candidates; what breaks one on parameters or MACs is never proposed.
 
     Attributes:
+        further: arch_id -> accuracies of further trainings, which confirmed it before this search went on.
         features: arch_id -> scaled features, (f,), of what was evaluated.
         runners_up: what came next to the last proposal, the best first.
     """
@@ -74,6 +75,7 @@ class Memory:
     classes: int
     most_ms: float
     limits: Limits = field(default_factory=Limits)
+    further: Mapping[str, Sequence[float]] = field(default_factory=dict)
     features: dict[str, np.ndarray] = field(default_factory=dict)
     archs: dict[int, ArchSpec] = field(default_factory=dict)
     accuracy_kernels: dict[int, Kernel] = field(default_factory=dict)
@@ -105,6 +107,18 @@ class Memory:
             if arch.arch_id not in self.features:
                 self.features[arch.arch_id] = row.copy()
         return points
+
+    def averaged(self, archs: Sequence[ArchSpec], accuracy: np.ndarray) -> tuple[np.ndarray, np.ndarray | None]:
+        """The mean accuracy of all trainings of architectures, and their numbers, (n,) each; None where all are one.
+
+        Args:
+            accuracy: that of the training by which the search judged each, (n,).
+        """
+        if not self.further:
+            return accuracy, None
+        further = [self.further.get(arch.arch_id, ()) for arch in archs]
+        counts = np.array([1.0 + len(each) for each in further])
+        return (accuracy + np.array([sum(each) for each in further])) / counts, counts
 
     def possible(self, arch: ArchSpec) -> bool:
         """Whether an architecture keeps the limits that are known before it is timed."""
@@ -246,14 +260,15 @@ class FrontModel:
         latency_ms = np.array([trial.values[1] for trial in complete])
         points = memory.evaluated(archs)
         kernel = kernel_for(points, accuracy, memory.accuracy_kernels)
-        given = kept(points, accuracy, latency_ms, kernel, memory.next_to_front)
+        averaged, counts = memory.averaged(archs, accuracy)
+        given = kept(points, averaged, latency_ms, kernel, memory.next_to_front)
         failed = [trial for trial in by_state[TrialState.FAIL] if trial.user_attrs.get(REASON) != INTERRUPTED]
         # A limit on the memory is kept or not, as a network runs or not.
         failed += [trial for trial in by_state[TrialState.PRUNED] if trial.constraints.get(MEMORY, 0) > 0]
         failed.sort(key=lambda trial: trial.number)
         bad = memory.evaluated([memory.arch_of(trial) for trial in failed[-MOST_FAILED:]])
         runs = Model(points[given], np.ones(len(given)), Kernel(*FIRST), mean=1.0, deviation=DEVIATION_OF_FAILURES)
-        of_accuracy = Model.of(points[given], accuracy[given], kernel)
+        of_accuracy = Model.of(points[given], averaged[given], kernel, None if counts is None else counts[given])
         given_up = [trial for trial in by_state[TrialState.PRUNED] if PREDICTED in trial.user_attrs][-MOST_GIVEN_UP:]
         # What was expected of a training that was given up is known less well than the result of one.
         if given_up:

@@ -12,7 +12,7 @@ from nas.pareto import GrowingFront
 from nas.recorded import RecordedStudy
 from nas.search.evaluation import Outcome
 from nas.search.front_sampler import Memory
-from nas.search.rows import beliefs, candidate_row, constraints, objectives
+from nas.search.rows import beliefs, candidate_row, constraints, further_accuracies, objectives
 from nas.search.sampling import Proposal, Proposer, openers
 from nas.search.stopper import Stopper
 from nas.search.trials import TRIAL_STATES, Trials
@@ -77,7 +77,8 @@ class LiveStudy:
         if config.sampler == Sampler.MODEL or config.early_stopping:
             deployed = config.latency
             memory = Memory(
-                config.space, deployed.resolution, deployed.num_classes, recorded.reference_latency_ms, config.limits
+                config.space, deployed.resolution, deployed.num_classes, recorded.reference_latency_ms, config.limits,
+                further_accuracies(recorded),
             )
         self.proposer = Proposer(
             config.space, config.sampler, config.seed, optuna_study.directions, optuna_study.get_trials(deepcopy=False),

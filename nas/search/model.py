@@ -27,7 +27,7 @@ MILESTONES = (10, 20, 40, 80, 160, 320)
 # The kernel's parameters before they are found: variance of the signal, length, and variance of the noise.
 FIRST = (1.0, 10.0, 0.2)
 BOUNDS = ((1e-2, 1e2), (0.5, 100.0), (1e-4, 2.0))
-# Standard deviation of the noise's logarithm around that of `FIRST`, as it is expected. From few points alone, there was
+# Standard deviation of the noise's logarithm around that of `FIRST`, as it is expected. By few points alone, there was
 # next to no noise in a quarter of cases (docs/measurements.md, "A model of accuracy").
 DOUBT_OF_NOISE = 1.0
 # Values that spread less count as equal.
@@ -148,6 +148,7 @@ class Model:
         kernel: the kernel's parameters.
         mean, deviation: the scale of the values.
         doubts: standard deviation of each value in addition to the noise, (n,); None stands for none.
+        counts: number of figures, each with the noise, of which each value is the mean, (n,); None stands for one.
     """
 
     points: np.ndarray
@@ -156,18 +157,20 @@ class Model:
     mean: float
     deviation: float
     doubts: np.ndarray | None = None
+    counts: np.ndarray | None = None
 
     @classmethod
-    def of(cls, points: np.ndarray, values: np.ndarray, kernel: Kernel) -> Model:
+    def of(cls, points: np.ndarray, values: np.ndarray, kernel: Kernel, counts: np.ndarray | None = None) -> Model:
         """The model of some points, on the scale of its kernel, or else on that of the values."""
         mean, deviation = kernel.scale or (float(values.mean()), float(values.std()))
-        return cls(points, values, kernel, mean, max(deviation, LEAST_DEVIATION))
+        return cls(points, values, kernel, mean, max(deviation, LEAST_DEVIATION), counts=counts)
 
     def with_more(self, points: np.ndarray, values: np.ndarray, doubts: np.ndarray | None = None) -> Model:
         """The model with more points, on the same scale."""
         joined = np.concatenate([self.points, points]), np.concatenate([self.values, values])
         added = np.concatenate([self._doubts, np.zeros(len(values)) if doubts is None else doubts])
-        return replace(self, points=joined[0], values=joined[1], doubts=added)
+        counts = None if self.counts is None else np.concatenate([self.counts, np.ones(len(values))])
+        return replace(self, points=joined[0], values=joined[1], doubts=added, counts=counts)
 
     @property
     def noise(self) -> float:
@@ -178,13 +181,20 @@ class Model:
     def _doubts(self) -> np.ndarray:
         return np.zeros(len(self.values)) if self.doubts is None else self.doubts
 
+    @property
+    def _own_variance(self) -> np.ndarray:
+        """Variance of each value around the truth, (n,), where that of all values is 1."""
+        noise = self.kernel.noise / (1 if self.counts is None else self.counts)
+        variance: np.ndarray = noise + (self._doubts / self.deviation) ** 2 + 1e-9
+        return variance
+
     def like(self, values: np.ndarray) -> Model:
         """The model of other figures at the same points on their own scale, with the same kernel on it.
 
-        Where no value has a doubt of its own, nothing is computed anew but the values' weights.
+        Where all values have the same noise, nothing is computed anew but the values' weights.
         """
         found = Model.of(self.points, values, replace(self.kernel, scale=None))
-        if self.doubts is None:
+        if self.doubts is None and self.counts is None:
             found.__dict__.update(
                 {name: self.__dict__[name] for name in ("_factor", "_precision") if name in self.__dict__}
             )
@@ -194,7 +204,7 @@ class Model:
     def _factor(self) -> np.ndarray:
         """The Cholesky factor of the values' covariance, (n, n)."""
         covariance = self.kernel.between(self.points, self.points)
-        covariance[np.diag_indices_from(covariance)] += self.kernel.noise + (self._doubts / self.deviation) ** 2 + 1e-9
+        covariance[np.diag_indices_from(covariance)] += self._own_variance
         return np.linalg.cholesky(covariance)
 
     @cached_property
@@ -225,8 +235,7 @@ class Model:
     def fitted(self) -> np.ndarray:
         """Mean of the truth at the model's own points, (n,)."""
         # As the covariance of the signal lacks the noise alone, no kernel is needed for it.
-        own = self.kernel.noise + (self._doubts / self.deviation) ** 2 + 1e-9
-        found: np.ndarray = self.values - self.deviation * own * self._weights
+        found: np.ndarray = self.values - self.deviation * self._own_variance * self._weights
         return found
 
     def below(self, points: np.ndarray, bound: float) -> np.ndarray:

@@ -92,6 +92,17 @@ def objectives(row: Candidate) -> list[float] | None:
     return [row.accuracy, latency.median_ms]
 
 
+def further_accuracies(recorded: RecordedStudy) -> dict[str, list[float]]:
+    """The accuracies of the trainings that confirmed candidates so far, by arch_id, in the order of their seeds."""
+    archs = {candidate.trial_id: candidate.arch_id for candidate in recorded.candidates()}
+    found: dict[str, list[float]] = {}
+    stored = recorded.store.trainings.of_study(recorded.study_id, TrainingStage.CONFIRMATION)
+    for training in sorted(stored, key=lambda each: (each.trial_id, each.seed)):
+        if training.accuracy is not None:
+            found.setdefault(archs[training.trial_id], []).append(training.accuracy)
+    return found
+
+
 def beliefs(row: Candidate) -> dict[str, float]:
     """What is believed of a candidate that was timed and not trained to the end, as attributes of its trial."""
     latency = searched_latency(row)

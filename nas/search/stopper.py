@@ -81,13 +81,14 @@ class Stopper:
             return [None] * len(archs)
         points = self.memory.evaluated(self.archs)
         kernel = kernel_for(points, accuracy, self.memory.accuracy_kernels)
-        indices = kept(points, accuracy, known_ms, kernel, self.memory.next_to_front)
-        model = Model.of(points[indices], accuracy[indices], kernel)
+        averaged, counts = self.memory.averaged(self.archs, accuracy)
+        indices = kept(points, averaged, known_ms, kernel, self.memory.next_to_front)
+        model = Model.of(points[indices], averaged[indices], kernel, None if counts is None else counts[indices])
         own_points = self.memory.points(archs)
         guessed = model.means(own_points)
         # A single training flatters those that it ranks first; the front that counts is one of means.
         means = model.fitted()
-        looks = self._looks(indices, model)
+        looks = self._looks(indices, model, accuracy[indices])
         losses = [look.losses.means(own_points) for look in looks]
         rules: list[Rule | None] = []
         for number, (arch, own_ms) in enumerate(zip(archs, latency_ms, strict=True)):
@@ -102,11 +103,12 @@ class Stopper:
             rules.append(Rule(float(faster.max()), own, not is_control(arch)))
         return rules
 
-    def _looks(self, indices: np.ndarray, model: Model) -> list[Look]:
+    def _looks(self, indices: np.ndarray, model: Model, accuracy: np.ndarray) -> list[Look]:
         """The looks at trainings of which enough is known.
 
         Args:
             indices: the trainings that the model of accuracy was given.
+            accuracy: what these trainings themselves came to, (n,), which is where their curves lead.
         """
         guessed, _ = model.left_out()
         found: list[Look] = []
@@ -127,7 +129,7 @@ class Stopper:
             )
             before = losses
             columns = np.column_stack([guessed[places], losses.left_out()[0], curves])
-            weights, errors = regression(columns, model.values[places])
+            weights, errors = regression(columns, accuracy[places])
             deviation = float(np.sqrt(np.mean(errors**2)))
             quantile = float(stats.t.ppf(1 - self.chance, len(places) - len(weights)))
             # Errors may have longer tails, as where most networks are equally good and a few are not.

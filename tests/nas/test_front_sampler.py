@@ -131,6 +131,21 @@ def test_what_a_model_knows_at_its_own_points_is_what_it_predicts_there() -> Non
     assert modelled.means(points[:3] + 2) == pytest.approx(modelled.predict(points[:3] + 2)[0])
 
 
+def test_a_mean_counts_as_much_as_the_values_that_it_is_of() -> None:
+    points, _, values = noisy_values(30, 0.02)
+    kernel = Kernel(1.5, 3.0, 0.2, scale=(0.5, 0.1))
+    again = np.array([values[4] - 0.05, values[4] - 0.02])
+    apart = Model.of(points, values, kernel).with_more(points[[4, 4]], again)
+    averaged = values.copy()
+    averaged[4] = (values[4] + again.sum()) / 3
+    together = Model.of(points, averaged, kernel, np.where(np.arange(30) == 4, 3.0, 1.0))
+    assert np.array(together.predict(points + 0.1)) == pytest.approx(np.array(apart.predict(points + 0.1)), abs=1e-7)
+    assert together.fitted() == pytest.approx(together.predict(points)[0])
+    # One more is a single value.
+    assert together.with_more(points[:1], values[:1]).counts.tolist()[-1] == 1
+    assert "_factor" not in vars(together.like(values))
+
+
 def test_other_figures_at_the_same_points_cost_no_second_factor() -> None:
     points, truth, values = noisy_values(30, 0.02)
     modelled = Model.of(points, values, Kernel(1.5, 3.0, 0.2, scale=(0.5, 0.1)))
@@ -335,6 +350,25 @@ def test_what_fails_is_avoided_but_not_what_was_interrupted() -> None:
     before = improvements(plain, near)
     assert improvements(with_history(fails(**{REASON: "out of memory"})), near).sum() < 0.8 * before.sum()
     assert improvements(with_history(fails(**{REASON: INTERRUPTED})), near) == pytest.approx(before)
+
+
+def test_what_was_confirmed_is_known_by_all_its_trainings() -> None:
+    """The lucky training by which it was found flattered it for good, however often it was trained again."""
+    found = with_history(lambda found: None)
+    trials = found.study.get_trials(deepcopy=False)
+    before = FrontModel.of(found.memory, trials)
+    lucky = before.members[-1]
+    place, (searched, _) = found.archs.index(lucky), found.score(lucky)
+    found.memory.further = {lucky.arch_id: [searched - 0.2, searched - 0.1]}
+    after = FrontModel.of(found.memory, trials)
+    assert after.accuracy.values[place] == pytest.approx(searched - 0.1)
+    assert after.accuracy.counts is not None
+    assert after.accuracy.counts[place] == 3
+    assert after.accuracy.counts.sum() == len(trials) + 2
+    (old,), (doubt,) = before.accuracy.predict(found.memory.points([lucky]))
+    (new,), (smaller,) = after.accuracy.predict(found.memory.points([lucky]))
+    assert new < old - 0.03
+    assert smaller < doubt
 
 
 def test_what_is_being_evaluated_is_not_proposed_nearby_again() -> None:

@@ -185,6 +185,23 @@ def test_nothing_is_given_up_before_enough_is_known_or_where_nothing_is_faster()
     assert short.rules(archs[:1], [1.0]) == [None]
 
 
+def test_a_front_that_was_confirmed_lower_asks_less_of_what_comes() -> None:
+    fake, rng = FakeEvaluator(), random.Random(1)
+    drawn = [arch for arch in (SMALL.sample(rng) for _ in range(90)) if arch.stages[0].kernel_size != 7]
+    stopper = stopper_of(drawn[:40], fake)
+    slow = [SMALL.sample(rng)], [100.0]
+    (before,) = stopper.rules(*slow)
+    stopper.memory.further = {
+        arch.arch_id: [accuracy - 0.1] * 3 for arch, accuracy in zip(stopper.archs, stopper.accuracy, strict=True)
+    }
+    (after,) = stopper.rules(*slow)
+    assert before is not None
+    assert after is not None
+    assert after.needed == pytest.approx(before.needed - 0.075, abs=0.03)
+    # Where a curve leads is still told by the trainings that the curves are of.
+    assert after.checks[-1].deviation == pytest.approx(before.checks[-1].deviation, rel=0.2)
+
+
 # -- a search -------------------------------------------------------------------------------------------------------
 
 
