@@ -77,7 +77,11 @@ class LiveStudy:
         if config.sampler == Sampler.MODEL or config.early_stopping:
             deployed = config.latency
             memory = Memory(
-                config.space, deployed.resolution, deployed.num_classes, recorded.reference_latency_ms, config.limits,
+                config.space,
+                deployed.resolution,
+                deployed.num_classes,
+                recorded.reference_latency_ms,
+                config.limits,
                 further_accuracies(recorded),
             )
         self.proposer = Proposer(

@@ -97,7 +97,8 @@ class Kernel:
                 .fit(points, (values - mean) / deviation)
                 .kernel_
             )
-        return cls(*(float(value) for value in np.exp(fitted.theta)), scale=(mean, deviation))
+        signal, length, noise = (float(value) for value in np.exp(fitted.theta))
+        return cls(signal, length, noise, scale=(mean, deviation))
 
     def between(self, one: np.ndarray, other: np.ndarray) -> np.ndarray:
         """Covariances of the signal between points, (n, m)."""

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pandas as pd
@@ -18,8 +19,10 @@ from nas.errors import CandidateFailed, UsageError
 from nas.lab.invented import FakeEvaluator
 from nas.latency.values import Measurement
 from nas.recorded import RecordedStudy
+from nas.search import live_study
 from nas.search import loop as search
 from nas.search.confirmation import nearest_to_front
+from nas.search.front_sampler import Memory
 from nas.search.loop import SearchResult, Silent
 from nas.search.rows import latency_row
 from nas.training.proxy import ProxyResult
@@ -206,6 +209,53 @@ def test_a_confirmed_study_that_is_opened_again_trains_nothing(scattering: Searc
     again = run(scattering, evaluator)
     assert evaluator.again == []
     pd.testing.assert_frame_equal(again.pareto_front, whole.pareto_front)
+
+
+class Breaking(Noisy):
+    """Ctrl-C comes at a training of the search."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at, self.trained = at, 0
+
+    def train_one(self, arch: ArchSpec) -> ProxyResult:
+        self.trained += 1
+        if self.trained == self.at:
+            raise KeyboardInterrupt
+        return super().train_one(arch)
+
+
+def test_what_was_confirmed_teaches_the_search_that_goes_on(
+    scattering: SearchConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both its models get all trainings of a candidate as they are known when it begins, also after an interruption."""
+    config = replace(scattering, sampler="model", budget=14)
+    run(config, Noisy())
+    recorded = opened(config)
+    archs = {row.trial_id: row.arch_id for row in recorded.candidates()}
+    known: dict[str, list[float]] = {}
+    for row in further(recorded):
+        if row.accuracy is not None:
+            known.setdefault(archs[row.trial_id], []).append(row.accuracy)
+    recorded.store.close()
+    given: list[Memory] = []
+
+    def remembered(*arguments: Any) -> Memory:
+        given.append(Memory(*arguments))
+        return given[-1]
+
+    monkeypatch.setattr(live_study, "Memory", remembered)
+    copies = [replace(config, budget=20, storage=f"{config.storage}.{name}") for name in ("whole", "parts")]
+    for each in copies:
+        copy_database(config.storage, each.storage)
+    run(copies[0], Noisy())
+    with pytest.raises(KeyboardInterrupt):
+        run(copies[1], Breaking(4))
+    run(copies[1], Noisy())
+    assert known
+    assert [each.further for each in given] == [known] * 3
+    whole, parts = ([row.arch for row in opened(each).candidates()] for each in copies)
+    assert whole == parts
 
 
 @pytest.mark.usefixtures("whole")
