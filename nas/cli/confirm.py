@@ -18,6 +18,7 @@ def confirm(context: typer.Context, storage: Storage = DEFAULT_STORAGE, study: S
     with interruptible(), reported(storage), existing_study(storage, study, write=True) as recorded:
         from nas.search.progress import hypervolume_words
         from nas.validation.confirm import confirm as confirm_front
+        from nas.training.weights import Weights, weight_folder
         from studies import LatencyStage
 
         done = confirm_front(recorded, made(ConfirmConfig, given(ConfirmConfig, context)), note)
@@ -27,3 +28,8 @@ def confirm(context: typer.Context, storage: Storage = DEFAULT_STORAGE, study: S
         once = int((front["latency_stage"] != LatencyStage.FINAL).sum())
         if once:
             say(f"{once} of the front were timed in the search only; the command remeasure times the front in turns")
+        # What confirms here keeps no weights, so a member that was far from the front before may have none.
+        kept = Weights(weight_folder(storage), recorded.study_id)
+        lacking = kept.without(zip(front["number"].astype(int), front["arch_id"], strict=True))
+        if lacking and kept.any_kept():
+            say(lacking)

@@ -193,7 +193,10 @@ def run(config: SearchConfig, evaluator: Evaluator | None = None, progress: Prog
         stopping = stopping_line(study.recorded.candidates(), study.recorded.config.proxy.steps)
         remarks += (stopping,) if stopping else ()
         if config.keep_weights:
-            weights(config, study).keep_only({int(number) for number in study.recorded.front()["number"]})
+            front, kept = study.recorded.front(), weights(config, study)
+            kept.keep_only({int(number) for number in front["number"]})
+            lacking = kept.without(zip(front["number"].astype(int), front["arch_id"], strict=True))
+            remarks += (lacking,) if lacking else ()
         latency = rounds.latency + working_clock() - final_begin
         remarks += _show(config, study)
         return SearchResult(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -148,6 +148,33 @@ class Weights:
             raise UsageError(f"{path}: cannot be read ({unreadable(path, error)})") from error
         require_finite(weights, str(path))
         return Trained(weights, images, accuracy)
+
+    def any_kept(self) -> bool:
+        """Whether weights of any of the study's candidates are kept."""
+        return any(self.folder.glob(f"study{self.study_id}_t*.safetensors"))
+
+    def without(self, members: Iterable[tuple[int, str]]) -> str | None:
+        """A line on the networks of a front whose weights are not kept; None where all are.
+
+        Args:
+            members: number and architecture's id of each.
+        """
+        lacking = [f"{number}" for number, arch_id in members if not self._holds(self._path(number), arch_id)]
+        if not lacking:
+            return None
+        trials = f"trial{'s' if len(lacking) > 1 else ''} {', '.join(lacking)}"
+        return (
+            f"no weights are kept of {trials} of the front: trained without --keep-weights, or while far from the front"
+        )
+
+    @staticmethod
+    def _holds(path: Path, arch_id: str) -> bool:
+        """Whether a file can be read and is of that architecture."""
+        try:
+            with safetensors.safe_open(path, "pt") as file:
+                return bool(file.metadata()["arch_id"] == arch_id)
+        except (safetensors.SafetensorError, OSError, KeyError, TypeError):
+            return False
 
     def keep_only(self, numbers: Collection[int]) -> None:
         """Delete the weights of all other candidates."""

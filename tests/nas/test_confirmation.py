@@ -340,6 +340,17 @@ def test_the_best_weights_of_a_member_are_kept(scattering: SearchConfig) -> None
     recorded.store.close()
 
 
+def test_members_without_weights_are_named(scattering: SearchConfig) -> None:
+    """Members that were trained before weights were kept have none; nothing once said so."""
+    first = run(scattering, Noisy(weights=True))
+    assert not any("weights" in line for line in first.remarks)
+    again = run(replace(scattering, keep_weights=True), Noisy(weights=True))
+    numbers = ", ".join(str(number) for number in again.pareto_front["number"])
+    assert any(line.startswith(f"no weights are kept of trials {numbers} of the front") for line in again.remarks)
+    whole = run(replace(scattering, keep_weights=True, study="kept"), Noisy(weights=True))
+    assert not any("weights" in line for line in whole.remarks)
+
+
 # -- The command -------------------------------------------------------------------------------------------------------
 
 
