@@ -17,8 +17,8 @@ def confirm(context: typer.Context, storage: Storage = DEFAULT_STORAGE, study: S
     """Train the likely members of a study's front again with other seeds, and print the front of their means."""
     with interruptible(), reported(storage), existing_study(storage, study, write=True) as recorded:
         from nas.search.progress import hypervolume_words
-        from nas.validation.confirm import confirm as confirm_front
         from nas.training.weights import Weights, weight_folder
+        from nas.validation.confirm import confirm as confirm_front
         from studies import LatencyStage
 
         done = confirm_front(recorded, made(ConfirmConfig, given(ConfirmConfig, context)), note)

@@ -191,14 +191,15 @@ class Trainer:
     Args:
         data: the data set, whose resolution is replaced by that of each network.
         config: configuration of the trainings, whose steps and learning rate are replaced by those of each job.
-        device: device of the trainings; if it is a CUDA device, all of them train. On a CPU each training has one
-            thread.
+        device: device of the trainings; if it is a CUDA device, all of them train.
         seed: seed of weights, order and augmentation, the same for all networks.
         workers: number of trainings at once; None stands for one for each core for which there is memory, and for each
             CUDA device.
         note: function that takes a line for each step of the work.
         check: function that is called with the data at each resolution when they are loaded, and may raise.
         largest: resolution at which the same images are to fit into memory, see `nas.training.data.load`.
+        devices: the devices that train, of one kind (default: those that `device` stands for).
+        threads: CPU threads of each training on a CPU.
 
     Raises:
         UsageError: there are more workers than make sense.
@@ -210,15 +211,16 @@ class Trainer:
     def __init__(
         self, data: DataConfig, config: ProxyConfig, device: torch.device, seed: int, workers: int | None, note: Note,
         check: Callable[[ImageData], None] = lambda data: None, largest: int = 0,
+        devices: Sequence[torch.device] | None = None, threads: int = 1,
     ) -> None:  # fmt: skip
         self.data, self.device, self.seed, self.note, self.check = data, device, seed, note, check
         self.largest = largest
-        self.devices = [str(each) for each in every_cuda(device)]
+        self.devices = [str(each) for each in devices or every_cuda(device)]
         self.lock, self.waiting, self.captures = device_lock(device), note, Captures(note)
         # The same number for all trainings, because it changes the rounding.
-        self.config = replace(config, threads=1) if device.type == "cpu" else config
-        require_sense(workers, len(self.devices) if device.type == "cuda" else None)
-        fitting = max(1, min(cores(), free_memory_bytes() // WORKER_BYTES))
+        self.config = replace(config, threads=threads) if device.type == "cpu" else config
+        require_sense(workers, len(self.devices) if device.type == "cuda" else None, threads)
+        fitting = max(1, min(cores() // threads, free_memory_bytes() // WORKER_BYTES))
         self.count = workers or (fitting if device.type == "cpu" else len(self.devices))
         self.classes = 0
 

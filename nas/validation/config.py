@@ -90,6 +90,10 @@ class ConfirmConfig(Checked):
     data_dir: str = same_as(DataConfig, "data_dir")
     download: bool = same_as(DataConfig, "download")
     workers: int | None = same_as(BaselineConfig, "workers")
+    train_devices: tuple[str, ...] | None = option(
+        None, "--train-devices", "Comma-separated devices that train, of the kind on which the search trained",
+        default="the study's --device, and all CUDA devices if that is one", typed=str, parse=listed("devices"),
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import replace
+
+import torch
 
 from nas.errors import CandidateFailed, UsageError
 from nas.latency.devices import check_device
@@ -12,6 +15,7 @@ from nas.recorded import RecordedStudy
 from nas.reporting import Note
 from nas.search.confirmation import Confirmation, Confirmer, trainings_of_share
 from nas.search.evaluation import round_of
+from nas.search.machine import train_devices
 from nas.search.progress import confirming_words
 from nas.training.data import ImageData
 from nas.training.pool import Trainer, TrainingJob
@@ -21,7 +25,7 @@ from nas.validation.config import ConfirmConfig
 from nas.validation.contenders import ContenderKind
 from nas.validation.networks import NetworkSpec
 from search_spaces import ArchSpec, cost
-from studies import Owner
+from studies import Owner, TrainingStage
 
 
 def confirm(recorded: RecordedStudy, config: ConfirmConfig, note: Note = lambda line: None) -> Confirmation:
@@ -51,10 +55,14 @@ def confirm(recorded: RecordedStudy, config: ConfirmConfig, note: Note = lambda 
             recorded.check_images(source, loaded.fingerprint)
             images.append(len(loaded.val_labels))
 
-    device = check_device(replace(searched.latency, engine="eager"))
+    device, devices = _devices(recorded, config, note)
     # As many images as the search had, which needed them at all resolutions.
     largest = max(searched.space.own_resolutions, default=0)
-    trainer = Trainer(data, searched.proxy, device, searched.seed, config.workers, note, check, largest)
+    # They change the rounding.
+    threads = searched.proxy.threads
+    trainer = Trainer(
+        data, searched.proxy, device, searched.seed, config.workers, note, check, largest, devices, threads
+    )
     with trainer:
         trainer.data_file(anchor_resolution)
 
@@ -85,3 +93,26 @@ def confirm(recorded: RecordedStudy, config: ConfirmConfig, note: Note = lambda 
             return confirmer.run(most, step=step)
         finally:
             recorded.store.ownership.release(recorded.study_id, owner)
+
+
+def _devices(recorded: RecordedStudy, config: ConfirmConfig, note: Note) -> tuple[torch.device, list[torch.device]]:
+    """The first of the devices that train, and all of them.
+
+    A study does not store on which kind of device it trained, and on another kind trainings round otherwise. Where the
+    kind is not named, and the search trained on another machine, a line says so.
+
+    Raises:
+        UsageError: one of them is not here.
+    """
+    searched = replace(recorded.config, train_devices=config.train_devices, workers=config.workers)
+    if config.train_devices is not None:
+        devices = train_devices(searched, torch.device(recorded.config.latency.device))
+        return devices[0], devices
+    device = check_device(replace(searched.latency, engine="eager"))
+    hosts = {row.host for row in recorded.store.trainings.of_study(recorded.study_id, TrainingStage.SEARCH)}
+    if others := sorted(host for host in hosts if host is not None and host != platform.node()):
+        note(
+            f"the search trained on {', '.join(others)}, and this trains on {device} of {platform.node()}: "
+            "--train-devices must name another kind of device if the search trained on one"
+        )
+    return device, train_devices(searched, device)

@@ -24,7 +24,8 @@ from nas.search import loop as search
 from nas.search.confirmation import nearest_to_front
 from nas.search.front_sampler import Memory
 from nas.search.loop import SearchResult, Silent
-from nas.search.rows import latency_row
+from nas.search.rows import latency_row, training_row
+from nas.training.pool import Trainer
 from nas.training.proxy import ProxyResult
 from nas.training.stopping import Rules
 from nas.training.weights import Images, Trained, Weights, weight_folder
@@ -395,6 +396,36 @@ def test_the_command_refuses_what_it_cannot_do(recorded: RecordedStudy, tmp_path
     with pytest.raises(StorageError, match="elsewhere"):
         confirm(recorded, ConfirmConfig())
     assert further(recorded) == []
+
+
+def test_the_command_trains_on_the_named_devices_with_the_threads_of_the_search(
+    recorded: RecordedStudy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A study that measured on the CPU and trained on GPUs was once confirmed on the CPU, always with one thread."""
+    monkeypatch.setattr("nas.training.pool.cores", lambda: 2)
+    threads = replace(recorded.config, proxy=replace(recorded.config.proxy, threads=2))
+    two = replace(recorded, config=threads)
+    seen = []
+
+    class Watched(Trainer):
+        def __init__(self, *args: object, **named: object) -> None:
+            super().__init__(*args, **named)  # type: ignore[arg-type]
+            seen.append((self.devices, self.config.threads, self.count))
+
+    monkeypatch.setattr("nas.validation.confirm.Trainer", Watched)
+    lines: list[str] = []
+    confirm(two, ConfirmConfig(share=0.2, train_devices=("cpu",)), lines.append)
+    assert seen == [(["cpu"], 2, 1)]
+    assert not any("--train-devices" in line for line in lines)
+    with pytest.raises(UsageError, match=r"^--train-devices cuda:77: "):
+        confirm(two, ConfirmConfig(train_devices=("cuda:77",)))
+    # Of which kind the devices of another machine were is not known.
+    monkeypatch.setattr("platform.node", lambda: "elsewhere")
+    row = training_row(recorded, ArchSpec.from_json(recorded.candidates()[0].arch), TrainingStage.SEARCH, 0)
+    row.trial_id, row.host = recorded.candidates()[0].trial_id, "cluster7"
+    recorded.store.trainings.add(row)
+    confirm(recorded, ConfirmConfig(share=0.2, workers=1), lines.append)
+    assert any(line.startswith("the search trained on cluster7, and this trains on cpu of elsewhere") for line in lines)
 
 
 def test_of_a_long_study_those_nearest_to_the_front_take_part(monkeypatch: pytest.MonkeyPatch) -> None:
