@@ -1,8 +1,9 @@
 """The training loop: timm's optimizer, schedule, loader, loss, averaged weights and checkpoints, epoch by epoch.
 
 A training is a folder: `job.json` says what is trained on what, `recipe.json` how, `last.pth.tar` is timm's checkpoint
-of the last epoch, and `log.csv` has a line for each epoch. It goes on from there, and comes to what it would have come
-to, on a CPU exactly: all random numbers of an epoch follow from the seed and the epoch's number.
+of the last epoch, `log.csv` has a line for each epoch, and `copies` holds large photos at a smaller size until it ends.
+It goes on from there, and comes to what it would have come to, on a CPU exactly: all random numbers of an epoch follow
+from the seed and the epoch's number.
 """
 
 from __future__ import annotations
@@ -30,11 +31,13 @@ from torch import Tensor, nn
 from nas.config import DataConfig
 from nas.errors import CandidateFailed
 from nas.files import save_tensors, whole
+from nas.final_training.copies import Copies
 from nas.final_training.pictures import Pictures, loader, loss_of, mixing
 from nas.final_training.teacher import TEMPERATURE, WEIGHT, divergence, teacher_of
 from nas.training.data import ImageData, load, split_files
+from nas.training.images import ImageReader
 from nas.training.proxy import Batches, score, validate
-from nas.training.recipe import WARMUP, WEIGHT_DECAY, Recipe
+from nas.training.recipe import WARMUP, WEIGHT_DECAY, Recipe, least_area
 from search_spaces import ArchSpec
 from search_spaces.timm_config import model_args
 from search_spaces.timm_models import network
@@ -42,6 +45,8 @@ from search_spaces.timm_models import network
 # A warm-up has so many steps at least.
 WARMUP_STEPS = 20
 JOB, RECIPE, LAST, LOG = "job.json", "recipe.json", "last.pth.tar", "log.csv"
+# The folder of smaller copies of large photos, until the training ends.
+COPIES = "copies"
 
 
 @dataclass(frozen=True)
@@ -219,7 +224,7 @@ def fit(
     batches = Batches(data, device)
     mean, std = (tuple(map(float, each)) for each in data.mean_std)
     files = split_files(job.data_config)
-    pictures = Pictures(job.data_config, data, files.train if files else None)
+    pictures = Pictures(job.data_config, data, files.train if files else None, copies_of(folder, job))
     made = loader(pictures, recipe, job.data_config.resolution, mean, std, device)
     steps = len(made)
     learner = Learner(job, recipe, device, mean, std)
@@ -282,6 +287,12 @@ def fit(
         tested = score(ema.module, batches.test(), device)[0] if batches.test_images is not None else None
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in ema.module.state_dict().items()}
     return Fitted(weights, accuracy, loss_value, tested, tuple(log.epochs))
+
+
+def copies_of(folder: Path, job: Job) -> Copies:
+    """The smaller copies of a training's large photos."""
+    resolution = job.data_config.resolution
+    return Copies(ImageReader(job.data_config), resolution, least_area(resolution), folder / COPIES)
 
 
 def batches_of(made: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +12,13 @@ from torch.utils.data import Dataset
 
 from nas.config import DataConfig
 from nas.errors import CandidateFailed, message_line
+from nas.final_training.copies import Copies, Shown, cropped, drawn
 from nas.training.data import ImageData
 from nas.training.images import ImageReader
 from nas.training.recipe import SMOOTHING, Recipe
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 
 class Pictures(Dataset[tuple[Any, int]]):
@@ -23,6 +27,7 @@ class Pictures(Dataset[tuple[Any, int]]):
     Args:
         config: the source, which says how images are read.
         files: image files with their labels; None stands for the images in memory.
+        copies: smaller copies of large photos; None decodes each file in full.
 
     Attributes:
         transform: function of a picture, which timm's `create_loader` sets.
@@ -30,8 +35,11 @@ class Pictures(Dataset[tuple[Any, int]]):
 
     transform: Callable[[Any], Any]
 
-    def __init__(self, config: DataConfig, data: ImageData, files: Sequence[tuple[Path, int]] | None) -> None:
-        self.reader, self.files = ImageReader(config), files
+    def __init__(
+        self, config: DataConfig, data: ImageData, files: Sequence[tuple[Path, int]] | None,
+        copies: Copies | None = None,
+    ) -> None:  # fmt: skip
+        self.reader, self.files, self.copies = ImageReader(config), files, copies
         self.images: Tensor | None = None
         self.labels: Tensor | None = None
         if files is None:
@@ -49,11 +57,37 @@ class Pictures(Dataset[tuple[Any, int]]):
         assert self.files is not None
         path, label = self.files[index]
         try:
-            with Image.open(path) as image:
-                return self.transform(self.reader.picture(image)), label
+            return self._transformed(path), label
         except Exception as error:  # Pillow's readers raise many kinds for damaged files
             # The search looks at as many as fit into memory only.
             raise CandidateFailed(f"{path}: cannot be read ({message_line(error)})") from error
+
+    def _transformed(self, path: Path) -> Any:
+        from PIL import Image
+        from timm.data.transforms import RandomResizedCropAndInterpolation
+
+        crop, *others = getattr(self.transform, "transforms", (None,))
+        if self.copies is None or not isinstance(crop, RandomResizedCropAndInterpolation):
+            with Image.open(path) as image:
+                return self.transform(self.reader.picture(image))
+        made: Any = self._cropped(path, crop, self.copies)
+        for transform in others:
+            made = transform(made)
+        return made
+
+    def _cropped(self, path: Path, crop: Any, copies: Copies) -> Image.Image:
+        from PIL import Image
+
+        shown = copies.find(path)
+        if shown is None:
+            with Image.open(path) as image:
+                shown = copies.of(image)
+                if shown is None and (size := copies.size(image)):
+                    box = drawn(crop, size)
+                    return cropped(crop, copies.for_crop(image, min(box[2:])), box)
+                if shown is None:
+                    shown = Shown.all_of(self.reader.picture(image))
+        return cropped(crop, shown, drawn(crop, shown.size))
 
 
 def loader(

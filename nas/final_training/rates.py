@@ -7,12 +7,13 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from statistics import fmean
 
 import torch
 
 from nas.errors import CandidateFailed
-from nas.final_training.fit import Job, Learner, batches_of
+from nas.final_training.fit import Job, Learner, batches_of, copies_of
 from nas.final_training.pictures import Pictures, loader
 from nas.training.data import ImageData, split_files
 from nas.training.proxy import Batches, validate
@@ -50,10 +51,12 @@ class Trials:
         job: the network and its images.
         data: the images.
         device: the device that trains.
+        folder: folder of the long training.
     """
 
-    def __init__(self, job: Job, data: ImageData, device: torch.device) -> None:
+    def __init__(self, job: Job, data: ImageData, device: torch.device, folder: Path) -> None:
         self.job, self.data, self.device = job, data, device
+        self.copies = copies_of(folder, job)
         self.batches = Batches(data, device)
         found = split_files(job.data_config)
         self.files = found.train if found else None
@@ -94,7 +97,7 @@ class Trials:
         if self.device.type == "cpu":
             torch.set_num_threads(recipe.threads)
         alone = replace(recipe, devices=1)
-        pictures = Pictures(self.job.data_config, self.data, self.files)
+        pictures = Pictures(self.job.data_config, self.data, self.files, self.copies)
         resolution = self.job.data_config.resolution
         made = loader(pictures, alone, resolution, self.mean, self.std, self.device)
         learner = Learner(self.job, recipe, self.device, self.mean, self.std)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -23,14 +24,14 @@ from nas.errors import CandidateFailed, UsageError
 from nas.export.directories import PROXY_WEIGHTS, SECTION, TRAINED, WEIGHTS, Exported, read, rewrite
 from nas.export.formats import write_onnx
 from nas.final_training.config import FinalConfig
-from nas.final_training.fit import LAST, RECIPE, Epoch, Fitted, Job, fit, read_job, write_job
+from nas.final_training.fit import COPIES, LAST, RECIPE, Epoch, Fitted, Job, copies_of, fit, read_job, write_job
 from nas.final_training.rates import FACTORS, Trials, Tried, epoch_seconds
 from nas.final_training.teacher import TEMPERATURE, WEIGHT, resolved
 from nas.final_training.worker import ERROR, result
 from nas.latency.devices import check_device
 from nas.locks import only_one, training_on, working_clock
 from nas.reporting import Note
-from nas.training.data import ImageData, load, split_files
+from nas.training.data import ImageData, Progress, load, split_files
 from nas.training.pool import every_cuda
 from nas.training.recipe import Recipe, Start, fitted, recipe_for
 from nas.training.weights import Images
@@ -108,6 +109,8 @@ def train(folder: Path, config: FinalConfig, note: Note, told: Told = lambda epo
             job = replace(job, data=asdict(data_config), start="" if (place / LAST).exists() else job.start)
             devices = devices[: recipe.devices]
             note(f"{folder}: its training goes on, with the recipe with which it was begun")
+            with turn():
+                _keep_copies(place, job, note)
         else:
             start = _start(folder, exported, config)
             teacher = "" if config.teacher is None else resolved(config.teacher, folder)
@@ -115,7 +118,8 @@ def train(folder: Path, config: FinalConfig, note: Note, told: Told = lambda epo
                 exported.arch.to_json(), data.classes, asdict(data_config), largest, start, teacher, config.batch_size
             )  # fmt: skip
             with turn():
-                recipe = chosen_recipe(exported, config, job, data, devices, note, begin)
+                _keep_copies(place, job, note)
+                recipe = chosen_recipe(exported, config, job, data, devices, place, note, begin)
         write_job(place, job, recipe)
         count = len(files.train) if (files := split_files(data_config)) else len(data.train_labels)
         taught = f", taught by {job.teacher}" if job.teacher else ""
@@ -131,6 +135,7 @@ def train(folder: Path, config: FinalConfig, note: Note, told: Told = lambda epo
         )  # fmt: skip
         made = finished(exported, found, recipe, data, count, job.teacher)
         rewrite(folder, made, [write_onnx], note)
+        shutil.rmtree(place / COPIES, ignore_errors=True)
         return Described(folder, made.config[SECTION][TRAINED])
 
 
@@ -148,8 +153,12 @@ def _alone(folder: Path) -> Iterator[None]:
         place.mkdir(exist_ok=True)
         try:
             yield
-        finally:
+        except (UsageError, CandidateFailed):
             # Of what was refused nothing is left.
+            if not (place / RECIPE).exists():
+                shutil.rmtree(place / COPIES, ignore_errors=True)
+            raise
+        finally:
             with contextlib.suppress(OSError):
                 place.rmdir()
 
@@ -205,6 +214,21 @@ def check_images(exported: Exported, config: DataConfig, largest: int, data: Ima
         raise UsageError(f"--data {config.source}: holds other images than those of the search of {exported.name}")
 
 
+def _keep_copies(place: Path, job: Job, note: Note) -> None:
+    """Make smaller copies of large photos, of which each pass would otherwise decode all pixels.
+
+    Args:
+        place: folder of the training.
+    """
+    files = split_files(job.data_config)
+    if files is None:
+        return
+    copies, progress = copies_of(place, job), Progress(len(files.train), note)
+    copies.keep((path for path, _ in files.train), verified=False, said=progress.step)
+    if count := len(list((place / COPIES).glob("*.jpg"))):
+        note(f"{place / COPIES}: smaller copies of {count:,} large photos, until the training ends")
+
+
 def _start(folder: Path, exported: Exported, config: FinalConfig) -> str:
     """The file of the weights to begin with; empty for fresh ones.
 
@@ -222,12 +246,13 @@ def _start(folder: Path, exported: Exported, config: FinalConfig) -> str:
 
 
 def chosen_recipe(
-    exported: Exported, config: FinalConfig, job: Job, data: ImageData, devices: Sequence[torch.device], note: Note,
-    begin: float,
+    exported: Exported, config: FinalConfig, job: Job, data: ImageData, devices: Sequence[torch.device], place: Path,
+    note: Note, begin: float,
 ) -> Recipe:  # fmt: skip
     """The recipe by the rules, by what short trainings show, and by the time that there is.
 
     Args:
+        place: folder of the training.
         begin: the time at which the command began, on `nas.locks.working_clock`.
 
     Raises:
@@ -235,7 +260,7 @@ def chosen_recipe(
         CandidateFailed: the loss diverges at every rate.
     """
     proxy = exported.config[SECTION]["accuracy"]["training"]
-    trials = Trials(job, data, devices[0])
+    trials = Trials(job, data, devices[0], place)
     count = len(trials.files) if trials.files is not None else len(data.train_labels)
     size = exported.deployment.resolution
     params = cost(exported.arch, size, len(data.classes)).params

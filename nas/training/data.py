@@ -297,7 +297,7 @@ def _with_test(
     reader = ImageReader(config)
     items, line = _chosen(test, min(MAX_VAL_IMAGES, len(data.train_labels)), "test")
     images, labels, unusable = _read_all(
-        items, config.resolution, lambda item: (reader.read(item[0]), item[1]), _Progress(len(items), note)
+        items, config.resolution, lambda item: (reader.read(item[0]), item[1]), Progress(len(items), note)
     )
     if unusable:
         return replace(data, notes=(*data.notes, f"{root}: the test images are left out: {_named(unusable)}"))
@@ -414,7 +414,7 @@ def _assemble(
         if line:
             notes.append(f"{data}: {line}")
             preparation += [line] if part == "validation" else []
-    progress = _Progress(sum(map(len, chosen.values())), note)
+    progress = Progress(sum(map(len, chosen.values())), note)
     unusable: list[str] = []
     for items in chosen.values():
         images, labels, more = _read_all(items, resolution, read, progress)
@@ -442,7 +442,7 @@ def _chosen(
 
 
 def _read_all(
-    items: Sequence[Any], resolution: int, read: Callable[[Any], tuple[Tensor, int]], progress: _Progress
+    items: Sequence[Any], resolution: int, read: Callable[[Any], tuple[Tensor, int]], progress: Progress
 ) -> tuple[Tensor, Tensor, list[str]]:
     """The images and labels of all items, and a line for each that cannot be used."""
     images = torch.empty(len(items), 3, resolution, resolution, dtype=torch.uint8)
@@ -468,7 +468,7 @@ def _named(unusable: Sequence[str]) -> str:
     return f"{len(unusable):,} images cannot be used: {'; '.join(unusable[:NAMED])}{more}"
 
 
-class _Progress:
+class Progress:
     """Says every few seconds how many images were read."""
 
     def __init__(self, total: int, note: Note) -> None:

@@ -150,9 +150,13 @@ def regularisation(params: int, resolution: int) -> dict[str, Any]:
     return {
         "aa": f"rand-m{magnitude}-mstd0.5-inc1", "mixup": mixup, "cutmix": cutmix, "reprob": reprob,
         "drop_path": drop_path,
-        # A small part of a small image shows nothing.
-        "scale": [0.35 if resolution < 128 else 0.08, 1.0],
+        "scale": [least_area(resolution), 1.0],
     }  # fmt: skip
+
+
+def least_area(resolution: int) -> float:
+    """The smallest area of a random crop, as a share of the image's: a small part of a small image shows nothing."""
+    return 0.35 if resolution < 128 else 0.08
 
 
 def fitted(recipe: Recipe, hours: float, spent: float, epoch_seconds: float) -> Recipe:

@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import random
 import re
 import shutil
 from collections.abc import Iterator
@@ -18,17 +19,23 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
+from PIL import Image
+from timm.data.transforms import RandomResizedCropAndInterpolation
+from torchvision.transforms import Compose
 from typer.testing import CliRunner
 
 from nas.cli.app import app
 from nas.config import SearchConfig
 from nas.errors import CandidateFailed, UsageError
 from nas.export.directories import read, rewrite, trained, write
+from nas.final_training import copies as copying
 from nas.final_training import fit as fitting
 from nas.final_training import rates
 from nas.final_training import train as training
 from nas.final_training.config import FinalConfig
+from nas.final_training.copies import Copies
 from nas.final_training.fit import Epoch, read_job
+from nas.final_training.pictures import Pictures
 from nas.final_training.teacher import Teacher, divergence, teacher_of
 from nas.final_training.train import train
 from nas.training import data as image_data
@@ -351,8 +358,6 @@ def test_the_course_of_a_training_is_looked_at_some_forty_times() -> None:
 
 
 def test_pictures_of_a_folder_are_read_from_its_files(config: SearchConfig, images: Path) -> None:
-    from nas.final_training.pictures import Pictures
-
     data, files = image_data.load(config.data), image_data.split_files(config.data)
     assert files is not None
     pictures = Pictures(config.data, data, files.train)
@@ -367,6 +372,91 @@ def test_pictures_of_a_folder_are_read_from_its_files(config: SearchConfig, imag
     in_memory.transform = np.asarray
     for index in (0, 17, 35):
         assert in_memory[index][0].transpose(2, 0, 1).tobytes() == data.train_images[index].numpy().tobytes()
+
+
+@pytest.fixture
+def photos(images: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The images as photos that are large, for such a test: soft colours, some on their sides."""
+    monkeypatch.setattr(copying, "LARGE", 1000)
+    rng = np.random.default_rng(1)
+    for number, path in enumerate(sorted(images.rglob("*.png"))):
+        light = rng.integers(0, 100, (4, 5, 3)) + (150 if path.parent.name == "bright" else 0)
+        exif = Image.Exif()
+        exif[0x0112] = 6 if number % 4 == 0 else 1
+        photo = Image.fromarray(light.astype(np.uint8)).resize((240, 180), Image.Resampling.BICUBIC)
+        photo.save(path.with_suffix(".jpg"), quality=95, exif=exif)
+        path.unlink()
+    return images
+
+
+@pytest.mark.parametrize("suffix", [".jpg", ".png"])
+@pytest.mark.parametrize("orientation", [1, 3, 6])
+def test_crops_of_large_photos_are_cut_from_smaller_copies(
+    config: SearchConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, orientation: int, suffix: str
+) -> None:
+    monkeypatch.setattr(copying, "LARGE", 1000)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = (tmp_path / "photo").with_suffix(suffix)
+    # The colours say where a pixel is. Odd sizes leave a part of a pixel.
+    across, down = np.meshgrid(np.linspace(0, 255, 603), np.linspace(0, 255, 451))
+    Image.fromarray(np.stack([across, down, across], axis=2).astype(np.uint8)).save(path, quality=95, exif=exif)
+    crop = RandomResizedCropAndInterpolation(16, scale=(0.35, 1.0), interpolation="bicubic")
+    reader = ImageReader(config.data)
+    whole, made, kept = (
+        Pictures(config.data, None, [(path, 1)], copies)  # type: ignore[arg-type]
+        for copies in (None, Copies(reader, 16, 0.35), Copies(reader, 16, 0.35, tmp_path / "copies"))
+    )
+    assert kept.copies is not None
+    assert kept.copies.keep([path], verified=False) == []
+    shown = kept.copies.find(path)
+    assert shown is not None
+    assert max(shown.picture.size) < 603 / 5
+    assert shown.size == reader.picture(Image.open(path)).size
+    for seed in range(8):
+        pixels = []
+        for pictures in (whole, made, kept):
+            pictures.transform = Compose([crop, np.asarray])
+            random.seed(seed)
+            pixels.append(pictures[0][0].astype(int))
+        assert (pixels[1] == pixels[2]).all()
+        # Of 255 colours, each is that of two or three pixels of the photo.
+        assert abs((pixels[0] - pixels[1]).mean(axis=(0, 1))).max() < 1.2
+        assert abs(pixels[0] - pixels[1]).mean() < 1.5
+    # A photo that was changed is another.
+    os.utime(path, ns=(1, 1))
+    assert kept.copies.find(path) is None
+
+
+def test_a_pass_decodes_no_large_photo_in_full(
+    photos: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    others = shutil.copytree(folder, tmp_path / "other")
+    picture, decoded = ImageReader.picture, [0]
+
+    def count(reader: ImageReader, image: Image.Image) -> Image.Image:
+        decoded[0] += 1
+        return picture(reader, image)
+
+    def at_the_end(epoch: Epoch, epochs: int) -> None:
+        assert len(list((folder / "training" / "copies").glob("*.jpg"))) == 36
+        if epoch.number == 1:
+            decoded[0] = 0
+
+    monkeypatch.setattr(ImageReader, "picture", count)
+    notes: list[str] = []
+    train(folder, replace(QUICK, epochs=2), notes.append, at_the_end)
+    assert decoded == [0]
+    assert f"{folder}/training/copies: smaller copies of 36 large photos, until the training ends" in notes
+    assert not (folder / "training" / "copies").exists()
+    # Where there is no room for them, all is the same, only slower.
+    monkeypatch.setattr(copying, "MOST_BYTES", 0)
+    train(others, replace(QUICK, epochs=2), silent)
+    assert decoded[0] > 2 * 36
+    one, two = read(folder).weights, read(others).weights
+    assert one is not None
+    assert two is not None
+    assert all(torch.equal(one[name], two[name]) for name in one)
 
 
 def test_the_command_trains_what_is_recommended(store: Store, config: SearchConfig, tmp_path: Path) -> None:
