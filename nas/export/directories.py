@@ -37,7 +37,7 @@ from nas.recommendation import directory_name
 from nas.recorded import RecordedStudy
 from nas.reporting import Note
 from nas.training.data import Kind, SplitFiles, kind_of, split_files
-from nas.training.folders import natural_order, split_folders
+from nas.training.folders import class_names, natural_order, split_folders
 from nas.training.recipe import OF_IMAGES, Recipe, recipe_for
 from nas.training.weights import Images, Trained, Weights, require_finite, weight_folder
 from search_spaces import ArchSpec, cost
@@ -672,8 +672,10 @@ def _names(
         if len(classes) != count:
             raise UsageError(f"--classes: {len(classes)} names, but {checkpoint} has {count} outputs")
         return list(classes)
-    folder = _trained_on(checkpoint)
-    if folder is not None and len(names := class_names(folder)) == count:
+    folder, names = _trained_on(checkpoint), list[str]()
+    with contextlib.suppress(UsageError, OSError):
+        names = class_names(folder) if folder is not None else []
+    if len(names) == count:
         note(f"{network.name}: its {count} classes are named as the folders of {folder}, on which it was trained")
         return names
     if len(network.classes) == count:
@@ -687,7 +689,7 @@ def _names(
 
 
 def read_names(path: Path) -> list[str]:
-    """The names in a file, one a line, or those of the class folders in a folder.
+    """The names in a file, one a line, or those of the class folders in a folder, which may have splits.
 
     Raises:
         UsageError: it cannot be read, or holds none.
@@ -697,16 +699,14 @@ def read_names(path: Path) -> list[str]:
             names = class_names(path)
         else:
             names = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UsageError as error:
+        # As it is said of the images of a search.
+        raise UsageError(f"--classes {str(error).removeprefix('--data ')}") from error
     except (OSError, ValueError) as error:
         raise UsageError(f"--classes {path}: cannot be read ({unreadable(path, error)})") from error
     if not names:
         raise UsageError(f"--classes {path}: holds no names")
     return names
-
-
-def class_names(folder: Path) -> list[str]:
-    """The names of the class folders in a folder, in the order in which timm numbers them."""
-    return sorted((each.name for each in folder.iterdir() if each.is_dir()), key=natural_order)
 
 
 def _trained_on(checkpoint: Path) -> Path | None:

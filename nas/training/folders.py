@@ -83,6 +83,16 @@ def count_classes(root: Path, reading: int) -> int:
     return len(_layout(root, reading).classes)
 
 
+def class_names(root: Path) -> list[str]:
+    """The names of a folder's classes, in the order in which timm numbers them; those of training, if it has splits.
+
+    Raises:
+        UsageError: the folder holds nothing but splits without images.
+        OSError: it cannot be read.
+    """
+    return [folders[0].name for folders in _layout(root, 2).classes.values()]
+
+
 def split_folders(root: Path, reading: int) -> tuple[Path, Path | None]:
     """The folders of training and of validation images, which may be the root itself; None where none are held out.
 

@@ -15,6 +15,7 @@ import pytest
 import timm
 import torch
 import yaml
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import create_dataset
 from torch import Tensor
@@ -699,6 +700,11 @@ def test_the_names_of_a_checkpoints_classes(store: Store, config: SearchConfig, 
     assert named(3, data_dir=str(tmp_path / "data")) == ["Img1", "img9", "img10"]
     assert "named as the folders of" in lines[0]
     assert named(3, data=str(tmp_path / "data")) == ["Img1", "img9", "img10"]
+    # A folder of splits is looked into, also where the checkpoint names another split.
+    for place in ("photos/training/cat", "photos/training/dog", "photos/val/cat"):
+        (tmp_path / place).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / place / "0.png")
+    assert named(2, data_dir=str(tmp_path / "photos")) == ["cat", "dog"]
     # With these, timm numbers them otherwise.
     for arguments in ({"class_map": "map.txt"}, {"dataset": "hfds/x"}, {"train_split": "other"}):
         assert named(3, data_dir=str(tmp_path / "data"), **arguments) == []
@@ -718,8 +724,17 @@ def test_names_are_read_from_a_file_or_a_folder(tmp_path: Path) -> None:
         (tmp_path / "folder" / name).mkdir(parents=True)
     (tmp_path / "folder" / "note.txt").write_text("")
     assert export.read_names(tmp_path / "folder") == ["a9", "a10", "b"]
+    # Splits and hidden folders are no classes.
+    for place in ("splits/training/b", "splits/training/a", "splits/validation/a", "splits/test/a", "splits/.cache/b"):
+        (tmp_path / place).mkdir(parents=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / place / "0.png")
+    assert export.read_names(tmp_path / "splits") == ["a", "b"]
     (tmp_path / "empty").mkdir()
-    for path, told in ((tmp_path / "none", "No such file"), (tmp_path / "empty", "holds no names")):
+    (tmp_path / "bare" / "train").mkdir(parents=True)
+    for path, told in (
+        (tmp_path / "none", "No such file"), (tmp_path / "empty", "holds no names"),
+        (tmp_path / "bare", "train: no folders of images in them"),
+    ):  # fmt: skip
         with pytest.raises(UsageError, match=f"--classes .*: .*{told}"):
             export.read_names(path)
 
