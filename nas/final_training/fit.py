@@ -61,6 +61,7 @@ class Job:
         start: safetensors file of the weights to begin with; empty for fresh ones.
         teacher: the teacher, as `nas.final_training.teacher.resolved` names it; empty for none.
         asked_batch: the batch that the user asked for, which few images may not allow; None for none.
+        left_out: training images that cannot be read, as paths within the source.
     """
 
     arch: str
@@ -70,10 +71,24 @@ class Job:
     start: str
     teacher: str = ""
     asked_batch: int | None = None
+    left_out: tuple[str, ...] = ()
 
     @property
     def data_config(self) -> DataConfig:
         return DataConfig(**self.data)
+
+    def files(self) -> list[tuple[Path, int]] | None:
+        """The training images with their labels, without those that are left out; None for a source that is no folder.
+
+        Raises:
+            UsageError: see `nas.training.data.load`.
+        """
+        found = split_files(self.data_config)
+        if found is None:
+            return None
+        root = Path(self.data_config.source).expanduser()
+        without = {root / name for name in self.left_out}
+        return [each for each in found.train if each[0] not in without]
 
     def build(self, drop_path: float) -> nn.Module:
         """The network with its first weights."""
@@ -223,8 +238,7 @@ def fit(
     data = data or load(job.data_config, largest=job.largest)
     batches = Batches(data, device)
     mean, std = (tuple(map(float, each)) for each in data.mean_std)
-    files = split_files(job.data_config)
-    pictures = Pictures(job.data_config, data, files.train if files else None, copies_of(folder, job))
+    pictures = Pictures(job.data_config, data, job.files(), copies_of(folder, job))
     made = loader(pictures, recipe, job.data_config.resolution, mean, std, device)
     steps = len(made)
     learner = Learner(job, recipe, device, mean, std)
@@ -362,4 +376,6 @@ def write_job(folder: Path, job: Job, recipe: Recipe) -> None:
 def read_job(folder: Path) -> tuple[Job, Recipe]:
     """What `write_job` wrote."""
     fields = json.loads((folder / JOB).read_text())
-    return Job(**{**fields, "classes": tuple(fields["classes"])}), Recipe.from_json((folder / RECIPE).read_text())
+    # Lists of names are tuples; those that an older version wrote lack the last.
+    names = {key: tuple(fields.get(key, ())) for key in ("classes", "left_out")}
+    return Job(**{**fields, **names}), Recipe.from_json((folder / RECIPE).read_text())

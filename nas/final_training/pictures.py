@@ -59,8 +59,11 @@ class Pictures(Dataset[tuple[Any, int]]):
         try:
             return self._transformed(path), label
         except Exception as error:  # Pillow's readers raise many kinds for damaged files
-            # The search looks at as many as fit into memory only.
-            raise CandidateFailed(f"{path}: cannot be read ({message_line(error)})") from error
+            # What could not be read when the training began was left out.
+            raise CandidateFailed(
+                f"{path}: cannot be read ({message_line(error)}); put a readable image in its place, under this name: "
+                "without it, the images would be split otherwise"
+            ) from error
 
     def _transformed(self, path: Path) -> Any:
         from PIL import Image

@@ -15,7 +15,7 @@ import torch
 from nas.errors import CandidateFailed
 from nas.final_training.fit import Job, Learner, batches_of, copies_of
 from nas.final_training.pictures import Pictures, loader
-from nas.training.data import ImageData, split_files
+from nas.training.data import ImageData
 from nas.training.proxy import Batches, validate
 from nas.training.recipe import Recipe
 
@@ -58,8 +58,7 @@ class Trials:
         self.job, self.data, self.device = job, data, device
         self.copies = copies_of(folder, job)
         self.batches = Batches(data, device)
-        found = split_files(job.data_config)
-        self.files = found.train if found else None
+        self.files = job.files()
         self.mean, self.std = (tuple(map(float, each)) for each in data.mean_std)
 
     def steps_an_epoch(self, recipe: Recipe) -> int:

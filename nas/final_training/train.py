@@ -31,7 +31,7 @@ from nas.final_training.worker import ERROR, result
 from nas.latency.devices import check_device
 from nas.locks import only_one, training_on, working_clock
 from nas.reporting import Note
-from nas.training.data import ImageData, Progress, load, split_files
+from nas.training.data import NAMED, ImageData, Progress, load
 from nas.training.pool import every_cuda
 from nas.training.recipe import Recipe, Start, fitted, recipe_for
 from nas.training.weights import Images
@@ -110,7 +110,7 @@ def train(folder: Path, config: FinalConfig, note: Note, told: Told = lambda epo
             devices = devices[: recipe.devices]
             note(f"{folder}: its training goes on, with the recipe with which it was begun")
             with turn():
-                _keep_copies(place, job, note)
+                _looked_through(place, job, note)
         else:
             start = _start(folder, exported, config)
             teacher = "" if config.teacher is None else resolved(config.teacher, folder)
@@ -118,10 +118,10 @@ def train(folder: Path, config: FinalConfig, note: Note, told: Told = lambda epo
                 exported.arch.to_json(), data.classes, asdict(data_config), largest, start, teacher, config.batch_size
             )  # fmt: skip
             with turn():
-                _keep_copies(place, job, note)
+                job = _looked_through(place, job, note, len(data.train_labels))
                 recipe = chosen_recipe(exported, config, job, data, devices, place, note, begin)
         write_job(place, job, recipe)
-        count = len(files.train) if (files := split_files(data_config)) else len(data.train_labels)
+        count = len(data.train_labels) if (files := job.files()) is None else len(files)
         taught = f", taught by {job.teacher}" if job.teacher else ""
         note(f"{exported.name}: {recipe.words(count)}{taught}")
         if recipe.devices > 1:
@@ -211,22 +211,37 @@ def check_images(exported: Exported, config: DataConfig, largest: int, data: Ima
         return
     own = data if size == config.resolution else load(replace(config, resolution=size), largest=largest)
     if own.fingerprint != wanted:
-        raise UsageError(f"--data {config.source}: holds other images than those of the search of {exported.name}")
+        raise UsageError(
+            f"--data {config.source}: holds other images than those of the search of {exported.name}; where one was "
+            "deleted since, put a file of its name back, damaged or not: training leaves out what it cannot read"
+        )
 
 
-def _keep_copies(place: Path, job: Job, note: Note) -> None:
+def _looked_through(place: Path, job: Job, note: Note, loaded: int | None = None) -> Job:
     """Make smaller copies of large photos, of which each pass would otherwise decode all pixels.
 
     Args:
         place: folder of the training.
+        loaded: number of training images that the search has read, of a training that is not begun.
+
+    Returns:
+        The training, without the images that cannot be read: the search has seen as many as fit into memory only.
     """
-    files = split_files(job.data_config)
+    files = job.files()
     if files is None:
-        return
-    copies, progress = copies_of(place, job), Progress(len(files.train), note)
-    copies.keep((path for path, _ in files.train), verified=False, said=progress.step)
+        return job
+    copies, progress = copies_of(place, job), Progress(len(files), note)
+    verified = loaded is not None and len(files) > loaded
+    damaged = copies.keep((path for path, _ in files), verified, progress.step)
     if count := len(list((place / COPIES).glob("*.jpg"))):
         note(f"{place / COPIES}: smaller copies of {count:,} large photos, until the training ends")
+    if loaded is None or not damaged:
+        return job
+    named = "; ".join(f"{path} ({reason})" for path, reason in damaged[:NAMED])
+    more = f"; and {len(damaged) - NAMED:,} more" if len(damaged) > NAMED else ""
+    note(f"left out of the training, as they cannot be read: {named}{more}")
+    root = Path(job.data_config.source).expanduser()
+    return replace(job, left_out=tuple(str(path.relative_to(root)) for path, _ in damaged))
 
 
 def _start(folder: Path, exported: Exported, config: FinalConfig) -> str:

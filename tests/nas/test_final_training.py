@@ -30,7 +30,6 @@ from nas.errors import CandidateFailed, UsageError
 from nas.export.directories import read, rewrite, trained, write
 from nas.final_training import copies as copying
 from nas.final_training import fit as fitting
-from nas.final_training import rates
 from nas.final_training import train as training
 from nas.final_training.config import FinalConfig
 from nas.final_training.copies import Copies
@@ -184,18 +183,54 @@ def test_weights_of_another_training_are_not_lost(folder: Path, tmp_path: Path) 
     assert (folder / "model.safetensors").read_bytes() == before
 
 
+@pytest.fixture
+def few_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the images, only ten fit into memory."""
+    monkeypatch.setattr(image_data, "MAX_BYTES", 10 * 3 * 16 * 16)
+
+
+def test_images_that_the_search_did_not_see_may_be_damaged(few_fit: None, folder: Path, images: Path) -> None:
+    config = read(folder).data
+    files = image_data.split_files(config)
+    assert files is not None
+    reader, seen = ImageReader(config), {image.numpy().tobytes() for image in image_data.load(config).train_images}
+    unseen = [path for path, _ in files.train if reader.read(path).numpy().tobytes() not in seen]
+    assert len(unseen) == 26
+    for path in unseen[:2]:
+        path.write_text("no image")
+    notes: list[str] = []
+
+    def interrupt(epoch: Epoch, epochs: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, QUICK, notes.append, interrupt)
+    (line,) = (line for line in notes if line.startswith("left out of the training, as they cannot be read: "))
+    assert all(f"{path} (UnidentifiedImageError: " in line for path in unseen[:2])
+    job, _ = read_job(folder / "training")
+    assert set(job.left_out) == {str(path.relative_to(images)) for path in unseen[:2]}
+    assert train(folder, QUICK, silent).section["train_images"] == 34
+    # What is deleted changes the split, and so does what the search has seen.
+    unseen[2].unlink()
+    with pytest.raises(UsageError, match=r"holds other images .* training leaves out what it cannot read"):
+        training.check_images(read(folder), config, 0, image_data.load(config))
+    unseen[2].touch()
+    training.check_images(read(folder), config, 0, image_data.load(config))
+
+
 def test_a_damaged_image_is_named(folder: Path, images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The search looks at as many as fit into memory; this one has come in since."""
+    """One that was damaged after the training had begun."""
     files = image_data.split_files(read(folder).data)
     assert files is not None
     (images / "dark" / "broken.png").write_text("no image")
     more = replace(files, train=[*files.train, (images / "dark" / "broken.png", 1)])
     loaded = image_data.load
     monkeypatch.setattr(training, "load", lambda config, *rest: load_without(loaded, images, config, *rest))
-    for module in (fitting, rates):
-        monkeypatch.setattr(module, "split_files", lambda config: more)
+    monkeypatch.setattr(fitting, "split_files", lambda config: more)
+    monkeypatch.setattr(training, "_looked_through", lambda place, job, *rest: job)
     for workers in (0, 1):
-        with pytest.raises(CandidateFailed, match=rf"^{images}/dark/broken\.png: cannot be read \("):
+        told = rf"^{images}/dark/broken\.png: cannot be read \(.*\); put a readable image in its place"
+        with pytest.raises(CandidateFailed, match=told):
             train(folder, replace(QUICK, workers=workers, epochs=2), silent)
 
 
