@@ -77,7 +77,7 @@ def export(
             require_folder("--out", out_dir)
             with existing_study(storage, study) as recorded:
                 networks = exports.of_study(recorded, storage, exports.chosen(recorded, selection))
-            written = exports.write(networks, out_dir, formats, force)
+            written = exports.write(networks, out_dir, formats, force, note)
             if all(network.weights is None for network in networks):
                 note(
                     f"no weights, the search kept none (--keep-weights); the classifiers are the deployment's, of "

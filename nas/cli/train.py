@@ -127,7 +127,7 @@ def _exported(network: Exported, out_dir: Path) -> Path:
     place = out_dir / network.name
     if (place / CONFIG).exists():
         raise UsageError(f"--out {out_dir}: {place} holds another study's network; use another folder")
-    return write([network], out_dir, force=True)[0]
+    return write([network], out_dir, force=True, note=note)[0]
 
 
 def _told(epoch: Epoch, epochs: int) -> None:

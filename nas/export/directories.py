@@ -7,6 +7,7 @@ it. Directories are written in a temporary folder and then renamed, so that no d
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -30,7 +31,7 @@ from nas.config import DataConfig, LatencyConfig, is_folder, is_mirrored
 from nas.display.notes import code, plain, stage_table
 from nas.errors import UsageError, message_line, of_this_version, unreadable
 from nas.export.selection import Selection
-from nas.files import folder_for
+from nas.files import NO_ROOM, folder_for
 from nas.latency.analysis import from_table
 from nas.latency.block_table import BlockTable
 from nas.recommendation import directory_name
@@ -397,13 +398,17 @@ def _is_timms_order(classes: Sequence[str]) -> bool:
     return all(one < other for one, other in pairwise(keys))
 
 
-def write(networks: Sequence[Exported], out_dir: Path, formats: Formats = (), force: bool = False) -> list[Path]:
+def write(
+    networks: Sequence[Exported], out_dir: Path, formats: Formats = (), force: bool = False,
+    note: Note = lambda line: None,
+) -> list[Path]:  # fmt: skip
     """Write a directory for each network, all of them or none, and return their paths.
 
     Args:
         formats: functions that make more files of each network in its directory.
         force: whether to write into a folder that is not empty, too. In a directory that exists already, our files are
             replaced one by one, and all other files stay.
+        note: function that takes a line where the images of a split cannot be linked to.
 
     Raises:
         UsageError: the folder is not empty or cannot be written to, a format cannot be made, or an existing directory
@@ -422,7 +427,11 @@ def write(networks: Sequence[Exported], out_dir: Path, formats: Formats = (), fo
                     for network in networks:
                         _fill(aside / network.name, network, formats)
                     for name, files in _splits(networks, out_dir).items():
-                        _link(aside / name, files)
+                        made_of = _link(aside / name, files)
+                        if made_of is not LINKED:
+                            note(f"{out_dir / name}: {made_of}, as there can be no symbolic links here")
+                        if made_of is NOTHING:
+                            continue
                         if (out_dir / name).exists():
                             # Its links lead nowhere any more.
                             os.rename(out_dir / name, aside / f"{name}.old")
@@ -459,18 +468,56 @@ def _splits(networks: Sequence[Exported], out_dir: Path) -> dict[str, SplitFiles
 
 def _leads_somewhere(folder: Path) -> bool:
     """Whether a folder of links is there, and its first link leads to a file."""
-    link = next((path for path in folder.glob("*/*/*") if path.is_symlink()), None)
+    link = next(folder.glob("*/*/*"), None)
     return link is not None and link.exists()
 
 
-def _link(folder: Path, files: SplitFiles) -> None:
-    """Make a folder of each part of the split, with a folder for each class, of links to the images."""
+# What a folder of links is made of. There are disks without the first two, as those of cameras.
+LINKED, HARD_LINKED, COPIED = "links to the images", "hard links to the images", "copies of the images"
+NOTHING = "not made, the copies would fill the disk (train.py needs a --data-dir with the split)"
+
+
+def _link(folder: Path, files: SplitFiles) -> str:
+    """Make a folder of each part of the split, with a folder for each class, of links to the images.
+
+    Returns:
+        What the folder holds: symbolic links if that is possible, else hard links, else copies.
+    """
+    ways: list[tuple[str, Callable[[Path, Path], object]]] = [
+        (LINKED, lambda path, place: place.symlink_to(path.absolute())),
+        (HARD_LINKED, lambda path, place: os.link(path.resolve(), place)), (COPIED, shutil.copyfile),
+    ]  # fmt: skip
     for part, items in (("train", files.train), ("val", files.val)):
         for name in files.classes:
             (folder / part / name).mkdir(parents=True)
         for number, (path, label) in enumerate(items):
-            # Files of several folders may have one name.
-            (folder / part / files.classes[label] / f"{number:07d}_{path.name}").symlink_to(path.absolute())
+            within = folder / part / files.classes[label]
+            while True:
+                try:
+                    _made_in(within, number, path, ways[0][1])
+                    break
+                except OSError as error:
+                    if len(ways) == 1 or error.errno in NO_ROOM or not path.exists():
+                        raise
+                ways.pop(0)
+                if ways[0][0] is COPIED and not _is_room_for(files, folder):
+                    return NOTHING
+    return ways[0][0]
+
+
+def _made_in(folder: Path, number: int, path: Path, make: Callable[[Path, Path], object]) -> None:
+    # Files of several folders may have one name; with the number before it, it may be too long.
+    try:
+        make(path, folder / f"{number:07d}_{path.name}")
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        make(path, folder / f"{number:07d}{path.suffix}")
+
+
+def _is_room_for(files: SplitFiles, folder: Path) -> bool:
+    """Whether copies of all images take half of the free disk at most."""
+    return sum(path.stat().st_size for path, _ in (*files.train, *files.val)) <= shutil.disk_usage(folder).free / 2
 
 
 def _require_no_training(place: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import codecs
+import errno
 import json
 import os
 import shutil
@@ -317,6 +318,55 @@ def test_the_recipe_validates_on_the_searchs_own_split(store: Store, config: Sea
     before = root.stat().st_ino
     write(exported(store, config, trials=(0,)), tmp_path / "out", force=True)
     assert root.stat().st_ino == before
+
+
+def test_where_there_can_be_no_links_the_split_is_made_otherwise(
+    store: Store, config: SearchConfig, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    networks = exported(store, config, trials=(1,))
+    # With a number before it, such a name is too long.
+    for number in (1, 2, 3):
+        shutil.copy(images / "dark" / "0.png", images / "dark" / f"{number}{'x' * 249}.png")
+    files = split_files(networks[0].data)
+    assert files is not None
+
+    def refuse(*rest: Any, **named: Any) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    def made(name: str) -> tuple[list[Path], list[str]]:
+        lines: list[str] = []
+        write(networks, tmp_path / name, note=lines.append)
+        split = tmp_path / name / links_of(networks[0])
+        found = sorted(split.glob("train/*/*"), key=lambda path: path.name)
+        assert [path.read_bytes() for path in found] == [path.read_bytes() for path, _ in files.train][: len(found)]
+        write(networks, tmp_path / name, force=True, note=lines.append)
+        return found, lines
+
+    found, lines = made("linked")
+    assert len(found) == len(files.train)
+    assert all(path.is_symlink() for path in found)
+    assert any(len(path.name) == len("0000000.png") for path in found)
+    assert not lines
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    found, lines = made("hard")
+    assert all(path.samefile(each) for path, (each, _) in zip(found, files.train, strict=True))
+    assert lines == [
+        f"{tmp_path}/hard/{links_of(networks[0])}: hard links to the images, as there can be no symbolic links here"
+    ]
+    monkeypatch.setattr(os, "link", refuse)
+    found, lines = made("copied")
+    assert len(found) == len(files.train)
+    assert not any(path.samefile(each) for path, (each, _) in zip(found, files.train, strict=True))
+    assert ["copies of the images, as there" in line for line in lines] == [True]
+    # Of all images, there may be too many for that.
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: argparse.Namespace(free=100))
+    found, lines = made("full")
+    assert not found
+    assert "not made, the copies would fill the disk" in lines[0]
+
+
+def links_of(network: Exported) -> str:
+    return str(network.config["convfirst"]["images"]["links"])
 
 
 def test_a_folder_with_validation_images_is_named_as_it_is(store: Store, config: SearchConfig, images: Path) -> None:

@@ -204,12 +204,12 @@ def test_images_that_the_search_did_not_see_may_be_damaged(few_fit: None, folder
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train(folder, QUICK, notes.append, interrupt)
+        train(folder, replace(QUICK, epochs=2), notes.append, interrupt)
     (line,) = (line for line in notes if line.startswith("left out of the training, as they cannot be read: "))
     assert all(f"{path} (UnidentifiedImageError: " in line for path in unseen[:2])
     job, _ = read_job(folder / "training")
     assert set(job.left_out) == {str(path.relative_to(images)) for path in unseen[:2]}
-    assert train(folder, QUICK, silent).section["train_images"] == 34
+    assert train(folder, replace(QUICK, epochs=2), silent).section["train_images"] == 34
     # What is deleted changes the split, and so does what the search has seen.
     unseen[2].unlink()
     with pytest.raises(UsageError, match=r"holds other images .* training leaves out what it cannot read"):
