@@ -368,14 +368,25 @@ def _epochs(rows: Sequence[dict[str, str]] | csv.DictReader[str]) -> Iterator[Ep
 def write_job(folder: Path, job: Job, recipe: Recipe) -> None:
     """Write what a training is, so that another process makes it."""
     folder.mkdir(parents=True, exist_ok=True)
-    for name, text in ((JOB, json.dumps(asdict(job), indent=2) + "\n"), (RECIPE, recipe.to_json())):
+    fields = asdict(job)
+    # The directory may be moved, alone or with that of its teacher.
+    if job.start:
+        fields["start"] = os.path.relpath(job.start, folder)
+    if os.path.isabs(job.teacher):
+        fields["teacher"] = os.path.relpath(job.teacher, folder)
+    for name, text in ((JOB, json.dumps(fields, indent=2) + "\n"), (RECIPE, recipe.to_json())):
         with whole(folder / name) as part:
             part.write_text(text)
 
 
 def read_job(folder: Path) -> tuple[Job, Recipe]:
     """What `write_job` wrote."""
-    fields = json.loads((folder / JOB).read_text())
+    fields, place = json.loads((folder / JOB).read_text()), folder.absolute()
+    # These weights are those of the directory; an older version wrote where it was then.
+    fields["start"] = str(place.parent / Path(fields["start"]).name) if fields["start"] else ""
+    teacher = fields.get("teacher", "")
+    if teacher.startswith(os.pardir + os.sep):
+        fields["teacher"] = os.path.normpath(place / teacher)
     # Lists of names are tuples; those that an older version wrote lack the last.
     names = {key: tuple(fields.get(key, ())) for key in ("classes", "left_out")}
     return Job(**{**fields, **names}), Recipe.from_json((folder / RECIPE).read_text())

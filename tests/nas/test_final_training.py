@@ -305,6 +305,17 @@ def test_kept_weights_are_a_start(store: Store, config: SearchConfig, tmp_path: 
     # The file has the trained weights by now.
     assert job.start == str(folder / "model.safetensors")
     (again,) = write(exported(store, config, trials=(2,)), tmp_path / "again")
+
+    def interrupt(epoch: Epoch, epochs: int) -> None:
+        raise KeyboardInterrupt
+
+    # It goes on where the directory was moved, also before its first checkpoint.
+    with pytest.raises(KeyboardInterrupt):
+        train(again, replace(QUICK, start=Start.KEPT, epochs=1), silent, interrupt)
+    (again / "training" / "last.pth.tar").unlink()
+    again = again.rename(tmp_path / "moved")
+    train(again, replace(QUICK, start=Start.KEPT, epochs=1), silent)
+    (again,) = write(exported(store, config, trials=(2,)), tmp_path / "once more")
     built = replace(job, start=str(again / "model.safetensors")).build(0.0).state_dict()
     assert all(torch.equal(built[name], tensor) for name, tensor in kept.items())
 
@@ -540,6 +551,9 @@ def test_a_student_learns_what_its_teacher_answers(store: Store, config: SearchC
     train(teacher, QUICK, silent)
     notes: list[str] = []
     done = train(student, replace(QUICK, teacher="2"), notes.append)
+    # Both may be moved.
+    moved = shutil.copytree(tmp_path / "out", tmp_path / "moved", symlinks=True)
+    assert read_job(moved / student.name / "training")[0].teacher == str(moved / teacher.name)
     assert done.section["teacher"] == {"name": str(teacher), "temperature": 4.0, "weight": 0.7}
     assert any(line.endswith(f", taught by {teacher}") for line in notes)
     assert f"It also learned the answers of `{teacher}`" in (student / "README.md").read_text()
