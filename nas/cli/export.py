@@ -68,7 +68,12 @@ def export(
             if checkpoint is not None:
                 names = None if classes is None else exports.read_names(classes)
                 network = exports.trained(network, checkpoint, names, note)
-            exports.rewrite(directory, network, formats, note)
+                # Whatever becomes of the formats, the weights are there.
+                exports.rewrite(directory, network, note=note)
+                note(f"{directory}: has the weights of {checkpoint} now")
+            if formats:
+                # What was edited is told once.
+                exports.rewrite(directory, network, formats, note if checkpoint is None else lambda line: None)
             written = [directory]
         else:
             if checkpoint is not None:

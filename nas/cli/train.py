@@ -91,6 +91,9 @@ def train(
                 failed.append(f"{folder}: cannot be trained ({error})")
                 continue
             say(str(done))
+            if done.failed:
+                failed.append(done.failed)
+                continue
             say(f"what is on a photo: python {folder / 'classify.py'} PHOTO ...")
         if failed:
             raise UsageError("; ".join(failed))

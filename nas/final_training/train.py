@@ -20,8 +20,8 @@ from kernels.machine import cores
 from nas.config import DataConfig, LatencyConfig
 from nas.display.notes import duration
 from nas.display.study_plots import plot_training
-from nas.errors import CandidateFailed, UsageError
-from nas.export.directories import PROXY_WEIGHTS, SECTION, TRAINED, WEIGHTS, Exported, read, rewrite
+from nas.errors import CandidateFailed, UsageError, message_line
+from nas.export.directories import ONNX, PROXY_WEIGHTS, SECTION, TRAINED, WEIGHTS, Exported, read, rewrite
 from nas.export.formats import write_onnx
 from nas.final_training.config import FinalConfig
 from nas.final_training.fit import COPIES, LAST, RECIPE, Epoch, Fitted, Job, copies_of, fit, read_job, write_job
@@ -51,10 +51,12 @@ class Described:
 
     Args:
         section: what its config.json says of the training.
+        failed: why there is no ONNX file; empty where there is one.
     """
 
     folder: Path
     section: dict[str, Any]
+    failed: str = ""
 
     def __str__(self) -> str:
         own = self.section
@@ -85,7 +87,7 @@ def train(folder: Path, config: FinalConfig, note: Note, told: Told = lambda epo
         raise UsageError(f"{folder}: holds the weights of {section['weights']}, which would be lost; export it anew")
     if exported.weights is not None and (done := section.get(TRAINED)):
         note(f"{folder}: is trained already; to train it otherwise, export it into another folder (--out)")
-        return Described(folder, done)
+        return Described(folder, done, "" if (folder / ONNX).exists() else _onnx_failed(folder, exported))
     if config.hours is not None and config.epochs is not None:
         raise UsageError(f"--hours {config.hours:g}: not with --epochs, which says how long it is, too")
     device = check_device(LatencyConfig(device=config.device, engine="eager"))
@@ -129,14 +131,28 @@ def train(folder: Path, config: FinalConfig, note: Note, told: Told = lambda epo
                 found = _side_by_side(place, recipe, told)
         else:
             found = fit(place, recipe, job, devices[0], data=data, told=told, turn=turn)
+        made = finished(exported, found, recipe, data, count, job.teacher)
+        # Whatever becomes of the curve and the ONNX file, the weights are there.
+        rewrite(folder, made, note=note)
         plot_training(
             [each.number for each in found.epochs], [each.train_loss for each in found.epochs],
             [each.accuracy for each in found.epochs], exported.name, place / CURVE,
         )  # fmt: skip
-        made = finished(exported, found, recipe, data, count, job.teacher)
-        rewrite(folder, made, [write_onnx], note)
         shutil.rmtree(place / COPIES, ignore_errors=True)
-        return Described(folder, made.config[SECTION][TRAINED])
+        return Described(folder, made.config[SECTION][TRAINED], _onnx_failed(folder, made))
+
+
+def _onnx_failed(folder: Path, network: Exported) -> str:
+    """Make the ONNX file of a trained network; returns why that fails, and nothing if it does not."""
+    try:
+        rewrite(folder, network, [write_onnx])
+    except Exception as error:  # exporters and runtimes raise anything
+        reason = str(error) if isinstance(error, UsageError) else message_line(error)
+        return (
+            f"{folder / ONNX}: cannot be made ({reason}); the weights are in {folder / WEIGHTS}, and "
+            f"`export {folder} --format onnx` tries it again"
+        )
+    return ""
 
 
 @contextlib.contextmanager

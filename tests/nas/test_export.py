@@ -20,10 +20,13 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from timm.data import create_dataset
 from torch import Tensor
+from typer.testing import CliRunner
 
+from nas.cli.app import app
 from nas.config import SearchConfig
 from nas.errors import UsageError
 from nas.export import directories as export
+from nas.export import formats
 from nas.export.directories import (
     Exported,
     chosen,
@@ -726,6 +729,25 @@ def checkpoint_of(network: Exported, path: Path, classes: int, **arguments: Any)
         {"state_dict": network.arch.build(classes).state_dict(), "args": argparse.Namespace(**known | arguments)}, path
     )
     return path
+
+
+def test_a_checkpoints_weights_are_there_where_no_onnx_file_can_be_made(
+    store: Store, config: SearchConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (network,) = exported(store, config, trials=(3,))
+    (folder,) = write([network], tmp_path / "out")
+    path = checkpoint_of(network, tmp_path / "last.pth.tar", 2)
+
+    def fail(*rest: Any, **named: Any) -> None:
+        raise UsageError("--format onnx: onnx is not installed")
+
+    monkeypatch.setattr(formats, "write_onnx", fail)
+    result = CliRunner().invoke(app, ["export", str(folder), "--checkpoint", str(path), "--format", "onnx"])
+    assert result.exit_code == 2
+    assert result.output.splitlines()[-2:] == [
+        f"{folder}: has the weights of {path} now", "Error: --format onnx: onnx is not installed",
+    ]  # fmt: skip
+    assert read(folder).config["convfirst"]["weights"] == "last.pth.tar"
 
 
 def test_the_names_of_a_checkpoints_classes(store: Store, config: SearchConfig, tmp_path: Path) -> None:

@@ -244,6 +244,28 @@ def load_without(load: Any, images: Path, *rest: Any) -> Any:
         hidden.write_text(text)
 
 
+def test_where_no_onnx_file_can_be_made_the_weights_are_there(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*rest: Any) -> None:
+        raise RuntimeError("no such operator\nand more")
+
+    line = ["train", str(folder), "--epochs", "1", "--lr", "2e-3", "--batch", "8", "--workers", "0"]
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "write_onnx", fail)
+        result = CliRunner().invoke(app, line)
+    assert result.exit_code == 2
+    assert f"{folder}: accuracy " in result.stdout
+    assert "classify.py" not in result.stdout
+    told = f"Error: {folder}/model.onnx: cannot be made (RuntimeError: no such operator); the weights are in "
+    assert result.output.splitlines()[-1].startswith(f"{told}{folder}/model.safetensors")
+    assert read(folder).config["convfirst"]["weights"] == "trained"
+    assert read(folder).weights is not None
+    # The same command makes up for it.
+    again = CliRunner().invoke(app, line)
+    assert again.exit_code == 0, again.output
+    assert (folder / "model.onnx").exists()
+    assert f"python {folder}/classify.py" in again.stdout
+
+
 def test_a_full_disk_costs_an_epoch_at_most(
     folder: Path, monkeypatch: pytest.MonkeyPatch, config: SearchConfig
 ) -> None:
