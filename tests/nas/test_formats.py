@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 from torch import Tensor
 
 from nas.config import DataConfig, LatencyConfig
@@ -298,6 +298,19 @@ def photos(folder: Path) -> list[Path]:
     Image.fromarray(pixels(5, 9)).save(folder / "tiny.webp", lossless=True)
     deep = np.asarray(Image.fromarray(pixels(33, 33)).convert("L")).astype(np.uint16) * 257
     Image.fromarray(deep).save(folder / "deep.png")
+    # Of other modes: 16 bits in either order, one of them with a colour that is transparent; palettes; print.
+    Image.fromarray(deep).save(folder / "deep.tif")
+    Image.frombytes("I;16B", (33, 33), deep.byteswap().tobytes()).save(folder / "big-endian.tif")
+    holes = np.where(deep > 40_000, 999, deep).astype(np.uint16)
+    Image.fromarray(holes).save(folder / "holes.png", transparency=999)
+    coloured = Image.fromarray(pixels(31, 41, 4), "RGBA")
+    coloured.convert("LA").save(folder / "grey-see-through.png")
+    coloured.convert("RGB").quantize(30).save(folder / "palette.png", transparency=3)
+    coloured.convert("RGB").quantize(30).save(folder / "palette.gif")
+    for mode, name in (("CMYK", "print.jpg"), ("CMYK", "print.tif"), ("1", "bits.png"), ("LAB", "lab.tif")):
+        image = coloured.convert("RGB")
+        (ImageCms.profileToProfile(image, *map(ImageCms.createProfile, ("sRGB", "LAB")), outputMode="LAB")
+         if mode == "LAB" else image.convert(mode)).save(folder / name)  # fmt: skip
     return sorted(folder.iterdir())
 
 
@@ -332,9 +345,13 @@ def test_it_says_what_is_missing(tmp_path: Path) -> None:
     write_onnx(network(), folder)
     assert said() == "usage: python classify.py PHOTO ..."
     (tmp_path / "no.png").write_text("no image")
-    for path in (tmp_path / "no.png", tmp_path / "missing.png"):
+    values = np.linspace(0, 1, 256, dtype=np.float32).reshape(16, 16)
+    Image.fromarray(values).save(tmp_path / "floats.tif")
+    Image.fromarray((values * 1e6).astype(np.int32)).save(tmp_path / "long.tif")
+    for path in (tmp_path / name for name in ("no.png", "missing.png", "floats.tif", "long.tif")):
         line = said(path)
         assert line.startswith(f"{path}: cannot be read (")
+        assert ("of 32 bits, no value is known to be white" in line) == (path.suffix == ".tif")
         assert "\n" not in line
     # The others are named all the same.
     good = photos(tmp_path / "photos")[0]
