@@ -30,6 +30,24 @@ def test_the_walk_leads_from_photos_to_names() -> None:
     assert "classify.py" in commands.splitlines()[-1]
 
 
+def test_of_several_exports_the_walk_takes_the_latest(tmp_path: Path) -> None:
+    for number, name in enumerate(("convfirst_2ms_t003", "convfirst_1ms_t001", "convfirst_3ms_t002")):
+        (tmp_path / "exports" / name).mkdir(parents=True)
+        (tmp_path / "exports" / name / "classify.py").write_text("import sys; print(*sys.argv)")
+        # The first one of the three was exported and not trained, and one was trained before the other.
+        if number:
+            (tmp_path / "exports" / name / "model.onnx").touch()
+            os.utime(tmp_path / "exports" / name / "model.onnx", (1e9 - number, 1e9 - number))
+    (tmp_path / "photos" / "val" / "cat").mkdir(parents=True)
+    (tmp_path / "photos" / "val" / "cat" / "0006.jpg").touch()
+    environment = {**os.environ, "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))}
+    done = subprocess.run(
+        ["bash", "-euc", walk().splitlines()[-1]], cwd=tmp_path, env=environment, capture_output=True, text=True,
+        check=True,
+    )  # fmt: skip
+    assert done.stdout == "exports/convfirst_1ms_t001/classify.py photos/val/cat/0006.jpg\n"
+
+
 @pytest.mark.slow
 def test_the_walk_runs_as_it_stands_there(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
