@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -41,6 +42,9 @@ from search_spaces import cost
 FOLDER, CURVE = "training", "curve.png"
 # The name of the weights that a training made.
 FINAL_WEIGHTS = "trained"
+
+# Errors of a place that is another user's, or on a disk that is only read, or where something else is.
+NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
 
 Told = Callable[[Epoch, int], None]
 
@@ -160,15 +164,21 @@ def _alone(folder: Path) -> Iterator[None]:
     """Keep other processes of this machine from training the same directory.
 
     Raises:
-        UsageError: another one does.
+        UsageError: another one does, or nothing can be written there.
     """
     place = folder / FOLDER
     with only_one(f"training of {folder.resolve()}") as alone:
         if not alone:
             raise UsageError(f"{folder}: another process trains it now")
-        place.mkdir(exist_ok=True)
         try:
+            place.mkdir(exist_ok=True)
             yield
+        except OSError as error:
+            if error.errno not in NOT_WRITABLE:
+                raise
+            raise UsageError(
+                f"{error.filename or place}: cannot be read or written ({error.strerror or error})"
+            ) from error
         except (UsageError, CandidateFailed):
             # Of what was refused nothing is left.
             if not (place / RECIPE).exists():

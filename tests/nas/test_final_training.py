@@ -298,6 +298,21 @@ def test_two_processes_do_not_train_one_directory(folder: Path) -> None:
     train(folder, replace(QUICK, epochs=1), silent, second)
 
 
+def test_a_directory_that_is_only_read_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (folder / "training").touch()
+    with pytest.raises(UsageError, match=rf"^{folder}/training: cannot be read or written \(File exists\)$"):
+        train(folder, QUICK, silent)
+    (folder / "training").unlink()
+
+    def refuse(path: Path, *rest: Any, **named: Any) -> None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    # Root may write anywhere.
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    with pytest.raises(UsageError, match=rf"^{folder}/training: cannot be read or written \(Permission denied\)$"):
+        train(folder, QUICK, silent)
+
+
 def test_images_must_be_those_of_the_search(folder: Path, images: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     images.rename(moved)
