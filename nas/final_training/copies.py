@@ -1,8 +1,7 @@
-"""Large photos at the size that a training needs: decoded at a part of their size, and kept as smaller copies.
+"""Large photos at the size that a training needs.
 
 A camera's photo has some hundred times as many pixels as a network is shown, and each pass over the images would decode
-all of them. The crops that are drawn stay the same: they are drawn of the whole photo's size, and cut out of the
-smaller picture, which has at least twice as many pixels in a row as the network takes.
+all of them. So a smaller copy is made of each before the first pass, as far as there is room.
 """
 
 from __future__ import annotations
@@ -13,14 +12,12 @@ import io
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Lock
-from typing import TYPE_CHECKING, Any
-
-import torch
+from typing import TYPE_CHECKING
 
 from kernels.machine import cores
 from nas.errors import message_line
@@ -34,33 +31,10 @@ if TYPE_CHECKING:
 SPARE = 2
 # A photo of fewer pixels is decoded about as fast as its copy.
 LARGE = 1_000_000
-# Formats of which Pillow decodes fewer pixels where fewer are needed, and the shares of each side that there are.
-DRAFTED, SHARES = ("JPEG", "MPO"), (8, 4, 2, 1)
 # The most that the copies of a training take on the disk, also as a share of what is free there.
 MOST_BYTES, OF_FREE = 4 * 2**30, 0.5
-# Orientations that exchange width and height, that bring the right edge to the left, and the bottom to the top.
-LYING, FROM_RIGHT, FROM_BOTTOM = (5, 6, 7, 8), (2, 3, 6, 7), (3, 4, 7, 8)
 # Of a training image with an aspect ratio from 3/4 to 4/3, as timm draws them, the smaller of the two.
 NARROWEST = 3 / 4
-
-
-@dataclass(frozen=True, slots=True)
-class Shown:
-    """A picture in RGB and upright, which may be smaller than what it shows.
-
-    Args:
-        size: width and height of the whole photo.
-        region: left, top, right and bottom edge of what shows the photo; beyond it are parts of pixels.
-    """
-
-    picture: Image.Image
-    size: tuple[int, int]
-    region: tuple[float, float, float, float]
-
-    @classmethod
-    def all_of(cls, picture: Image.Image, size: tuple[int, int] | None = None) -> Shown:
-        """A picture, all of which shows the photo."""
-        return cls(picture, size or picture.size, (0, 0, *picture.size))
 
 
 @dataclass
@@ -88,34 +62,28 @@ class Copies:
         narrowest = min(*size, math.sqrt(self.least_area * area * NARROWEST))
         return max(1, int(narrowest / (SPARE * self.resolution)))
 
-    def find(self, path: Path) -> Shown | None:
+    def picture(self, path: Path) -> Image.Image:
+        """A photo's copy, or the photo where it is shown as it is; in RGB and upright.
+
+        Raises:
+            NotRGB: the image is not RGB.
+            Exception: whatever Pillow raises for a damaged image.
+        """
+        from PIL import Image
+
+        if (kept := self.find(path)) is not None:
+            return kept
+        with Image.open(path) as image:
+            return self.reader.picture(image) if self.factor(image.size) == 1 else _decoded(self._encoded(image))
+
+    def find(self, path: Path) -> Image.Image | None:
         """The kept copy of a photo; None where there is none."""
         if self.folder is None:
             return None
         try:
-            return _shown((self.folder / _name(path)).read_bytes())
+            return _decoded((self.folder / _name(path)).read_bytes())
         except Exception:  # a damaged copy is as good as none
             return None
-
-    def of(self, image: Image.Image) -> Shown | None:
-        """The copy of a photo that is open and not loaded; None of one that is shown as it is."""
-        return None if self.factor(image.size) == 1 else _shown(self._encoded(image))
-
-    def size(self, image: Image.Image) -> tuple[int, int] | None:
-        """Width and height of a photo that is open and not loaded; None where that is known later only."""
-        if image.format not in DRAFTED:
-            return None
-        width, height = image.size
-        return (height, width) if self.reader.orientation(image) in LYING else (width, height)
-
-    def for_crop(self, image: Image.Image, pixels: int) -> Shown:
-        """A photo that is open and not loaded, decoded at a part of its size.
-
-        Args:
-            pixels: the smaller side of what is cut out of it.
-        """
-        most = pixels / (SPARE * self.resolution)
-        return self._decoded(image, next((share for share in SHARES if share <= most), 1))
 
     def keep(
         self, files: Iterable[Path], verified: bool, said: Callable[[], None] = lambda: None
@@ -182,77 +150,28 @@ class Copies:
             self.left_bytes = 0
 
     def _encoded(self, image: Image.Image) -> bytes:
+        """The copy of a photo that is open and not loaded, as a JPEG file."""
         from PIL.Image import Resampling
 
+        width, height = image.size
         factor = self.factor(image.size)
-        shown = self._decoded(image, next(share for share in SHARES if share <= factor))
-        width, height = shown.size
-        small = shown.picture.resize((round(width / factor), round(height / factor)), Resampling.BOX, shown.region)
+        size = round(width / factor), round(height / factor)
+        # Of a JPEG, Pillow decodes no more pixels than are needed, and a part of a pixel more at two edges.
+        image.draft(None, (2 * size[0], 2 * size[1]))
+        picture = self.reader.picture(image)
+        # Some photos lie on their sides.
+        turned = (picture.width < picture.height) != (width < height)
         made = io.BytesIO()
-        small.save(made, "JPEG", quality=95, subsampling=0, comment=f"{width}x{height}")
+        picture.resize(size[::-1] if turned else size, Resampling.BOX).save(made, "JPEG", quality=95, subsampling=0)
         return made.getvalue()
 
-    def _decoded(self, image: Image.Image, share: int) -> Shown:
-        """A photo whose sides are divided by a share while it is decoded, if its format can do that."""
-        size = self.size(image)
-        if size is None or share == 1:
-            return Shown.all_of(self.reader.picture(image))
-        turn, (width, height) = self.reader.orientation(image), image.size
-        image.draft(None, (width // share, height // share))
-        picture = self.reader.picture(image)
-        # The last row and column may show a part of a pixel only; they are the first ones after some turns.
-        shown = size[0] / share, size[1] / share
-        left = picture.width - shown[0] if turn in FROM_RIGHT else 0.0
-        top = picture.height - shown[1] if turn in FROM_BOTTOM else 0.0
-        return Shown(picture, size, (left, top, left + shown[0], top + shown[1]))
 
-
-def cropped(crop: Any, shown: Shown, box: Sequence[int]) -> Image.Image:
-    """What timm's `RandomResizedCropAndInterpolation` makes of a picture.
-
-    Args:
-        box: top, left, height and width in pixels of the whole photo, as `drawn` returned them.
-    """
-    from torchvision.transforms import functional
-
-    picture, size = shown.picture, shown.size
-    if picture.size == size:
-        made: Image.Image = functional.resized_crop(picture, *box, crop.size, crop.interpolation)
-        return made
-    begin_x, begin_y, end_x, end_y = shown.region
-    across, down = (end_x - begin_x) / size[0], (end_y - begin_y) / size[1]
-    top, left, height, width = box
-    edges = (
-        begin_x + left * across, begin_y + top * down, begin_x + (left + width) * across,
-        begin_y + (top + height) * down,
-    )  # fmt: skip
-    # No pixel that lies outside of the box has a share in the result.
-    first = math.floor(edges[0] + 1e-6), math.floor(edges[1] + 1e-6)
-    last = min(picture.width, math.ceil(edges[2] - 1e-6)), min(picture.height, math.ceil(edges[3] - 1e-6))
-    part = picture.crop((*first, *last))
-    within = (
-        max(0.0, edges[0] - first[0]), max(0.0, edges[1] - first[1]), min(part.width, edges[2] - first[0]),
-        min(part.height, edges[3] - first[1]),
-    )  # fmt: skip
-    return part.resize(crop.size[::-1], functional.pil_modes_mapping[crop.interpolation], within)
-
-
-def drawn(crop: Any, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """The box that timm's `RandomResizedCropAndInterpolation` draws of a photo of this width and height."""
-    # It asks for nothing but the size.
-    top, left, height, width = crop.get_params(
-        torch.empty((3, size[1], size[0]), device="meta"), crop.scale, crop.ratio
-    )
-    return top, left, height, width
-
-
-def _shown(encoded: bytes) -> Shown:
+def _decoded(encoded: bytes) -> Image.Image:
     from PIL import Image
 
     with Image.open(io.BytesIO(encoded)) as image:
         image.load()
-        width, height = image.info["comment"].decode().split("x")
-        return Shown.all_of(image, (int(width), int(height)))
+        return image
 
 
 def _name(path: Path) -> str:

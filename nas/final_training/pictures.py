@@ -12,7 +12,7 @@ from torch.utils.data import Dataset
 
 from nas.config import DataConfig
 from nas.errors import CandidateFailed, message_line
-from nas.final_training.copies import Copies, Shown, cropped, drawn
+from nas.final_training.copies import Copies
 from nas.training.data import ImageData
 from nas.training.images import ImageReader
 from nas.training.recipe import SMOOTHING, Recipe
@@ -57,7 +57,7 @@ class Pictures(Dataset[tuple[Any, int]]):
         assert self.files is not None
         path, label = self.files[index]
         try:
-            return self._transformed(path), label
+            return self.transform(self._picture(path)), label
         except Exception as error:  # Pillow's readers raise many kinds for damaged files
             # What could not be read when the training began was left out.
             raise CandidateFailed(
@@ -65,32 +65,13 @@ class Pictures(Dataset[tuple[Any, int]]):
                 "without it, the images would be split otherwise"
             ) from error
 
-    def _transformed(self, path: Path) -> Any:
-        from PIL import Image
-        from timm.data.transforms import RandomResizedCropAndInterpolation
-
-        crop, *others = getattr(self.transform, "transforms", (None,))
-        if self.copies is None or not isinstance(crop, RandomResizedCropAndInterpolation):
-            with Image.open(path) as image:
-                return self.transform(self.reader.picture(image))
-        made: Any = self._cropped(path, crop, self.copies)
-        for transform in others:
-            made = transform(made)
-        return made
-
-    def _cropped(self, path: Path, crop: Any, copies: Copies) -> Image.Image:
+    def _picture(self, path: Path) -> Image.Image:
         from PIL import Image
 
-        shown = copies.find(path)
-        if shown is None:
-            with Image.open(path) as image:
-                shown = copies.of(image)
-                if shown is None and (size := copies.size(image)):
-                    box = drawn(crop, size)
-                    return cropped(crop, copies.for_crop(image, min(box[2:])), box)
-                if shown is None:
-                    shown = Shown.all_of(self.reader.picture(image))
-        return cropped(crop, shown, drawn(crop, shown.size))
+        if self.copies is not None:
+            return self.copies.picture(path)
+        with Image.open(path) as image:
+            return self.reader.picture(image)
 
 
 def loader(

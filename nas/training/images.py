@@ -111,11 +111,6 @@ class ImageReader:
         turned = TURNED.get(_orientation(image))
         return self._upright(self._rgb(image), turned)
 
-    def orientation(self, image: Image.Image) -> int:
-        """EXIF's number of the way in which `picture` turns an image; 1 for none."""
-        found = 1 if self.config.reading == 1 else _orientation(image)
-        return found if found in TURNED else 1
-
     def _upright(self, image: Image.Image, turned: str | None) -> Image.Image:
         from PIL import Image
 
