@@ -15,7 +15,9 @@ SEED = Bounds(lambda value: 0 <= value < 2**32, "between 0 and 4294967295")
 
 @dataclass(frozen=True)
 class FinalConfig(Checked):
-    """The training of a network to the end; what is None is chosen by network, images and device.
+    """The training of a network to the end.
+
+    What is None was not said: it is chosen by network, images and device, or is what a begun training has.
 
     Args:
         hours: time that the training may take.
@@ -44,10 +46,12 @@ class FinalConfig(Checked):
     learning_rate: float | None = option(
         None, "--lr", "Peak learning rate", default="the best of three short trainings", panel=TRAINING, bounds=FINITE
     )
-    seed: int = option(0, "--seed", "Seed of weights, order and augmentation", panel=TRAINING, bounds=SEED)
-    start: Start = option(
-        Start.FRESH, "--start", "Weights to begin with: fresh ones, or those that the search kept", panel=TRAINING,
-        bounds=one_of(Start), typed=Start,
+    seed: int | None = option(
+        None, "--seed", "Seed of weights, order and augmentation", default="0", panel=TRAINING, bounds=SEED
+    )
+    start: Start | None = option(
+        None, "--start", "Weights to begin with: fresh ones, or those that the search kept", default=Start.FRESH,
+        panel=TRAINING, bounds=one_of(Start), typed=Start,
     )  # fmt: skip
     teacher: str | None = option(
         None, "--teacher", "Trained network from whose answers it learns as well: a directory, a trained trial's "

@@ -62,6 +62,7 @@ class Job:
         teacher: the teacher, as `nas.final_training.teacher.resolved` names it; empty for none.
         asked_batch: the batch that the user asked for, which few images may not allow; None for none.
         left_out: training images that cannot be read, as paths within the source.
+        asked_hours: the hours that the user asked for; 0 for none, None where an older version did not write it.
     """
 
     arch: str
@@ -72,6 +73,7 @@ class Job:
     teacher: str = ""
     asked_batch: int | None = None
     left_out: tuple[str, ...] = ()
+    asked_hours: float | None = None
 
     @property
     def data_config(self) -> DataConfig:
@@ -363,6 +365,13 @@ def _epochs(rows: Sequence[dict[str, str]] | csv.DictReader[str]) -> Iterator[Ep
         values = {name: float(text) if text else None for name, text in row.items()}
         number = int(values.pop("number") or 0)
         yield Epoch(number, **values)  # type: ignore[arg-type]
+
+
+def done_so_far(folder: Path) -> tuple[int, float]:
+    """The epochs that the checkpoint of a training has made, and the seconds that they took."""
+    # Its tensors stay on the disk.
+    stored = torch.load(folder / LAST, map_location="cpu", weights_only=True, mmap=True)
+    return stored["epoch"] + 1, float(stored["seconds"])
 
 
 def write_job(folder: Path, job: Job, recipe: Recipe) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from typing import Any
 
 import torch
 
+from kernels.device_info import DeviceInfo
 from nas.errors import CandidateFailed
+from nas.files import whole
 from nas.final_training.fit import Job, Learner, batches_of, copies_of
 from nas.final_training.pictures import Pictures, loader
 from nas.training.data import ImageData
@@ -26,6 +30,8 @@ SHARE, LEAST_STEPS, MOST_STEPS = 1 / 60, 30, 400
 WARMUP = 0.2
 # Steps by which two precisions are compared, and by how much bfloat16 has to be faster.
 TIMED_STEPS, WORTH = 6, 1.15
+# File in which they are kept within the folder of a training, and by how many times their length may be another one.
+MEASURED, LIKE = "measured.json", 2.0
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,37 @@ class Tried:
     loss: float
     step_seconds: float
     validation_seconds: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What short trainings showed.
+
+    Args:
+        inputs: what it depends on, but for their length; see `Trials.inputs`.
+        amp: whether they were in bfloat16.
+        steps: the length of each.
+    """
+
+    inputs: dict[str, Any]
+    amp: bool
+    steps: int
+    tried: tuple[Tried, ...]
+
+    @classmethod
+    def read(cls, path: Path, inputs: dict[str, Any]) -> Measured | None:
+        """What `write` wrote; None where it wrote nothing, or of other inputs."""
+        try:
+            fields = json.loads(path.read_text())
+            found = cls(**{**fields, "tried": tuple(Tried(**each) for each in fields["tried"])})
+        except (OSError, ValueError, KeyError, TypeError):
+            # Another version may have written it.
+            return None
+        return found if found.inputs == inputs else None
+
+    def write(self, path: Path) -> None:
+        with whole(path) as part:
+            part.write_text(json.dumps(asdict(self), indent=2) + "\n")
 
 
 class Trials:
@@ -66,20 +103,38 @@ class Trials:
         images = len(self.files) if self.files is not None else len(self.data.train_labels)
         return max(1, images // recipe.images_a_step)
 
-    def with_best_rate(self, recipe: Recipe, factors: Sequence[float]) -> tuple[Recipe, list[Tried]]:
-        """A recipe with the rate that learns best in a short time, and what was tried.
+    def inputs(self, recipe: Recipe, factors: Sequence[float]) -> dict[str, Any]:
+        """What short trainings at these factors of a recipe's rate depend on, but for their length, as JSON has it."""
+        job, own = asdict(self.job), asdict(recipe)
+        for name in ("asked_batch", "asked_hours"):
+            del job[name]
+        for name in ("epochs", "amp"):
+            del own[name]
+        device = asdict(DeviceInfo.of(self.device))
+        told = {"job": job, "recipe": own, "factors": factors, "device": device, "images": self.data.fingerprint}
+        found: dict[str, Any] = json.loads(json.dumps(told))
+        return found
+
+    def length(self, recipe: Recipe) -> int:
+        """The number of steps of each short training for a recipe's rate."""
+        return round(min(MOST_STEPS, max(LEAST_STEPS, SHARE * recipe.epochs * self.steps_an_epoch(recipe))))
+
+    def tried(self, recipe: Recipe, factors: Sequence[float], steps: int) -> list[Tried]:
+        """Short trainings at several rates, in units of the recipe's."""
+        # Here one device trains, with a part of the images of a step, to which a lower rate belongs.
+        alone = recipe.learning_rate / math.sqrt(recipe.devices)
+        return [self.run(replace(recipe, learning_rate=alone * each), steps) for each in factors]
+
+    def with_best_rate(self, recipe: Recipe, tried: Sequence[Tried]) -> Recipe:
+        """A recipe with the rate that learned best in a short time.
 
         Raises:
             CandidateFailed: all of them diverge.
         """
-        steps = round(min(MOST_STEPS, max(LEAST_STEPS, SHARE * recipe.epochs * self.steps_an_epoch(recipe))))
-        # Here one device trains, with a part of the images of a step, to which a lower rate belongs.
-        alone = recipe.learning_rate / math.sqrt(recipe.devices)
-        tried = [self.run(replace(recipe, learning_rate=alone * each), steps) for each in factors]
         best = min(tried, key=lambda each: each.loss)
         if not math.isfinite(best.loss):
             raise CandidateFailed("its loss diverges at every rate")
-        return replace(recipe, learning_rate=best.rate * math.sqrt(recipe.devices)), tried
+        return replace(recipe, learning_rate=best.rate * math.sqrt(recipe.devices))
 
     def is_faster_in_16_bits(self, recipe: Recipe) -> bool:
         """Whether steps are faster in bfloat16 by so much that it pays."""

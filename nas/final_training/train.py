@@ -25,8 +25,20 @@ from nas.errors import CandidateFailed, UsageError, message_line
 from nas.export.directories import ONNX, PROXY_WEIGHTS, SECTION, TRAINED, WEIGHTS, Exported, read, rewrite
 from nas.export.formats import write_onnx
 from nas.final_training.config import FinalConfig
-from nas.final_training.fit import COPIES, LAST, RECIPE, Epoch, Fitted, Job, copies_of, fit, read_job, write_job
-from nas.final_training.rates import FACTORS, Trials, Tried, epoch_seconds
+from nas.final_training.fit import (
+    COPIES,
+    LAST,
+    RECIPE,
+    Epoch,
+    Fitted,
+    Job,
+    copies_of,
+    done_so_far,
+    fit,
+    read_job,
+    write_job,
+)
+from nas.final_training.rates import FACTORS, LIKE, MEASURED, Measured, Trials, Tried, epoch_seconds
 from nas.final_training.teacher import TEMPERATURE, WEIGHT, resolved
 from nas.final_training.worker import ERROR, result
 from nas.latency.devices import check_device
@@ -108,20 +120,22 @@ def train(folder: Path, config: FinalConfig, note: Note, told: Told = lambda epo
         def turn() -> contextlib.AbstractContextManager[None]:
             return training_on(devices, note)
 
-        if (place / RECIPE).exists():
+        # Before the first checkpoint there is nothing that another recipe would lose.
+        if (place / RECIPE).exists() and (place / LAST).exists():
             job, recipe = read_job(place)
             _require_same(folder, config, job, recipe, devices)
             # What there is was made of the weights with which it began.
-            job = replace(job, data=asdict(data_config), start="" if (place / LAST).exists() else job.start)
+            job = replace(job, data=asdict(data_config), start="")
             devices = devices[: recipe.devices]
-            note(f"{folder}: its training goes on, with the recipe with which it was begun")
+            note(f"{folder}: its training goes on, with the recipe with which it was begun; {_left(place, recipe)}")
             with turn():
                 _looked_through(place, job, note)
         else:
             start = _start(folder, exported, config)
             teacher = "" if config.teacher is None else resolved(config.teacher, folder)
             job = Job(
-                exported.arch.to_json(), data.classes, asdict(data_config), largest, start, teacher, config.batch_size
+                exported.arch.to_json(), data.classes, asdict(data_config), largest, start, teacher, config.batch_size,
+                asked_hours=config.hours or 0.0,
             )  # fmt: skip
             with turn():
                 job = _looked_through(place, job, note, len(data.train_labels))
@@ -198,10 +212,11 @@ def _require_same(
         UsageError: there is such a flag, or the devices are not there.
     """
     told = {
+        "--hours": (config.hours, config.hours if job.asked_hours is None else job.asked_hours or "none"),
         "--epochs": (config.epochs, recipe.epochs),
         "--batch": (config.batch_size, job.asked_batch or recipe.batch_size),
-        "--lr": (config.learning_rate, recipe.learning_rate), "--seed": (config.seed or None, recipe.seed),
-        "--start": (config.start if config.start is Start.KEPT else None, recipe.start),
+        "--lr": (config.learning_rate, recipe.learning_rate), "--seed": (config.seed, recipe.seed),
+        "--start": (config.start, recipe.start), "--workers": (config.workers, recipe.workers),
         "--teacher": (config.teacher and resolved(config.teacher, folder), job.teacher or "none"),
     }  # fmt: skip
     anew = f"move {folder / FOLDER} away to begin anew"
@@ -211,6 +226,13 @@ def _require_same(
     if devices[0].type != recipe.kind or len(devices) < recipe.devices:
         begun = f"{recipe.devices} GPUs" if recipe.devices > 1 else f"one device of kind {recipe.kind}"
         raise UsageError(f"--device {config.device}: the training of {folder} was begun on {begun}; {anew}")
+
+
+def _left(place: Path, recipe: Recipe) -> str:
+    """What is done of a training and how long the rest takes, in words."""
+    epochs, seconds = done_so_far(place)
+    left = seconds / epochs * (recipe.epochs - epochs)
+    return f"{epochs} of {recipe.epochs} passes are done, about {duration(left)} left"
 
 
 # -- Images ------------------------------------------------------------------------------------------------------------
@@ -276,7 +298,7 @@ def _start(folder: Path, exported: Exported, config: FinalConfig) -> str:
     Raises:
         UsageError: there are no kept ones.
     """
-    if config.start is Start.FRESH:
+    if config.start is not Start.KEPT:
         return ""
     if exported.weights is None or exported.config[SECTION]["weights"] != PROXY_WEIGHTS:
         raise UsageError(f"--start kept: the search kept no weights of {exported.name} (--keep-weights)")
@@ -293,7 +315,7 @@ def chosen_recipe(
     """The recipe by the rules, by what short trainings show, and by the time that there is.
 
     Args:
-        place: folder of the training.
+        place: folder of the training, in which the short ones are kept, for another start before a checkpoint.
         begin: the time at which the command began, on `nas.locks.working_clock`.
 
     Raises:
@@ -308,22 +330,28 @@ def chosen_recipe(
     recipe = recipe_for(
         params, size, count, devices[0].type, devices=len(devices), cores=cores(), mirror=data.flip,
         base_rate=proxy["learning_rate"], base_batch=proxy["batch_size"], epochs=config.epochs,
-        batch_size=config.batch_size, learning_rate=config.learning_rate, seed=config.seed, start=config.start,
-        workers=config.workers,
+        batch_size=config.batch_size, learning_rate=config.learning_rate, seed=config.seed or 0,
+        start=config.start or Start.FRESH, workers=config.workers,
     )  # fmt: skip
-    recipe = replace(recipe, amp=trials.is_faster_in_16_bits(recipe))
+    factors = FACTORS if config.learning_rate is None else (1.0,)
+    inputs = trials.inputs(recipe, factors)
+    known = Measured.read(place / MEASURED, inputs)
+    recipe = replace(recipe, amp=trials.is_faster_in_16_bits(recipe) if known is None else known.amp)
     steps = trials.steps_an_epoch(recipe)
     if config.hours is not None and config.epochs is None:
         # The short trainings are a share of the long one, so its length has to be about known before.
-        seconds = epoch_seconds(recipe, [trials.run(recipe, 8)], steps)
+        seconds = epoch_seconds(recipe, [trials.run(recipe, 8)] if known is None else known.tried, steps)
         recipe = fitted(recipe, config.hours, (working_clock() - begin) / 3600, seconds)
-    factors = FACTORS if config.learning_rate is None else (1.0,)
-    recipe, tried = trials.with_best_rate(recipe, factors)
-    seconds = epoch_seconds(recipe, tried, steps)
+    length = trials.length(recipe)
+    if known is None or not known.steps / LIKE <= length <= known.steps * LIKE:
+        known = Measured(inputs, recipe.amp, length, tuple(trials.tried(recipe, factors, length)))
+    recipe = trials.with_best_rate(recipe, known.tried)
+    seconds = epoch_seconds(recipe, known.tried, steps)
     if config.hours is not None and config.epochs is None:
         recipe = fitted(recipe, config.hours, (working_clock() - begin) / 3600, seconds)
-    if len(tried) > 1:
-        note(f"rates tried: {rates_line(tried)}")
+    known.write(place / MEASURED)
+    if len(known.tried) > 1:
+        note(f"rates tried: {rates_line(known.tried)}")
     note(f"{exported.name}: will take about {duration(recipe.epochs * seconds)}")
     return recipe
 

@@ -30,6 +30,7 @@ from nas.errors import CandidateFailed, UsageError
 from nas.export.directories import read, rewrite, trained, write
 from nas.final_training import copies as copying
 from nas.final_training import fit as fitting
+from nas.final_training import rates
 from nas.final_training import train as training
 from nas.final_training.config import FinalConfig
 from nas.final_training.copies import Copies
@@ -150,7 +151,10 @@ def test_a_begun_training_is_not_changed(folder: Path) -> None:
 
     with pytest.raises(KeyboardInterrupt):
         train(folder, QUICK, silent, interrupt)
+    unsaid = FinalConfig()
     for changed, told in (
+        (replace(unsaid, hours=2.0), "--hours 2.0: the training of {} was begun with none; move {}/training away"),
+        (replace(unsaid, workers=3), "--workers 3: the training of {} was begun with 0; move {}/training away"),
         (replace(QUICK, epochs=7), "--epochs 7: the training of {} was begun with 4; move {}/training away"),
         (replace(QUICK, learning_rate=1e-3), "--lr 0.001: the training of {} was begun with 0.002; move {}/training"),
         (replace(QUICK, seed=3), "--seed 3: the training of {} was begun with 0; move {}/training away"),
@@ -159,6 +163,11 @@ def test_a_begun_training_is_not_changed(folder: Path) -> None:
     ):
         with pytest.raises(UsageError, match=re.escape(told.format(folder, folder))):
             train(folder, changed, silent)
+    # What was not said is no contradiction.
+    notes: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, unsaid, notes.append, interrupt)
+    assert re.search(r"with which it was begun; 1 of 4 passes are done, about 0:00:\d\d left", "".join(notes))
     shutil.rmtree(folder / "training")
     # The same command goes on, also where there are fewer images than it asks for.
     large = replace(QUICK, batch_size=500)
@@ -170,6 +179,67 @@ def test_a_begun_training_is_not_changed(folder: Path) -> None:
     shutil.rmtree(folder / "training")
     (folder / "model.safetensors").unlink()
     assert train(folder, replace(QUICK, epochs=1), silent).section["epochs"] == 1
+
+
+def interrupted_before_a_checkpoint(folder: Path, config: FinalConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begin a training that ends with its first epoch, whose checkpoint is not written."""
+
+    def save_nothing(content: dict[str, Any], path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(fitting, "save_tensors", save_nothing)
+        with pytest.raises(KeyboardInterrupt):
+            train(folder, config, silent)
+    assert not (folder / "training" / "last.pth.tar").exists()
+
+
+def test_before_a_checkpoint_a_training_is_begun_as_it_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths: list[int] = []
+
+    def counted(self: rates.Trials, recipe: Recipe, steps: int) -> rates.Tried:
+        lengths.append(steps)
+        return rates.Tried(recipe.learning_rate, 0.5, 0.1, 0.1)
+
+    monkeypatch.setattr(rates.Trials, "run", counted)
+    hours = FinalConfig(hours=0.01, learning_rate=2e-3, batch_size=18, workers=0)
+    interrupted_before_a_checkpoint(folder, hours, monkeypatch)
+    first = read_job(folder / "training")
+    assert lengths[0] == 8
+    assert len(lengths) == 2
+    # What short trainings showed holds for another time, too.
+    interrupted_before_a_checkpoint(folder, replace(hours, hours=0.1), monkeypatch)
+    longer = read_job(folder / "training")
+    assert len(lengths) == 2
+    assert longer[1].epochs > 3 * first[1].epochs
+    assert replace(longer[1], epochs=first[1].epochs) == first[1]
+    # That of another start has to be found anew.
+    interrupted_before_a_checkpoint(folder, replace(hours, seed=1, hours=None, epochs=2), monkeypatch)
+    assert len(lengths) == 3
+    assert (read_job(folder / "training")[1].seed, read_job(folder / "training")[1].epochs) == (1, 2)
+    assert train(folder, replace(hours, hours=None, epochs=1), silent).section["seed"] == 0
+
+
+def test_the_hours_of_a_begun_training_are_kept(folder: Path) -> None:
+    def interrupt(epoch: Epoch, epochs: int) -> None:
+        raise KeyboardInterrupt
+
+    hours = FinalConfig(hours=0.002, learning_rate=2e-3, batch_size=18, workers=0, seed=3)
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, hours, silent, interrupt)
+    with pytest.raises(UsageError, match=re.escape(f"--seed 0: the training of {folder} was begun with 3; move ")):
+        train(folder, FinalConfig(seed=0), silent)
+    told = f"--hours 3: the training of {folder} was begun with 0.002; move "
+    with pytest.raises(UsageError, match=re.escape(told)):
+        train(folder, replace(hours, hours=3), silent)
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, hours, silent, interrupt)
+    # An older version did not write them.
+    fields = json.loads((folder / "training" / "job.json").read_text())
+    del fields["asked_hours"]
+    (folder / "training" / "job.json").write_text(json.dumps(fields))
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, replace(hours, hours=3), silent, interrupt)
 
 
 def test_weights_of_another_training_are_not_lost(folder: Path, tmp_path: Path) -> None:
