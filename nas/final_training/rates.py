@@ -125,16 +125,17 @@ class Trials:
         alone = recipe.learning_rate / math.sqrt(recipe.devices)
         return [self.run(replace(recipe, learning_rate=alone * each), steps) for each in factors]
 
-    def with_best_rate(self, recipe: Recipe, tried: Sequence[Tried]) -> Recipe:
+    def with_best_rate(self, recipe: Recipe, factors: Sequence[float], tried: Sequence[Tried]) -> Recipe:
         """A recipe with the rate that learned best in a short time.
 
         Raises:
             CandidateFailed: all of them diverge.
         """
-        best = min(tried, key=lambda each: each.loss)
+        best, factor = min(zip(tried, factors, strict=True), key=lambda each: each[0].loss)
         if not math.isfinite(best.loss):
             raise CandidateFailed("its loss diverges at every rate")
-        return replace(recipe, learning_rate=best.rate * math.sqrt(recipe.devices))
+        # Not the one that was tried times the root of the number of devices, which may differ by a rounding.
+        return replace(recipe, learning_rate=recipe.learning_rate * factor)
 
     def is_faster_in_16_bits(self, recipe: Recipe) -> bool:
         """Whether steps are faster in bfloat16 by so much that it pays."""

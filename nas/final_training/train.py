@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -54,6 +55,8 @@ from search_spaces import cost
 FOLDER, CURVE = "training", "curve.png"
 # The name of the weights that a training made.
 FINAL_WEIGHTS = "trained"
+# Share by which a rate may differ from itself once it was printed (:g).
+PRINTED = 1e-5
 
 # Errors of a place that is another user's, or on a disk that is only read, or where something else is.
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
@@ -211,7 +214,7 @@ def _require_same(
     Raises:
         UsageError: there is such a flag, or the devices are not there.
     """
-    told = {
+    told: dict[str, tuple[Any, Any]] = {
         "--hours": (config.hours, config.hours if job.asked_hours is None else job.asked_hours or "none"),
         "--epochs": (config.epochs, recipe.epochs),
         "--batch": (config.batch_size, job.asked_batch or recipe.batch_size),
@@ -221,7 +224,7 @@ def _require_same(
     }  # fmt: skip
     anew = f"move {folder / FOLDER} away to begin anew"
     for flag, (now, before) in told.items():
-        if now is not None and now != before:
+        if now is not None and now != before and not (flag == "--lr" and math.isclose(now, before, rel_tol=PRINTED)):
             raise UsageError(f"{flag} {now}: the training of {folder} was begun with {before}; {anew}")
     if devices[0].type != recipe.kind or len(devices) < recipe.devices:
         begun = f"{recipe.devices} GPUs" if recipe.devices > 1 else f"one device of kind {recipe.kind}"
@@ -345,7 +348,7 @@ def chosen_recipe(
     length = trials.length(recipe)
     if known is None or not known.steps / LIKE <= length <= known.steps * LIKE:
         known = Measured(inputs, recipe.amp, length, tuple(trials.tried(recipe, factors, length)))
-    recipe = trials.with_best_rate(recipe, known.tried)
+    recipe = trials.with_best_rate(recipe, factors, known.tried)
     seconds = epoch_seconds(recipe, known.tried, steps)
     if config.hours is not None and config.epochs is None:
         recipe = fitted(recipe, config.hours, (working_clock() - begin) / 3600, seconds)

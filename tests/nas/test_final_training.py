@@ -11,7 +11,7 @@ import random
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from nas.final_training import rates
 from nas.final_training import train as training
 from nas.final_training.config import FinalConfig
 from nas.final_training.copies import Copies
-from nas.final_training.fit import Epoch, read_job
+from nas.final_training.fit import Epoch, Job, read_job
 from nas.final_training.pictures import Pictures
 from nas.final_training.teacher import Teacher, divergence, teacher_of
 from nas.final_training.train import train
@@ -446,6 +446,36 @@ def test_the_best_of_three_rates_is_taken(folder: Path, monkeypatch: pytest.Monk
     _, recipe = read_job(folder / "training")
     assert len(tried) == 3
     assert recipe.learning_rate == pytest.approx(min(tried, key=lambda rate: tried[rate]), rel=1e-2)
+
+
+def test_a_rate_stays_the_one_that_was_typed_on_any_number_of_devices(folder: Path, config: SearchConfig) -> None:
+    """Its part for one device, times the root of their number, may differ by a rounding."""
+    pairs = [(typed / 10_000, count) for typed in range(1, 10) for count in range(2, 9)]
+    assert any(typed / math.sqrt(count) * math.sqrt(count) != typed for typed, count in pairs)
+    trials = rates.Trials(job_of(folder, config), image_data.load(config.data), torch.device("cpu"), folder)
+    for typed, count in pairs:
+        recipe = recipe_of(learning_rate=typed, devices=count)
+        tried = [rates.Tried(typed / math.sqrt(count), 0.5, 0.1, 0.1)]
+        assert trials.with_best_rate(recipe, (1.0,), tried).learning_rate == typed
+
+
+def job_of(folder: Path, config: SearchConfig) -> Job:
+    return Job(read(folder).arch.to_json(), ("bright", "dark"), asdict(config.data), 0, "")
+
+
+def test_a_rate_may_be_typed_as_it_was_printed(folder: Path) -> None:
+    def interrupt(epoch: Epoch, epochs: int) -> None:
+        raise KeyboardInterrupt
+
+    notes: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, replace(QUICK, learning_rate=2e-3 / 3), notes.append, interrupt)
+    (printed,) = re.findall(r"at a rate of up to ([^,]+),", "".join(notes))
+    assert float(printed) != 2e-3 / 3
+    with pytest.raises(KeyboardInterrupt):
+        train(folder, replace(QUICK, learning_rate=float(printed)), silent, interrupt)
+    with pytest.raises(UsageError, match=r"--lr 0\.00066: the training of .* was begun with 0\.00066666"):
+        train(folder, replace(QUICK, learning_rate=6.6e-4), silent, interrupt)
 
 
 def test_hours_fit_the_schedule() -> None:
