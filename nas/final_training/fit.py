@@ -29,7 +29,7 @@ from timm.utils import CheckpointSaver, ModelEmaV3
 from torch import Tensor, nn
 
 from nas.config import DataConfig
-from nas.errors import CandidateFailed
+from nas.errors import CandidateFailed, OutOfMemory, memory_may_run_out
 from nas.files import save_tensors, whole
 from nas.final_training.copies import Copies
 from nas.final_training.pictures import Pictures, loader, loss_of, mixing
@@ -47,6 +47,8 @@ WARMUP_STEPS = 20
 JOB, RECIPE, LAST, LOG = "job.json", "recipe.json", "last.pth.tar", "log.csv"
 # The folder of smaller copies of large photos, until the training ends.
 COPIES = "copies"
+# What to do where memory is short.
+FREE_MEMORY = "end what else uses the device"
 
 
 @dataclass(frozen=True)
@@ -232,8 +234,23 @@ def fit(
 
     Raises:
         CandidateFailed: the loss is no longer finite.
+        OutOfMemory: memory ran out; the last checkpoint stays.
         OSError: there is no room for a checkpoint; the one before it stays.
     """
+    try:
+        with memory_may_run_out():
+            return _fit(folder, recipe, job, device, data, told, turn)
+    except OutOfMemory as error:
+        raise OutOfMemory(
+            f"memory ran out in a step of {recipe.batch_size} images: {FREE_MEMORY} and repeat the command, which goes "
+            f"on; or move {folder} away and begin anew with a smaller --batch"
+        ) from error
+
+
+def _fit(
+    folder: Path, recipe: Recipe, job: Job, device: torch.device, data: ImageData | None,
+    told: Callable[[Epoch, int], None], turn: Callable[[], AbstractContextManager[None]],
+) -> Fitted:  # fmt: skip
     first = rank() == 0
     if device.type == "cpu":
         torch.set_num_threads(recipe.threads)

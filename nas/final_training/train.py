@@ -22,12 +22,13 @@ from kernels.machine import cores
 from nas.config import DataConfig, LatencyConfig
 from nas.display.notes import duration
 from nas.display.study_plots import plot_training
-from nas.errors import CandidateFailed, UsageError, message_line
+from nas.errors import CandidateFailed, OutOfMemory, UsageError, memory_may_run_out, message_line
 from nas.export.directories import ONNX, PROXY_WEIGHTS, SECTION, TRAINED, WEIGHTS, Exported, read, rewrite
 from nas.export.formats import write_onnx
 from nas.final_training.config import FinalConfig
 from nas.final_training.fit import (
     COPIES,
+    FREE_MEMORY,
     LAST,
     RECIPE,
     Epoch,
@@ -47,7 +48,7 @@ from nas.locks import only_one, training_on, working_clock
 from nas.reporting import Note
 from nas.training.data import NAMED, ImageData, Progress, load
 from nas.training.pool import every_cuda
-from nas.training.recipe import Recipe, Start, fitted, recipe_for
+from nas.training.recipe import LEAST_BATCH, Recipe, Start, fitted, recipe_for
 from nas.training.weights import Images
 from search_spaces import cost
 
@@ -324,6 +325,7 @@ def chosen_recipe(
     Raises:
         UsageError: not even one pass over the images fits into the time.
         CandidateFailed: the loss diverges at every rate.
+        OutOfMemory: memory ran out with the batch that was asked for, or with the smallest one.
     """
     proxy = exported.config[SECTION]["accuracy"]["training"]
     trials = Trials(job, data, devices[0], place)
@@ -336,6 +338,35 @@ def chosen_recipe(
         batch_size=config.batch_size, learning_rate=config.learning_rate, seed=config.seed or 0,
         start=config.start or Start.FRESH, workers=config.workers,
     )  # fmt: skip
+    while True:
+        try:
+            with memory_may_run_out():
+                return _found(recipe, trials, exported.name, config, note, begin, place)
+        except OutOfMemory:
+            smaller = _smaller(recipe, config)
+        note(f"memory ran out in a step of {recipe.batch_size} images: steps are of {smaller.batch_size}")
+        recipe = smaller
+
+
+def _smaller(recipe: Recipe, config: FinalConfig) -> Recipe:
+    """A recipe of half the batch, where memory ran out.
+
+    Raises:
+        OutOfMemory: the user asked for the batch, or it is the smallest one.
+    """
+    if config.batch_size is not None:
+        raise OutOfMemory(f"--batch {recipe.batch_size}: memory ran out; a smaller one may fit")
+    if recipe.batch_size <= LEAST_BATCH:
+        raise OutOfMemory(f"memory ran out in a step of {recipe.batch_size} images: {FREE_MEMORY}")
+    half = recipe.batch_size // 2
+    usual = recipe.learning_rate * math.sqrt(half / recipe.batch_size)
+    return replace(recipe, batch_size=half, learning_rate=config.learning_rate or usual)
+
+
+def _found(
+    recipe: Recipe, trials: Trials, name: str, config: FinalConfig, note: Note, begin: float, place: Path
+) -> Recipe:  # fmt: skip
+    """A recipe with what short trainings show and the length for which there is time; see `chosen_recipe`."""
     factors = FACTORS if config.learning_rate is None else (1.0,)
     inputs = trials.inputs(recipe, factors)
     known = Measured.read(place / MEASURED, inputs)
@@ -355,7 +386,7 @@ def chosen_recipe(
     known.write(place / MEASURED)
     if len(known.tried) > 1:
         note(f"rates tried: {rates_line(known.tried)}")
-    note(f"{exported.name}: will take about {duration(recipe.epochs * seconds)}")
+    note(f"{name}: will take about {duration(recipe.epochs * seconds)}")
     return recipe
 
 

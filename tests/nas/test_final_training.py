@@ -26,7 +26,7 @@ from typer.testing import CliRunner
 
 from nas.cli.app import app
 from nas.config import SearchConfig
-from nas.errors import CandidateFailed, UsageError
+from nas.errors import CandidateFailed, OutOfMemory, UsageError
 from nas.export.directories import read, rewrite, trained, write
 from nas.final_training import copies as copying
 from nas.final_training import fit as fitting
@@ -39,6 +39,7 @@ from nas.final_training.pictures import Pictures
 from nas.final_training.teacher import Teacher, divergence, teacher_of
 from nas.final_training.train import train
 from nas.training import data as image_data
+from nas.training import recipe as recipes
 from nas.training.images import ImageReader
 from nas.training.proxy import Batches, validate
 from nas.training.recipe import Recipe, Start, fitted, recipe_for, regularisation
@@ -358,6 +359,59 @@ def test_a_full_disk_costs_an_epoch_at_most(
     assert f"{folder}: accuracy " in result.stdout
     assert "3/4 " in result.stdout
     assert "2/4 " not in result.stdout
+
+
+def too_large(self: fitting.Learner, images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """A step on a device whose memory holds eight images."""
+    if len(images) > 8:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nGPU 0 has a total ...")
+    return STEP(self, images, labels)
+
+
+STEP = fitting.Learner.step
+
+
+def test_a_batch_is_chosen_that_memory_holds(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = shutil.copytree(folder, tmp_path / "other")
+    monkeypatch.setattr(recipes, "LEAST_STEPS", 1)
+    monkeypatch.setattr(fitting.Learner, "step", too_large)
+    notes: list[str] = []
+    done = train(folder, FinalConfig(epochs=1, workers=0), notes.append)
+    assert [line for line in notes if "memory" in line] == [
+        "memory ran out in a step of 32 images: steps are of 16",
+        "memory ran out in a step of 16 images: steps are of 8",
+    ]
+    assert done.section["batch_size"] == 8
+    usual = read(folder).config["convfirst"]["accuracy"]["training"]
+    expected = usual["learning_rate"] * math.sqrt(8 / usual["batch_size"])
+    assert any(done.section["learning_rate"] == pytest.approx(expected * factor) for factor in rates.FACTORS)
+    # What the user asks for is not changed.
+    result = CliRunner().invoke(app, ["train", str(other), "--epochs", "1", "--workers", "0", "--batch", "16"])
+    assert result.exit_code == 2
+    assert "cannot be trained (--batch 16: memory ran out; a smaller one may fit)" in result.output
+    typed = training._smaller(recipe_of(learning_rate=2e-3), FinalConfig(learning_rate=2e-3))
+    assert (typed.batch_size, typed.learning_rate) == (32, 2e-3)
+    with pytest.raises(OutOfMemory, match="memory ran out in a step of 8 images: end what else uses the device"):
+        training._smaller(recipe_of(batch_size=8), FinalConfig())
+
+
+def test_a_training_that_runs_out_of_memory_goes_on_later(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = ["train", str(folder), "--epochs", "3", "--lr", "2e-3", "--batch", "8", "--workers", "0"]
+
+    def full(epoch: Epoch, epochs: int) -> None:
+        monkeypatch.setattr(fitting.Learner, "step", lambda self, images, _: too_large(self, images[[0] * 9], _))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("nas.cli.train._told", full)
+        result = CliRunner().invoke(app, line)
+    assert result.exit_code == 2
+    told = "cannot be trained (memory ran out in a step of 8 images: end what else uses the device and repeat "
+    assert told in result.output
+    assert len(result.output.splitlines()[-1]) < 400
+    monkeypatch.setattr(fitting.Learner, "step", STEP)
+    result = CliRunner().invoke(app, line)
+    assert result.exit_code == 0, result.output
+    assert "1 of 3 passes are done" in result.output
 
 
 def test_two_processes_do_not_train_one_directory(folder: Path) -> None:
