@@ -10,7 +10,7 @@ import typer
 from nas.cli.console import interruptible, note, out, reported, say
 from nas.cli.opening import existing_study, require_folder
 from nas.cli.options import Storage, StudyName, given, made, takes, typed_options
-from nas.config import DEFAULT_STORAGE, DEFAULT_STUDY
+from nas.config import DEFAULT_STORAGE, DEFAULT_STUDY, Limits
 from nas.errors import CandidateFailed, UsageError
 from nas.final_training.config import FinalConfig
 from nas.options import options
@@ -71,6 +71,8 @@ def train(
         from nas.final_training.train import train as train_to_the_end
 
         config = made(FinalConfig, given(FinalConfig, context))
+        # The bounds are those of the search's own limit.
+        made(Limits, {"latency_ms": max_latency_ms})
         if directory is not None:
             own = {option.flag.partition("/")[0] for option in options(FinalConfig).values()}
             for flag in typed_options(context):

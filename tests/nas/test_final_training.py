@@ -714,6 +714,9 @@ def test_the_command_refuses_what_it_cannot_do(store: Store, config: SearchConfi
     for line, told in (
         (["--trial", "77"], "--trial 77: there is no such candidate"),
         (["--max-latency-ms", "0.001"], "--max-latency-ms 0.001: the fastest network takes 1 ms"),
+        (["--max-latency-ms", "nan"], "--max-latency-ms nan: is not positive and finite"),
+        (["--max-latency-ms", "inf", "--top", "1"], "--max-latency-ms inf: is not positive and finite"),
+        (["--max-latency-ms", "-1"], "--max-latency-ms -1.0: is not positive and finite"),
         ([str(folder), "--top", "2"], f"--top: is for networks of a study, not for {folder}"),
         ([str(folder), "--hours", "0"], "--hours 0.0: is not positive and finite"),
         ([str(folder), "--device", "tpu"], "--device tpu: not a device"),
