@@ -17,7 +17,7 @@ from nas.options import options
 
 if TYPE_CHECKING:
     from nas.export.directories import Exported
-    from nas.final_training.fit import Epoch
+    from nas.final_training.fit import Epoch, Within
     from nas.recorded import RecordedStudy
 
 WHICH = "Which networks"
@@ -87,7 +87,7 @@ def train(
         failed = []
         for folder in folders:
             try:
-                done = train_to_the_end(folder, config, note, _told)
+                done = train_to_the_end(folder, config, note, _told, _told_within)
             except CandidateFailed as error:
                 # The others are trained all the same.
                 failed.append(f"{folder}: cannot be trained ({error})")
@@ -144,4 +144,16 @@ def _told(epoch: Epoch, epochs: int) -> None:
     out.print(
         f"{epoch.number}/{epochs}  loss {epoch.train_loss:.3f}{accuracy}  rate {epoch.learning_rate:.2g}  "
         f"{duration(epoch.seconds)}, {duration(left)} left"
+    )
+
+
+def _told_within(within: Within, epochs: int) -> None:
+    """Print the course of an epoch."""
+    from nas.display.notes import duration
+
+    done = within.number - 1 + within.step / within.steps
+    left = within.seconds / done * (epochs - done)
+    out.print(
+        f"{within.number}/{epochs}  step {within.step:,} of {within.steps:,}  loss {within.train_loss:.3f}  "
+        f"rate {within.learning_rate:.2g}  {duration(within.seconds)}, {duration(left)} left"
     )

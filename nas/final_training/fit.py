@@ -1,9 +1,9 @@
 """The training loop: timm's optimizer, schedule, loader, loss, averaged weights and checkpoints, epoch by epoch.
 
 A training is a folder: `job.json` says what is trained on what, `recipe.json` how, `last.pth.tar` is timm's checkpoint
-of the last epoch, `log.csv` has a line for each epoch, and `copies` holds large photos at a smaller size until it ends.
-It goes on from there, and comes to what it would have come to, on a CPU exactly: all random numbers of an epoch follow
-from the seed and the epoch's number.
+of the last epoch or of a part of a long one, `log.csv` has a line for each epoch, and `copies` holds large photos at a
+smaller size until it ends. It goes on from there, and comes to what it would have come to, on a CPU exactly: all random
+numbers follow from the seed, the epoch and the part.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from nas.config import DataConfig
 from nas.errors import CandidateFailed, OutOfMemory, memory_may_run_out
 from nas.files import save_tensors, whole
 from nas.final_training.copies import Copies
-from nas.final_training.pictures import Pictures, loader, loss_of, mixing
+from nas.final_training.pictures import Epochs, Pictures, loader, loss_of, mixing
 from nas.final_training.teacher import TEMPERATURE, WEIGHT, divergence, teacher_of
 from nas.training.data import ImageData, load, split_files
 from nas.training.images import ImageReader
@@ -44,6 +44,8 @@ from search_spaces.timm_models import network
 
 # A warm-up has so many steps at least.
 WARMUP_STEPS = 20
+# Seconds between two lines on the course of an epoch.
+SHOWN_SECONDS = 10.0
 JOB, RECIPE, LAST, LOG = "job.json", "recipe.json", "last.pth.tar", "log.csv"
 # The folder of smaller copies of large photos, until the training ends.
 COPIES = "copies"
@@ -122,6 +124,26 @@ class Epoch:
     train_loss: float
     accuracy: float | None
     loss: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Within:
+    """A moment within an epoch.
+
+    Args:
+        number: the epoch's number, counted from 1.
+        step, steps: steps that it has made, and those of all of it.
+        learning_rate: the rate at this moment.
+        train_loss: mean loss over the steps that it has made.
+        seconds: seconds of the training so far, those before an interruption included.
+    """
+
+    number: int
+    step: int
+    steps: int
+    learning_rate: float
+    train_loss: float
     seconds: float
 
 
@@ -216,10 +238,15 @@ class Saver(CheckpointSaver):
             content["metric"] = metric
         save_tensors(content, Path(save_path))
 
+    def save_part(self, epoch: int) -> None:
+        """Save the state within an epoch, counted from 0, as the last checkpoint."""
+        self._save(str(Path(self.checkpoint_dir) / LAST), epoch - 1)
+
 
 def fit(
     folder: Path, recipe: Recipe, job: Job, device: torch.device, *, data: ImageData | None = None,
     told: Callable[[Epoch, int], None] = lambda epoch, epochs: None,
+    told_within: Callable[[Within, int], None] = lambda within, epochs: None,
     turn: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Fitted:  # fmt: skip
     """Train a network to the end, going on where an earlier call stopped.
@@ -230,7 +257,8 @@ def fit(
         folder: folder of the training.
         data: the images, if they are loaded already.
         told: function that is called after each epoch, with the number of all.
-        turn: function that makes the context in which an epoch trains.
+        told_within: function that is called every ten seconds within an epoch, with the number of all.
+        turn: function that makes the context in which an epoch, or a part of a long one, trains.
 
     Raises:
         CandidateFailed: the loss is no longer finite.
@@ -239,7 +267,7 @@ def fit(
     """
     try:
         with memory_may_run_out():
-            return _fit(folder, recipe, job, device, data, told, turn)
+            return _fit(folder, recipe, job, device, data, told, told_within, turn)
     except OutOfMemory as error:
         raise OutOfMemory(
             f"memory ran out in a step of {recipe.batch_size} images: {FREE_MEMORY} and repeat the command, which goes "
@@ -249,7 +277,8 @@ def fit(
 
 def _fit(
     folder: Path, recipe: Recipe, job: Job, device: torch.device, data: ImageData | None,
-    told: Callable[[Epoch, int], None], turn: Callable[[], AbstractContextManager[None]],
+    told: Callable[[Epoch, int], None], told_within: Callable[[Within, int], None],
+    turn: Callable[[], AbstractContextManager[None]],
 ) -> Fitted:  # fmt: skip
     first = rank() == 0
     if device.type == "cpu":
@@ -258,8 +287,10 @@ def _fit(
     batches = Batches(data, device)
     mean, std = (tuple(map(float, each)) for each in data.mean_std)
     pictures = Pictures(job.data_config, data, job.files(), copies_of(folder, job))
-    made = loader(pictures, recipe, job.data_config.resolution, mean, std, device)
-    steps = len(made)
+    epochs = Epochs(
+        pictures, recipe, lambda part: loader(part, recipe, job.data_config.resolution, mean, std, device)
+    )  # fmt: skip
+    steps = epochs.steps
     learner = Learner(job, recipe, device, mean, std)
     model, optimizer = learner.model, learner.optimizer
     ema = ModelEmaV3(model, decay=recipe.ema_decay(steps), use_warmup=True)
@@ -268,9 +299,11 @@ def _fit(
     schedule = learner.schedule(recipe, recipe.epochs, warmup, steps)
     log = Log(folder / LOG)
     elapsed = 0.0
+    # Of the epoch that is being trained: the parts and steps that it has made, and the sum of their losses.
+    parts, count, total = 0, 0, torch.zeros((), device=device)
     saver = Saver(
         model, optimizer, model_ema=ema, checkpoint_dir=str(folder), recovery_dir=str(folder), max_history=1,
-        extra=lambda: {"seconds": elapsed},
+        extra=lambda: {"seconds": elapsed, "parts": parts, "step": count, "steps": steps, "loss": float(total)},
     )  # fmt: skip
     begin_at = 0
     if (folder / LAST).exists():
@@ -281,37 +314,47 @@ def _fit(
         optimizer.load_state_dict(stored["optimizer"])
         begin_at, elapsed = stored["epoch"] + 1, float(stored["seconds"])
         saver.load_state_dict(stored["saver"])  # type: ignore[no-untyped-call]
+        # An older version made checkpoints of whole epochs only.
+        parts, count = stored.get("parts", 0), stored.get("step", 0)
+        total += stored.get("loss", 0.0)
     log.keep(begin_at)
     if recipe.devices > 1:
         ids = [device] if device.type == "cuda" else None
         learner.wrapped = nn.parallel.DistributedDataParallel(model, device_ids=ids)
     held_out: tuple[float | None, float | None] = (None, None)
+    shown = time.perf_counter()
     for epoch in range(begin_at, recipe.epochs):
-        with turn():
-            begin = time.perf_counter()
-            seeded(recipe.seed, epoch + 1)
-            if recipe.devices > 1:
-                # Its order is otherwise the same for all seeds.
-                made.sampler.set_epoch(recipe.epochs * recipe.seed + epoch)
-            learner.wrapped.train()
-            total, count = torch.zeros((), device=device), 0
-            for number, (images, labels) in enumerate(batches_of(made), start=epoch * steps + 1):
-                total += learner.step(images, labels)
-                ema.update(model, step=number)
-                schedule.step_update(number)
-                count += 1
-            train_loss = float(total) / max(1, count)
-            if not math.isfinite(train_loss):
-                raise CandidateFailed(f"the loss diverged in epoch {epoch + 1} of {recipe.epochs}")
-            held_out = (None, None)
-            if recipe.validated_after(epoch):
-                held_out = validate(ema.module, batches)
-            elapsed += time.perf_counter() - begin
+        while parts < epochs.parts:
+            with turn():
+                begin = time.perf_counter()
+                seeded(recipe.seed, epoch + 1, parts)
+                learner.wrapped.train()
+                for images, labels in batches_of(epochs.loader(epoch, parts)):
+                    total += learner.step(images, labels)
+                    count += 1
+                    ema.update(model, step=epoch * steps + count)
+                    schedule.step_update(epoch * steps + count)
+                    if first and (now := time.perf_counter()) >= shown + SHOWN_SECONDS:
+                        shown, rate = now, optimizer.param_groups[0]["lr"]
+                        at = Within(epoch + 1, count, steps, rate, float(total) / count, elapsed + now - begin)
+                        told_within(at, recipe.epochs)
+                parts += 1
+                train_loss = float(total) / max(1, count)
+                if not math.isfinite(train_loss):
+                    raise CandidateFailed(f"the loss diverged in epoch {epoch + 1} of {recipe.epochs}")
+                held_out = (None, None)
+                if parts == epochs.parts and recipe.validated_after(epoch):
+                    held_out = validate(ema.module, batches)
+                elapsed += time.perf_counter() - begin
+            if first and parts < epochs.parts:
+                saver.save_part(epoch)
+        parts, count, total = 0, 0, torch.zeros((), device=device)
         if first:
             done = Epoch(epoch + 1, optimizer.param_groups[0]["lr"], train_loss, held_out[0], held_out[1], elapsed)
             log.add(done)
             saver.save_checkpoint(epoch)  # type: ignore[no-untyped-call]
             told(done, recipe.epochs)
+            shown = time.perf_counter()
     with turn():
         # The last epoch ends with it, unless it was one of an earlier call.
         accuracy, loss_value = held_out if begin_at < recipe.epochs else validate(ema.module, batches)
@@ -342,9 +385,9 @@ def batches_of(made: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, 
         raise CandidateFailed(last.removeprefix("nas.errors.CandidateFailed: ")) from None
 
 
-def seeded(seed: int, epoch: int) -> None:
-    """Set all random numbers of an epoch, which then do not depend on those before."""
-    own = int(np.random.SeedSequence([seed, epoch, rank()]).generate_state(1)[0])
+def seeded(seed: int, epoch: int, part: int = 0) -> None:
+    """Set all random numbers of a part of an epoch, which then do not depend on those before."""
+    own = int(np.random.SeedSequence([seed, epoch, rank(), *([part] if part else [])]).generate_state(1)[0])
     random.seed(own)
     np.random.seed(own)  # noqa: NPY002 (timm's Mixup draws from it)
     torch.manual_seed(own)
@@ -384,11 +427,11 @@ def _epochs(rows: Sequence[dict[str, str]] | csv.DictReader[str]) -> Iterator[Ep
         yield Epoch(number, **values)  # type: ignore[arg-type]
 
 
-def done_so_far(folder: Path) -> tuple[int, float]:
-    """The epochs that the checkpoint of a training has made, and the seconds that they took."""
+def done_so_far(folder: Path) -> tuple[float, float]:
+    """The epochs and parts of one that the checkpoint of a training has made, and the seconds that they took."""
     # Its tensors stay on the disk.
     stored = torch.load(folder / LAST, map_location="cpu", weights_only=True, mmap=True)
-    return stored["epoch"] + 1, float(stored["seconds"])
+    return stored["epoch"] + 1 + stored.get("step", 0) / stored.get("steps", 1), float(stored["seconds"])
 
 
 def write_job(folder: Path, job: Job, recipe: Recipe) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -40,17 +42,28 @@ class Pictures(Dataset[tuple[Any, int]]):
         copies: Copies | None = None,
     ) -> None:  # fmt: skip
         self.reader, self.files, self.copies = ImageReader(config), files, copies
+        self.indices: Tensor | None = None
         self.images: Tensor | None = None
         self.labels: Tensor | None = None
         if files is None:
             self.images, self.labels = data.train_images, data.train_labels
 
+    def part(self, indices: Tensor) -> Pictures:
+        """Some of these pictures, by their numbers."""
+        made = copy.copy(self)
+        made.indices = indices
+        return made
+
     def __len__(self) -> int:
+        if self.indices is not None:
+            return len(self.indices)
         return len(self.labels) if self.labels is not None else len(self.files or ())
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
         from PIL import Image
 
+        if self.indices is not None:
+            index = int(self.indices[index])
         if self.images is not None and self.labels is not None:
             picture = Image.fromarray(self.images[index].permute(1, 2, 0).numpy())
             return self.transform(picture), int(self.labels[index])
@@ -93,6 +106,41 @@ def loader(
         # one that it would have been.
         persistent_workers=False,
     )  # fmt: skip
+
+
+class Epochs:
+    """The loaders of each epoch: one, or several in turn with a part of its pictures each, between checkpoints.
+
+    Each part is drawn at random, so that all of them together are a pass over the pictures like any other.
+
+    Args:
+        make: function that makes the loader of some pictures.
+
+    Attributes:
+        parts: number of parts of an epoch.
+        steps: number of steps of an epoch.
+    """
+
+    def __init__(self, pictures: Pictures, recipe: Recipe, make: Callable[[Pictures], Any]) -> None:
+        self.pictures, self.recipe, self.make = pictures, recipe, make
+        self.images = recipe.checkpoint_steps * recipe.images_a_step
+        self.parts = max(1, len(pictures) // self.images) if self.images else 1
+        self.whole = make(pictures)
+        self.steps = sum(len(self.loader(0, part)) for part in range(self.parts))
+
+    def loader(self, epoch: int, part: int) -> Any:
+        """The loader of a part of an epoch, both counted from 0."""
+        if self.parts == 1:
+            made = self.whole
+        else:
+            seed = int(np.random.SeedSequence([self.recipe.seed, epoch]).generate_state(1)[0])
+            order = torch.randperm(len(self.pictures), generator=torch.Generator().manual_seed(seed))
+            end = (part + 1) * self.images if part + 1 < self.parts else len(order)
+            made = self.make(self.pictures.part(order[part * self.images : end]))
+        if self.recipe.devices > 1:
+            # Its order is otherwise the same for all seeds.
+            made.sampler.set_epoch(self.recipe.epochs * self.recipe.seed + epoch)
+        return made
 
 
 def mixing(recipe: Recipe, classes: int) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None:

@@ -30,6 +30,8 @@ SHARE, LEAST_STEPS, MOST_STEPS = 1 / 60, 30, 400
 WARMUP = 0.2
 # Steps by which two precisions are compared, and by how much bfloat16 has to be faster.
 TIMED_STEPS, WORTH = 6, 1.15
+# Seconds between two checkpoints within an epoch that takes at least twice as long.
+CHECKPOINT_SECONDS = 600.0
 # File in which they are kept within the folder of a training, and by how many times their length may be another one.
 MEASURED, LIKE = "measured.json", 2.0
 
@@ -187,6 +189,16 @@ def has_bfloat16() -> bool:
 def _finish(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def checkpoint_steps(tried: Sequence[Tried], steps: int) -> int:
+    """The steps between two checkpoints within an epoch; 0 where one at its end is enough.
+
+    Args:
+        steps: number of steps of an epoch.
+    """
+    between = max(1, int(CHECKPOINT_SECONDS / fmean(each.step_seconds for each in tried)))
+    return between if steps >= 2 * between else 0
 
 
 def epoch_seconds(recipe: Recipe, tried: Sequence[Tried], steps: int) -> float:

@@ -34,13 +34,23 @@ from nas.final_training.fit import (
     Epoch,
     Fitted,
     Job,
+    Within,
     copies_of,
     done_so_far,
     fit,
     read_job,
     write_job,
 )
-from nas.final_training.rates import FACTORS, LIKE, MEASURED, Measured, Trials, Tried, epoch_seconds
+from nas.final_training.rates import (
+    FACTORS,
+    LIKE,
+    MEASURED,
+    Measured,
+    Trials,
+    Tried,
+    checkpoint_steps,
+    epoch_seconds,
+)
 from nas.final_training.teacher import TEMPERATURE, WEIGHT, resolved
 from nas.final_training.worker import ERROR, result
 from nas.latency.devices import check_device
@@ -63,6 +73,7 @@ PRINTED = 1e-5
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR)
 
 Told = Callable[[Epoch, int], None]
+ToldWithin = Callable[[Within, int], None]
 
 
 @dataclass(frozen=True)
@@ -88,13 +99,17 @@ class Described:
         )
 
 
-def train(folder: Path, config: FinalConfig, note: Note, told: Told = lambda epoch, epochs: None) -> Described:
+def train(
+    folder: Path, config: FinalConfig, note: Note, told: Told = lambda epoch, epochs: None,
+    told_within: ToldWithin = lambda within, epochs: None,
+) -> Described:  # fmt: skip
     """Train an exported network to the end, going on where an earlier call stopped, and describe it in its directory.
 
     Args:
         folder: the exported directory.
         note: function that takes a line for the user.
         told: function that is called after each epoch, with the number of all.
+        told_within: function that is called every ten seconds within an epoch, with the number of all.
 
     Raises:
         UsageError: the directory is damaged, its images are missing or others than the search's, or there is too
@@ -150,9 +165,9 @@ def train(folder: Path, config: FinalConfig, note: Note, told: Told = lambda epo
         note(f"{exported.name}: {recipe.words(count)}{taught}")
         if recipe.devices > 1:
             with turn():
-                found = _side_by_side(place, recipe, told)
+                found = _side_by_side(place, recipe, told, told_within)
         else:
-            found = fit(place, recipe, job, devices[0], data=data, told=told, turn=turn)
+            found = fit(place, recipe, job, devices[0], data=data, told=told, told_within=told_within, turn=turn)
         made = finished(exported, found, recipe, data, count, job.teacher)
         # Whatever becomes of the curve and the ONNX file, the weights are there.
         rewrite(folder, made, note=note)
@@ -236,7 +251,7 @@ def _left(place: Path, recipe: Recipe) -> str:
     """What is done of a training and how long the rest takes, in words."""
     epochs, seconds = done_so_far(place)
     left = seconds / epochs * (recipe.epochs - epochs)
-    return f"{epochs} of {recipe.epochs} passes are done, about {duration(left)} left"
+    return f"{round(epochs, 1):g} of {recipe.epochs} passes are done, about {duration(left)} left"
 
 
 # -- Images ------------------------------------------------------------------------------------------------------------
@@ -383,6 +398,7 @@ def _found(
     seconds = epoch_seconds(recipe, known.tried, steps)
     if config.hours is not None and config.epochs is None:
         recipe = fitted(recipe, config.hours, (working_clock() - begin) / 3600, seconds)
+    recipe = replace(recipe, checkpoint_steps=checkpoint_steps(known.tried, steps))
     known.write(place / MEASURED)
     if len(known.tried) > 1:
         note(f"rates tried: {rates_line(known.tried)}")
@@ -398,7 +414,7 @@ def rates_line(tried: Sequence[Tried]) -> str:
 # -- Several devices ---------------------------------------------------------------------------------------------------
 
 
-def _side_by_side(place: Path, recipe: Recipe, told: Told) -> Fitted:
+def _side_by_side(place: Path, recipe: Recipe, told: Told, told_within: ToldWithin) -> Fitted:
     """Train on several devices: torchrun starts a process for each.
 
     Raises:
@@ -423,7 +439,11 @@ def _side_by_side(place: Path, recipe: Recipe, told: Told) -> Fitted:
     try:
         for line in process.stdout:
             with contextlib.suppress(ValueError, TypeError):
-                told(Epoch(**json.loads(line)), recipe.epochs)
+                fields = json.loads(line)
+                if "step" in fields:
+                    told_within(Within(**fields), recipe.epochs)
+                else:
+                    told(Epoch(**fields), recipe.epochs)
         status = process.wait()
     except BaseException:
         process.terminate()

@@ -12,7 +12,7 @@ import torch
 
 from nas.errors import CandidateFailed, UsageError, message_line
 from nas.files import save_tensors
-from nas.final_training.fit import Epoch, Fitted, fit, rank, read_job
+from nas.final_training.fit import Epoch, Fitted, Within, fit, rank, read_job
 
 # The result of a training, and why it failed.
 RESULT, ERROR = "result.pt", "error.txt"
@@ -27,12 +27,12 @@ def main(place: Path) -> None:
         torch.cuda.set_device(device)
     torch.distributed.init_process_group("nccl" if recipe.kind == "cuda" else "gloo")
 
-    def told(epoch: Epoch, epochs: int) -> None:
-        print(json.dumps(asdict(epoch)), flush=True)
+    def told(moment: Epoch | Within, epochs: int) -> None:
+        print(json.dumps(asdict(moment)), flush=True)
 
     try:
         # The process that started this one keeps others from measuring meanwhile.
-        found = fit(place, recipe, job, device, told=told)
+        found = fit(place, recipe, job, device, told=told, told_within=told)
         if rank() == 0:
             save_tensors({**asdict(found), "epochs": [asdict(each) for each in found.epochs]}, place / RESULT)
     except (CandidateFailed, UsageError, OSError) as error:

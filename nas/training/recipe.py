@@ -48,6 +48,7 @@ class Recipe:
         workers: number of processes that prepare images, of each device.
         threads: threads of the computation on a CPU.
         augmentation: see `regularisation`.
+        checkpoint_steps: steps after which there is a checkpoint within an epoch; 0 stands for its end alone.
     """
 
     epochs: int
@@ -62,6 +63,7 @@ class Recipe:
     threads: int
     hflip: float
     augmentation: dict[str, Any]
+    checkpoint_steps: int = 0
 
     @property
     def images_a_step(self) -> int:

@@ -12,6 +12,7 @@ import re
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,12 @@ import pytest
 import torch
 from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
+from torch.utils.data import DataLoader
 from torchvision.transforms import Compose
 from typer.testing import CliRunner
 
 from nas.cli.app import app
+from nas.cli.train import _told_within
 from nas.config import SearchConfig
 from nas.errors import CandidateFailed, OutOfMemory, UsageError
 from nas.export.directories import read, rewrite, trained, write
@@ -34,8 +37,8 @@ from nas.final_training import rates
 from nas.final_training import train as training
 from nas.final_training.config import FinalConfig
 from nas.final_training.copies import Copies
-from nas.final_training.fit import Epoch, Job, read_job
-from nas.final_training.pictures import Pictures
+from nas.final_training.fit import Epoch, Job, Within, read_job
+from nas.final_training.pictures import Epochs, Pictures
 from nas.final_training.teacher import Teacher, divergence, teacher_of
 from nas.final_training.train import train
 from nas.training import data as image_data
@@ -142,6 +145,73 @@ def interrupt_and_go_on(config: FinalConfig, at: int, other: Path, folder: Path,
     assert one is not None
     assert two is not None
     assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_a_long_epoch_has_checkpoints_within(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it takes longer than ten minutes; here each is of two steps."""
+    monkeypatch.setattr(training, "checkpoint_steps", lambda tried, steps: 2)
+    monkeypatch.setattr(fitting, "SHOWN_SECONDS", 0.0)
+    other = shutil.copytree(folder, tmp_path / "interrupted")
+    config = replace(QUICK, epochs=2)
+    moments: list[Within] = []
+    whole = train(folder, config, silent, told_within=lambda within, epochs: moments.append(within))
+    assert [(each.number, each.step, each.steps) for each in moments] == [
+        (epoch, step, 4) for epoch in (1, 2) for step in (1, 2, 3, 4)
+    ]
+    assert all(one.seconds < two.seconds for one, two in pairwise(moments))
+
+    def interrupt(within: Within, epochs: int) -> None:
+        if (within.number, within.step) == (2, 3):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(other, config, silent, told_within=interrupt)
+    notes: list[str] = []
+    steps: list[int] = []
+    again = train(other, config, notes.append, told_within=lambda within, epochs: steps.append(within.step))
+    assert steps == [3, 4]
+    assert any("1.5 of 2 passes are done, about 0:00:0" in line for line in notes)
+    assert (again.section["loss"], list(csv_losses(other))) == (whole.section["loss"], list(csv_losses(folder)))
+    one, two = read(folder).weights, read(other).weights
+    assert one is not None
+    assert two is not None
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def csv_losses(folder: Path) -> Iterator[str]:
+    return (line.split(",")[2] for line in csv_rows(folder))
+
+
+def test_the_parts_of_an_epoch_are_a_pass_over_all_pictures(config: SearchConfig) -> None:
+    data = image_data.load(config.data)
+    pictures = Pictures(config.data, data, None)
+    for steps, sizes in ((0, [36]), (1, [8, 8, 8, 12]), (2, [16, 20]), (3, [36]), (9, [36])):
+        recipe = replace(recipe_of(batch_size=8), checkpoint_steps=steps)
+        epochs = Epochs(pictures, recipe, lambda part: DataLoader(part, batch_size=8, drop_last=True))
+        parts = [epochs.loader(0, part).dataset for part in range(epochs.parts)]
+        assert [len(part) for part in parts] == sizes
+        assert epochs.steps == sum(size // 8 for size in sizes)
+        if len(sizes) > 1:
+            first, again, second = (
+                [epochs.loader(epoch, part).dataset.indices.tolist() for part in range(epochs.parts)]
+                for epoch in (0, 0, 1)
+            )
+            assert sorted(chain.from_iterable(first)) == list(range(36))
+            assert first == again != second
+            # They are those pictures.
+            parts[1].transform = np.asarray
+            assert parts[1][3][0].transpose(2, 0, 1).tobytes() == data.train_images[first[1][3]].numpy().tobytes()
+
+
+def test_checkpoints_within_an_epoch_are_ten_minutes_apart() -> None:
+    tried = [rates.Tried(1e-3, 0.5, 0.5, 1.0)]
+    assert [rates.checkpoint_steps(tried, steps) for steps in (100, 2399, 2400, 10**6)] == [0, 0, 1200, 1200]
+
+
+def test_the_course_of_an_epoch_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    _told_within(Within(3, 1200, 5000, 1e-3, 2.5, 3600.0), 90)
+    told = "3/90  step 1,200 of 5,000  loss 2.500  rate 0.001  1:00:00, 1 day, 15:10:43 left"
+    assert told in capsys.readouterr().out
 
 
 def test_a_begun_training_is_not_changed(folder: Path) -> None:
