@@ -32,7 +32,7 @@ from nas.config import DataConfig
 from nas.errors import CandidateFailed, OutOfMemory, memory_may_run_out
 from nas.files import save_tensors, whole
 from nas.final_training.copies import Copies
-from nas.final_training.pictures import Epochs, Pictures, loader, loss_of, mixing
+from nas.final_training.pictures import Epochs, Pictures, loader, loaders_may_die, loss_of, mixing
 from nas.final_training.teacher import TEMPERATURE, WEIGHT, divergence, teacher_of
 from nas.training.data import ImageData, load, split_files
 from nas.training.images import ImageReader
@@ -261,12 +261,12 @@ def fit(
         turn: function that makes the context in which an epoch, or a part of a long one, trains.
 
     Raises:
-        CandidateFailed: the loss is no longer finite.
+        CandidateFailed: the loss is no longer finite, or a process that prepares images died.
         OutOfMemory: memory ran out; the last checkpoint stays.
         OSError: there is no room for a checkpoint; the one before it stays.
     """
     try:
-        with memory_may_run_out():
+        with memory_may_run_out(), loaders_may_die():
             return _fit(folder, recipe, job, device, data, told, told_within, turn)
     except OutOfMemory as error:
         raise OutOfMemory(

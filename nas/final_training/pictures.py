@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+import errno
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +24,14 @@ from nas.training.recipe import SMOOTHING, Recipe
 
 if TYPE_CHECKING:
     from PIL import Image
+
+# Where torch puts the batches that processes hand over, and how many of them the training itself holds.
+SHARED_MEMORY, IN_USE = "/dev/shm", 2
+# Parts of torch's messages where it is full.
+OUT_OF_SHARED_MEMORY = (
+    "killed by signal: Bus error", "shared memory", "unable to write to file </torch", "unable to resize file </torch",
+    "unable to mmap", "unable to open file </torch",
+)  # fmt: skip
 
 
 class Pictures(Dataset[tuple[Any, int]]):
@@ -106,6 +117,49 @@ def loader(
         # one that it would have been.
         persistent_workers=False,
     )  # fmt: skip
+
+
+def most_workers(recipe: Recipe, resolution: int) -> int:
+    """The number of processes that prepare images whose batches shared memory holds; no more than the recipe's.
+
+    Docker gives a container 64 MB of it, and where it is full the processes are killed.
+    """
+    try:
+        free = shutil.disk_usage(SHARED_MEMORY).free
+    except OSError:
+        return recipe.workers
+    # Bytes on CUDA, where timm normalises them, else numbers of 32 bits.
+    batch = recipe.batch_size * 3 * resolution**2 * (1 if recipe.kind == "cuda" else 4)
+    # torch has two batches prepared ahead for each process, beside those that are in use.
+    ahead = free // (recipe.devices * batch) - IN_USE
+    return max(0, min(recipe.workers, ahead // 2))
+
+
+@contextmanager
+def loaders_may_die() -> Iterator[None]:
+    """Context in which the death of a process that prepares images is a line.
+
+    It may show at any moment, as torch raises it from a signal handler.
+
+    Raises:
+        CandidateFailed: there is no room in shared memory for the images, or the process was killed.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        # The signal is told by the first of two errors.
+        text = str(error.__cause__ if isinstance(error.__cause__, RuntimeError) else error)
+        # An error of a file on a disk has its name; the semaphores of processes have none.
+        full = isinstance(error, OSError) and error.errno == errno.ENOSPC and error.filename is None
+        if full or any(words in text for words in OUT_OF_SHARED_MEMORY):
+            raise CandidateFailed(
+                f"{SHARED_MEMORY}, the shared memory, is too small for the processes that prepare images: give it more "
+                "(docker run --shm-size 8g), or use --workers 0"
+            ) from error
+        if text.startswith("DataLoader worker"):
+            # Who has killed it is not known; most often the system, because memory ran out.
+            raise CandidateFailed(f"a process that prepares images died ({text.splitlines()[0]})") from error
+        raise
 
 
 class Epochs:

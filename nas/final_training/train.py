@@ -41,6 +41,7 @@ from nas.final_training.fit import (
     read_job,
     write_job,
 )
+from nas.final_training.pictures import SHARED_MEMORY, loaders_may_die, most_workers
 from nas.final_training.rates import (
     FACTORS,
     LIKE,
@@ -339,7 +340,7 @@ def chosen_recipe(
 
     Raises:
         UsageError: not even one pass over the images fits into the time.
-        CandidateFailed: the loss diverges at every rate.
+        CandidateFailed: the loss diverges at every rate, or a process that prepares images died.
         OutOfMemory: memory ran out with the batch that was asked for, or with the smallest one.
     """
     proxy = exported.config[SECTION]["accuracy"]["training"]
@@ -353,9 +354,14 @@ def chosen_recipe(
         batch_size=config.batch_size, learning_rate=config.learning_rate, seed=config.seed or 0,
         start=config.start or Start.FRESH, workers=config.workers,
     )  # fmt: skip
+    if config.workers is None and (most := most_workers(recipe, size)) < recipe.workers:
+        note(
+            f"{SHARED_MEMORY}, the shared memory, is small: {most} processes prepare images instead of {recipe.workers}"
+        )
+        recipe = replace(recipe, workers=most)
     while True:
         try:
-            with memory_may_run_out():
+            with memory_may_run_out(), loaders_may_die():
                 return _found(recipe, trials, exported.name, config, note, begin, place)
         except OutOfMemory:
             smaller = _smaller(recipe, config)

@@ -10,10 +10,12 @@ import os
 import random
 import re
 import shutil
+import signal
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import chain, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -38,7 +40,7 @@ from nas.final_training import train as training
 from nas.final_training.config import FinalConfig
 from nas.final_training.copies import Copies
 from nas.final_training.fit import Epoch, Job, Within, read_job
-from nas.final_training.pictures import Epochs, Pictures
+from nas.final_training.pictures import Epochs, Pictures, loaders_may_die, most_workers
 from nas.final_training.teacher import Teacher, divergence, teacher_of
 from nas.final_training.train import train
 from nas.training import data as image_data
@@ -373,6 +375,51 @@ def test_a_damaged_image_is_named(folder: Path, images: Path, monkeypatch: pytes
         told = rf"^{images}/dark/broken\.png: cannot be read \(.*\); put a readable image in its place"
         with pytest.raises(CandidateFailed, match=told):
             train(folder, replace(QUICK, workers=workers, epochs=2), silent)
+
+
+def killed(number: int) -> Any:
+    return lambda self, index: os.kill(os.getpid(), number)
+
+
+def test_a_loader_that_dies_is_a_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shared memory of 64 MB, as docker gives it, ends those that write to it with SIGBUS."""
+    for number, told in (
+        (signal.SIGBUS, r"^/dev/shm, the shared memory, is too small .* use --workers 0$"),
+        (signal.SIGKILL, r"^a process that prepares images died \(DataLoader worker .* is killed by signal: Killed\."),
+    ):
+        monkeypatch.setattr(Pictures, "__getitem__", killed(number))
+        with pytest.raises(CandidateFailed, match=told):
+            train(folder, replace(QUICK, workers=1), silent)
+    # Where there is no room at all, torch's message is the whole course of it.
+    text = (
+        "Caught RuntimeError in DataLoader worker process 0.\nRuntimeError: unable to write to file </torch_1_2_3>: No"
+    )
+    with pytest.raises(CandidateFailed, match="too small"), loaders_may_die():
+        raise RuntimeError(text)
+    with pytest.raises(CandidateFailed, match="too small"), loaders_may_die():
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    for other in (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "last.pth.tar"), RuntimeError("other")):
+        with pytest.raises(type(other), match=re.escape(str(other))), loaders_may_die():
+            raise other
+
+
+def test_there_are_as_many_workers_as_shared_memory_holds(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = 64 * 3 * 32 * 32 * 4
+    recipe = recipe_of(workers=8)
+    for free, workers in ((0, 0), (2 * batch, 0), (4 * batch, 1), (17 * batch, 7), (18 * batch, 8), (10**12, 8)):
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
+        assert most_workers(recipe, 32) == workers
+    # Batches of several GPUs, in bytes.
+    several = replace(recipe, kind="cuda", devices=2)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=batch))
+    assert most_workers(several, 32) == 0
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=4 * batch))
+    assert most_workers(several, 32) == 3
+    notes: list[str] = []
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=0))
+    done = train(folder, replace(QUICK, workers=None, epochs=1), notes.append)
+    assert "/dev/shm, the shared memory, is small: 0 processes prepare images instead of 1" in notes
+    assert done.section["workers"] == 0
 
 
 def load_without(load: Any, images: Path, *rest: Any) -> Any:
