@@ -431,8 +431,8 @@ def _side_by_side(place: Path, recipe: Recipe, told: Told, told_within: ToldWith
         # Those processes need the memory that the short trainings took.
         torch.cuda.empty_cache()
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(recipe.devices), "-m",
-        "nas.final_training.worker", str(place),
+        sys.executable, "-m", "nas.final_training.launch", str(os.getpid()), "--standalone", "--nproc-per-node",
+        str(recipe.devices), "-m", "nas.final_training.worker", str(place),
     ]  # fmt: skip
     # A folder of this one's may have the name of a package of ours, as `studies` has.
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]

@@ -13,6 +13,7 @@ import torch
 from nas.errors import CandidateFailed, UsageError, message_line
 from nas.files import save_tensors
 from nas.final_training.fit import Epoch, Fitted, Within, fit, rank, read_job
+from nas.final_training.launch import end_with_launcher
 
 # The result of a training, and why it failed.
 RESULT, ERROR = "result.pt", "error.txt"
@@ -20,6 +21,7 @@ RESULT, ERROR = "result.pt", "error.txt"
 
 def main(place: Path) -> None:
     """Train what a folder says, and write the result into it."""
+    end_with_launcher()
     job, recipe = read_job(place)
     local = int(os.environ["LOCAL_RANK"])
     device = torch.device("cuda", local) if recipe.kind == "cuda" else torch.device("cpu")

@@ -11,6 +11,8 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import chain, pairwise
@@ -20,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import onnxruntime
+import psutil
 import pytest
 import torch
 from PIL import Image
@@ -904,6 +907,31 @@ def test_the_divergence_is_that_of_softened_answers() -> None:
     p, q = (other / 4).softmax(1), (logits / 4).softmax(1)
     expected = 16 * (p * (p.log() - q.log())).sum(1).mean()
     assert divergence(logits, other, 4.0).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+# A command that is killed, torchrun, which stands for itself here, and its worker, which tells its number.
+WORKER = "import os, time; launch.end_with_launcher(); print(os.getpid(), flush=True); time.sleep(10); print(1)"
+TORCHRUN = f"""import subprocess, sys
+launch.torchrun = lambda line: subprocess.run(
+    [sys.executable, '-c', 'from nas.final_training import launch; {WORKER}'], start_new_session=True)
+launch.main(sys.argv[1:])"""
+COMMAND = f"""import os, subprocess, sys
+code = 'from nas.final_training import launch; ' + {TORCHRUN!r}
+subprocess.run([sys.executable, '-c', code, str(os.getpid())])"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not tell a process that its parent has ended")
+@pytest.mark.parametrize("killed", ["command", "torchrun"])
+def test_nothing_trains_on_when_the_command_is_killed(killed: str) -> None:
+    with subprocess.Popen([sys.executable, "-c", COMMAND], stdout=subprocess.PIPE, text=True) as command:
+        assert command.stdout is not None
+        worker = psutil.Process(int(command.stdout.readline()))
+        torchrun = worker.parent()
+        assert torchrun is not None
+        assert torchrun.ppid() == command.pid
+        (command if killed == "command" else torchrun).kill()
+        # The pipe ends with the last of them.
+        assert command.stdout.read() == ""
 
 
 @pytest.mark.slow
