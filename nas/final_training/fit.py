@@ -15,7 +15,7 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -347,12 +347,16 @@ def _fit(
                     held_out = validate(ema.module, batches)
                 elapsed += time.perf_counter() - begin
             if first and parts < epochs.parts:
+                begin = time.perf_counter()
                 saver.save_part(epoch)
+                elapsed += time.perf_counter() - begin
         parts, count, total = 0, 0, torch.zeros((), device=device)
         if first:
+            begin = time.perf_counter()
             done = Epoch(epoch + 1, optimizer.param_groups[0]["lr"], train_loss, held_out[0], held_out[1], elapsed)
             log.add(done)
             saver.save_checkpoint(epoch)  # type: ignore[no-untyped-call]
+            elapsed += time.perf_counter() - begin
             told(done, recipe.epochs)
             shown = time.perf_counter()
     with turn():
@@ -371,7 +375,7 @@ def copies_of(folder: Path, job: Job) -> Copies:
     return Copies(ImageReader(job.data_config), resolution, least_area(resolution), folder / COPIES)
 
 
-def batches_of(made: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+def batches_of(made: Iterable[tuple[Tensor, Tensor]]) -> Generator[tuple[Tensor, Tensor]]:
     """The batches of a loader.
 
     Raises:

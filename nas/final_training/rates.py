@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from kernels.device_info import DeviceInfo
 from nas.errors import CandidateFailed
-from nas.files import whole
+from nas.files import save_tensors, whole
 from nas.final_training.fit import Job, Learner, batches_of, copies_of
 from nas.final_training.pictures import Pictures, loader
 from nas.training.data import ImageData
@@ -30,6 +30,8 @@ SHARE, LEAST_STEPS, MOST_STEPS = 1 / 60, 30, 400
 WARMUP = 0.2
 # Steps by which two precisions are compared, and by how much bfloat16 has to be faster.
 TIMED_STEPS, WORTH = 6, 1.15
+# The steps of a loader that show how long its start takes.
+STARTING = 2
 # Seconds between two checkpoints within an epoch that takes at least twice as long.
 CHECKPOINT_SECONDS = 600.0
 # File in which they are kept within the folder of a training, and by how many times their length may be another one.
@@ -44,12 +46,14 @@ class Tried:
         loss: loss on the validation images at its end; infinite where it diverged.
         step_seconds: seconds of a step, with the preparation of its images.
         validation_seconds: seconds of the validation.
+        fixed_seconds: seconds of what an epoch takes beside its steps: the start and end of its loader, a checkpoint.
     """
 
     rate: float
     loss: float
     step_seconds: float
     validation_seconds: float
+    fixed_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -90,12 +94,14 @@ class Trials:
         job: the network and its images.
         data: the images.
         device: the device that trains.
-        folder: folder of the long training.
+        folder: folder of the long training, to which a checkpoint is written to see how long that takes.
     """
 
     def __init__(self, job: Job, data: ImageData, device: torch.device, folder: Path) -> None:
-        self.job, self.data, self.device = job, data, device
+        self.job, self.data, self.device, self.folder = job, data, device, folder
         self.copies = copies_of(folder, job)
+        # Precision and batch of the steps that were made before.
+        self.warm: set[tuple[bool, int]] = set()
         self.batches = Batches(data, device)
         self.files = job.files()
         self.mean, self.std = (tuple(map(float, each)) for each in data.mean_std)
@@ -160,25 +166,77 @@ class Trials:
         learner = Learner(self.job, recipe, self.device, self.mean, self.std)
         learner.model.train()
         schedule = learner.schedule(recipe, 1, WARMUP, steps)
-        endless = itertools.chain.from_iterable(batches_of(made) for _ in itertools.count())
-        begin, timed = time.perf_counter(), steps
-        for number, (images, labels) in enumerate(itertools.islice(endless, steps)):
-            if number == min(2, steps - 1):
-                # The first ones take longer.
-                _finish(self.device)
-                begin, timed = time.perf_counter(), steps - number
-            learner.step(images, labels)
-            schedule.step_update(number + 1)
-        _finish(self.device)
-        step_seconds = (time.perf_counter() - begin) / timed
+        passes: list[Pass] = []
+        done = 0
+        while done < steps:
+            # The first steps of all take longer, which is not what each epoch takes.
+            cold = (recipe.amp, recipe.batch_size) not in self.warm
+            size = min(len(made), steps - done, STARTING if cold else steps)
+            batches = batches_of(made)
+            moments = [time.perf_counter()]
+            for number, (images, labels) in enumerate(itertools.islice(batches, size), start=1):
+                learner.step(images, labels)
+                schedule.step_update(done + number)
+                if number in (STARTING, size):
+                    _finish(self.device)
+                    moments.append(time.perf_counter())
+            # Its processes end.
+            batches.close()
+            done += size
+            if cold:
+                self.warm.add((recipe.amp, recipe.batch_size))
+            if not cold or done == steps:
+                passes.append(Pass(size, moments[0], moments[1], moments[-1], time.perf_counter()))
+        step_seconds, fixed_seconds = times(passes)
         if not validated:
-            return Tried(recipe.learning_rate, math.inf, step_seconds, 0.0)
+            return Tried(recipe.learning_rate, math.inf, step_seconds, 0.0, fixed_seconds)
         begin = time.perf_counter()
         try:
             _, loss = validate(learner.model, self.batches)
         except CandidateFailed:
             loss = math.inf
-        return Tried(recipe.learning_rate, loss, step_seconds, time.perf_counter() - begin)
+        validation_seconds = time.perf_counter() - begin
+        fixed_seconds += self.saving_seconds(learner)
+        return Tried(recipe.learning_rate, loss, step_seconds, validation_seconds, fixed_seconds)
+
+    def saving_seconds(self, learner: Learner) -> float:
+        """The time of a checkpoint, which holds the averaged weights, too."""
+        begin = time.perf_counter()
+        weights = learner.model.state_dict()
+        path = self.folder / "measured.pth.tar"
+        try:
+            save_tensors({"weights": weights, "optimizer": learner.optimizer.state_dict()}, path)
+            save_tensors({"averaged": weights}, path)
+        finally:
+            path.unlink(missing_ok=True)
+        return time.perf_counter() - begin
+
+
+class Pass(NamedTuple):
+    """A loader from its start to its end.
+
+    Args:
+        steps: number of steps that were made.
+        begin, started, stepped, end: the times of its begin, of the end of the first steps (`STARTING`), of the last
+            step, and of its end.
+    """
+
+    steps: int
+    begin: float
+    started: float
+    stepped: float
+    end: float
+
+
+def times(passes: Sequence[Pass]) -> tuple[float, float]:
+    """Seconds of a step, and what a pass takes beside its steps."""
+    steady = [each for each in passes if each.steps > STARTING]
+    whole = sum(each.end - each.begin for each in passes)
+    if not steady:
+        return whole / sum(each.steps for each in passes), 0.0
+    step_seconds = sum(each.stepped - each.started for each in steady) / sum(each.steps - STARTING for each in steady)
+    beside = fmean(each.end - each.begin - each.steps * step_seconds for each in passes)
+    return step_seconds, max(0.0, beside)
 
 
 def has_bfloat16() -> bool:
@@ -202,11 +260,12 @@ def checkpoint_steps(tried: Sequence[Tried], steps: int) -> int:
 
 
 def epoch_seconds(recipe: Recipe, tried: Sequence[Tried], steps: int) -> float:
-    """Seconds of an epoch, with its share of the validations.
+    """Seconds of an epoch, with its share of the validations, the start of its loader and its checkpoint.
 
     Args:
         steps: number of steps of an epoch.
     """
     validations = sum(map(recipe.validated_after, range(recipe.epochs))) / recipe.epochs
     usual = fmean(each.step_seconds for each in tried)
-    return usual * steps + validations * fmean(each.validation_seconds for each in tried)
+    fixed = fmean(each.fixed_seconds for each in tried)
+    return usual * steps + fixed + validations * fmean(each.validation_seconds for each in tried)

@@ -633,6 +633,46 @@ def test_a_rate_stays_the_one_that_was_typed_on_any_number_of_devices(folder: Pa
         assert trials.with_best_rate(recipe, (1.0,), tried).learning_rate == typed
 
 
+def test_an_epoch_takes_more_than_its_steps(
+    folder: Path, config: SearchConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The start of its loader, a validation and a checkpoint, which are most of a short one."""
+    now = [0.0]
+
+    def takes(seconds: float, value: Any = None) -> Any:
+        now[0] += seconds
+        return value
+
+    class Loader:
+        def __len__(self) -> int:
+            return 4
+
+        def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+            takes(3.0)
+            for _ in range(4):
+                yield torch.zeros(8, 3, 16, 16), torch.zeros(8, dtype=torch.long)
+
+    learned: list[float] = []
+
+    def step(self: fitting.Learner, images: torch.Tensor, labels: torch.Tensor) -> None:
+        # The first steps of all take longer, once.
+        takes(1.0 if len(learned) >= 2 else 60.0)
+        learned.append(now[0])
+
+    monkeypatch.setattr(rates.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(rates, "loader", lambda *rest: Loader())
+    monkeypatch.setattr(rates, "validate", lambda *rest: takes(7.0, (0.5, 0.5)))
+    monkeypatch.setattr(rates, "save_tensors", lambda content, path: takes(0.25))
+    monkeypatch.setattr(fitting.Learner, "step", step)
+    trials = rates.Trials(job_of(folder, config), image_data.load(config.data), torch.device("cpu"), folder)
+    recipe = recipe_of(epochs=80)
+    found = trials.run(recipe, 12)
+    assert len(learned) == 12
+    assert (found.step_seconds, found.validation_seconds, found.fixed_seconds) == (1.0, 7.0, 3.5)
+    # Every second epoch is validated.
+    assert rates.epoch_seconds(recipe, [found, found], 100) == 100 + 3.5 + 3.5
+
+
 def job_of(folder: Path, config: SearchConfig) -> Job:
     return Job(read(folder).arch.to_json(), ("bright", "dark"), asdict(config.data), 0, "")
 
