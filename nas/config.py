@@ -47,7 +47,8 @@ MAX_THREADS = 1024
 MAX_RESOLUTION = 2048  # pixels
 MAX_WORKERS = 1024
 MAX_BUDGET = 1_000_000
-MAX_CONFIRM = 10
+# Trainings that confirm a front, as a share of the search's, and of each network at most.
+USUAL_CONFIRM, MAX_CONFIRM, MOST_TRAININGS = 0.2, 10, 12
 # The least budget for which a pilot chooses what the user leaves open of the schedule.
 PILOT_BUDGET = 20
 PILOT = ("steps", "batch_size", "learning_rate")
@@ -419,8 +420,8 @@ class SearchConfig(Checked):
         bounds=POSITIVE, keep=Keep.TRANSIENT,
     )  # fmt: skip
     confirm: float = option(
-        0.2, "--confirm", "Trainings with other seeds at the end, as a share of the search's trainings, to confirm the "
-        "front's accuracies; 0 for none", panel="Search",
+        USUAL_CONFIRM, "--confirm", "Trainings with other seeds at the end, as a share of the search's trainings, to "
+        "confirm the front's accuracies; 0 for none", panel="Search",
         bounds=between(0, MAX_CONFIRM), keep=Keep.TRANSIENT,
     )  # fmt: skip
     storage: str = option(

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from nas.config import MAX_CONFIRM
+from nas.config import MAX_CONFIRM, MOST_TRAININGS, USUAL_CONFIRM
 from nas.errors import UsageError
 from nas.recorded import RecordedStudy, is_confirmed
 from studies import TrainingStage, displayed
@@ -187,18 +187,19 @@ def directory_name(latency_ms: float, number: int) -> str:
 
 
 def commands(name: str, storage: str, chosen: Member) -> list[tuple[str, str]]:
-    """What to do with a network: what it is, and the command line that does it.
+    """What to do with a network, one after the other: what it is, and the command line that does it.
 
     Args:
         name: the study's name.
         storage: URL of the study database.
     """
     of_study = _of_study(name, storage)
-    folder = directory_name(chosen.latency_ms, chosen.number)
+    folder = f"exports/{directory_name(chosen.latency_ms, chosen.number)}"
     return [
         ("train it", f"python run_search.py train {of_study} --trial {chosen.number} --out exports"),
-        ("export it", f"python run_search.py export {of_study} --trial {chosen.number} --out exports"),
-        ("time it", f"python run_search.py bench exports/{folder}"),
+        # Of the directory that `train` leaves: exported again from the study, the network would have no such weights.
+        ("export it", f"python run_search.py export {folder} --format onnx --normalise --softmax"),
+        ("time it", f"python run_search.py bench {folder}"),
     ]
 
 
@@ -219,27 +220,36 @@ def advice(recorded: RecordedStudy, storage: str, max_latency_ms: float | None =
 
 
 def doubt_line(recorded: RecordedStudy, storage: str, front: pd.DataFrame | None = None) -> str | None:
-    """What is to be said of a front whose accuracies are not confirmed or within their noise; None of any other.
+    """What is to be said of a front whose accuracies are not confirmed, or are within their noise; None of any other.
 
     Args:
         storage: URL of the study database.
         front: the front, where it was read before.
     """
     front = recorded.front() if front is None else front
-    if len(front) < 2:
+    if front.empty:
         return None
     members = members_of(front)
     again = f"python run_search.py confirm {_of_study(recorded.name, storage)}"
     if members[0].half is None:
+        passes = max(recorded.passes(), 1.0)
+        if USUAL_CONFIRM * passes < 1:
+            # Of so short a search, the usual share is no training at all.
+            again += f" --share {min(math.ceil(10 * len(members) / passes) / 10, MAX_CONFIRM):g}"
+        if len(members) == 1:
+            return (
+                f"this accuracy is of the one training that chose the network, and flatters it; {again} trains it again"
+            )
         return f"these accuracies are of one training each, and flatter the front; {again} trains its members again"
-    if members[-1].differs(members[0]):
+    if len(members) == 1 or members[-1].differs(members[0]):
         return None
     alike = f"all {len(members)} networks of the front are equally accurate within their intervals"
     best = members[-1]
     images = json.loads(recorded.row.images or "{}").get("val_images")
-    if images and best.half and _sampling_error(best.accuracy, images) ** 2 > best.half**2 / 2:
-        # Trainings would not change this part.
-        return f"{alike}; more than {images:,} validation images would tell them apart"
+    trained = front["accuracy_trainings"].min() >= MOST_TRAININGS
+    if trained or (images and best.half and _sampling_error(best.accuracy, images) ** 2 > best.half**2 / 2):
+        # There are as many trainings of each as `confirm` makes, or they would not change this part.
+        return f"{alike}; more {f'than {images:,} ' if images else ''}validation images would tell them apart"
     further = len(recorded.store.trainings.of_study(recorded.study_id, TrainingStage.CONFIRMATION))
     share = min(math.ceil(10 * HALVING * further / max(recorded.passes(), 1.0)) / 10, MAX_CONFIRM)
     return f"{alike}; further trainings would tell them apart ({again} --share {share:g})"

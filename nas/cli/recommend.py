@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Annotated
 
@@ -11,9 +12,9 @@ import typer
 
 from nas.cli.console import reported, say
 from nas.cli.opening import existing_study
-from nas.cli.options import Storage, StudyName
+from nas.cli.options import Storage, StudyName, given, made, takes
 from nas.config import DEFAULT_STORAGE, DEFAULT_STUDY
-from nas.errors import UsageError
+from nas.options import FINITE, Checked, option
 
 
 class OutputFormat(StrEnum):
@@ -21,12 +22,24 @@ class OutputFormat(StrEnum):
     JSON = "json"
 
 
+@dataclass(frozen=True)
+class Wanted(Checked):
+    """What a user wants of a network.
+
+    Raises:
+        FieldError: a field has a value that it cannot have.
+    """
+
+    max_latency_ms: float | None = option(
+        None, "--max-latency-ms", "Limit on the latency", default="the study's", bounds=FINITE
+    )
+
+
+@takes(Wanted)
 def recommend(
+    context: typer.Context,
     storage: Storage = DEFAULT_STORAGE,
     study: StudyName = DEFAULT_STUDY,
-    max_latency_ms: Annotated[
-        float | None, typer.Option(help="Limit on the latency (default: the study's)", show_default=False)
-    ] = None,
     format: Annotated[OutputFormat, typer.Option(help="Format of the output: text or json")] = OutputFormat.TEXT,
 ) -> None:
     """Say which network of a study's front to take: the most accurate within a limit, or the one at its
@@ -35,8 +48,7 @@ def recommend(
         from nas.recommendation import advice, commands, doubt_line
         from nas.recommendation import recommend as find
 
-        if max_latency_ms is not None and not max_latency_ms > 0:
-            raise UsageError(f"--max-latency-ms {max_latency_ms:g}: is not a number above 0")
+        max_latency_ms = made(Wanted, given(Wanted, context)).max_latency_ms
         if format is OutputFormat.JSON:
             found = find(recorded, max_latency_ms)
             does = {what.replace(" ", "_"): line for what, line in commands(study, storage, found.chosen)}

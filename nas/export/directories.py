@@ -219,11 +219,18 @@ def of_study(recorded: RecordedStudy, storage: str, rows: pd.DataFrame) -> list[
 
 
 def _images_section(recorded: RecordedStudy) -> dict[str, Any]:
-    """The number of the training images, and the folder in which timm's scripts find them, if they are here."""
-    section: dict[str, Any] = {}
-    if recorded.row.images and (count := json.loads(recorded.row.images).get("train_images")):
-        section["train_images"] = count
-    data = recorded.config.data
+    """See `images_section`; of the images of a study."""
+    images = json.loads(recorded.row.images) if recorded.row.images else {}
+    return images_section(recorded.config.data, recorded.row.data_fingerprint, images.get("train_images"))
+
+
+def images_section(data: DataConfig, fingerprint: str, count: int | None) -> dict[str, Any]:
+    """The number of the training images, and the folder in which timm's scripts find them, if they are here.
+
+    Args:
+        count: the number of the training images; None where it is not known.
+    """
+    section: dict[str, Any] = {"train_images": count} if count else {}
     try:
         if kind_of(data) is not Kind.FOLDER:
             return section
@@ -235,7 +242,7 @@ def _images_section(recorded: RecordedStudy) -> dict[str, Any]:
     if val is not None and train.parent == val.parent == root:
         return {**section, "data_dir": str(root.absolute()), "train_split": train.name, "val_split": val.name}
     # timm would validate on training images.
-    name = f"{LINKS}_{recorded.row.data_fingerprint}"
+    name = f"{LINKS}_{fingerprint}"
     return {**section, "data_dir": f"../{name}", "train_split": "train", "val_split": "val", "links": name}
 
 
@@ -427,15 +434,8 @@ def write(
                     for network in networks:
                         _fill(aside / network.name, network, formats)
                     for name, files in _splits(networks, out_dir).items():
-                        made_of = _link(aside / name, files)
-                        if made_of is not LINKED:
-                            note(f"{out_dir / name}: {made_of}, as there can be no symbolic links here")
-                        if made_of is NOTHING:
+                        if not _put_links(out_dir / name, files, aside, note):
                             continue
-                        if (out_dir / name).exists():
-                            # Its links lead nowhere any more.
-                            os.rename(out_dir / name, aside / f"{name}.old")
-                        os.rename(aside / name, out_dir / name)
                         made.append(out_dir / name)
                     for place in places:
                         if place.exists():
@@ -470,6 +470,24 @@ def _leads_somewhere(folder: Path) -> bool:
     """Whether a folder of links is there, and its first link leads to a file."""
     link = next(folder.glob("*/*/*"), None)
     return link is not None and link.exists()
+
+
+def _put_links(place: Path, files: SplitFiles, aside: Path, note: Note) -> bool:
+    """Make a folder of links, in the place of one whose links lead nowhere any more; returns whether it was made.
+
+    Args:
+        aside: a temporary folder beside it.
+        note: function that takes a line where the images cannot be linked to.
+    """
+    made_of = _link(aside / place.name, files)
+    if made_of is not LINKED:
+        note(f"{place}: {made_of}, as there can be no symbolic links here")
+    if made_of is NOTHING:
+        return False
+    if place.exists():
+        os.rename(place, aside / f"{place.name}.old")
+    os.rename(aside / place.name, place)
+    return True
 
 
 # What a folder of links is made of. There are disks without the first two, as those of cameras.
@@ -562,9 +580,28 @@ def rewrite(folder: Path, network: Exported, formats: Formats = (), note: Note =
                 if there.exists() and _digest(there.read_text(encoding="utf-8", errors="replace")) != digests[name]:
                     (made / name).unlink()
                     note(f"{there}: {why}")
+            if _images_of(network) != _images_of(before):
+                _link_again(network, folder.absolute().parent, aside, note)
             _merge(made, folder, stale=() if _same_outputs(before, network) else (CLASSES, *FILES))
     except OSError as error:
         raise UsageError(f"{folder}: cannot be written ({error.strerror or error})") from error
+
+
+def _images_of(network: Exported) -> tuple[Any, ...]:
+    """Where a network's images are, and what its recipe says of them."""
+    return network.data.source, network.config[SECTION].get(IMAGES)
+
+
+def _link_again(network: Exported, parent: Path, aside: Path, note: Note) -> None:
+    """Make the folder of links that a network's recipe needs, if there is none; no reason to lose its weights."""
+    try:
+        for name, files in _splits([network], parent).items():
+            _put_links(parent / name, files, aside, note)
+    except OSError as error:
+        note(
+            f"warning: {network.name}: the links to its images that {RECIPE} names cannot be made "
+            f"({error.strerror or error})"
+        )
 
 
 def _same_outputs(one: Exported, other: Exported) -> bool:
@@ -719,7 +756,7 @@ def _names(
         if len(classes) != count:
             raise UsageError(f"--classes: {len(classes)} names, but {checkpoint} has {count} outputs")
         return list(classes)
-    folder, names = _trained_on(checkpoint), list[str]()
+    folder, names = trained_on(checkpoint), list[str]()
     with contextlib.suppress(UsageError, OSError):
         names = class_names(folder) if folder is not None else []
     if len(names) == count:
@@ -756,7 +793,7 @@ def read_names(path: Path) -> list[str]:
     return names
 
 
-def _trained_on(checkpoint: Path) -> Path | None:
+def trained_on(checkpoint: Path) -> Path | None:
     """The folder of the training images of a checkpoint of timm's train.py; None where it is not told, or not here."""
     from argparse import Namespace
 

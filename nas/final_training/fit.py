@@ -33,7 +33,8 @@ from nas.errors import CandidateFailed, OutOfMemory, memory_may_run_out
 from nas.files import save_tensors, whole
 from nas.final_training.copies import Copies
 from nas.final_training.pictures import Epochs, Pictures, loader, loaders_may_die, loss_of, mixing
-from nas.final_training.teacher import TEMPERATURE, WEIGHT, divergence, teacher_of
+from nas.final_training.teacher import TEMPERATURE, WEIGHT, Teacher, divergence, teacher_of
+from nas.reporting import Note
 from nas.training.data import ImageData, load, split_files
 from nas.training.images import ImageReader
 from nas.training.proxy import Batches, score, validate
@@ -185,7 +186,7 @@ class Learner:
         self.wrapped: Any = self.model
         self.optimizer = create_optimizer_v2(self.model, "adamw", lr=recipe.learning_rate, weight_decay=WEIGHT_DECAY)
         self.mixed, self.loss = mixing(recipe, len(job.classes)), loss_of(recipe)
-        self.teacher = teacher_of(job.teacher, job.classes, mean, std, device) if job.teacher else None
+        self.teacher = teacher_of_job(job, mean, std, device) if job.teacher else None
         self.autocast = torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp)
 
     def schedule(self, recipe: Recipe, epochs: float, warmup: float, steps: int) -> Any:
@@ -214,6 +215,13 @@ class Learner:
         loss.backward()
         self.optimizer.step()
         return loss.detach()
+
+
+def teacher_of_job(
+    job: Job, mean: Sequence[float], std: Sequence[float], device: torch.device, note: Note = lambda line: None
+) -> Teacher:
+    """The teacher of a training, see `nas.final_training.teacher.teacher_of`."""
+    return teacher_of(job.teacher, job.classes, job.data_config.resolution, mean, std, device, note)
 
 
 class Saver(CheckpointSaver):

@@ -23,7 +23,18 @@ from nas.config import DataConfig, LatencyConfig
 from nas.display.notes import duration
 from nas.display.study_plots import plot_training
 from nas.errors import CandidateFailed, OutOfMemory, UsageError, memory_may_run_out, message_line
-from nas.export.directories import ONNX, PROXY_WEIGHTS, SECTION, TRAINED, WEIGHTS, Exported, read, rewrite
+from nas.export.directories import (
+    IMAGES,
+    ONNX,
+    PROXY_WEIGHTS,
+    SECTION,
+    TRAINED,
+    WEIGHTS,
+    Exported,
+    images_section,
+    read,
+    rewrite,
+)
 from nas.export.formats import write_onnx
 from nas.final_training.config import FinalConfig
 from nas.final_training.fit import (
@@ -39,6 +50,7 @@ from nas.final_training.fit import (
     done_so_far,
     fit,
     read_job,
+    teacher_of_job,
     write_job,
 )
 from nas.final_training.pictures import SHARED_MEMORY, loaders_may_die, most_workers
@@ -52,12 +64,12 @@ from nas.final_training.rates import (
     checkpoint_steps,
     epoch_seconds,
 )
-from nas.final_training.teacher import TEMPERATURE, WEIGHT, resolved
+from nas.final_training.teacher import TEMPERATURE, WEIGHT, forget, require_knowledge, resolved
 from nas.final_training.worker import ERROR, result
 from nas.latency.devices import check_device
 from nas.locks import only_one, training_on, working_clock
 from nas.reporting import Note
-from nas.training.data import NAMED, ImageData, Progress, load
+from nas.training.data import NAMED, ImageData, Kind, Progress, kind_of, load
 from nas.training.pool import every_cuda
 from nas.training.recipe import LEAST_BATCH, Recipe, Start, fitted, recipe_for
 from nas.training.weights import Images
@@ -158,6 +170,8 @@ def train(
                 asked_hours=config.hours or 0.0,
             )  # fmt: skip
             with turn():
+                if teacher:
+                    _require_knowledge(exported, job, data, devices[0], note)
                 job = _looked_through(place, job, note, len(data.train_labels))
                 recipe = chosen_recipe(exported, config, job, data, devices, place, note, begin)
         write_job(place, job, recipe)
@@ -169,7 +183,7 @@ def train(
                 found = _side_by_side(place, recipe, told, told_within)
         else:
             found = fit(place, recipe, job, devices[0], data=data, told=told, told_within=told_within, turn=turn)
-        made = finished(exported, found, recipe, data, count, job.teacher)
+        made = finished(exported, found, recipe, data, data_config, count, job.teacher)
         # Whatever becomes of the curve and the ONNX file, the weights are there.
         rewrite(folder, made, note=note)
         plot_training(
@@ -325,6 +339,18 @@ def _start(folder: Path, exported: Exported, config: FinalConfig) -> str:
     return str((folder / WEIGHTS).absolute())
 
 
+def _require_knowledge(exported: Exported, job: Job, data: ImageData, device: torch.device, note: Note) -> None:
+    """Say what the teacher knows of the images.
+
+    Raises:
+        UsageError: it does not exist, tells other classes apart, or is no better than chance.
+    """
+    mean, std = (tuple(map(float, each)) for each in data.mean_std)
+    told = exported.config[SECTION]["accuracy"]
+    reached = (told.get("confirmed") or {}).get("accuracy", told["proxy"])
+    require_knowledge(job.teacher, teacher_of_job(job, mean, std, device, note), data, reached, device, note)
+
+
 # -- The recipe --------------------------------------------------------------------------------------------------------
 
 
@@ -428,7 +454,8 @@ def _side_by_side(place: Path, recipe: Recipe, told: Told, told_within: ToldWith
     """
     (place / ERROR).unlink(missing_ok=True)
     if recipe.kind == "cuda":
-        # Those processes need the memory that the short trainings took.
+        # Those processes need the memory that the short trainings and their teacher took.
+        forget()
         torch.cuda.empty_cache()
     command = [
         sys.executable, "-m", "nas.final_training.launch", str(os.getpid()), "--standalone", "--nproc-per-node",
@@ -466,11 +493,12 @@ def _side_by_side(place: Path, recipe: Recipe, told: Told, told_within: ToldWith
 
 
 def finished(
-    exported: Exported, found: Fitted, recipe: Recipe, data: ImageData, images: int, teacher: str
+    exported: Exported, found: Fitted, recipe: Recipe, data: ImageData, place: DataConfig, images: int, teacher: str
 ) -> Exported:  # fmt: skip
     """A network with the weights of its training, and what there is to say of it.
 
     Args:
+        place: the source of the images, which may have been moved since the search.
         images: number of training images.
         teacher: its teacher; empty for none.
     """
@@ -486,6 +514,12 @@ def finished(
     config["label_names"] = list(own.classes)
     config[SECTION]["weights"] = FINAL_WEIGHTS
     config[SECTION]["accuracy"]["preparation"] = list(own.preparation)
+    searched = config[SECTION]["accuracy"]["data"]
+    if place.source != searched["source"]:
+        is_here = kind_of(place) is Kind.FOLDER
+        searched["source"] = str(Path(place.source).expanduser().absolute()) if is_here else place.source
+    known = config[SECTION].get(IMAGES, {}).get("train_images", images)
+    config[SECTION][IMAGES] = images_section(place, searched.get("fingerprint", data.fingerprint), known)
     config[SECTION][TRAINED] = {
         "accuracy": found.accuracy, "low": float(interval.low), "high": float(interval.high), "val_images": count,
         "test_accuracy": found.test_accuracy, "loss": found.loss, "train_images": images,

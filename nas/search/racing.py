@@ -14,13 +14,13 @@ from functools import cached_property
 import numpy as np
 from scipy import stats
 
+from nas.config import MOST_TRAININGS
 from nas.search.model import Model, kernel_for
 
 # Probability of being on the front, or of not being there, at which a candidate is decided.
 CONFIDENCE = 0.9
 # A member's accuracy is the mean of so many further trainings at least, if there are as many.
 TRAININGS = 2
-MOST_TRAININGS = 12
 # Standard deviation of one training in accuracy, that of the embedded digits at 200 steps, where nothing else is known;
 # and the number of trainings that such an expectation is worth.
 NOISE, NOISE_TRAININGS = 0.024, 4

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from nas.config import AUTO, MAX_CONFIRM, MAX_WORKERS, PIXELS, DataConfig, worker_number
+from nas.config import AUTO, MAX_CONFIRM, MAX_WORKERS, PIXELS, USUAL_CONFIRM, DataConfig, worker_number
 from nas.options import Bounds, Checked, at_least, between, listed, option, same_as
 
 # Length of the long schedule, in steps of the study's proxy, and its learning rates, in units of the study's.
@@ -83,7 +83,8 @@ class ConfirmConfig(Checked):
     """
 
     share: float = option(
-        0.2, "--share", "Largest number of confirming trainings, as a share of the search's; earlier ones count",
+        USUAL_CONFIRM, "--share",
+        "Largest number of confirming trainings, as a share of the search's; earlier ones count",
         bounds=between(0, MAX_CONFIRM),
     )  # fmt: skip
     data: str | None = same_as(BaselineConfig, "data")

@@ -9,10 +9,12 @@ import math
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
+from argparse import Namespace
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from itertools import chain, pairwise
@@ -24,7 +26,9 @@ import numpy as np
 import onnxruntime
 import psutil
 import pytest
+import timm
 import torch
+import yaml
 from PIL import Image
 from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch.utils.data import DataLoader
@@ -35,17 +39,21 @@ from nas.cli.app import app
 from nas.cli.train import _told_within
 from nas.config import SearchConfig
 from nas.errors import CandidateFailed, OutOfMemory, UsageError
-from nas.export.directories import read, rewrite, trained, write
+from nas.export.directories import Exported, read, rewrite, trained, write
 from nas.final_training import copies as copying
 from nas.final_training import fit as fitting
 from nas.final_training import rates
+from nas.final_training import teacher as teaching
 from nas.final_training import train as training
 from nas.final_training.config import FinalConfig
 from nas.final_training.copies import Copies
-from nas.final_training.fit import Epoch, Job, Within, read_job
+from nas.final_training.fit import Epoch, Fitted, Job, Within, read_job
 from nas.final_training.pictures import Epochs, Pictures, loaders_may_die, most_workers
-from nas.final_training.teacher import Teacher, divergence, teacher_of
+from nas.final_training.teacher import Teacher, divergence, require_knowledge, teacher_of
 from nas.final_training.train import train
+from nas.latency.engines import ENGINES
+from nas.recommendation import commands, recommend
+from nas.recorded import RecordedStudy
 from nas.training import data as image_data
 from nas.training import recipe as recipes
 from nas.training.images import ImageReader
@@ -572,6 +580,36 @@ def test_images_must_be_those_of_the_search(folder: Path, images: Path, tmp_path
         train(folder, replace(QUICK, data=str(others)), silent)
     assert not (folder / "training").exists()
     assert train(folder, replace(QUICK, data=str(moved)), silent).section["train_images"] == 36
+    # timm's script finds them in the new place, too, in the search's own split; and so does a later training.
+    recipe = yaml.safe_load((folder / "train.yaml").read_text())
+    linked = (folder / recipe["data_dir"] / recipe["val_split"]).rglob("*.png")
+    files = image_data.split_files(read(folder).data)
+    assert files is not None
+    assert sorted(path.resolve() for path in linked) == sorted(path for path, _ in files.val)
+    assert read(folder).data.source == str(moved)
+
+
+def test_the_recipe_names_images_that_came_back(
+    store: Store, config: SearchConfig, images: Path, tmp_path: Path
+) -> None:
+    """Exported where the images are not, and trained where they are."""
+    for part in ("train", "val"):
+        shutil.copytree(images, tmp_path / "moved" / part)
+    images.rename(tmp_path / "gone")
+    (folder,) = write(exported(store, config, trials=(1,)), tmp_path / "out")
+    assert "data_dir" not in yaml.safe_load((folder / "train.yaml").read_text())
+    network = read(folder)
+    place = replace(network.data, source=str(tmp_path / "moved"))
+    data = image_data.load(place)
+    made = training.finished(network, fitted_as(network), recipe_of(), data, place, 40, "")
+    rewrite(folder, made)
+    recipe = yaml.safe_load((folder / "train.yaml").read_text())
+    assert (recipe["data_dir"], recipe["train_split"], recipe["val_split"]) == (place.source, "train", "val")
+
+
+def fitted_as(network: Exported) -> Fitted:
+    """The result of a training that changed nothing."""
+    return Fitted(network.arch.build(2).state_dict(), 0.5, 0.7, None, ())
 
 
 def test_kept_weights_are_a_start(store: Store, config: SearchConfig, tmp_path: Path) -> None:
@@ -870,6 +908,27 @@ def test_the_command_trains_what_is_recommended(store: Store, config: SearchConf
     assert "is trained already" in both.output
 
 
+def test_what_is_recommended_works_in_its_order(
+    store: Store, config: SearchConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(training, "recipe_for", lambda *rest, **named: replace(recipe_for(*rest, **named), epochs=1))
+    monkeypatch.setattr(rates, "LEAST_STEPS", 2)
+    monkeypatch.setattr("nas.export.bench.ENGINES", {"eager": ENGINES["eager"]})
+    # It takes seconds to make a program of torch's.
+    monkeypatch.setattr("nas.export.bench._Formats._program", lambda self: self._onnx())
+    chosen = recommend(RecordedStudy.open(store, config.study)).chosen
+    for _, line in commands(config.study, config.storage, chosen):
+        words = shlex.split(line)
+        assert words[:2] == ["python", "run_search.py"]
+        done = CliRunner().invoke(app, words[2:])
+        assert done.exit_code == 0, done.output
+    (folder,) = (tmp_path / "exports").glob("convfirst_*")
+    about = onnxruntime.InferenceSession(folder / "model.onnx").get_modelmeta().custom_metadata_map
+    assert (about["input"], about["output"]) == ('"0 to 1"', '"probabilities"')
+    assert read(folder).config["convfirst"]["weights"] == "trained"
+
+
 def test_the_command_refuses_what_it_cannot_do(store: Store, config: SearchConfig, folder: Path) -> None:
     for line, told in (
         (["--trial", "77"], "--trial 77: there is no such candidate"),
@@ -889,34 +948,165 @@ def test_the_command_refuses_what_it_cannot_do(store: Store, config: SearchConfi
         assert told in result.output
 
 
-def test_a_student_learns_what_its_teacher_answers(store: Store, config: SearchConfig, tmp_path: Path) -> None:
+def test_a_student_learns_what_its_teacher_answers(
+    store: Store, config: SearchConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     teacher, student = write(exported(store, config, trials=(2, 0)), tmp_path / "out")[::-1]
     refused = {
         "77": "--teacher 77: trial 77 has no trained directory beside",
         "2": "--teacher 2: trial 2 has no trained directory beside",
         str(teacher): "is not trained to the end; train it first",
         "no_such_model": "--teacher no_such_model: is no trained directory, and timm has no weights of that name here",
-        "resnet18=missing.pth": "--teacher resnet18=missing.pth: ",
+        "resnet18=missing.pth": "--teacher resnet18=missing.pth: no such file",
     }
+    (tmp_path / "best.pth").write_text("")
+    refused[f"convfirst_3ms_t002={tmp_path / 'best.pth'}"] = "name its directory, which `export DIRECTORY --checkpoint"
     for named, told in refused.items():
         with pytest.raises(UsageError, match=re.escape(told)):
             train(student, replace(QUICK, teacher=named), silent)
     assert not (student / "training" / "recipe.json").exists()
     train(teacher, QUICK, silent)
     notes: list[str] = []
+    opened: list[Path] = []
+    monkeypatch.setattr(teaching, "read", lambda path: opened.append(path) or read(path))
     done = train(student, replace(QUICK, teacher="2"), notes.append)
+    # Once to find trial 2, and once for all trainings, also those of further networks.
+    shown_to(str(teacher))
+    assert opened == [student, teacher, teacher]
     # Both may be moved.
     moved = shutil.copytree(tmp_path / "out", tmp_path / "moved", symlinks=True)
     assert read_job(moved / student.name / "training")[0].teacher == str(moved / teacher.name)
     assert done.section["teacher"] == {"name": str(teacher), "temperature": 4.0, "weight": 0.7}
     assert any(line.endswith(f", taught by {teacher}") for line in notes)
+    known = (
+        f"teacher {teacher}: is right on 100.0% (51.0% to 100.0%) of 4 validation images, which it is shown at 16x16"
+    )
+    assert f"{known}; chance is 50.0%" in notes
     assert f"It also learned the answers of `{teacher}`" in (student / "README.md").read_text()
     # It changes what is learned.
     (alone,) = write(exported(store, config, trials=(0,)), tmp_path / "alone")
     assert train(alone, QUICK, silent).section["loss"] != done.section["loss"]
     # Of other classes nothing can be learned.
-    with pytest.raises(UsageError, match=r"tells other classes apart than a, b\.\.\."):
-        teacher_of(str(teacher), ("a", "b"), (0.5,) * 3, (0.5,) * 3, torch.device("cpu"))
+    for classes, told in (
+        (("a", "dark"), "tells other classes apart, bright where the images have a"),
+        (("dark", "bright"), "tells other classes apart, bright, dark where the images have dark, bright"),
+        (tuple("abcdefg"), "tells 2 classes apart (bright, dark), and the images have 7 (a, b, c, d, e, ...)"),
+    ):
+        with pytest.raises(UsageError, match=re.escape(f"--teacher {teacher}: {told}")):
+            shown_to(str(teacher), classes)
+    # A file has the configuration that lies beside it.
+    images = torch.rand(2, 3, 16, 16)
+    alike = [shown_to(named)(images) for named in (str(teacher), f"convfirst={teacher / 'model.safetensors'}")]
+    assert torch.equal(*alike)
+
+
+def shown_to(named: str, classes: tuple[str, ...] = ("bright", "dark"), note: Any = silent) -> Teacher:
+    """A teacher for images of 16 pixels."""
+    return teacher_of(named, classes, 16, (0.4,) * 3, (0.2,) * 3, torch.device("cpu"), note)
+
+
+def timms_checkpoint(place: Path, count: int = 2, data: Path | None = None, **arguments: Any) -> str:
+    """A teacher of timm's that always says the same, as a file, with the arguments of its train.py if there are any."""
+    weights = timm.create_model("test_resnet", num_classes=count).state_dict()
+    weights["fc.weight"].zero_()
+    told = dict(img_size=None, input_size=None, mean=None, std=None, gp=None, model_kwargs={}, class_map="",
+                dataset="", data=None, data_dir=data and str(data), train_split="train")  # fmt: skip
+    extra = {"args": Namespace(**(told | arguments))} if arguments else {}
+    torch.save({"state_dict": weights, **extra}, place)
+    return f"test_resnet={place}"
+
+
+def test_a_file_of_timms_is_shown_images_as_it_was_trained(tmp_path: Path, images: Path) -> None:
+    notes: list[str] = []
+    told = {"img_size": 48, "mean": [0.1, 0.2, 0.3], "std": [0.5]}
+    teacher = shown_to(timms_checkpoint(tmp_path / "1.pth", data=images, **told), note=notes.append)
+    assert (teacher.resolution, teacher.mean.flatten().tolist()) == (48, pytest.approx([0.1, 0.2, 0.3]))
+    assert teacher.std.flatten().tolist() == [0.5] * 3
+    assert notes == []
+    # What timm's script was not told, it took from the model.
+    teacher = shown_to(timms_checkpoint(tmp_path / "2.pth", input_size=[3, 40, 40]), note=notes.append)
+    assert (teacher.resolution, teacher.mean.flatten().tolist()) == (40, [0.5] * 3)
+    assert len(notes) == 1
+    assert notes[0].endswith(
+        "it is not known how its 2 classes are named, and they are taken to be the study's in their order"
+    )
+    # Of bare weights nothing is known.
+    named = timms_checkpoint(tmp_path / "3.pth")
+    teacher = shown_to(named, note=notes.append)
+    assert (teacher.resolution, teacher.mean.flatten().tolist()) == (16, pytest.approx([0.4] * 3))
+    assert notes[1].startswith(f"--teacher {named}: it is not known for which images it was trained, and it is shown ")
+    assert "at 16x16, normalised as the study's are" in notes[1]
+
+
+def test_a_teacher_of_other_classes_is_told_by_both(tmp_path: Path, images: Path) -> None:
+    with pytest.raises(UsageError, match=r"tells 5 classes apart, and the images have 2 \(bright, dark\)$"):
+        shown_to(timms_checkpoint(tmp_path / "five.pth", 5))
+    named = timms_checkpoint(tmp_path / "other.pth", data=images, img_size=16)
+    with pytest.raises(UsageError, match=r"other classes apart, bright, dark where the images have cat, dog$"):
+        shown_to(named, ("cat", "dog"))
+
+
+class Says(torch.nn.Module):
+    """Answers that do not depend on the images."""
+
+    def __init__(self, answers: list[int]) -> None:
+        super().__init__()
+        self.answers = torch.tensor(answers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(self.answers, 2).float()
+
+
+@pytest.mark.parametrize(
+    ("labels", "answers", "told"),
+    [
+        (
+            [0] * 18 + [1] * 18,
+            [0] * 36,
+            "is right on 50.0% (34.5% to 65.5%) of 36 validation images, which is no better",
+        ),
+        ([0] * 18 + [1] * 18, [0] * 10 + [1] * 15 + [0] * 11, "47.2%"),
+        # So many of so few are often right by luck.
+        ([0] * 18 + [1] * 18, [0] * 12 + [1] * 6 + [0] * 9 + [1] * 9, "no better than chance (50.0%)"),
+        # All of one class are right often where that class is frequent.
+        ([0] * 30 + [1] * 6, [0] * 36, "no better than chance (83.3%); nothing is to be learned from it"),
+    ],
+)
+def test_a_teacher_that_knows_nothing_is_refused(
+    config: SearchConfig, labels: list[int], answers: list[int], told: str
+) -> None:
+    data, teacher = labelled(config, labels), telling(answers)
+    with pytest.raises(UsageError, match=r"^--teacher spoken: ") as refusal:
+        require_knowledge("spoken", teacher, data, 0.9, torch.device("cpu"), silent)
+    assert told in str(refusal.value)
+
+
+def test_a_teacher_behind_its_student_is_warned_of(config: SearchConfig) -> None:
+    data = labelled(config, [0] * 30 + [1] * 6)
+    teacher = telling([0] * 25 + [1] * 11)
+    for reached, warned in ((0.9, True), (0.8, False)):
+        notes: list[str] = []
+        require_knowledge("spoken", teacher, data, reached, torch.device("cpu"), notes.append)
+        assert notes[0].startswith("teacher spoken: is right on 86.1% (")
+        assert (len(notes) == 2) == warned
+        if warned:
+            assert notes[1].startswith("warning: --teacher spoken: 86.1% is less than the 90.0% that the student")
+
+
+def labelled(config: SearchConfig, labels: list[int]) -> image_data.ImageData:
+    data = image_data.load(config.data)
+    return replace(data, val_images=data.train_images[: len(labels)], val_labels=torch.tensor(labels))
+
+
+def telling(answers: list[int]) -> Teacher:
+    return Teacher(Says(answers), (0.4,) * 3, (0.2,) * 3, 16, (0.4,) * 3, (0.2,) * 3, torch.device("cpu"))
+
+
+def test_nothing_is_trained_by_a_teacher_that_knows_nothing(folder: Path, tmp_path: Path) -> None:
+    named = timms_checkpoint(tmp_path / "untrained.pth")
+    with pytest.raises(UsageError, match=rf"^--teacher {re.escape(named)}: is right on .* no better than chance"):
+        train(folder, replace(QUICK, teacher=named), silent)
+    assert not (folder / "training").exists()
 
 
 def test_a_teacher_sees_images_as_it_was_trained_on_them() -> None:

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from nas import pareto
+from nas.config import MOST_TRAININGS
 from nas.search.model import Scale
-from nas.search.racing import CONFIDENCE, MOST_TRAININGS, TRAININGS, Race
+from nas.search.racing import CONFIDENCE, TRAININGS, Race
 
 NOISE = 0.024
 

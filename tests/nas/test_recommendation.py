@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,6 +19,7 @@ from nas.recommendation import Member, advice, choose, directory_name, doubt_lin
 from nas.recorded import RecordedStudy
 from nas.report.page import write_report
 from nas.search import loop as search
+from nas.search.confirmation import trainings_of_share
 from nas.search.loop import SearchResult
 from nas.training.proxy import ProxyResult
 from search_spaces import ArchSpec
@@ -139,6 +142,30 @@ def test_of_a_front_that_is_not_confirmed_it_says_so(config: SearchConfig) -> No
     assert "+-" not in recommend(recorded).lines()[0]
 
 
+@pytest.fixture
+def few(config: SearchConfig) -> SearchConfig:
+    """A short search, not confirmed."""
+    search.run(replace(config, budget=3, confirm=0), Noisy())
+    return config
+
+
+def test_what_is_said_of_a_short_search_can_be_done(few: SearchConfig) -> None:
+    recorded = opened(few)
+    line = doubt_line(recorded, few.storage)
+    assert line is not None
+    (share,) = re.findall(r"--share (\S+) trains its members again", line)
+    assert trainings_of_share(float(share), recorded.passes()) >= len(recorded.front()) > 1
+
+
+def test_of_a_single_network_it_is_said_too(few: SearchConfig) -> None:
+    recorded = opened(few)
+    line = doubt_line(recorded, few.storage, recorded.front().head(1))
+    assert line is not None
+    assert line.startswith("this accuracy is of the one training that chose the network, and flatters it; python ")
+    assert recommend(recorded, front=recorded.front().head(1)).reason == "it is the only network of the front"
+    assert doubt_line(recorded, few.storage, recorded.front().head(0)) is None
+
+
 class Alike(Noisy):
     """All networks are as accurate as each other, but for noise."""
 
@@ -147,7 +174,7 @@ class Alike(Noisy):
         return replace(result, accuracy=0.5 + result.accuracy - FakeEvaluator().train_one(arch).accuracy)
 
 
-def test_of_a_front_within_its_noise_it_says_so_and_what_would_help(config: SearchConfig) -> None:
+def test_of_a_front_within_its_noise_it_says_so_and_what_would_help(config: SearchConfig, tmp_path: Path) -> None:
     search.run(config, Alike())
     recorded = opened(config)
     assert len(recorded.front()) > 1
@@ -155,6 +182,14 @@ def test_of_a_front_within_its_noise_it_says_so_and_what_would_help(config: Sear
     assert line is not None
     assert "are equally accurate within their intervals; further trainings would tell them apart" in line
     assert "--share " in line
+    assert line in advice(recorded, config.storage)
+    page = write_report(recorded, config.storage, tmp_path)[0].read_text()
+    assert html.escape(line[1:]) in page
+    # More trainings of networks that have been trained as often as that are not made.
+    trained = recorded.front().assign(accuracy_trainings=12)
+    most = doubt_line(recorded, config.storage, trained)
+    assert most is not None
+    assert most.endswith("within their intervals; more validation images would tell them apart")
 
 
 @pytest.mark.usefixtures("confirmed")
@@ -166,11 +201,11 @@ def test_the_command_says_it_in_words_and_in_json(config: SearchConfig) -> None:
     told = json.loads(CliRunner().invoke(app, [*line, "--format", "json"]).stdout)
     found = recommend(opened(config))
     assert told["recommended"]["trial"] == found.chosen.number
-    assert told["commands"]["export_it"].endswith(f"--trial {found.chosen.number} --out exports")
-    for value in ("0", "-1", "nan"):
+    assert told["commands"]["train_it"].endswith(f"--trial {found.chosen.number} --out exports")
+    for value in ("0", "-1", "nan", "inf"):
         refused = CliRunner().invoke(app, [*line, "--max-latency-ms", value])
         assert refused.exit_code == 2
-        assert f"--max-latency-ms {value}" in refused.output
+        assert f"--max-latency-ms {float(value)}: is not positive and finite" in refused.output
     refused = CliRunner().invoke(app, [*line, "--max-latency-ms", "1e-9"])
     assert refused.exit_code == 2
     assert "the fastest network takes" in refused.output
