@@ -9,7 +9,8 @@ has errors of its own, in its trainings that of a network of the table with abou
 a share of that of one with about the same latency. Further trainings have noise, the distance of a training of such a
 network from the mean of its seeds. Errors and noise of trainings are taken whole, with accuracy and learning curve of
 the same network or training, so that a curve says as much of its end as real ones do. (Surrogates of benchmarks do the
-same without learning curves: Zela et al., *Surrogate NAS Benchmarks*, 2022.)
+same without learning curves: Zela et al., *Surrogate NAS Benchmarks*, 2022.) Seconds are guessed for all networks: those
+of the table depend on what else ran when it was made.
 
 The trees, and a line from which they start, see the parameters of each stage and its cost, and not the figures that the
 sampler's model sees (`nas.search.features`): a model that is given what makes the truth would be flattered. Without the
@@ -140,6 +141,8 @@ class World:
             (rows - rows.mean(0)) * math.sqrt(len(rows) / (len(rows) - 1)) for rows in several
         ])  # fmt: skip
         self.deviates_at = np.concatenate([np.full(len(rows), rows[:, ACCURACY].mean()) for rows in several])
+        # How long a training takes is no matter of luck, but of what else ran when the table was made.
+        self.deviations[:, SECONDS] = 0.0
         self.noise = float(np.sqrt(np.mean(self.deviations[:, ACCURACY] ** 2)))
         # Trees of all figures at once would split by those of the largest variance.
         self.mean, self.scale = means.mean(0), np.maximum(means.std(0), 1e-9)
@@ -159,6 +162,8 @@ class World:
         self.latency_error = float(np.sqrt(np.mean(missed_logs**2)))
         self.own_logs = surprise * missed_logs
         self.guess, self.guess_of_latency = Guess.of(seen, scaled), Guess.of(seen, logs)
+        for (_, rows), guess in zip(known, guessed, strict=True):
+            rows[:, SECONDS] = guess[SECONDS]
         self.known = {
             network.arch.arch_id: Known(self._likely(network.arch, rows, guess, own), network.latency_ms, rows)
             for (network, rows), guess in zip(known, guessed, strict=True)
