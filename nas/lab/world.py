@@ -9,8 +9,8 @@ has errors of its own, in its trainings that of a network of the table with abou
 a share of that of one with about the same latency. Further trainings have noise, the distance of a training of such a
 network from the mean of its seeds. Errors and noise of trainings are taken whole, with accuracy and learning curve of
 the same network or training, so that a curve says as much of its end as real ones do. (Surrogates of benchmarks do the
-same without learning curves: Zela et al., *Surrogate NAS Benchmarks*, 2022.) Seconds are guessed for all networks: those
-of the table depend on what else ran when it was made.
+same without learning curves: Zela et al., *Surrogate NAS Benchmarks*, 2022.) Seconds are guessed for all networks:
+those of the table depend on what else ran when it was made.
 
 The trees, and a line from which they start, see the parameters of each stage and its cost, and not the figures that the
 sampler's model sees (`nas.search.features`): a model that is given what makes the truth would be flattered. Without the
